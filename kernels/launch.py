@@ -1,0 +1,21 @@
+"""What the Triton launchers share: no Triton code, and nothing that needs Triton to import."""
+
+import os
+from typing import Any, NamedTuple
+
+
+class Variant(NamedTuple):
+    """One way in which a launcher may start a kernel; the ahead-of-time gate compiles every one of them."""
+
+    name: str
+    kernel: Any  # the triton.JITFunction
+    types: dict[str, str]  # argument -> "*bf16", "fp32", "i64", in the kernel's order, constexprs left out
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    aligned: tuple[str, ...] = ()  # arguments that Triton may specialise on divisibility by 16
+
+
+def interpreting() -> bool:
+    """True where Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
