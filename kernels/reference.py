@@ -21,8 +21,6 @@ def _counted(mask: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
 
 
-
-
 def token_logprobs(
     logits: Tensor,  # [..., V]
     tokens: Tensor,  # [...]
@@ -63,8 +61,6 @@ def linear_logits(
     if softcap is None:
         return logits
     return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap))
-
-
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str, log_ratio_clamp: float = 20.0) -> Tensor:
@@ -146,7 +142,8 @@ def policy_loss(
     """The clipped surrogate (Schulman et al. 2017, eq. 7), negated, with its usual companions.
 
     r = exp(clamp(logp - old, +-log_ratio_clamp)); term = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)), for A < 0
-    at most -A dual_clip (Ye et al. 2020, eq. 5), times `weights`. loss = agg(term) - entropy_coef agg(H) + kl_coef agg(kl).
+    at most -A dual_clip (Ye et al. 2020, eq. 5), times `weights`. loss = agg(term) - entropy_coef agg(H) + kl_coef
+    agg(kl).
     """
     counted = _counted(mask, logprobs)
 
@@ -268,8 +265,6 @@ def ppo_loss(
     return policy + value_coef * value, policy_stats | value_stats
 
 
-
-
 def gae(
     rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
     values: Tensor,
@@ -286,8 +281,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time; advantages and returns.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t. A masked step is skipped: its
-    neighbours see each other. terminated: V_{t+1} = 0 and A_{t+1} = 0. truncated: V_{t+1} = final_values_t and A_{t+1} = 0.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t. A masked step is skipped:
+    its neighbours see each other. terminated: V_{t+1} = 0 and A_{t+1} = 0. truncated: V_{t+1} = final_values_t and
+    A_{t+1} = 0.
     """
     if cu_seqlens is not None:
         return _gae_packed(
@@ -342,8 +338,8 @@ def shape_rewards(
 ) -> tuple[Tensor, ...]:
     """r_t = -kl_coef kl_t + score at the last counted step (Ziegler et al. 2019; Stiennon et al. 2020, section 3.4).
 
-    Scores [B, T] are added step by step. "after_last" puts a score [B] one slot later (at most T - 1) and also returns the
-    mask extended by that slot.
+    Scores [B, T] are added step by step. "after_last" puts a score [B] one slot later (at most T - 1) and also
+    returns the mask extended by that slot.
     """
     counted = mask.bool()
     d = torch.where(counted, logprobs, 0), torch.where(counted, ref_logprobs, 0)

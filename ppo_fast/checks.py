@@ -1,0 +1,138 @@
+"""Argument checks of the public operations: every error names the argument, what was expected and what came.
+
+Shapes, dtypes, devices and Python values are always checked. Values inside tensors are checked on a CPU only: on a GPU
+the check would have to wait for the device, and under torch.compile there are no values yet.
+"""
+
+import torch
+from torch import Tensor
+
+
+def readable(x: Tensor) -> bool:
+    """True where looking at a tensor's values costs nothing but a little time."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point (fp16, bf16, fp32 or fp64), got {x.dtype}")
+
+
+def shape(name: str, x: Tensor, expected: torch.Size, like: str) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name} must have the shape of {like}, {tuple(expected)}; got {tuple(x.shape)}")
+
+
+def device(name: str, x: Tensor, expected: torch.device, like: str) -> None:
+    if x.device != expected:
+        raise ValueError(f"{name} must be on the device of {like}, {expected}; got {x.device}")
+
+
+def matching(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    """A floating tensor with the shape and on the device of another."""
+    floating(name, x)
+    shape(name, x, like.shape, like_name)
+    device(name, x, like.device, like_name)
+
+
+def flag(name: str, x: Tensor | None, expected: torch.Size, like: Tensor, like_name: str) -> Tensor | None:
+    """A mask or another 0/1 tensor as bool; numbers are converted."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {type(x).__name__}")
+    shape(name, x, expected, like_name)
+    device(name, x, like.device, like_name)
+    if x.dtype == torch.bool:
+        return x
+    if readable(x) and not bool(((x == 0) | (x == 1)).all()):
+        raise ValueError(f"{name} must be bool, or hold only 0 and 1; got other values in a {x.dtype} tensor")
+    return x != 0
+
+
+def token_ids(
+    tokens: Tensor, mask: Tensor | None, expected: torch.Size, like: Tensor, like_name: str, size: int
+) -> None:
+    """int32 or int64 ids of the given shape; on a CPU each counted one must lie in [0, size)."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens must be an int32 or int64 tensor, got {got}")
+    shape("tokens", tokens, expected, like_name)
+    device("tokens", tokens, like.device, like_name)
+    if readable(tokens) and tokens.numel():
+        outside = (tokens < 0) | (tokens >= size)
+        if mask is not None:
+            outside = outside & mask
+        if outside.any():
+            raise IndexError(
+                f"tokens must lie in [0, {size}) wherever the mask counts, got {int(tokens[outside][0])}"
+                f" (and {int(outside.sum()) - 1} more)"
+            )
+
+
+def positive(name: str, x: float) -> None:
+    if not x > 0:
+        raise ValueError(f"{name} must be positive, got {x!r}")
+
+
+def not_negative(name: str, x: float) -> None:
+    if not x >= 0:
+        raise ValueError(f"{name} must not be negative, got {x!r}")
+
+
+def one_of(name: str, x: str, allowed: tuple[str, ...]) -> None:
+    if x not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {x!r}")
+
+
+def discount(name: str, x: float | Tensor, rows: torch.Size, like: Tensor) -> None:
+    """gamma or lam: a float in [0, 1], or a tensor of them, one for each row."""
+    if isinstance(x, Tensor):
+        floating(name, x)
+        if x.ndim:
+            shape(name, x, rows, "the rows")
+        device(name, x, like.device, "rewards")
+        inside = not readable(x) or bool(((x >= 0) & (x <= 1)).all())
+    else:
+        inside = 0 <= x <= 1
+    if not inside:
+        raise ValueError(f"{name} must lie in [0, 1], got {x}")
+
+
+def cu_seqlens(x: Tensor | None, packed: Tensor, name: str) -> None:
+    """[S + 1] int32 or int64 boundaries, from 0 to the length of the packed dimension, never falling."""
+    if x is None:
+        return
+    if packed.ndim != 1:
+        raise ValueError(f"{name} must have one dimension when cu_seqlens is given, got shape {tuple(packed.shape)}")
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim != 1 or len(x) < 1:
+        raise ValueError(f"cu_seqlens must have shape [S + 1], got {tuple(x.shape)}")
+    device("cu_seqlens", x, packed.device, name)
+    if readable(x):
+        if int(x[0]) != 0:
+            raise ValueError(f"cu_seqlens must start at 0, got {int(x[0])}")
+        if int(x[-1]) != len(packed):
+            raise ValueError(f"cu_seqlens must end at {len(packed)}, the length of {name}; got {int(x[-1])}")
+        if bool((x.diff() < 0).any()):
+            raise ValueError("cu_seqlens must not fall")
+
+
+def denominator(x: float | Tensor | None, aggregation: str, like: Tensor) -> None:
+    """A count of tokens or sequences given from outside: a number or a 0-dim tensor, at least 1."""
+    if x is None:
+        return
+    if aggregation == "token-sum":
+        raise ValueError("denominator has no meaning with aggregation='token-sum', which divides by nothing")
+    if isinstance(x, Tensor):
+        if x.ndim:
+            raise ValueError(f"denominator must be a number or a 0-dim tensor, got shape {tuple(x.shape)}")
+        if x.device.type != "cpu":
+            device("denominator", x, like.device, "the losses' inputs")
+        if not readable(x):
+            return
+    if not x >= 1:
+        raise ValueError(f"denominator must be at least 1, got {x}")

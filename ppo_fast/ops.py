@@ -1,0 +1,615 @@
+"""The public operations of ppo_fast: each checks its arguments, then hands them to one backend.
+
+Shared by all: B sequences, T steps, V vocabulary, N tokens, S packed sequences. `mask` is True where a step counts,
+and what stands elsewhere never reaches a result, not even NaN. Inputs are fp16, bf16, fp32 (the torch backend also
+takes fp64) with any strides; arithmetic and results are fp32 (fp64 for fp64), gradients come back in the input's
+dtype. `backend` is "auto" (Triton for CUDA tensors, PyTorch elsewhere), "triton" or "torch". No operation waits for
+the device.
+"""
+
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast import checks
+
+Backend = Literal["auto", "triton", "torch"]
+Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
+
+_AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+_KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+_HAS_TRITON = find_spec("triton") is not None
+
+
+class LossOutput(NamedTuple):
+    """What the losses return: `loss`, a scalar that carries the graph, and `stats`, detached scalars on the device."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+class AdvantageOutput(NamedTuple):
+    """What `rlhf_advantages` returns: four tensors [B, T], zero at masked steps, and detached scalars on the device."""
+
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+    kl: Tensor
+    stats: dict[str, Tensor]
+
+
+def uses_triton(backend: Backend, *tensors: Tensor | None) -> bool:
+    """True if `backend` means the Triton kernels for these tensors; says why where it cannot."""
+    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    if backend == "torch":
+        return False
+    given = [x for x in tensors if x is not None]
+    double = any(x.dtype == torch.float64 for x in given)
+    if backend == "auto":
+        return _HAS_TRITON and given[0].is_cuda and not double
+    if not _HAS_TRITON:
+        raise RuntimeError("backend='triton' needs the triton package, which is not installed; use backend='torch'")
+    if double:
+        raise TypeError("backend='triton' computes in fp32 and takes no fp64 tensors; use backend='torch'")
+    if not given[0].is_cuda:
+        from ppo_fast.kernels import launch
+
+        if not launch.interpreting():
+            raise RuntimeError(
+                f"backend='triton' needs CUDA tensors, got {given[0].device}; use backend='torch', or set"
+                " TRITON_INTERPRET=1 before the first import to run the kernels slowly on a CPU"
+            )
+    return True
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each token under softmax(logits / temperature), and on request the entropy of that softmax.
+
+    With z = logits / temperature: logp = z[token] - logsumexp(z) and H = logsumexp(z) - sum_j p_j z_j, where a term
+    with p_j = 0 adds nothing, so that -inf logits (a masked vocabulary) are fine. Both come from one read of the
+    logits; the backward pass reads them once more and writes their gradient.
+
+    Args:
+        logits: [..., V], any strides.
+        tokens: [...], int32 or int64; anything may stand at masked positions.
+        mask: [...], True where a token counts; the others get 0 and a zero gradient.
+        temperature: the sampling temperature, greater than 0.
+        with_entropy: also return the entropy, in nats; both can be differentiated.
+        inplace_backward: write the gradient over the logits' own memory. It saves one [..., V] tensor; the logits are
+            lost, and a second backward pass raises.
+
+    Returns:
+        logp [...], or (logp, entropy), fp32 (fp64 for fp64 logits), 0 where masked.
+
+    Raises:
+        IndexError: a counted token lies outside [0, V) (on a CPU; on a GPU its row becomes NaN).
+
+    >>> logits = torch.tensor([[0.0, 0.0, -torch.inf], [1.0, 2.0, 3.0]])
+    >>> logp, entropy = token_logprobs(logits, torch.tensor([1, 2]), with_entropy=True)
+    >>> [round(x, 4) for x in logp.tolist() + entropy.tolist()]
+    [-0.6931, -0.4076, 0.6931, 0.8324]
+    """
+    checks.floating("logits", logits)
+    if logits.ndim < 1 or not logits.shape[-1]:
+        raise ValueError(f"logits must have shape [..., V] with V > 0, got {tuple(logits.shape)}")
+    rows = logits.shape[:-1]
+    mask = checks.flag("mask", mask, rows, logits, "logits without its last dimension")
+    checks.token_ids(tokens, mask, rows, logits, "logits without its last dimension", logits.shape[-1])
+    checks.positive("temperature", temperature)
+    if uses_triton(backend, logits):
+        from ppo_fast.kernels import logprobs as kernel
+    else:
+        from ppo_fast.kernels import eager_logprobs as kernel  # type: ignore[no-redef]
+    return kernel.token_logprobs(
+        logits, tokens, mask, temperature=temperature, with_entropy=with_entropy, inplace_backward=inplace_backward
+    )
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k2",
+    weights: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """PPO's clipped surrogate objective, negated (Schulman et al. 2017, "Proximal Policy Optimization", eq. 7).
+
+    r = exp(clamp(logp - old_logp, +-log_ratio_clamp)); term = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)).
+    loss = agg(weights term) - entropy_coef agg(entropy) + kl_coef agg(kl). The paper maximises min(...); we minimise
+    its negative, and allow two clip ranges (Yu et al. 2025, DAPO) and a second bound for A < 0 (Ye et al. 2020, eq. 5).
+
+    Args:
+        logprobs, old_logprobs, advantages: [..., T] (or [total] with cu_seqlens). Gradients flow to logprobs and
+        entropy. mask: the same shape, True where a token counts.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1; where A < 0 the term is at most -c A.
+        log_ratio_clamp: bound of every exponent, in nats.
+        entropy, entropy_coef: bonus for a policy that stays random; entropy [..., T] in nats.
+        ref_logprobs, kl_coef, kl_estimator: penalty for leaving a reference, with d = logp - ref: k1 = d, k2 = d^2/2,
+            k3 = exp(-d) - 1 + d, abs = |d|. As a loss only k2 has the gradient of the true KL; k1's has mean 0.
+        weights: [..., T] factors of the term, for instance a truncated importance correction for the sampler.
+        aggregation: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-mean, or seq-mean-token-sum-norm (which
+            divides each sequence's sum by norm_length, default T). Sequences without a counted token do not count.
+        denominator: replaces the number of tokens (token-mean) or sequences (seq-mean-*), so that the loss does not
+            depend on how a batch is cut into micro-batches or over ranks.
+        cu_seqlens: [S + 1] boundaries of packed sequences.
+
+    Returns:
+        loss, and stats: policy_loss, approx_kl = mean(r - 1 - log r), clip_fraction, ratio_mean, ratio_max, and where
+        their inputs are given entropy, ref_kl, dual_clip_fraction. Means are over the counted tokens of this call.
+
+    >>> out = policy_loss(torch.tensor([0.0, 0.5]), torch.zeros(2), torch.tensor([1.0, 1.0]))
+    >>> round(out.loss.item(), 4), out.stats["clip_fraction"].item()  # -(1 + 1.2) / 2: the second ratio is clipped
+    (-1.1, 0.5)
+    """
+    checks.floating("logprobs", logprobs)
+    options = dict(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        entropy_coef=entropy_coef,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        cu_seqlens=cu_seqlens,
+    )
+    mask = _check_policy(logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights, **options)
+    if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
+        from ppo_fast.kernels import loss as kernel
+    else:
+        from ppo_fast.kernels import eager_loss as kernel  # type: ignore[no-redef]
+    optional = dict(entropy=entropy, ref_logprobs=ref_logprobs, weights=weights)
+    return LossOutput(*kernel.policy_loss(logprobs, old_logprobs, advantages, mask, **optional, **options))
+
+
+def _check_policy(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    log_ratio_clamp: float,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    **aggregation,
+) -> Tensor | None:
+    """Checks what all policy losses share; the mask as bool."""
+    checks.matching("old_logprobs", old_logprobs, logprobs, "logprobs")
+    checks.matching("advantages", advantages, logprobs, "logprobs")
+    for name, x in (("entropy", entropy), ("ref_logprobs", ref_logprobs), ("weights", weights)):
+        if x is not None:
+            checks.matching(name, x, logprobs, "logprobs")
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    if entropy is None and entropy_coef != 0:
+        raise ValueError(f"entropy_coef={entropy_coef} needs entropy, which was not given")
+    if ref_logprobs is None and kl_coef != 0:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
+    check_aggregation(logprobs, "logprobs", **aggregation)
+    return checks.flag("mask", mask, logprobs.shape, logprobs, "logprobs")
+
+
+def check_policy_options(
+    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float, kl_estimator: str
+) -> None:
+    if not 0 <= clip_low <= 1:
+        raise ValueError(f"clip_low must lie in [0, 1], got {clip_low}")
+    checks.not_negative("clip_high", clip_high)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
+    checks.positive("log_ratio_clamp", log_ratio_clamp)
+    checks.one_of("kl_estimator", kl_estimator, _KL_ESTIMATORS)
+
+
+def check_aggregation(
+    x: Tensor,
+    name: str,
+    *,
+    aggregation: str,
+    denominator: float | Tensor | None,
+    norm_length: float | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    checks.one_of("aggregation", aggregation, _AGGREGATIONS)
+    checks.cu_seqlens(cu_seqlens, x, name)
+    checks.denominator(denominator, aggregation, x)
+    if norm_length is not None:
+        checks.positive("norm_length", norm_length)
+        if aggregation != "seq-mean-token-sum-norm":
+            raise ValueError(f"norm_length belongs to aggregation='seq-mean-token-sum-norm', got {aggregation!r}")
+    elif aggregation == "seq-mean-token-sum-norm" and cu_seqlens is not None:
+        raise ValueError("aggregation='seq-mean-token-sum-norm' needs norm_length when cu_seqlens is given")
+    if x.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar")
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip: float | None = 0.2,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """The clipped squared error of the critic: 0.5 max((v - R)^2, (old_v + clamp(v - old_v, +-clip) - R)^2).
+
+    With clip=None it is 0.5 (v - R)^2 and old_values may be None. The clipping is that of openai/baselines' ppo2
+    (Engstrom et al. 2020, "Implementation Matters", section 3); the paper has the plain square.
+
+    Args:
+        values, old_values, returns: [..., T] (or [total] with cu_seqlens). Gradients flow to values.
+        mask: the same shape, True where a step counts.
+        clip: how far a value may move from old_values before its gradient stops, in units of the return.
+        aggregation, denominator, norm_length, cu_seqlens: as in `policy_loss`.
+
+    Returns:
+        loss, and stats: value_loss, and with a clip value_clip_fraction.
+
+    >>> value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0])).loss.item()  # 0.5 (0.2 - 2)^2
+    1.6199998855590820
+    """
+    checks.floating("values", values)
+    _check_value(values, old_values, returns, clip)
+    check_aggregation(
+        values,
+        "values",
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        cu_seqlens=cu_seqlens,
+    )
+    mask = checks.flag("mask", mask, values.shape, values, "values")
+    if uses_triton(backend, values, old_values, returns):
+        from ppo_fast.kernels import loss as kernel
+    else:
+        from ppo_fast.kernels import eager_loss as kernel  # type: ignore[no-redef]
+    return LossOutput(
+        *kernel.value_loss(
+            values,
+            old_values,
+            returns,
+            mask,
+            clip=clip,
+            aggregation=aggregation,
+            denominator=denominator,
+            norm_length=norm_length,
+            cu_seqlens=cu_seqlens,
+        )
+    )
+
+
+def _check_value(values: Tensor, old_values: Tensor | None, returns: Tensor, clip: float | None) -> None:
+    checks.matching("returns", returns, values, "values")
+    if old_values is not None:
+        checks.matching("old_values", old_values, values, "values")
+    if clip is not None:
+        checks.not_negative("the value clip", clip)
+        if old_values is None:
+            raise ValueError(f"a value clip of {clip} needs old_values, which is None")
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    values: Tensor,
+    old_logprobs: Tensor,
+    old_values: Tensor | None,
+    advantages: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    value_coef: float = 0.5,
+    value_clip: float | None = 0.2,
+    value_mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k2",
+    weights: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """Policy and value loss together (Schulman et al. 2017, eq. 9): policy_loss + value_coef value_loss.
+
+    One pass computes the loss, its statistics and all gradients; the backward pass only scales them.
+
+    Args:
+        logprobs, old_logprobs, advantages: as in `policy_loss`; the options are those of `policy_loss`.
+        values, old_values, returns: as in `value_loss`.
+        value_coef: weight of the value loss (c1 in the paper). The entropy bonus is entropy_coef (c2).
+        value_clip: `clip` of `value_loss`.
+        value_mask: True where a value counts; `mask` if not given. Shape as `mask`. A `denominator` replaces both
+        counts.
+
+    Returns:
+        loss, and the stats of both losses.
+
+    >>> one = torch.ones(1, 3)
+    >>> out = ppo_loss(0 * one, one, 0 * one, one, advantages=one, returns=one, mask=torch.ones(1, 3, dtype=torch.bool))
+    >>> out.loss.item(), out.stats["ratio_mean"].item()
+    (-1.0, 1.0)
+    """
+    checks.floating("logprobs", logprobs)
+    options = dict(
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        entropy_coef=entropy_coef,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        cu_seqlens=cu_seqlens,
+    )
+    mask = _check_policy(logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights, **options)
+    checks.matching("values", values, logprobs, "logprobs")
+    _check_value(values, old_values, returns, value_clip)
+    value_mask = checks.flag("value_mask", value_mask, values.shape, values, "values")
+    tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
+    if uses_triton(backend, *tensors):
+        from ppo_fast.kernels import loss as kernel
+    else:
+        from ppo_fast.kernels import eager_loss as kernel  # type: ignore[no-redef]
+    return LossOutput(
+        *kernel.ppo_loss(
+            logprobs,
+            values,
+            old_logprobs,
+            old_values,
+            advantages,
+            returns,
+            mask,
+            value_coef=value_coef,
+            value_clip=value_clip,
+            value_mask=value_mask,
+            entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            weights=weights,
+            **options,
+        )
+    )
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    final_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    time_major: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns.
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t. r_t is the reward for the
+    action taken at step t (the paper's r_t; Gymnasium returns it from the step that follows).
+
+    Args:
+        rewards, values: [..., T]; [T, N] if time_major, read in place; [total] with cu_seqlens.
+        gamma, lam: floats in [0, 1], or tensors with one for each row ([B], [N] or [S]).
+        mask: True where a step counts. A masked step is skipped: its neighbours see each other, and it returns 0.
+        terminated: the episode ended in this step: V_{t+1} is 0 and the trace is cut.
+        truncated: the episode was cut here, but would have gone on: V_{t+1} is final_values_t and the trace is cut.
+        bootstrap: one value for each row, V of the state after its last counted step; 0 if not given.
+        final_values: V of the observation before each reset, the shape of rewards; needed with truncated.
+        cu_seqlens: [S + 1] boundaries of packed sequences.
+        time_major: the first dimension is time.
+
+    Returns:
+        (advantages, returns), the shape of rewards, fp32 (fp64), without a graph.
+
+    >>> advantages, returns = gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.5]]), gamma=1.0, lam=1.0)
+    >>> advantages.tolist(), returns.tolist()
+    ([[0.5, 0.5, 0.5]], [[1.0, 1.0, 1.0]])
+    """
+    checks.floating("rewards", rewards)
+    if rewards.ndim == 0:
+        raise ValueError("rewards must have at least one dimension, got a scalar")
+    checks.matching("values", values, rewards, "rewards")
+    checks.cu_seqlens(cu_seqlens, rewards, "rewards")
+    if cu_seqlens is not None and time_major:
+        raise ValueError("time_major and cu_seqlens exclude each other: packed tensors have one dimension")
+    rows = rewards.shape[1:] if time_major else rewards.shape[:-1]
+    if cu_seqlens is not None:
+        rows = torch.Size((len(cu_seqlens) - 1,))
+    checks.discount("gamma", gamma, rows, rewards)
+    checks.discount("lam", lam, rows, rewards)
+    mask = checks.flag("mask", mask, rewards.shape, rewards, "rewards")
+    terminated = checks.flag("terminated", terminated, rewards.shape, rewards, "rewards")
+    truncated = checks.flag("truncated", truncated, rewards.shape, rewards, "rewards")
+    if truncated is not None and final_values is None:
+        raise ValueError("truncated needs final_values, the values of the observations before each reset")
+    if final_values is not None:
+        checks.matching("final_values", final_values, rewards, "rewards")
+    if bootstrap is not None:
+        checks.floating("bootstrap", bootstrap)
+        checks.shape("bootstrap", bootstrap, rows, "the rows")
+        checks.device("bootstrap", bootstrap, rewards.device, "rewards")
+    if uses_triton(backend, rewards, values, bootstrap, final_values):
+        from ppo_fast.kernels import gae as kernel
+    else:
+        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
+    return kernel.gae(
+        rewards,
+        values,
+        gamma=gamma,
+        lam=lam,
+        mask=mask,
+        terminated=terminated,
+        truncated=truncated,
+        bootstrap=bootstrap,
+        final_values=final_values,
+        cu_seqlens=cu_seqlens,
+        time_major=time_major,
+    )
+
+
+def _check_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    kl_estimator: str,
+    score_clip: float | None,
+    reward_at: str,
+) -> Tensor:
+    """Checks what turns scores into rewards; the mask as bool."""
+    checks.floating("logprobs", logprobs)
+    if logprobs.ndim != 2:
+        raise ValueError(f"logprobs must have shape [B, T], got {tuple(logprobs.shape)}")
+    checks.matching("ref_logprobs", ref_logprobs, logprobs, "logprobs")
+    checks.floating("scores", scores)
+    if scores.shape != logprobs.shape and scores.shape != logprobs.shape[:1]:
+        raise ValueError(
+            f"scores must have shape [B] or [B, T] with [B, T] = {tuple(logprobs.shape)}; got {tuple(scores.shape)}"
+        )
+    checks.device("scores", scores, logprobs.device, "logprobs")
+    checks.one_of("kl_estimator", kl_estimator, _KL_ESTIMATORS)
+    checks.one_of("reward_at", reward_at, ("last", "after_last"))
+    if reward_at == "after_last" and scores.ndim == 2:
+        raise ValueError("reward_at='after_last' needs one score for each sequence, got scores [B, T]")
+    if score_clip is not None:
+        checks.not_negative("score_clip", score_clip)
+    counted = checks.flag("mask", mask, logprobs.shape, logprobs, "logprobs")
+    if counted is None:
+        raise TypeError("mask must be a bool tensor [B, T], got None")
+    return counted
+
+
+def shape_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: KLEstimator = "k1",
+    score_clip: float | None = None,
+    reward_at: Literal["last", "after_last"] = "last",
+    backend: Backend = "auto",
+) -> tuple[Tensor, ...]:
+    """Rewards of RLHF: -kl_coef kl_t at every counted token, plus the score at the last one.
+
+    The KL-shaped reward of Ziegler et al. 2019 and Stiennon et al. 2020 (section 3.4), token by token.
+
+    Args:
+        scores: [B], one for each answer, or [B, T], one for each token.
+        logprobs, ref_logprobs: [B, T] of the policy that sampled, and of the reference.
+        mask: [B, T], True at the answer's tokens.
+        kl_coef, kl_estimator: weight and estimator of the KL, as in `policy_loss`.
+        score_clip: scores are clamped to +-score_clip first.
+        reward_at: "last" puts the score at the last counted token; "after_last" one slot later (at most T - 1), where
+            OpenAI's code and TRL's have it, and then also returns the mask with that slot, for `gae`.
+
+    Returns:
+        (rewards [B, T], kl [B, T]) and, for "after_last", the longer mask; no graph.
+
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> rewards, kl = shape_rewards(torch.tensor([1.0]), torch.zeros(1, 3), torch.zeros(1, 3), mask)
+    >>> rewards.tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+    mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
+    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    from ppo_fast.kernels import eager_advantages as kernel
+
+    return kernel.shape_rewards(
+        scores,
+        logprobs,
+        ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        score_clip=score_clip,
+        reward_at=reward_at,
+    )
+
+
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: torch.distributed.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the counted elements, 0 elsewhere.
+
+    One counted element, or none: centred, not scaled. With `group`, mean and variance are those of all ranks'
+    elements, merged in rank order (Chan et al. 1979), so that the result does not depend on how a batch is spread.
+
+    Args:
+        x: any shape. mask: the same shape, True where an element counts.
+        shift_mean: False keeps the mean and only scales the spread.
+        unbiased: Bessel's correction, n - 1.
+        eps: added to the variance.
+        group: a torch.distributed process group; None for this process alone.
+
+    >>> masked_whiten(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])).tolist()
+    [-0.7071067690849304, 0.7071067690849304, 0.0]
+    """
+    checks.floating("x", x)
+    mask = checks.flag("mask", mask, x.shape, x, "x")
+    checks.not_negative("eps", eps)
+    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    from ppo_fast.kernels import eager_advantages as kernel
+
+    return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
