@@ -1,0 +1,109 @@
+"""Every option of the trainer: one dataclass, each field with its unit and where its default comes from."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from ppo_fast.errors import UserError
+
+
+def _option(default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A field with its help text and the closed range, or the choices, that its value must keep to."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass
+class PPOConfig:
+    """Options of `PPOTrainer`. Defaults follow TRL's and OpenAI's PPO for language models where nothing else is named.
+
+    >>> PPOConfig(total_steps=10).total_steps
+    10
+    >>> PPOConfig(gamma=1.5)
+    Traceback (most recent call last):
+    ppo_fast.errors.UserError: gamma must lie in [0, 1], got 1.5
+    """
+
+    # The loop
+    total_steps: int = _option(100, "PPO steps: rounds of sample, reward, learn", 1)
+    prompts_per_step: int = _option(64, "prompts sampled in each step", 1)
+    samples_per_prompt: int = _option(1, "answers sampled for each prompt", 1)
+    seed: int = _option(0, "seed of everything random: data order, sampling, minibatches", 0)
+
+    # Sampling
+    max_prompt_tokens: int | None = _option(None, "longer prompts are left out, in tokens; none: the model's limit", 1)
+    max_new_tokens: int = _option(64, "longest answer, in tokens", 1)
+    temperature: float = _option(1.0, "sampling temperature; the learning pass uses the same", 1e-6)
+    top_k: int = _option(0, "sample from the k likeliest tokens only; 0: from all", 0)
+    top_p: float = _option(1.0, "sample from the likeliest tokens that hold this probability", 1e-6, 1.0)
+    sample_batch_size: int = _option(256, "answers generated at once", 1)
+
+    # Reward
+    kl_coef: float = _option(0.05, "weight of the KL penalty to the reference in the reward", 0.0)
+    kl_estimator: str = _option("k1", "estimator of that KL per token", choices=("k1", "k2", "k3", "abs"))
+    score_clip: float | None = _option(None, "scores are clamped to +- this", 0.0)
+    missing_eos_penalty: float = _option(0.0, "subtracted from the score of an answer cut by max_new_tokens", 0.0)
+
+    # Advantages
+    gamma: float = _option(1.0, "discount per token", 0.0, 1.0)
+    lam: float = _option(0.95, "lambda of GAE (Schulman et al. 2016)", 0.0, 1.0)
+    whiten_advantages: bool = _option(True, "advantages to mean 0 and variance 1 over the rollout")
+
+    # Learning
+    epochs: int = _option(4, "passes over each rollout", 1)
+    minibatches: int = _option(4, "optimizer steps in each epoch", 1)
+    micro_batch_size: int = _option(16, "sequences in one forward and backward pass; does not change the result", 1)
+    lr: float = _option(1e-6, "learning rate of the actor (verl's default)", 0.0)
+    critic_lr: float = _option(1e-5, "learning rate of the critic (verl's default)", 0.0)
+    lr_schedule: str = _option("linear", "learning rate over the run", choices=("constant", "linear", "cosine"))
+    warmup_ratio: float = _option(0.03, "share of the run in which the learning rate rises from 0", 0.0, 1.0)
+    weight_decay: float = _option(0.0, "AdamW's weight decay", 0.0)
+    adam_eps: float = _option(1e-5, "AdamW's epsilon (detail 3 of the 37 implementation details of PPO)", 0.0)
+    max_grad_norm: float = _option(1.0, "gradients of actor and critic are each clipped to this norm", 0.0)
+
+    # Loss (the options of ppo_fast.ppo_loss)
+    clip_low: float = _option(0.2, "ratio clipped from below at 1 - this", 0.0, 1.0)
+    clip_high: float = _option(0.2, "ratio clipped from above at 1 + this", 0.0)
+    dual_clip: float | None = _option(None, "bound c > 1 of the loss at negative advantages", 1.0)
+    value_clip: float | None = _option(0.2, "how far a value moves per rollout before its gradient stops", 0.0)
+    value_coef: float = _option(0.5, "weight of the value loss", 0.0)
+    entropy_coef: float = _option(0.0, "weight of the entropy bonus", 0.0)
+    aggregation: str = _option(
+        "token-mean",
+        "how token losses become one",
+        choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
+    )
+
+    # Machine and output
+    device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    backend: str = _option("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
+    out: str | None = _option(None, "folder for metrics, TensorBoard events, samples and the model")
+    tensorboard: bool = _option(True, "write TensorBoard events to OUT/tensorboard")
+    save_every: int = _option(0, "save the model every n steps; 0: only at the end", 0)
+    show_samples_every: int = _option(10, "show a table of answers every n steps; 0: never", 0)
+    quiet: bool = _option(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            _check(option.name, getattr(self, option.name), option)
+        rollout = self.prompts_per_step * self.samples_per_prompt
+        if rollout < self.minibatches:
+            raise UserError(
+                f"minibatches must be at most prompts_per_step * samples_per_prompt = {rollout}, got {self.minibatches}"
+            )
+
+
+def _check(name: str, value: Any, option: dataclasses.Field) -> None:
+    """Refuses a value of the wrong type, out of its range, or not among its choices."""
+    optional = "None" in str(option.type)
+    if value is None and optional:
+        return
+    kind = next(t for t in (bool, int, float, str) if t.__name__ in str(option.type).split(" |")[0] or option.type is t)
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not right or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name} must be of type {kind.__name__}{' or None' * optional}, got {value!r}")
+    low, high, choices = (option.metadata[key] for key in ("low", "high", "choices"))
+    if choices and value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"lie in [{low:g}, {high:g}]" if high is not None else f"be at least {low:g}"
+        raise UserError(f"{name} must {bounds}, got {value}")

@@ -1,0 +1,101 @@
+"""Reward: Python functions judge the answers, and their numbers become scores."""
+
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.errors import RewardError
+from ppo_fast.sample import Rollout
+
+RewardFunction = Callable[..., Sequence[Any]]
+"""f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
+
+`columns` are the data set's other columns, and `completion_ids`, the answers' tokens with their end token. A function
+that takes only some of them by name gets just those.
+"""
+
+
+def score(rollout: Rollout, functions: dict[str, RewardFunction], config: PPOConfig) -> tuple[Tensor, dict[str, float]]:
+    """The sum of all reward functions: scores [B], or [B, T] if one of them judges tokens, and each function's mean.
+
+    A number for a whole answer stands at the answer's last token. The sums are also noted in `rollout.scores`. Raises
+    RewardError, which names function and sample.
+    """
+    results = {name: call(function, name, rollout) for name, function in functions.items()}
+    means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
+    penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
+    everything = [*results.values(), penalties]
+    rollout.scores = [sum(_total(values[row]) for values in everything) for row in range(len(rollout))]
+    device = rollout.tokens.device
+    if all(isinstance(value, float) for values in everything for value in values):
+        return torch.tensor(everything, device=device).sum(0), means
+    scores = torch.zeros(len(rollout), rollout.answer_width)
+    for values in everything:
+        for row, value in enumerate(values):
+            if isinstance(value, float):
+                scores[row, rollout.answer_lengths[row] - 1] += value
+            else:
+                scores[row, : len(value)] += torch.tensor(value)
+    return scores.to(device), means
+
+
+def call(function: RewardFunction, name: str, rollout: Rollout) -> list[float | list[float]]:
+    """One reward function's judgement of every answer, checked."""
+    known = {"completion_ids": rollout.completion_ids, **rollout.columns}
+    prompts = known.pop("prompt")
+    parameters = inspect.signature(function).parameters.values()
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        known = {p.name: known[p.name] for p in parameters if p.name in known}
+    try:
+        values = function(prompts, rollout.completions, **known)
+    except Exception as error:  # user code: whatever it raises is reported with the place it came from
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        ) from error
+    return _checked(values, name, rollout)
+
+
+def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[float]]:
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    try:
+        values = list(values)
+    except TypeError:
+        raise RewardError(f"reward function {name!r} must return a list, got {type(values).__name__}") from None
+    if len(values) != len(rollout):
+        raise RewardError(f"reward function {name!r} returned {len(values)} values for {len(rollout)} answers")
+    checked: list[float | list[float]] = []
+    for row, value in enumerate(values):
+        where = f"reward function {name!r}, answer {row} ({rollout.completions[row]!r:.80})"
+        if isinstance(value, list | tuple | Tensor) and not (isinstance(value, Tensor) and value.ndim == 0):
+            expected = rollout.answer_lengths[row]
+            if len(value) != expected:
+                raise RewardError(
+                    f"{where}: {len(value)} values for {expected} tokens; give one number for the answer, or one for"
+                    " each of its tokens, the end token included"
+                )
+            checked.append([_number(x, where) for x in value])
+        else:
+            checked.append(_number(value, where))
+    return checked
+
+
+def _number(x: Any, where: str) -> float:
+    try:
+        number = float(x)
+    except (TypeError, ValueError):
+        raise RewardError(f"{where}: expected a number, got {x!r:.80}") from None
+    if not math.isfinite(number):
+        raise RewardError(f"{where}: expected a finite number, got {number}")
+    return number
+
+
+def _total(value: float | list[float]) -> float:
+    return value if isinstance(value, float) else sum(value)
