@@ -1,4 +1,4 @@
-"""The command line: ppo-fast train."""
+"""The command line: ppo-fast train, ppo-fast doctor."""
 
 import argparse
 import dataclasses
@@ -49,6 +49,8 @@ def build_parser() -> tuple[_Parser, _Parser]:
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
     for option in dataclasses.fields(PPOConfig):
         _add_option(train, option)
+    doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser, train
 
 
@@ -130,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, train_parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        train_parser.refuse_unknown(unknown)
+        (train_parser if arguments.command == "train" else parser).refuse_unknown(unknown)
+    if arguments.command == "doctor":
+        from ppo_fast import doctor
+
+        return doctor.main(as_json=arguments.json)
     try:
         train(arguments)
     except UserError as error:

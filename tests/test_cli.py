@@ -1,0 +1,132 @@
+"""The command line on real files: it trains, and each bad input gets one clear line instead of a traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from ppo_fast.cli import main
+
+REWARDS = """
+def length(prompts, completions, answer):
+    assert all(isinstance(a, str) for a in answer)
+    return [float(len(c)) for c in completions]
+
+def broken(prompts, completions):
+    return 1 / 0
+
+def too_few(prompts, completions):
+    return [0.0]
+
+def nan(prompts, completions):
+    return [float("nan")] * len(prompts)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    rows = [{"question": f"What is {i} + {i}?" * (1 + i % 3), "answer": str(2 * i)} for i in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def command(folder: Path, *more: str, **changed: str) -> list[str]:
+    options = {
+        "model": str(folder / "model"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "prompt-field": "question",
+        "reward": f"{folder / 'rewards.py'}:length",
+        "out": str(folder / "out"),
+        "total-steps": "2",
+        "prompts-per-step": "4",
+        "max-new-tokens": "6",
+        "minibatches": "2",
+        "epochs": "1",
+        "device": "cpu",
+    }
+    options.update(changed)
+    return ["train", *(part for name, value in options.items() for part in (f"--{name}", value)), *more]
+
+
+def test_train_on_a_jsonl_file_leaves_model_metrics_and_picture(folder, capsys):
+    assert main(command(folder)) == 0
+    out = folder / "out"
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in steps] == [1, 2]
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.vocab_size == 258
+    assert (out / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert "step 2/2" in shown
+    assert "answers in step 1" in shown
+    assert "learn" in shown
+
+
+def test_quiet_prints_nothing(folder, capfd):
+    assert main(command(folder, "--quiet")) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def write(folder: Path, text: str) -> dict[str, str]:
+    (folder / "bad.jsonl").write_text(text)
+    return {"prompts": str(folder / "bad.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: {"prompts": str(f / "absent.jsonl")}, "absent.jsonl: No such file"),
+        (lambda f: {"prompt-field": "text"}, "line 1: no field 'text'; the fields are 'question', 'answer'"),
+        (lambda f: write(f, '{"question": "a", "answer": "b"}\n{"question": }\n'), "bad.jsonl, line 2: malformed JSON"),
+        (lambda f: write(f, '{"question": ""}\n'), "bad.jsonl, line 1: the prompt is empty"),
+        (lambda f: {"model": str(f / "nowhere")}, "no config.json"),
+        (lambda f: {"reward": "no_such_module:f"}, "cannot import the reward 'no_such_module:f'"),
+        (lambda f: {"reward": f"{f / 'rewards.py'}:absent"}, "has no function 'absent'"),
+        (lambda f: {"reward": "rewards"}, "must be MODULE:FUNCTION"),
+        (lambda f: {"reward": f"{f / 'rewards.py'}:broken"}, "raised ZeroDivisionError: division by zero ("),
+        (lambda f: {"reward": f"{f / 'rewards.py'}:too_few"}, "returned 1 values for 4 answers"),
+        (lambda f: {"reward": f"{f / 'rewards.py'}:nan"}, "expected a finite number, got nan"),
+        (lambda f: {"model": str(save_tiny_model(f / "nopad", pad=False))}, "has no pad token"),
+        (lambda f: {"gamma": "2"}, "gamma must lie in [0, 1], got 2.0"),
+        (lambda f: {"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        (lambda f: {"out": str(f / "prompts.jsonl" / "x")}, "cannot write to"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(folder, capsys, change, message):
+    assert main(command(folder, **change(folder))) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("ppo-fast: error: ")
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_option_names_the_nearest(folder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(command(folder, "--epoch", "3"))
+    assert exit_.value.code == 2
+    assert "unknown option --epoch; did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(folder, capsys):
+    assert main(command(folder)) == 0
+    assert main(command(folder)) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(command(folder, "--overwrite")) == 0
+
+
+def test_a_pad_token_can_be_named(folder):
+    model = str(save_tiny_model(folder / "nopad", pad=False))
+    assert main([*command(folder, model=model), "--pad-token", "<end>"]) == 0
+
+
+def test_help_explains_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("--total-steps", "--kl-coef", "--missing-eos-penalty", "--clip-high", "--no-whiten-advantages"):
+        assert option in shown
+    assert "default: 0.05" in shown
