@@ -2,11 +2,14 @@
 token."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import ppo_fast as ppo
 from ppo_fast.errors import UserError
@@ -22,6 +25,18 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """transformers without its progress bars: a run has one of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_actor(folder: str | Path, *, pad_token: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in fp32 and its tokenizer, from a folder that `save_pretrained` wrote.
 
@@ -30,8 +45,9 @@ def load_actor(folder: str | Path, *, pad_token: str | None = None) -> tuple[Pre
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with no_loading_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
     if pad_token is not None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompts
 from ppo_fast.learn import Optimizer, cut, evaluate, learn
-from ppo_fast.models import Critic, check_tokenizer, frozen_copy, pick_device
+from ppo_fast.models import Critic, check_tokenizer, frozen_copy, no_loading_bars, pick_device
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, score
 from ppo_fast.sample import Rollout, drop_long_prompts, respond
@@ -123,12 +122,9 @@ class PPOTrainer:
         if self.config.out is None:
             return None
         folder = Path(self.config.out) / name
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # the run has a bar of its own
-        self.actor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if bars:
-            logging.enable_progress_bar()
+        with no_loading_bars():
+            self.actor.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
         return folder
 
 

@@ -96,7 +96,9 @@ def write(folder: Path, text: str) -> dict[str, str]:
     ],
 )
 def test_bad_input_gets_one_clear_line(folder, capsys, change, message):
-    assert main(command(folder, **change(folder))) == 1
+    arguments = command(folder, **change(folder))
+    capsys.readouterr()  # what making the input printed
+    assert main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("ppo-fast: error: ")

@@ -197,10 +197,8 @@ def test_saved_repetition_penalty_does_not_leak_into_sampling(actor):
 def test_answers_end_with_their_first_end_token_even_if_it_is_also_the_pad_token(actor):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    with torch.no_grad():
-        actor.lm_head.weight[256] = 3 * actor.lm_head.weight.abs().max()  # some answers end, some do not
-    rollout = respond(actor, tokenizer, ROWS * 5, config(temperature=2.0))
-    assert any(rollout.ended)
+    rollout = respond(actor, tokenizer, ROWS * 60, config())  # 1 token in 258 ends an answer
+    assert 0 < sum(rollout.ended) < len(rollout)
     for ids, ended in zip(rollout.completion_ids, rollout.ended, strict=True):
         assert (256 in ids) == ended
         assert ids.count(256) == int(ended)
@@ -235,7 +233,7 @@ def test_memory_does_not_grow_over_steps(actor):
     for _ in range(6):
         trainer.step()
         gc.collect()
-        counts.append(sum(x.numel() for x in gc.get_objects() if isinstance(x, torch.Tensor)))
+        counts.append(sum(x.numel() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)))
     assert counts[-1] <= 1.01 * counts[1]
 
 

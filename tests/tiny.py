@@ -28,8 +28,8 @@ def tiny_llama(vocab_size: int = 258, *, positions: int = 256, seed: int = 0, hi
         num_key_value_heads=2,
         max_position_embeddings=positions,
         bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
+        eos_token_id=256 if vocab_size > 256 else None,
+        pad_token_id=257 if vocab_size > 257 else None,
     )
     return LlamaForCausalLM(config).eval()
 
