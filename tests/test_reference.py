@@ -120,7 +120,7 @@ def test_kl_estimators_by_hand():
 
 
 def test_gae_by_hand():
-    """r = 1, 2; V = 3, 4; gamma = 0.5, lam = 0.5: delta_1 = 2 - 4 = -2, delta_0 = 1 + 2 - 3 = 0, A_0 = 0 - 0.5 = -0.5."""
+    """r = 1, 2; V = 3, 4; gamma = lam = 0.5: delta_1 = 2 - 4 = -2, delta_0 = 1 + 2 - 3 = 0, A_0 = 0 - 0.5 = -0.5."""
     advantages, returns = reference.gae(tensor(1.0, 2.0), tensor(3.0, 4.0), gamma=0.5, lam=0.5)
     torch.testing.assert_close(advantages, tensor(-0.5, -2.0))
     torch.testing.assert_close(returns, tensor(2.5, 2.0))
