@@ -373,3 +373,103 @@ def masked_whiten(
     scale = torch.where(count > 1, torch.rsqrt(variance + eps), 1)
     whitened = (kept - mean) * scale + (0 if shift_mean else mean)
     return torch.where(counted, whitened, 0)
+
+
+def rlhf_advantages(
+    scores: Tensor,  # [B] or [B, T]
+    logprobs: Tensor,  # [B, T]
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    score_clip: float | None = None,
+    reward_at: str = "last",
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    bootstrap: Tensor | None = None,
+    whiten: bool = True,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """shape_rewards, gae and masked_whiten in a row: advantages, returns, rewards, KL, and statistics.
+
+    With "after_last" the score's slot counts as a step of gae and so has a return, but no token was chosen there: it is
+    no part of the whitening, and its advantage is 0. score_mean and reward_mean: per sequence that has a counted step,
+    scores before the clip, rewards summed over its steps. kl_mean: per counted token. return_mean: per step of gae.
+    advantage_mean and advantage_std (unbiased or not, as asked): per counted token, before whitening.
+    """
+    rewards, kl, *longer = shape_rewards(
+        scores,
+        logprobs,
+        ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        score_clip=score_clip,
+        reward_at=reward_at,
+    )
+    counted = mask.bool()
+    steps = longer[0] if longer else counted
+    raw, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
+    raw = torch.where(counted, raw, 0)
+    advantages = masked_whiten(raw, counted, shift_mean=shift_mean, unbiased=unbiased, eps=eps) if whiten else raw
+    count, rows = counted.sum().clamp(min=1), counted.any(-1)
+    mean = raw.sum() / count
+    squares = torch.where(counted, raw - mean, 0).square().sum()
+    score = torch.where(rows if scores.ndim == 1 else counted, scores, 0)
+    stats = {
+        "score_mean": score.sum() / rows.sum().clamp(min=1),
+        "reward_mean": rewards.sum() / rows.sum().clamp(min=1),
+        "kl_mean": kl.sum() / count,
+        "return_mean": returns.sum() / steps.sum().clamp(min=1),
+        "advantage_mean": mean,
+        "advantage_std": (squares / (counted.sum() - int(unbiased)).clamp(min=1)).sqrt(),
+    }
+    return advantages, returns, rewards, kl, stats
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...]
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """token_logprobs of linear_logits. Masked rows of `hidden` are zeroed before the product: 0 * NaN is NaN."""
+    counted = _counted(mask, tokens)
+    kept = torch.where(counted.unsqueeze(-1), hidden, 0)
+    logits = linear_logits(kept, weight, bias, softcap=softcap, logit_scale=logit_scale)
+    return token_logprobs(logits, tokens, counted, temperature=temperature, with_entropy=with_entropy)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,  # [..., T, D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [..., T]
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    **policy_options,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """policy_loss of linear_logprobs: loss, statistics, and per token log-probability and entropy, detached.
+
+    old_logprobs=None: the log-probabilities themselves, detached, so that every ratio is 1.
+    """
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    logprobs, entropy = linear_logprobs(hidden, weight, tokens, mask, with_entropy=True, **head)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    loss, stats = policy_loss(logprobs, old, advantages, mask, entropy=entropy, **policy_options)
+    return loss, stats, logprobs.detach(), entropy.detach()

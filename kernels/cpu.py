@@ -1,0 +1,278 @@
+"""Scans over time compiled by numba for a CPU: what eager_advantages.py uses where numba is installed.
+
+Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t (see eager_advantages.py). The kernels
+are C callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
+fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. Compiling takes about half a
+second, once per machine: the machine code is cached on disk where a cache directory can be written.
+
+Bytes: every input is read once and both outputs are written once.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numba
+import torch
+from numba import types
+from torch import Tensor
+
+# Bits of `options`: which of the optional tensors are there.
+_MASK, _TERMINATED, _TRUNCATED, _BOOTSTRAP, _GAMMAS, _LAMS, _PACKED = (1 << bit for bit in range(7))
+_STEPS_PER_THREAD = 1 << 16  # about 0.15 ms of work; starting a thread takes 0.05 ms
+_BLOCK = 1024  # columns at a time, so that the scratch stays in the first-level cache
+_FEW_ROWS = 8  # below this the loop over rows is too short to be vectorised
+
+
+def _scan_rows(
+    rewards: Any,  # (rows, T) with the strides below; (total,) if packed
+    values: Any,
+    mask: Any,
+    terminated: Any,
+    truncated: Any,
+    final_values: Any,
+    advantages: Any,
+    returns: Any,
+    bootstrap: Any,  # (rows,)
+    gammas: Any,  # (rows,)
+    lams: Any,  # (rows,)
+    cu_seqlens: Any,  # (rows + 1,)
+    state: Any,  # this and the next are for _scan_columns
+    incoming: Any,
+    gamma: float,
+    lam: float,
+    T: int,
+    first_row: int,
+    last_row: int,
+    options: int,
+    r_row: int,
+    r_step: int,
+    v_row: int,
+    v_step: int,
+    m_row: int,
+    m_step: int,
+    e_row: int,
+    e_step: int,
+    c_row: int,
+    c_step: int,
+    f_row: int,
+    f_step: int,
+    o_row: int,
+    o_step: int,
+) -> None:
+    """One row after the other, backwards in time: for rows that are contiguous, few, or packed."""
+    zero = gamma - gamma  # of the kernel's float type
+    for row in range(first_row, last_row):
+        g, decay = gamma, lam
+        if options & _GAMMAS:
+            g = gammas[row]
+        if options & _LAMS:
+            decay = lams[row]
+        decay = g * decay
+        place, start, stop = row, 0, T
+        if options & _PACKED:
+            place, start, stop = 0, cu_seqlens[row], cu_seqlens[row + 1]
+        s = zero
+        if options & _BOOTSTRAP:
+            s = g * bootstrap[row]
+        for t in range(stop - 1, start - 1, -1):
+            counted = True
+            if options & _MASK:
+                counted = mask[place * m_row + t * m_step] != 0
+            cut, end_value = False, zero
+            if options & _TRUNCATED:
+                if truncated[place * c_row + t * c_step] != 0:
+                    cut, end_value = True, g * final_values[place * f_row + t * f_step]
+            if options & _TERMINATED:
+                if terminated[place * e_row + t * e_step] != 0:
+                    cut, end_value = True, zero
+            r, v = rewards[place * r_row + t * r_step], values[place * v_row + t * v_step]
+            following = end_value if cut else s
+            out = place * o_row + t * o_step
+            advantages[out] = (r - v) + following if counted else zero
+            returns[out] = r + following if counted else zero
+            # Written so that only one multiply-add depends on the step before.
+            s_here = (g * v + decay * (r - v)) + (decay * end_value if cut else decay * s)
+            s = s_here if counted else s
+
+
+def _scan_columns(
+    rewards: Any,
+    values: Any,
+    mask: Any,
+    terminated: Any,
+    truncated: Any,
+    final_values: Any,
+    advantages: Any,
+    returns: Any,
+    bootstrap: Any,
+    gammas: Any,
+    lams: Any,
+    cu_seqlens: Any,  # unused: packed rows are never time-major
+    state: Any,  # (_BLOCK,) scratch: s_t
+    incoming: Any,  # (_BLOCK,) scratch: what stands for s_{t + 1} after the cuts, then s_t of a counted step
+    gamma: float,
+    lam: float,
+    T: int,
+    first_row: int,
+    last_row: int,
+    options: int,
+    r_row: int,
+    r_step: int,
+    v_row: int,
+    v_step: int,
+    m_row: int,
+    m_step: int,
+    e_row: int,
+    e_step: int,
+    c_row: int,
+    c_step: int,
+    f_row: int,
+    f_step: int,
+    o_row: int,
+    o_step: int,
+) -> None:
+    """All rows of a block at each step: for time-major tensors, where neighbouring rows are neighbours in memory.
+
+    Short loops with few arrays each: LLVM gives up vectorising a loop with too many pointers that may overlap.
+    """
+    zero = gamma - gamma
+    for low in range(first_row, last_row, _BLOCK):
+        high = min(low + _BLOCK, last_row)
+        width = high - low
+        for n in range(width):
+            state[n] = zero
+        if options & _BOOTSTRAP:
+            for n in range(width):
+                state[n] = (gammas[low + n] if options & _GAMMAS else gamma) * bootstrap[low + n]
+        for back in range(T):
+            t = (T - 1 - back) ^ (options >> 8)
+            for n in range(width):
+                incoming[n] = state[n]
+            if options & _TRUNCATED:
+                for n in range(low, high):
+                    if truncated[n * c_row + t * c_step] != 0:
+                        g = gammas[n] if options & _GAMMAS else gamma
+                        incoming[n - low] = g * final_values[n * f_row + t * f_step]
+            if options & _TERMINATED:
+                for n in range(width):
+                    ended = terminated[(low + n) * e_row + t * e_step] != 0
+                    incoming[n] = zero if ended else incoming[n]
+            for n in range(width):
+                v, r = values[(low + n) * v_row + t * v_step], rewards[(low + n) * r_row + t * r_step]
+                advantages[(low + n) * o_row + t * o_step] = (r - v) + incoming[n]
+            for n in range(width):
+                r = rewards[(low + n) * r_row + t * r_step]
+                returns[(low + n) * o_row + t * o_step] = r + incoming[n]
+            for n in range(width):
+                g = gammas[low + n] if options & _GAMMAS else gamma
+                decay = g * (lams[low + n] if options & _LAMS else lam)
+                v, advantage = values[(low + n) * v_row + t * v_step], advantages[(low + n) * o_row + t * o_step]
+                incoming[n] = g * v + decay * advantage
+            if options & _MASK:
+                for n in range(width):
+                    before, here = state[n], incoming[n]
+                    state[n] = here if mask[(low + n) * m_row + t * m_step] != 0 else before
+                for n in range(width):
+                    advantage = advantages[(low + n) * o_row + t * o_step]
+                    counted = mask[(low + n) * m_row + t * m_step] != 0
+                    advantages[(low + n) * o_row + t * o_step] = advantage if counted else zero
+                for n in range(width):
+                    value = returns[(low + n) * o_row + t * o_step]
+                    counted = mask[(low + n) * m_row + t * m_step] != 0
+                    returns[(low + n) * o_row + t * o_step] = value if counted else zero
+            else:
+                for n in range(width):
+                    state[n] = incoming[n]
+
+
+@lru_cache(maxsize=4)
+def _compiled(columns: bool, double: bool) -> tuple[Callable[..., None], Any]:
+    """The C function, and the numba object that keeps its machine code alive."""
+    real = types.float64 if double else types.float32
+    floats, flags = types.CPointer(real), types.CPointer(types.uint8)
+    pointers = (floats, floats, flags, flags, flags, *[floats] * 6, types.CPointer(types.int64), floats, floats)
+    signature = types.void(*pointers, real, real, *[types.int64] * 18)
+    body = _scan_columns if columns else _scan_rows
+    # "contract" only fuses a multiply with an add: NaN and infinity keep their meaning.
+    options = {"nopython": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        code = numba.cfunc(signature, cache=True, **options)(body)
+    except (RuntimeError, OSError):  # no directory that numba could write its cache to
+        code = numba.cfunc(signature, **options)(body)
+    c_real = ctypes.c_double if double else ctypes.c_float
+    c_types = [ctypes.c_void_p] * len(pointers) + [c_real] * 2 + [ctypes.c_int64] * 18
+    return ctypes.CFUNCTYPE(None, *c_types)(code.address), code
+
+
+def _shares(rows: int, steps: int, cu_seqlens: Tensor | None) -> list[int]:
+    """Boundaries of the row ranges, one range per thread, with about the same number of steps in each."""
+    workers = max(1, min(torch.get_num_threads(), rows, steps // _STEPS_PER_THREAD))
+    if workers == 1:
+        return [0, rows]
+    if cu_seqlens is None:
+        return [rows * i // workers for i in range(workers + 1)]
+    wanted = torch.tensor([steps * i // workers for i in range(1, workers)])
+    return [0, *torch.searchsorted(cu_seqlens[:-1], wanted).tolist(), rows]
+
+
+def gae(
+    rewards: Tensor,  # [rows, T], or [T, rows] if time is 0; any strides, fp32 or fp64; [1, total] with cu_seqlens
+    values: Tensor,  # of the same dtype, as are all floating tensors here
+    advantages: Tensor,  # outputs, with equal strides
+    returns: Tensor,
+    *,
+    gamma: float | Tensor,  # or [rows], contiguous
+    lam: float | Tensor,
+    mask: Tensor | None,  # bool or any 0/1 dtype, as the other flags
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,  # [rows], contiguous
+    final_values: Tensor | None,
+    cu_seqlens: Tensor | None,  # [S + 1] int64, contiguous
+    time: int,
+) -> None:
+    """Write advantages and returns, as eager_gae.py describes them. Every tensor is on the CPU."""
+    rows, T = rewards.shape[1 - time], rewards.shape[time]
+    steps = rows * T
+    options, pointers, strides, kept = 0, [], [], []
+    inputs = ((0, rewards), (0, values), (_MASK, mask), (_TERMINATED, terminated), (_TRUNCATED, truncated))
+    for bit, x in (*inputs, (0, final_values), (0, advantages), (0, returns)):
+        if x is None:
+            pointers.append(0)
+            strides += (0, 0)
+            continue
+        options |= bit
+        if bit and x.element_size() != 1:
+            x = x != 0
+            kept.append(x)  # its memory is in use until the call is over
+        pointers.append(x.data_ptr())
+        stride = x.stride()
+        strides += (stride[1 - time], stride[time])
+    for bit, x in ((_BOOTSTRAP, bootstrap), (_GAMMAS, gamma), (_LAMS, lam), (_PACKED, cu_seqlens)):
+        there = isinstance(x, Tensor)
+        options |= bit if there else 0
+        pointers.append(x.data_ptr() if there else 0)
+    if cu_seqlens is not None:
+        rows = len(cu_seqlens) - 1
+    columns = rows > _FEW_ROWS and strides[-2] == 1 and cu_seqlens is None
+    double = values.dtype == torch.float64
+    scan, _ = _compiled(columns, double)
+    scalars = (0.0 if options & _GAMMAS else gamma, 0.0 if options & _LAMS else lam, T)
+    shares = _shares(rows, steps, cu_seqlens)
+    workers, block_bytes = len(shares) - 1, _BLOCK * (8 if double else 4)
+    scratch = torch.empty(workers * 2 * block_bytes, dtype=torch.uint8) if columns else None
+    scratch_ptr = 0 if scratch is None else scratch.data_ptr()
+
+    def work(share: int) -> None:
+        state = scratch_ptr + 2 * share * block_bytes
+        scan(*pointers, state, state + block_bytes, *scalars, shares[share], shares[share + 1], options, *strides[:-2])
+
+    helpers = [threading.Thread(target=work, args=(share,)) for share in range(1, workers)]
+    for helper in helpers:
+        helper.start()
+    work(0)
+    for helper in helpers:
+        helper.join()

@@ -1,0 +1,344 @@
+"""linear_logprobs and linear_ppo_loss around their two backends: the order of the work, and autograd.
+
+linear_ppo_loss makes the gradients in its forward: a row's d loss / d logits needs that row's log-probability and
+entropy and what is known beforehand, except for the loss's divisor. So gradients are made without it, and backward
+multiplies them by (upstream gradient / divisor) on the device, out of place. linear_logprobs takes any upstream
+gradient, and so its backward makes the logits again: four products instead of three.
+
+A backend is its RowMath: what happens to a chunk of logits. linear_chunks.py cuts the chunks and multiplies matrices,
+linear_op.py has the public functions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.kernels.eager_loss import _scale as loss_scale
+from ppo_fast.kernels.linear_chunks import (
+    Gradients,
+    Head,
+    Plan,
+    Rows,
+    counted_rows,
+    differentiate,
+    for_each_chunk,
+    make_plan,
+    scaled,
+)
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors, stat_names
+
+# |d loss / d logits| / p where fp16 holds it: 2^12 below the largest number, for ratios and rare KL terms.
+_FP16_TARGET = 16.0
+
+
+class RowMath(NamedTuple):
+    """What a backend does with a chunk of logits [rows, V]. statistics: [4, rows], private except H [2] and logp [3]."""
+
+    name: str
+    native: Callable[[torch.device], bool]  # whether operands stay in fp16 or bf16
+    in_place: bool  # whether dlogits may be written over the logits
+    scratch_bytes: Callable[[Tensor, float | None], int]  # for a weight and a softcap
+    score: Callable[..., None]  # (logits, tokens, head, statistics, with_entropy)
+    policy: Callable[..., None]  # (logits, dlogits, tokens, tensors, share, options, head, statistics)
+    gradient: Callable[..., None]  # (logits, dlogits, tokens, g, h or None, head, statistics)
+    policy_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+class Settings(NamedTuple):
+    """The options that both operations have."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    chunk_bytes: int | None = None
+    logits_dtype: torch.dtype | None = None
+    num_counted: int | None = None
+
+
+class _Work(NamedTuple):
+    """What every pass over the chunks needs."""
+
+    hidden: Tensor  # [N, D]
+    head: Head
+    rows: Rows
+    plan: Plan
+    tokens: Tensor  # [n]
+
+
+def _prepare(
+    math_: RowMath,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    rows: Rows,
+    s: Settings,
+    needs: tuple[bool, ...],
+) -> _Work:
+    hidden, weight = hidden.detach().reshape(tokens.numel(), weight.shape[1]), weight.detach()
+    plan = make_plan(
+        hidden,
+        weight,
+        rows,
+        native=math_.native(hidden.device),
+        in_place=math_.in_place,
+        chunk_bytes=s.chunk_bytes,
+        logits_dtype=s.logits_dtype,
+        needs=needs,
+        scratch_bytes=math_.scratch_bytes(weight, s.softcap),
+    )
+    bias = None if bias is None else bias.detach().to(plan.arithmetic).contiguous()
+    head = Head(weight, bias, s.temperature, s.softcap, s.logit_scale, s.logits_dtype or plan.logits)
+    return _Work(hidden, head, rows, plan, rows.take(tokens, torch.int64))
+
+
+def _score(math_: RowMath, work: _Work, with_entropy: bool) -> Tensor:
+    """Statistics [4, n]; one product."""
+    statistics = torch.empty(4, work.rows.count, dtype=work.plan.arithmetic, device=work.hidden.device)
+
+    def row_math(logits: Tensor, part: slice) -> None:
+        math_.score(logits, work.tokens[part], work.head, statistics[:, part], with_entropy)
+
+    for_each_chunk(work.hidden, work.head, work.rows, work.plan, row_math)
+    return statistics
+
+
+def _power_of_two(bound: Tensor) -> Tensor:
+    """What brings a number of the size of `bound` near _FP16_TARGET, without rounding anything."""
+    return torch.exp2(torch.log2(_FP16_TARGET / bound.clamp(min=1e-30)).floor())
+
+
+def _weighting(work: _Work, t: LossTensors, o: LossOptions) -> tuple[Tensor | None, Tensor]:
+    """Factors [n] of the terms, or None for 1, of the order of 1; and 1 / divisor of the loss that goes with them."""
+    dtype, device = work.plan.arithmetic, work.hidden.device
+    scale = loss_scale(t.mask, t.advantages, t.cu_seqlens, o, dtype)
+    inverse = torch.ones((), dtype=dtype, device=device) / scale.normaliser
+    share = None
+    if isinstance(scale.share, Tensor):
+        share = work.rows.take(scale.share.expand(t.advantages.shape), dtype)
+        mean = share.mean()
+        share, inverse = share / mean, inverse * mean
+    elif scale.share is not None:
+        inverse = inverse * scale.share
+    if work.plan.operand == torch.float16 and work.rows.count:
+        size = work.rows.take(t.advantages, dtype)
+        size = size if t.weights is None else size * work.rows.take(t.weights, dtype)
+        size = size if share is None else size * share
+        bound = size.abs().amax() + abs(o.entropy_coef) * math.log(len(work.head.weight)) + abs(o.kl_coef)
+        factor = _power_of_two(bound)
+        share = factor.expand(work.rows.count) if share is None else share * factor
+        inverse = inverse / factor
+    if work.rows.wrong is not None:
+        inverse = inverse.masked_fill(work.rows.wrong, math.nan)
+    return (None if share is None else share.contiguous()), inverse
+
+
+class _PPOResult(NamedTuple):
+    loss: Tensor
+    stats: dict[str, Tensor]
+    logprobs: Tensor
+    entropy: Tensor
+    gradients: Gradients
+    inverse: Tensor | None  # what the gradients lack
+    index: Tensor | None  # of the rows in gradients.hidden
+
+
+def ppo_forward(
+    math_: RowMath,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    t: LossTensors,
+    o: LossOptions,
+    s: Settings,
+    needs: tuple[bool, ...],
+) -> _PPOResult:
+    rows = counted_rows(t.mask, s.num_counted, tokens.numel())
+    work = _prepare(math_, hidden, weight, bias, tokens, rows, s, needs)
+    gradients, inverse = Gradients(None, None, None), None
+    if any(needs):
+        share, inverse = _weighting(work, t, o)
+        statistics = torch.empty(4, rows.count, dtype=work.plan.arithmetic, device=hidden.device)
+        names = ("old_logprobs", "advantages", "weights", "ref_logprobs")
+        given = {name: getattr(t, name) for name in names}
+        vectors = {name: rows.take(x, work.plan.arithmetic) for name, x in given.items() if x is not None}
+
+        def row_math(logits: Tensor, dlogits: Tensor, part: slice) -> None:
+            here = LossTensors(**{name: x[part] for name, x in vectors.items()})
+            factors = None if share is None else share[part]
+            math_.policy(logits, dlogits, work.tokens[part], here, factors, o, work.head, statistics[:, part])
+
+        gradients = differentiate(work.hidden, work.head, rows, work.plan, needs, row_math)
+    else:
+        statistics = _score(math_, work, True)
+    entropy, logprobs = (rows.spread(x, tokens.shape) for x in statistics[2:])
+    options = {name: x for name, x in o._asdict().items() if name not in ("value_coef", "value_clip")}
+    loss, stats = math_.policy_loss(
+        logprobs,
+        logprobs if t.old_logprobs is None else t.old_logprobs,
+        t.advantages,
+        t.mask,
+        entropy=entropy,
+        ref_logprobs=t.ref_logprobs,
+        weights=t.weights,
+        cu_seqlens=t.cu_seqlens,
+        **options,
+    )
+    return _PPOResult(loss, stats, logprobs, entropy, gradients, inverse, rows.index)
+
+
+def _hidden_gradient(
+    d: Tensor, scale: Tensor | None, index: Tensor | None, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    if index is None:
+        return scaled(d, scale, dtype).view(shape)
+    out = torch.zeros(shape, dtype=dtype, device=d.device)
+    out.view(-1, shape[-1]).index_copy_(0, index, scaled(d, scale, dtype))
+    return out
+
+
+def scaled_all(
+    d: Gradients, scale: Tensor | None, index: Tensor | None, likes: list[tuple[torch.Size, torch.dtype]]
+) -> list[Tensor | None]:
+    """The gradients of hidden, weight and bias, of the shapes and dtypes of their tensors."""
+    out: list[Tensor | None] = [None, None, None]
+    if d.hidden is not None:
+        out[0] = _hidden_gradient(d.hidden, scale, index, *likes[0])
+    for i in (1, 2):
+        if d[i] is not None:
+            out[i] = scaled(d[i], scale, likes[i][1])
+    return out
+
+
+def refuse_double_backward(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"create_graph=True: {name} has no second derivative; differentiate ppo_fast.kernels.reference.{name} instead"
+        )
+
+
+def likes(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else (x.shape, x.dtype) for x in tensors]
+
+
+def in_given_dtypes(x: Tensor) -> torch.autocast:
+    """The products below choose their dtypes themselves; autocast would cast their operands again."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class LinearPPO(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        t: LossTensors,
+        o: LossOptions,
+        s: Settings,
+        needs: tuple[bool, ...],
+        math_: RowMath,
+    ) -> tuple[Tensor, ...]:
+        with in_given_dtypes(hidden):
+            out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
+        ctx.save_for_backward(*out.gradients, out.inverse, out.index)
+        ctx.likes = likes(hidden, weight, bias)
+        rest = out.logprobs, out.entropy, *out.stats.values()
+        ctx.mark_non_differentiable(*rest)
+        return out.loss, *rest
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_ppo_loss")
+        *gradients, inverse, index = ctx.saved_tensors
+        return *scaled_all(Gradients(*gradients), grad_loss * inverse, index, ctx.likes), *[None] * 6
+
+
+def differentiate_logprobs(
+    math_: RowMath,
+    upstream: tuple[Tensor | None, Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    rows: Rows,
+    statistics: Tensor,
+    s: Settings,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """d loss / d hidden, weight and bias, from the gradients of logp and entropy."""
+    work = _prepare(math_, hidden, weight, bias, tokens, rows, s, needs)
+    dtype = work.plan.arithmetic
+    g, h = (None if x is None else rows.take(x, dtype) for x in upstream)
+    g = torch.zeros_like(statistics[0]) if g is None else g
+    scale = None
+    if work.plan.operand == torch.float16 and rows.count:
+        bound = g.abs().amax()
+        bound = bound if h is None else bound + h.abs().amax() * math.log(len(weight))
+        factor = _power_of_two(bound)
+        g, h, scale = g * factor, (None if h is None else h * factor), 1 / factor
+    if rows.wrong is not None:
+        scale = torch.where(rows.wrong, math.nan, 1.0 if scale is None else scale)
+
+    def row_math(logits: Tensor, dlogits: Tensor, part: slice) -> None:
+        slopes = g[part], None if h is None else h[part]
+        math_.gradient(logits, dlogits, work.tokens[part], *slopes, work.head, statistics[:, part])
+
+    with in_given_dtypes(hidden):
+        gradients = differentiate(work.hidden, work.head, rows, work.plan, needs, row_math)
+    return scaled_all(gradients, scale, rows.index, likes(hidden, weight, bias))
+
+
+def logprobs_forward(
+    math_: RowMath,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    s: Settings,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Rows]:
+    """logp, entropy, statistics [4, n] and the rows that these belong to."""
+    with in_given_dtypes(hidden):
+        rows = counted_rows(mask, s.num_counted, tokens.numel())
+        work = _prepare(math_, hidden, weight, bias, tokens, rows, s, (False,) * 3)
+        statistics = _score(math_, work, with_entropy)
+        entropy = rows.spread(statistics[2], tokens.shape) if with_entropy else None
+        return rows.spread(statistics[3], tokens.shape), entropy, statistics, rows
+
+
+class LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None,
+        s: Settings,
+        with_entropy: bool,
+        math_: RowMath,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
+        logprobs, entropy, statistics, rows = out
+        ctx.save_for_backward(hidden, weight, bias, tokens, rows.index, rows.wrong, statistics)
+        ctx.options = s, math_, rows.count
+        ctx.set_materialize_grads(False)
+        return (logprobs, entropy) if with_entropy else logprobs
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> tuple:
+        refuse_double_backward("linear_logprobs")
+        hidden, weight, bias, tokens, index, wrong, statistics = ctx.saved_tensors
+        s, math_, count = ctx.options
+        rows, needs = Rows(index, count, wrong), tuple(ctx.needs_input_grad[:3])
+        upstream = grad_logprobs, grad_entropy
+        out = differentiate_logprobs(math_, upstream, hidden, weight, bias, tokens, rows, statistics, s, needs)
+        return *out, *[None] * 5

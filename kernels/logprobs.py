@@ -1,0 +1,410 @@
+"""Log-probability of each token and entropy of its distribution, from logits: reference.token_logprobs in Triton.
+
+One program owns a few rows and walks them in blocks of columns with an online softmax (softmax_rows.py). At the end
+logp and H follow from top, s and w. Backward has a program per row and block of columns.
+
+Saved for backward, per row: logsumexp as the pair top, log2 s (so that logits of 1e4 keep their digits), H and logp.
+Bytes: forward reads the logits once; backward reads them once and writes the gradient once. A masked row is not read.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_fast.kernels.launch import Variant
+from ppo_fast.kernels.logprobs_op import allocate, make_backend, run
+from ppo_fast.kernels.softmax_rows import (
+    LN_2,
+    add_block,
+    column_offset,
+    finish_rows,
+    load_counted,
+    logit_gradient,
+    row_offset,
+    start_rows,
+    target_gradient,
+)
+
+# No argument is specialised on its value or alignment: what the code may assume is said by the constexprs alone.
+_FORWARD_ARGUMENTS = list(range(19))
+_BACKWARD_ARGUMENTS = list(range(24))
+
+
+@triton.jit(do_not_specialize=_FORWARD_ARGUMENTS)
+def _token_logprobs_fwd_kernel(
+    logits_ptr,  # (B, T, V), N = B T
+    tokens_ptr,  # (B, T) int64
+    mask_ptr,  # (B, T) bool; any address if not has_mask
+    logprobs_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32; any address if not has_entropy
+    statistics_ptr,  # (4, N) fp32: top, log2 s, H, logp
+    has_mask: tl.int32,
+    has_entropy: tl.int32,
+    scale: tl.float32,  # log2(e) / temperature
+    N: tl.int32,
+    T: tl.int32,
+    V: tl.int32,
+    logits_stride_b: tl.int64,
+    logits_stride_t: tl.int64,
+    logits_stride_v: tl.int64,
+    tokens_stride_b: tl.int64,
+    tokens_stride_t: tl.int64,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    UNIT: tl.constexpr,  # the layout, see _Layout
+    ALIGN: tl.constexpr,
+    V_MULTIPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    V = V // V_MULTIPLE * V_MULTIPLE
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    counted = load_counted(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
+    row_ptr = tl.multiple_of(logits_ptr + row_offset(row, T, logits_stride_b, logits_stride_t), ALIGN)
+    token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=counted, other=0)
+    in_vocabulary = counted & (token >= 0) & (token < V)
+    at_token = tl.load(row_ptr + token * logits_stride_v, mask=in_vocabulary, other=float("nan")).to(tl.float32)
+
+    columns = tl.arange(0, BLOCK)[None, :]
+    top, sums, moments = start_rows(ROWS, LANES)
+    whole_blocks = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, V // BLOCK, 0)
+    for block in range(0, whole_blocks):
+        column_ptr = row_ptr[:, None] + column_offset(block * BLOCK + columns, logits_stride_v, UNIT)
+        if ROWS == 1:
+            x = tl.load(column_ptr).to(tl.float32)
+        else:
+            x = tl.load(column_ptr, mask=counted[:, None], other=float("-inf")).to(tl.float32)
+        top, sums, moments = add_block(top, sums, moments, x, scale, ROWS, BLOCK, LANES)
+    if V % BLOCK > 0:
+        tail = V // BLOCK * BLOCK + columns
+        column_ptr = row_ptr[:, None] + column_offset(tail, logits_stride_v, UNIT)
+        x = tl.load(column_ptr, mask=counted[:, None] & (tail < V), other=float("-inf")).to(tl.float32)
+        top, sums, moments = add_block(top, sums, moments, x, scale, ROWS, BLOCK, LANES)
+
+    log_sum, entropy = finish_rows(sums, moments, ROWS, LANES)
+    logprobs = (tl.fma(at_token, scale, -top) - log_sum) * LN_2
+    tl.store(logprobs_ptr + row, tl.where(counted, logprobs, 0.0), mask=row < N)
+    tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0), mask=(row < N) & (has_entropy != 0))
+    row = row.to(tl.int64)
+    tl.store(statistics_ptr + row, top, mask=counted)
+    tl.store(statistics_ptr + row + N, log_sum, mask=counted)
+    tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 2, entropy, mask=counted)
+    tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 3, logprobs, mask=counted)
+
+
+@triton.jit(do_not_specialize=_BACKWARD_ARGUMENTS)
+def _token_logprobs_bwd_kernel(
+    grad_logprobs_ptr,  # (N,) fp32; any address if not has_grad_logprobs
+    grad_entropy_ptr,  # (N,) fp32; any address if not has_grad_entropy
+    logits_ptr,  # (B, T, V), N = B T
+    grad_ptr,  # (B, T, V); may be logits_ptr
+    tokens_ptr,  # (B, T) int64
+    mask_ptr,  # (B, T) bool; any address if not has_mask
+    statistics_ptr,  # (4, N) fp32: top, log2 s, H, logp
+    has_grad_logprobs: tl.int32,
+    has_grad_entropy: tl.int32,
+    has_mask: tl.int32,
+    scale: tl.float32,  # log2(e) / temperature
+    inverse_temperature: tl.float32,
+    N: tl.int32,
+    T: tl.int32,
+    V: tl.int32,
+    logits_stride_b: tl.int64,
+    logits_stride_t: tl.int64,
+    logits_stride_v: tl.int64,
+    grad_stride_b: tl.int64,
+    grad_stride_t: tl.int64,
+    grad_stride_v: tl.int64,
+    tokens_stride_b: tl.int64,
+    tokens_stride_t: tl.int64,
+    mask_stride_b: tl.int64,
+    mask_stride_t: tl.int64,
+    UNIT: tl.constexpr,  # the layout, see _Layout
+    ALIGN: tl.constexpr,
+    V_MULTIPLE: tl.constexpr,
+    PEEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    V = V // V_MULTIPLE * V_MULTIPLE
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    counted = load_counted(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
+    token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=counted, other=0)
+    g = tl.load(grad_logprobs_ptr + row, mask=counted & (has_grad_logprobs != 0), other=0.0) * inverse_temperature
+    h = tl.load(grad_entropy_ptr + row, mask=counted & (has_grad_entropy != 0), other=0.0) * inverse_temperature
+    out_of_vocabulary = (token < 0) | (token >= V)
+    g = tl.where(out_of_vocabulary & (has_grad_logprobs != 0), float("nan"), g)
+    statistic = statistics_ptr + row.to(tl.int64)
+    top = tl.load(statistic, mask=counted, other=0.0)
+    log_sum = tl.load(statistic + N, mask=counted, other=0.0)
+    entropy = tl.load(statistic + tl.cast(N, tl.int64) * 2, mask=counted, other=0.0)
+    logprobs = tl.load(statistic + tl.cast(N, tl.int64) * 3, mask=counted, other=0.0)
+    at_token = target_gradient(g, h, logprobs, entropy)
+
+    start = tl.program_id(1) * BLOCK
+    lane = start + tl.arange(0, BLOCK)[None, :]
+    logits_offset = row_offset(row, T, logits_stride_b, logits_stride_t)
+    grad_offset = row_offset(row, T, grad_stride_b, grad_stride_t)
+    column = lane
+    if PEEL > 1:
+        gap = logits_offset % PEEL  # the same for both: the launcher checks it
+        logits_offset -= gap
+        grad_offset -= gap
+        column = lane - gap.to(tl.int32)[:, None]
+    x_ptr = tl.multiple_of(logits_ptr + logits_offset, ALIGN)[:, None] + column_offset(lane, logits_stride_v, UNIT)
+    d_ptr = tl.multiple_of(grad_ptr + grad_offset, ALIGN)[:, None] + column_offset(lane, grad_stride_v, UNIT)
+    is_token = column == token[:, None]
+    if ROWS == 1 and (start >= PEEL - 1 and start + BLOCK <= V):
+        x = tl.load(x_ptr, mask=counted[:, None], other=0.0).to(tl.float32)
+        d = logit_gradient(x, is_token, at_token, g, h, top, log_sum, entropy, scale)
+        tl.store(d_ptr, d.to(grad_ptr.dtype.element_ty))
+    else:
+        inside = (column >= 0) & (column < V) & (row < N)[:, None]
+        x = tl.load(x_ptr, mask=inside & counted[:, None], other=0.0).to(tl.float32)
+        d = logit_gradient(x, is_token, at_token, g, h, top, log_sum, entropy, scale)
+        tl.store(d_ptr, d.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+class _Layout(NamedTuple):
+    """What a launch may assume of addresses: constexprs of both kernels."""
+
+    UNIT: bool  # neighbouring columns are neighbours in memory
+    ALIGN: int  # bytes; every row starts at a multiple of it
+    V_MULTIPLE: int  # V is a multiple of it
+    PEEL: int = 1  # backward steps back to a multiple of so many elements, so that odd rows too move 16 bytes at a time
+
+
+class _Tile(NamedTuple):
+    ROWS: int
+    BLOCK: int
+    LANES: int  # partial sums kept per row
+    num_warps: int
+
+
+# Largest V -> (forward, backward): many rows of a small vocabulary to a program, or one row of a large one in a loop.
+# Chosen by V only, so that a row's bits do not depend on N.
+_TILES = {
+    64: (_Tile(16, 64, 64, 4), _Tile(16, 64, 64, 4)),
+    1024: (_Tile(2, 1024, 1024, 4), _Tile(2, 1024, 1024, 4)),
+    2**31: (_Tile(1, 4096, 1024, 4), _Tile(1, 4096, 1024, 4)),
+}
+
+
+def _tiles(V: int) -> tuple[_Tile, _Tile]:
+    return next(tiles for largest, tiles in _TILES.items() if largest >= V)
+
+
+def _layouts(itemsize: int, tile: _Tile, *, backward: bool) -> dict[str, _Layout]:
+    """Every layout that a launch with this tile may choose, by name."""
+    vector = 16 // itemsize
+    layouts = {
+        "strided": _Layout(False, itemsize, 1),
+        "unit": _Layout(True, itemsize, 1),
+        "aligned": _Layout(True, 16, vector),
+    }
+    if tile.ROWS == 1:
+        layouts["rows_aligned"] = _Layout(True, 16, 1)
+        if backward:
+            layouts["peeled_aligned"] = _Layout(True, 16, 1, vector)
+    return layouts
+
+
+def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
+    """The layout of logits and, in backward, their gradient, each with its row strides."""
+    itemsize = operands[0][0].element_size()
+    layouts = _layouts(itemsize, tile, backward=len(operands) == 2)
+    if V > 1 and any(x.stride(-1) != 1 for x, _ in operands):
+        return layouts["strided"]
+    unit = layouts["unit"]
+    if any(x.data_ptr() % 16 for x, _ in operands):
+        return unit
+    if all(stride * itemsize % 16 == 0 for _, strides in operands for stride in strides):
+        return layouts["aligned"] if V * itemsize % 16 == 0 else layouts.get("rows_aligned", unit)
+    same_rows = all(strides == operands[0][1] for _, strides in operands)
+    return layouts.get("peeled_aligned", unit) if same_rows else unit
+
+
+_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+
+def variants() -> list[Variant]:
+    """Everything the launchers below may start, for the ahead-of-time gate."""
+    found = []
+    for dtype, pointer in _POINTERS.items():
+        itemsize = 4 if dtype == "float32" else 2
+        for forward, backward in _TILES.values():
+            for kind, kernel, tile in (
+                ("fwd", _token_logprobs_fwd_kernel, forward),
+                ("bwd", _token_logprobs_bwd_kernel, backward),
+            ):
+                for name, layout in _layouts(itemsize, tile, backward=kind == "bwd").items():
+                    title = f"token_logprobs {kind} {dtype} {tile.ROWS}x{tile.BLOCK} {name}"
+                    constexprs = _constexprs(tile, layout, kernel)
+                    types = _types(kernel, pointer)
+                    found.append(Variant(title, kernel, types, constexprs, tile.num_warps))
+    return found
+
+
+def _constexprs(tile: _Tile, layout: _Layout, kernel: triton.JITFunction) -> dict[str, int]:
+    values = tile._asdict() | layout._asdict()
+    return {name: values[name] for name in kernel.arg_names if name in values}
+
+
+def _types(kernel: triton.JITFunction, logits_pointer: str) -> dict[str, str]:
+    """Argument -> type, from the kernel's own names."""
+    special = {"logits_ptr": logits_pointer, "grad_ptr": logits_pointer, "tokens_ptr": "*i64", "mask_ptr": "*i1"}
+    special |= {"scale": "fp32", "inverse_temperature": "fp32"}
+    types = {}
+    for name in kernel.arg_names:
+        if name.islower() or name in ("N", "T", "V"):
+            default = "*fp32" if name.endswith("_ptr") else "i64" if "_stride_" in name else "i32"
+            types[name] = special.get(name, default)
+    return types
+
+
+class _Rows(NamedTuple):
+    """The operands of a launch, whose leading dimensions merge into two: [B, T]."""
+
+    tensors: tuple[Tensor, ...]
+    T: int
+    strides: list[tuple[int, int]]  # of b and t, per operand
+
+
+def _merge(shape: torch.Size, strides: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Leading dimensions merged as far as every operand allows: sizes, and per dimension each operand's stride."""
+    sizes: list[int] = []
+    merged: list[tuple[int, ...]] = []
+    for i, size in enumerate(shape):
+        here = tuple(stride[i] for stride in strides)
+        if size == 1:
+            continue
+        if sizes and all(before == now * size for before, now in zip(merged[-1], here, strict=True)):
+            sizes[-1], merged[-1] = sizes[-1] * size, here
+        else:
+            sizes, merged = [*sizes, size], [*merged, here]
+    return sizes, merged
+
+
+def _rows(logits: Tensor, tokens: Tensor, mask: Tensor, *grad: Tensor) -> _Rows:
+    """A view of the operands as [B, T] rows. Only logits with three unmergeable leading dimensions are copied."""
+    for tensors in (
+        (logits, tokens, mask, *grad),
+        (logits, tokens.contiguous(), mask.contiguous(), *grad),
+        (logits.contiguous(), tokens.contiguous(), mask.contiguous(), *(x.contiguous() for x in grad)),
+    ):
+        sizes, merged = _merge(tokens.shape, [x.stride()[: tokens.ndim] for x in tensors])
+        if len(sizes) <= 2:
+            break
+    sizes, merged = [1, 1, *sizes][-2:], [(0,) * len(tensors)] * (2 - len(sizes)) + merged
+    return _Rows(tensors, sizes[1], list(zip(*merged, strict=True)))
+
+
+def _any_mask(mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """The mask, or an address that will not be read."""
+    return torch.empty((), dtype=torch.bool, device=tokens.device).expand(tokens.shape) if mask is None else mask
+
+
+def _forward(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, entropy, statistics = allocate(logits, tokens, with_entropy)
+    N, V = tokens.numel(), logits.shape[-1]
+    if N == 0:
+        return logprobs, entropy, statistics
+    rows = _rows(logits, tokens.to(torch.int64), _any_mask(mask, tokens))
+    logits, tokens, flags = rows.tensors
+    logits_strides, tokens_strides, mask_strides = rows.strides
+    tile = _tiles(V)[0]
+    layout = _layout(tile, V, [(logits, logits_strides)])
+    with torch.cuda.device_of(logits):
+        _token_logprobs_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
+            logits,
+            tokens,
+            flags,
+            logprobs,
+            entropy,
+            statistics,
+            int(mask is not None),
+            int(with_entropy),
+            math.log2(math.e) / temperature,
+            N,
+            rows.T,
+            V,
+            *logits_strides,
+            logits.stride(-1),
+            *tokens_strides,
+            *mask_strides,
+            **_constexprs(tile, layout, _token_logprobs_fwd_kernel),
+            num_warps=tile.num_warps,
+        )
+    return logprobs, entropy, statistics
+
+
+def _backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    statistics: Tensor,
+    temperature: float,
+    inplace: bool,
+) -> Tensor:
+    grad = logits if inplace else torch.empty_like(logits)
+    N, V = tokens.numel(), logits.shape[-1]
+    if grad.numel() == 0:
+        return grad
+    rows = _rows(logits, tokens.to(torch.int64), _any_mask(mask, tokens), grad)
+    logits, tokens, flags, target = rows.tensors
+    logits_strides, tokens_strides, mask_strides, grad_strides = rows.strides
+    tile = _tiles(V)[1]
+    layout = _layout(tile, V, [(logits, logits_strides), (target, grad_strides)])
+    with torch.cuda.device_of(logits):
+        _token_logprobs_bwd_kernel[(triton.cdiv(N, tile.ROWS), triton.cdiv(V + layout.PEEL - 1, tile.BLOCK))](
+            statistics if grad_logprobs is None else grad_logprobs.contiguous(),
+            statistics if grad_entropy is None else grad_entropy.contiguous(),
+            logits,
+            target,
+            tokens,
+            flags,
+            statistics,
+            int(grad_logprobs is not None),
+            int(grad_entropy is not None),
+            int(mask is not None),
+            math.log2(math.e) / temperature,
+            1 / temperature,
+            N,
+            rows.T,
+            V,
+            *logits_strides,
+            logits.stride(-1),
+            *grad_strides,
+            target.stride(-1),
+            *tokens_strides,
+            *mask_strides,
+            **_constexprs(tile, layout, _token_logprobs_bwd_kernel),
+            num_warps=tile.num_warps,
+        )
+    return grad if target is grad else grad.copy_(target)
+
+
+_BACKEND = make_backend("token_logprobs_triton", _forward, _backward)
+
+
+def token_logprobs(
+    logits: Tensor,  # [..., V] fp16, bf16 or fp32
+    tokens: Tensor,  # [...] integers
+    mask: Tensor | None = None,  # [...] bool
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """reference.token_logprobs; fp32 out. inplace_backward writes the gradient over the logits: see logprobs_op."""
+    options = {"temperature": temperature, "with_entropy": with_entropy, "inplace_backward": inplace_backward}
+    return run(_BACKEND, logits, tokens, mask, **options)

@@ -1,0 +1,191 @@
+"""policy_loss, value_loss and ppo_loss in front of their two backends: names and signatures, no arithmetic.
+
+A backend is one function, run(logprobs, entropy, values, tensors, options) -> (loss, statistics). logprobs is None for
+value_loss and values for policy_loss; gradients flow to these three arguments only, everything else is a constant, and
+there is no second derivative. reference.py says what is computed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+ALL_STATS = (
+    "policy_loss",
+    "approx_kl",
+    "clip_fraction",
+    "ratio_mean",
+    "ratio_max",
+    "dual_clip_fraction",
+    "entropy",
+    "ref_kl",
+    "value_loss",
+    "value_clip_fraction",
+)
+
+
+class LossTensors(NamedTuple):
+    """Everything that gets no gradient."""
+
+    old_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    value_mask: Tensor | None = None  # None is `mask`
+    cu_seqlens: Tensor | None = None
+
+
+class LossOptions(NamedTuple):
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    log_ratio_clamp: float = 20.0
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k2"
+    value_coef: float = 1.0
+    value_clip: float | None = None
+    aggregation: str = "token-mean"
+    denominator: float | Tensor | None = None
+    norm_length: float | None = None
+
+
+def stat_names(policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions) -> list[str]:
+    """The statistics that these inputs have, in the order in which both backends return them."""
+    ratios = (policy,) * 5
+    present = (*ratios, policy and o.dual_clip is not None, entropy, t.ref_logprobs is not None)
+    present += (value, value and o.value_clip is not None)
+    return [name for name, is_present in zip(ALL_STATS, present, strict=True) if is_present]
+
+
+def public_functions(
+    run: Callable[
+        [Tensor | None, Tensor | None, Tensor | None, LossTensors, LossOptions], tuple[Tensor, dict[str, Tensor]]
+    ],
+) -> tuple[Callable, Callable, Callable]:
+    """policy_loss, value_loss and ppo_loss of a backend, with the signatures of reference.py."""
+
+    def policy_loss(
+        logprobs: Tensor,  # [..., T]
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        *,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        log_ratio_clamp: float = 20.0,
+        entropy: Tensor | None = None,
+        entropy_coef: float = 0.0,
+        ref_logprobs: Tensor | None = None,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k2",
+        weights: Tensor | None = None,
+        aggregation: str = "token-mean",
+        denominator: float | Tensor | None = None,
+        norm_length: float | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """reference.policy_loss; gradients flow to `logprobs` and `entropy` only."""
+        return run(
+            logprobs,
+            entropy,
+            None,
+            LossTensors(
+                old_logprobs=old_logprobs,
+                advantages=advantages,
+                mask=mask,
+                weights=weights,
+                ref_logprobs=ref_logprobs,
+                cu_seqlens=cu_seqlens,
+            ),
+            LossOptions(
+                clip_low=clip_low,
+                clip_high=clip_high,
+                dual_clip=dual_clip,
+                log_ratio_clamp=log_ratio_clamp,
+                entropy_coef=entropy_coef,
+                kl_coef=kl_coef,
+                kl_estimator=kl_estimator,
+                aggregation=aggregation,
+                denominator=denominator,
+                norm_length=norm_length,
+            ),
+        )
+
+    def value_loss(
+        values: Tensor,  # [..., T]
+        old_values: Tensor | None,
+        returns: Tensor,
+        mask: Tensor | None = None,
+        *,
+        clip: float | None = 0.2,
+        aggregation: str = "token-mean",
+        denominator: float | Tensor | None = None,
+        norm_length: float | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """reference.value_loss; gradients flow to `values` only."""
+        return run(
+            None,
+            None,
+            values,
+            LossTensors(old_values=old_values, returns=returns, mask=mask, cu_seqlens=cu_seqlens),
+            LossOptions(value_clip=clip, aggregation=aggregation, denominator=denominator, norm_length=norm_length),
+        )
+
+    def ppo_loss(
+        logprobs: Tensor,  # [..., T]
+        values: Tensor,
+        old_logprobs: Tensor,
+        old_values: Tensor | None,
+        advantages: Tensor,
+        returns: Tensor,
+        mask: Tensor | None = None,
+        *,
+        value_coef: float = 0.5,
+        value_clip: float | None = 0.2,
+        value_mask: Tensor | None = None,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        log_ratio_clamp: float = 20.0,
+        entropy: Tensor | None = None,
+        entropy_coef: float = 0.0,
+        ref_logprobs: Tensor | None = None,
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k2",
+        weights: Tensor | None = None,
+        aggregation: str = "token-mean",
+        denominator: float | Tensor | None = None,
+        norm_length: float | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """reference.ppo_loss; gradients flow to `logprobs`, `values` and `entropy` only."""
+        return run(
+            logprobs,
+            entropy,
+            values,
+            LossTensors(
+                old_logprobs, advantages, mask, weights, ref_logprobs, old_values, returns, value_mask, cu_seqlens
+            ),
+            LossOptions(
+                clip_low,
+                clip_high,
+                dual_clip,
+                log_ratio_clamp,
+                entropy_coef,
+                kl_coef,
+                kl_estimator,
+                value_coef,
+                value_clip,
+                aggregation,
+                denominator,
+                norm_length,
+            ),
+        )
+
+    return policy_loss, value_loss, ppo_loss

@@ -1,0 +1,318 @@
+"""token_logprobs of both backends against fp64: values, gradients, hostile numbers and hostile tokens."""
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_error_at_most_twice_eager
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ppo_fast.kernels import eager_logprobs, logprobs, reference
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+BACKENDS = {"triton": logprobs.token_logprobs, "torch": eager_logprobs.token_logprobs}
+# Interpreted bf16 is not bf16, so the Triton kernels see it on a GPU only.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+# A block of columns is 64, 1024 or 4096 wide: one below, at and above each, and real vocabularies.
+VOCABULARIES = [1, 2, 64, 65, 127, 129, 1000, 1024, 1025, 4096, 4099, 50257]
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(params=list(BACKENDS))
+def token_logprobs(request: pytest.FixtureRequest):
+    return BACKENDS[request.param]
+
+
+def make(shape: tuple[int, ...], device: torch.device, *, scale: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator) * scale
+    tokens = torch.randint(0, shape[-1], shape[:-1], generator=generator)
+    return logits.to(device), tokens.to(device)
+
+
+def differentiate(function, logits: Tensor, tokens: Tensor, mask: Tensor | None = None, *, g=None, h=None, **options):
+    """logprobs, entropy and d(sum g logp + sum h H)/d logits; g or h None: that output is not used."""
+    logits = logits.detach().requires_grad_()
+    logp, entropy = function(logits, tokens, mask, with_entropy=True, **options)
+    outputs = [x for x, u in ((logp, g), (entropy, h)) if u is not None]
+    upstream = [u.to(x) for x, u in ((logp, g), (entropy, h)) if u is not None]
+    return logp.detach(), entropy.detach(), torch.autograd.grad(outputs, logits, upstream)[0]
+
+
+def reference_in(dtype: torch.dtype):
+    """The reference computed in `dtype`; its gradient comes back in the logits' own."""
+    return lambda logits, *args, **options: reference.token_logprobs(logits.to(dtype), *args, **options)
+
+
+def check(function, logits: Tensor, tokens: Tensor, mask: Tensor | None = None, **options) -> None:
+    """Values and the gradients of both outputs: an error of at most twice that of PyTorch computing in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    g, h = (torch.randn(tokens.shape, generator=generator).to(logits.device) for _ in range(2))
+    actual = differentiate(function, logits, tokens, mask, g=g, h=h, **options)
+    eager = differentiate(reference_in(torch.float32), logits, tokens, mask, g=g, h=h, **options)
+    truth = differentiate(reference.token_logprobs, logits.double(), tokens, mask, g=g, h=h, **options)
+    assert actual[0].dtype == actual[1].dtype == torch.float32
+    assert actual[2].dtype == logits.dtype
+    for name, a, e, t in zip(("logprobs", "entropy", "gradient"), actual, eager, truth, strict=True):
+        assert_error_at_most_twice_eager(a, e, t, name=name)
+
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_vocabulary_size_or_dtype_is_less_exact_than_eager(token_logprobs, device, V, dtype):
+    logits, tokens = make((2, 3, V), device)
+    mask = torch.tensor([[True, False, True], [True, True, False]], device=device)
+    check(token_logprobs, logits.to(dtype), tokens, mask, temperature=0.7)
+    check(token_logprobs, logits.to(dtype), tokens)
+
+
+def test_bf16_logits_lose_accuracy_in_the_torch_backend(device):
+    logits, tokens = make((4, 129), device)
+    check(eager_logprobs.token_logprobs, logits.bfloat16(), tokens, temperature=0.7)
+
+
+def test_two_logits_differ_from_the_hand_calculation(token_logprobs, device):
+    """z = (0, ln 3): p = (1/4, 3/4), H = ln 4 - (3/4) ln 3; d logp_0 = (3/4, -3/4); d H = p (H + log p) negated."""
+    logits = torch.tensor([[0.0, math.log(3)]], device=device)
+    tokens, one = torch.tensor([0], device=device), torch.ones(1, device=device)
+    logp, entropy, grad = differentiate(token_logprobs, logits, tokens, g=one)
+    h = math.log(4) - 0.75 * math.log(3)
+    torch.testing.assert_close(logp.cpu(), torch.tensor([-math.log(4)]))
+    torch.testing.assert_close(entropy.cpu(), torch.tensor([h]))
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[0.75, -0.75]]))
+    *_, grad = differentiate(token_logprobs, logits, tokens, h=one)
+    expected = torch.tensor([[-0.25 * (h - math.log(4)), -0.75 * (h + math.log(0.75))]])
+    torch.testing.assert_close(grad.cpu(), expected)
+
+
+def test_probabilities_of_all_tokens_do_not_add_up_to_one(token_logprobs, device):
+    logits, _ = make((1, 129), device)
+    every = token_logprobs(logits.expand(129, 129), torch.arange(129, device=device))
+    torch.testing.assert_close(every.exp().sum().cpu(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("V", [1, 63, 65, 127, 129, 1025, 4099])
+def test_all_negative_rows_meet_a_maximum_of_zero_or_padding_of_exp_0(token_logprobs, device, V):
+    """verl #2899, #7439, SkyRL #2141: the maximum began at 0, and padded columns added exp(0) each."""
+    logits, tokens = make((3, V), device)
+    check(token_logprobs, logits - 90, tokens)
+    shifted, plain = token_logprobs(logits - 64, tokens), token_logprobs(logits, tokens)
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=2e-5)  # x - 64 rounds x to 2^-18
+
+
+@pytest.mark.parametrize("V", [7, 129, 4099])
+def test_entropy_is_nan_when_a_logit_is_minus_inf(token_logprobs, device, V):
+    """trl #7221: 0 * -inf, in the value and in the gradient."""
+    logits, tokens = make((3, V), device)
+    logits[:, ::2] = -INF
+    tokens.fill_(1)
+    check(token_logprobs, logits, tokens, temperature=1.3)
+
+
+@pytest.mark.parametrize("columns", [slice(0, 4096), slice(4096, 8192), slice(8192, 9000), slice(1, 9000)])
+def test_a_whole_block_of_minus_inf_makes_nan(token_logprobs, device, columns):
+    logits, _ = make((2, 9000), device)
+    logits[:, columns] = -INF
+    tokens = logits.argmax(-1)
+    check(token_logprobs, logits, tokens)
+
+
+def test_minus_inf_at_the_target_is_not_minus_inf_or_spoils_the_gradient(token_logprobs, device):
+    logits, tokens = make((3, 129), device)
+    logits[torch.arange(3), tokens] = -INF
+    g = torch.ones(3, device=device)
+    logp, entropy, grad = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+    assert torch.equal(logp, torch.full_like(logp, -INF))
+    assert entropy.isfinite().all()
+    assert grad.isfinite().all()
+    truth = differentiate(reference.token_logprobs, logits.double(), tokens, h=g.double())[2]
+    truth = truth + torch.nn.functional.one_hot(tokens, 129) - logits.double().softmax(-1)
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, "all -inf"])
+def test_nan_or_inf_in_a_row_is_hidden_or_reaches_another_row(token_logprobs, device, bad):
+    """torch.log_softmax makes the whole row NaN; so do we, values and gradients, and no other row is touched."""
+    logits, tokens = make((3, 129), device)
+    if bad == "all -inf":
+        logits[1] = -INF
+    else:
+        logits[1, 100] = bad
+    g = torch.ones(3, device=device)
+    logp, entropy, grad = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+    assert logits.log_softmax(-1)[1].isnan().all()
+    for x in (logp, entropy, grad):
+        assert x[1].isnan().all()
+        assert x[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+def test_logits_of_ten_thousand_overflow(token_logprobs, device, temperature, offset):
+    logits, tokens = make((4, 1025), device)
+    logits[0] *= 3000
+    check(token_logprobs, logits + offset, tokens, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_target_probability_near_one_cancels_in_the_gradient(token_logprobs, device, dtype):
+    """Liger recomputes it for bf16: p rounded to the logits' dtype before p - 1 keeps no digit at 1 - p = 1e-4."""
+    logits, tokens = torch.zeros(1, 33, device=device, dtype=dtype), torch.zeros(1, dtype=torch.int64, device=device)
+    logits[0, 0] = math.log(32 / 1e-4)
+    expected = 1 - logits.double().softmax(-1)[0, 0].item()
+    grad = differentiate(token_logprobs, logits, tokens, g=torch.ones(1, device=device))[2]
+    # s = 1 + 1e-4 is a sum in fp32: some roundings to 2^-24, each 6e-4 of the result. fp16 adds 3e-4.
+    assert grad[0, 0].item() == pytest.approx(expected, rel=1e-2)
+
+
+def test_temperature_reaches_logprobs_but_not_entropy(token_logprobs, device):
+    """OpenRLHF #1319, trl #3169."""
+    logits, tokens = make((3, 129), device)
+    for hot, cold in zip(
+        token_logprobs(logits, tokens, temperature=2.5, with_entropy=True),
+        token_logprobs(logits / 2.5, tokens, with_entropy=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(hot, cold)
+
+
+def test_all_tokens_get_the_upstream_gradient_of_the_first(token_logprobs, device):
+    """Liger #1298, #680. Expanded and transposed upstream gradients too."""
+    logits, tokens = make((2, 3, 5), device)
+    g = torch.arange(1.0, 7.0, device=device).view(2, 3)
+    grad = differentiate(token_logprobs, logits, tokens, g=g)[2]
+    unit = differentiate(token_logprobs, logits, tokens, g=torch.ones_like(g))[2]
+    torch.testing.assert_close(grad, unit * g.unsqueeze(-1))
+    strided = g.t().contiguous().t()
+    assert torch.equal(differentiate(token_logprobs, logits, tokens, g=strided)[2], grad)
+    constant = torch.tensor(1.0, device=device).expand(2, 3)
+    assert torch.equal(differentiate(token_logprobs, logits, tokens, g=constant)[2], unit)
+
+
+@pytest.mark.parametrize("V", [5, 129, 4099])
+def test_the_gradient_of_one_output_needs_or_changes_the_other(token_logprobs, device, V):
+    logits, tokens = make((3, V), device)
+    g, h = (torch.randn(3, device=device) for _ in range(2))
+    both = differentiate(token_logprobs, logits, tokens, g=g, h=h)[2]
+    only_g = differentiate(token_logprobs, logits, tokens, g=g)[2]
+    only_h = differentiate(token_logprobs, logits, tokens, h=h)[2]
+    torch.testing.assert_close(only_g + only_h, both, rtol=1e-5, atol=1e-6)
+    x = logits.clone().requires_grad_()
+    alone = token_logprobs(x, tokens)
+    torch.testing.assert_close(torch.autograd.grad(alone, x, g)[0], only_g, rtol=1e-5, atol=1e-6)
+    with_entropy = token_logprobs(logits, tokens, with_entropy=True)[0]
+    torch.testing.assert_close(alone.detach(), with_entropy)
+
+
+def test_what_stands_at_a_masked_position_reaches_a_result(token_logprobs, device):
+    """NaN logits, tokens of -100 and 10^15, and NaN upstream: masked rows give 0 and a gradient of 0."""
+    logits, tokens = make((4, 129), device)
+    mask = torch.tensor([True, False, True, False], device=device)
+    g = torch.ones(4, device=device)
+    clean = differentiate(token_logprobs, logits, tokens, mask, g=g, h=g)
+    logits[~mask], g[~mask] = NAN, NAN
+    tokens[1], tokens[3] = -100, 10**15
+    dirty = differentiate(token_logprobs, logits, tokens, mask, g=g, h=g)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+        assert (b[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 129, -(2**40), 2**32 + 5, 10**15])
+def test_a_token_outside_the_vocabulary_is_read_from_elsewhere(token_logprobs, device, bad):
+    logits, tokens = make((3, 129), device)
+    g = torch.ones(3, device=device)
+    clean = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+    tokens[1] = bad
+    logp, entropy, grad = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+    assert logp[1].isnan()
+    assert grad[1].isnan().all()
+    assert torch.equal(entropy, clean[1])
+    assert torch.equal(logp[::2], clean[0][::2])
+    assert torch.equal(grad[::2], clean[2][::2])
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (7,), (1, 1, 7)])
+def test_an_empty_batch_or_a_single_row_has_the_wrong_shape(token_logprobs, device, shape):
+    logits, tokens = make(shape, device)
+    check(token_logprobs, logits, tokens)
+
+
+def test_everything_masked_has_no_graph_or_a_gradient(token_logprobs, device):
+    logits, tokens = make((3, 129), device)
+    nothing, g = torch.zeros(3, dtype=torch.bool, device=device), torch.ones(3, device=device)
+    for x in differentiate(token_logprobs, logits * NAN, tokens, nothing, g=g, h=g):
+        assert (x == 0).all()
+
+
+def test_double_backward_is_silently_wrong(token_logprobs, device):
+    logits, tokens = make((3, 129), device)
+    logp = token_logprobs(logits.requires_grad_(), tokens)
+    with pytest.raises(RuntimeError, match="token_logprobs has no double backward"):
+        torch.autograd.grad(logp.sum(), logits, create_graph=True)
+
+
+def test_fp64_logits_are_computed_in_fp32_by_the_torch_backend(device):
+    logits, tokens = make((2, 3, 17), device)
+    x = logits.double().requires_grad_()
+    mask = torch.rand(2, 3, device=device) < 0.7
+    for with_entropy in (False, True):
+        torch.autograd.gradcheck(
+            lambda x, e=with_entropy: eager_logprobs.token_logprobs(x, tokens, mask, temperature=0.7, with_entropy=e), x
+        )
+
+
+@pytest.mark.parametrize("V", [3, 129, 1030, 4099])
+def test_a_row_has_other_bits_alone_than_in_a_batch_of_64(token_logprobs, device, V):
+    """Also at other alignments, and with 16-byte loads or not."""
+    logits, tokens = make((64, V), device)
+    g, h = torch.randn(64, device=device), torch.randn(64, device=device)
+    batch = differentiate(token_logprobs, logits, tokens, g=g, h=h)
+    padded = torch.zeros(64, V + 1 + V % 2, device=device)[:, 1 : V + 1]
+    padded.copy_(logits)
+    for i in (0, 1, 31, 63):
+        row = slice(i, i + 1)
+        for alone in (logits[row], logits[row].clone(), padded[row]):
+            single = differentiate(token_logprobs, alone, tokens[row], g=g[row], h=h[row])
+            for a, b in zip(single, batch, strict=True):
+                assert torch.equal(a, b[row])
+
+
+def test_repeats_differ_in_bits(token_logprobs, device):
+    logits, tokens = make((5, 1030), device)
+    g = torch.randn(5, device=device)
+    first = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+    for _ in range(100 if "eager" in token_logprobs.__module__ or device.type == "cuda" else 5):  # 0.1 s interpreted
+        again = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    B, T = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    V = draw(st.one_of(st.integers(1, 70), st.sampled_from([1023, 1024, 1025, 4097])))
+    logits, tokens = make((B, T, V), torch.device("cpu"), scale=draw(st.sampled_from([0.0, 1.0, 30.0, 3000.0])))
+    logits = logits + draw(st.sampled_from([-1e4, 0.0, 1e3]))
+    if V > 1 and draw(st.booleans()):
+        holes = torch.rand(B, T, V, generator=torch.Generator().manual_seed(V)) < draw(st.sampled_from([0.1, 0.9]))
+        logits = logits.masked_fill(holes.scatter(-1, tokens.unsqueeze(-1), False), -INF)
+    if draw(st.booleans()):
+        logits, tokens = logits.transpose(0, 1), tokens.transpose(0, 1)
+    if draw(st.booleans()):
+        logits, tokens = logits[1:], tokens[1:]
+    if draw(st.booleans()):
+        logits = logits.half()
+    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(T)) < 0.6 if draw(st.booleans()) else None
+    return logits, tokens, mask, draw(st.sampled_from([0.3, 1.0, 4.0]))
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_some_mix_of_shape_stride_mask_and_value_is_less_exact_than_eager(backend, device, problem):
+    logits, tokens, mask, temperature = problem
+    mask = None if mask is None else mask.to(device)
+    check(BACKENDS[backend], logits.to(device), tokens.to(device), mask, temperature=temperature)
