@@ -16,6 +16,7 @@ from ppo_fast.kernels.linear_steps import (
     RowMath,
     Settings,
     differentiate_logprobs,
+    likes,
     logprobs_forward,
     ppo_forward,
     refuse_double_backward,

@@ -21,8 +21,8 @@ def _refuse_distributed(name: str, **tensors: Tensor | None) -> None:
             sharded = any(p.is_shard() for p in placements)
             kind = "vocabulary-parallel or otherwise sharded" if sharded and argument == "weight" else "distributed"
             raise TypeError(
-                f"{name}: {argument} is a {kind} DTensor with placements {tuple(placements)}, but must be a plain tensor:"
-                f" call it inside the forward of the FSDP2-wrapped module, where parameters are unsharded, or pass"
+                f"{name}: {argument} is a {kind} DTensor with placements {tuple(placements)}, but must be a plain"
+                f" tensor: call it in the forward of the FSDP2-wrapped module, where parameters are unsharded, or pass"
                 f" {argument}.full_tensor()"
             )
 

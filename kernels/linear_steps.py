@@ -28,14 +28,14 @@ from ppo_fast.kernels.linear_chunks import (
     make_plan,
     scaled,
 )
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors, stat_names
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors
 
 # |d loss / d logits| / p where fp16 holds it: 2^12 below the largest number, for ratios and rare KL terms.
 _FP16_TARGET = 16.0
 
 
 class RowMath(NamedTuple):
-    """What a backend does with a chunk of logits [rows, V]. statistics: [4, rows], private except H [2] and logp [3]."""
+    """What a backend does with a chunk of logits [rows, V]. statistics [4, rows]: private, but H [2] and logp [3]."""
 
     name: str
     native: Callable[[torch.device], bool]  # whether operands stay in fp16 or bf16
@@ -217,7 +217,7 @@ def scaled_all(
 def refuse_double_backward(name: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"create_graph=True: {name} has no second derivative; differentiate ppo_fast.kernels.reference.{name} instead"
+            f"create_graph=True: {name} has no second derivative; that of ppo_fast.kernels.reference.{name} has"
         )
 
 

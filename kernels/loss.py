@@ -30,8 +30,9 @@ from ppo_fast.kernels.loss_kernels import (
 )
 from ppo_fast.kernels.loss_op import ALL_STATS, LossOptions, LossTensors, public_functions, stat_names
 
-BLOCK, NUM_WARPS = 1024, 4  # steps of a program, 8 to a thread: 16 bytes of bf16
-SEQUENCE_BLOCK, SEQUENCE_WARPS = 512, 8  # of one that loops over a sequence: with more to a thread it spills
+# 4 steps to a thread, 2 in a loop over a sequence: with twice as many some architecture spills registers.
+BLOCK, NUM_WARPS = 512, 4
+SEQUENCE_BLOCK, SEQUENCE_WARPS = 512, 8
 REDUCE_BLOCK = 256
 _PAD, _COLUMNS = PAD.value, COLUMNS.value
 

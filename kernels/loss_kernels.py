@@ -265,7 +265,7 @@ def _share(mask, row, start, end, BLOCK: tl.constexpr):
         for first in range(start, end, BLOCK):
             column = first + tl.arange(0, BLOCK)
             count += tl.sum(_counted(mask, (row, column, column < end), False).to(tl.float32))
-    return 1.0 / tl.maximum(count, 1.0)
+    return tl.fdiv(1.0, tl.maximum(count, 1.0))
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

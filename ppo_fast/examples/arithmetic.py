@@ -39,7 +39,7 @@ CARELESS = 0.7  # how often the teacher forgets the carry
 SUPERVISED_STEPS = 400
 SUPERVISED_BATCH = 256
 SUPERVISED_LR = 4e-3
-GOOD_ENOUGH = 0.995  # of the validation problems, twice in a row: PPO stops early
+GOOD_ENOUGH = 0.99  # of the validation problems, twice in a row: PPO stops early
 ANSWER_TOKENS = 4  # three digits and the end token
 PROMPT_TOKENS = 6  # "12+34="
 
@@ -137,13 +137,14 @@ def ppo_config(seed: int, out: str, quiet: bool, device: str) -> PPOConfig:
         max_new_tokens=ANSWER_TOKENS,
         missing_eos_penalty=1.0,
         sample_batch_size=1024,
-        epochs=2,
+        epochs=4,
         minibatches=4,
         micro_batch_size=256,
-        lr=5e-4,
+        lr=1e-3,
         critic_lr=1e-3,
         warmup_ratio=0.05,
         kl_coef=0.0,
+        entropy_coef=0.02,
         seed=seed,
         out=out,
         quiet=quiet,
