@@ -1,10 +1,12 @@
 """linear_logprobs and linear_ppo_loss in plain PyTorch, for a CPU and any device without Triton.
 
-linear_chunks.py makes the logits of a chunk; here they become log-probabilities, entropies and d loss / d logits. A few
-rows at a time, so that they stay in cache, everything happens in place in the chunk's own buffer, with one more buffer
-for e^u, u = z - max z: the chunk travels from and to memory once.
+linear_chunks.py makes the logits z of a chunk; here they become log-probabilities, entropies and d loss / d logits. A
+few rows at a time, so that they stay in cache, and in place in the chunk's own buffer, with one buffer more for u = z -
+max z or e^u. The chunk is written once for that: without an entropy bonus d loss / d z_j = f (e^u_j - s 1[j = token]),
+s = sum e^u, and the factor f = -g / s, which takes the loss to know, is left to the products, on the side of hidden.
+With the bonus a second pass over the chunk makes d loss / d z.
 
-With a softcap a further buffer keeps t = tanh(raw / softcap): d z / d raw = logit_scale / temperature (1 - t^2).
+With a softcap, a further buffer keeps t = tanh(raw / softcap): d z / d raw = logit_scale / temperature (1 - t^2).
 """
 
 from collections.abc import Iterator
@@ -20,48 +22,45 @@ from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors
 
-# What is worked on at a time: on a CPU this and e^u fit its caches, elsewhere launches should not dominate.
-CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 2 << 20, 32 << 20
+# What is worked on at a time: on a CPU this and its copy fit the caches, elsewhere launches should not dominate.
+CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 20, 32 << 20
 
 
 def _block_rows(V: int, device: torch.device, itemsize: int) -> int:
-    return max(1, (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // (V * itemsize))
+    return max(2, (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // (V * itemsize))
 
 
 def _scratch_bytes(weight: Tensor, softcap: float | None) -> int:
-    itemsize, V = max(4, weight.dtype.itemsize), len(weight)
-    return (1 if softcap is None else 2) * _block_rows(V, weight.device, itemsize) * V * itemsize
+    itemsize, V, native = max(4, weight.dtype.itemsize), len(weight), weight.device.type != "cpu"
+    return (1 + native + (softcap is not None)) * _block_rows(V, weight.device, itemsize) * V * itemsize
 
 
 class _Block(NamedTuple):
-    """Some rows of a chunk: which, and memory for them."""
+    """Some rows of a chunk: which, and memory for them, [rows, V] in the dtype of the arithmetic."""
 
     part: slice
-    z: Tensor  # [rows, V] fp32; the chunk itself where that is fp32
-    e: Tensor
+    x: Tensor  # the chunk itself, or a copy
+    spare: Tensor
     t: Tensor | None  # with a softcap only
 
 
-def _blocks(logits: Tensor, head: Head) -> Iterator[_Block]:
-    """The rows of a chunk, and in `z` their logits after bias, scale, softcap and temperature."""
+def _blocks(logits: Tensor, head: Head, *, copy: bool) -> Iterator[_Block]:
     wide, (size, V) = torch.promote_types(logits.dtype, torch.float32), logits.shape
     rows = min(size, _block_rows(V, logits.device, wide.itemsize))
-    e, t, copy = (
+    spare, t, x_copy = (
         torch.empty(rows, V, dtype=wide, device=logits.device) if wanted else None
-        for wanted in (True, head.softcap is not None, logits.dtype != wide)
+        for wanted in (True, head.softcap is not None, copy)
     )
     for start in range(0, size, rows):
         part = slice(start, min(start + rows, size))
-        x, length = logits[part], part.stop - start
-        if copy is not None:
-            x = copy[:length].copy_(x)
-        block = _Block(part, x, e[:length], None if t is None else t[:length])
-        _finish_logits(block, head)
-        yield block
+        length = part.stop - start
+        x = logits[part] if x_copy is None else x_copy[:length].copy_(logits[part])
+        yield _Block(part, x, spare[:length], None if t is None else t[:length])
 
 
 def _finish_logits(block: _Block, head: Head) -> None:
-    x = block.z
+    """x becomes z: h W^T after bias, scale, softcap and temperature."""
+    x = block.x
     if head.logits_dtype != x.dtype:
         x.copy_(x.to(head.logits_dtype))
     if head.bias is not None:
@@ -77,63 +76,121 @@ def _finish_logits(block: _Block, head: Head) -> None:
         x.masked_fill_(dropped, -torch.inf)
 
 
-def _exponentials(block: _Block, head: Head, row_max: Tensor) -> None:
-    """z becomes u = z - max z, and e becomes e^u."""
-    block.z.sub_(row_max)
+def _shift(block: _Block, head: Head, row_max: Tensor, out: Tensor) -> None:
+    """u = z - max z. A bias may be -inf, and 0 * -inf is NaN."""
+    torch.sub(block.x, row_max.unsqueeze(1), out=out)
     if head.bias is not None:
-        block.z.clamp_(min=_NO_MASS)  # a bias may be -inf, and 0 * -inf is NaN
-    torch.exp(block.z, out=block.e)
+        out.clamp_(min=_NO_MASS)
 
 
-def _statistics(block: _Block, head: Head, tokens: Tensor, with_entropy: bool, out: Tensor) -> None:
-    """max z, log sum e, H and logp go to `out` [4, rows]; z becomes u, or u e^u with entropy."""
-    row_max = block.z.amax(-1, keepdim=True)
-    _exponentials(block, head, row_max)
-    at_token = _at_tokens(block.z, tokens)
-    total = _row_sum(block.e)
-    log_sum = total.log()
-    entropy = log_sum
-    if with_entropy:
-        entropy = log_sum - _row_sum(block.z.mul_(block.e)) / total
-    out.copy_(torch.cat((row_max, log_sum, entropy, at_token - log_sum), 1).T)
+def _bend(d: Tensor, block: _Block) -> None:
+    """d loss / d z times what the softcap lets through."""
+    if block.t is not None:
+        d.addcmul_(d, block.t.square_(), value=-1)
 
 
 def _at_tokens(u: Tensor, tokens: Tensor) -> Tensor:
-    """[rows, 1]; NaN for a token outside the vocabulary, which a CPU has refused before."""
-    V = u.shape[1]
-    if u.device.type == "cpu":
-        return u.gather(1, tokens.unsqueeze(1))
-    chosen = tokens.clamp(0, V - 1)
-    return u.gather(1, chosen.unsqueeze(1)).masked_fill_((chosen != tokens).unsqueeze(1), torch.nan)
+    """[rows]; NaN for a token outside the vocabulary, which a CPU has refused before."""
+    chosen = tokens.clamp(0, u.shape[1] - 1)
+    values = u.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    return values if u.device.type == "cpu" else values.masked_fill_(chosen != tokens, torch.nan)
 
 
-def _write_gradient(
-    block: _Block, head: Head, tokens: Tensor, g: Tensor, h: Tensor | None, statistics: Tensor, dlogits: Tensor
+def _put_at_tokens(x: Tensor, tokens: Tensor, values: Tensor) -> None:
+    x.scatter_(1, tokens.clamp(0, x.shape[1] - 1).unsqueeze(1), values.unsqueeze(1))
+
+
+def _measure(
+    logits: Tensor,
+    tokens: Tensor,
+    head: Head,
+    statistics: Tensor,  # [4, rows]: max z, log s, H, logp
+    *,
+    with_entropy: bool,
+    copy: bool,
+    exponentials: bool,
 ) -> None:
-    """d loss / d raw logits from e^u, u e^u in z (with h; else anything), g = d loss / d logp and h = d loss / d H."""
-    upstream = g * head.factor, None if h is None else h * head.factor
-    slope, offset, at_token, _ = _row_factors(*upstream, None, statistics, 1.0)
-    d = block.z
-    if h is None:
-        torch.mul(block.e, offset.unsqueeze(1), out=d)
-    else:
-        d.mul_(slope.unsqueeze(1)).addcmul_(block.e, offset.unsqueeze(1))
-    d.scatter_(1, tokens.clamp(0, d.shape[1] - 1).unsqueeze(1), at_token.unsqueeze(1))
-    if block.t is not None:
-        d.addcmul_(d, block.t.square_(), value=-1)
-    if d.data_ptr() != dlogits.data_ptr():
-        dlogits.copy_(d)
+    """The statistics. The chunk becomes u, or e^u - s 1[j = token] if `exponentials`; or stays as it is if `copy`."""
+    row_max, total, moment, at_token = statistics
+    for block in _blocks(logits, head, copy=copy):
+        rows = block.part
+        _finish_logits(block, head)
+        torch.amax(block.x, -1, out=row_max[rows])
+        u, e = (block.spare, block.x) if exponentials else (block.x, block.spare)
+        _shift(block, head, row_max[rows], u)
+        at_token[rows] = _at_tokens(u, tokens[rows])
+        torch.exp(u, out=e)
+        total[rows] = _row_sum(e).squeeze(1)
+        if with_entropy:
+            product = block.spare.mul_(block.x)
+            moment[rows] = _row_sum(product).squeeze(1)
+        if exponentials:
+            _put_at_tokens(e, tokens[rows], at_token[rows].exp() - total[rows])
+            _bend(e, block)
+    log_sum = total.log()
+    if with_entropy:
+        torch.sub(log_sum, moment / total, out=moment)
+    at_token.sub_(log_sum)
+    total.copy_(log_sum)
 
 
 def _score(logits: Tensor, tokens: Tensor, head: Head, statistics: Tensor, with_entropy: bool) -> None:
-    for block in _blocks(logits, head):
-        _statistics(block, head, tokens[block.part], with_entropy, statistics[:, block.part])
+    copy = logits.dtype != statistics.dtype
+    _measure(logits, tokens, head, statistics, with_entropy=with_entropy, copy=copy, exponentials=False)
+
+
+def _gradient(
+    logits: Tensor,
+    dlogits: Tensor,
+    tokens: Tensor,
+    g: Tensor,  # d loss / d logp
+    h: Tensor | None,  # d loss / d H
+    head: Head,
+    statistics: Tensor,
+) -> Tensor | None:
+    """d loss / d logits from logits, with statistics that are known."""
+    in_place = logits.data_ptr() == dlogits.data_ptr()
+    for block in _blocks(logits, head, copy=not in_place):
+        _finish_logits(block, head)
+        _shift(block, head, statistics[0, block.part], block.x)
+        if h is None and in_place:
+            torch.exp(block.x, out=block.x)
+            _put_at_tokens(block.x, tokens[block.part], _less_sum(statistics[:, block.part]))
+            _bend(block.x, block)
+        else:
+            _differentiate(block, tokens, g, h, head, statistics)
+        if not in_place:
+            dlogits[block.part].copy_(block.x)
+    return _factor(g, head, statistics) if h is None and in_place else None
+
+
+def _less_sum(statistics: Tensor) -> Tensor:
+    """e^u - s at the token, as s (p - 1): from logp, since the difference would cancel where p is nearly 1."""
+    return statistics[1].exp() * statistics[3].expm1()
+
+
+def _factor(g: Tensor, head: Head, statistics: Tensor) -> Tensor:
+    return -head.factor * g * torch.exp(-statistics[1])
+
+
+def _differentiate(block: _Block, tokens: Tensor, g: Tensor, h: Tensor | None, head: Head, statistics: Tensor) -> None:
+    """x = u becomes d loss / d raw logits."""
+    rows = block.part
+    upstream = g[rows] * head.factor, None if h is None else h[rows] * head.factor
+    slope, offset, at_token, _ = _row_factors(*upstream, None, statistics[:, rows], 1.0)
+    e = torch.exp(block.x, out=block.spare)
+    if h is None:
+        torch.mul(e, offset.unsqueeze(1), out=block.x)
+    else:
+        block.x.mul_(slope.unsqueeze(1)).add_(offset.unsqueeze(1)).mul_(e)
+    _put_at_tokens(block.x, tokens[rows], at_token)
+    _bend(block.x, block)
 
 
 def _policy_slopes(
     logprobs: Tensor, t: LossTensors, share: Tensor | None, o: LossOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """d loss / d logp and d loss / d H of some rows, without the divisor of the loss."""
+    """d loss / d logp and d loss / d H, without the divisor of the loss."""
     if t.old_logprobs is None:
         t = t._replace(old_logprobs=logprobs)
     _, slope = eager_loss._surrogate(logprobs, t, o, {}, logprobs.dtype, True)
@@ -155,31 +212,22 @@ def _policy(
     o: LossOptions,
     head: Head,
     statistics: Tensor,
-) -> None:
-    for block in _blocks(logits, head):
-        rows = block.part
-        _statistics(block, head, tokens[rows], True, statistics[:, rows])
-        here = LossTensors(*(None if x is None else x[rows] for x in t))
-        g, h = _policy_slopes(statistics[3, rows], here, None if share is None else share[rows], o)
-        _write_gradient(block, head, tokens[rows], g, h, statistics[:, rows], dlogits[rows])
-
-
-def _gradient(
-    logits: Tensor,
-    dlogits: Tensor,
-    tokens: Tensor,
-    g: Tensor,
-    h: Tensor | None,
-    head: Head,
-    statistics: Tensor,
-) -> None:
-    for block in _blocks(logits, head):
-        rows = block.part
-        _exponentials(block, head, statistics[0, rows].unsqueeze(1))
-        if h is not None:
-            block.z.mul_(block.e)
-        slopes = g[rows], None if h is None else h[rows]
-        _write_gradient(block, head, tokens[rows], *slopes, statistics[:, rows], dlogits[rows])
+) -> Tensor | None:
+    """Statistics and d loss / d logits, from one read of the logits where there is no entropy bonus."""
+    in_place, bonus = logits.data_ptr() == dlogits.data_ptr(), o.entropy_coef != 0
+    how = {"copy": not in_place, "exponentials": in_place and not bonus}
+    _measure(logits, tokens, head, statistics, with_entropy=True, **how)
+    g, h = _policy_slopes(statistics[3], t, share, o)
+    if not in_place:
+        return _gradient(logits, dlogits, tokens, g, h, head, statistics)
+    if not bonus:
+        return _factor(g, head, statistics)
+    for block in _blocks(logits, head, copy=False):
+        if block.t is not None:  # t from z = u + max z
+            torch.add(block.x, statistics[0, block.part].unsqueeze(1), out=block.t)
+            block.t.mul_(head.temperature / head.softcap)
+        _differentiate(block, tokens, g, h, head, statistics)
+    return None
 
 
 _MATH = RowMath(

@@ -228,9 +228,13 @@ def differentiate(
     rows: Rows,
     plan: Plan,
     needs: tuple[bool, ...],  # gradients wanted: of hidden, weight, bias
-    row_math: Callable[[Tensor, Tensor, slice], None],  # logits, where dlogits go (maybe the same), which rows
+    row_math: Callable[[Tensor, Tensor, slice], Tensor | None],
 ) -> Gradients:
-    """Logits, chunk by chunk, and what their gradients say about hidden, weight and bias; up to three products."""
+    """Logits, chunk by chunk, and what their gradients say about hidden, weight and bias; up to three products.
+
+    row_math(logits [rows, V], d, part) writes d loss / d logits to d, which may be the logits' own memory. A factor per
+    row that it left out is what it returns: multiplying hidden's rows is cheaper than multiplying the chunk's.
+    """
     (V, D), device = head.weight.shape, hidden.device
     wide = {"dtype": plan.arithmetic, "device": device}
     d_hidden = torch.empty(rows.count, D, **wide) if needs[0] else None
@@ -245,18 +249,20 @@ def differentiate(
         for columns, tile in _tiles(head.weight, plan):
             _mm(h, tile.T, logits[:size, columns])
         d = dlogits[:size]
-        row_math(logits[:size], d, part)
+        factor = row_math(logits[:size], d, part)
         if part.stop == rows.count:
             del logits  # the last chunk's logits are not needed any more, and d weight may still have to be made
         if d_hidden is not None:
             for columns, tile in _tiles(head.weight, plan):
                 _mm(d[:, columns], tile, d_hidden[part], add=columns.start > 0)
+            if factor is not None:
+                d_hidden[part].mul_(factor.unsqueeze(1))
         if needs[1]:
             first = d_weight is None
             d_weight = torch.empty(V, D, **wide) if first else d_weight
-            _mm(d.T, h, d_weight, add=not first)
+            _mm(d.T, h if factor is None else h * factor.unsqueeze(1), d_weight, add=not first)
         if d_bias is not None:
-            d_bias += d.sum(0, dtype=plan.arithmetic)
+            d_bias += d.sum(0, dtype=plan.arithmetic) if factor is None else d.T.mv(factor)
     return Gradients(d_hidden, d_weight, d_bias)
 
 

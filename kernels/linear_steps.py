@@ -42,8 +42,8 @@ class RowMath(NamedTuple):
     in_place: bool  # whether dlogits may be written over the logits
     scratch_bytes: Callable[[Tensor, float | None], int]  # for a weight and a softcap
     score: Callable[..., None]  # (logits, tokens, head, statistics, with_entropy)
-    policy: Callable[..., None]  # (logits, dlogits, tokens, tensors, share, options, head, statistics)
-    gradient: Callable[..., None]  # (logits, dlogits, tokens, g, h or None, head, statistics)
+    policy: Callable[..., Tensor | None]  # (logits, dlogits, tokens, tensors, share, options, head, statistics)
+    gradient: Callable[..., Tensor | None]  # (logits, dlogits, tokens, g, h or None, head, statistics)
     policy_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -167,10 +167,10 @@ def ppo_forward(
         given = {name: getattr(t, name) for name in names}
         vectors = {name: rows.take(x, work.plan.arithmetic) for name, x in given.items() if x is not None}
 
-        def row_math(logits: Tensor, dlogits: Tensor, part: slice) -> None:
+        def row_math(logits: Tensor, dlogits: Tensor, part: slice) -> Tensor | None:
             here = LossTensors(**{name: x[part] for name, x in vectors.items()})
             factors = None if share is None else share[part]
-            math_.policy(logits, dlogits, work.tokens[part], here, factors, o, work.head, statistics[:, part])
+            return math_.policy(logits, dlogits, work.tokens[part], here, factors, o, work.head, statistics[:, part])
 
         gradients = differentiate(work.hidden, work.head, rows, work.plan, needs, row_math)
     else:
@@ -285,9 +285,9 @@ def differentiate_logprobs(
     if rows.wrong is not None:
         scale = torch.where(rows.wrong, math.nan, 1.0 if scale is None else scale)
 
-    def row_math(logits: Tensor, dlogits: Tensor, part: slice) -> None:
+    def row_math(logits: Tensor, dlogits: Tensor, part: slice) -> Tensor | None:
         slopes = g[part], None if h is None else h[part]
-        math_.gradient(logits, dlogits, work.tokens[part], *slopes, work.head, statistics[:, part])
+        return math_.gradient(logits, dlogits, work.tokens[part], *slopes, work.head, statistics[:, part])
 
     with in_given_dtypes(hidden):
         gradients = differentiate(work.hidden, work.head, rows, work.plan, needs, row_math)

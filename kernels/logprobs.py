@@ -292,14 +292,13 @@ def _merge(shape: torch.Size, strides: list[tuple[int, ...]]) -> tuple[list[int]
 
 def _rows(logits: Tensor, tokens: Tensor, mask: Tensor, *grad: Tensor) -> _Rows:
     """A view of the operands as [B, T] rows. Only logits with three unmergeable leading dimensions are copied."""
-    for tensors in (
-        (logits, tokens, mask, *grad),
-        (logits, tokens.contiguous(), mask.contiguous(), *grad),
-        (logits.contiguous(), tokens.contiguous(), mask.contiguous(), *(x.contiguous() for x in grad)),
-    ):
+    tensors, copied = (logits, tokens, mask, *grad), 0
+    while True:
         sizes, merged = _merge(tokens.shape, [x.stride()[: tokens.ndim] for x in tensors])
         if len(sizes) <= 2:
             break
+        copied += 1
+        tensors = tuple(x.contiguous() if copied == 2 or i in (1, 2) else x for i, x in enumerate(tensors))
     sizes, merged = [1, 1, *sizes][-2:], [(0,) * len(tensors)] * (2 - len(sizes)) + merged
     return _Rows(tensors, sizes[1], list(zip(*merged, strict=True)))
 

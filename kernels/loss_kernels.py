@@ -261,11 +261,12 @@ def _share(mask, row, start, end, BLOCK: tl.constexpr):
     """1 / number of counted steps of a sequence."""
     count = (end - start).to(tl.float32)
     if mask[0] is not None:
-        count = 0.0
+        counts = tl.zeros((BLOCK,), tl.float32)
         for first in range(start, end, BLOCK):
             column = first + tl.arange(0, BLOCK)
-            count += tl.sum(_counted(mask, (row, column, column < end), False).to(tl.float32))
-    return tl.fdiv(1.0, tl.maximum(count, 1.0))
+            counts += _counted(mask, (row, column, column < end), False).to(tl.float32)
+        count = tl.sum(counts)
+    return 1.0 / tl.maximum(count, 1.0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

@@ -130,9 +130,9 @@ def right_or_wrong(prompts: list[str], completions: list[str], answer: list[str]
     return [float(text == right) for text, right in zip(completions, answer, strict=True)]
 
 
-def ppo_config(seed: int, out: str, quiet: bool, device: str) -> PPOConfig:
+def ppo_config(seed: int, out: str, *, total_steps: int, quiet: bool, device: str) -> PPOConfig:
     return PPOConfig(
-        total_steps=100,
+        total_steps=total_steps,
         prompts_per_step=1024,
         max_new_tokens=ANSWER_TOKENS,
         missing_eos_penalty=1.0,
@@ -156,26 +156,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ppo_fast.examples.arithmetic", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--out", default="runs/arithmetic", help="folder of the results (default: runs/arithmetic)")
+    parser.add_argument("--ppo-steps", type=int, default=100, help="most PPO steps (default: 100)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default: auto)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     arguments = parser.parse_args(argv)
     try:
-        run(arguments.seed, Path(arguments.out), quiet=arguments.quiet, device=arguments.device)
+        config = ppo_config(
+            arguments.seed,
+            arguments.out,
+            total_steps=arguments.ppo_steps,
+            quiet=arguments.quiet,
+            device=arguments.device,
+        )
+        run(config)
     except UserError as error:
         print(f"arithmetic: error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run(seed: int, out: Path, *, quiet: bool = False, device: str = "auto") -> dict[str, float]:
+def run(config: PPOConfig) -> dict[str, float]:
     """Both phases; the summary that is also written to OUT/summary.json."""
     start = time.perf_counter()
-    config = ppo_config(seed, str(out), quiet, device)
-    console = Console(quiet=quiet)
+    seed, out = config.seed, Path(str(config.out))
+    console = Console(quiet=config.quiet)
     torch.manual_seed(seed)
     test, validation, training = make_problems(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer).to(pick_device(device))
+    model = make_model(tokenizer).to(pick_device(config.device))
     imitate_careless_teacher(model, tokenizer, training, console)
     before = exact_match(model, tokenizer, test, config)
     supervised_seconds = time.perf_counter() - start
@@ -210,7 +218,7 @@ def run(seed: int, out: Path, *, quiet: bool = False, device: str = "auto") -> d
 
 
 def _table(summary: dict[str, float]) -> Table:
-    table = Table(title=f"{summary['test_problems']} problems that neither phase has seen, answered greedily")
+    table = Table(title=f"{summary['test_problems']} unseen problems, answered greedily", title_justify="left")
     for heading, justify in (("", "left"), ("before PPO", "right"), ("after PPO", "right")):
         table.add_column(heading, justify=justify)
     shares = (summary["exact_match_before"], summary["exact_match_after"])

@@ -1,0 +1,198 @@
+"""The ahead-of-time gate: compiles every variant of every Triton kernel for several GPUs, on a machine with none.
+
+    python bench/static.py [--write] [--arch sm_90 gfx942] [--jobs 2] [module ...]
+
+A module of kernels/ takes part if it has variants() (kernels/launch.py). Prints registers, shared memory, spills and
+the widths of global loads, read from the binary (for AMD from the assembly), and exits with 1 if a variant spills, or
+if one whose name says `aligned` (or whose `aligned` is not empty) has no load of 16 bytes. --write keeps the table and
+the numbers in bench/results/static/. Triton's own cache makes a second run quick.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import datetime
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for a checkout that is not installed
+
+from ppo_fast.kernels.launch import Variant, interpreting  # noqa: E402
+
+KERNELS = ROOT / "ppo_fast" / "kernels"
+RESULTS = ROOT / "bench" / "results" / "static"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+WIDTHS = (128, 64, 32, 16, 8)  # bits of one load
+
+
+class Report(NamedTuple):
+    """What a binary says about itself."""
+
+    registers: int
+    shared_bytes: int
+    spills: int  # CUDA: bytes of stack and local memory; AMD: spilled registers and bytes of scratch
+    loads: dict[int, int]  # bits -> number of global load instructions
+
+    def problems(self, variant: Variant) -> list[str]:
+        aligned = variant.aligned or re.search(r"(?<!un)aligned", variant.name)
+        found = [f"spills {self.spills}"] if self.spills else []
+        return [*found, "has no 16-byte load"] if aligned and not self.loads.get(128) else found
+
+
+def modules() -> list[str]:
+    """Files of kernels/ that define variants(); the text is searched, since importing all of them is slow."""
+    return sorted(f.stem for f in KERNELS.glob("*.py") if re.search(r"^def variants\(", f.read_text(), re.MULTILINE))
+
+
+@functools.cache
+def variants(module: str) -> list[Variant]:
+    return importlib.import_module(f"ppo_fast.kernels.{module}").variants()
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> Any:
+    names = variant.kernel.arg_names
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(variant.kernel, signature, variant.constexprs, aligned)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def cuda_report(cubin: bytes) -> Report:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loads: collections.Counter[int] = collections.Counter()
+    for flags in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", sass):
+        parts = flags.split(".")
+        width = next((bits for bits in WIDTHS if str(bits) in parts), None)
+        loads[width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32)] += 1
+    spills = numbers["STACK"] + numbers["LOCAL"] + 4 * len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    return Report(numbers["REG"], numbers["SHARED"], spills, dict(loads))
+
+
+def amd_report(assembly: str) -> Report:
+    fields = ("vgpr_count", "group_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
+    registers, shared, *spills = (int(re.search(rf"\.{f}:\s+(\d+)", assembly)[1]) for f in fields)  # type: ignore[index]
+    scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])  # type: ignore[index]
+    loads: collections.Counter[int] = collections.Counter()
+    for kind in re.findall(r"\b(?:global|buffer|flat)_load_(\w+)", assembly):
+        size = re.match(r"(?:lds_)?(?:dwordx(\d)|(dword)|(u|s)?(short|b16)|)", kind)
+        assert size is not None
+        loads[32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8] += 1
+    return Report(registers, shared, sum(spills) + scratch, dict(loads))
+
+
+def report(job: tuple[str, int, str]) -> Report:
+    module, index, arch = job
+    compiled = compile_variant(variants(module)[index], TARGETS[arch])
+    return amd_report(compiled.asm["amdgcn"]) if arch.startswith("gfx") else cuda_report(compiled.asm["cubin"])
+
+
+def measure(names: list[str], archs: list[str], jobs: int) -> dict[str, dict[str, Report]]:
+    """Variant name -> arch -> report."""
+    work = [(m, i, arch) for m in names for i in range(len(variants(m))) for arch in archs]
+    context = multiprocessing.get_context("spawn")  # Triton's and PyTorch's threads do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        reports = list(pool.map(report, work, chunksize=4))
+    found: dict[str, dict[str, Report]] = {}
+    for (m, i, arch), r in zip(work, reports, strict=True):
+        found.setdefault(variants(m)[i].name, {})[arch] = r
+    return found
+
+
+def table(names: list[str], archs: list[str], reports: dict[str, dict[str, Report]]) -> str:
+    """Markdown: registers (+spills) per arch; shared memory, and loads by width, on the first arch named or sm_90."""
+    shown = "sm_90" if "sm_90" in archs else archs[0]
+    widths = "/".join(str(bits) for bits in WIDTHS)
+    head = ["variant", "warps", *archs, f"shared {shown}", f"loads {shown} {widths} bits"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for variant in (v for m in names for v in variants(m)):
+        row = reports[variant.name]
+        registers = [f"{r.registers}" + (f" +{r.spills} spilled" if r.spills else "") for r in row.values()]
+        loads = "/".join(str(row[shown].loads.get(bits, 0)) for bits in WIDTHS)
+        cells = [variant.name, str(variant.num_warps), *registers, str(row[shown].shared_bytes), loads]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip()
+
+
+def write(names: list[str], archs: list[str], reports: dict[str, dict[str, Report]]) -> None:
+    facts = {
+        "triton": triton.__version__,
+        "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "kernels") else ""),
+        "date": datetime.date.today().isoformat(),
+        "command": "python bench/static.py --write",
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = {name: {arch: r._asdict() for arch, r in row.items()} for name, row in reports.items()}
+    (RESULTS / "static.json").write_text(json.dumps(facts | {"variants": rows}, indent=1) + "\n")
+    text = "# Every kernel in every configuration, compiled without a GPU\n\n"
+    text += "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    text += "\n\nColumns per architecture: registers per thread. No variant spills. The numbers are in static.json.\n\n"
+    (RESULTS / "README.md").write_text(text + table(names, archs, reports) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help="files of kernels/, without .py (default: all that have variants)")
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--write", action="store_true", help="keep the table in bench/results/static/")
+    parser.add_argument("--quiet", action="store_true", help="print problems only")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    options = parser.parse_args(arguments)
+    if interpreting():
+        parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled; unset it")
+    names = options.modules or modules()
+    if options.write and (options.modules or options.arch != list(TARGETS)):
+        parser.error("--write keeps the whole table: give neither modules nor --arch")
+    reports = measure(names, options.arch, options.jobs)
+    problems = [
+        f"{variant.name}, {arch}: {problem}"
+        for variant in (v for m in names for v in variants(m))
+        for arch, r in reports[variant.name].items()
+        for problem in r.problems(variant)
+    ]
+    if not options.quiet:
+        print(table(names, options.arch, reports))
+    if options.write and not problems:
+        write(names, options.arch, reports)
+    print(
+        f"{len(reports)} variants on {', '.join(options.arch)}, triton {triton.__version__}: {len(problems)} problems"
+    )
+    print("\n".join(problems), end="\n" if problems else "")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
