@@ -4,6 +4,7 @@ from pathlib import Path
 
 CURVES = {
     "score": "score (mean of a step's answers)",
+    "validation": "right answers on held-out prompts",
     "kl": "KL to the reference (nats per token)",
     "entropy": "entropy (nats per token)",
     "learn/clip_fraction": "clip fraction",
@@ -13,19 +14,19 @@ CURVES = {
 
 
 def draw_learning_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """A PNG with one small plot for each curve that the history has."""
+    """A PNG with one small plot for each of the first six curves that the history has."""
     from matplotlib.figure import Figure
 
-    curves = {name: label for name, label in CURVES.items() if name in history[0]}
+    curves = {name: label for name, label in CURVES.items() if any(name in metrics for metrics in history)}
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 3).flat
-    steps = [metrics["step"] for metrics in history]
-    for axis, (name, label) in zip(axes, curves.items(), strict=False):
-        axis.plot(steps, [metrics[name] for metrics in history], color="#1f77b4", linewidth=1.4)
+    for (name, label), axis in zip(list(curves.items())[:6], axes, strict=False):
+        points = [(metrics["step"], metrics[name]) for metrics in history if name in metrics]
+        axis.plot(*zip(*points, strict=True), color="#1f77b4", linewidth=1.4)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("PPO step")
         axis.grid(alpha=0.3)
-    for axis in axes:
+    for axis in axes:  # those that no curve has taken
         axis.set_visible(False)
     figure.savefig(path, dpi=120)

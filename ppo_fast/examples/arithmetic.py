@@ -192,7 +192,8 @@ def run(config: PPOConfig) -> dict[str, float]:
 
     def good_enough(trainer: PPOTrainer, metrics: dict[str, float]) -> bool:
         if trainer.steps_done % 5 == 0:
-            shares.append(exact_match(model, tokenizer, validation, config))
+            metrics["validation"] = exact_match(model, tokenizer, validation, config)
+            shares.append(metrics["validation"])
             console.print(f"validation {100 * shares[-1]:.1f} %")
         return len(shares) >= 2 and min(shares[-2:]) >= GOOD_ENOUGH
 
