@@ -4,7 +4,7 @@
 
 A module of kernels/ takes part if it has variants() (kernels/launch.py). Prints registers, shared memory, spills and
 the widths of global loads, read from the binary (for AMD from the assembly), and exits with 1 if a variant spills, or
-if one whose name says `aligned` (or whose `aligned` is not empty) has no load of 16 bytes. --write keeps the table and
+if one whose name says `aligned` has no load of 16 bytes. --write keeps the table and
 the numbers in bench/results/static/. Triton's own cache makes a second run quick.
 """
 
@@ -50,13 +50,21 @@ class Report(NamedTuple):
 
     registers: int
     shared_bytes: int
-    spills: int  # CUDA: bytes of stack and local memory; AMD: spilled registers and bytes of scratch
+    spills: int  # CUDA: bytes of stack and local memory; AMD: spilled vector registers and bytes of scratch
     loads: dict[int, int]  # bits -> number of global load instructions
 
-    def problems(self, variant: Variant) -> list[str]:
-        aligned = variant.aligned or re.search(r"(?<!un)aligned", variant.name)
-        found = [f"spills {self.spills}"] if self.spills else []
-        return [*found, "has no 16-byte load"] if aligned and not self.loads.get(128) else found
+
+def is_aligned(variant: Variant) -> bool:
+    """Whether its name promises wide loads."""
+    return re.search(r"(?<!un)aligned", variant.name) is not None
+
+
+def problems(variant: Variant, arch: str, report: Report) -> list[str]:
+    """16 bytes a thread are due where 32 threads load together; AMD's 64 move as much with 8."""
+    found = [f"spills {report.spills}"] if report.spills else []
+    due = 64 if arch.startswith("gfx") else 128
+    narrow = is_aligned(variant) and not any(report.loads.get(bits) for bits in WIDTHS if bits >= due)
+    return [*found, f"has no load of {due} bits"] if narrow else found
 
 
 def modules() -> list[str]:
@@ -78,14 +86,15 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def cuda_report(cubin: bytes) -> Report:
+def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
+    """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage, sass = (
-            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
+            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout if wanted else ""
+            for option, wanted in (("--dump-resource-usage", True), ("--dump-sass", disassemble))
         )
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     loads: collections.Counter[int] = collections.Counter()
@@ -93,36 +102,38 @@ def cuda_report(cubin: bytes) -> Report:
         parts = flags.split(".")
         width = next((bits for bits in WIDTHS if str(bits) in parts), None)
         loads[width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32)] += 1
-    spills = numbers["STACK"] + numbers["LOCAL"] + 4 * len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return Report(numbers["REG"], numbers["SHARED"], spills, dict(loads))
+    return Report(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"], dict(loads))
 
 
 def amd_report(assembly: str) -> Report:
-    fields = ("vgpr_count", "group_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
-    registers, shared, *spills = (int(re.search(rf"\.{f}:\s+(\d+)", assembly)[1]) for f in fields)  # type: ignore[index]
-    scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])  # type: ignore[index]
+    """Scalar registers spill to lanes of vector registers: that is no memory traffic, and is not counted."""
+    fields = ("vgpr_count", "group_segment_fixed_size", "vgpr_spill_count", "private_segment_fixed_size")
+    registers, shared, spilled, scratch = (int(re.findall(rf"\.{f}:\s+(\d+)", assembly)[0]) for f in fields)
     loads: collections.Counter[int] = collections.Counter()
     for kind in re.findall(r"\b(?:global|buffer|flat)_load_(\w+)", assembly):
         size = re.match(r"(?:lds_)?(?:dwordx(\d)|(dword)|(u|s)?(short|b16)|)", kind)
         assert size is not None
         loads[32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8] += 1
-    return Report(registers, shared, sum(spills) + scratch, dict(loads))
+    return Report(registers, shared, spilled + scratch, dict(loads))
 
 
-def report(job: tuple[str, int, str]) -> Report:
-    module, index, arch = job
-    compiled = compile_variant(variants(module)[index], TARGETS[arch])
-    return amd_report(compiled.asm["amdgcn"]) if arch.startswith("gfx") else cuda_report(compiled.asm["cubin"])
+def report(job: tuple[str, int, str, bool]) -> Report:
+    module, index, arch, everything = job
+    variant = variants(module)[index]
+    compiled = compile_variant(variant, TARGETS[arch])
+    if arch.startswith("gfx"):
+        return amd_report(compiled.asm["amdgcn"])
+    return cuda_report(compiled.asm["cubin"], disassemble=everything or is_aligned(variant))
 
 
-def measure(names: list[str], archs: list[str], jobs: int) -> dict[str, dict[str, Report]]:
-    """Variant name -> arch -> report."""
-    work = [(m, i, arch) for m in names for i in range(len(variants(m))) for arch in archs]
+def measure(names: list[str], archs: list[str], jobs: int, *, everything: bool) -> dict[str, dict[str, Report]]:
+    """Variant name -> arch -> report. `everything` also reads the loads of variants that promise nothing."""
+    work = [(m, i, arch, everything) for m in names for i in range(len(variants(m))) for arch in archs]
     context = multiprocessing.get_context("spawn")  # Triton's and PyTorch's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         reports = list(pool.map(report, work, chunksize=4))
     found: dict[str, dict[str, Report]] = {}
-    for (m, i, arch), r in zip(work, reports, strict=True):
+    for (m, i, arch, _), r in zip(work, reports, strict=True):
         found.setdefault(variants(m)[i].name, {})[arch] = r
     return found
 
@@ -176,22 +187,22 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.modules or modules()
     if options.write and (options.modules or options.arch != list(TARGETS)):
         parser.error("--write keeps the whole table: give neither modules nor --arch")
-    reports = measure(names, options.arch, options.jobs)
-    problems = [
+    reports = measure(names, options.arch, options.jobs, everything=not options.quiet)
+    failures = [
         f"{variant.name}, {arch}: {problem}"
         for variant in (v for m in names for v in variants(m))
         for arch, r in reports[variant.name].items()
-        for problem in r.problems(variant)
+        for problem in problems(variant, arch, r)
     ]
     if not options.quiet:
         print(table(names, options.arch, reports))
-    if options.write and not problems:
+    if options.write and not failures:
         write(names, options.arch, reports)
     print(
-        f"{len(reports)} variants on {', '.join(options.arch)}, triton {triton.__version__}: {len(problems)} problems"
+        f"{len(reports)} variants on {', '.join(options.arch)}, triton {triton.__version__}: {len(failures)} problems"
     )
-    print("\n".join(problems), end="\n" if problems else "")
-    return 1 if problems else 0
+    print("\n".join(failures), end="\n" if failures else "")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

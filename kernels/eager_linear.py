@@ -188,18 +188,16 @@ def _differentiate(block: _Block, tokens: Tensor, g: Tensor, h: Tensor | None, h
 
 
 def _policy_slopes(
-    logprobs: Tensor, t: LossTensors, share: Tensor | None, o: LossOptions
+    logprobs: Tensor, entropy: Tensor, t: LossTensors, share: Tensor | None, o: LossOptions
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d logp and d loss / d H, without the divisor of the loss."""
     if t.old_logprobs is None:
         t = t._replace(old_logprobs=logprobs)
-    _, slope = eager_loss._surrogate(logprobs, t, o, {}, logprobs.dtype, True)
-    g = -slope
-    if t.ref_logprobs is not None and o.kl_coef:
-        _, kl_slope = eager_loss._kl_and_slope(logprobs - t.ref_logprobs, o.kl_estimator, o.log_ratio_clamp)
-        g = g + o.kl_coef * kl_slope
+    bonus = o.entropy_coef != 0
+    o = o._replace(aggregation="token-sum", denominator=None)
+    _, _, (g, h, _), _ = eager_loss._forward(logprobs, entropy, None, t, o, (True, bonus, False))
     g = torch.where(logprobs.isnan(), logprobs, g)
-    h = torch.full_like(logprobs, -o.entropy_coef) if o.entropy_coef else None
+    h = h if bonus else None
     return (g, h) if share is None else (g * share, None if h is None else h * share)
 
 
@@ -217,7 +215,7 @@ def _policy(
     in_place, bonus = logits.data_ptr() == dlogits.data_ptr(), o.entropy_coef != 0
     how = {"copy": not in_place, "exponentials": in_place and not bonus}
     _measure(logits, tokens, head, statistics, with_entropy=True, **how)
-    g, h = _policy_slopes(statistics[3], t, share, o)
+    g, h = _policy_slopes(statistics[3], statistics[2], t, share, o)
     if not in_place:
         return _gradient(logits, dlogits, tokens, g, h, head, statistics)
     if not bonus:

@@ -7,13 +7,14 @@ than the inputs. Gradients flow to logprobs, values and entropy; every other ten
 Notation: the surrogate is maximised here (objective = -term), which saves a negation and changes no bit.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors, public_functions, stat_names
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors, public_functions, refuse_double_backward, stat_names
 
 
 class _Scale(NamedTuple):
@@ -33,8 +34,26 @@ class _Parts(NamedTuple):
     stats: dict[str, Tensor]
 
 
-def _keep(x: Tensor, counted: Tensor | None) -> Tensor:
-    return x if counted is None else torch.where(counted, x, 0)
+def _selector(mask: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """x -> x where mask is True and 0 elsewhere, whatever stands there."""
+    if mask is None:
+        return lambda x: x
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return lambda x: torch.where(mask, x, 0)
+    # A bitwise AND: on a CPU torch.where takes 3 to 15 times as long, and a product would keep NaN.
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    bits = mask.to(integer).neg_()
+    return lambda x: (x.view(integer) & bits).view(dtype)
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    """1 where a != b, else 0 (also for NaN), as a float: on a CPU a comparison costs four subtractions."""
+    return (a - b).sign().abs()
+
+
+def _count_negative(sign: Tensor) -> Tensor:
+    """How many elements of a tensor of -1, 0 and 1 are -1."""
+    return -sign.clamp(max=0).sum()
 
 
 def _shared(x: Tensor, scale: _Scale) -> Tensor:
@@ -94,49 +113,34 @@ def _kl_and_slope(d: Tensor, kind: str, log_ratio_clamp: float) -> tuple[Tensor,
         return d.abs(), d.sign()
     exponent = d.clamp(-log_ratio_clamp, log_ratio_clamp)
     inverse_ratio = torch.exp(-exponent)
-    return inverse_ratio - 1 + d, 1 - torch.where(exponent == d, inverse_ratio, 0)
+    return inverse_ratio - 1 + d, 1 - inverse_ratio * (1 - _differ(d, exponent))
 
 
 def _surrogate(
-    logprobs: Tensor, t: LossTensors, o: LossOptions, stats: dict[str, Tensor], dtype: torch.dtype, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The objective per token and its derivative by the log-probability; sums of statistics go to `stats`.
+    d: Tensor, advantages: Tensor, o: LossOptions, sums: dict[str, Tensor], need_slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ratio, objective and its derivative by the log-probability, from log-ratios d; adds to the sums of statistics.
 
-    A masked step has log-ratio 0 and advantage 0, hence ratio 1, objective 0 and derivative 0.
+    A tie of minimum or maximum halves the derivative, as in autograd: `order` is 1, 0 or -1 as the term that depends on
+    the log-probability is chosen, ties, or is not. A masked step (d = 0, advantage 0) has objective and derivative 0.
     """
-    d = _keep(logprobs - t.old_logprobs.to(dtype), t.mask)
-    advantages = _keep(t.advantages.to(dtype), t.mask)
     clamped = d.clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
     ratio = clamped.exp()
     clipped_ratio = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
     unclipped, clipped = advantages * ratio, advantages * clipped_ratio
-    is_clipped = clipped < unclipped
     objective = torch.minimum(unclipped, clipped)
+    order = (clipped - unclipped).sign()
+    sums["clip_fraction"] = _count_negative(order)
     slope = None
-    if need_gradient:
-        slope = unclipped.masked_fill(is_clipped, 0)
-        half = (unclipped == clipped) & (clipped_ratio != ratio)  # a tie that rounding made: autograd splits it
-        slope = torch.where(half, 0.5 * unclipped, slope)
-    stats["clip_fraction"] = is_clipped.sum().to(dtype)
+    if need_slope:  # within the clip range both terms are one, and both have the derivative
+        slope = unclipped * (1 - 0.5 * _differ(ratio, clipped_ratio) * (1 - order)) * (1 - _differ(d, clamped))
     if o.dual_clip is not None:
-        bound = advantages * o.dual_clip
-        harmful = advantages < 0
-        is_dual_clipped = harmful & (objective < bound)
-        if slope is not None:
-            slope = torch.where(harmful & (objective == bound), 0.5 * slope, slope).masked_fill(is_dual_clipped, 0)
-        objective = torch.where(is_dual_clipped, bound, objective)
-        stats["dual_clip_fraction"] = is_dual_clipped.sum().to(dtype)
-    if slope is not None:
-        slope = torch.where(clamped == d, slope, 0)
-    counted_ratio = _keep(ratio, t.mask)
-    stats["approx_kl"] = (ratio - 1 - d).sum()
-    stats["ratio_mean"] = counted_ratio.sum()
-    stats["ratio_max"] = counted_ratio.amax() if ratio.numel() else ratio.new_zeros(())
-    if t.weights is not None:
-        weights = _keep(t.weights.to(dtype), t.mask)
-        objective = objective * weights
-        slope = None if slope is None else slope * weights
-    return objective, slope
+        bound = advantages.clamp(max=0) * o.dual_clip  # 0 for good advantages, whose objective is never below
+        order = (objective - bound).sign()
+        sums["dual_clip_fraction"] = _count_negative(order)
+        slope = None if slope is None else slope * (0.5 + 0.5 * order)
+        objective = torch.maximum(objective, bound)
+    return ratio, objective, slope
 
 
 def _policy(
@@ -147,55 +151,59 @@ def _policy(
     dtype: torch.dtype,
     needs: tuple[bool, ...],
 ) -> _Parts:
+    keep = _selector(t.mask, dtype)
     logprobs = logprobs.to(dtype)
     scale = _scale(t.mask, logprobs, t.cu_seqlens, o, dtype)
+    d, advantages = keep(logprobs - t.old_logprobs.to(dtype)), keep(t.advantages.to(dtype))
     sums: dict[str, Tensor] = {}
-    objective, slope = _surrogate(logprobs, t, o, sums, dtype, needs[0])
+    ratio, objective, slope = _surrogate(d, advantages, o, sums, needs[0])
+    sums["approx_kl"] = (ratio - 1 - d).sum()
+    ratio = keep(ratio)
+    sums["ratio_mean"] = ratio.sum()
+    if t.weights is not None:
+        weights = keep(t.weights.to(dtype))
+        objective = objective * weights
+        slope = None if slope is None else slope * weights
     policy = -_shared(objective, scale).sum() / scale.normaliser
-    loss = policy
-    d_logprobs = None if slope is None else -slope
-    d_entropy = None
+    loss, d_logprobs, d_entropy = policy, None if slope is None else -slope, None
     if entropy is not None:
-        kept = _keep(entropy.to(dtype), t.mask)
+        kept = keep(entropy.to(dtype))
         sums["entropy"] = kept.sum()
         loss = loss - o.entropy_coef * (_shared(kept, scale).sum() / scale.normaliser)
         if needs[1]:
             ones = torch.ones_like(kept) if t.mask is None else t.mask.to(dtype)
             d_entropy = _shared(-o.entropy_coef * ones, scale)
     if t.ref_logprobs is not None:
-        d_ref = _keep(logprobs - t.ref_logprobs.to(dtype), t.mask)
+        d_ref = keep(logprobs - t.ref_logprobs.to(dtype))
         kl, kl_slope = _kl_and_slope(d_ref, o.kl_estimator, o.log_ratio_clamp)
         sums["ref_kl"] = kl.sum()
         loss = loss + o.kl_coef * (_shared(kl, scale).sum() / scale.normaliser)
-        if d_logprobs is not None:
-            d_logprobs = d_logprobs + o.kl_coef * _keep(kl_slope, t.mask)
-    stats = {"policy_loss": policy, "ratio_max": sums.pop("ratio_max")}
+        d_logprobs = None if d_logprobs is None else d_logprobs + o.kl_coef * keep(kl_slope)
     means = torch.stack(tuple(sums.values())) / scale.count
-    stats |= dict(zip(sums, means.unbind(), strict=True))
+    stats = dict(zip(sums, means.unbind(), strict=True))
+    stats["policy_loss"] = policy
+    stats["ratio_max"] = ratio.amax() if ratio.numel() else ratio.new_zeros(())
     return _Parts(loss, scale, (None if d_logprobs is None else _shared(d_logprobs, scale), d_entropy), stats)
 
 
 def _value(values: Tensor, t: LossTensors, o: LossOptions, dtype: torch.dtype, need_gradient: bool) -> _Parts:
-    counted = t.mask if t.value_mask is None else t.value_mask
+    mask = t.mask if t.value_mask is None else t.value_mask
+    keep = _selector(mask, dtype)
     values, returns = values.to(dtype), t.returns.to(dtype)
-    scale = _scale(counted, values, t.cu_seqlens, o, dtype)
-    error = _keep(values - returns, counted)
+    scale = _scale(mask, values, t.cu_seqlens, o, dtype)
+    error = keep(values - returns)
     squared, slope = error * error, error
     stats = {}
     if o.value_clip is not None:
+        # Clamped between its bounds, a value in range stays itself; old + (v - old) would round and look like clipping.
         old = t.old_values.to(dtype)
-        move = values - old
-        clamped = move.clamp(-o.value_clip, o.value_clip)
-        # Inside the clip range old + (v - old) is v: adding it up would make rounding look like clipping.
-        outside = clamped != move if counted is None else (clamped != move) & counted
-        clipped_error = torch.where(outside, old + clamped - returns, error)
-        clipped_squared = clipped_error * clipped_error
-        is_clipped = clipped_squared > squared
+        clipped_values = values.clamp(old - o.value_clip, old + o.value_clip)
+        clipped_squared = keep(clipped_values - returns).square()
+        order = (squared - clipped_squared).sign()
+        stats["value_clip_fraction"] = _count_negative(order) / scale.count
         if need_gradient:
-            half = outside & (squared == clipped_squared)
-            slope = torch.where(half, 0.5 * error, error.masked_fill(is_clipped, 0))
+            slope = error * (1 - 0.5 * _differ(values, clipped_values) * (1 - order))
         squared = torch.maximum(squared, clipped_squared)
-        stats["value_clip_fraction"] = is_clipped.sum().to(dtype) / scale.count
     loss = 0.5 * _shared(squared, scale).sum() / scale.normaliser
     gradient = _shared(o.value_coef * slope, scale) if need_gradient else None
     return _Parts(loss, scale, (gradient,), {"value_loss": loss, **stats})
@@ -254,8 +262,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("create_graph=True: policy_loss, value_loss and ppo_loss have no second derivative")
+        refuse_double_backward()
         saved = ctx.saved_tensors
         out: list[Tensor | None] = [None, None, None]
         for i in range(3):
@@ -281,6 +288,8 @@ def _loss(
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (logprobs, entropy, values))
     if any(needs):
         loss, *ordered = _Loss.apply(logprobs, entropy, values, t, o, needs, names)
+        if torch.compiler.is_compiling():  # which forgets mark_non_differentiable in torch 2.11
+            ordered = [x.detach() for x in ordered]
         return loss, dict(zip(names, ordered, strict=True))
     with torch.no_grad():  # a constant that requires a gradient gets none here either
         loss, stats, _, _ = _forward(logprobs, entropy, values, t, o, needs)

@@ -53,3 +53,181 @@ def aligned(T: int, tensors: list[Tensor | None]) -> bool:
     """Whether four neighbouring steps of every tensor can be moved at once."""
     given = [x for x in tensors if x is not None]
     return T % 4 == 0 and all(x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0 for x in given)
+
+
+def _per_row(x: float | Tensor | None, rows: int) -> Tensor | None:
+    """One number per row as a contiguous tensor, or None where a scalar argument serves."""
+    if not isinstance(x, Tensor):
+        return None
+    return (x.detach().expand(rows) if x.ndim == 0 else x.detach().reshape(rows)).contiguous()
+
+
+def _launch(
+    tensors: list[Tensor | None],  # rewards, values, mask, terminated, truncated, final values
+    outputs: tuple[Tensor, Tensor],
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    T: int,
+    config: Config,
+    *,
+    columns: bool,
+) -> None:
+    """One launch where programs that walk whole rows fill the device, else two."""
+    packed = cu_seqlens is not None
+    spans = T // config.span + rows if packed else triton.cdiv(T, config.span)
+    walks = not packed and (spans == 1 or rows >= _MANY_ROWS)
+    maps = outputs[0].new_empty(0 if walks else (2 * spans if packed else 2 * spans * rows))
+    strides = [0 if x is None or packed else x.stride(0) for x in (*tensors, outputs[0])]
+    per_row = [_per_row(x, rows) for x in (bootstrap, gamma, lam)]
+    scalars = [0.0 if isinstance(x, Tensor) else float(x) for x in (gamma, lam)]
+    is_aligned = not packed and aligned(T, [*tensors, *outputs])
+    grid = (triton.cdiv(spans if packed else rows, config.R), 1 if walks or packed else spans)
+    for mode in (_WALK,) if walks else (_COMPOSE, _APPLY):
+        _gae_kernel[grid](
+            *tensors,
+            *per_row,
+            cu_seqlens,
+            *outputs,
+            maps,
+            *scalars,
+            rows,
+            T,
+            spans,
+            max(rows - 1, 0).bit_length() if packed else 0,
+            *strides,
+            MODE=mode,
+            COLUMNS=columns,
+            ALIGNED=is_aligned,
+            R=config.R,
+            W=config.W,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,
+    final_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    time_major: bool,
+) -> tuple[Tensor, Tensor]:
+    """The launcher; what it returns is contiguous."""
+    advantages, returns = (torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
+    total = rewards.numel()
+    if total == 0:
+        return advantages, returns
+    per_step = [rewards, values, mask, terminated, truncated, None if truncated is None else final_values]
+    if cu_seqlens is not None:
+        rows, T, config, shape = len(cu_seqlens) - 1, total, _SHORT, (1, total)
+    elif time_major:
+        T = rewards.shape[0]
+        rows, config, shape = total // T, _COLUMNS, (T, total // T)
+    else:
+        T = rewards.shape[-1]
+        rows, config, shape = total // T, row_config(T), (total // T, T)
+    tensors = [_as_rows(x, shape) for x in per_step]
+    outputs = advantages.view(shape), returns.view(shape)
+    boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
+    with torch.cuda.device_of(rewards):
+        _launch(tensors, outputs, gamma, lam, bootstrap, boundaries, rows, T, config, columns=time_major)
+    return advantages, returns
+
+
+def _operator() -> torch.library.CustomOpDef:
+    """ppo_fast::gae_triton: what torch.compile sees. gamma and lam are tensors, so that new values compile nothing."""
+    operator = torch.library.custom_op(
+        "ppo_fast::gae_triton",
+        lambda *tensors: _gae(tensors[0], tensors[1], *map(_number, tensors[2:4]), *tensors[4:]),
+        mutates_args=(),
+        schema="(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask, Tensor? terminated,"
+        " Tensor? truncated, Tensor? bootstrap, Tensor? final_values, Tensor? cu_seqlens, bool time_major)"
+        " -> (Tensor, Tensor)",
+    )
+
+    def fake(rewards: Tensor, *_: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+        like = rewards.new_empty(rewards.shape, dtype=torch.float32)
+        return like, torch.empty_like(like)
+
+    operator.register_fake(fake)
+    return operator
+
+
+def _number(x: Tensor) -> float | Tensor:
+    """A 0-dim CPU tensor stands for a Python float."""
+    return x.item() if x.ndim == 0 and x.device.type == "cpu" else x
+
+
+_OPERATOR = _operator()
+
+
+def _tensor(x: float | Tensor) -> Tensor:
+    return x.detach() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device="cpu")
+
+
+def gae(
+    rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,  # or one per row
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap: Tensor | None = None,  # one per row
+    final_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    time_major: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """reference.gae; fp32 out, without a graph."""
+    rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
+    if torch.compiler.is_compiling():
+        return _OPERATOR(rewards.detach(), values.detach(), _tensor(gamma), _tensor(lam), *rest)
+    return _gae(rewards, values, gamma, lam, *rest)
+
+
+_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
+
+def variants() -> list[Variant]:
+    """Launches for the ahead-of-time gate: every tiling, mode and dtype, with no optional tensor and with all."""
+    found = []
+    tilings = {"columns": _COLUMNS, "short rows": _SHORT, "long rows": _LONG, "packed": _SHORT}
+    for layout, config in tilings.items():
+        modes = {"compose": _COMPOSE, "apply": _APPLY} | ({} if layout == "packed" else {"walk": _WALK})
+        for (mode, number), dtype, everything, aligned_ in (
+            (mode, dtype, everything, aligned_)
+            for mode in modes.items()
+            for dtype in _POINTERS
+            for everything in (False, True)
+            for aligned_ in ((False,) if layout == "packed" else (False, True))
+        ):
+            constexprs = {"MODE": number, "COLUMNS": layout == "columns", "ALIGNED": aligned_}
+            constexprs |= {"R": config.R, "W": config.W}
+            types, absent = _types(_POINTERS[dtype], everything=everything, packed=layout == "packed")
+            name = f"gae {layout} {mode} {dtype}{' all options' * everything}{' vector' * aligned_}"
+            found.append(Variant(name, _gae_kernel, types, constexprs | absent, NUM_WARPS))
+    return found
+
+
+def _types(pointer: str, *, everything: bool, packed: bool) -> tuple[dict[str, str], dict[str, None]]:
+    """Argument types by name, and the pointers that are None."""
+    flags = ("mask_ptr", "terminated_ptr", "truncated_ptr")
+    special = dict.fromkeys(("rewards_ptr", "values_ptr", "final_ptr"), pointer) | dict.fromkeys(flags, "*i1")
+    special |= {"cu_ptr": "*i64", "gamma": "fp32", "lam": "fp32"}
+    optional = () if everything else (*flags, "final_ptr", "bootstrap_ptr", "gammas_ptr", "lams_ptr")
+    absent = {name: None for name in (*optional, *(() if packed else ("cu_ptr",)))}
+    types = {
+        name: special.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in _gae_kernel.arg_names
+        if (not name.isupper() or name == "T") and name not in absent
+    }
+    return types, absent

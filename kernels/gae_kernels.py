@@ -103,25 +103,6 @@ def _column_tile(a, b, s, U: tl.constexpr):
 
 
 @triton.jit
-def chain(maps_ptr, stride, plane, first, last, most, s):
-    """s behind a span: the maps of the spans last - 1, ..., first applied to s, CHAIN reads at a time.
-
-    first and last may differ from row to row; most is the largest last - first.
-    """
-    done = 0
-    while done < most:
-        for j in tl.static_range(CHAIN):
-            span = last - 1 - done - j
-            there = span >= first
-            at = maps_ptr + span.to(tl.int64) * stride
-            a = tl.load(at, mask=there, other=1.0)
-            b = tl.load(at + plane, mask=there, other=0.0)
-            s = tl.where(there, apply(a, b, s), s)
-        done += CHAIN
-    return s
-
-
-@triton.jit
 def load_row_number(ptr, number, row, inside):
     """A number per row: read, or the same for all rows where there is no pointer."""
     if ptr is not None:

@@ -1,7 +1,7 @@
 """linear_logprobs and linear_ppo_loss in Triton: what happens to a chunk of logits between the matrix products.
 
 One program owns a row of the chunk. For reference.linear_ppo_loss it walks the row twice: an online softmax
-(softmax_rows.py) gives logp and entropy, the scalar loss (loss_kernels.py) their gradients g and h, and the second walk
+(softmax_rows.py) gives logp and entropy, the scalar loss (loss_terms.py) their gradients g and h, and the second walk
 writes d loss / d logits in the dtype of the products' operands. reference.linear_logprobs walks once for its values,
 and once more in its backward, over logits made again.
 
@@ -22,8 +22,8 @@ from ppo_fast.kernels.launch import Variant
 from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
-from ppo_fast.kernels.loss_kernels import _kl, _surrogate
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors
+from ppo_fast.kernels.loss_terms import _kl, _surrogate
 from ppo_fast.kernels.softmax_rows import (
     LN_2,
     add_block,
@@ -34,9 +34,10 @@ from ppo_fast.kernels.softmax_rows import (
     target_gradient,
 )
 
+BIAS_PAD = tl.constexpr(LINE // 4)
 _KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-# No argument is specialised on its value or alignment: what the code may assume is said by the constexprs alone.
-_SCORE_ARGUMENTS, _POLICY_ARGUMENTS, _GRADIENT_ARGUMENTS = list(range(13)), list(range(28)), list(range(18))
+# Only bias_ptr is specialised, on its alignment, which it always has. What else the code may assume is constexpr.
+NOT_SPECIALISED = tuple([i for i in range(count) if i != bias] for count, bias in ((11, 2), (30, 3), (17, 3)))
 
 
 @triton.jit
@@ -51,14 +52,15 @@ def _tanh(x):
 def _transform(
     x,  # (1, BLOCK) fp32: h W^T
     column,  # (1, BLOCK)
-    exists,  # (1, BLOCK) or 1
-    bias_ptr,  # (V,) fp32; any address if not has_bias
+    inside,  # (1, BLOCK): whether the column may be read
+    bias_ptr,  # (V,) fp32, padded like the logits; if not has_bias, any address that starts a chunk
     has_bias,
     logit_scale,
     softcap,  # 0 if there is none
 ):
     """z temperature, and its derivative by x over logit_scale."""
-    x = (x + tl.load(bias_ptr + column, mask=exists & (has_bias != 0), other=0.0)) * logit_scale
+    bias = tl.load(bias_ptr + column, mask=inside & (has_bias != 0), other=0.0)
+    x = (x + bias) * logit_scale
     t = _tanh(x / tl.where(softcap > 0, softcap, 1.0))
     bent = tl.where(x == float("-inf"), x, softcap * t)
     return tl.where(softcap > 0, bent, x), tl.where(softcap > 0, 1.0 - t * t, 1.0)
@@ -81,13 +83,13 @@ def _load(
     if WHOLE:
         x = tl.load(row_ptr + column).to(tl.float32)
         if TRANSFORMED:
-            x, slope = _transform(x, column, 1, head[0], head[1], head[2], head[3])
+            x, slope = _transform(x, column, column >= 0, head[0], head[1], head[2], head[3])
     else:
-        exists = column < V
+        inside = column < tl.cdiv(V, BIAS_PAD) * BIAS_PAD
         x = tl.load(row_ptr + column, mask=column < tl.cdiv(V, PAD) * PAD, other=0.0).to(tl.float32)
         if TRANSFORMED:
-            x, slope = _transform(x, column, exists, head[0], head[1], head[2], head[3])
-        x = tl.where(exists, x, float("-inf"))
+            x, slope = _transform(x, column, inside, head[0], head[1], head[2], head[3])
+        x = tl.where(column < V, x, float("-inf"))
     return x, slope, column
 
 
@@ -103,21 +105,21 @@ def _measure(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """(1,) each: max z temperature, log2 s, H, logp."""
-    row_max, sums, moments = start_rows(1, LANES)
+    """(1,) each: top, log2 s, H, logp."""
+    top, sums, moments = start_rows(1, LANES)
     for block in range(0, V // BLOCK):
         x, _, _ = _load(row_ptr, block * BLOCK, V, head, TRANSFORMED, PAD, BLOCK, True)
-        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, 1, BLOCK, LANES)
+        top, sums, moments = add_block(top, sums, moments, x, scale, 1, BLOCK, LANES)
     if V % BLOCK > 0:
         x, _, _ = _load(row_ptr, V // BLOCK * BLOCK, V, head, TRANSFORMED, PAD, BLOCK, False)
-        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, 1, BLOCK, LANES)
+        top, sums, moments = add_block(top, sums, moments, x, scale, 1, BLOCK, LANES)
     log_sum, entropy = finish_rows(sums, moments, 1, LANES)
     at = token + tl.zeros((1,), tl.int64)
     exists = (at >= 0) & (at < V)
     at_token = tl.load(row_ptr + at, mask=exists, other=float("nan")).to(tl.float32)
     if TRANSFORMED:
         at_token, _ = _transform(at_token, at, exists, head[0], head[1], head[2], head[3])
-    return row_max, log_sum, entropy, ((at_token - row_max) * scale - log_sum) * LN_2
+    return top, log_sum, entropy, (tl.fma(at_token, scale, -top) - log_sum) * LN_2
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def _write_block(
     head,
     scale,
     gradients,  # (at_token, g, h), (1,) each
-    statistics,  # (row_max, log_sum, entropy), (1,) each
+    statistics,  # (top, log_sum, entropy), (1,) each
     TRANSFORMED: tl.constexpr,
     PAD: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -139,8 +141,8 @@ def _write_block(
 ):
     x, slope, column = _load(row_ptr, first, V, head, TRANSFORMED, PAD, BLOCK, WHOLE)
     at_token, g, h = gradients
-    row_max, log_sum, entropy = statistics
-    d = logit_gradient(x, column == token, at_token, g, h, row_max, log_sum, entropy, scale)
+    top, log_sum, entropy = statistics
+    d = logit_gradient(x, column == token, at_token, g, h, top, log_sum, entropy, scale)
     if TRANSFORMED:
         d = d * slope
     d = d.to(d_ptr.dtype.element_ty)
@@ -160,18 +162,18 @@ def _write(
     scale,
     factor,
     slopes,  # (g, h): d loss / d logp and H, (1,) each
-    statistics,  # (row_max, log_sum, entropy, logp), (1,) each
+    statistics,  # (top, log_sum, entropy, logp), (1,) each
     TRANSFORMED: tl.constexpr,
     PAD: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """d loss / d (h W^T) of the row."""
-    row_max, log_sum, entropy, logp = statistics
+    top, log_sum, entropy, logp = statistics
     g = tl.where(logp != logp, logp, slopes[0]) * factor
     h = slopes[1] * factor
     gradients = (target_gradient(g, h, logp, entropy), g, h)
-    known = (row_max, log_sum, entropy)
+    known = (top, log_sum, entropy)
     for block in range(0, V // BLOCK):
         first = block * BLOCK
         _write_block(
@@ -191,9 +193,9 @@ def _row(ptr, stride):
 
 
 @triton.jit
-def _put(statistics_ptr, stride, row_max, log_sum, entropy, logp):
+def _put(statistics_ptr, stride, top, log_sum, entropy, logp):
     at = statistics_ptr + tl.program_id(0) + tl.zeros((1,), tl.int64)
-    tl.store(at, row_max)
+    tl.store(at, top)
     tl.store(at + stride, log_sum)
     tl.store(at + stride * 2, entropy)
     tl.store(at + stride * 3, logp)
@@ -206,12 +208,12 @@ def _get(ptr, given, default):
     return tl.where(given != 0, tl.load(at, mask=given != 0, other=0.0).to(tl.float32), default)
 
 
-@triton.jit(do_not_specialize=_SCORE_ARGUMENTS)
+@triton.jit(do_not_specialize=NOT_SPECIALISED[0])
 def _linear_score_kernel(
     logits_ptr,  # (rows, V)
     tokens_ptr,  # (rows,) int64
-    bias_ptr,  # (V,) fp32; any address if not has_bias
-    statistics_ptr,  # (4, rows) fp32: max z temperature, log2 s, H, logp
+    bias_ptr,  # (V,) fp32, padded; the logits' address if not has_bias
+    statistics_ptr,  # (4, rows) fp32: top, log2 s, H, logp, see softmax_rows.py
     has_bias: tl.int32,
     logit_scale: tl.float32,
     softcap: tl.float32,  # 0 if there is none
@@ -227,5 +229,302 @@ def _linear_score_kernel(
     token = tl.load(tokens_ptr + tl.program_id(0))
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
-    row_max, log_sum, entropy, logp = _measure(row_ptr, token, V, head, scale, TRANSFORMED, PAD, BLOCK, LANES)
-    _put(statistics_ptr, statistics_stride, row_max, log_sum, entropy, logp)
+    top, log_sum, entropy, logp = _measure(row_ptr, token, V, head, scale, TRANSFORMED, PAD, BLOCK, LANES)
+    _put(statistics_ptr, statistics_stride, top, log_sum, entropy, logp)
+
+
+@triton.jit
+def _kl_slope(d, log_ratio_clamp, estimator):
+    """The derivative of reference.kl_estimate; the estimator is an index into _KL_ESTIMATORS."""
+    _, k1 = _kl(d, log_ratio_clamp, "k1")
+    _, k2 = _kl(d, log_ratio_clamp, "k2")
+    _, k3 = _kl(d, log_ratio_clamp, "k3")
+    _, other = _kl(d, log_ratio_clamp, "abs")
+    return tl.where(estimator == 0, k1, tl.where(estimator == 1, k2, tl.where(estimator == 2, k3, other)))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED[1])
+def _linear_policy_kernel(
+    logits_ptr,  # (rows, V)
+    dlogits_ptr,  # (rows, V)
+    tokens_ptr,  # (rows,) int64
+    bias_ptr,  # (V,) fp32, padded; the logits' address if not has_bias
+    old_ptr,  # (rows,) fp32; this and the next four: any address if there is none
+    advantages_ptr,  # (rows,) fp32, always there
+    weights_ptr,  # (rows,) fp32
+    ref_ptr,  # (rows,) fp32
+    share_ptr,  # (rows,) fp32
+    statistics_ptr,  # (4, rows) fp32: top, log2 s, H, logp, see softmax_rows.py
+    has_bias: tl.int32,
+    has_old: tl.int32,
+    has_weights: tl.int32,
+    has_ref: tl.int32,
+    has_share: tl.int32,
+    logit_scale: tl.float32,
+    softcap: tl.float32,  # 0 if there is none
+    scale: tl.float32,  # log2(e) / temperature, times logit_scale unless TRANSFORMED
+    factor: tl.float32,  # logit_scale / temperature
+    low: tl.float32,  # the ratio is clipped to [low, high]
+    high: tl.float32,
+    dual_clip: tl.float32,  # infinite if there is none
+    log_ratio_clamp: tl.float32,
+    entropy_coef: tl.float32,
+    kl_coef: tl.float32,
+    kl_estimator: tl.int32,
+    V: tl.int32,
+    logits_stride: tl.int64,
+    dlogits_stride: tl.int64,
+    statistics_stride: tl.int64,
+    TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
+    PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
+    D_PAD: tl.constexpr,  # rows of dlogits
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    token = tl.load(tokens_ptr + tl.program_id(0))
+    head = (bias_ptr, has_bias, logit_scale, softcap)
+    row_ptr = _row(logits_ptr, logits_stride)
+    top, log_sum, entropy, logp = _measure(row_ptr, token, V, head, scale, TRANSFORMED, PAD, BLOCK, LANES)
+    _put(statistics_ptr, statistics_stride, top, log_sum, entropy, logp)
+    old = _get(old_ptr, has_old, logp)
+    advantage = _get(advantages_ptr, 1, 0.0)
+    _, slope, _, _, _, _ = _surrogate(logp, old, advantage, low, high, dual_clip, log_ratio_clamp)
+    d = logp - _get(ref_ptr, has_ref, logp)
+    g = slope * _get(weights_ptr, has_weights, 1.0) + kl_coef * _kl_slope(d, log_ratio_clamp, kl_estimator)
+    share = _get(share_ptr, has_share, 1.0)
+    slopes = (g * share, -entropy_coef * share)
+    statistics = (top, log_sum, entropy, logp)
+    d_ptr = _row(dlogits_ptr, dlogits_stride)
+    _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED[2])
+def _linear_gradient_kernel(
+    logits_ptr,  # (rows, V)
+    dlogits_ptr,  # (rows, V)
+    tokens_ptr,  # (rows,) int64
+    bias_ptr,  # (V,) fp32, padded; the logits' address if not has_bias
+    g_ptr,  # (rows,) fp32: d loss / d logp
+    h_ptr,  # (rows,) fp32: d loss / d H; any address if not has_h
+    statistics_ptr,  # (4, rows) fp32: top, log2 s, H, logp, see softmax_rows.py
+    has_bias: tl.int32,
+    has_h: tl.int32,
+    logit_scale: tl.float32,
+    softcap: tl.float32,  # 0 if there is none
+    scale: tl.float32,  # log2(e) / temperature, times logit_scale unless TRANSFORMED
+    factor: tl.float32,  # logit_scale / temperature
+    V: tl.int32,
+    logits_stride: tl.int64,
+    dlogits_stride: tl.int64,
+    statistics_stride: tl.int64,
+    TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
+    PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
+    D_PAD: tl.constexpr,  # rows of dlogits
+    BLOCK: tl.constexpr,
+):
+    token = tl.load(tokens_ptr + tl.program_id(0))
+    head = (bias_ptr, has_bias, logit_scale, softcap)
+    top = _get(statistics_ptr, 1, 0.0)
+    log_sum = _get(statistics_ptr + statistics_stride, 1, 0.0)
+    entropy = _get(statistics_ptr + statistics_stride * 2, has_h, 0.0)
+    logp = _get(statistics_ptr + statistics_stride * 3, 1, 0.0)
+    slopes = (_get(g_ptr, 1, 0.0), _get(h_ptr, has_h, 0.0))
+    statistics = (top, log_sum, entropy, logp)
+    row_ptr, d_ptr = _row(logits_ptr, logits_stride), _row(dlogits_ptr, dlogits_stride)
+    _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
+
+
+class _Tile(NamedTuple):
+    BLOCK: int
+    LANES: int  # partial sums kept per row
+    num_warps: int
+
+
+# One for all V, so that a row's bits depend on nothing but the row. Smaller where tanh needs registers.
+_TILES = {False: _Tile(8192, 2048, 8), True: _Tile(2048, 1024, 4)}
+
+
+def _config(kernel: triton.JITFunction, transformed: bool, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, int]:
+    """The constexprs of a launch, and its number of warps."""
+    values = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
+    values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
+    return {name: values[name] for name in (*kernel.arg_names, "num_warps") if name in values}
+
+
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# (logits, dlogits): operands of 2 bytes, whose products may be 4 bytes; or all 4 bytes.
+_DTYPES = [(logits, low) for low in (torch.float16, torch.bfloat16) for logits in (torch.float32, low)]
+_DTYPES += [(torch.float32, torch.float32)]
+
+
+def variants() -> list[Variant]:
+    """Everything the launchers below may start, for the ahead-of-time gate."""
+    found = []
+    for transformed in (False, True):
+        for logits, dlogits in _DTYPES:
+            name = f"{str(logits)[6:]} {str(dlogits)[6:]}{' transformed' if transformed else ''}"
+            for kind, kernel in (("policy", _linear_policy_kernel), ("gradient", _linear_gradient_kernel)):
+                found.append(_variant(f"linear {kind} aligned {name}", kernel, transformed, logits, dlogits))
+        for logits in _POINTERS:
+            name = f"linear score aligned {str(logits)[6:]}{' transformed' if transformed else ''}"
+            found.append(_variant(name, _linear_score_kernel, transformed, logits, logits))
+    return found
+
+
+def _variant(
+    name: str, kernel: triton.JITFunction, transformed: bool, logits: torch.dtype, dlogits: torch.dtype
+) -> Variant:
+    special = {"logits_ptr": _POINTERS[logits], "dlogits_ptr": _POINTERS[dlogits], "tokens_ptr": "*i64"}
+    types = {}
+    for argument in kernel.arg_names:
+        if argument.isupper() and argument != "V":
+            continue
+        if argument.endswith("_ptr"):
+            default = "*fp32"
+        elif argument.endswith("_stride"):
+            default = "i64"
+        else:
+            default = "i32" if argument.startswith("has_") or argument in ("V", "kl_estimator") else "fp32"
+        types[argument] = special.get(argument, default)
+    constexprs = _config(kernel, transformed, logits, dlogits)
+    return Variant(name, kernel, types, constexprs, constexprs.pop("num_warps"), aligned=("bias_ptr",))
+
+
+class _HeadScalars(NamedTuple):
+    """The head as the kernels take it."""
+
+    transformed: bool
+    bias: Tensor | None
+    has_bias: int
+    logit_scale: float
+    softcap: float
+    scale: float
+    factor: float
+
+
+def _scalars(head: Head) -> _HeadScalars:
+    transformed = head.bias is not None or head.softcap is not None or head.logit_scale <= 0
+    scale = math.log2(math.e) * (1.0 / head.temperature if transformed else head.factor)
+    softcap = 0.0 if head.softcap is None else float(head.softcap)
+    return _HeadScalars(
+        transformed, head.bias, int(head.bias is not None), float(head.logit_scale), softcap, scale, head.factor
+    )
+
+
+def _or(x: Tensor | None, address: Tensor) -> Tensor:
+    """A tensor, or an address that will not be read."""
+    return address if x is None else x
+
+
+def _score(logits: Tensor, tokens: Tensor, head: Head, statistics: Tensor, with_entropy: bool) -> None:
+    s, (rows, V) = _scalars(head), logits.shape
+    with torch.cuda.device_of(logits):
+        _linear_score_kernel[(rows,)](
+            logits,
+            tokens,
+            _or(s.bias, logits),
+            statistics,
+            s.has_bias,
+            s.logit_scale,
+            s.softcap,
+            s.scale,
+            V,
+            logits.stride(0),
+            statistics.stride(0),
+            **_config(_linear_score_kernel, s.transformed, logits.dtype, logits.dtype),
+        )
+
+
+def _policy(
+    logits: Tensor,
+    dlogits: Tensor,
+    tokens: Tensor,
+    t: LossTensors,
+    share: Tensor | None,
+    o: LossOptions,
+    head: Head,
+    statistics: Tensor,
+) -> None:
+    s, (rows, V) = _scalars(head), logits.shape
+    with_kl = t.ref_logprobs is not None and o.kl_coef != 0
+    with torch.cuda.device_of(logits):
+        _linear_policy_kernel[(rows,)](
+            logits,
+            dlogits,
+            tokens,
+            _or(s.bias, logits),
+            _or(t.old_logprobs, statistics),
+            t.advantages,
+            _or(t.weights, statistics),
+            _or(t.ref_logprobs, statistics),
+            _or(share, statistics),
+            statistics,
+            s.has_bias,
+            int(t.old_logprobs is not None),
+            int(t.weights is not None),
+            int(with_kl),
+            int(share is not None),
+            s.logit_scale,
+            s.softcap,
+            s.scale,
+            s.factor,
+            1.0 - o.clip_low,
+            1.0 + o.clip_high,
+            math.inf if o.dual_clip is None else float(o.dual_clip),
+            float(o.log_ratio_clamp),
+            float(o.entropy_coef),
+            float(o.kl_coef) if with_kl else 0.0,
+            _KL_ESTIMATORS.index(o.kl_estimator),
+            V,
+            logits.stride(0),
+            dlogits.stride(0),
+            statistics.stride(0),
+            **_config(_linear_policy_kernel, s.transformed, logits.dtype, dlogits.dtype),
+        )
+
+
+def _gradient(
+    logits: Tensor,
+    dlogits: Tensor,
+    tokens: Tensor,
+    g: Tensor,  # d loss / d logp
+    h: Tensor | None,  # d loss / d H
+    head: Head,
+    statistics: Tensor,
+) -> None:
+    s, (rows, V) = _scalars(head), logits.shape
+    with torch.cuda.device_of(logits):
+        _linear_gradient_kernel[(rows,)](
+            logits,
+            dlogits,
+            tokens,
+            _or(s.bias, logits),
+            g,
+            _or(h, statistics),
+            statistics,
+            s.has_bias,
+            int(h is not None),
+            s.logit_scale,
+            s.softcap,
+            s.scale,
+            s.factor,
+            V,
+            logits.stride(0),
+            dlogits.stride(0),
+            statistics.stride(0),
+            **_config(_linear_gradient_kernel, s.transformed, logits.dtype, dlogits.dtype),
+        )
+
+
+_MATH = RowMath(
+    name="triton",
+    native=lambda device: True,
+    in_place=False,
+    scratch_bytes=lambda weight, softcap: 0,
+    score=_score,
+    policy=_policy,
+    gradient=_gradient,
+    policy_loss=loss.policy_loss,
+)
+
+linear_logprobs, linear_ppo_loss = public_functions(_MATH)

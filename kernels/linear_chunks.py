@@ -28,7 +28,7 @@ class Head(NamedTuple):
     """How hidden states become logits z: raw = h W^T + bias, scaled, squeezed, divided by the temperature."""
 
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V] in the dtype of the arithmetic
+    bias: Tensor | None  # [V] in the dtype of the arithmetic, a padded_copy
     temperature: float
     softcap: float | None
     logit_scale: float
@@ -107,6 +107,11 @@ def _padded(V: int, dtype: torch.dtype) -> int:
     return -(-V // line) * line
 
 
+def padded_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[V] that starts at a multiple of 128 bytes, with zeros up to another behind its end."""
+    return torch.zeros(_padded(len(x), dtype), dtype=dtype, device=x.device)[: len(x)].copy_(x)
+
+
 def _widens(device: torch.device) -> bool:
     """Whether a product of fp16 or bf16 can be written in fp32."""
     return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
@@ -118,10 +123,13 @@ def _dtypes(
     """Of the arithmetic, of the products' operands, and of the chunk's buffer."""
     promoted = torch.promote_types(hidden.dtype, weight.dtype)
     arithmetic = torch.float64 if promoted == torch.float64 else torch.float32
-    if not (native and hidden.dtype == weight.dtype and hidden.dtype in _LOW):
+    native = native and hidden.dtype == weight.dtype and hidden.dtype in _LOW
+    # Without such products the logits are rounded afterwards, which only a CPU does.
+    allowed = (None, arithmetic, hidden.dtype) if native or hidden.device.type == "cpu" else (None, arithmetic)
+    if logits_dtype not in allowed:
+        raise ValueError(f"logits_dtype must be one of {allowed}, got {logits_dtype}")
+    if not native:
         return arithmetic, arithmetic, arithmetic
-    if logits_dtype not in (None, torch.float32, hidden.dtype):
-        raise ValueError(f"logits_dtype must be torch.float32 or hidden's dtype {hidden.dtype}, got {logits_dtype}")
     return arithmetic, hidden.dtype, (logits_dtype or arithmetic) if _widens(hidden.device) else hidden.dtype
 
 

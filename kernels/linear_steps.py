@@ -26,6 +26,7 @@ from ppo_fast.kernels.linear_chunks import (
     differentiate,
     for_each_chunk,
     make_plan,
+    padded_copy,
     scaled,
 )
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors
@@ -90,7 +91,7 @@ def _prepare(
         needs=needs,
         scratch_bytes=math_.scratch_bytes(weight, s.softcap),
     )
-    bias = None if bias is None else bias.detach().to(plan.arithmetic).contiguous()
+    bias = None if bias is None else padded_copy(bias.detach(), plan.arithmetic)
     head = Head(weight, bias, s.temperature, s.softcap, s.logit_scale, s.logits_dtype or plan.logits)
     return _Work(hidden, head, rows, plan, rows.take(tokens, torch.int64))
 
@@ -114,6 +115,8 @@ def _power_of_two(bound: Tensor) -> Tensor:
 def _weighting(work: _Work, t: LossTensors, o: LossOptions) -> tuple[Tensor | None, Tensor]:
     """Factors [n] of the terms, or None for 1, of the order of 1; and 1 / divisor of the loss that goes with them."""
     dtype, device = work.plan.arithmetic, work.hidden.device
+    if not work.rows.count:
+        return None, torch.ones((), dtype=dtype, device=device)
     scale = loss_scale(t.mask, t.advantages, t.cu_seqlens, o, dtype)
     inverse = torch.ones((), dtype=dtype, device=device) / scale.normaliser
     share = None
@@ -123,7 +126,7 @@ def _weighting(work: _Work, t: LossTensors, o: LossOptions) -> tuple[Tensor | No
         share, inverse = share / mean, inverse * mean
     elif scale.share is not None:
         inverse = inverse * scale.share
-    if work.plan.operand == torch.float16 and work.rows.count:
+    if work.plan.operand == torch.float16:
         size = work.rows.take(t.advantages, dtype)
         size = size if t.weights is None else size * work.rows.take(t.weights, dtype)
         size = size if share is None else size * share

@@ -31,7 +31,7 @@ from ppo_fast.kernels.softmax_rows import (
 
 # No argument is specialised on its value or alignment: what the code may assume is said by the constexprs alone.
 _FORWARD_ARGUMENTS = list(range(19))
-_BACKWARD_ARGUMENTS = list(range(24))
+_BACKWARD_ARGUMENTS = list(range(25))
 
 
 @triton.jit(do_not_specialize=_FORWARD_ARGUMENTS)
@@ -158,7 +158,7 @@ def _token_logprobs_bwd_kernel(
         column = lane - gap.to(tl.int32)[:, None]
     x_ptr = tl.multiple_of(logits_ptr + logits_offset, ALIGN)[:, None] + column_offset(lane, logits_stride_v, UNIT)
     d_ptr = tl.multiple_of(grad_ptr + grad_offset, ALIGN)[:, None] + column_offset(lane, grad_stride_v, UNIT)
-    is_token = column == token[:, None]
+    is_token = column == tl.where(out_of_vocabulary, -1, token).to(tl.int32)[:, None]  # int32: half the comparison
     if ROWS == 1 and (start >= PEEL - 1 and start + BLOCK <= V):
         x = tl.load(x_ptr, mask=counted[:, None], other=0.0).to(tl.float32)
         d = logit_gradient(x, is_token, at_token, g, h, top, log_sum, entropy, scale)
@@ -186,29 +186,25 @@ class _Tile(NamedTuple):
     num_warps: int
 
 
-# Largest V -> (forward, backward): many rows of a small vocabulary to a program, or one row of a large one in a loop.
-# Chosen by V only, so that a row's bits do not depend on N.
+# By the largest V: some rows of a tiny vocabulary to a program, or one row of a larger one, forward in a loop. Chosen
+# by V only, so that a row's bits do not depend on N. Each gives a thread 16 bytes to load, in warps of 32 and of 64.
 _TILES = {
-    64: (_Tile(16, 64, 64, 4), _Tile(16, 64, 64, 4)),
-    1024: (_Tile(2, 1024, 1024, 4), _Tile(2, 1024, 1024, 4)),
-    2**31: (_Tile(1, 4096, 1024, 4), _Tile(1, 4096, 1024, 4)),
+    64: _Tile(8, 64, 64, 1),
+    1024: _Tile(1, 1024, 512, 2),
+    2**31: _Tile(1, 4096, 1024, 4),
 }
 
 
-def _tiles(V: int) -> tuple[_Tile, _Tile]:
-    return next(tiles for largest, tiles in _TILES.items() if largest >= V)
+def _tile(V: int) -> _Tile:
+    return next(tile for largest, tile in _TILES.items() if largest >= V)
 
 
 def _layouts(itemsize: int, tile: _Tile, *, backward: bool) -> dict[str, _Layout]:
     """Every layout that a launch with this tile may choose, by name."""
     vector = 16 // itemsize
-    layouts = {
-        "strided": _Layout(False, itemsize, 1),
-        "unit": _Layout(True, itemsize, 1),
-        "aligned": _Layout(True, 16, vector),
-    }
-    if tile.ROWS == 1:
-        layouts["rows_aligned"] = _Layout(True, 16, 1)
+    layouts = {"strided": _Layout(False, itemsize, 1), "aligned": _Layout(True, 16, vector)}
+    if tile.BLOCK > 1024:  # for less, fewer variants count more than the last address computation
+        layouts |= {"unit": _Layout(True, itemsize, 1), "rows_aligned": _Layout(True, 16, 1)}
         if backward:
             layouts["peeled_aligned"] = _Layout(True, 16, 1, vector)
     return layouts
@@ -220,7 +216,7 @@ def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]])
     layouts = _layouts(itemsize, tile, backward=len(operands) == 2)
     if V > 1 and any(x.stride(-1) != 1 for x, _ in operands):
         return layouts["strided"]
-    unit = layouts["unit"]
+    unit = layouts.get("unit", layouts["strided"])
     if any(x.data_ptr() % 16 for x, _ in operands):
         return unit
     if all(stride * itemsize % 16 == 0 for _, strides in operands for stride in strides):
@@ -237,15 +233,11 @@ def variants() -> list[Variant]:
     found = []
     for dtype, pointer in _POINTERS.items():
         itemsize = 4 if dtype == "float32" else 2
-        for forward, backward in _TILES.values():
-            for kind, kernel, tile in (
-                ("fwd", _token_logprobs_fwd_kernel, forward),
-                ("bwd", _token_logprobs_bwd_kernel, backward),
-            ):
+        for tile in _TILES.values():
+            for kind, kernel in (("fwd", _token_logprobs_fwd_kernel), ("bwd", _token_logprobs_bwd_kernel)):
                 for name, layout in _layouts(itemsize, tile, backward=kind == "bwd").items():
                     title = f"token_logprobs {kind} {dtype} {tile.ROWS}x{tile.BLOCK} {name}"
-                    constexprs = _constexprs(tile, layout, kernel)
-                    types = _types(kernel, pointer)
+                    constexprs, types = _constexprs(tile, layout, kernel), _types(kernel, pointer)
                     found.append(Variant(title, kernel, types, constexprs, tile.num_warps))
     return found
 
@@ -318,7 +310,7 @@ def _forward(
     rows = _rows(logits, tokens.to(torch.int64), _any_mask(mask, tokens))
     logits, tokens, flags = rows.tensors
     logits_strides, tokens_strides, mask_strides = rows.strides
-    tile = _tiles(V)[0]
+    tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides)])
     with torch.cuda.device_of(logits):
         _token_logprobs_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
@@ -361,7 +353,7 @@ def _backward(
     rows = _rows(logits, tokens.to(torch.int64), _any_mask(mask, tokens), grad)
     logits, tokens, flags, target = rows.tensors
     logits_strides, tokens_strides, mask_strides, grad_strides = rows.strides
-    tile = _tiles(V)[1]
+    tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides), (target, grad_strides)])
     with torch.cuda.device_of(logits):
         _token_logprobs_bwd_kernel[(triton.cdiv(N, tile.ROWS), triton.cdiv(V + layout.PEEL - 1, tile.BLOCK))](

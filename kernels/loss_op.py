@@ -8,6 +8,7 @@ there is no second derivative. reference.py says what is computed.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 ALL_STATS = (
@@ -59,6 +60,15 @@ def stat_names(policy: bool, entropy: bool, value: bool, t: LossTensors, o: Loss
     present = (*ratios, policy and o.dual_clip is not None, entropy, t.ref_logprobs is not None)
     present += (value, value and o.value_clip is not None)
     return [name for name, is_present in zip(ALL_STATS, present, strict=True) if is_present]
+
+
+def refuse_double_backward() -> None:
+    """For a backward: autograd runs it with gradients enabled only where it is to be differentiated again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "policy_loss, value_loss and ppo_loss have no double backward: call backward without create_graph=True, "
+            "or use ppo_fast.kernels.reference"
+        )
 
 
 def public_functions(

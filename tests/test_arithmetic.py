@@ -8,7 +8,7 @@ from ppo_fast.examples import arithmetic
 
 
 def test_ten_steps_of_the_example_raise_the_reward_and_leave_every_promised_file(tmp_path, capsys):
-    """The share of right answers among the samples rises from about 0.6 by at least 0.08."""
+    """The share of right answers among the samples rises from about 0.55 by at least 0.08."""
     assert arithmetic.main(["--seed", "0", "--out", str(tmp_path), "--ppo-steps", "10"]) == 0
     scores = [json.loads(line)["score"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(scores) == 10
@@ -28,7 +28,7 @@ def test_ten_steps_of_the_example_raise_the_reward_and_leave_every_promised_file
 def test_neither_phase_sees_a_test_problem_and_every_test_problem_is_honest_addition():
     test, validation, training = arithmetic.make_problems(3)
     prompts = [{p["prompt"] for p in part} for part in (test, validation, training)]
-    assert sum(map(len, prompts)) == 8100 == len(set().union(*prompts))
+    assert sum(map(len, prompts)) == 6075 == len(set().union(*prompts))
     for problem in test:
         a, b = map(int, problem["prompt"].rstrip("=").split("+"))
         assert min(a, b) >= 10

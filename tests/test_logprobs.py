@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ppo_fast.kernels import eager_logprobs, logprobs, reference
 
-pytestmark = pytest.mark.usefixtures("nan_empty")
+pytestmark = [
+    pytest.mark.usefixtures("nan_empty"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
+]
 
 BACKENDS = {"triton": logprobs.token_logprobs, "torch": eager_logprobs.token_logprobs}
 # Interpreted bf16 is not bf16, so the Triton kernels see it on a GPU only.

@@ -4,7 +4,7 @@
 
 1. A Llama of 0.1 million weights and a tokenizer of 14 tokens are made from scratch; nothing is downloaded.
 2. Supervised learning imitates a teacher who adds two-digit numbers but forgets the carry seven times in ten, so the
-   model learns to add and to be careless: it answers about 55 % of held-out problems, those without a carry.
+   model learns to add and to be careless: it answers about 42 % of held-out problems, those without a carry.
 3. PPO: the model answers problems, a Python function says right or wrong, and nothing else teaches it.
 4. The same 1024 problems, seen by neither phase, are answered greedily before and after PPO.
 
@@ -51,12 +51,16 @@ def problem(a: int, b: int) -> dict:
 
 
 def make_problems(seed: int) -> tuple[list[dict], list[dict], list[dict]]:
-    """All 8100 sums of two two-digit numbers, shuffled, as test, validation and training problems."""
+    """6075 sums of two two-digit numbers, three in five with a carry, as test, validation and training problems."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    problems = [problem(*pairs[i]) for i in order]
+    generator = torch.Generator().manual_seed(seed)
+    problems = [problem(*pairs[i]) for i in torch.randperm(len(pairs), generator=generator).tolist()]
+    carried = [p for p in problems if p["answer"] != p["careless"]]
+    easy = [p for p in problems if p["answer"] == p["careless"]][: len(carried) * 2 // 3]
+    both = carried + easy
+    shuffled = [both[i] for i in torch.randperm(len(both), generator=generator).tolist()]
     held_out = TEST_PROBLEMS + VALIDATION_PROBLEMS
-    return problems[:TEST_PROBLEMS], problems[TEST_PROBLEMS:held_out], problems[held_out:]
+    return shuffled[:TEST_PROBLEMS], shuffled[TEST_PROBLEMS:held_out], shuffled[held_out:]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,227 @@
+"""gae of every backend against the reference in fp64: layouts, flags, hostile values, and what must not recompile."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ppo_fast.kernels import eager_gae, gae, reference
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+CPU_ONLY = not torch.cuda.is_available()
+
+
+@pytest.fixture(params=["triton", "numba", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The three implementations; in the interpreter, Triton's tile of columns is made narrow to be quick."""
+    if request.param == "triton":
+        if CPU_ONLY:
+            monkeypatch.setattr(gae, "_COLUMNS", gae.Config(R=4, W=16))
+        return gae.gae
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="numba is not installed")
+    monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: request.param == "numba")
+    return eager_gae.gae
+
+
+def double(options: dict) -> dict:
+    return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in options.items()}
+
+
+def check(function, bound: float = 1e-5, **options) -> None:
+    """Advantages and returns within `bound` of fp64, relative to the largest: fp32 sums over at most 1000 steps."""
+    for actual, truth in zip(function(**options), reference.gae(**double(options)), strict=True):
+        assert actual.shape == truth.shape
+        assert actual.dtype == (torch.float64 if options["values"].dtype == torch.float64 else torch.float32)
+        assert not actual.requires_grad
+        error = (actual.double() - truth).abs().max().item() if truth.numel() else 0.0
+        scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
+        assert error <= bound * scale
+
+
+def everything(shape: tuple[int, ...], rows: int, seed: int = 0) -> dict:
+    """Inputs with a mask that has gaps, ends, cuts and a bootstrap; NaN and flags stand where they must not be read."""
+    g = torch.Generator().manual_seed(seed)
+    rewards, values, final_values = torch.randn(3, *shape, generator=g)
+    mask = torch.rand(shape, generator=g) < 0.7
+    flags = torch.rand(2, *shape, generator=g) < 0.15
+    flags |= ~mask
+    truncated = flags[1]
+    final_values = torch.where(truncated & mask, final_values, torch.nan)
+    return {
+        "rewards": torch.where(mask, rewards, torch.nan),
+        "values": torch.where(mask, values, torch.nan),
+        "mask": mask,
+        "terminated": flags[0],
+        "truncated": truncated,
+        "final_values": final_values,
+        "bootstrap": torch.randn(rows, generator=g),
+    }
+
+
+@pytest.mark.parametrize("T", [1, 7, 63, 130])
+def test_padded_rows_are_wrong(backend, T):
+    check(backend, rewards=torch.randn(3, T), values=torch.randn(3, T), gamma=0.99, lam=0.95)
+    check(backend, **everything((3, T), 3), gamma=0.99, lam=0.95)
+    check(backend, **everything((3, T), 3), gamma=torch.rand(3), lam=torch.rand(3))
+
+
+def test_rows_longer_than_a_span_lose_what_comes_behind_it(backend):
+    """Several spans, so that Triton composes them in one launch and applies them in another."""
+    assert gae.row_config(1500).span < 1500
+    check(backend, **everything((2, 1500), 2), gamma=0.999, lam=0.99)
+
+
+def test_many_rows_walked_by_one_program_each_are_wrong(backend, monkeypatch):
+    monkeypatch.setattr(gae, "_MANY_ROWS", 2)
+    check(backend, **everything((2, 1100), 2), gamma=0.999, lam=0.99)
+
+
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (5, 7), (70, 3)])
+def test_time_major_differs_from_batch_first_transposed(backend, T, N):
+    options = everything((T, N), N)
+    check(backend, **options, gamma=0.99, lam=0.95, time_major=True)
+    flipped = {k: x if k == "bootstrap" else x.T for k, x in options.items()}
+    for a, b in zip(
+        backend(**options, gamma=0.99, lam=0.95, time_major=True), backend(**flipped, gamma=0.99, lam=0.95), strict=True
+    ):
+        torch.testing.assert_close(a, b.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 0, 9, 1], [130, 1, 0, 300, 64, 128, 0], [0, 0, 2]])
+def test_packed_sequences_see_each_other(backend, lengths):
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    options = everything((sum(lengths),), len(lengths))
+    check(backend, **options, gamma=0.99, lam=0.95, cu_seqlens=cu_seqlens)
+    check(backend, **options, gamma=torch.rand(len(lengths)), lam=0.95, cu_seqlens=cu_seqlens.int())
+
+
+def test_without_discount_and_trace_gae_is_not_monte_carlo(backend):
+    r, v = torch.randn(2, 4, 50)
+    _, returns = backend(r, v, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, r.flip(-1).cumsum(-1).flip(-1), rtol=0, atol=2e-5)
+    advantages, _ = backend(r, v, gamma=0.0, lam=1.0)
+    torch.testing.assert_close(advantages, r - v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32] + ([] if CPU_ONLY else [torch.bfloat16]))
+def test_half_precision_inputs_are_not_computed_in_fp32(backend, dtype):
+    options = {k: x.to(dtype) if x.is_floating_point() else x for k, x in everything((3, 40), 3).items()}
+    check(backend, **options, gamma=0.99, lam=0.95)
+
+
+def test_transposed_sliced_and_expanded_views_are_read_wrongly(backend):
+    big = torch.randn(2, 80, 9)
+    check(backend, rewards=big[0, ::2, 1:8].T, values=big[1, 1::2, :7].T, gamma=0.9, lam=0.9)
+    check(backend, rewards=torch.randn(1, 30).expand(4, 30), values=torch.randn(4, 1).expand(4, 30), gamma=0.9, lam=0.9)
+    check(backend, rewards=big, values=big + 1, gamma=0.9, lam=0.9, bootstrap=torch.randn(2, 80))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
+def test_empty_tensors_crash(backend, shape):
+    for x in backend(torch.zeros(shape), torch.zeros(shape)):
+        assert x.shape == shape
+
+
+def test_all_masked_gives_something_else_than_zero(backend):
+    nan = torch.full((2, 9), torch.nan)
+    for x in backend(nan, nan, mask=torch.zeros(2, 9, dtype=torch.bool)):
+        assert not x.any()
+
+
+def test_a_reward_behind_an_end_reaches_the_steps_before_it(backend):
+    """Not even infinity may come through a cut."""
+    rewards = torch.tensor([[1.0, 1.0, torch.inf]])
+    ends = torch.tensor([[False, True, False]])
+    advantages, _ = backend(rewards, torch.zeros(1, 3), gamma=0.9, lam=0.9, terminated=ends)
+    torch.testing.assert_close(advantages[:, :2], torch.tensor([[1.81, 1.0]]))
+
+
+def test_a_rows_bits_depend_on_the_rows_around_it(backend):
+    options = everything((9, 200), 9)
+    together = backend(**options, gamma=0.99, lam=0.95)
+    alone = backend(**{k: x[4:5] for k, x in options.items()}, gamma=0.99, lam=0.95)
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[4:5], b)
+
+
+def test_repeats_differ_in_their_bits(backend):
+    options = everything((3, 100), 3)
+    first = backend(**options, gamma=0.99, lam=0.95)
+    for _ in range(5):
+        assert all(map(torch.equal, first, backend(**options, gamma=0.99, lam=0.95)))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 4),
+    T=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    left_out=st.sets(st.sampled_from(["mask", "terminated", "truncated", "bootstrap"])),
+    gamma=st.sampled_from([0.0, 0.5, 1.0]),
+    time_major=st.booleans(),
+)
+def test_some_mix_of_shape_and_flags_is_wrong(backend, rows, T, seed, left_out, gamma, time_major):
+    options = everything((T, rows) if time_major else (rows, T), rows, seed)
+    if "mask" in left_out:
+        options |= {name: x.nan_to_num(0.3) for name, x in options.items() if x.is_floating_point()}
+    if "truncated" in left_out:
+        del options["final_values"]
+    check(backend, **{k: x for k, x in options.items() if k not in left_out}, gamma=gamma, time_major=time_major)
+
+
+def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
+    """65536 steps take milliseconds; a loop over them would take seconds."""
+    import time
+
+    monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: False)
+    options = everything((2, 65536), 2)
+    start = time.perf_counter()
+    result = eager_gae.gae(**options, gamma=0.999, lam=0.99)
+    assert time.perf_counter() - start < 2
+    for actual, truth in zip(result, reference.gae(**double(options), gamma=0.999, lam=0.99), strict=True):
+        assert (actual.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_launches_are_not_specialised_on_lengths_or_scalars():
+    """Every number that may change from call to call is excluded from Triton's specialisation."""
+    from ppo_fast.kernels.gae_kernels import INTEGERS, _gae_kernel
+
+    constexprs = {"MODE", "COLUMNS", "ALIGNED", "R", "W"}
+    numbers = {name for name in _gae_kernel.arg_names if not name.endswith("_ptr")} - constexprs
+    assert numbers == {"gamma", "lam", *INTEGERS}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
+def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
+    options = {k: x.to(device) for k, x in everything(shape, shape[0]).items()}
+    first = gae.gae(**options, gamma=0.99, lam=0.95)
+    truth = eager_gae.gae(**double(options), gamma=0.99, lam=0.95)
+    for actual, expected in zip(first, truth, strict=True):
+        assert (actual.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for _ in range(100):
+        assert all(map(torch.equal, first, gae.gae(**options, gamma=0.99, lam=0.95)))
+
+
+def test_compiled_gae_recompiles_for_every_length_or_discount():
+    from torch._dynamo.testing import CompileCounter
+
+    import ppo_fast as ppo
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(r: Tensor, v: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+        return ppo.gae(r, v, gamma=gamma, lam=0.95, backend="triton")
+
+    for i in range(12):
+        r, v = torch.randn(2, 2, 5 + i)
+        for a, b in zip(compiled(r, v, 0.5 + 0.04 * i), reference.gae(r, v, gamma=0.5 + 0.04 * i), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert counter.frame_count <= 3

@@ -1,0 +1,484 @@
+"""What the linear operations cost (products, memory, waits, compilations), and how they sit in autograd and FSDP."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_linear import BASIC, make
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ppo_fast.kernels import eager_linear, linear, linear_chunks, linear_steps, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about lanes that nobody stores
+
+BACKENDS = {"triton": linear, "torch": eager_linear}
+
+
+@pytest.fixture(params=list(BACKENDS))
+def kernels(request: pytest.FixtureRequest):
+    return BACKENDS[request.param]
+
+
+def inputs(*shape: int, V: int, device: torch.device, **options) -> list[Tensor]:
+    """hidden and weight with gradients, tokens, old log-probabilities, advantages."""
+    x = make(*shape, V=V, device=device, **options)
+    return [x["hidden"].requires_grad_(), x["weight"].requires_grad_(), *(x[n] for n in BASIC[2:])]
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of every matrix product, whatever its overload: in place, out=, with a dtype."""
+
+    ARGUMENTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "matmul": (0, 1)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.count = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in self.ARGUMENTS:
+            a, b = (args[i] for i in self.ARGUMENTS[name])
+            self.flops += 2 * a.numel() * b.shape[-1]
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("trained", "products"), [("hw", 3), ("h", 2), ("w", 2), ("", 1)])
+def test_a_product_more_than_needed_is_computed(kernels, device, dtype, trained, products):
+    """FlopCounterMode would miss addmm_ and everything inside an operator; in eager mode there is none."""
+    hidden, weight, *rest = inputs(2, 5, V=50, device=device)
+    hidden, weight = (x.detach().to(dtype).requires_grad_(n in trained) for n, x in (("h", hidden), ("w", weight)))
+    for chunk_bytes in (None, 1):
+        with Products() as counted:
+            loss = kernels.linear_ppo_loss(hidden, weight, *rest, entropy_coef=0.1, chunk_bytes=chunk_bytes)[0]
+            if trained:
+                loss.backward()
+        assert counted.flops == products * 2 * 10 * 16 * 50
+        assert chunk_bytes is None or counted.count > products
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_linear_logprobs_makes_logits_that_nobody_needs(kernels, device, trained):
+    hidden, weight, tokens, *_ = inputs(2, 5, V=50, device=device)
+    with torch.set_grad_enabled(trained), Products() as counted:
+        logprobs = kernels.linear_logprobs(hidden, weight, tokens)
+        assert counted.flops == 2 * 10 * 16 * 50
+        if trained:
+            logprobs.sum().backward()
+            assert counted.flops == 4 * 2 * 10 * 16 * 50
+
+
+def test_masked_tokens_are_multiplied(kernels, device):
+    hidden, weight, *rest = inputs(3, 40, V=50, device=device)
+    mask = torch.zeros(3, 40, dtype=torch.bool, device=device)
+    mask[1, 35:] = True
+    with Products() as counted:
+        kernels.linear_ppo_loss(hidden, weight, *rest, mask)[0].backward()
+        kernels.linear_logprobs(hidden, weight, rest[0], mask).sum().backward()
+    assert counted.flops == (3 + 4) * 2 * 5 * 16 * 50
+
+
+class Waits(TorchDispatchMode):
+    """Fails on what makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device(kernels, device):
+    """With num_counted, or without a mask. A CPU checks num_counted, which is what `like_a_gpu` turns off."""
+    hidden, weight, *rest = inputs(3, 4, V=50, device=device)
+    for options in ({}, {"aggregation": "seq-mean-token-mean", "weights": rest[2], "ref_logprobs": rest[1]}):
+        with Waits():
+            loss, *_ = kernels.linear_ppo_loss(hidden, weight, *rest, **options)
+            (loss * 2).backward()
+            kernels.linear_logprobs(hidden, weight, rest[0]).sum().backward()
+
+
+def test_num_counted_changes_the_result_or_a_wrong_one_is_believed(kernels, device):
+    hidden, weight, *rest = inputs(3, 7, V=50, device=device)
+    mask = make(3, 7, V=50, device=device)["mask"]
+    n = int(mask.sum())
+    expected = kernels.linear_ppo_loss(hidden, weight, *rest, mask)[0]
+    assert kernels.linear_ppo_loss(hidden, weight, *rest, mask, num_counted=n)[0] == expected
+    for wrong in (n - 1, n + 1, 21):
+        with pytest.raises(ValueError, match=f"num_counted must be the number of True in mask, {n}; got {wrong}"):
+            kernels.linear_ppo_loss(hidden, weight, *rest, mask, num_counted=wrong)
+    with pytest.raises(ValueError, match="num_counted must be 21"):
+        kernels.linear_logprobs(hidden, weight, rest[0], num_counted=20)
+
+
+def test_a_wrong_num_counted_on_a_gpu_is_not_nan(kernels, device, monkeypatch):
+    """There nobody can look. A CPU that does not look either stands in for it."""
+
+    def like_a_gpu(mask: Tensor, num_counted: int, N: int) -> linear_chunks.Rows:
+        index = torch.nonzero_static(mask.reshape(-1), size=num_counted, fill_value=0).squeeze(1)
+        return linear_chunks.Rows(index, num_counted, mask.sum() != num_counted)
+
+    hidden, weight, *rest = inputs(3, 7, V=50, device=device)
+    mask = make(3, 7, V=50, device=device)["mask"]
+    n = int(mask.sum())
+    expected = kernels.linear_ppo_loss(hidden, weight, *rest, mask)[0]
+    monkeypatch.setattr(linear_steps, "counted_rows", like_a_gpu)
+    assert kernels.linear_ppo_loss(hidden, weight, *rest, mask, num_counted=n)[0] == expected
+    for wrong in (n - 1, n + 1):
+        loss, _, logprobs, _ = kernels.linear_ppo_loss(hidden, weight, *rest, mask, num_counted=wrong)
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.isnan()
+        assert logprobs.isnan().all()
+        assert all(bool(g.isnan().any()) for g in gradients)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes alive at once of what `run` allocates on the CPU, from the allocator's own events."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunks", [1, 6])
+def test_more_memory_than_chunk_bytes_is_taken(dtype, masked, chunks):
+    """Beyond inputs and gradients, plus the fp32 accumulator of d weight with more than one chunk; the torch backend."""
+    N, D, V = 600, 64, 4000
+    x = inputs(N, V=V, D=D, device=torch.device("cpu"))
+    hidden, weight = (t.detach().to(dtype).requires_grad_() for t in x[:2])
+    mask = (torch.arange(N) % 2 == 0) if masked else None
+    counted = N // (1 + masked)
+    accumulator = V * D * 4
+    chunk_bytes = counted * V * 4 // chunks + (4 << 20) + (0 if dtype == torch.float32 or chunks > 1 else accumulator)
+    results: list[Any] = []
+
+    def forward() -> None:
+        results.append(eager_linear.linear_ppo_loss(hidden, weight, *x[2:], mask, chunk_bytes=chunk_bytes)[0])
+
+    eager_linear.linear_ppo_loss(hidden, weight, *x[2:], mask, chunk_bytes=chunk_bytes)  # whatever is made only once
+    in_forward = peak_bytes(forward)
+    in_backward = peak_bytes(lambda: results.append(torch.autograd.grad(results[0], (hidden, weight))))
+    gradients = (V + N) * D * dtype.itemsize
+    extra = accumulator - V * D * dtype.itemsize if chunks > 1 else 0
+    assert in_forward <= gradients + chunk_bytes + extra
+    assert in_forward >= counted * V * 4 // chunks  # the measurement sees the chunk
+    assert in_backward <= 2 * gradients + (8 << 20)  # those that are returned, and at most one more d weight
+
+
+def test_linear_logprobs_takes_more_memory_than_chunk_bytes():
+    N, D, V = 600, 64, 4000
+    hidden, weight, tokens, *_ = inputs(N, V=V, D=D, device=torch.device("cpu"))
+    chunk_bytes = N * V * 4 // 6 + (4 << 20)
+    logprobs = eager_linear.linear_logprobs(hidden, weight, tokens, chunk_bytes=chunk_bytes)
+    in_forward = peak_bytes(lambda: eager_linear.linear_logprobs(hidden, weight, tokens, chunk_bytes=chunk_bytes))
+    in_backward = peak_bytes(lambda: torch.autograd.grad(logprobs.sum(), (hidden, weight)))
+    assert in_forward <= chunk_bytes
+    assert in_backward <= chunk_bytes + (V + N) * D * 4
+
+
+def chunk_rows(N: int, *, dtype: torch.dtype, logits_dtype: torch.dtype, **options) -> int:
+    """What a GPU would be given for D = 4096, V = 128256; only shapes and dtypes are looked at."""
+    hidden = torch.empty(N, 4096, dtype=dtype, device="meta")
+    weight = torch.empty(128256, 4096, dtype=dtype, device="meta")
+    return linear_chunks.make_plan(
+        hidden,
+        weight,
+        linear_chunks.Rows(None, N, None),
+        native=True,
+        in_place=False,
+        logits_dtype=logits_dtype,
+        needs=(True, True, False),
+        scratch_bytes=0,
+        **{"chunk_bytes": None} | options,
+    ).rows
+
+
+def test_a_gpu_gets_chunks_that_reread_d_weight_too_often(monkeypatch):
+    monkeypatch.setattr(linear_chunks, "_widens", lambda device: True)
+    low, wide = torch.bfloat16, torch.float32
+    assert chunk_rows(8192, dtype=low, logits_dtype=low) == 8192  # one chunk takes no more than two and d weight
+    assert chunk_rows(8192, dtype=low, logits_dtype=wide) == 4096
+    assert chunk_rows(16384, dtype=low, logits_dtype=wide) == 4096
+    assert chunk_rows(9000, dtype=low, logits_dtype=wide) == 3000  # three of one size
+    assert chunk_rows(100, dtype=low, logits_dtype=wide) == 100
+    assert chunk_rows(8192, dtype=low, logits_dtype=wide, chunk_bytes=0) == 1
+    budget = 3 << 30
+    rows = chunk_rows(8192, dtype=low, logits_dtype=wide, chunk_bytes=budget)
+    assert 2048 <= rows <= budget // (128256 * 6)
+
+
+def gradients(loss: Tensor, *of: Tensor, **options) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, of, **options)
+
+
+def test_a_second_backward_gets_what_the_first_has_scaled(kernels, device):
+    hidden, weight, *rest = inputs(2, 5, V=50, device=device)
+    losses = [kernels.linear_ppo_loss(hidden, weight, *rest)[0], kernels.linear_logprobs(hidden, weight, rest[0]).sum()]
+    for loss in losses:
+        once = gradients(loss, hidden, weight, retain_graph=True)
+        kept = [g.clone() for g in once]
+        twice = gradients(2 * loss, hidden, weight, retain_graph=True)
+        again = gradients(loss, hidden, weight)
+        for a, b, c, k in zip(once, twice, again, kept, strict=True):
+            assert torch.equal(a, k)
+            assert torch.equal(b, 2 * k)
+            assert torch.equal(c, k)
+
+
+def test_gradients_do_not_add_up_over_calls_and_consumers(kernels, device):
+    """Accumulation, a second consumer of hidden, and a weight that is also the embedding."""
+    x = make(2, 5, V=50, device=device)
+
+    def gradient(function: Callable, dtype: torch.dtype) -> Tensor:
+        weight = x["weight"].to(dtype).requires_grad_()
+        for _ in range(2):
+            hidden = weight[x["tokens"]].tanh()
+            loss = function(hidden, weight, x["tokens"], None, x["advantages"].to(dtype))[0] + hidden.square().mean()
+            (0.5 * loss).backward()
+        return weight.grad
+
+    actual, truth = gradient(kernels.linear_ppo_loss, torch.float32), gradient(reference.linear_ppo_loss, torch.float64)
+    torch.testing.assert_close(actual.double(), truth, rtol=3e-6, atol=1e-6)
+
+
+def test_create_graph_gives_a_wrong_second_derivative(kernels, device):
+    hidden, weight, *rest = inputs(2, 5, V=50, device=device)
+    for name, loss in (
+        ("linear_ppo_loss", kernels.linear_ppo_loss(hidden, weight, *rest)[0]),
+        ("linear_logprobs", kernels.linear_logprobs(hidden, weight, rest[0]).sum()),
+    ):
+        with pytest.raises(RuntimeError, match=f"create_graph=True: {name} has no second derivative"):
+            gradients(loss, hidden, weight, create_graph=True)
+
+
+def test_autocast_casts_the_operands_again(kernels, device):
+    hidden, weight, *rest = inputs(2, 5, V=50, device=device)
+    expected = gradients(kernels.linear_ppo_loss(hidden, weight, *rest)[0], hidden, weight)
+    logprobs = kernels.linear_logprobs(hidden, weight, rest[0])
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = gradients(kernels.linear_ppo_loss(hidden, weight, *rest)[0], hidden, weight)
+        cast = kernels.linear_logprobs(hidden, weight, rest[0])
+        gradients(cast.sum(), hidden, weight)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert torch.equal(cast, logprobs)
+
+
+def test_a_frozen_bias_or_hidden_gets_a_gradient(kernels, device):
+    x = make(2, 5, V=50, device=device)
+    rest = [x[n] for n in BASIC[2:]]
+    for trained in ("hidden", "weight", "bias"):
+        head = {n: x[n].clone().requires_grad_(n == trained) for n in ("hidden", "weight", "bias")}
+        kernels.linear_ppo_loss(head["hidden"], head["weight"], *rest, bias=head["bias"])[0].backward()
+        kernels.linear_logprobs(head["hidden"], head["weight"], rest[0], bias=head["bias"]).sum().backward()
+        assert {n for n, t in head.items() if t.grad is not None} == {trained}
+    with torch.no_grad():
+        loss, *_ = kernels.linear_ppo_loss(x["hidden"].requires_grad_(), x["weight"], *rest)
+    assert not loss.requires_grad
+
+
+def test_the_same_inputs_give_other_bits(kernels, device):
+    hidden, weight, *rest = inputs(2, 5, V=500, device=device)
+    runs = [gradients(kernels.linear_ppo_loss(hidden, weight, *rest)[0], hidden, weight) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.fixture
+def alone(tmp_path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_distributed_weight_is_read_as_if_it_were_whole(kernels):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    hidden, weight, *rest = inputs(2, 5, V=50, device=torch.device("cpu"))
+    for placement, words in ((Shard(0), "vocabulary-parallel or otherwise sharded"), (Replicate(), "distributed")):
+        sharded = distribute_tensor(weight.detach(), mesh, [placement])
+        with pytest.raises(TypeError, match=rf"weight is a {words} DTensor .* pass weight\.full_tensor\(\)"):
+            kernels.linear_ppo_loss(hidden, sharded, *rest)
+        with pytest.raises(TypeError, match=r"linear_logprobs: weight is a .* forward of the FSDP2-wrapped module"):
+            kernels.linear_logprobs(hidden, sharded, rest[0])
+        kernels.linear_logprobs(hidden, sharded.full_tensor(), rest[0])
+
+
+class Policy(nn.Module):
+    def __init__(self, weight: Tensor, function: Callable) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, len(weight), bias=False)
+        self.head.weight.data.copy_(weight.detach())
+        self.function = function
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        return self.function(self.body(x), self.head.weight, *rest)[0]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_fails_inside_an_fsdp2_forward(kernels):
+    """Inside the wrapped module's forward the parameter is a plain tensor, and its gradient reaches the shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    hidden, weight, *rest = inputs(2, 5, V=50, device=torch.device("cpu"))
+    plain = Policy(weight, kernels.linear_ppo_loss)
+    wrapped = Policy(weight, kernels.linear_ppo_loss)
+    wrapped.load_state_dict(plain.state_dict())
+    fully_shard(wrapped)
+    for module in (plain, wrapped):
+        module(hidden.detach(), *rest).backward()
+    torch.testing.assert_close(wrapped.head.weight.grad.full_tensor(), plain.head.weight.grad)
+    torch.testing.assert_close(wrapped.body.weight.grad.full_tensor(), plain.body.weight.grad)
+
+
+def compiled(function: Callable) -> tuple[Callable, CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, backend=counter, fullgraph=True), counter
+
+
+NUMBERS = ("temperature", "logit_scale", "clip_low", "dual_clip", "entropy_coef", "kl_coef", "log_ratio_clamp")
+
+
+@pytest.mark.parametrize("changing", ["N", "num_counted", "softcap", "denominator", *NUMBERS])
+def test_torch_compile_breaks_the_graph_or_compiles_for_every_value(kernels, device, changing):
+    """The operator in front of both backends is one code, so the slow interpreter tries one number only."""
+    if kernels is linear and changing in NUMBERS[1:]:
+        pytest.skip("as with the torch backend")
+
+    def loss_of(hidden: Tensor, weight: Tensor, rest: list[Tensor], options: dict[str, Any]) -> Tensor:
+        loss, stats, logprobs, entropy = kernels.linear_ppo_loss(hidden * 1.5, weight, *rest, **options)
+        return 2 * loss + stats["ratio_mean"] + logprobs.sum() + entropy.sum()
+
+    function, counter = compiled(loss_of)
+    for i in range(12 if kernels is eager_linear else 5):
+        x = make(1, 3 + i if changing == "N" else 3, V=9, device=device)
+        head = [x["hidden"].requires_grad_(), x["weight"].requires_grad_()]
+        rest = [x[n] for n in (*BASIC[2:], "mask")]
+        options = {"ref_logprobs": x["ref_logprobs"], "kl_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}
+        if changing == "num_counted":
+            rest[-1] = torch.arange(3, device=device).view(1, 3) <= i % 3
+            options["num_counted"] = i % 3 + 1
+        elif changing != "N":
+            options[changing] = 1.1 + i / 7
+        actual = gradients(function(*head, rest, options), *head)
+        expected = gradients(loss_of(*head, rest, options), *head)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("changing", ["N", "temperature", "chunk_bytes"])
+def test_compiled_linear_logprobs_differs_or_compiles_for_every_value(kernels, device, changing):
+    def loss_of(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+        logp, entropy = kernels.linear_logprobs(hidden * 1.5, weight, tokens, mask, with_entropy=True, **options)
+        return (logp * logp.detach() - 0.1 * entropy).sum()
+
+    function, counter = compiled(loss_of)
+    for i in range(12 if kernels is eager_linear else 5):
+        x = make(1, 3 + i if changing == "N" else 3, V=9, device=device)
+        head = [x["hidden"].requires_grad_(), x["weight"].requires_grad_()]
+        options = {} if changing == "N" else {changing: 5000 + i if changing == "chunk_bytes" else 1.1 + i / 7}
+        actual = gradients(function(*head, x["tokens"], x["mask"], options), *head)
+        expected = gradients(loss_of(*head, x["tokens"], x["mask"], options), *head)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count <= 3
+
+
+def test_compiling_without_gradients_or_entropy_fails(kernels, device):
+    x = make(1, 3, V=9, device=device)
+    args = x["hidden"], x["weight"], x["tokens"]
+    function, _ = compiled(lambda *a: kernels.linear_logprobs(*a))
+    torch.testing.assert_close(function(*args, x["mask"]), kernels.linear_logprobs(*args, x["mask"]))
+    x["weight"].requires_grad_()
+
+    def gradient(f: Callable) -> Tensor:
+        return gradients(f(*args, x["old_logprobs"], x["advantages"]), x["weight"])[0]
+
+    def loss_of(*a: Tensor) -> Tensor:
+        return kernels.linear_ppo_loss(*a, softcap=3.0)[0]
+
+    torch.testing.assert_close(gradient(compiled(loss_of)[0]), gradient(loss_of))
+
+
+class Recorder:
+    """Stands for a kernel and keeps the configuration of each launch."""
+
+    def __init__(self, kernel, launches: set) -> None:
+        self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def launch(*args, num_warps: int, **constexprs) -> None:
+            given = dict(zip(self.arg_names, args, strict=False))
+            assert given["bias_ptr"].data_ptr() % 16 == 0  # the one argument that is specialised on its alignment
+            dtypes = tuple(str(given[n].dtype) for n in ("logits_ptr", "dlogits_ptr") if n in given)
+            for name in ("statistics_ptr", "logits_ptr"):
+                given[name].zero_()
+            self.launches.add((self.name, dtypes, num_warps, *sorted(constexprs.items())))
+
+        return launch
+
+
+KERNELS = ("_linear_score_kernel", "_linear_policy_kernel", "_linear_gradient_kernel")
+
+
+def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkeypatch, device):
+    pointers = {"*fp16": "torch.float16", "*bf16": "torch.bfloat16", "*fp32": "torch.float32"}
+    gate = set()
+    for v in linear.variants():
+        assert list(v.types) + list(v.constexprs) == v.kernel.arg_names
+        dtypes = tuple(pointers[v.types[n]] for n in ("logits_ptr", "dlogits_ptr") if n in v.types)
+        gate.add((v.kernel.fn.__name__, dtypes, v.num_warps, *sorted(v.constexprs.items())))
+    launches: set = set()
+    for name in KERNELS:
+        monkeypatch.setattr(linear, name, Recorder(getattr(linear, name), launches))
+    for V in (1, 9, 64, 1000, 8192):
+        x = make(2, 3, V=V, device=device)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            hidden, weight = (x[n].to(dtype).requires_grad_() for n in ("hidden", "weight"))
+            for options in ({}, {"bias": x["bias"]}, {"softcap": 3.0}, {"logit_scale": -1.0}):
+                for logits_dtype in (None, dtype):
+                    own = {**options, "logits_dtype": logits_dtype}
+                    linear.linear_ppo_loss(hidden, weight, *(x[n] for n in (*BASIC[2:], "mask")), **own)
+                    linear.linear_logprobs(hidden, weight, x["tokens"], **own).sum().backward()
+    assert launches == gate  # and nothing is compiled that no launch can choose
+
+
+def test_a_kernel_is_compiled_again_for_another_length_or_number():
+    """Nothing but bias_ptr's alignment, which never changes, is part of Triton's key. What is named so is an index."""
+    for kernel, frozen in zip((getattr(linear, n) for n in KERNELS), linear.NOT_SPECIALISED, strict=True):
+        runtime = [n for n in kernel.arg_names if n == "V" or not n.isupper()]
+        assert [n for i, n in enumerate(runtime) if i not in frozen] == ["bias_ptr"]
+        assert runtime == kernel.arg_names[: len(runtime)]
+
+
+def test_the_operators_break_a_rule_of_torch_library(device):
+    x = make(2, 3, V=9, device=device)
+    head = [x["hidden"].requires_grad_(), x["weight"].requires_grad_(), None]
+    scalars = torch.tensor([0.7, math.nan, 1.0, 0.2, 0.2, math.nan, 20.0, 0.1, 0.0, math.nan, math.nan]).double()
+    arguments = [*head, x["tokens"], x["old_logprobs"], x["advantages"], None, None, None, None, None, scalars]
+    torch.library.opcheck(
+        torch.ops.ppo_fast.linear_ppo_loss_torch.default,
+        (*arguments, "k2", "token-mean", [True, True, False], None, None, None),
+    )
+    torch.library.opcheck(
+        torch.ops.ppo_fast.linear_logprobs_torch.default,
+        (*head, x["tokens"], None, scalars[:3], True, [True, True, False], None, None, None),
+    )
