@@ -121,6 +121,22 @@ def _masked_whiten(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, 
     return (ops.masked_whiten(x["advantages"], x["mask"], **options),)
 
 
+def _rlhf_advantages(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    names = ("scores", "logprobs", "ref_logprobs", "values", "mask")
+    return tuple(ops.rlhf_advantages(*(x[name] for name in names), **options))[:4]
+
+
+def _linear_logprobs(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    names = ("hidden", "weight", "tokens", "mask")
+    return ops.linear_logprobs(*(x[name] for name in names), temperature=0.7, with_entropy=True, **options)
+
+
+def _linear_ppo_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    names = ("hidden", "weight", "tokens", "old_logprobs", "advantages", "mask")
+    loss, *_ = ops.linear_ppo_loss(*(x[name] for name in names), entropy_coef=0.01, softcap=5.0, **options)
+    return (loss,)
+
+
 CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     # name: (what to run, the inputs that want gradients)
     "token_logprobs": (_token_logprobs, ("logits",)),
@@ -130,7 +146,11 @@ CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "gae, time-major": (_gae_time_major, ()),
     "shape_rewards": (_shape_rewards, ()),
     "masked_whiten": (_masked_whiten, ()),
+    "rlhf_advantages": (_rlhf_advantages, ()),
+    "linear_logprobs": (_linear_logprobs, ("hidden", "weight")),
+    "linear_ppo_loss": (_linear_ppo_loss, ("hidden", "weight")),
 }
+NO_KERNEL = ("shape_rewards", "masked_whiten", "rlhf_advantages")  # PyTorch on every device
 
 
 def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
@@ -177,7 +197,12 @@ def examine() -> list[Check]:
         gpu = make_inputs(torch.device("cuda"))
         plan += [(gpu, dtype, "triton") for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         plan += [(gpu, torch.float32, "torch")]
-    return [check(name, inputs, dtype, backend) for inputs, dtype, backend in plan for name in CHECKS]
+    return [
+        check(name, inputs, dtype, backend)
+        for inputs, dtype, backend in plan
+        for name in CHECKS
+        if not (backend == "triton" and name in NO_KERNEL)
+    ]
 
 
 def describe() -> dict[str, str]:

@@ -31,6 +31,15 @@ class LossOutput(NamedTuple):
     stats: dict[str, Tensor]
 
 
+class LinearLossOutput(NamedTuple):
+    """What `linear_ppo_loss` returns: a `LossOutput`, and per token the detached `logprobs` and `entropy`."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    logprobs: Tensor
+    entropy: Tensor
+
+
 class AdvantageOutput(NamedTuple):
     """What `rlhf_advantages` returns: four tensors [B, T], zero at masked steps, and detached scalars on the device."""
 
@@ -63,6 +72,12 @@ def uses_triton(backend: Backend, *tensors: Tensor | None) -> bool:
                 " TRITON_INTERPRET=1 before the first import to run the kernels slowly on a CPU"
             )
     return True
+
+
+def _refuse_triton(operation: str, backend: Backend) -> None:
+    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    if backend == "triton":
+        raise NotImplementedError(f"{operation} has no Triton kernel yet: use backend='auto' or 'torch' (any device)")
 
 
 def token_logprobs(
@@ -567,7 +582,7 @@ def shape_rewards(
     [[0.0, 1.0, 0.0]]
     """
     mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
-    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    _refuse_triton("shape_rewards", backend)
     from ppo_fast.kernels import eager_advantages as kernel
 
     return kernel.shape_rewards(
@@ -610,7 +625,284 @@ def masked_whiten(
     checks.floating("x", x)
     mask = checks.flag("mask", mask, x.shape, x, "x")
     checks.not_negative("eps", eps)
-    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    _refuse_triton("masked_whiten", backend)
     from ppo_fast.kernels import eager_advantages as kernel
 
     return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
+
+
+def rlhf_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: KLEstimator = "k1",
+    score_clip: float | None = None,
+    reward_at: Literal["last", "after_last"] = "last",
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    bootstrap: Tensor | None = None,
+    whiten: bool = True,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: torch.distributed.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> AdvantageOutput:
+    """From scores to whitened advantages: `shape_rewards`, `gae` and `masked_whiten` in a row.
+
+    With "after_last" the score's slot is a step of gae and has a return, but no token was chosen there: its advantage
+    is 0 and it takes no part in the whitening.
+
+    Args:
+        scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator, score_clip, reward_at: as in `shape_rewards`.
+        values: [B, T]. gamma, lam, bootstrap: as in `gae`.
+        whiten: False leaves the advantages as they are. shift_mean, unbiased, eps, group: as in `masked_whiten`.
+
+    Returns:
+        advantages, returns, rewards, kl, and stats: score_mean and reward_mean per sequence, kl_mean per token,
+        return_mean, and advantage_mean and advantage_std before whitening.
+
+    >>> one = torch.ones(2, 3)
+    >>> out = rlhf_advantages(torch.tensor([1.0, 2.0]), -one, -one, 0 * one, one, gamma=1.0, lam=1.0, whiten=False)
+    >>> out.advantages.tolist(), out.stats["score_mean"].item()
+    ([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]], 1.5)
+    """
+    counted = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
+    checks.matching("values", values, logprobs, "logprobs")
+    checks.discount("gamma", gamma, logprobs.shape[:1], logprobs)
+    checks.discount("lam", lam, logprobs.shape[:1], logprobs)
+    if bootstrap is not None:
+        checks.floating("bootstrap", bootstrap)
+        checks.shape("bootstrap", bootstrap, logprobs.shape[:1], "the rows")
+        checks.device("bootstrap", bootstrap, logprobs.device, "logprobs")
+    checks.not_negative("eps", eps)
+    _refuse_triton("rlhf_advantages", backend)
+    from ppo_fast.kernels import eager_advantages as kernel
+
+    return AdvantageOutput(
+        *kernel.rlhf_advantages(
+            scores,
+            logprobs,
+            ref_logprobs,
+            values,
+            counted,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            score_clip=score_clip,
+            reward_at=reward_at,
+            gamma=gamma,
+            lam=lam,
+            bootstrap=bootstrap,
+            whiten=whiten,
+            shift_mean=shift_mean,
+            unbiased=unbiased,
+            eps=eps,
+            group=group,
+        )
+    )
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+    num_counted: int | None,
+) -> Tensor | None:
+    """Checks what the operations on hidden states share; the mask as bool."""
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight)
+    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+        raise ValueError(
+            f"hidden must have shape [..., D] and weight [V, D] with V > 0, got {tuple(hidden.shape)} and"
+            f" {tuple(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    checks.device("weight", weight, hidden.device, "hidden")
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.shape("bias", bias, weight.shape[:1], "weight's rows")
+        checks.device("bias", bias, hidden.device, "hidden")
+    rows = hidden.shape[:-1]
+    mask = checks.flag("mask", mask, rows, hidden, "hidden without its last dimension")
+    checks.token_ids(tokens, mask, rows, hidden, "hidden without its last dimension", weight.shape[0])
+    checks.positive("temperature", temperature)
+    if softcap is not None:
+        checks.positive("softcap", softcap)
+    checks.positive("logit_scale", logit_scale)
+    if chunk_bytes is not None:
+        checks.positive("chunk_bytes", chunk_bytes)
+    if logits_dtype is not None and logits_dtype not in (torch.float32, hidden.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32 or the dtype of hidden, {hidden.dtype}; got {logits_dtype}"
+        )
+    if num_counted is not None:
+        if mask is None:
+            raise ValueError(f"num_counted={num_counted} belongs to a mask, which was not given")
+        if checks.readable(mask) and int(mask.sum()) != num_counted:
+            raise ValueError(f"num_counted must be the number of counted tokens, {int(mask.sum())}; got {num_counted}")
+    return mask
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    with_entropy: bool = False,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_counted: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` straight from hidden states: the logits exist only a chunk of tokens at a time.
+
+    z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature, without softcap logit_scale (h W^T + b) /
+    temperature. Without gradients this is one GEMM; the backward pass recomputes each chunk (four GEMMs in all), so
+    that any gradient per token may come. For PPO's own loss see `linear_ppo_loss`, which needs three.
+
+    Args:
+        hidden: [..., D]; weight: [V, D], the LM head; bias: [V] or None.
+        tokens, mask: [...]; rows that do not count are dropped before the first GEMM. On a GPU a mask costs one wait
+            for its count, unless num_counted gives it.
+        softcap: of Gemma 2; logit_scale: of Cohere.
+        chunk_bytes: what the chunk buffers may take; the default depends on shapes and dtypes only.
+        logits_dtype: fp32, or the dtype of hidden for less traffic and less exact log-probabilities.
+
+    Returns:
+        logp [...], or (logp, entropy), fp32 (fp64 for fp64), 0 where masked.
+
+    >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    >>> logp = linear_logprobs(hidden, weight, torch.tensor([0, 2]))
+    >>> [round(x, 4) for x in logp.tolist()]
+    [-0.5514, -0.2395]
+    """
+    head = dict(
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_bytes=chunk_bytes,
+        logits_dtype=logits_dtype,
+        num_counted=num_counted,
+    )
+    mask = _check_head(hidden, weight, tokens, mask, **head)
+    if uses_triton(backend, hidden, weight, bias):
+        from ppo_fast.kernels import linear as kernel
+    else:
+        from ppo_fast.kernels import eager_linear as kernel  # type: ignore[no-redef]
+    return kernel.linear_logprobs(hidden, weight, tokens, mask, with_entropy=with_entropy, **head)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k2",
+    weights: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_counted: int | None = None,
+    backend: Backend = "auto",
+) -> LinearLossOutput:
+    """`policy_loss` straight from hidden states, with all gradients made in the forward pass: three GEMMs.
+
+    The gradient of a token's loss with respect to its logits depends on that row alone, so each chunk of tokens goes
+    from logits to the gradients of hidden states and weight at once, and nothing of it is kept. The entropy of each
+    token is computed inside, so entropy_coef needs no argument of its own. There is no value term.
+
+    Args:
+        hidden, weight, tokens, mask, bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted:
+            as in `linear_logprobs`.
+        old_logprobs: [...], or None for this pass's own, detached: every ratio is then 1.
+        advantages: [...], one for each token. All other options: as in `policy_loss`.
+
+    Returns:
+        loss, stats as of `policy_loss` with entropy, and logprobs and entropy per token, detached.
+
+    >>> hidden, weight = torch.eye(2), torch.zeros(3, 2, requires_grad=True)
+    >>> out = linear_ppo_loss(hidden, weight, torch.tensor([0, 2]), None, torch.tensor([1.0, -1.0]))
+    >>> out.stats["ratio_mean"].item(), round(out.entropy[0].item(), 4)
+    (1.0, 1.0986)
+    """
+    head = dict(
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_bytes=chunk_bytes,
+        logits_dtype=logits_dtype,
+        num_counted=num_counted,
+    )
+    mask = _check_head(hidden, weight, tokens, mask, **head)
+    checks.floating("advantages", advantages)
+    checks.shape("advantages", advantages, tokens.shape, "tokens")
+    checks.device("advantages", advantages, hidden.device, "hidden")
+    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("weights", weights)):
+        if x is not None:
+            checks.matching(name, x, advantages, "advantages")
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    if ref_logprobs is None and kl_coef != 0:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
+    sums = dict(aggregation=aggregation, denominator=denominator, norm_length=norm_length, cu_seqlens=cu_seqlens)
+    check_aggregation(advantages, "advantages", **sums)
+    if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
+        from ppo_fast.kernels import linear as kernel
+    else:
+        from ppo_fast.kernels import eager_linear as kernel  # type: ignore[no-redef]
+    return LinearLossOutput(
+        *kernel.linear_ppo_loss(
+            hidden,
+            weight,
+            tokens,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            weights=weights,
+            **sums,
+            **head,
+        )
+    )

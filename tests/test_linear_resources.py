@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def inputs(*shape: int, V: int, device: torch.device, **options) -> list[Tensor]
 class Products(TorchDispatchMode):
     """FLOPs of every matrix product, whatever its overload: in place, out=, with a dtype."""
 
-    ARGUMENTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "matmul": (0, 1)}
+    ARGUMENTS: ClassVar = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "matmul": (0, 1)}
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunks", [1, 6])
 def test_more_memory_than_chunk_bytes_is_taken(dtype, masked, chunks):
-    """Beyond inputs and gradients, plus the fp32 accumulator of d weight with more than one chunk; the torch backend."""
+    """Of the torch backend, beyond inputs, gradients, and with several chunks the fp32 accumulator of d weight."""
     N, D, V = 600, 64, 4000
     x = inputs(N, V=V, D=D, device=torch.device("cpu"))
     hidden, weight = (t.detach().to(dtype).requires_grad_() for t in x[:2])
@@ -241,7 +241,7 @@ def test_gradients_do_not_add_up_over_calls_and_consumers(kernels, device):
     x = make(2, 5, V=50, device=device)
 
     def gradient(function: Callable, dtype: torch.dtype) -> Tensor:
-        weight = x["weight"].to(dtype).requires_grad_()
+        weight = x["weight"].to(dtype, copy=True).requires_grad_()
         for _ in range(2):
             hidden = weight[x["tokens"]].tanh()
             loss = function(hidden, weight, x["tokens"], None, x["advantages"].to(dtype))[0] + hidden.square().mean()
@@ -449,7 +449,7 @@ def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkey
     launches: set = set()
     for name in KERNELS:
         monkeypatch.setattr(linear, name, Recorder(getattr(linear, name), launches))
-    for V in (1, 9, 64, 1000, 8192):
+    for V in (9, 8192):
         x = make(2, 3, V=V, device=device)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             hidden, weight = (x[n].to(dtype).requires_grad_() for n in ("hidden", "weight"))
