@@ -1,11 +1,14 @@
 """The ahead-of-time gate: compiles every variant of every Triton kernel for several GPUs, on a machine with none.
 
-    python bench/static.py [--write] [--arch sm_90 gfx942] [--jobs 2] [module ...]
+    python bench/static.py [--write] [--quiet] [--arch sm_90 gfx942] [--jobs 2] [module ...]
 
 A module of kernels/ takes part if it has variants() (kernels/launch.py). Prints registers, shared memory, spills and
 the widths of global loads, read from the binary (for AMD from the assembly), and exits with 1 if a variant spills, or
-if one whose name says `aligned` has no load of 16 bytes. --write keeps the table and
-the numbers in bench/results/static/. Triton's own cache makes a second run quick.
+if one whose name says `aligned` has no load of 16 bytes. --write keeps the numbers in bench/results/static/, a record
+for each version of Triton, and makes the table there anew. Triton's own cache makes a second run quick.
+
+For another Triton: python -m venv /tmp/t36 && /tmp/t36/bin/pip install "torch>=2.11" "triton==3.6.0" "numpy<2.4", then
+the same command with /tmp/t36/bin/python.
 """
 
 import argparse
@@ -51,7 +54,7 @@ class Report(NamedTuple):
     registers: int
     shared_bytes: int
     spills: int  # CUDA: bytes of stack and local memory; AMD: spilled vector registers and bytes of scratch
-    loads: dict[int, int]  # bits -> number of global load instructions
+    loads: dict[str, int]  # bits -> number of global load instructions
 
 
 def is_aligned(variant: Variant) -> bool:
@@ -63,7 +66,7 @@ def problems(variant: Variant, arch: str, report: Report) -> list[str]:
     """16 bytes a thread are due where 32 threads load together; AMD's 64 move as much with 8."""
     found = [f"spills {report.spills}"] if report.spills else []
     due = 64 if arch.startswith("gfx") else 128
-    narrow = is_aligned(variant) and not any(report.loads.get(bits) for bits in WIDTHS if bits >= due)
+    narrow = is_aligned(variant) and not any(report.loads.get(str(bits)) for bits in WIDTHS if bits >= due)
     return [*found, f"has no load of {due} bits"] if narrow else found
 
 
@@ -97,11 +100,11 @@ def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
             for option, wanted in (("--dump-resource-usage", True), ("--dump-sass", disassemble))
         )
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    loads: collections.Counter[int] = collections.Counter()
+    loads: collections.Counter[str] = collections.Counter()
     for flags in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", sass):
         parts = flags.split(".")
         width = next((bits for bits in WIDTHS if str(bits) in parts), None)
-        loads[width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32)] += 1
+        loads[str(width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32))] += 1
     return Report(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"], dict(loads))
 
 
@@ -109,11 +112,11 @@ def amd_report(assembly: str) -> Report:
     """Scalar registers spill to lanes of vector registers: that is no memory traffic, and is not counted."""
     fields = ("vgpr_count", "group_segment_fixed_size", "vgpr_spill_count", "private_segment_fixed_size")
     registers, shared, spilled, scratch = (int(re.findall(rf"\.{f}:\s+(\d+)", assembly)[0]) for f in fields)
-    loads: collections.Counter[int] = collections.Counter()
+    loads: collections.Counter[str] = collections.Counter()
     for kind in re.findall(r"\b(?:global|buffer|flat)_load_(\w+)", assembly):
         size = re.match(r"(?:lds_)?(?:dwordx(\d)|(dword)|(u|s)?(short|b16)|)", kind)
         assert size is not None
-        loads[32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8] += 1
+        loads[str(32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8)] += 1
     return Report(registers, shared, spilled + scratch, dict(loads))
 
 
@@ -138,18 +141,16 @@ def measure(names: list[str], archs: list[str], jobs: int, *, everything: bool) 
     return found
 
 
-def table(names: list[str], archs: list[str], reports: dict[str, dict[str, Report]]) -> str:
-    """Markdown: registers (+spills) per arch; shared memory, and loads by width, on the first arch named or sm_90."""
+def table(reports: dict[str, dict[str, Report]]) -> str:
+    """Markdown: registers (and what spills) per arch; shared memory and loads on sm_90, or the only arch there is."""
+    archs = list(next(iter(reports.values()), {}))
     shown = "sm_90" if "sm_90" in archs else archs[0]
-    widths = "/".join(str(bits) for bits in WIDTHS)
-    head = ["variant", "warps", *archs, f"shared {shown}", f"loads {shown} {widths} bits"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for variant in (v for m in names for v in variants(m)):
-        row = reports[variant.name]
+    lines = ["| " + " | ".join(["variant", *archs, "shared bytes", f"loads of {WIDTHS} bits"]) + " |"]
+    lines.append("|---" * (len(archs) + 3) + "|")
+    for name, row in reports.items():
         registers = [f"{r.registers}" + (f" +{r.spills} spilled" if r.spills else "") for r in row.values()]
-        loads = "/".join(str(row[shown].loads.get(bits, 0)) for bits in WIDTHS)
-        cells = [variant.name, str(variant.num_warps), *registers, str(row[shown].shared_bytes), loads]
-        lines.append("| " + " | ".join(cells) + " |")
+        loads = "/".join(str(row[shown].loads.get(str(bits), 0)) for bits in WIDTHS)
+        lines.append("| " + " | ".join([name, *registers, str(row[shown].shared_bytes), loads]) + " |")
     return "\n".join(lines)
 
 
@@ -158,20 +159,38 @@ def git(*arguments: str) -> str:
     return run.stdout.strip()
 
 
-def write(names: list[str], archs: list[str], reports: dict[str, dict[str, Report]]) -> None:
+def write(reports: dict[str, dict[str, Report]]) -> None:
+    """The record of this Triton, and the README from the record of the Triton that CI pins."""
     facts = {
         "triton": triton.__version__,
-        "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "kernels") else ""),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + (", changed" if git("status", "--porcelain", "kernels") else ""),
         "date": datetime.date.today().isoformat(),
-        "command": "python bench/static.py --write",
+        "fields": [*Report._fields],
     }
+    rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in reports.items()]
+    text = json.dumps(facts)[:-1] + ', "variants": {\n' + ",\n".join(rows) + "\n}}\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    rows = {name: {arch: r._asdict() for arch, r in row.items()} for name, row in reports.items()}
-    (RESULTS / "static.json").write_text(json.dumps(facts | {"variants": rows}, indent=1) + "\n")
-    text = "# Every kernel in every configuration, compiled without a GPU\n\n"
-    text += "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    text += "\n\nColumns per architecture: registers per thread. No variant spills. The numbers are in static.json.\n\n"
-    (RESULTS / "README.md").write_text(text + table(names, archs, reports) + "\n")
+    (RESULTS / f"triton-{triton.__version__}.json").write_text(text)
+    records = {r["triton"]: r for r in (json.loads(f.read_text()) for f in sorted(RESULTS.glob("triton-*.json")))}
+    pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    shown = records.get(pinned[1] if pinned else "", records[triton.__version__])
+    lines = [
+        "# Every kernel in every configuration, compiled without a GPU",
+        "",
+        "Made by `python bench/static.py --write`. Nothing spills, for any of:",
+        "",
+        *(
+            f"- triton {r['triton']}: {len(r['variants'])} variants, commit {r['commit']}, {r['date']}"
+            for r in records.values()
+        ),
+        "",
+        f"Registers per thread with triton {shown['triton']}; on sm_90 shared memory and the number of global loads",
+        f"of {', '.join(map(str, WIDTHS))} bits.",
+        "",
+        table({name: {arch: Report(*r) for arch, r in row.items()} for name, row in shown["variants"].items()}),
+    ]
+    (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +206,10 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.modules or modules()
     if options.write and (options.modules or options.arch != list(TARGETS)):
         parser.error("--write keeps the whole table: give neither modules nor --arch")
-    reports = measure(names, options.arch, options.jobs, everything=not options.quiet)
+    repeated = [n for n, c in collections.Counter(v.name for m in names for v in variants(m)).items() if c > 1]
+    if repeated:
+        parser.error(f"variants share a name, so one would hide the other: {repeated[:3]}")
+    reports = measure(names, options.arch, options.jobs, everything=options.write or not options.quiet)
     failures = [
         f"{variant.name}, {arch}: {problem}"
         for variant in (v for m in names for v in variants(m))
@@ -195,9 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in problems(variant, arch, r)
     ]
     if not options.quiet:
-        print(table(names, options.arch, reports))
+        print(table(reports))
     if options.write and not failures:
-        write(names, options.arch, reports)
+        write(reports)
     print(
         f"{len(reports)} variants on {', '.join(options.arch)}, triton {triton.__version__}: {len(failures)} problems"
     )

@@ -82,10 +82,10 @@ def _scan_rows(
             if options & _MASK:
                 counted = mask[place * m_row + t * m_step] != 0
             cut, end_value = False, zero
-            if options & _TRUNCATED:
+            if options & _TRUNCATED:  # noqa: SIM102
                 if truncated[place * c_row + t * c_step] != 0:
                     cut, end_value = True, g * final_values[place * f_row + t * f_step]
-            if options & _TERMINATED:
+            if options & _TERMINATED:  # noqa: SIM102
                 if terminated[place * e_row + t * e_step] != 0:
                     cut, end_value = True, zero
             r, v = rewards[place * r_row + t * r_step], values[place * v_row + t * v_step]

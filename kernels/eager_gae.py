@@ -1,8 +1,10 @@
 """The torch backend of gae (reference.gae): for a CPU, and for any other device.
 
-Backwards in time the scan carries one number per row: s_t = gamma V_t + gamma lam A_t, all that step t tells step t - 1. Then
+Backwards in time the scan carries one number per row: s_t = gamma V_t + gamma lam A_t, all that step t tells step t -
+1. Then
 
-    A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1}    (s_T = gamma bootstrap).
+    A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1}    (s_T = gamma
+    bootstrap).
 
 A masked step hands s on as it is, so its neighbours see each other's value and trace at once; a terminated step takes
 0 and a truncated one gamma final_values_t in place of s_{t+1}. On a CPU with numba, compiled loops do that (cpu.py).
@@ -54,7 +56,7 @@ def _suffix_scan(decay: Tensor, gain: Tensor, last: Tensor, *, time: int, carefu
     s_{t+1} may come through: multiplying does that for finite numbers, `careful` for NaN and infinity too.
     """
     T, rows = gain.shape[time], gain.shape[1 - time]
-    if T <= short:
+    if short >= T:
         if time == 0:
             return _scan_steps(decay, gain, last, careful=careful)
         return _scan_steps(decay.t().contiguous(), gain.t().contiguous(), last, careful=careful).t().contiguous()

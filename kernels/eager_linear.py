@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ppo_fast.kernels import eager_loss
-from ppo_fast.kernels.eager_logprobs import _NO_MASS, _row_factors, _row_sum
 from ppo_fast.kernels.linear_chunks import Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
@@ -24,6 +23,8 @@ from ppo_fast.kernels.loss_op import LossOptions, LossTensors
 
 # What is worked on at a time: on a CPU this and its copy fit the caches, elsewhere launches should not dominate.
 CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 20, 32 << 20
+# e^-1000 is 0 in fp64 and fp32: exponents are clamped there, since 0 * -inf is NaN.
+_NO_MASS = -1000.0
 
 
 def _block_rows(V: int, device: torch.device, itemsize: int) -> int:
@@ -47,10 +48,9 @@ class _Block(NamedTuple):
 def _blocks(logits: Tensor, head: Head, *, copy: bool) -> Iterator[_Block]:
     wide, (size, V) = torch.promote_types(logits.dtype, torch.float32), logits.shape
     rows = min(size, _block_rows(V, logits.device, wide.itemsize))
-    spare, t, x_copy = (
-        torch.empty(rows, V, dtype=wide, device=logits.device) if wanted else None
-        for wanted in (True, head.softcap is not None, copy)
-    )
+    spare = torch.empty(rows, V, dtype=wide, device=logits.device)
+    t = None if head.softcap is None else torch.empty_like(spare)
+    x_copy = torch.empty_like(spare) if copy else None
     for start in range(0, size, rows):
         part = slice(start, min(start + rows, size))
         length = part.stop - start
@@ -65,7 +65,7 @@ def _finish_logits(block: _Block, head: Head) -> None:
         x.copy_(x.to(head.logits_dtype))
     if head.bias is not None:
         x.add_(head.bias)
-    if block.t is None:
+    if head.softcap is None or block.t is None:
         if head.factor != 1:
             x.mul_(head.factor)
         return
@@ -74,6 +74,11 @@ def _finish_logits(block: _Block, head: Head) -> None:
     torch.mul(block.t, head.softcap / head.temperature, out=x)
     if dropped is not None:
         x.masked_fill_(dropped, -torch.inf)
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """[rows, V] -> [rows]. A single row is summed as two: PyTorch would split it over threads, to other bits."""
+    return x.sum(-1) if len(x) > 1 else x.expand(2, -1).sum(-1)[:1]
 
 
 def _shift(block: _Block, head: Head, row_max: Tensor, out: Tensor) -> None:
@@ -120,10 +125,10 @@ def _measure(
         _shift(block, head, row_max[rows], u)
         at_token[rows] = _at_tokens(u, tokens[rows])
         torch.exp(u, out=e)
-        total[rows] = _row_sum(e).squeeze(1)
+        total[rows] = _row_sum(e)
         if with_entropy:
             product = block.spare.mul_(block.x)
-            moment[rows] = _row_sum(product).squeeze(1)
+            moment[rows] = _row_sum(product)
         if exponentials:
             _put_at_tokens(e, tokens[rows], at_token[rows].exp() - total[rows])
             _bend(e, block)
@@ -174,14 +179,19 @@ def _factor(g: Tensor, head: Head, statistics: Tensor) -> Tensor:
 
 
 def _differentiate(block: _Block, tokens: Tensor, g: Tensor, h: Tensor | None, head: Head, statistics: Tensor) -> None:
-    """x = u becomes d loss / d raw logits."""
+    """x = u becomes d loss / d raw logits, which is g (1[j = token] - p_j) - h p_j (log p_j + H) times head.factor."""
     rows = block.part
-    upstream = g[rows] * head.factor, None if h is None else h[rows] * head.factor
-    slope, offset, at_token, _ = _row_factors(*upstream, None, statistics[:, rows], 1.0)
+    _, log_sum, entropy, logprobs = statistics[:, rows]
+    g = g[rows] * head.factor
+    # The token's p - 1 comes from logp, since 1 - p would cancel where p is nearly 1.
+    at_token = -g * logprobs.expm1()
     e = torch.exp(block.x, out=block.spare)
     if h is None:
-        torch.mul(e, offset.unsqueeze(1), out=block.x)
+        torch.mul(e, (-g * torch.exp(-log_sum)).unsqueeze(1), out=block.x)
     else:
+        h = h[rows] * head.factor
+        at_token -= h * logprobs.exp() * (logprobs.clamp(min=_NO_MASS) + entropy)
+        slope, offset = (x * torch.exp(-log_sum) for x in (-h, h * (log_sum - entropy) - g))
         block.x.mul_(slope.unsqueeze(1)).add_(offset.unsqueeze(1)).mul_(e)
     _put_at_tokens(block.x, tokens[rows], at_token)
     _bend(block.x, block)
@@ -196,6 +206,7 @@ def _policy_slopes(
     bonus = o.entropy_coef != 0
     o = o._replace(aggregation="token-sum", denominator=None)
     _, _, (g, h, _), _ = eager_loss._forward(logprobs, entropy, None, t, o, (True, bonus, False))
+    assert g is not None
     g = torch.where(logprobs.isnan(), logprobs, g)
     h = h if bonus else None
     return (g, h) if share is None else (g * share, None if h is None else h * share)
@@ -221,7 +232,7 @@ def _policy(
     if not bonus:
         return _factor(g, head, statistics)
     for block in _blocks(logits, head, copy=False):
-        if block.t is not None:  # t from z = u + max z
+        if head.softcap is not None and block.t is not None:  # t from z = u + max z
             torch.add(block.x, statistics[0, block.part].unsqueeze(1), out=block.t)
             block.t.mul_(head.temperature / head.softcap)
         _differentiate(block, tokens, g, h, head, statistics)

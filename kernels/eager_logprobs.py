@@ -17,25 +17,30 @@ from torch import Tensor
 
 from ppo_fast.kernels.logprobs_op import allocate, compute_dtype, make_backend, run
 
-# What a chunk may take: on a CPU two of them fit the cache of one core, elsewhere launches should not dominate.
-CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 20, 8 << 20
+# What a chunk may take; on a CPU so much per thread, since the two chunks of an entropy should stay in its cache.
+CHUNK_BYTES, CPU_CHUNK_BYTES = 8 << 20, 1 << 20
 # e^-1000 is 0 in fp64 and fp32: exponents are clamped there, since 0 * -inf is NaN.
 _NO_MASS = -1000.0
 
 
 class _Chunk(NamedTuple):
-    """Some rows: which, how to index any [...] tensor and its [N] form with them, and whether they count."""
+    """Some rows: their places in [N], in the leading dimensions where these do not merge, and which do not count."""
 
-    index: tuple[Tensor, ...] | tuple[slice]  # into the leading dimensions
-    flat: Tensor | slice  # into [N]
+    rows: Tensor | slice
+    places: tuple[Tensor, ...]  # empty if the leading dimensions merge
     uncounted: Tensor | None  # [rows, 1], or None if all count
     size: int
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether Python may read values without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def _row_count(logits: Tensor) -> int:
-    """Rows in a chunk: at least one, at most the byte limit."""
-    limit = CPU_CHUNK_BYTES if logits.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    return max(1, limit // max(1, logits.shape[-1] * compute_dtype(logits).itemsize))
+    """Rows in a chunk: at least one, at most the byte limit, which on a CPU is per thread."""
+    limit = CPU_CHUNK_BYTES * torch.get_num_threads() if logits.device.type == "cpu" else CHUNK_BYTES
+    return max(1, min(limit, CHUNK_BYTES) // max(1, logits.shape[-1] * compute_dtype(logits).itemsize))
 
 
 def _mergeable(*tensors: Tensor) -> bool:
@@ -50,25 +55,29 @@ def _mergeable(*tensors: Tensor) -> bool:
 def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chunk]:
     """All rows that have to be looked at, chunk by chunk."""
     step, N = _row_count(logits), logits.shape[:-1].numel()
-    skip = mask is not None and logits.device.type == "cpu" and not bool(mask.all())
-    flat_mask = None if mask is None or skip else mask.reshape(-1)
-    counted = mask.reshape(-1).nonzero().squeeze(1) if skip else None
+    flat_mask = None if mask is None else mask.reshape(-1)
+    counted = None
+    if flat_mask is not None and _may_look(logits):
+        counted = None if bool(flat_mask.all()) else flat_mask.nonzero().squeeze(1)
+        flat_mask = None
     if counted is None and not merged:
         counted = torch.arange(N, device=logits.device)
     for start in range(0, N if counted is None else len(counted), step):
         if counted is None:
-            rows: Tensor | slice = slice(start, min(start + step, N))
-            index, size = (rows,), rows.stop - start
+            size = min(step, N - start)
+            rows: Tensor | slice = slice(start, start + size)
+            places: tuple[Tensor, ...] = ()
         else:
             rows = counted[start : start + step]
-            index, size = (rows,) if merged else torch.unravel_index(rows, logits.shape[:-1]), len(rows)
-        ignored = None if flat_mask is None else ~flat_mask[rows].unsqueeze(1)
-        yield _Chunk(index, rows, ignored, size)
+            places, size = () if merged else torch.unravel_index(rows, logits.shape[:-1]), len(rows)
+        yield _Chunk(rows, places, None if flat_mask is None else ~flat_mask[rows].unsqueeze(1), size)
 
 
-def _row_sum(x: Tensor) -> Tensor:
+def _row_sum(x: Tensor, out: Tensor) -> Tensor:
     """[rows, V] -> [rows, 1]. A single row is summed as two: PyTorch would split it over threads, to other bits."""
-    return x.sum(-1, keepdim=True) if len(x) > 1 else x.expand(2, -1).sum(-1, keepdim=True)[:1]
+    if len(x) > 1:
+        return torch.sum(x, -1, keepdim=True, out=out)
+    return out.copy_(x.expand(2, -1).sum(-1, keepdim=True)[:1])
 
 
 def _flat(x: Tensor, merged: bool) -> Tensor:
@@ -77,27 +86,39 @@ def _flat(x: Tensor, merged: bool) -> Tensor:
 
 def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     """The rows of a chunk: a view where they are neighbours, else gathered in `out`."""
-    if isinstance(chunk.flat, slice):
-        return source[chunk.flat]
-    if source.ndim == 2 and source.dtype == out.dtype:
-        return torch.index_select(source, 0, chunk.flat, out=out)
-    return out.copy_(source[chunk.index])
+    if isinstance(chunk.rows, slice):
+        return source[chunk.rows]
+    if chunk.places:
+        return out.copy_(source[chunk.places])
+    if source.dtype != out.dtype:
+        return out.copy_(source.index_select(0, chunk.rows))
+    return torch.index_select(source, 0, chunk.rows, out=out)
 
 
 def _write(target: Tensor, chunk: _Chunk, e: Tensor, factor: Tensor) -> None:
     """target[rows] = e factor, at once where they are neighbours; e is lost."""
-    if isinstance(chunk.flat, slice):
-        torch.mul(e, factor, out=target[chunk.flat])
-    elif target.ndim == 2:
-        target.index_copy_(0, chunk.flat, e.mul_(factor).to(target.dtype))
+    if isinstance(chunk.rows, slice):
+        torch.mul(e, factor, out=target[chunk.rows])
+    elif chunk.places:
+        target[chunk.places] = e.mul_(factor).to(target.dtype)
     else:
-        target[chunk.index] = e.mul_(factor).to(target.dtype)
+        target.index_copy_(0, chunk.rows, e.mul_(factor).to(target.dtype))
 
 
 def _safe_tokens(tokens: Tensor, mask: Tensor | None, V: int) -> Tensor:
     """[N] int64 indices that a gather can take whatever stands under the mask."""
     flat = tokens.reshape(-1).long()
     return flat.clamp(0, V - 1) if mask is None else torch.where(mask.reshape(-1), flat, 0).clamp(0, V - 1)
+
+
+def _mark_out_of_vocabulary(logprobs: Tensor, chosen: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+    """NaN where a counted token had to be replaced, [N]."""
+    wrong = chosen.view(-1) != tokens.reshape(-1)
+    logprobs.masked_fill_(wrong if mask is None else wrong & mask.reshape(-1), float("nan"))
+
+
+def _scratch(like: Tensor, rows: int, V: int, count: int) -> list[Tensor]:
+    return [like.new_empty(min(rows, like.shape[1]), V) for _ in range(count)]
 
 
 def _forward(
@@ -110,10 +131,12 @@ def _forward(
     source = _flat(logits, merged)
     if mask is not None:
         statistics.zero_()
-    scratch = [statistics.new_empty(min(_row_count(logits), tokens.numel()), V) for _ in range(1 + with_entropy)]
-    chosen = _safe_tokens(tokens, mask, V)
+    scratch = _scratch(statistics, _row_count(logits), V, 1 + with_entropy)
+    chosen = _safe_tokens(tokens, mask, V).unsqueeze(1)
     for chunk in _chunks(logits, mask, merged):
-        row_max = statistics.new_empty(chunk.size, 1)
+        neighbours = isinstance(chunk.rows, slice)
+        results = statistics[:, chunk.rows] if neighbours else statistics.new_empty(4, chunk.size)
+        row_max, log_sum, row_entropy, row_logp = results.unsqueeze(2)
         u = scratch[0][: chunk.size]
         u.copy_(_read(source, chunk, u))
         if chunk.uncounted is not None:
@@ -121,60 +144,49 @@ def _forward(
         u.sub_(torch.amax(u, -1, keepdim=True, out=row_max))
         if temperature != 1:
             u.mul_(1 / temperature)
-        at_token = u.gather(1, chosen[chunk.flat].unsqueeze(1))
+        torch.gather(u, 1, chosen[chunk.rows], out=row_logp)
         if with_entropy:
             e = torch.exp(u.clamp_(min=_NO_MASS), out=scratch[1][: chunk.size])
-            total, moment = _row_sum(e), _row_sum(u.mul_(e))
+            _row_sum(e, log_sum)
+            _row_sum(u.mul_(e), row_entropy).div_(log_sum)
+            torch.sub(log_sum.log_(), row_entropy, out=row_entropy)
         else:
-            total = _row_sum(u.exp_())
-        log_sum = total.log()
-        values = [row_max, log_sum, log_sum - moment / total if with_entropy else log_sum, at_token - log_sum]
+            _row_sum(u.exp_(), log_sum).log_()
+        row_logp.sub_(log_sum)
         if chunk.uncounted is not None:
-            values = [x.masked_fill(chunk.uncounted, 0) for x in values]
-        statistics[:, chunk.flat] = torch.cat(values, 1).T
-    out_of_vocabulary = (chosen != tokens.reshape(-1)) & (True if mask is None else mask.reshape(-1))
-    statistics[3].masked_fill_(out_of_vocabulary, float("nan"))
+            results.masked_fill_(chunk.uncounted.T, 0)
+        if not neighbours:
+            statistics[:, chunk.rows] = results
+    _mark_out_of_vocabulary(statistics[3], chosen, tokens, mask)
     logprobs.view(-1).copy_(statistics[3])
     if with_entropy:
         entropy.view(-1).copy_(statistics[2])
     return logprobs, entropy, statistics
 
 
-def _zero_rows(target: Tensor, where: Tensor) -> None:
-    if target.ndim == 2:
+def _zero_rows(target: Tensor, where: Tensor, merged: bool) -> None:
+    if merged:
         target.index_fill_(0, where.reshape(-1).nonzero().squeeze(1), 0)
     else:
         target[where] = 0
 
 
-def _row_factors(
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    mask: Tensor | None,
-    statistics: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slope, offset, at_token, e_at_token, [N] each: d_j = e_j (slope u_j + offset), and at_token for the token.
+def _upstream(gradient: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    """The gradient of an output over the temperature, [N, 1]; 0 where masked rows will be visited."""
+    flat = gradient.reshape(-1, 1)
+    if temperature != 1:
+        flat = flat / temperature
+    return flat if mask is None or _may_look(mask) else flat.masked_fill(~mask.reshape(-1, 1), 0)
 
-    Without an entropy gradient slope is 0 and at_token = e_at_token offset, which needs one scatter less.
-    """
 
-    def upstream(gradient: Tensor | None) -> Tensor:
-        if gradient is None:
-            return torch.zeros_like(statistics[0])
-        flat = gradient.reshape(-1) / temperature
-        return flat if mask is None else flat.masked_fill(~mask.reshape(-1), 0)
-
-    _, log_sum, entropy, logprobs = statistics
-    g, h = upstream(grad_logprobs), upstream(grad_entropy)
-    if grad_logprobs is not None:
-        g = torch.where(logprobs.isnan(), logprobs, g)
-    # The token's p - 1 comes from logp, since 1 - p would cancel where p is nearly 1.
-    p = logprobs.exp()
-    at_token = -g * torch.expm1(logprobs) - h * p * (logprobs.clamp(min=_NO_MASS) + entropy)
+def _entropy_factors(g: Tensor | float, h: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """slope, offset, at_token, [N, 1] each: d_j = e_j (slope u_j + offset), but at_token for the token."""
+    _, log_sum, entropy, logprobs = statistics.unsqueeze(2)
     inverse_sum = torch.exp(-log_sum)
     offset = -(g + h * (entropy - log_sum)) * inverse_sum
-    return -h * inverse_sum, offset, at_token, torch.expm1(logprobs) / inverse_sum
+    # The token's p - 1 comes from logp, since p - 1 would cancel where p is nearly 1.
+    at_token = -g * torch.expm1(logprobs) - h * logprobs.exp() * (logprobs.clamp(min=_NO_MASS) + entropy)
+    return -h * inverse_sum, offset, at_token
 
 
 def _backward(
@@ -192,29 +204,34 @@ def _backward(
         return grad
     merged, V = _mergeable(logits, grad), logits.shape[-1]
     source, target = _flat(logits, merged), _flat(grad, merged)
-    with_entropy = grad_entropy is not None
-    factors = _row_factors(grad_logprobs, grad_entropy, mask, statistics, temperature)
-    slope, offset, at_token, e_at_token = (x.unsqueeze(1) for x in factors)
-    scratch = [statistics.new_empty(min(_row_count(logits), tokens.numel()), V) for _ in range(1 + with_entropy)]
+    row_max, log_sum, _, logprobs = statistics.unsqueeze(2)
+    g: Tensor | float = 0.0
+    if grad_logprobs is not None:
+        g = torch.where(logprobs.isnan(), logprobs, _upstream(grad_logprobs, mask, temperature))
+    if grad_entropy is not None:
+        slope, offset, at_token = _entropy_factors(g, _upstream(grad_entropy, mask, temperature), statistics)
+    else:  # at the token g (1 - p) is offset times this
+        total = log_sum.exp()
+        offset, at_token = -g / total, torch.expm1(logprobs) * total
+    scratch = _scratch(statistics, _row_count(logits), V, 1 if grad_entropy is None else 2)
     chosen = _safe_tokens(tokens, mask, V).unsqueeze(1)
-    row_max = statistics[0].unsqueeze(1)
     for chunk in _chunks(logits, mask, merged):
-        rows = chunk.flat
+        rows = chunk.rows
         u = scratch[0][: chunk.size]
         torch.sub(_read(source, chunk, u), row_max[rows], out=u)
         if chunk.uncounted is not None:
             u.masked_fill_(chunk.uncounted, 0)
         if temperature != 1:
             u.mul_(1 / temperature)
-        if with_entropy:
+        if grad_entropy is not None:
             e = torch.exp(u.clamp_(min=_NO_MASS), out=scratch[1][: chunk.size])
             factor = u.mul_(slope[rows]).add_(offset[rows]).scatter_(1, chosen[rows], at_token[rows])
             e.scatter_(1, chosen[rows], 1)
         else:
-            e, factor = u.exp_().scatter_(1, chosen[rows], e_at_token[rows]), offset[rows]
+            e, factor = u.exp_().scatter_(1, chosen[rows], at_token[rows]), offset[rows]
         _write(target, chunk, e, factor)
-    if mask is not None and mask.device.type == "cpu":
-        _zero_rows(target, ~mask)
+    if mask is not None and _may_look(mask):
+        _zero_rows(target, ~mask, merged)
     return grad
 
 
@@ -231,5 +248,4 @@ def token_logprobs(
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """reference.token_logprobs; fp32 out, fp64 for fp64. inplace_backward: see logprobs_op."""
-    options = {"temperature": temperature, "with_entropy": with_entropy, "inplace_backward": inplace_backward}
-    return run(_BACKEND, logits, tokens, mask, **options)
+    return run(_BACKEND, logits, tokens, mask, temperature, with_entropy, inplace_backward)

@@ -41,23 +41,23 @@ class Head(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The counted tokens: all N of them if `index` is None."""
+    """The counted tokens: all N of them if `chosen` is None."""
 
-    index: Tensor | None  # [n] int64 into the flattened tokens
-    count: int
+    chosen: Tensor | None  # [n] int64 into the flattened tokens
+    total: int  # n
     wrong: Tensor | None  # true if `num_counted` was not what the mask says; only where it could not be checked
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[...] -> [n], what stands at counted tokens."""
         flat = x.detach().reshape(-1)
-        return (flat if self.index is None else flat.index_select(0, self.index)).to(dtype).contiguous()
+        return (flat if self.chosen is None else flat.index_select(0, self.chosen)).to(dtype).contiguous()
 
     def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
         """[n] -> [...], 0 where masked; NaN everywhere if the rows are not those of the mask."""
-        if self.index is None:
+        if self.chosen is None:
             out = x.reshape(shape).clone()
         else:
-            out = x.new_zeros(math.prod(shape)).index_copy_(0, self.index, x).view(shape)
+            out = x.new_zeros(math.prod(shape)).index_copy_(0, self.chosen, x).view(shape)
         return out if self.wrong is None else out.masked_fill_(self.wrong, math.nan)
 
 
@@ -87,18 +87,19 @@ def counted_rows(mask: Tensor | None, num_counted: int | None, N: int) -> Rows:
             raise ValueError(f"num_counted must be {N}, the number of tokens, if no mask is given; got {num_counted}")
         return Rows(None, N, None)
     flat = mask.reshape(-1)
+    chosen: Tensor | None
     if num_counted is None:
         if flat.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("mask: counting its tokens would wait, which a graph capture cannot: pass num_counted")
-        index = flat.nonzero().squeeze(1)
-        return Rows(None if len(index) == N else index, len(index), None)
+        chosen = flat.nonzero().squeeze(1)
+        return Rows(None if len(chosen) == N else chosen, len(chosen), None)
     wrong = None
     if flat.device.type != "cpu":
         wrong = flat.sum() != num_counted
     elif int(flat.sum()) != num_counted:
         raise ValueError(f"num_counted must be the number of True in mask, {int(flat.sum())}; got {num_counted}")
-    index = None if num_counted == N else torch.nonzero_static(flat, size=num_counted, fill_value=0).squeeze(1)
-    return Rows(index, num_counted, wrong)
+    chosen = None if num_counted == N else torch.nonzero_static(flat, size=num_counted, fill_value=0).squeeze(1)
+    return Rows(chosen, num_counted, wrong)
 
 
 def _padded(V: int, dtype: torch.dtype) -> int:
@@ -151,12 +152,12 @@ def make_plan(
     Left to itself the plan takes 4096 rows (on a CPU 64 MiB, or 256 rows), and all at once where that needs no more
     memory. It depends on shapes and dtypes only.
     """
-    (V, D), n, cpu = weight.shape, rows.count, hidden.device.type == "cpu"
+    (V, D), n, cpu = weight.shape, rows.total, hidden.device.type == "cpu"
     arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, native)
     separate = any(needs) and not (in_place and logits == operand)
     logits_row = _padded(V, logits) * logits.itemsize
     other_row = _padded(V, operand) * operand.itemsize if separate else 0
-    if rows.index is not None or hidden.dtype != operand:
+    if rows.chosen is not None or hidden.dtype != operand:
         other_row += D * operand.itemsize
     fixed = scratch_bytes + n * (_VECTOR_BYTES + (D * (arithmetic.itemsize - hidden.itemsize) if needs[0] else 0))
     gradient, accumulator = (V * D * x.itemsize if needs[1] else 0 for x in (weight.dtype, arithmetic))
@@ -201,7 +202,7 @@ def _tiles(weight: Tensor, plan: Plan) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor:
-    chunk = hidden[part] if rows.index is None else hidden.index_select(0, rows.index[part])
+    chunk = hidden[part] if rows.chosen is None else hidden.index_select(0, rows.chosen[part])
     return chunk.to(plan.operand)
 
 
@@ -210,8 +211,8 @@ def _buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def _parts(rows: Rows, plan: Plan) -> Iterator[slice]:
-    for start in range(0, rows.count, plan.rows):
-        yield slice(start, min(start + plan.rows, rows.count))
+    for start in range(0, rows.total, plan.rows):
+        yield slice(start, min(start + plan.rows, rows.total))
 
 
 def for_each_chunk(
@@ -222,7 +223,7 @@ def for_each_chunk(
     row_math: Callable[[Tensor, slice], None],  # of logits [rows, V], and which of the counted rows they are
 ) -> None:
     """Logits, chunk by chunk; one product."""
-    logits = _buffer(plan, len(head.weight), plan.logits, hidden.device) if rows.count else hidden
+    logits = _buffer(plan, len(head.weight), plan.logits, hidden.device) if rows.total else hidden
     for part in _parts(rows, plan):
         chunk, h = logits[: part.stop - part.start], _hidden_chunk(hidden, rows, part, plan)
         for columns, tile in _tiles(head.weight, plan):
@@ -244,11 +245,10 @@ def differentiate(
     row that it left out is what it returns: multiplying hidden's rows is cheaper than multiplying the chunk's.
     """
     (V, D), device = head.weight.shape, hidden.device
-    wide = {"dtype": plan.arithmetic, "device": device}
-    d_hidden = torch.empty(rows.count, D, **wide) if needs[0] else None
-    d_bias = torch.zeros(V, **wide) if needs[2] else None
-    d_weight = torch.zeros(V, D, **wide) if needs[1] and not rows.count else None
-    if not rows.count:
+    d_hidden = hidden.new_empty(rows.total, D, dtype=plan.arithmetic) if needs[0] else None
+    d_bias = hidden.new_zeros(V, dtype=plan.arithmetic) if needs[2] else None
+    d_weight = hidden.new_zeros(V, D, dtype=plan.arithmetic) if needs[1] and not rows.total else None
+    if not rows.total:
         return Gradients(d_hidden, d_weight, d_bias)
     logits = _buffer(plan, V, plan.logits, device)
     dlogits = _buffer(plan, V, plan.operand, device) if plan.separate else logits
@@ -258,7 +258,7 @@ def differentiate(
             _mm(h, tile.T, logits[:size, columns])
         d = dlogits[:size]
         factor = row_math(logits[:size], d, part)
-        if part.stop == rows.count:
+        if part.stop == rows.total:
             del logits  # the last chunk's logits are not needed any more, and d weight may still have to be made
         if d_hidden is not None:
             for columns, tile in _tiles(head.weight, plan):
@@ -266,9 +266,12 @@ def differentiate(
             if factor is not None:
                 d_hidden[part].mul_(factor.unsqueeze(1))
         if needs[1]:
-            first = d_weight is None
-            d_weight = torch.empty(V, D, **wide) if first else d_weight
-            _mm(d.T, h if factor is None else h * factor.unsqueeze(1), d_weight, add=not first)
+            scaled_h = h if factor is None else h * factor.unsqueeze(1)
+            if d_weight is None:
+                d_weight = hidden.new_empty(V, D, dtype=plan.arithmetic)
+                _mm(d.T, scaled_h, d_weight)
+            else:
+                _mm(d.T, scaled_h, d_weight, add=True)
         if d_bias is not None:
             d_bias += d.sum(0, dtype=plan.arithmetic) if factor is None else d.T.mv(factor)
     return Gradients(d_hidden, d_weight, d_bias)

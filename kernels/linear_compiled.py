@@ -25,8 +25,8 @@ from ppo_fast.kernels.linear_steps import (
 from ppo_fast.kernels.loss_op import ALL_STATS, LossOptions, LossTensors
 
 _SETTINGS = ("temperature", "softcap", "logit_scale")
-_OPTIONS = ("clip_low", "clip_high", "dual_clip", "log_ratio_clamp", "entropy_coef", "kl_coef")
-_OPTIONS += ("denominator", "norm_length")
+_RATIO_OPTIONS = ("clip_low", "clip_high", "dual_clip", "log_ratio_clamp")
+_OPTIONS = (*_RATIO_OPTIONS, "entropy_coef", "kl_coef", "denominator", "norm_length")
 _CHUNKS = "SymInt? chunk_bytes, ScalarType? logits_dtype, SymInt? num_counted"
 _STATS = ALL_STATS[:8]  # those of the policy; an absent one is 0
 
@@ -37,7 +37,7 @@ def _pack(numbers: list[Any]) -> Tensor:
     return torch.stack([zero + (math.nan if x is None or isinstance(x, Tensor) else x) for x in numbers])
 
 
-def _unpack(scalars: Tensor, names: tuple[str, ...]) -> dict[str, float | None]:
+def _unpack(scalars: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
     numbers = scalars.tolist()[: len(names)]
     return {name: None if math.isnan(x) else x for name, x in zip(names, numbers, strict=True)}
 
@@ -50,7 +50,7 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 def _settings(
     scalars: Tensor, chunk_bytes: int | None, logits_dtype: torch.dtype | None, num_counted: int | None
 ) -> Settings:
-    chunks = {"chunk_bytes": chunk_bytes, "logits_dtype": logits_dtype, "num_counted": num_counted}
+    chunks: dict[str, Any] = {"chunk_bytes": chunk_bytes, "logits_dtype": logits_dtype, "num_counted": num_counted}
     return Settings(**_unpack(scalars, _SETTINGS), **chunks)
 
 
@@ -67,8 +67,8 @@ def logprobs_operator(math_: RowMath) -> Callable[..., tuple[Tensor, Tensor, Ten
         s = _settings(scalars, chunk_bytes, logits_dtype, num_counted)
         out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
         logprobs, entropy, statistics, rows = out
-        if rows.index is not None:
-            statistics = statistics.new_zeros(4, tokens.numel()).index_copy_(1, rows.index, statistics)
+        if rows.chosen is not None:
+            statistics = statistics.new_zeros(4, tokens.numel()).index_copy_(1, rows.chosen, statistics)
         return logprobs, _or_empty(entropy, logprobs), statistics
 
     def backward(
@@ -76,8 +76,8 @@ def logprobs_operator(math_: RowMath) -> Callable[..., tuple[Tensor, Tensor, Ten
     ):
         s = _settings(scalars, chunk_bytes, logits_dtype, num_counted)
         rows = counted_rows(mask, num_counted, tokens.numel())
-        if rows.index is not None:
-            statistics = statistics.index_select(1, rows.index)
+        if rows.chosen is not None:
+            statistics = statistics.index_select(1, rows.chosen)
         out = differentiate_logprobs(math_, (g, h), hidden, weight, bias, tokens, rows, statistics, s, tuple(needs))
         return tuple(_or_empty(x, statistics) for x in out)
 
@@ -136,8 +136,8 @@ def ppo_operator(math_: RowMath) -> Callable[..., tuple[Tensor, ...]]:
         o = o if denominator is None else o._replace(denominator=denominator)
         out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, _settings(scalars, *chunks), tuple(needs))
         d_hidden, d_weight, d_bias = out.gradients
-        if d_hidden is not None and out.index is not None:
-            d_hidden = d_hidden.new_zeros(tokens.numel(), d_hidden.shape[1]).index_copy_(0, out.index, d_hidden)
+        if d_hidden is not None and out.chosen is not None:
+            d_hidden = d_hidden.new_zeros(tokens.numel(), d_hidden.shape[1]).index_copy_(0, out.chosen, d_hidden)
         stats = torch.stack([out.stats.get(name, torch.zeros_like(out.loss)) for name in _STATS])
         made = (_or_empty(x, out.logprobs) for x in (d_hidden, d_weight, d_bias, out.inverse))
         return out.loss, stats, out.logprobs, out.entropy, *made

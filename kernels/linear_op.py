@@ -57,11 +57,12 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
         needs = _needs(hidden, weight, bias)
         if torch.compiler.is_compiling():
             inputs = hidden, weight, bias, tokens, mask, pack_settings(s), with_entropy, list(needs), *s[3:]
-            logprobs, entropy, _ = logprobs_op(*inputs)
+            logprobs, entropy = logprobs_op(*inputs)[:2]
         elif any(needs):
             return LinearLogprobs.apply(hidden, weight, bias, tokens, mask, s, with_entropy, math_)
         else:
-            logprobs, entropy, *_ = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
+            out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
+            logprobs, entropy = out[0], out[0] if out[1] is None else out[1]
         return (logprobs, entropy) if with_entropy else logprobs
 
     def linear_ppo_loss(

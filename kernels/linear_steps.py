@@ -98,7 +98,7 @@ def _prepare(
 
 def _score(math_: RowMath, work: _Work, with_entropy: bool) -> Tensor:
     """Statistics [4, n]; one product."""
-    statistics = torch.empty(4, work.rows.count, dtype=work.plan.arithmetic, device=work.hidden.device)
+    statistics = torch.empty(4, work.rows.total, dtype=work.plan.arithmetic, device=work.hidden.device)
 
     def row_math(logits: Tensor, part: slice) -> None:
         math_.score(logits, work.tokens[part], work.head, statistics[:, part], with_entropy)
@@ -115,24 +115,26 @@ def _power_of_two(bound: Tensor) -> Tensor:
 def _weighting(work: _Work, t: LossTensors, o: LossOptions) -> tuple[Tensor | None, Tensor]:
     """Factors [n] of the terms, or None for 1, of the order of 1; and 1 / divisor of the loss that goes with them."""
     dtype, device = work.plan.arithmetic, work.hidden.device
-    if not work.rows.count:
+    if not work.rows.total:
         return None, torch.ones((), dtype=dtype, device=device)
-    scale = loss_scale(t.mask, t.advantages, t.cu_seqlens, o, dtype)
+    advantages = t.advantages
+    assert advantages is not None
+    scale = loss_scale(t.mask, advantages, t.cu_seqlens, o, dtype)
     inverse = torch.ones((), dtype=dtype, device=device) / scale.normaliser
     share = None
     if isinstance(scale.share, Tensor):
-        share = work.rows.take(scale.share.expand(t.advantages.shape), dtype)
+        share = work.rows.take(scale.share.expand(advantages.shape), dtype)
         mean = share.mean()
         share, inverse = share / mean, inverse * mean
     elif scale.share is not None:
         inverse = inverse * scale.share
     if work.plan.operand == torch.float16:
-        size = work.rows.take(t.advantages, dtype)
+        size = work.rows.take(advantages, dtype)
         size = size if t.weights is None else size * work.rows.take(t.weights, dtype)
         size = size if share is None else size * share
         bound = size.abs().amax() + abs(o.entropy_coef) * math.log(len(work.head.weight)) + abs(o.kl_coef)
         factor = _power_of_two(bound)
-        share = factor.expand(work.rows.count) if share is None else share * factor
+        share = factor.expand(work.rows.total) if share is None else share * factor
         inverse = inverse / factor
     if work.rows.wrong is not None:
         inverse = inverse.masked_fill(work.rows.wrong, math.nan)
@@ -146,7 +148,7 @@ class _PPOResult(NamedTuple):
     entropy: Tensor
     gradients: Gradients
     inverse: Tensor | None  # what the gradients lack
-    index: Tensor | None  # of the rows in gradients.hidden
+    chosen: Tensor | None  # the rows in gradients.hidden
 
 
 def ppo_forward(
@@ -165,7 +167,7 @@ def ppo_forward(
     gradients, inverse = Gradients(None, None, None), None
     if any(needs):
         share, inverse = _weighting(work, t, o)
-        statistics = torch.empty(4, rows.count, dtype=work.plan.arithmetic, device=hidden.device)
+        statistics = torch.empty(4, rows.total, dtype=work.plan.arithmetic, device=hidden.device)
         names = ("old_logprobs", "advantages", "weights", "ref_logprobs")
         given = {name: getattr(t, name) for name in names}
         vectors = {name: rows.take(x, work.plan.arithmetic) for name, x in given.items() if x is not None}
@@ -191,7 +193,7 @@ def ppo_forward(
         cu_seqlens=t.cu_seqlens,
         **options,
     )
-    return _PPOResult(loss, stats, logprobs, entropy, gradients, inverse, rows.index)
+    return _PPOResult(loss, stats, logprobs, entropy, gradients, inverse, rows.chosen)
 
 
 def _hidden_gradient(
@@ -211,9 +213,9 @@ def scaled_all(
     out: list[Tensor | None] = [None, None, None]
     if d.hidden is not None:
         out[0] = _hidden_gradient(d.hidden, scale, index, *likes[0])
-    for i in (1, 2):
-        if d[i] is not None:
-            out[i] = scaled(d[i], scale, likes[i][1])
+    for i, gradient in ((1, d.weight), (2, d.bias)):
+        if gradient is not None:
+            out[i] = scaled(gradient, scale, likes[i][1])
     return out
 
 
@@ -249,7 +251,7 @@ class LinearPPO(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with in_given_dtypes(hidden):
             out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
-        ctx.save_for_backward(*out.gradients, out.inverse, out.index)
+        ctx.save_for_backward(*out.gradients, out.inverse, out.chosen)
         ctx.likes = likes(hidden, weight, bias)
         rest = out.logprobs, out.entropy, *out.stats.values()
         ctx.mark_non_differentiable(*rest)
@@ -280,7 +282,7 @@ def differentiate_logprobs(
     g, h = (None if x is None else rows.take(x, dtype) for x in upstream)
     g = torch.zeros_like(statistics[0]) if g is None else g
     scale = None
-    if work.plan.operand == torch.float16 and rows.count:
+    if work.plan.operand == torch.float16 and rows.total:
         bound = g.abs().amax()
         bound = bound if h is None else bound + h.abs().amax() * math.log(len(weight))
         factor = _power_of_two(bound)
@@ -294,7 +296,7 @@ def differentiate_logprobs(
 
     with in_given_dtypes(hidden):
         gradients = differentiate(work.hidden, work.head, rows, work.plan, needs, row_math)
-    return scaled_all(gradients, scale, rows.index, likes(hidden, weight, bias))
+    return scaled_all(gradients, scale, rows.chosen, likes(hidden, weight, bias))
 
 
 def logprobs_forward(
@@ -331,10 +333,10 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
         logprobs, entropy, statistics, rows = out
-        ctx.save_for_backward(hidden, weight, bias, tokens, rows.index, rows.wrong, statistics)
-        ctx.options = s, math_, rows.count
+        ctx.save_for_backward(hidden, weight, bias, tokens, rows.chosen, rows.wrong, statistics)
+        ctx.options = s, math_, rows.total
         ctx.set_materialize_grads(False)
-        return (logprobs, entropy) if with_entropy else logprobs
+        return logprobs if entropy is None else (logprobs, entropy)
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> tuple:

@@ -187,9 +187,9 @@ class _Tile(NamedTuple):
 
 
 # By the largest V: some rows of a tiny vocabulary to a program, or one row of a larger one, forward in a loop. Chosen
-# by V only, so that a row's bits do not depend on N. Each gives a thread 16 bytes to load, in warps of 32 and of 64.
+# by V only, so that a row's bits do not depend on N. Each gives a thread of a warp of 32 at least 16 bytes to load.
 _TILES = {
-    64: _Tile(8, 64, 64, 1),
+    64: _Tile(8, 64, 64, 2),
     1024: _Tile(1, 1024, 512, 2),
     2**31: _Tile(1, 4096, 1024, 4),
 }
@@ -397,5 +397,4 @@ def token_logprobs(
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """reference.token_logprobs; fp32 out. inplace_backward writes the gradient over the logits: see logprobs_op."""
-    options = {"temperature": temperature, "with_entropy": with_entropy, "inplace_backward": inplace_backward}
-    return run(_BACKEND, logits, tokens, mask, **options)
+    return run(_BACKEND, logits, tokens, mask, temperature, with_entropy, inplace_backward)

@@ -27,9 +27,12 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 def allocate(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised (logprobs, entropy, statistics)."""
-    options = {"dtype": compute_dtype(logits), "device": logits.device}
-    entropy = torch.empty(tokens.shape if with_entropy else (0,), **options)
-    return torch.empty(tokens.shape, **options), entropy, torch.empty((4, tokens.numel()), **options)
+    dtype, device = compute_dtype(logits), logits.device
+    return (
+        torch.empty(tokens.shape, dtype=dtype, device=device),
+        torch.empty(tokens.shape if with_entropy else (0,), dtype=dtype, device=device),
+        torch.empty((4, tokens.numel()), dtype=dtype, device=device),
+    )
 
 
 def may_overlap(x: Tensor) -> bool:
@@ -133,7 +136,6 @@ def run(
     logits: Tensor,  # [..., V]
     tokens: Tensor,  # [...]
     mask: Tensor | None,  # [...]
-    *,
     temperature: float,
     with_entropy: bool,
     inplace_backward: bool,

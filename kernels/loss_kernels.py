@@ -264,8 +264,8 @@ def _loss_reduce_kernel(
             normaliser = tl.load(denominator_ptr).to(tl.float32)
         value_normaliser = normaliser
     normaliser, value_normaliser = normaliser * norm_length, value_normaliser * norm_length
-    tl.store(workspace_ptr, 1.0 / normaliser)
-    tl.store(workspace_ptr + 1, 1.0 / value_normaliser)
+    scale = tl.arange(0, PAD)
+    tl.store(workspace_ptr + scale, 1.0 / tl.where(scale == 1, value_normaliser, normaliser))
     policy = _get(terms, TERM) / normaliser
     value = _get(terms, ERROR) / value_normaliser
     companions = kl_coef * _get(terms, KL) - entropy_coef * _get(terms, ENTROPY)

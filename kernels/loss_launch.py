@@ -80,8 +80,8 @@ def _as_rows(
 ) -> tuple[list[Tensor | None], list[int | None]]:
     """Every tensor as [rows, T] and the strides of rows and steps; copies only what has no such view.
 
-    Packed sequences are contiguous and need no strides. In a loop over a sequence a step stride is 1, given as None, and
-    what has another is copied: the offsets of the lanes for eleven different strides would spill registers there.
+    Packed sequences are contiguous and need no strides. In a loop over a sequence a step stride is 1, given as None,
+    and what has another is copied: the offsets of the lanes for eleven different strides would spill registers there.
     """
     if packed:
         return [None if x is None else x.contiguous() for x in tensors], [None, None] * len(tensors)

@@ -468,8 +468,17 @@ def linear_ppo_loss(
 
     old_logprobs=None: the log-probabilities themselves, detached, so that every ratio is 1.
     """
-    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    logprobs, entropy = linear_logprobs(hidden, weight, tokens, mask, with_entropy=True, **head)
+    logprobs, entropy = linear_logprobs(
+        hidden,
+        weight,
+        tokens,
+        mask,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        with_entropy=True,
+    )
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     loss, stats = policy_loss(logprobs, old, advantages, mask, entropy=entropy, **policy_options)
     return loss, stats, logprobs.detach(), entropy.detach()

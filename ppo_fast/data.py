@@ -70,7 +70,7 @@ class Prompts:
         self.dealt = 0  # rows given out since the start: the whole state
 
     def take(self, n: int) -> list[dict[str, Any]]:
-        taken = []
+        taken: list[dict[str, Any]] = []
         while len(taken) < n:
             epoch, position = divmod(self.dealt, len(self.rows))
             some = self._order(epoch)[position : position + n - len(taken)]

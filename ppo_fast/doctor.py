@@ -177,8 +177,8 @@ def check(name: str, inputs: Inputs, dtype: torch.dtype, backend: str) -> Check:
     eager = results(name, reference, rounded, dtype)
     try:
         actual = results(name, ppo, rounded, dtype, backend=backend)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError) as error:
-        return Check(name, backend, label, float("inf"), 0.0, False, f"{type(error).__name__}: {error}")
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError) as failure:
+        return Check(name, backend, label, float("inf"), 0.0, False, f"{type(failure).__name__}: {failure}")
     worst, worst_bound, passed = 0.0, 0.0, True
     for a, e, t in zip(actual, eager, truth, strict=True):
         error = (a.double() - t).abs().max().item()

@@ -57,6 +57,13 @@ def load_actor(folder: str | Path, *, pad_token: str | None = None) -> tuple[Pre
     return actor, tokenizer
 
 
+def _embedding(model: PreTrainedModel) -> Tensor:
+    """The input embedding [V, D]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel) -> None:
     """Refuses what would fail deep inside a step: no pad token, no end token, ids beyond the embedding."""
     if tokenizer.pad_token_id is None:
@@ -66,7 +73,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel) 
         )
     if not end_tokens(tokenizer, actor):
         raise UserError("neither the tokenizer nor the generation config has an end token, so no answer could end")
-    rows = actor.get_input_embeddings().weight.shape[0]
+    rows = _embedding(actor).shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's embedding has {rows} rows: they do not belong"
@@ -90,7 +97,7 @@ class Critic(nn.Module):
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.get_input_embeddings().weight.shape[1], 1)
+        self.head = nn.Linear(_embedding(backbone).shape[1], 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -132,7 +139,7 @@ def answer_logprobs(
         use_cache=False,
         logits_to_keep=T + 1,
     ).logits
-    return ppo.token_logprobs(
+    logprobs, entropy = ppo.token_logprobs(
         logits[:, -T - 1 : -1],
         input_ids[:, -T:],
         answer_mask,
@@ -140,3 +147,4 @@ def answer_logprobs(
         with_entropy=True,
         backend=backend,
     )
+    return logprobs, entropy

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -34,7 +35,8 @@ class Progress:
             disable=config.quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("PPO", total=config.total_steps)
-        self.metrics_file = self.events = None
+        self.metrics_file: TextIO | None = None
+        self.events: Any = None  # torch.utils.tensorboard.SummaryWriter
         if config.out is not None:
             self._open(Path(config.out))
         if prompts_left_out:

@@ -30,7 +30,7 @@ def score(rollout: Rollout, functions: dict[str, RewardFunction], config: PPOCon
     results = {name: call(function, name, rollout) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
-    everything = [*results.values(), penalties]
+    everything: list[Sequence[float | list[float]]] = [*results.values(), penalties]
     rollout.scores = [sum(_total(values[row]) for values in everything) for row in range(len(rollout))]
     device = rollout.tokens.device
     if all(isinstance(value, float) for values in everything for value in values):

@@ -96,7 +96,7 @@ def generate(
     was_training = actor.training
     actor.eval()
     with _generation_config(actor, generation):
-        sequences = actor.generate(input_ids=input_ids, attention_mask=attention_mask)
+        sequences = actor.generate(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[operator]
     actor.train(was_training)
     return [_until_end(ids, set(ends)) for ids in sequences[:, P:].tolist()]
 

@@ -50,11 +50,12 @@ class PPOTrainer:
         self.config = config
         self.tokenizer = tokenizer
         device = pick_device(config.device)
-        self.actor = actor.to(device).eval()  # eval: dropout would make old and new log-probabilities differ
+        # eval: dropout would make old and new log-probabilities differ
+        self.actor = actor.to(device).eval()  # type: ignore[arg-type]
         self.critic = (Critic.from_actor(actor) if critic is None else critic).to(device).eval()
         if reference is None and config.kl_coef > 0:
             reference = frozen_copy(actor)
-        self.reference = None if reference is None else reference.to(device).eval()
+        self.reference = None if reference is None else reference.to(device).eval()  # type: ignore[arg-type]
         kept, self.prompts_left_out = drop_long_prompts(rows, tokenizer, actor, config)
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
@@ -81,7 +82,8 @@ class PPOTrainer:
 
     def step(self) -> dict[str, float]:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds."""
-        config, seconds = self.config, {}
+        config = self.config
+        seconds: dict[str, float] = {}
         with _timed(seconds, "sample"):
             rollout = respond(self.actor, self.tokenizer, self.prompts.take(config.prompts_per_step), config)
         with _timed(seconds, "reward"):

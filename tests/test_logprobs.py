@@ -4,63 +4,25 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_error_at_most_twice_eager
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+from logprob_cases import BACKENDS, check, differentiate, make
 
-from ppo_fast.kernels import eager_logprobs, logprobs, reference
+from ppo_fast.kernels import eager_logprobs, reference
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
 ]
 
-BACKENDS = {"triton": logprobs.token_logprobs, "torch": eager_logprobs.token_logprobs}
 # Interpreted bf16 is not bf16, so the Triton kernels see it on a GPU only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
-# A block of columns is 64, 1024 or 4096 wide: one below, at and above each, and real vocabularies.
-VOCABULARIES = [1, 2, 64, 65, 127, 129, 1000, 1024, 1025, 4096, 4099, 50257]
+# A block of columns is 64, 1024 or 4096 wide; rows of 8191 that start off a 16-byte boundary end in a third block.
+VOCABULARIES = [1, 2, 64, 65, 127, 129, 1024, 1025, 4096, 4099, 8191, 50257]
 INF, NAN = math.inf, math.nan
 
 
 @pytest.fixture(params=list(BACKENDS))
 def token_logprobs(request: pytest.FixtureRequest):
     return BACKENDS[request.param]
-
-
-def make(shape: tuple[int, ...], device: torch.device, *, scale: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(shape, generator=generator) * scale
-    tokens = torch.randint(0, shape[-1], shape[:-1], generator=generator)
-    return logits.to(device), tokens.to(device)
-
-
-def differentiate(function, logits: Tensor, tokens: Tensor, mask: Tensor | None = None, *, g=None, h=None, **options):
-    """logprobs, entropy and d(sum g logp + sum h H)/d logits; g or h None: that output is not used."""
-    logits = logits.detach().requires_grad_()
-    logp, entropy = function(logits, tokens, mask, with_entropy=True, **options)
-    outputs = [x for x, u in ((logp, g), (entropy, h)) if u is not None]
-    upstream = [u.to(x) for x, u in ((logp, g), (entropy, h)) if u is not None]
-    return logp.detach(), entropy.detach(), torch.autograd.grad(outputs, logits, upstream)[0]
-
-
-def reference_in(dtype: torch.dtype):
-    """The reference computed in `dtype`; its gradient comes back in the logits' own."""
-    return lambda logits, *args, **options: reference.token_logprobs(logits.to(dtype), *args, **options)
-
-
-def check(function, logits: Tensor, tokens: Tensor, mask: Tensor | None = None, **options) -> None:
-    """Values and the gradients of both outputs: an error of at most twice that of PyTorch computing in fp32."""
-    generator = torch.Generator().manual_seed(1)
-    g, h = (torch.randn(tokens.shape, generator=generator).to(logits.device) for _ in range(2))
-    actual = differentiate(function, logits, tokens, mask, g=g, h=h, **options)
-    eager = differentiate(reference_in(torch.float32), logits, tokens, mask, g=g, h=h, **options)
-    truth = differentiate(reference.token_logprobs, logits.double(), tokens, mask, g=g, h=h, **options)
-    assert actual[0].dtype == actual[1].dtype == torch.float32
-    assert actual[2].dtype == logits.dtype
-    for name, a, e, t in zip(("logprobs", "entropy", "gradient"), actual, eager, truth, strict=True):
-        assert_error_at_most_twice_eager(a, e, t, name=name)
 
 
 @pytest.mark.parametrize("V", VOCABULARIES)
@@ -276,7 +238,7 @@ def test_a_row_has_other_bits_alone_than_in_a_batch_of_64(token_logprobs, device
     batch = differentiate(token_logprobs, logits, tokens, g=g, h=h)
     padded = torch.zeros(64, V + 1 + V % 2, device=device)[:, 1 : V + 1]
     padded.copy_(logits)
-    for i in (0, 1, 31, 63):
+    for i in (0, 31, 63) if V < 1000 else (0, 63):
         row = slice(i, i + 1)
         for alone in (logits[row], logits[row].clone(), padded[row]):
             single = differentiate(token_logprobs, alone, tokens[row], g=g[row], h=h[row])
@@ -291,31 +253,3 @@ def test_repeats_differ_in_bits(token_logprobs, device):
     for _ in range(100 if "eager" in token_logprobs.__module__ or device.type == "cuda" else 5):  # 0.1 s interpreted
         again = differentiate(token_logprobs, logits, tokens, g=g, h=g)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    B, T = draw(st.integers(0, 3)), draw(st.integers(1, 4))
-    V = draw(st.one_of(st.integers(1, 70), st.sampled_from([1023, 1024, 1025, 4097])))
-    logits, tokens = make((B, T, V), torch.device("cpu"), scale=draw(st.sampled_from([0.0, 1.0, 30.0, 3000.0])))
-    logits = logits + draw(st.sampled_from([-1e4, 0.0, 1e3]))
-    if V > 1 and draw(st.booleans()):
-        holes = torch.rand(B, T, V, generator=torch.Generator().manual_seed(V)) < draw(st.sampled_from([0.1, 0.9]))
-        logits = logits.masked_fill(holes.scatter(-1, tokens.unsqueeze(-1), False), -INF)
-    if draw(st.booleans()):
-        logits, tokens = logits.transpose(0, 1), tokens.transpose(0, 1)
-    if draw(st.booleans()):
-        logits, tokens = logits[1:], tokens[1:]
-    if draw(st.booleans()):
-        logits = logits.half()
-    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(T)) < 0.6 if draw(st.booleans()) else None
-    return logits, tokens, mask, draw(st.sampled_from([0.3, 1.0, 4.0]))
-
-
-@pytest.mark.parametrize("backend", list(BACKENDS))
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(problem=problems())
-def test_some_mix_of_shape_stride_mask_and_value_is_less_exact_than_eager(backend, device, problem):
-    logits, tokens, mask, temperature = problem
-    mask = None if mask is None else mask.to(device)
-    check(BACKENDS[backend], logits.to(device), tokens.to(device), mask, temperature=temperature)

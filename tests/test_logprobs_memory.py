@@ -117,6 +117,24 @@ def test_the_traffic_counter_misses_the_traffic_of_plain_pytorch():
     assert traffic.written >= 2
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_masked_rows_reach_a_result_where_the_device_cannot_be_asked_which(monkeypatch, with_entropy):
+    """Elsewhere than on a CPU masked rows are read and thrown away; here a CPU plays such a device."""
+    logits, tokens, mask = make(4, 3, 33, device=torch.device("cpu"))
+    logits[~mask], tokens[~mask] = math.nan, -100
+    results = []
+    for look in (True, False):
+        monkeypatch.setattr(eager_logprobs, "_may_look", lambda x, look=look: look)
+        for x in (logits.clone(), logits.transpose(0, 1).contiguous().transpose(0, 1)):
+            x.requires_grad_()
+            out = eager_logprobs.token_logprobs(x, tokens, mask, temperature=0.7, with_entropy=with_entropy)
+            out = out if with_entropy else (out,)
+            upstream = [torch.ones(4, 3).masked_fill(~mask, math.nan)] * len(out)
+            results.append([*(o.detach() for o in out), torch.autograd.grad(out, x, upstream)[0]])
+    for result in results:
+        assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(results[0], result, strict=True))
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {  # of [4, 7, 6, V], or of tokens with a last dimension of 1
     "sliced_steps": lambda x: x[:, 3:-1, 0],
     "every_other": lambda x: x[::2, ::3, 0],

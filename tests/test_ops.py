@@ -24,7 +24,7 @@ def test_documented_examples_say_what_the_code_does(module):
 def test_every_public_operation_documents_an_example_arguments_and_source():
     for name in ppo.__all__:
         assert getattr(ppo, name).__doc__, name
-    for name in ("token_logprobs", "policy_loss", "value_loss", "ppo_loss", "gae", "shape_rewards", "masked_whiten"):
+    for name in (name for name in ppo.__all__ if name[0].islower()):
         assert ">>>" in getattr(ppo, name).__doc__, name
         assert "Args:" in getattr(ppo, name).__doc__, name
 
@@ -104,6 +104,36 @@ BAD = {
     "no mask for rewards": (lambda: reward(mask=None), TypeError, "mask must be a bool tensor"),
     "token scores after the end": (lambda: reward(scores=F, reward_at="after_last"), ValueError, "one score for each"),
     "negative eps": (lambda: ppo.masked_whiten(F, MASK, eps=-1.0), ValueError, "eps must not be negative"),
+    "no Triton kernel for whitening": (
+        lambda: ppo.masked_whiten(F, MASK, backend="triton"),
+        NotImplementedError,
+        "masked_whiten has no Triton kernel yet",
+    ),
+    "values per sequence": (
+        lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F[:, 0], MASK),
+        ValueError,
+        "values must have the shape of logprobs",
+    ),
+    "weight of another width": (
+        lambda: ppo.linear_logprobs(F, torch.zeros(5, 4), TOKENS[:, 0]),
+        ValueError,
+        r"hidden must have shape \[..., D\] and weight \[V, D\]",
+    ),
+    "weight of another dtype": (
+        lambda: ppo.linear_logprobs(F, torch.zeros(5, 3).half(), TOKENS[:, 0]),
+        TypeError,
+        "must have one dtype",
+    ),
+    "token beyond the head": (
+        lambda: ppo.linear_ppo_loss(F, torch.zeros(5, 3), TOKENS[:, 0] + 7, None, F[:, 0]),
+        IndexError,
+        r"must lie in \[0, 5\).*got 7",
+    ),
+    "wrong number of counted tokens": (
+        lambda: ppo.linear_logprobs(F, torch.zeros(5, 3), TOKENS[:, 0], MASK[:, 0], num_counted=1),
+        ValueError,
+        "num_counted must be the number of counted tokens, 2; got 1",
+    ),
     "fp64 for Triton": (
         lambda: ppo.token_logprobs(LOGITS.double(), TOKENS, backend="triton"),
         TypeError,

@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(config: PPOConfig) -> dict[str, float]:
+def run(config: PPOConfig) -> dict[str, Any]:
     """Both phases; the summary that is also written to OUT/summary.json."""
     start = time.perf_counter()
     seed, out = config.seed, Path(str(config.out))
@@ -187,7 +188,7 @@ def run(config: PPOConfig) -> dict[str, float]:
     torch.manual_seed(seed)
     test, validation, training = make_problems(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer).to(pick_device(config.device))
+    model = make_model(tokenizer).to(pick_device(config.device))  # type: ignore[arg-type]
     imitate_careless_teacher(model, tokenizer, training, console)
     before = exact_match(model, tokenizer, test, config)
     supervised_seconds = time.perf_counter() - start
@@ -222,10 +223,11 @@ def run(config: PPOConfig) -> dict[str, float]:
     return summary
 
 
-def _table(summary: dict[str, float]) -> Table:
+def _table(summary: dict[str, Any]) -> Table:
     table = Table(title=f"{summary['test_problems']} unseen problems, answered greedily", title_justify="left")
-    for heading, justify in (("", "left"), ("before PPO", "right"), ("after PPO", "right")):
-        table.add_column(heading, justify=justify)
+    table.add_column("")
+    table.add_column("before PPO", justify="right")
+    table.add_column("after PPO", justify="right")
     shares = (summary["exact_match_before"], summary["exact_match_after"])
     table.add_row("exact match", *(f"{100 * share:.1f} %" for share in shares))
     table.add_row("steps", f"{summary['supervised_steps']} supervised", f"{summary['ppo_steps']} of PPO")

@@ -1,0 +1,203 @@
+"""linear_ppo_loss and linear_logprobs beside their rivals: from hidden states to gradients, or to log-probabilities.
+
+"three GEMMs" is the ceiling: the products of one step, h W^T, d W and d^T h, each whole, by the library of this very
+process. FLOPs by design: 6 N D V for a step, 2 N D V for log-probabilities; bytes: hidden, weight and their gradients.
+Rivals that recompute the logits (TRL, Liger, verl) need 8 N D V. torch's own chunked cross entropy needs 6, but is no
+PPO. Liger takes one advantage for a sequence, here that of its first token, so its loss is another one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peers import peer
+from torch import Tensor
+
+import ppo_fast as ppo
+from ppo_fast.kernels import reference
+from ppo_fast.ops import Backend
+
+SHAPES = {  # (N, D, V) by --size, for a CPU and for a GPU
+    ("cpu", "tiny"): [(2, 16, 130)],
+    ("cpu", "small"): [(256, 128, 8192)],
+    ("cpu", "default"): [(4096, 512, 50257)],
+    ("cpu", "all"): [(4096, 512, 50257), (1024, 1024, 151936)],
+    ("cuda", "tiny"): [(64, 64, 1000)],
+    ("cuda", "small"): [(1024, 1024, 32000)],
+    ("cuda", "default"): [(8192, 4096, 128256), (16384, 4096, 128256)],
+    ("cuda", "all"): [(n, 4096, v) for n in (1024, 8192, 16384) for v in (32000, 128256, 151936)],
+}
+OURS = ("ppo_fast", "ppo_fast, low logits")
+STEP = (*OURS, "three GEMMs", "eager", "trl", "liger", "verl", "torch chunked cross entropy")
+SCORE = (*OURS, "one GEMM", "eager", "trl", "cce", "verl")
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # hidden, weight, tokens, old_logprobs, advantages
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = SHAPES[kind, metafunc.config.getoption("--size")]
+    metafunc.parametrize(("N", "D", "V"), shapes, ids=[f"N{n}-D{d}-V{v}" for n, d, v in shapes])
+
+
+def make(N: int, D: int, V: int, device: torch.device, trained: bool) -> Inputs:
+    """Logits with a spread of about 1, ratios with one of 0.2."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(N, D, device=device, dtype=dtype).requires_grad_(trained)
+    weight = torch.randn(V, D, device=device, dtype=dtype).mul_(D**-0.5).requires_grad_(trained)
+    tokens = torch.randint(0, V, (N,), device=device)
+    noise, advantages = torch.randn(2, N, device=device)
+    old = logprobs_of(hidden.detach(), weight.detach(), tokens, backend="torch") + 0.2 * noise
+    return hidden, weight, tokens, old, advantages
+
+
+def logprobs_of(hidden: Tensor, weight: Tensor, tokens: Tensor, **options: Any) -> Tensor:
+    out = ppo.linear_logprobs(hidden, weight, tokens, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def truth_of(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities in fp64, a few rows at a time."""
+    rows, w = zip(hidden.detach().split(256), tokens.split(256), strict=True), weight.detach().double()
+    logits = (((h.double() @ w.T).log_softmax(-1), t.unsqueeze(1)) for h, t in rows)
+    return torch.cat([x.gather(1, t).squeeze(1) for x, t in logits])
+
+
+def clipped(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """The loss that every rival's log-probabilities go through."""
+    ratio = torch.exp(logprobs - old)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+
+
+def scorer(name: str, device: torch.device, backend: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function (hidden, weight, tokens) -> log-probabilities; a skip names what is missing."""
+    if name in OURS:
+        low = name != "ppo_fast"
+        return lambda h, w, t: logprobs_of(h, w, t, logits_dtype=h.dtype if low else None, backend=backend)
+    if name == "eager":
+        return lambda h, w, t: (h @ w.T).float().log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze(-1)
+    if name == "trl":
+        function = peer("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
+        return lambda h, w, t: function.apply(h, w, None, t, 1.0, 32768, None, 1.0, ("entropy",))[0]
+    if device.type != "cuda":
+        pytest.skip(f"{name} runs on a GPU only")
+    if name == "cce":
+        cce = peer("cut_cross_entropy", "cut-cross-entropy")
+        return lambda h, w, t: -cce.linear_cross_entropy(h, w, t, reduction="none")
+    verl = peer("verl.utils.kernel.linear_cross_entropy", "verl")
+    return lambda h, w, t: verl.linear_cross_entropy(h, w, t, 1.0)[0]
+
+
+def stepper(name: str, device: torch.device, backend: Backend) -> Callable[..., Tensor]:
+    """A function of the inputs that returns a scalar loss."""
+    if name in OURS:
+        low = name != "ppo_fast"
+
+        def ours(hidden: Tensor, *rest: Tensor) -> Tensor:
+            logits_dtype = hidden.dtype if low else None
+            return ppo.linear_ppo_loss(hidden, *rest, logits_dtype=logits_dtype, backend=backend).loss
+
+        return ours
+    if name == "torch chunked cross entropy":
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            pytest.skip("torch < 2.13 has no linear_cross_entropy")
+        options = torch.nn.LinearCrossEntropyOptions()
+        return lambda h, w, t, *_: torch.nn.functional.linear_cross_entropy(h, w, t, options=options)
+    if name == "liger":
+        module = peer("liger_kernel.chunked_loss.grpo_loss", "liger-kernel").LigerFusedLinearGRPOLoss
+
+        def liger(h: Tensor, w: Tensor, t: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+            B = 8 if len(h) % 8 == 0 else 1
+            loss_of = module(beta=0.0, compiled=False, use_ref_model=False, chunk_size=B, loss_type="bnpo")
+            rows = [x.view(B, -1, *x.shape[1:]) for x in (h, t, torch.ones_like(old), advantages, old)]
+            h, t, mask, advantages, old = rows
+            return loss_of(h, w, t, mask, advantages[:, 0].contiguous(), old_per_token_logps=old)[0]
+
+        return liger
+    score = scorer(name, device, backend)
+    return lambda h, w, t, old, advantages: clipped(score(h, w, t), old, advantages)
+
+
+def products(hidden: Tensor, weight: Tensor, count: int) -> Callable[[], Tensor]:
+    """The matrix products of a step and nothing else."""
+    h, w = hidden.detach(), weight.detach()
+    logits = h @ w.T
+
+    def run() -> Tensor:
+        out = torch.mm(h, w.T, out=logits)
+        if count == 3:
+            torch.mm(out, w)
+            torch.mm(out.T, h)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("provider", STEP)
+def test_step(compare, device: torch.device, backend: Backend, provider: str, N: int, D: int, V: int) -> None:
+    inputs = make(N, D, V, device, trained=True)
+    hidden, weight = inputs[:2]
+    shared: dict[str, Any] = {
+        "operation": "linear_ppo_loss, forward and backward",
+        "provider": provider,
+        "shape": f"N={N} D={D} V={V}",
+        "dtype": str(hidden.dtype).removeprefix("torch."),
+        "bytes": 2 * (N + V) * D * hidden.element_size(),
+        "flops": 6 * N * D * V,
+    }
+    if provider == "three GEMMs":
+        compare(products(hidden, weight, 3), **shared)
+        return
+    loss_of = stepper(provider, device, backend)
+
+    def run() -> Tensor:
+        hidden.grad = weight.grad = None
+        loss = loss_of(*inputs)
+        loss.backward()
+        return loss
+
+    if provider in ("liger", "torch chunked cross entropy"):  # another loss, and so no truth to compare with
+        compare(run, **shared)
+        return
+
+    few = min(8, N)
+
+    def results() -> list[Tensor]:
+        loss = run().detach()
+        assert hidden.grad is not None
+        return [loss, hidden.grad[:few] * N]
+
+    h, _, *rest = (x[:few].detach() for x in inputs)
+    rest = [x.double() if x.is_floating_point() else x for x in rest]
+    h = h.double().requires_grad_()
+    gradient = torch.autograd.grad(few * reference.linear_ppo_loss(h, weight.detach().double(), *rest)[0], h)[0]
+    logprobs = truth_of(*inputs[:3])
+    truth = [clipped(logprobs, inputs[3].double(), inputs[4].double()), gradient]
+    compare(run, results=results, truth=truth, **shared)
+
+
+@pytest.mark.parametrize("provider", SCORE)
+def test_score(compare, device: torch.device, backend: Backend, provider: str, N: int, D: int, V: int) -> None:
+    hidden, weight, tokens, *_ = make(N, D, V, device, trained=False)
+    shared: dict[str, Any] = {
+        "operation": "linear_logprobs, forward without gradients",
+        "provider": provider,
+        "shape": f"N={N} D={D} V={V}",
+        "dtype": str(hidden.dtype).removeprefix("torch."),
+        "bytes": (N + V) * D * hidden.element_size(),
+        "flops": 2 * N * D * V,
+    }
+    if provider == "one GEMM":
+        compare(products(hidden, weight, 1), **shared)
+        return
+    score = scorer(provider, device, backend)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return score(hidden, weight, tokens)
+
+    truth = [truth_of(hidden[:256], weight, tokens[:256])]
+    compare(run, results=lambda: [run()[:256]], truth=truth, **shared)
