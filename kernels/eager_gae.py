@@ -64,7 +64,7 @@ def _suffix_scan(decay: Tensor, gain: Tensor, last: Tensor, *, time: int, carefu
     missing = [0, 0] * (1 - time) + [0, chunks * _CHUNK - T]  # steps past the end, which hand s on
 
     def step_first(x: Tensor, past_the_end: float) -> Tensor:
-        """[_CHUNK, lanes]: one step of every chunk is one contiguous slice. A lane is a (row, chunk) or (chunk, row)."""
+        """[_CHUNK, lanes]: one step of every chunk is one contiguous slice; a lane is (row, chunk) or (chunk, row)."""
         if missing[-1]:
             x = torch.nn.functional.pad(x, missing, value=past_the_end)
         if time:

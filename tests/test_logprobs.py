@@ -77,12 +77,13 @@ def test_entropy_is_nan_when_a_logit_is_minus_inf(token_logprobs, device, V):
     check(token_logprobs, logits, tokens, temperature=1.3)
 
 
+@pytest.mark.parametrize("value", [-INF, -1e38, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("columns", [slice(0, 4096), slice(4096, 8192), slice(8192, 9000), slice(1, 9000)])
-def test_a_whole_block_of_minus_inf_makes_nan(token_logprobs, device, columns):
+def test_a_whole_block_of_masked_vocabulary_makes_nan(token_logprobs, device, columns, value):
+    """-inf, or the finite numbers that are used in its place, from which log2(e) x overflows."""
     logits, _ = make((2, 9000), device)
-    logits[:, columns] = -INF
-    tokens = logits.argmax(-1)
-    check(token_logprobs, logits, tokens)
+    logits[:, columns] = value
+    check(token_logprobs, logits, logits.argmax(-1))
 
 
 def test_minus_inf_at_the_target_is_not_minus_inf_or_spoils_the_gradient(token_logprobs, device):

@@ -165,13 +165,14 @@ def test_a_strided_view_is_read_at_the_wrong_addresses(token_logprobs, device, n
 
 
 @pytest.mark.parametrize("V", [3, 130, 2051])
-def test_a_vocabulary_that_is_not_the_last_in_memory_is_read_wrongly(token_logprobs, device, V):
+def test_a_padded_row_or_a_vocabulary_not_last_in_memory_is_read_wrongly(token_logprobs, device, V):
     logits, tokens, mask = make(3, 5, V, device=device)
+    expected, gradient = run(token_logprobs, logits, tokens, mask)
+    padded = torch.nn.functional.pad(logits, (0, 3), value=math.nan)[..., :V]
     across = logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     skipping = torch.stack([logits, torch.full_like(logits, math.nan)], dim=-1)[..., 0]
-    expected, gradient = run(token_logprobs, logits, tokens, mask)
-    for x in (across, skipping):
-        assert x.stride(-1) != 1
+    assert across.stride(-1) != 1 != skipping.stride(-1)
+    for x in (padded, across, skipping):
         actual, grad = run(token_logprobs, x, tokens, mask)
         assert torch.equal(actual, expected)
         assert torch.equal(grad, gradient)
@@ -290,8 +291,9 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*args, num_warps: int, **constexprs) -> None:
-            dtype = next(str(x.dtype) for x, name in zip(args, self.arg_names, strict=False) if name == "logits_ptr")
-            self.launches.add((self.name, dtype, num_warps, *sorted(constexprs.items())))
+            given = dict(zip(self.arg_names, args, strict=False))
+            types = {name: f"*{x.dtype}" for name, x in given.items() if isinstance(x, Tensor)}
+            self.launches.add((self.name, num_warps, *sorted(types.items()), *sorted(constexprs.items())))
 
         return launch
 
@@ -320,11 +322,11 @@ def test_a_sliced_batch_is_copied_whole_before_the_kernel(monkeypatch, device):
 
 def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkeypatch, device):
     monkeypatch.undo()  # poisoning is a traversal too
-    pointers = {"*fp16": "torch.float16", "*bf16": "torch.bfloat16", "*fp32": "torch.float32"}
-    gate = {
-        (v.kernel.fn.__name__, pointers[v.types["logits_ptr"]], v.num_warps, *sorted(v.constexprs.items()))
-        for v in logprobs.variants()
-    }
+    pointers = {"*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32", "*i64": "int64", "*i1": "bool"}
+    gate = set()
+    for v in logprobs.variants():
+        types = {name: f"*torch.{pointers[t]}" for name, t in v.types.items() if t[0] == "*"}
+        gate.add((v.kernel.fn.__name__, v.num_warps, *sorted(types.items()), *sorted(v.constexprs.items())))
     assert all(list(v.types) + list(v.constexprs) == v.kernel.arg_names for v in logprobs.variants())
     launches: set = set()
     for V in (1, 2, 7, 8, 64, 65, 72, 1000, 1024, 1025, 1032, 8192, 8196, 8198, 8200):
@@ -334,7 +336,7 @@ def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkey
             dense = x[..., :V].contiguous()
             for view in (dense, x[..., :V], x[..., 1 : V + 1], x[..., : 2 * V : 2]):
                 tokens = torch.zeros(3, 4, dtype=torch.int64, device=device)
-                launches |= record(monkeypatch, view, tokens)
+                launches |= record(monkeypatch, view, tokens.int())
                 launches |= record(monkeypatch, view, tokens, inplace_backward=True)
                 launches |= record(monkeypatch, view.transpose(0, 1), tokens.t())
     assert launches == gate  # and nothing is compiled that no launch can choose
