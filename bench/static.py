@@ -7,7 +7,7 @@ the widths of global loads, read from the binary (for AMD from the assembly), an
 if one whose name says `aligned` has no load of 16 bytes. --write keeps the numbers in bench/results/static/, a record
 for each version of Triton, and makes the table there anew. Triton's own cache makes a second run quick.
 
-For another Triton: python -m venv .venv-t36 && .venv-t36/bin/pip install "torch>=2.11" "triton==3.6.0" "numpy<2.4", then
+For another Triton: python -m venv .venv-t36, .venv-t36/bin/pip install "torch>=2.11" "triton==3.6.0" "numpy<2.4", then
 the same command with .venv-t36/bin/python.
 """
 

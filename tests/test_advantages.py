@@ -117,6 +117,8 @@ part = ppo.masked_whiten(x[mine], mask[mine], group=dist.group.WORLD)
 assert (part - whole[mine]).abs().max() < 1e-5, (part - whole[mine]).abs().max()
 alone = ppo.masked_whiten(x[mine], mask[mine])
 assert (alone - whole[mine]).abs().max() > 1e-3, "the split makes no difference, so nothing is shown"
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -5,7 +5,8 @@
 1. A Llama of 0.1 million weights and a tokenizer of 14 tokens are made from scratch; nothing is downloaded.
 2. Supervised learning imitates a teacher who adds two-digit numbers but forgets the carry seven times in ten, so the
    model learns to add and to be careless: it answers about 42 % of held-out problems, those without a carry.
-3. PPO: the model answers problems, a Python function says right or wrong, and nothing else teaches it.
+3. PPO: the model answers problems, a Python function says right or wrong, and nothing else teaches it. What it mends
+   is the teacher's bad habit: the model has seen carries, but has been taught to leave them out.
 4. The same 1024 problems, seen by neither phase, are answered greedily before and after PPO.
 
 DIR then holds summary.json, learning_curves.png, metrics.jsonl, samples.jsonl, TensorBoard events, and model/, which
