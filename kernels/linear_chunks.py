@@ -159,6 +159,8 @@ def make_plan(
     other_row = _padded(V, operand) * operand.itemsize if separate else 0
     if rows.chosen is not None or hidden.dtype != operand:
         other_row += D * operand.itemsize
+    if in_place and needs[1]:
+        other_row += D * operand.itemsize  # rows of hidden times their factors
     fixed = scratch_bytes + n * (_VECTOR_BYTES + (D * (arithmetic.itemsize - hidden.itemsize) if needs[0] else 0))
     gradient, accumulator = (V * D * x.itemsize if needs[1] else 0 for x in (weight.dtype, arithmetic))
 

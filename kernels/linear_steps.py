@@ -162,6 +162,22 @@ def ppo_forward(
     s: Settings,
     needs: tuple[bool, ...],
 ) -> _PPOResult:
+    """Everything of linear_ppo_loss but the graph."""
+    with in_given_dtypes(hidden):
+        return _ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
+
+
+def _ppo_forward(
+    math_: RowMath,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    t: LossTensors,
+    o: LossOptions,
+    s: Settings,
+    needs: tuple[bool, ...],
+) -> _PPOResult:
     rows = counted_rows(t.mask, s.num_counted, tokens.numel())
     work = _prepare(math_, hidden, weight, bias, tokens, rows, s, needs)
     gradients, inverse = Gradients(None, None, None), None
@@ -249,8 +265,7 @@ class LinearPPO(torch.autograd.Function):
         needs: tuple[bool, ...],
         math_: RowMath,
     ) -> tuple[Tensor, ...]:
-        with in_given_dtypes(hidden):
-            out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
+        out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
         ctx.save_for_backward(*out.gradients, out.inverse, out.chosen)
         ctx.likes = likes(hidden, weight, bias)
         rest = out.logprobs, out.entropy, *out.stats.values()

@@ -332,6 +332,7 @@ def _forward(
             *mask_strides,
             **_constexprs(tile, layout, _token_logprobs_fwd_kernel),
             num_warps=tile.num_warps,
+            num_stages=1,
         )
     return logprobs, entropy, statistics
 
@@ -380,6 +381,7 @@ def _backward(
             *mask_strides,
             **_constexprs(tile, layout, _token_logprobs_bwd_kernel),
             num_warps=tile.num_warps,
+            num_stages=1,
         )
     return grad if target is grad else grad.copy_(target)
 

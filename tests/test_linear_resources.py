@@ -269,9 +269,12 @@ def test_autocast_casts_the_operands_again(kernels, device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         actual = gradients(kernels.linear_ppo_loss(hidden, weight, *rest)[0], hidden, weight)
         cast = kernels.linear_logprobs(hidden, weight, rest[0])
+        with torch.no_grad():
+            _, _, frozen, _ = kernels.linear_ppo_loss(hidden, weight, *rest)
         gradients(cast.sum(), hidden, weight)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     assert torch.equal(cast, logprobs)
+    assert torch.equal(frozen, logprobs)
 
 
 def test_a_frozen_bias_or_hidden_gets_a_gradient(kernels, device):

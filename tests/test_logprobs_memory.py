@@ -290,10 +290,10 @@ class Recorder:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
 
     def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, num_warps: int, **constexprs) -> None:
+        def launch(*args, num_warps: int, num_stages: int, **constexprs) -> None:
             given = dict(zip(self.arg_names, args, strict=False))
             types = {name: f"*{x.dtype}" for name, x in given.items() if isinstance(x, Tensor)}
-            self.launches.add((self.name, num_warps, *sorted(types.items()), *sorted(constexprs.items())))
+            self.launches.add((self.name, num_warps, num_stages, *sorted(types.items()), *sorted(constexprs.items())))
 
         return launch
 
@@ -326,7 +326,9 @@ def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkey
     gate = set()
     for v in logprobs.variants():
         types = {name: f"*torch.{pointers[t]}" for name, t in v.types.items() if t[0] == "*"}
-        gate.add((v.kernel.fn.__name__, v.num_warps, *sorted(types.items()), *sorted(v.constexprs.items())))
+        gate.add(
+            (v.kernel.fn.__name__, v.num_warps, v.num_stages, *sorted(types.items()), *sorted(v.constexprs.items()))
+        )
     assert all(list(v.types) + list(v.constexprs) == v.kernel.arg_names for v in logprobs.variants())
     launches: set = set()
     for V in (1, 2, 7, 8, 64, 65, 72, 1000, 1024, 1025, 1032, 8192, 8196, 8198, 8200):
