@@ -122,19 +122,23 @@ def wide(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def tensor_of(ptr, stride, row, offset, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
-    """(pointer, offset of each row, step stride). stride: from row to row, or for columns from step to step."""
+def place_of(stride, row, offset, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
+    """(offset of each row, step stride). stride: from row to row, or for columns from step to step.
+
+    A pointer that may be None stays with the caller: Triton 3.6 does not return None from a function.
+    """
     if ALIGNED:
         stride = stride // 4 * 4
     if COLUMNS:
-        return ptr, row, stride
+        return row, stride
     else:
-        return ptr, row * stride + offset, 1
+        return row * stride + offset, 1
 
 
 @triton.jit
 def load_step(tensor, t, inside, COLUMNS: tl.constexpr):
-    ptr, start, step = tensor
+    ptr, place = tensor
+    start, step = place
     return tl.load(ptr + (wide(start, COLUMNS) + t * step), mask=inside, other=0)
 
 
@@ -191,7 +195,7 @@ def chain(maps_ptr, maps, span, s):
 
 @triton.jit
 def scan_span(
-    tensors,  # tensor_of rewards, values, mask, terminated, truncated, final values, outputs; a pointer may be None
+    tensors,  # (pointer or None, place) of rewards, values, mask, terminated, truncated, final values, outputs
     returns_ptr,
     first,  # step of the span
     length,  # of the row
@@ -236,7 +240,8 @@ def scan_span(
             following, tile_a, tile_b = row_tile(a, b, s_in, R, W)
         if WRITE:
             following = tl.where(cut, end_value, following)
-            at = wide(outputs[1], COLUMNS) + t * outputs[2]
+            out_start, out_step = outputs[1]
+            at = wide(out_start, COLUMNS) + t * out_step
             tl.store(outputs[0] + at, tl.where(counted, td_error + following, 0.0), mask=here)
             tl.store(returns_ptr + at, tl.where(counted, r + following, 0.0), mask=here)
         span_a, span_b = then(span_a, span_b, tile_a, tile_b)
@@ -287,13 +292,13 @@ def _gae_kernel(
         place, maps = _padded_place(rows, T, spans, slot, SPAN)
     row, offset, length, span, inside, steps = place
     tensors = (
-        tensor_of(rewards_ptr, r_stride, row, offset, ALIGNED, COLUMNS),
-        tensor_of(values_ptr, v_stride, row, offset, ALIGNED, COLUMNS),
-        tensor_of(mask_ptr, m_stride, row, offset, ALIGNED, COLUMNS),
-        tensor_of(terminated_ptr, e_stride, row, offset, ALIGNED, COLUMNS),
-        tensor_of(truncated_ptr, c_stride, row, offset, ALIGNED, COLUMNS),
-        tensor_of(final_ptr, f_stride, row, offset, ALIGNED, COLUMNS),
-        tensor_of(advantages_ptr, out_stride, row, offset, ALIGNED, COLUMNS),
+        (rewards_ptr, place_of(r_stride, row, offset, ALIGNED, COLUMNS)),
+        (values_ptr, place_of(v_stride, row, offset, ALIGNED, COLUMNS)),
+        (mask_ptr, place_of(m_stride, row, offset, ALIGNED, COLUMNS)),
+        (terminated_ptr, place_of(e_stride, row, offset, ALIGNED, COLUMNS)),
+        (truncated_ptr, place_of(c_stride, row, offset, ALIGNED, COLUMNS)),
+        (final_ptr, place_of(f_stride, row, offset, ALIGNED, COLUMNS)),
+        (advantages_ptr, place_of(out_stride, row, offset, ALIGNED, COLUMNS)),
     )
     g = load_row_number(gammas_ptr, gamma, row, inside)
     decay = g * load_row_number(lams_ptr, lam, row, inside)
