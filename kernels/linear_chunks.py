@@ -150,13 +150,18 @@ def make_plan(
 
     Only the fp32 accumulator of d weight comes on top, where there is more than one chunk and the weight is not fp32.
     Left to itself the plan takes 4096 rows (on a CPU 64 MiB, or 256 rows), and all at once where that needs no more
-    memory. It depends on shapes and dtypes only.
+    memory. It depends on shapes and dtypes only, and then not even on the gradients wanted: products of as many rows
+    give the same bits, so log-probabilities scored without gradients are those that the loss computes.
     """
     (V, D), n, cpu = weight.shape, rows.total, hidden.device.type == "cpu"
     arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, native)
-    separate = any(needs) and not (in_place and logits == operand)
+    shares_memory = in_place and logits == operand
+    separate = any(needs) and not shares_memory
+    if chunk_bytes is None:
+        needs = (True, True, True)
     logits_row = _padded(V, logits) * logits.itemsize
-    other_row = _padded(V, operand) * operand.itemsize if separate else 0
+    apart = any(needs) and not shares_memory
+    other_row = _padded(V, operand) * operand.itemsize if apart else 0
     if rows.chosen is not None or hidden.dtype != operand:
         other_row += D * operand.itemsize
     if in_place and needs[1]:
@@ -171,7 +176,7 @@ def make_plan(
         tile = min(V, max(1, budget // 4 // max(1, D * operand.itemsize)))
         fixed += tile * D * operand.itemsize
     # Where dlogits have a buffer of their own, the only chunk's logits are gone before d weight is made.
-    alone = (max(n * logits_row, accumulator) if separate else n * logits_row + accumulator) - gradient
+    alone = (max(n * logits_row, accumulator) if apart else n * logits_row + accumulator) - gradient
     room = budget + (accumulator - gradient if chunk_bytes is None else 0)
     size = n if fixed + n * other_row + alone <= room else max(1, (budget - fixed) // (logits_row + other_row))
     chunks = max(1, -(-n // max(1, size)))

@@ -296,6 +296,37 @@ def test_the_same_inputs_give_other_bits(kernels, device):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scoring_gives_other_bits_than_the_loss_so_the_first_ratio_is_not_one(kernels, device, frozen, monkeypatch):
+    """As many rows to a product with gradients as without, also where there are several chunks."""
+    monkeypatch.setattr(linear_chunks, "CPU_CHUNK_BYTES", 1 << 15)
+    monkeypatch.setattr(linear_chunks, "CPU_CHUNK_ROWS", 16)
+    hidden, weight, tokens, _, advantages = inputs(4, 25, V=500, device=device)
+    if frozen:
+        weight.requires_grad_(False)
+    with torch.no_grad():
+        old, entropy = kernels.linear_logprobs(hidden, weight, tokens, with_entropy=True, temperature=0.7)
+    _, stats, logprobs, same = kernels.linear_ppo_loss(hidden, weight, tokens, old, advantages, temperature=0.7)
+    assert torch.equal(logprobs, old)
+    assert torch.equal(entropy, same)
+    assert stats["ratio_max"] == 1
+    assert stats["approx_kl"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_cut_into_chunks_depends_on_the_gradients_wanted(dtype, in_place):
+    """Products of another number of rows may have other bits, on a GPU above all."""
+    for n in (100, 5000, 10000, 50000):
+        hidden, weight = (torch.empty(rows, 64, dtype=dtype, device="meta") for rows in (n, 30000))
+        options = dict(native=True, in_place=in_place, chunk_bytes=None, logits_dtype=None, scratch_bytes=0)
+        cuts = {
+            linear_chunks.make_plan(hidden, weight, linear_chunks.Rows(None, n, None), needs=needs, **options).rows
+            for needs in [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+        }
+        assert len(cuts) == 1
+
+
 @pytest.fixture
 def alone(tmp_path) -> Iterator[None]:
     """A process group of one."""
