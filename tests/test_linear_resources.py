@@ -317,8 +317,8 @@ def test_scoring_gives_other_bits_than_the_loss_so_the_first_ratio_is_not_one(ke
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_cut_into_chunks_depends_on_the_gradients_wanted(dtype, in_place):
     """Products of another number of rows may have other bits, on a GPU above all."""
-    for n in (100, 5000, 10000, 50000):
-        hidden, weight = (torch.empty(rows, 64, dtype=dtype, device="meta") for rows in (n, 30000))
+    for n in (100, 4200, 4500, 5000, 10000, 50000):
+        hidden, weight = (torch.empty(rows, 2048, dtype=dtype, device="meta") for rows in (n, 30000))
         options = dict(native=True, in_place=in_place, chunk_bytes=None, logits_dtype=None, scratch_bytes=0)
         cuts = {
             linear_chunks.make_plan(hidden, weight, linear_chunks.Rows(None, n, None), needs=needs, **options).rows
