@@ -1,0 +1,205 @@
+"""Attention over packed rows: sequences side by side without padding, each attending to itself only.
+
+Inside `packed_attention(model, ...)` a model's attention runs through `_attend`, registered with transformers under
+the name ppo_fast_packed; outside it the model has the implementation it came with, so that sampling, which needs the
+padding mask and a cache, never meets it. Where the sequences lie travels as keyword arguments through the model, not
+in a global: gradient checkpointing runs the forward again on another thread.
+
+On a GPU in fp16 or bf16 FlashAttention takes the row as it is: the flash-attn package through transformers where it is
+installed, else PyTorch's torch.nn.attention.varlen. Elsewhere (CPU, fp32, softcap, attention sinks) sequences of
+similar length are attended to in one batch by SDPA, with the arithmetic of an unpadded model.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+NAME = "ppo_fast_packed"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length as a padded batch [S, L]."""
+
+    slots: Tensor  # [S * L] int64: the token at each slot, at padding the sequence's last
+    real: Tensor | None  # [n] int64: slots that are no padding; None: all
+    shape: tuple[int, int]  # S, L
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a packed row begin and end."""
+
+    cu_seqlens: Tensor  # [S + 1] int32
+    longest: int
+    buckets: tuple[Bucket, ...]
+    order: Tensor  # [total] int64: where each token stands if the buckets' tokens follow one another
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> "Layout":
+        """The layout of sequences of these lengths, one after another."""
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        groups: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):  # less than twice the shortest: at most half of a bucket is padding
+            groups.setdefault(length.bit_length(), []).append(i)
+        buckets, tokens = [], []
+        for group in groups.values():
+            slots, real, shape = _bucket(ends[group], torch.tensor([lengths[i] for i in group]))
+            tokens.append(slots[real])
+            full = len(real) == len(slots)
+            buckets.append(Bucket(slots.to(device), None if full else real.to(device), shape))
+        order = torch.cat(tokens).argsort()
+        return cls(ends.to(device, torch.int32), max(lengths), tuple(buckets), order.to(device))
+
+    def arguments(self) -> dict[str, Any]:
+        """What travels through the model's forward to its attention."""
+        return {
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+            "packed_layout": self,
+        }
+
+
+def _bucket(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """slots, real, shape of a bucket."""
+    column, last = torch.arange(int(lengths.max())), lengths.unsqueeze(1) - 1
+    slots = starts.unsqueeze(1) + torch.minimum(column, last)
+    real = (column <= last).flatten().nonzero().squeeze(1)
+    return slots.flatten(), real, (slots.shape[0], slots.shape[1])
+
+
+@contextmanager
+def packed_attention(*models: nn.Module | None) -> Iterator[None]:
+    """Models attend to packed rows inside this block; backward passes that recompute a forward belong inside, too."""
+    AttentionInterface.register(NAME, _attend)
+    configs = {id(c): c for model in models if model is not None for c in _configs(model)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            yield config
+
+
+def own_config(model: nn.Module) -> None:
+    """Gives a model config objects of its own: models built from one object share its attention implementation."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, memo)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,  # [1, H, total, d]
+    key: Tensor,  # [1, G, total, d], H a multiple of G
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # attention sinks [H]
+    packed_layout: Layout | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; returns [1, total, H, d]."""
+    if attention_mask is not None:
+        raise ValueError("packed attention met an attention mask: packed rows have no padding")
+    if packed_layout is None:
+        raise ValueError("packed attention was not told where sequences begin: the model drops keyword arguments")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"packed attention met a cache: {key.shape[2]} keys for {query.shape[2]} queries")
+    if getattr(module, "is_causal", True) is not True:
+        raise ValueError("packed attention is causal, but this layer is not")
+    plain = softcap is None and s_aux is None
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if is_flash_attn_2_available() and s_aux is None:
+            function = ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+            return function(module, query, key, value, None, dropout=dropout, **options, **kwargs)
+        if plain:
+            return _varlen(query, key, value, packed_layout, scaling, sliding_window).unsqueeze(0), None
+    options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    return _by_buckets(query, key, value, packed_layout, **options).unsqueeze(0), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
+) -> Tensor:
+    """[total, H, d] by PyTorch's own FlashAttention. Earlier ones want as many heads of keys as of queries."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest, **options)
+
+
+def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any) -> Tensor:
+    """[total, H, d], a bucket of sequences at a time. Padding is on the right: causal attention never sees it."""
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [total, heads, d]
+    attended = []
+    for bucket in layout.buckets:
+        S, L = bucket.shape
+        heads = (x[bucket.slots].view(S, L, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        flat = _causal(*heads, **options).transpose(1, 2).flatten(0, 1)  # [S * L, H, d]
+        attended.append(flat if bucket.real is None else flat[bucket.real])
+    return torch.cat(attended)[layout.order]
+
+
+def _causal(
+    q: Tensor,  # [S, H, L, d]
+    k: Tensor,  # [S, G, L, d]
+    v: Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    L = q.shape[2]
+    band = None
+    if sliding_window is not None and sliding_window < L:
+        band = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+    if softcap is None and sinks is None:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=gqa
+        )
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = torch.ones(L, L, dtype=torch.bool, device=q.device).tril() if band is None else band
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)], -1)
+    p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (p if sinks is None else p[..., :-1]) @ v

@@ -1,0 +1,96 @@
+"""Packs: sequences of a rollout side by side in one row, cut once per rollout by a budget of tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppo_fast.attention import Layout
+from ppo_fast.sample import Rollout
+
+
+@dataclass(frozen=True)
+class Pack:
+    """S sequences, prompt and answer each, in one row of `total` tokens; n of these are answers."""
+
+    input_ids: Tensor  # [1, total] int64
+    position_ids: Tensor  # [1, total] int64, from 0 in each sequence
+    layout: Layout
+    states: Tensor  # [n] int64: the token before each answer token, whose hidden state chooses it
+    last: Tensor  # [S] int64: the last token of each sequence
+    tokens: Tensor  # [n] int64: the answer tokens themselves
+    rows: Tensor  # [n] int64: the rollout's row of each
+    columns: Tensor  # [n] int64: its column in [B, T]
+    sequences: list[int]  # the rollout's rows, in the order of the pack
+    cu_answers: Tensor  # [S + 1] int64: the answers' boundaries in n
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return len(self.tokens)
+
+    def of(self, per_token: Tensor) -> Tensor:
+        """[n], this pack's part of a tensor over the rollout [B, T]."""
+        return per_token[self.rows, self.columns]
+
+    def put(self, per_token: Tensor, values: Tensor) -> None:
+        """Writes values [n] to their places in [B, T]."""
+        per_token[self.rows, self.columns] = values.to(per_token.dtype)
+
+
+def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
+    """Packs the given rows of a rollout."""
+    device = rollout.tokens.device
+    prompts = torch.tensor([rollout.prompt_lengths[i] for i in sequences])
+    answers = torch.tensor([rollout.answer_lengths[i] for i in sequences])
+    lengths, rows = prompts + answers, torch.tensor(sequences)
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    first = rollout.tokens.shape[1] - rollout.answer_width  # column of the rollout where answers begin
+    source = (first - prompts).repeat_interleave(lengths) + position
+    cu_answers = torch.cat([answers.new_zeros(1), answers.cumsum(0)])
+    column = torch.arange(int(cu_answers[-1])) - cu_answers[:-1].repeat_interleave(answers)
+    answer_tokens = (starts + prompts).repeat_interleave(answers) + column
+    owner = rows.repeat_interleave(answers).to(device)
+    input_ids = rollout.tokens[rows.repeat_interleave(lengths).to(device), source.to(device)]
+    answer_tokens = answer_tokens.to(device)
+    return Pack(
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=position.to(device).unsqueeze(0),
+        layout=Layout.of(lengths.tolist(), device),
+        states=answer_tokens - 1,
+        last=(starts + lengths - 1).to(device),
+        tokens=input_ids[answer_tokens],
+        rows=owner,
+        columns=column.to(device),
+        sequences=sequences,
+        cu_answers=cu_answers.to(device),
+    )
+
+
+def cut(rollout: Rollout, order: list[int], *, minibatches: int, max_tokens: int) -> list[list[Pack]]:
+    """Rows in the given order, cut into minibatches of as equal a number of sequences as can be, each into packs.
+
+    A pack holds at most `max_tokens` tokens, or one sequence that is longer. A minibatch's packs are balanced: the
+    longest sequences are dealt first, each to the emptiest pack.
+    """
+    parts = torch.tensor(order).tensor_split(minibatches)
+    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
+    return [[make_pack(rollout, rows) for rows in balance(part.tolist(), lengths, max_tokens)] for part in parts]
+
+
+def balance(sequences: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Sequences in as few groups as their tokens need at best, or in more where they do not fit."""
+    longest_first = sorted(sequences, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
+    count = max(1, -(-sum(lengths[i] for i in sequences) // max_tokens))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(min(count, len(sequences)))]
+        filled = [0] * len(groups)
+        for i in longest_first:
+            emptiest = filled.index(min(filled))
+            groups[emptiest].append(i)
+            filled[emptiest] += lengths[i]
+        if all(n <= max_tokens or len(g) == 1 for n, g in zip(filled, groups, strict=True)):
+            place = {i: at for at, i in enumerate(sequences)}
+            return [sorted(group, key=place.__getitem__) for group in groups]
+        count += 1
