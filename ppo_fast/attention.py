@@ -81,10 +81,10 @@ def _bucket(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple[int,
 
 
 @contextmanager
-def packed_attention(*models: nn.Module | None) -> Iterator[None]:
+def packed_attention(*models: nn.Module) -> Iterator[None]:
     """Models attend to packed rows inside this block; backward passes that recompute a forward belong inside, too."""
     AttentionInterface.register(NAME, _attend)
-    configs = {id(c): c for model in models if model is not None for c in _configs(model)}
+    configs = {id(c): c for model in models for c in _configs(model)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = NAME

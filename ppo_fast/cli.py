@@ -61,6 +61,9 @@ def _add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> N
     if "bool" in kind:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
         return
+    if "tuple" in kind:
+        parser.add_argument(flag, nargs="+", default=option.default, metavar="TEXT", help=text)
+        return
     types: dict[str, Any] = {"int": int, "float": float, "str": str}
     kind = next(name for name in types if name in str(option.type).replace("None", ""))
     parser.add_argument(

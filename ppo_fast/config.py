@@ -29,29 +29,64 @@ class PPOConfig:
     samples_per_prompt: int = _option(1, "answers sampled for each prompt", 1)
     seed: int = _option(0, "seed of everything random: data order, sampling, minibatches", 0)
 
+    # Models
+    dtype: str = _option(
+        "float32",
+        "compute; weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights)",
+        choices=("float32", "bfloat16"),
+    )
+    critic: str = _option(
+        "own", "own: a backbone of its own; shared: a value head on the actor", choices=("own", "shared")
+    )
+    critic_warmup_steps: int = _option(0, "first steps in which only the critic learns", 0)
+    gradient_checkpointing: bool = _option(False, "recompute layers in backward: less memory, more time")
+    lora_rank: int = _option(0, "rank of LoRA adapters for actor and critic, through peft; 0: train all weights", 0)
+    lora_alpha: float = _option(16.0, "LoRA's alpha: adapters are scaled by alpha / rank", 0.0)
+    lora_targets: str = _option("all-linear", "modules that get adapters: all-linear, or names with commas between")
+    strict: bool = _option(False, "refuse a model that cannot learn from packed rows and hidden states")
+
     # Sampling
     max_prompt_tokens: int | None = _option(None, "longer prompts are left out, in tokens; none: the model's limit", 1)
     max_new_tokens: int = _option(64, "longest answer, in tokens", 1)
     temperature: float = _option(1.0, "sampling temperature; the learning pass uses the same", 1e-6)
     top_k: int = _option(0, "sample from the k likeliest tokens only; 0: from all", 0)
     top_p: float = _option(1.0, "sample from the likeliest tokens that hold this probability", 1e-6, 1.0)
+    stop: tuple[str, ...] = _option((), "texts that end an answer, besides the end token; they belong to it")
     sample_batch_size: int = _option(256, "answers generated at once", 1)
 
     # Reward
-    kl_coef: float = _option(0.05, "weight of the KL penalty to the reference in the reward", 0.0)
-    kl_estimator: str = _option("k1", "estimator of that KL per token", choices=("k1", "k2", "k3", "abs"))
+    kl_coef: float = _option(0.05, "weight of the KL penalty to the reference; 0: no reference is kept", 0.0)
+    kl_in: str = _option(
+        "reward", "where the penalty stands: in each token's reward, or in the loss", choices=("reward", "loss")
+    )
+    kl_estimator: str = _option("k1", "estimator of KL per token in the reward", choices=("k1", "k2", "k3", "abs"))
+    kl_loss_estimator: str = _option(
+        "k2", "and in the loss, where only k2 has an unbiased gradient", choices=("k1", "k2", "k3", "abs")
+    )
+    kl_controller: str = _option(
+        "fixed", "kl_coef stays, or is driven towards kl_target (Ziegler et al. 2019)", choices=("fixed", "adaptive")
+    )
+    kl_target: float = _option(6.0, "adaptive: KL per answer to aim at, in nats", 1e-6)
+    kl_horizon: float = _option(10000.0, "adaptive: answers over which kl_coef may change by a factor", 1.0)
     score_clip: float | None = _option(None, "scores are clamped to +- this", 0.0)
     missing_eos_penalty: float = _option(0.0, "subtracted from the score of an answer cut by max_new_tokens", 0.0)
 
     # Advantages
     gamma: float = _option(1.0, "discount per token", 0.0, 1.0)
     lam: float = _option(0.95, "lambda of GAE (Schulman et al. 2016)", 0.0, 1.0)
+    bootstrap_truncated: bool = _option(
+        False, "an answer cut by max_new_tokens goes on: the critic's value of its end counts (else: worth 0)"
+    )
+    importance_cap: float | None = _option(
+        None, "policy terms are weighted by min(p_trainer / p_sampler, this), if the sampler tells its p", 0.0
+    )
     whiten_advantages: bool = _option(True, "advantages to mean 0 and variance 1 over the rollout")
 
     # Learning
     epochs: int = _option(4, "passes over each rollout", 1)
     minibatches: int = _option(4, "optimizer steps in each epoch", 1)
-    micro_batch_size: int = _option(16, "sequences in one forward and backward pass; does not change the result", 1)
+    micro_batch_tokens: int = _option(4096, "tokens in one forward and backward pass; does not change the result", 1)
+    target_kl: float | None = _option(None, "a minibatch with a larger approx_kl ends the step's learning", 0.0)
     lr: float = _option(1e-6, "learning rate of the actor (verl's default)", 0.0)
     critic_lr: float = _option(1e-5, "learning rate of the critic (verl's default)", 0.0)
     lr_schedule: str = _option("linear", "learning rate over the run", choices=("constant", "linear", "cosine"))
@@ -96,6 +131,10 @@ def _check(name: str, value: Any, option: dataclasses.Field) -> None:
     """Refuses a value of the wrong type, out of its range, or not among its choices."""
     optional = "None" in str(option.type)
     if value is None and optional:
+        return
+    if "tuple" in str(option.type):
+        if not isinstance(value, list | tuple) or not all(isinstance(x, str) and x for x in value):
+            raise UserError(f"{name} must be a tuple of texts that are not empty, got {value!r}")
         return
     kind = next(t for t in (bool, int, float, str) if t.__name__ in str(option.type).split(" |")[0] or option.type is t)
     right = isinstance(value, kind) or (kind is float and isinstance(value, int))

@@ -1,69 +1,25 @@
 """Learn: a rollout and its scores become advantages, and several epochs of minibatches on the PPO loss.
 
-The rollout is cut into micro-batches before the old log-probabilities are computed, and the first epoch uses those very
-micro-batches and the same code: its ratios start at exactly 1. Later epochs are cut anew.
+The rollout is cut into packs before the old log-probabilities are computed, and the first epoch uses those very packs
+and the same code: its first ratio is exactly 1. Later epochs are cut anew.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 import ppo_fast as ppo
+from ppo_fast.attention import packed_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import NonFiniteError
-from ppo_fast.models import Critic, answer_logprobs
-from ppo_fast.sample import Rollout
-
-
-@dataclass
-class MicroBatch:
-    """Some rows of a rollout, trimmed to the longest prompt and answer among them: b rows, P + T tokens."""
-
-    rows: Tensor  # [b] int64, rows of the rollout
-    input_ids: Tensor  # [b, P + T] int64
-    attention_mask: Tensor  # [b, P + T] int64
-    position_ids: Tensor  # [b, P + T] int64
-    mask: Tensor  # [b, T] bool, True at the answer's tokens
-    tokens: int  # counted tokens
-
-    @property
-    def width(self) -> int:
-        """T."""
-        return self.mask.shape[1]
-
-    def of(self, per_token: Tensor) -> Tensor:
-        """This micro-batch's part [b, T] of a tensor over the rollout [B, T]."""
-        return per_token[self.rows, : self.width]
-
-
-def cut(rollout: Rollout, order: list[int], config: PPOConfig) -> list[list[MicroBatch]]:
-    """Rows in the given order, cut into minibatches of equal size, each cut into micro-batches."""
-    whole = torch.tensor(order).tensor_split(config.minibatches)
-    return [
-        [_micro_batch(rollout, rows.tolist()) for rows in minibatch.split(config.micro_batch_size)]
-        for minibatch in whole
-    ]
-
-
-def _micro_batch(rollout: Rollout, rows: list[int]) -> MicroBatch:
-    prompts = [rollout.prompt_lengths[row] for row in rows]
-    answers = [rollout.answer_lengths[row] for row in rows]
-    P, T, device = max(prompts), max(answers), rollout.tokens.device
-    start = rollout.tokens.shape[1] - rollout.answer_width - P
-    lengths = torch.tensor([prompts, answers], device=device).unsqueeze(-1)  # [2, b, 1]
-    columns = torch.arange(-P, T, device=device)  # 0 is the first token of each answer
-    attended = (columns >= -lengths[0]) & (columns < lengths[1])
-    index = torch.tensor(rows, device=device)
-    return MicroBatch(
-        rows=index,
-        input_ids=rollout.tokens[index, start : start + P + T],
-        attention_mask=attended.long(),
-        position_ids=(columns + lengths[0]).clamp(min=0),
-        mask=attended[:, P:],
-        tokens=sum(answers),
-    )
+from ppo_fast.models import AdapterReference, compute_in, recomputing
+from ppo_fast.packing import Pack, cut
+from ppo_fast.policy import Judgement, Policy, Targets, logprobs_of
+from ppo_fast.rollout import Rollout
 
 
 @dataclass
@@ -77,74 +33,102 @@ class Experience:
     kl: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor | None  # truncated importance weights, if so configured
     metrics: dict[str, Tensor]  # 0-dim, on the device
 
 
+Reference = nn.Module | AdapterReference | None
+
+
+@contextmanager
+def packed(policy: Policy, reference: Reference = None) -> Iterator[None]:
+    """Actor, critic and reference take packed rows inside this block, if they can."""
+    models = [policy, *([reference] if isinstance(reference, nn.Module) else [])]
+    with packed_attention(*models) if policy.head.packed else nullcontext():
+        yield
+
+
 def evaluate(
-    actor: PreTrainedModel,
-    critic: Critic,
-    reference: PreTrainedModel | None,
+    policy: Policy,
+    reference: Reference,
     rollout: Rollout,
     scores: Tensor,  # [B] or [B, T]
-    minibatches: list[list[MicroBatch]],
+    minibatches: list[list[Pack]],
     config: PPOConfig,
+    *,
+    kl_coef: float | None = None,
 ) -> Experience:
     """Log-probabilities of actor and reference, values, rewards, advantages and returns. No reference: no KL."""
+    kl_coef = config.kl_coef if kl_coef is None else kl_coef
     mask = rollout.answer_mask
     old, ref, values, entropy = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
-    with torch.no_grad():
-        for batch in (batch for minibatch in minibatches for batch in minibatch):
-            here = batch.rows.unsqueeze(1), torch.arange(batch.width, device=mask.device)
-            old[here], entropy[here] = logprobs_of(actor, batch, config)
-            values[here] = values_of(critic, batch) * batch.mask
+    after = torch.zeros(len(rollout), device=mask.device)
+    with torch.no_grad(), packed(policy, reference):
+        for pack in (pack for minibatch in minibatches for pack in minibatch):
+            judged = policy(pack)
+            assert isinstance(judged, Judgement)
+            for target, source in ((old, judged.logprobs), (entropy, judged.entropy), (values, judged.values)):
+                pack.put(target, source)
+            after[torch.tensor(pack.sequences, device=mask.device)] = judged.values_after
             if reference is not None:
-                ref[here] = logprobs_of(reference, batch, config)[0]
+                pack.put(ref, reference_logprobs(policy, reference, pack))
     if reference is None:
         ref = old
-    rewards, kl = ppo.shape_rewards(
+    out = ppo.rlhf_advantages(
         scores,
         old,
         ref,
+        values,
         mask,
-        kl_coef=config.kl_coef,
+        kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
         score_clip=config.score_clip,
+        gamma=config.gamma,
+        lam=config.lam,
+        bootstrap=after * ~torch.tensor(rollout.ended, device=mask.device) if config.bootstrap_truncated else None,
+        whiten=config.whiten_advantages,
         backend=config.backend,
     )
-    advantages, returns = ppo.gae(
-        rewards, values, gamma=config.gamma, lam=config.lam, mask=mask, backend=config.backend
-    )
+    metrics = _metrics(rollout, mask, values, entropy, out.returns)
+    if reference is not None:
+        metrics |= {"kl": out.kl.sum() / mask.sum(), "kl_per_answer": out.kl.sum() / len(rollout)}
+    weights = None
+    if rollout.logprobs is not None:
+        weights = _importance(rollout.logprobs, old, mask, config, metrics)
+    return Experience(old, ref, values, out.rewards, out.kl, out.advantages, out.returns, weights, metrics)
+
+
+def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
     counted = returns[mask]
     spread, error = counted.var(correction=0), (counted - values[mask]).var(correction=0)
-    metrics = {
+    return {
         "entropy": entropy.sum() / mask.sum(),
         "explained_variance": torch.where(spread > 0, 1 - error / spread, 0),
         "value": values[mask].mean(),
         "return": counted.mean(),
     }
-    if reference is not None:
-        metrics |= {"kl": kl.sum() / mask.sum(), "kl_per_answer": kl.sum() / len(rollout)}
-    if config.whiten_advantages:
-        advantages = ppo.masked_whiten(advantages, mask, backend=config.backend)
-    return Experience(old, ref, values, rewards, kl, advantages, returns, metrics)
 
 
-def logprobs_of(actor: PreTrainedModel, batch: MicroBatch, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [b, T]: the one code path of the old pass and of learning."""
-    return answer_logprobs(
-        actor,
-        batch.input_ids,
-        batch.attention_mask,
-        batch.position_ids,
-        batch.mask,
-        temperature=config.temperature,
-        backend=config.backend,
-    )
+def _importance(
+    sampled: Tensor, old: Tensor, mask: Tensor, config: PPOConfig, metrics: dict[str, Tensor]
+) -> Tensor | None:
+    """min(p_trainer / p_sampler, cap) for each token (Espeholt et al. 2018), and how far the two are apart."""
+    gap = torch.where(mask, old - sampled, 0)
+    metrics["sampler_gap_mean"] = gap.abs().sum() / mask.sum()
+    metrics["sampler_gap_max"] = gap.abs().amax()
+    if config.importance_cap is None:
+        return None
+    return gap.exp().clamp(max=config.importance_cap)
 
 
-def values_of(critic: Critic, batch: MicroBatch) -> Tensor:
-    """V(s) [b, T]; not yet masked."""
-    return critic(batch.input_ids, batch.attention_mask, batch.position_ids, batch.width)
+def reference_logprobs(policy: Policy, reference: nn.Module | AdapterReference, pack: Pack) -> Tensor:
+    """Log-probabilities [n] of a pack's answer tokens under the reference."""
+    config, device = policy.config, pack.input_ids.device
+    with compute_in(config.dtype, device):
+        if isinstance(reference, AdapterReference):
+            with reference():
+                return logprobs_of(policy.actor, policy.head, pack, config)[0]
+        return logprobs_of(reference, policy.head, pack, config)[0]
 
 
 class Optimizer:
@@ -173,80 +157,97 @@ class Optimizer:
 
 
 def learn(
-    actor: PreTrainedModel,
-    critic: Critic,
+    policy: Policy,
     rollout: Rollout,
     experience: Experience,
-    minibatches: list[list[MicroBatch]],
+    minibatches: list[list[Pack]],
     actor_optimizer: Optimizer,
     critic_optimizer: Optimizer,
     config: PPOConfig,
     generator: torch.Generator,
+    *,
+    kl_coef: float | None = None,
+    train_actor: bool = True,
 ) -> list[dict[str, float]]:
     """All epochs over one rollout; the statistics of every minibatch, in order.
 
-    `minibatches` are those that `evaluate` used; later epochs draw their order from `generator`. Raises NonFiniteError
-    before an optimizer step whose loss or gradient is not finite.
+    `minibatches` are those that `evaluate` used; later epochs draw their order from `generator`. Ends early when a
+    minibatch's approx_kl is beyond config.target_kl, before its update. Raises NonFiniteError before an update whose
+    loss or gradient is not finite.
     """
-    history = []
-    for epoch in range(config.epochs):
-        if epoch > 0:
-            minibatches = cut(rollout, torch.randperm(len(rollout), generator=generator).tolist(), config)
-        for minibatch in minibatches:
-            stats = accumulate_gradients(actor, critic, minibatch, experience, config)
-            stats["grad_norm"] = actor_optimizer.clip()
-            stats["critic_grad_norm"] = critic_optimizer.clip()
-            values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
-            _refuse_non_finite(values, epoch)
-            actor_optimizer.step()
-            critic_optimizer.step()
-            history.append(values)
+    history: list[dict[str, float]] = []
+    kl_coef = config.kl_coef if kl_coef is None else kl_coef
+    with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
+        for epoch in range(config.epochs):
+            if epoch > 0:
+                order = torch.randperm(len(rollout), generator=generator).tolist()
+                minibatches = cut_as(rollout, order, config)
+            for minibatch in minibatches:
+                stats = accumulate_gradients(
+                    policy, minibatch, experience, config, kl_coef=kl_coef, train_actor=train_actor
+                )
+                if train_actor:
+                    stats["grad_norm"] = actor_optimizer.clip()
+                stats["critic_grad_norm"] = critic_optimizer.clip()
+                values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
+                _refuse_non_finite(values, epoch)
+                if train_actor and config.target_kl is not None and values["approx_kl"] > config.target_kl:
+                    _forget(actor_optimizer, critic_optimizer)
+                    return [*history, {**values, "stopped": 1.0}]
+                if train_actor:
+                    actor_optimizer.step()
+                critic_optimizer.step()
+                history.append({**values, "stopped": 0.0})
     return history
 
 
+def cut_as(rollout: Rollout, order: list[int], config: PPOConfig) -> list[list[Pack]]:
+    """`packing.cut` as the options say."""
+    return cut(rollout, order, minibatches=config.minibatches, max_tokens=config.micro_batch_tokens)
+
+
+def _forget(*optimizers: Optimizer) -> None:
+    for optimizer in optimizers:
+        optimizer.adamw.zero_grad()
+
+
 def accumulate_gradients(
-    actor: PreTrainedModel,
-    critic: Critic,
-    minibatch: list[MicroBatch],
+    policy: Policy,
+    minibatch: list[Pack],
     experience: Experience,
     config: PPOConfig,
+    *,
+    kl_coef: float = 0.0,
+    train_actor: bool = True,
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> dict[str, Tensor]:
     """Adds one minibatch's gradient to actor and critic and returns its statistics.
 
-    The loss is normalised by the minibatch's own count, so that the gradient does not depend on the micro-batches.
+    The loss is normalised by the minibatch's own count, so that the gradient does not depend on the packs.
     """
-    tokens = sum(batch.tokens for batch in minibatch)
-    sequences = sum(len(batch.rows) for batch in minibatch)
+    tokens = sum(pack.size for pack in minibatch)
+    sequences = sum(len(pack.sequences) for pack in minibatch)
+    in_loss = config.kl_in == "loss" and kl_coef > 0
     collected = []
-    for batch in minibatch:
-        logprobs, entropy = logprobs_of(actor, batch, config)
-        out = ppo.ppo_loss(
-            logprobs,
-            values_of(critic, batch),
-            batch.of(experience.logprobs),
-            batch.of(experience.values),
-            batch.of(experience.advantages),
-            batch.of(experience.returns),
-            batch.mask,
-            value_coef=config.value_coef,
-            value_clip=config.value_clip,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            entropy=entropy,
-            entropy_coef=config.entropy_coef,
-            aggregation=config.aggregation,
+    for pack in minibatch:
+        targets = Targets(
+            old_logprobs=pack.of(experience.logprobs),
+            advantages=pack.of(experience.advantages),
+            old_values=pack.of(experience.values),
+            returns=pack.of(experience.returns),
+            ref_logprobs=pack.of(experience.ref_logprobs) if in_loss else None,
+            weights=None if experience.weights is None else pack.of(experience.weights),
             denominator=float(tokens if config.aggregation == "token-mean" else sequences),
-            norm_length=float(config.max_new_tokens) if config.aggregation == "seq-mean-token-sum-norm" else None,
-            backend=config.backend,
+            kl_coef=kl_coef,
         )
-        out.loss.backward()
-        collected.append((batch.tokens / tokens, {"loss": out.loss.detach(), **out.stats}))
+        loss, stats = policy(pack, targets, train_actor=train_actor)
+        backward(loss)
+        collected.append((pack.size / tokens, {"loss": loss.detach(), **stats}))
     return merge_stats(collected)
 
 
 def merge_stats(collected: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Statistics of a minibatch from its micro-batches', each with its share of the tokens.
+    """Statistics of a minibatch from its packs', each with its share of the tokens.
 
     Losses are already divided by the minibatch's count, so they add up; the rest are means over tokens, or maxima.
     """
@@ -270,3 +271,17 @@ def _refuse_non_finite(values: dict[str, float], epoch: int) -> None:
             f"{named} in epoch {epoch + 1}: this update was not made and the weights are as before it; a lower learning"
             " rate or max_grad_norm may help"
         )
+
+
+class KLController:
+    """The weight of the KL penalty: fixed, or driven to a target KL per answer (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.coef = config.kl_coef
+
+    def update(self, kl_per_answer: float, answers: int) -> None:
+        """After each step: how far the actor's answers were from the reference, in nats, and how many there were."""
+        if self.config.kl_controller == "adaptive":
+            error = min(max(kl_per_answer / self.config.kl_target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * answers / self.config.kl_horizon

@@ -1,18 +1,26 @@
-"""The four models of PPO on transformers: the actor, its critic, the frozen reference, and what they compute per
-token."""
+"""The models of PPO on transformers: the actor, its critic and the frozen reference; loading them, and LoRA."""
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-import ppo_fast as ppo
+from ppo_fast.attention import own_config
 from ppo_fast.errors import UserError
+from ppo_fast.heads import decoder_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,14 +65,14 @@ def load_actor(folder: str | Path, *, pad_token: str | None = None) -> tuple[Pre
     return actor, tokenizer
 
 
-def _embedding(model: PreTrainedModel) -> Tensor:
+def _embedding(model: Any) -> Tensor:
     """The input embedding [V, D]."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
     """Refuses what would fail deep inside a step: no pad token, no end token, ids beyond the embedding."""
     if tokenizer.pad_token_id is None:
         raise UserError(
@@ -81,7 +89,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel) 
         )
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel) -> list[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
     """Ids of the tokens that end an answer: the generation config's and the tokenizer's."""
     configured = actor.generation_config.eos_token_id if actor.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
@@ -89,30 +97,59 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel) -> li
 
 
 class Critic(nn.Module):
-    """V(s) of each prefix: a backbone without LM head and a linear value head that starts at zero.
+    """V(s) of each prefix: a linear value head on hidden states, of its own backbone or, without one, of the actor's.
 
-    The zero start (openai/lm-human-preferences) makes the first values 0 instead of noise.
+    The head starts at zero (openai/lm-human-preferences): the first values are 0 instead of noise.
     """
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: nn.Module | None, width: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(_embedding(backbone).shape[1], 1)
+        self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_actor(cls, actor: PreTrainedModel) -> "Critic":
+    def from_actor(cls, actor: nn.Module) -> "Critic":
         """A critic whose backbone starts as a copy of the actor's."""
-        return cls(copy.deepcopy(actor.get_decoder())).to(actor.device)
+        return cls(copy.deepcopy(decoder_of(actor)), _embedding(actor).shape[1]).to(_embedding(actor).device)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, answer_width: int) -> Tensor:
-        """Values [B, T] of the states in which the T answer tokens were chosen, fp32."""
-        states = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        )
-        before_answer = states.last_hidden_state[:, -answer_width - 1 : -1]
-        return self.head(before_answer.to(self.head.weight.dtype)).squeeze(-1).float()
+    @classmethod
+    def shared(cls, actor: nn.Module) -> "Critic":
+        """A value head alone: it reads the actor's hidden states, and its loss trains the actor's backbone, too."""
+        return cls(None, _embedding(actor).shape[1]).to(_embedding(actor).device)
+
+    @classmethod
+    def from_reward_model(cls, model: PreTrainedModel, *, keep_head: bool = True) -> "Critic":
+        """A critic that starts as a reward model: its backbone, and its scoring layer as the value head."""
+        critic = cls(model.base_model, _embedding(model).shape[1]).to(_embedding(model).device)
+        score = getattr(model, "score", None)
+        if keep_head and isinstance(score, nn.Linear) and score.out_features == 1:
+            with torch.no_grad():
+                critic.head.weight.copy_(score.weight)
+                if score.bias is not None:
+                    critic.head.bias.copy_(score.bias)
+        return critic
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[n, D] hidden states -> [n] values. In fp32 under autocast, too: returns are regressed on them."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+
+
+def load_reward_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen sequence classifier with one output, and its tokenizer, from a folder that `save_pretrained` wrote."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"no reward model in {folder}: it has no config.json")
+    try:
+        with no_loading_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForSequenceClassification.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
+    if model.config.num_labels != 1:
+        raise UserError(f"the reward model in {folder} has {model.config.num_labels} outputs; one score is expected")
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,31 +157,105 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def answer_logprobs(
-    actor: PreTrainedModel,
-    input_ids: Tensor,  # [B, P + T]
-    attention_mask: Tensor,  # [B, P + T]
-    position_ids: Tensor,  # [B, P + T]
-    answer_mask: Tensor,  # [B, T]
-    *,
-    temperature: float,
-    backend: ppo.ops.Backend,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [B, T] of the answer tokens at the sampling temperature."""
-    T = answer_mask.shape[1]
-    logits = actor(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        logits_to_keep=T + 1,
-    ).logits
-    logprobs, entropy = ppo.token_logprobs(
-        logits[:, -T - 1 : -1],
-        input_ids[:, -T:],
-        answer_mask,
-        temperature=temperature,
-        with_entropy=True,
-        backend=backend,
+def is_adapted(model: nn.Module) -> bool:
+    """Whether peft has put adapters into it."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: str, language_model: bool) -> nn.Module:
+    """LoRA adapters (Hu et al. 2021) through peft: everything else is frozen.
+
+    `targets`: "all-linear", or names of modules with commas between. The LM head stays as it is.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("lora_rank > 0 needs peft: pip install peft, or the extra ppo_fast[peft]") from error
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM" if language_model else "FEATURE_EXTRACTION",
     )
-    return logprobs, entropy
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+class AdapterReference:
+    """The reference of an actor with adapters: the actor without them, or with a frozen copy of those it came with.
+
+    Switching adapters off is wrong for an actor that starts from trained ones (TRL #495, #4723): `starts_trained`
+    says so, and is found by looking whether any adapter's output matrix differs from zero.
+    """
+
+    NAME = "ppo_fast_reference"
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.active = actor.active_adapter
+        self.starts_trained = any(
+            bool(p.any()) for name, p in actor.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
+        )
+        if self.starts_trained:
+            self._clone()
+
+    def _clone(self) -> None:
+        trainable = {name for name, p in self.actor.named_parameters() if p.requires_grad}
+        self.actor.add_adapter(self.NAME, copy.deepcopy(self.actor.peft_config[self.active]))
+        parameters = dict(self.actor.named_parameters())
+        with torch.no_grad():
+            for name, p in parameters.items():
+                if f".{self.NAME}." in name:
+                    p.copy_(parameters[name.replace(f".{self.NAME}.", f".{self.active}.")])
+        self._train_only(trainable)
+
+    def _train_only(self, names: set[str]) -> None:
+        for name, p in self.actor.named_parameters():
+            p.requires_grad_(name in names)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """The actor is the reference inside this block."""
+        trainable = {name for name, p in self.actor.named_parameters() if p.requires_grad}
+        if not self.starts_trained:
+            with self.actor.disable_adapter():
+                yield
+        else:
+            self.actor.set_adapter(self.NAME)
+            try:
+                yield
+            finally:
+                self.actor.set_adapter(self.active)
+        self._train_only(trainable)
+
+
+@contextmanager
+def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
+
+    transformers does so for layers in training mode, which would switch dropout on: so the layers alone get that mode,
+    and what is inside them does not. Sampling, outside, keeps its cache.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    if layers:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to bf16, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def prepare(model: nn.Module, device: torch.device) -> nn.Module:
+    """On its device, without dropout, and with a config object of its own."""
+    own_config(model)
+    return model.to(device).eval()

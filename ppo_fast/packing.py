@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.attention import Layout
-from ppo_fast.sample import Rollout
+from ppo_fast.rollout import Rollout
 
 
 @dataclass(frozen=True)

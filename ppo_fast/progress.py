@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.sample import Rollout
+from ppo_fast.rollout import Rollout
 
 SAMPLES_SHOWN = 5
 TIME_PARTS = ("sample", "reward", "advantages", "learn")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import RewardError
-from ppo_fast.sample import Rollout
+from ppo_fast.rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[Any]]
 """f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
@@ -21,16 +21,22 @@ that takes only some of them by name gets just those.
 """
 
 
-def score(rollout: Rollout, functions: dict[str, RewardFunction], config: PPOConfig) -> tuple[Tensor, dict[str, float]]:
-    """The sum of all reward functions: scores [B], or [B, T] if one of them judges tokens, and each function's mean.
+def score(
+    rollout: Rollout,
+    functions: dict[str, RewardFunction],
+    config: PPOConfig,
+    weights: dict[str, float] | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The weighted sum of all reward functions: scores [B], or [B, T] if one judges tokens; and each one's mean.
 
-    A number for a whole answer stands at the answer's last token. The sums are also noted in `rollout.scores`. Raises
-    RewardError, which names function and sample.
+    A number for a whole answer stands at the answer's last token. The sums are also noted in `rollout.scores`, the
+    means are unweighted. Raises RewardError, which names function and sample.
     """
     results = {name: call(function, name, rollout) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
-    everything: list[Sequence[float | list[float]]] = [*results.values(), penalties]
+    weighted = [_weighted(values, (weights or {}).get(name, 1.0)) for name, values in results.items()]
+    everything: list[Sequence[float | list[float]]] = [*weighted, penalties]
     rollout.scores = [sum(_total(values[row]) for values in everything) for row in range(len(rollout))]
     device = rollout.tokens.device
     if all(isinstance(value, float) for values in everything for value in values):
@@ -57,9 +63,34 @@ def call(function: RewardFunction, name: str, rollout: Rollout) -> list[float | 
     except Exception as error:  # user code: whatever it raises is reported with the place it came from
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+            f"reward function {name!r} raised {type(error).__name__}: {error} ({frame.filename}, line"
+            f" {frame.lineno}){_culprit(function, prompts, rollout.completions, known)}"
         ) from error
     return _checked(values, name, rollout)
+
+
+def _culprit(function: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, list]) -> str:
+    """Names the first answer for which the function also fails alone."""
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        try:
+            function([prompt], [completion], **{name: [column[row]] for name, column in columns.items()})
+        except Exception:  # as above
+            return f", at answer {row} ({completion!r:.80}) to {prompt!r:.80}"
+    return ""
+
+
+def _weighted(values: list[float | list[float]], weight: float) -> list[float | list[float]]:
+    return [[weight * x for x in value] if isinstance(value, list) else weight * value for value in values]
+
+
+def check_weights(weights: dict[str, float] | None, functions: dict[str, RewardFunction]) -> dict[str, float]:
+    """A weight for each reward function; 1 where none is given."""
+    for name, weight in (weights or {}).items():
+        if name not in functions:
+            raise RewardError(f"reward_weights names {name!r}, but the rewards are {', '.join(map(repr, functions))}")
+        if not math.isfinite(weight):
+            raise RewardError(f"the weight of reward {name!r} must be finite, got {weight}")
+    return dict.fromkeys(functions, 1.0) | (weights or {})
 
 
 def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[float]]:

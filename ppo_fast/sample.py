@@ -1,89 +1,148 @@
-"""Sample: the actor answers prompts, and the answers become a rollout."""
+"""Sample: prompts are answered, by the actor's own `generate` or by another engine, and become a rollout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import columns
 from ppo_fast.errors import UserError
-from ppo_fast.models import end_tokens
+from ppo_fast.heads import bare
+from ppo_fast.models import compute_in, end_tokens
+from ppo_fast.rollout import Rollout
 
 
 @dataclass
-class Rollout:
-    """B prompts, padded on the left to P tokens, each followed by its answer, padded on the right to T tokens."""
+class Answers:
+    """What a sampler returns, one entry for each prompt."""
 
-    tokens: Tensor  # [B, P + T] int64
-    prompt_lengths: list[int]  # B
-    answer_lengths: list[int]  # B; the end token counts
-    ended: list[bool]  # B; False: cut by max_new_tokens
-    completions: list[str]  # B, without special tokens
-    columns: dict[str, list]  # the data set's columns, "prompt" among them, B entries each
-    scores: list[float] = field(default_factory=list)  # B; filled by the reward step
+    ids: list[list[int]]  # the answers' tokens, with the end token where there is one; at least one each
+    ended: list[bool]  # False: cut by max_new_tokens
+    logprobs: list[list[float]] | None = None  # of each token at the sampling temperature, before top-k and top-p
 
-    def __len__(self) -> int:
-        return len(self.answer_lengths)
 
-    @property
-    def answer_width(self) -> int:
-        """T."""
-        return max(self.answer_lengths)
+class Sampler(Protocol):
+    """Anything that answers prompts: the actor's own `generate` (`GenerateSampler`), vLLM, a server.
 
-    @property
-    def answer_mask(self) -> Tensor:
-        """[B, T], True at the tokens of the answer, its end token included."""
-        lengths = torch.tensor(self.answer_lengths, device=self.tokens.device)
-        return torch.arange(self.answer_width, device=self.tokens.device) < lengths.unsqueeze(1)
+    An engine with weights of its own must take over the actor's before it answers: `sample` is called once a step, and
+    the actor has been trained since. How far its log-probabilities are from the trainer's is logged as sampler_gap.
+    """
 
-    @property
-    def completion_ids(self) -> list[list[int]]:
-        """The answers' tokens, end token included."""
-        answers = self.tokens[:, -self.answer_width :].tolist()
-        return [ids[:length] for ids, length in zip(answers, self.answer_lengths, strict=True)]
+    def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
+        """Answers to prompts, given as token ids, in their order."""
+        ...
 
 
 def respond(
-    actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], config: PPOConfig
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    config: PPOConfig,
+    device: torch.device,
 ) -> Rollout:
     """Answers each row's prompt `samples_per_prompt` times."""
     columns_ = columns(rows, config.samples_per_prompt)
     prompts = [tokenizer(text)["input_ids"] for text in columns_["prompt"]]
-    answers = []
-    for start in range(0, len(prompts), config.sample_batch_size):
-        answers += generate(actor, tokenizer, prompts[start : start + config.sample_batch_size], config)
-    ends = set(end_tokens(tokenizer, actor))
-    P, T = max(map(len, prompts)), max(map(len, answers))
+    answers = sampler.sample(prompts, config)
+    _check(answers, prompts, config)
+    P, T = max(map(len, prompts)), max(map(len, answers.ids))
     pad = tokenizer.pad_token_id
-    rows_of_ids = [
+    padded = [
         [pad] * (P - len(prompt)) + prompt + answer + [pad] * (T - len(answer))
-        for prompt, answer in zip(prompts, answers, strict=True)
+        for prompt, answer in zip(prompts, answers.ids, strict=True)
     ]
+    logprobs = None
+    if answers.logprobs is not None:
+        logprobs = torch.tensor([row + [0.0] * (T - len(row)) for row in answers.logprobs], device=device)
     return Rollout(
-        tokens=torch.tensor(rows_of_ids, device=actor.device),
+        tokens=torch.tensor(padded, device=device),
         prompt_lengths=list(map(len, prompts)),
-        answer_lengths=list(map(len, answers)),
-        ended=[answer[-1] in ends for answer in answers],
-        completions=tokenizer.batch_decode(answers, skip_special_tokens=True),
+        answer_lengths=list(map(len, answers.ids)),
+        ended=answers.ended,
+        completions=tokenizer.batch_decode(answers.ids, skip_special_tokens=True),
         columns=columns_,
+        logprobs=logprobs,
     )
+
+
+def _check(answers: Answers, prompts: list[list[int]], config: PPOConfig) -> None:
+    """Refuses what another engine may get wrong."""
+    counts = {"ids": len(answers.ids), "ended": len(answers.ended)}
+    if answers.logprobs is not None:
+        counts["logprobs"] = len(answers.logprobs)
+    for name, count in counts.items():
+        if count != len(prompts):
+            raise UserError(f"the sampler returned {count} {name} for {len(prompts)} prompts")
+    for row, ids in enumerate(answers.ids):
+        if not 1 <= len(ids) <= config.max_new_tokens:
+            raise UserError(
+                f"the sampler returned {len(ids)} tokens for prompt {row}; 1 to max_new_tokens={config.max_new_tokens}"
+                " are expected"
+            )
+        if answers.logprobs is not None and len(answers.logprobs[row]) != len(ids):
+            raise UserError(
+                f"the sampler returned {len(answers.logprobs[row])} logprobs for the {len(ids)} tokens of prompt {row}"
+            )
+
+
+class GenerateSampler:
+    """The actor's own `generate`, with a KV cache and padding on the left."""
+
+    def __init__(self, actor: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.actor = actor
+        self.tokenizer = tokenizer
+
+    def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
+        """Answers in batches of config.sample_batch_size."""
+        whole = Answers([], [], [])
+        assert whole.logprobs is not None
+        for start in range(0, len(prompts), config.sample_batch_size):
+            some = generate(self.actor, self.tokenizer, prompts[start : start + config.sample_batch_size], config)
+            assert some.logprobs is not None
+            whole.ids += some.ids
+            whole.ended += some.ended
+            whole.logprobs += some.logprobs
+        return whole
+
+
+class _Recorder(LogitsProcessor):
+    """Notes the log-probability of each sampled token, one step late: only then is it known which it was."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.last: Tensor | None = None  # [B, V]
+        self.chosen: list[Tensor] = []  # [B] each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        self.note(input_ids[:, -1])
+        self.last = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def note(self, tokens: Tensor) -> None:
+        if self.last is not None:
+            self.chosen.append(self.last.gather(1, tokens.unsqueeze(1)).squeeze(1))
 
 
 @torch.no_grad()
 def generate(
-    actor: PreTrainedModel,
+    actor: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     config: PPOConfig,
     *,
     greedy: bool = False,
-) -> list[list[int]]:
-    """The answers' token ids, each up to and with its first end token."""
+) -> Answers:
+    """One batch of answers, each up to and with its first end token or stop text."""
     P = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts], device=actor.device)
@@ -91,40 +150,73 @@ def generate(
     ends = end_tokens(tokenizer, actor)
     how = {} if greedy else {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     generation = GenerationConfig(
-        do_sample=not greedy, max_new_tokens=config.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **how
+        do_sample=not greedy,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        stop_strings=list(config.stop) or None,
+        **how,
     )
-    was_training = actor.training
-    actor.eval()
-    with _generation_config(actor, generation):
-        sequences = actor.generate(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[operator]
-    actor.train(was_training)
-    return [_until_end(ids, set(ends)) for ids in sequences[:, P:].tolist()]
+    recorder = _Recorder(config.temperature)
+    with _generation_config(actor, generation), compute_in(config.dtype, actor.device):
+        sequences = actor.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([recorder]),
+            tokenizer=tokenizer if config.stop else None,
+        )
+    recorder.note(sequences[:, -1])
+    logprobs = torch.stack(recorder.chosen, 1).tolist()
+    answers = [_until_end(ids, set(ends), tokenizer, config.stop) for ids in sequences[:, P:].tolist()]
+    return Answers(
+        ids=[ids for ids, _ in answers],
+        ended=[ended for _, ended in answers],
+        logprobs=[row[: len(ids)] for row, (ids, _) in zip(logprobs, answers, strict=True)],
+    )
 
 
 @contextmanager
-def _generation_config(actor: PreTrainedModel, generation: GenerationConfig) -> Iterator[None]:
+def _generation_config(actor: Any, generation: GenerationConfig) -> Iterator[None]:
     """Puts the model's own generation config aside.
 
     generate() fills what a given config leaves open from the model's: a repetition penalty or top-k saved with the
     model would make samples from another distribution than the one that the loss differentiates.
     """
-    own = actor.generation_config
-    actor.generation_config = generation
+    model = bare(actor)  # peft only passes reading through
+    own, cache = model.generation_config, model.config.use_cache
+    model.generation_config, model.config.use_cache = generation, True
     try:
         yield
     finally:
-        actor.generation_config = own
+        model.generation_config, model.config.use_cache = own, cache
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids
+def _until_end(
+    ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]
+) -> tuple[list[int], bool]:
+    """The tokens up to and with the first end token, or the one that completes a stop text; and whether there was one.
+
+    `ids` may go on with padding, which may be the end token.
+    """
+    length = next((position + 1 for position, token in enumerate(ids) if token in ends), None)
+    kept = ids[:length]
+    if stop:
+        low, high = 1, len(kept)  # a prefix with a stop text in it stays one when it grows
+        if _has(kept, tokenizer, stop):
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if _has(kept[:middle], tokenizer, stop) else (middle + 1, high)
+            return kept[:low], True
+    return kept, length is not None
+
+
+def _has(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> bool:
+    text = tokenizer.decode(ids)
+    return any(x in text for x in stop)
 
 
 def drop_long_prompts(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, actor: PreTrainedModel, config: PPOConfig
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, actor: Any, config: PPOConfig
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows whose prompt leaves room for an answer, and how many were left out.
 

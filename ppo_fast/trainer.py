@@ -11,11 +11,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompts
-from ppo_fast.learn import Optimizer, cut, evaluate, learn
-from ppo_fast.models import Critic, check_tokenizer, frozen_copy, no_loading_bars, pick_device
+from ppo_fast.errors import UserError
+from ppo_fast.heads import probe
+from ppo_fast.learn import KLController, Optimizer, Reference, cut_as, evaluate, learn
+from ppo_fast.models import (
+    AdapterReference,
+    Critic,
+    add_lora,
+    check_tokenizer,
+    frozen_copy,
+    is_adapted,
+    no_loading_bars,
+    pick_device,
+    prepare,
+)
+from ppo_fast.policy import Policy
 from ppo_fast.progress import Progress
-from ppo_fast.reward import RewardFunction, score
-from ppo_fast.sample import Rollout, drop_long_prompts, respond
+from ppo_fast.reward import RewardFunction, check_weights, score
+from ppo_fast.rollout import Rollout
+from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
 
 
 class PPOTrainer:
@@ -23,12 +37,15 @@ class PPOTrainer:
 
     Args:
         config: every option.
-        actor: any AutoModelForCausalLM; trained in place.
+        actor: any AutoModelForCausalLM, or a PeftModel around one; trained in place.
         tokenizer: its tokenizer, with a pad token.
         rows: dicts with a "prompt" and any other columns, which reach the reward functions.
         rewards: a function f(prompts, completions, **columns), or several by name, whose numbers are added.
-        critic: a copy of the actor's backbone with a zero value head, if not given.
-        reference: the frozen model of the KL penalty; a copy of the actor if not given and kl_coef > 0.
+        reward_weights: a factor for each of them by name; 1 if not given.
+        critic: if not given, what config.critic says.
+        reference: the frozen model of the KL penalty. If not given and kl_coef > 0: the actor without its adapters, or
+            with a frozen copy of trained ones; or a copy of the actor, where it has no adapters.
+        sampler: what answers prompts; the actor's own `generate` if not given.
 
     >>> trainer = PPOTrainer(config, actor, tokenizer, rows, reward)  # doctest: +SKIP
     >>> history = trainer.train()  # doctest: +SKIP
@@ -37,30 +54,31 @@ class PPOTrainer:
     def __init__(
         self,
         config: PPOConfig,
-        actor: PreTrainedModel,
+        actor: Any,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, Any]],
         rewards: RewardFunction | dict[str, RewardFunction],
         *,
+        reward_weights: dict[str, float] | None = None,
         critic: Critic | None = None,
         reference: PreTrainedModel | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         check_tokenizer(tokenizer, actor)
         torch.manual_seed(config.seed)
         self.config = config
         self.tokenizer = tokenizer
-        device = pick_device(config.device)
-        # eval: dropout would make old and new log-probabilities differ
-        self.actor = actor.to(device).eval()  # type: ignore[arg-type]
-        self.critic = (Critic.from_actor(actor) if critic is None else critic).to(device).eval()
-        if reference is None and config.kl_coef > 0:
-            reference = frozen_copy(actor)
-        self.reference = None if reference is None else reference.to(device).eval()  # type: ignore[arg-type]
-        kept, self.prompts_left_out = drop_long_prompts(rows, tokenizer, actor, config)
+        self.device = pick_device(config.device)
+        self.policy, self.reference = build_models(config, actor, critic, reference, self.device)
+        self.actor, self.critic = self.policy.actor, self.policy.critic
+        self.sampler = GenerateSampler(self.actor, tokenizer) if sampler is None else sampler
+        kept, self.prompts_left_out = drop_long_prompts(rows, tokenizer, self.actor, config)
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
+        self.reward_weights = check_weights(reward_weights, self.rewards)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
+        self.kl_controller = KLController(config)
         self.generator = torch.Generator().manual_seed(config.seed)  # the order within minibatches
         self.steps_done = 0
         self.last_rollout: Rollout | None = None
@@ -85,17 +103,17 @@ class PPOTrainer:
         config = self.config
         seconds: dict[str, float] = {}
         with _timed(seconds, "sample"):
-            rollout = respond(self.actor, self.tokenizer, self.prompts.take(config.prompts_per_step), config)
+            rows = self.prompts.take(config.prompts_per_step)
+            rollout = respond(self.sampler, self.tokenizer, rows, config, self.device)
         with _timed(seconds, "reward"):
-            scores, reward_means = score(rollout, self.rewards, config)
+            scores, reward_means = score(rollout, self.rewards, config, self.reward_weights)
         with _timed(seconds, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
-            minibatches = cut(rollout, order, config)
-            experience = evaluate(self.actor, self.critic, self.reference, rollout, scores, minibatches, config)
+            minibatches, kl_coef = cut_as(rollout, order, config), self.kl_controller.coef
+            experience = evaluate(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef)
         with _timed(seconds, "learn"):
             history = learn(
-                self.actor,
-                self.critic,
+                self.policy,
                 rollout,
                 experience,
                 minibatches,
@@ -103,7 +121,11 @@ class PPOTrainer:
                 self.critic_optimizer,
                 config,
                 self.generator,
+                kl_coef=kl_coef,
+                train_actor=self.steps_done >= config.critic_warmup_steps,
             )
+        metrics = {name: x.item() for name, x in experience.metrics.items()}
+        self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
         self.last_rollout = rollout
         return {
@@ -112,8 +134,10 @@ class PPOTrainer:
             **reward_means,
             "answer_tokens": sum(rollout.answer_lengths) / len(rollout),
             "ended": sum(rollout.ended) / len(rollout),
-            **{name: x.item() for name, x in experience.metrics.items()},
+            **metrics,
+            "kl_coef": kl_coef,
             **{f"learn/{name}": sum(h[name] for h in history) / len(history) for name in history[0]},
+            "updates": len(history) - history[-1]["stopped"],
             "lr": self.actor_optimizer.schedule.get_last_lr()[0],
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
@@ -141,3 +165,36 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def build_models(
+    config: PPOConfig, actor: Any, critic: Critic | None, reference: PreTrainedModel | None, device: torch.device
+) -> tuple[Policy, Reference]:
+    """Actor and critic, ready to learn, and the reference, as the options say."""
+    if config.lora_rank and is_adapted(actor):
+        raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
+    if critic is None:
+        critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
+        if config.critic == "own" and config.lora_rank:
+            critic.backbone = _with_lora(critic.backbone, config, language_model=False)
+    if config.lora_rank:
+        actor = _with_lora(actor, config, language_model=True)
+    prepare(actor, device)
+    prepare(critic, device)
+    head = probe(actor, strict=config.strict)
+    found: Reference = reference
+    if reference is None and config.kl_coef > 0:
+        found = AdapterReference(actor) if is_adapted(actor) else frozen_copy(actor)
+    if isinstance(found, torch.nn.Module):
+        found = prepare(found, device)
+    return Policy(actor, critic, head, config), found
+
+
+def _with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> torch.nn.Module:
+    return add_lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        language_model=language_model,
+    )

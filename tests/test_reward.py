@@ -6,7 +6,7 @@ import torch
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import RewardError
 from ppo_fast.reward import score
-from ppo_fast.sample import Rollout
+from ppo_fast.rollout import Rollout
 
 CONFIG = PPOConfig()
 

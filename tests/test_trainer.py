@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import NonFiniteError, UserError
-from ppo_fast.learn import Optimizer, accumulate_gradients, cut, evaluate, learn
-from ppo_fast.models import Critic, frozen_copy
+from ppo_fast.learn import Optimizer, accumulate_gradients, cut_as, evaluate, learn, packed
 from ppo_fast.reward import score
-from ppo_fast.sample import Rollout, respond
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.rollout import Rollout
+from ppo_fast.sample import GenerateSampler, respond
+from ppo_fast.trainer import PPOTrainer, build_models
 
 ROWS = [{"prompt": text, "weight": float(i)} for i, text in enumerate(["hi", "what time is it", "a", "the fox jumps"])]
 
@@ -26,7 +26,7 @@ def config(**options) -> PPOConfig:
         prompts_per_step=10,
         max_new_tokens=9,
         minibatches=2,
-        micro_batch_size=2,
+        micro_batch_tokens=40,
         epochs=2,
         lr=1e-3,
         critic_lr=1e-3,
@@ -48,7 +48,8 @@ def actor():
 def make_rollout(actor, options: PPOConfig) -> Rollout:
     torch.manual_seed(1)
     rows = [ROWS[i % len(ROWS)] for i in range(options.prompts_per_step)]
-    rollout = respond(actor, byte_tokenizer(), rows, options)
+    sampler = GenerateSampler(actor, byte_tokenizer())
+    rollout = respond(sampler, byte_tokenizer(), rows, options, torch.device("cpu"))
     for row in range(0, len(rollout), 3):  # ragged ends: an untrained model hardly ever ends by itself
         rollout.answer_lengths[row] = 1 + row % 5
     return rollout
@@ -56,53 +57,68 @@ def make_rollout(actor, options: PPOConfig) -> Rollout:
 
 def prepare(actor, options: PPOConfig):
     rollout = make_rollout(actor, options)
-    critic, reference = Critic.from_actor(actor), frozen_copy(actor)
-    torch.nn.init.normal_(critic.head.weight, std=0.1)
-    minibatches = cut(rollout, list(range(len(rollout))), options)
+    policy, reference = build_models(options, actor, None, None, torch.device("cpu"))
+    torch.nn.init.normal_(policy.critic.head.weight, std=0.1)
+    minibatches = cut_as(rollout, list(range(len(rollout))), options)
     scores, _ = score(rollout, {"vowels": count_e}, options)
-    experience = evaluate(actor, critic, reference, rollout, scores, minibatches, options)
-    return rollout, critic, minibatches, experience
+    experience = evaluate(policy, reference, rollout, scores, minibatches, options)
+    return rollout, policy, minibatches, experience
+
+
+def optimizers_of(policy, options: PPOConfig) -> tuple[Optimizer, Optimizer]:
+    return Optimizer(policy.actor, 1e-3, options), Optimizer(policy.critic, 1e-3, options)
 
 
 def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(actor):
     options = config()
-    rollout, critic, minibatches, experience = prepare(actor, options)
-    optimizers = Optimizer(actor, 1e-3, options), Optimizer(critic, 1e-3, options)
-    history = learn(actor, critic, rollout, experience, minibatches, *optimizers, options, torch.Generator())
+    rollout, policy, minibatches, experience = prepare(actor, options)
+    optimizers = optimizers_of(policy, options)
+    history = learn(policy, rollout, experience, minibatches, *optimizers, options, torch.Generator())
     assert history[0]["ratio_max"] == 1.0
     assert history[0]["approx_kl"] == 0.0
     assert history[0]["clip_fraction"] == 0.0
     assert history[-1]["approx_kl"] > 0, "the policy never moved, so the first ratio proves nothing"
 
 
+def test_other_packs_give_a_first_ratio_that_is_one_but_for_rounding(actor):
+    options = config()
+    rollout, policy, minibatches, experience = prepare(actor, options)
+    others = cut_as(rollout, list(range(len(rollout))), dataclasses.replace(options, micro_batch_tokens=1000))
+    assert len(others[0]) < len(minibatches[0])
+    history = learn(policy, rollout, experience, others, *optimizers_of(policy, options), options, torch.Generator())
+    assert abs(history[0]["ratio_max"] - 1) < 1e-4
+
+
+def gradient_of(policy) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("critic", ["own", "shared"])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
-def test_gradient_does_not_depend_on_the_micro_batches(actor, aggregation):
-    options = config(minibatches=1, micro_batch_size=10, aggregation=aggregation, entropy_coef=0.01)
-    rollout, critic, _, experience = prepare(actor, options)
+def test_gradient_does_not_depend_on_the_packs(actor, aggregation, critic):
+    options = config(minibatches=1, micro_batch_tokens=1000, aggregation=aggregation, entropy_coef=0.01, critic=critic)
+    rollout, policy, _, experience = prepare(actor, options)
     gradients = []
-    for parts in (1, 2, 5):
-        pieces = dataclasses.replace(options, micro_batch_size=10 // parts)
-        (minibatch,) = cut(rollout, list(range(10)), pieces)
-        assert len(minibatch) == parts
-        for model in (actor, critic):
-            model.zero_grad()
-        accumulate_gradients(actor, critic, minibatch, experience, pieces)
-        gradients.append(
-            torch.cat([p.grad.flatten() for m in (actor, critic) for p in m.parameters() if p.grad is not None])
-        )
+    for budget, parts in ((1000, 1), (100, 2), (1, 10)):
+        (minibatch,) = cut_as(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=budget))
+        assert len(minibatch) >= parts
+        policy.zero_grad()
+        with packed(policy):
+            accumulate_gradients(policy, minibatch, experience, options)
+        gradients.append(gradient_of(policy))
     scale = gradients[0].abs().max()
     assert scale > 0
     for other in gradients[1:]:
         assert (other - gradients[0]).abs().max() <= 1e-5 * scale  # fp32 rounding of sums in another order
 
 
-def test_padding_and_trimming_change_no_logprob(actor):
-    """One row alone, without any padding, equals the same row in a padded batch."""
-    options = config(micro_batch_size=10, minibatches=1)
-    rollout, critic, _, together = prepare(actor, options)
-    alone = cut(rollout, list(range(10)), dataclasses.replace(options, micro_batch_size=1))
+def test_neighbours_in_a_pack_change_a_logprob(actor):
+    """One sequence alone equals the same sequence in a pack with others."""
+    options = config(micro_batch_tokens=1000, minibatches=1)
+    rollout, policy, _, together = prepare(actor, options)
+    alone = cut_as(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=1))
     scores, _ = score(rollout, {"vowels": count_e}, options)
-    single = evaluate(actor, critic, frozen_copy(actor), rollout, scores, alone, options)
+    single = evaluate(policy, None, rollout, scores, alone, options)
     torch.testing.assert_close(single.logprobs, together.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(single.values, together.values, rtol=0, atol=1e-5)
 
@@ -133,12 +149,12 @@ def test_two_runs_with_one_seed_give_identical_metrics(tmp_path):
 
 def test_a_not_finite_loss_stops_before_the_weights_and_is_named(actor):
     options = config()
-    rollout, critic, minibatches, experience = prepare(actor, options)
+    rollout, policy, minibatches, experience = prepare(actor, options)
     experience.advantages[0, 0] = float("nan")
-    optimizers = Optimizer(actor, 1e-3, options), Optimizer(critic, 1e-3, options)
+    optimizers = optimizers_of(policy, options)
     before = [p.clone() for p in actor.parameters()]
     with pytest.raises(NonFiniteError, match="policy_loss = nan"):
-        learn(actor, critic, rollout, experience, minibatches, *optimizers, options, torch.Generator())
+        learn(policy, rollout, experience, minibatches, *optimizers, options, torch.Generator())
     assert all(torch.equal(a, b) for a, b in zip(before, actor.parameters(), strict=True))
 
 
@@ -152,7 +168,6 @@ def test_training_raises_the_reward(actor):
     options = config(
         total_steps=25,
         prompts_per_step=32,
-        micro_batch_size=32,
         epochs=4,
         lr=3e-3,
         critic_lr=3e-3,
@@ -198,7 +213,8 @@ def test_saved_repetition_penalty_does_not_leak_into_sampling(actor):
 def test_answers_end_with_their_first_end_token_even_if_it_is_also_the_pad_token(actor):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    rollout = respond(actor, tokenizer, ROWS * 60, config())  # 1 token in 258 ends an answer
+    sampler = GenerateSampler(actor, tokenizer)
+    rollout = respond(sampler, tokenizer, ROWS * 60, config(), actor.device)  # 1 token in 258 ends an answer
     assert 0 < sum(rollout.ended) < len(rollout)
     for ids, ended in zip(rollout.completion_ids, rollout.ended, strict=True):
         assert (256 in ids) == ended

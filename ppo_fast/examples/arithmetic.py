@@ -95,7 +95,7 @@ def exact_match(
 ) -> float:
     """Share of problems whose greedy answer is right to the last digit and then ends."""
     prompts = tokenizer([problem["prompt"] for problem in problems])["input_ids"]
-    answers = generate(model, tokenizer, prompts, config, greedy=True)
+    answers = generate(model, tokenizer, prompts, config, greedy=True).ids
     right = tokenizer([problem["answer"] for problem in problems])["input_ids"]
     return sum(a == [*r, tokenizer.eos_token_id] for a, r in zip(answers, right, strict=True)) / len(problems)
 
@@ -145,7 +145,7 @@ def ppo_config(seed: int, out: str, *, total_steps: int, quiet: bool, device: st
         sample_batch_size=1024,
         epochs=4,
         minibatches=4,
-        micro_batch_size=256,
+        micro_batch_tokens=4096,
         lr=1e-3,
         critic_lr=1e-3,
         warmup_ratio=0.05,

@@ -1,0 +1,165 @@
+"""Actor and critic as one module: what they say about a pack, and the loss that trains them.
+
+The loss is computed inside `forward`, so that a wrapper (DDP, FSDP2) sees every parameter where it expects it. Old
+log-probabilities and the loss go through the same code, and a pack that does not change gives the same bits: the first
+ratio is exactly 1.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ppo_fast as ppo
+from ppo_fast.config import PPOConfig
+from ppo_fast.heads import Head, decoder_of, head_of, hidden_states, own_logits
+from ppo_fast.models import Critic, compute_in
+from ppo_fast.packing import Pack
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a pass without gradients says of a pack: [n] fp32 each, [S] after the last token."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    values_after: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss needs to know of a pack, [n] each, and how the whole minibatch is normalised."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+    ref_logprobs: Tensor | None  # for a KL term in the loss
+    weights: Tensor | None  # truncated importance weights, sampler to trainer
+    denominator: float  # tokens, or sequences, of the minibatch
+    kl_coef: float
+
+
+class Policy(nn.Module):
+    """The actor, its head as `heads.probe` found it, and the critic."""
+
+    def __init__(self, actor: nn.Module, critic: Critic, head: Head, config: PPOConfig) -> None:
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+        self.head = head
+        self.config = config
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 compute on fp32 master weights, if so configured."""
+        return compute_in(self.config.dtype, next(self.actor.parameters()).device)
+
+    def forward(
+        self, pack: Pack, targets: Targets | None = None, *, train_actor: bool = True
+    ) -> Judgement | tuple[Tensor, dict[str, Tensor]]:
+        """Without targets what actor and critic say of the pack; with them the loss, and its statistics."""
+        with self.autocast():
+            return self._judge(pack) if targets is None else self._loss(pack, targets, train_actor)
+
+    def _judge(self, pack: Pack) -> Judgement:
+        hidden = self._hidden(pack) if self._wants_hidden() else None
+        logprobs, entropy = logprobs_of(self.actor, self.head, pack, self.config, hidden=hidden)
+        states = self._critic_states(pack, hidden)
+        return Judgement(logprobs, entropy, self.critic(states[pack.states]), self.critic(states[pack.last]))
+
+    def _loss(self, pack: Pack, targets: Targets, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
+            hidden = self._hidden(pack) if self._wants_hidden() else None
+        loss, stats = targets.advantages.new_zeros(()), {}
+        if train_actor:
+            loss, stats = self._policy_loss(pack, targets, hidden)
+        values = ppo.value_loss(
+            self.critic(self._critic_states(pack, hidden)[pack.states]),
+            targets.old_values,
+            targets.returns,
+            clip=config.value_clip,
+            backend=config.backend,
+            **_aggregation(config, pack, targets),
+        )
+        return loss + config.value_coef * values.loss, {**stats, **values.stats}
+
+    def _policy_loss(self, pack: Pack, t: Targets, hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        options: dict[str, Any] = {
+            "clip_low": config.clip_low,
+            "clip_high": config.clip_high,
+            "dual_clip": config.dual_clip,
+            "entropy_coef": config.entropy_coef,
+            "ref_logprobs": t.ref_logprobs,
+            "kl_coef": t.kl_coef if t.ref_logprobs is not None else 0.0,
+            "kl_estimator": config.kl_loss_estimator,
+            "weights": t.weights,
+            "backend": config.backend,
+            **_aggregation(config, pack, t),
+        }
+        if self.head.linear and hidden is not None:
+            layer = head_of(self.actor)
+            out = ppo.linear_ppo_loss(
+                hidden[pack.states],
+                layer.weight,
+                pack.tokens,
+                t.old_logprobs,
+                t.advantages,
+                bias=layer.bias,
+                temperature=config.temperature,
+                softcap=self.head.softcap,
+                logit_scale=self.head.logit_scale,
+                **options,
+            )
+            return out.loss, out.stats
+        logprobs, entropy = logprobs_of(self.actor, self.head, pack, config)
+        plain = ppo.policy_loss(logprobs, t.old_logprobs, t.advantages, entropy=entropy, **options)
+        return plain.loss, plain.stats
+
+    def _wants_hidden(self) -> bool:
+        return self.head.linear or self.critic.backbone is None
+
+    def _hidden(self, pack: Pack) -> Tensor:
+        return hidden_states(decoder_of(self.actor), pack, packed=self.head.packed)
+
+    def _critic_states(self, pack: Pack, hidden: Tensor | None) -> Tensor:
+        """[total, D]: what the value head reads."""
+        if self.critic.backbone is not None:
+            return hidden_states(self.critic.backbone, pack, packed=self.head.packed)
+        assert hidden is not None
+        return hidden
+
+
+def logprobs_of(
+    model: nn.Module, head: Head, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [n] of the pack's answer tokens at the sampling temperature, with a graph."""
+    options: dict[str, Any] = {"temperature": config.temperature, "with_entropy": True, "backend": config.backend}
+    if not head.linear:
+        logits = own_logits(model, pack, packed=head.packed)
+        return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]
+    if hidden is None:
+        hidden = hidden_states(decoder_of(model), pack, packed=head.packed)
+    layer = head_of(model)
+    return ppo.linear_logprobs(  # type: ignore[return-value]
+        hidden[pack.states],
+        layer.weight,
+        pack.tokens,
+        bias=layer.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        **options,
+    )
+
+
+def _aggregation(config: PPOConfig, pack: Pack, targets: Targets) -> dict[str, Any]:
+    options: dict[str, Any] = {"aggregation": config.aggregation, "denominator": targets.denominator}
+    if config.aggregation.startswith("seq-"):
+        options["cu_seqlens"] = pack.cu_answers
+    if config.aggregation == "seq-mean-token-sum-norm":
+        options["norm_length"] = float(config.max_new_tokens)
+    return options
