@@ -142,8 +142,17 @@ def _attend(
             return function(module, query, key, value, None, dropout=dropout, **options, **kwargs)
         if plain:
             return _varlen(query, key, value, packed_layout, scaling, sliding_window).unsqueeze(0), None
-    options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
-    return _by_buckets(query, key, value, packed_layout, **options).unsqueeze(0), None
+    out = _by_buckets(
+        query,
+        key,
+        value,
+        packed_layout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
 
 
 def _varlen(
@@ -159,7 +168,10 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest, **options)
+    ends, longest = layout.cu_seqlens, layout.longest
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    assert isinstance(out, Tensor)  # a pair only where the logsumexp is asked for
+    return out
 
 
 def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any) -> Tensor:

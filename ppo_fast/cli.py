@@ -39,11 +39,25 @@ def build_parser() -> tuple[_Parser, _Parser]:
     train.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (default: prompt)")
     train.add_argument(
         "--reward",
-        required=True,
         action="append",
+        default=[],
         metavar="MODULE:FUNCTION",
         help="reward function f(prompts, completions, **columns), as module:function or file.py:function; may be"
         " repeated, the numbers are added",
+    )
+    train.add_argument(
+        "--reward-model",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of a sequence classifier with one output and its tokenizer; may be repeated",
+    )
+    train.add_argument(
+        "--reward-weight",
+        type=float,
+        nargs="+",
+        metavar="FLOAT",
+        help="a factor for each --reward, then for each --reward-model (default: 1 each)",
     )
     train.add_argument("--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with, if there is none")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
@@ -115,11 +129,22 @@ def train(arguments: argparse.Namespace) -> None:
 
     rows = read_jsonl(arguments.prompts, arguments.prompt_field)
     rewards = {spec: load_reward(spec) for spec in arguments.reward}
-    from ppo_fast.models import load_actor  # transformers takes seconds to import: bad input is reported before
+    names = [*arguments.reward, *arguments.reward_model]
+    weights = arguments.reward_weight or [1.0] * len(names)
+    if not names:
+        raise UserError("nothing to train for: give --reward, --reward-model, or both")
+    if len(weights) != len(names):
+        raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
+    from ppo_fast.models import load_actor, load_reward_model, pick_device  # transformers takes seconds to import:
+    from ppo_fast.reward import RewardModel  # bad input is reported before
     from ppo_fast.trainer import PPOTrainer
 
     actor, tokenizer = load_actor(arguments.model, pad_token=arguments.pad_token)
-    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards)
+    for folder in arguments.reward_model:
+        model, its_tokenizer = load_reward_model(folder)
+        rewards[folder] = RewardModel(model, its_tokenizer, device=pick_device(config.device))
+    reward_weights = dict(zip(names, weights, strict=True))
+    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=reward_weights)
     history = trainer.train()
     if config.out is None:
         return

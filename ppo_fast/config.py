@@ -41,7 +41,7 @@ class PPOConfig:
     critic_warmup_steps: int = _option(0, "first steps in which only the critic learns", 0)
     gradient_checkpointing: bool = _option(False, "recompute layers in backward: less memory, more time")
     lora_rank: int = _option(0, "rank of LoRA adapters for actor and critic, through peft; 0: train all weights", 0)
-    lora_alpha: float = _option(16.0, "LoRA's alpha: adapters are scaled by alpha / rank", 0.0)
+    lora_alpha: int = _option(16, "LoRA's alpha: adapters are scaled by alpha / rank", 1)
     lora_targets: str = _option("all-linear", "modules that get adapters: all-linear, or names with commas between")
     strict: bool = _option(False, "refuse a model that cannot learn from packed rows and hidden states")
 

@@ -32,7 +32,8 @@ class Head:
 
 def bare(model: nn.Module) -> PreTrainedModel:
     """The transformers model, without what peft has put around it."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    inner = model if unwrap is None else unwrap()
     assert isinstance(inner, PreTrainedModel)
     return inner
 
@@ -42,13 +43,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return bare(model).get_decoder()
 
 
-def head_of(model: nn.Module) -> nn.Module:
+def head_of(model: nn.Module) -> Any:
     """The LM head, by transformers' name: nn.Linear in most models."""
     return bare(model).get_output_embeddings()
 
 
 @torch.no_grad()
-def probe(model: nn.Module, *, strict: bool = False) -> Head:
+def probe(model: Any, *, strict: bool = False) -> Head:
     """Finds out how the model's logits can be computed. With `strict` an error takes the place of a warning."""
     config = bare(model).config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)

@@ -162,7 +162,7 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: str, language_model: bool) -> nn.Module:
+def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_model: bool) -> nn.Module:
     """LoRA adapters (Hu et al. 2021) through peft: everything else is frozen.
 
     `targets`: "all-linear", or names of modules with commas between. The LM head stays as it is.

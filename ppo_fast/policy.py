@@ -74,7 +74,8 @@ class Policy(nn.Module):
         config = self.config
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
             hidden = self._hidden(pack) if self._wants_hidden() else None
-        loss, stats = targets.advantages.new_zeros(()), {}
+        loss = targets.advantages.new_zeros(())
+        stats: dict[str, Tensor] = {}
         if train_actor:
             loss, stats = self._policy_loss(pack, targets, hidden)
         values = ppo.value_loss(
@@ -82,7 +83,6 @@ class Policy(nn.Module):
             targets.old_values,
             targets.returns,
             clip=config.value_clip,
-            backend=config.backend,
             **_aggregation(config, pack, targets),
         )
         return loss + config.value_coef * values.loss, {**stats, **values.stats}
@@ -98,7 +98,6 @@ class Policy(nn.Module):
             "kl_coef": t.kl_coef if t.ref_logprobs is not None else 0.0,
             "kl_estimator": config.kl_loss_estimator,
             "weights": t.weights,
-            "backend": config.backend,
             **_aggregation(config, pack, t),
         }
         if self.head.linear and hidden is not None:
@@ -157,7 +156,11 @@ def logprobs_of(
 
 
 def _aggregation(config: PPOConfig, pack: Pack, targets: Targets) -> dict[str, Any]:
-    options: dict[str, Any] = {"aggregation": config.aggregation, "denominator": targets.denominator}
+    options: dict[str, Any] = {
+        "aggregation": config.aggregation,
+        "denominator": targets.denominator,
+        "backend": config.backend,
+    }
     if config.aggregation.startswith("seq-"):
         options["cu_seqlens"] = pack.cu_answers
     if config.aggregation == "seq-mean-token-sum-norm":

@@ -1,4 +1,4 @@
-"""Reward: Python functions judge the answers, and their numbers become scores."""
+"""Reward: Python functions and reward models judge the answers, and their numbers become scores."""
 
 import inspect
 import math
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import RewardError
@@ -130,3 +131,58 @@ def _number(x: Any, where: str) -> float:
 
 def _total(value: float | list[float]) -> float:
     return value if isinstance(value, float) else sum(value)
+
+
+class RewardModel:
+    """A sequence classifier with one output as a reward function (Ouyang et al. 2022, section 3.5).
+
+    It reads prompt and answer in its own tokens: through its tokenizer's chat template, as the turns of user and
+    assistant, where there is one; else one after the other.
+
+    Args:
+        model: any AutoModelForSequenceClassification with num_labels = 1.
+        tokenizer: its own, not the actor's.
+        batch_size: answers scored at once.
+        max_length: longer texts lose their beginning, in tokens; None: the model's positions.
+        device: where it runs; None: where it is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 64,
+        max_length: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if tokenizer.pad_token_id is None:
+            raise RewardError("the reward model's tokenizer has no pad token; name one of its tokens")
+        model.config.pad_token_id = tokenizer.pad_token_id  # the classifier reads its score at the last other token
+        self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length or getattr(model.config, "max_position_embeddings", None)
+        self.__name__ = "reward_model"
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """One score for each answer."""
+        ids = [self._ids(p, c) for p, c in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(ids), self.batch_size):
+            batch = self.tokenizer.pad(
+                {"input_ids": ids[start : start + self.batch_size]}, padding_side="right", return_tensors="pt"
+            ).to(self.model.device)
+            out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            scores += out.logits.squeeze(-1).float().tolist()
+        return scores
+
+    def _ids(self, prompt: str, completion: str) -> list[int]:
+        if self.tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written its own
+        else:
+            ids = self.tokenizer(prompt + completion)["input_ids"]
+        return ids[-self.max_length :] if self.max_length else ids

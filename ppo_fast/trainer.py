@@ -70,7 +70,8 @@ class PPOTrainer:
         self.tokenizer = tokenizer
         self.device = pick_device(config.device)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device)
-        self.actor, self.critic = self.policy.actor, self.policy.critic
+        self.actor: Any = self.policy.actor
+        self.critic = self.policy.critic
         self.sampler = GenerateSampler(self.actor, tokenizer) if sampler is None else sampler
         kept, self.prompts_left_out = drop_long_prompts(rows, tokenizer, self.actor, config)
         self.prompts = Prompts(kept, seed=config.seed)
