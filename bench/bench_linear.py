@@ -147,6 +147,7 @@ def test_step(compare, device: torch.device, backend: Backend, provider: str, N:
         "dtype": str(hidden.dtype).removeprefix("torch."),
         "bytes": 2 * (N + V) * D * hidden.element_size(),
         "flops": 6 * N * D * V,
+        "leaves": (hidden, weight),
     }
     if provider == "three GEMMs":
         compare(products(hidden, weight, 3), **shared)

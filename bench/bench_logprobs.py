@@ -95,4 +95,5 @@ def test_token_logprobs(compare, device: torch.device, backend: str, provider: s
         bytes=N * V * width * (1 if mode == "forward" else 3),
         results=lambda: [x[few].detach() for x in run()] if provider != "liger" else [run()[0][few].detach()],
         truth=list(truth) if provider != "liger" else [truth[0]],
+        leaves=(logits,),
     )

@@ -81,6 +81,7 @@ def test_ppo_loss(compare, benchmark, device: torch.device, backend: str, provid
         bytes=B * T * (8 * 4 + 1),
         results=results,
         truth=truth,
+        leaves=(logprobs, values),
     )
     if device.type == "cuda":
         import measure

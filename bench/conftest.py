@@ -8,7 +8,7 @@ against fp64.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -89,6 +89,7 @@ def compare(benchmark, device: torch.device, ceilings: dict[str, float], request
         flops: int = 0,
         results: Callable[[], list[Tensor]] | None = None,
         truth: list[Tensor] | None = None,
+        leaves: Sequence[Tensor] = (),
     ) -> None:
         benchmark.group = f"{operation} {shape} {dtype}"
         info = benchmark.extra_info
@@ -97,7 +98,7 @@ def compare(benchmark, device: torch.device, ceilings: dict[str, float], request
             info["max_error"] = max_error(results(), truth)
         seconds = {"tiny": 0.01, "small": 0.2, "default": 1.0, "all": 2.0}[request.config.getoption("--size")]
         info["samples_ms"] = measure.samples_ms(run, device, seconds=seconds)
-        info["peak_extra_bytes"] = measure.peak_extra_bytes(run, device)
+        info["peak_extra_bytes"] = measure.peak_extra_bytes(run, device, leaves)
         info["copy_gb_per_s"] = ceilings["copy_gb_per_s"]
         info["floor_ms"] = bytes / ceilings["copy_gb_per_s"] / 1e6
         info["share_of_floor"] = info["floor_ms"] / statistics.median(info["samples_ms"])

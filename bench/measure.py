@@ -7,7 +7,7 @@ what CUDA events say, and the replay of a CUDA graph shows a small operation wit
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,10 @@ def replay_us(run: Run, replays: int = 200) -> float:
     return 1e3 * start.elapsed_time(end) / replays
 
 
-def peak_extra_bytes(run: Run, device: torch.device) -> int:
-    """Most bytes that one call held beyond what was there before it; gradients that it makes count."""
+def peak_extra_bytes(run: Run, device: torch.device, leaves: Sequence[torch.Tensor] = ()) -> int:
+    """Most bytes that one call held beyond what was there before it; gradients of `leaves` that it makes count."""
+    for leaf in leaves:
+        leaf.grad = None  # else the call would begin by giving those of the last one back
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

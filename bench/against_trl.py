@@ -1,0 +1,275 @@
+"""Our trainer beside TRL 1.12's PPOTrainer, the last release that had one: seconds of each part, and the reward.
+
+    python -m venv .venv-trl && . .venv-trl/bin/activate
+    pip install -c constraints.txt "trl==1.12.0" -e ".[train]"
+    python bench/against_trl.py [--steps 20] [--seeds 3] [--out RECORD.json]
+
+Both train the same tiny Llama (4 layers, width 128, 4096 tokens, random weights) in one process, one after the other,
+on the same task: 64 prompts of 32 tokens a step, answers of up to 64 tokens that end where the model samples its end
+token; the reward is the share of even tokens in the answer. 4 epochs of 4 minibatches, and the same learning rates,
+clips, discount and KL penalty. TRL wants the reward as a module that looks like a classifier.
+
+TRL samples all 64 tokens of each answer and keeps every logit of the sampling; learning is what happens between its
+first permutation of a step and its log, and for ours what the trainer calls learn. Peak memory is the process's peak
+resident size beyond that before the trainer was made, in a process of its own for each.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
+
+V, PROMPT, ANSWER, BATCH, EPOCHS, MINIBATCHES, LR = 4096, 32, 64, 64, 4, 4, 3e-4
+PAD, END = V - 1, V - 2
+
+
+def shape() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=V,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT + ANSWER,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+
+
+def make(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[list[int]]]:
+    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely now and then: ragged answers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(seed)
+    actor = LlamaForCausalLM(shape())
+    with torch.no_grad():
+        actor.lm_head.weight[END] *= 12
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=f"t{PAD}", eos_token=f"t{END}", padding_side="left"
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return actor, wrapped, torch.randint(0, V - 2, (4 * BATCH, PROMPT), generator=generator).tolist()
+
+
+def share_of_even(ids: list[int]) -> float:
+    return sum(i % 2 == 0 for i in ids) / len(ids)
+
+
+class _States(nn.Module):
+    """Hidden states [B, P + T, 1]: at each token the share of even ones among the answer's tokens up to it."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+        answer = attention_mask[:, PROMPT:].bool()
+        even = ((input_ids[:, PROMPT:] % 2 == 0) & answer).cumsum(1) / answer.cumsum(1).clamp(min=1)
+        states = torch.cat([torch.zeros(len(even), PROMPT), even], 1).unsqueeze(-1)
+        return argparse.Namespace(hidden_states=[states])
+
+
+class EvenReward(nn.Module):
+    """The reward in the form that TRL asks for: a backbone and a score on its last hidden states."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = _States()
+        self.score = nn.Identity()
+
+
+def run_trl(seed: int, steps: int) -> dict[str, list[float]]:
+    import numpy
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    actor, tokenizer, prompts = make(seed)
+    value_model = LlamaForSequenceClassification(copy.deepcopy(actor.config))
+    value_model.config.num_labels = 1
+    value_model.score = nn.Linear(128, 1)
+    nn.init.zeros_(value_model.score.weight)
+    nn.init.zeros_(value_model.score.bias)
+    value_model.model.load_state_dict(actor.model.state_dict())
+    seen: dict[str, list[float]] = {"total": [], "sample": [], "learn": [], "score": []}
+    clock = {"start": 0.0, "learn": 0.0, "sampled": 0.0}
+    sample, permute = ppo_trainer.batch_generation, numpy.random.permutation
+
+    def timed_sample(*arguments: Any) -> Any:
+        clock["start"], clock["learn"] = time.perf_counter(), 0.0
+        out = sample(*arguments)
+        clock["sampled"] = time.perf_counter() - clock["start"]
+        return out
+
+    def timed_permutation(n: int) -> Any:
+        clock["learn"] = clock["learn"] or time.perf_counter()
+        return permute(n)
+
+    class Notes(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "objective/scores" in logs:
+                now = time.perf_counter()
+                seen["total"].append(now - clock["start"])
+                seen["sample"].append(clock["sampled"])
+                seen["learn"].append(now - clock["learn"])
+                seen["score"].append(logs["objective/scores"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = PPOConfig(
+            output_dir=folder,
+            total_episodes=steps * BATCH,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=1,
+            num_mini_batches=MINIBATCHES,
+            num_ppo_epochs=EPOCHS,
+            local_rollout_forward_batch_size=BATCH,
+            response_length=ANSWER,
+            stop_token="eos",
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            kl_coef=0.0,
+            vf_coef=0.5,
+            gamma=1.0,
+            lam=0.95,
+            seed=seed,
+            report_to=[],
+            logging_steps=1,
+            num_sample_generations=0,
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+        )
+        trainer = PPOTrainer(
+            args=config,
+            processing_class=tokenizer,
+            model=actor,
+            ref_model=copy.deepcopy(actor),
+            reward_model=EvenReward(),
+            value_model=value_model,
+            train_dataset=Dataset.from_dict({"input_ids": prompts}),
+            eval_dataset=Dataset.from_dict({"input_ids": prompts}),
+            callbacks=[Notes()],
+        )
+        ppo_trainer.batch_generation, numpy.random.permutation = timed_sample, timed_permutation
+        try:
+            trainer.train()
+        finally:
+            ppo_trainer.batch_generation, numpy.random.permutation = sample, permute
+    return seen
+
+
+def run_ours(seed: int, steps: int) -> dict[str, list[float]]:
+    from ppo_fast.config import PPOConfig
+    from ppo_fast.models import frozen_copy
+    from ppo_fast.trainer import PPOTrainer
+
+    actor, tokenizer, prompts = make(seed)
+    config = PPOConfig(
+        total_steps=steps,
+        prompts_per_step=BATCH,
+        max_new_tokens=ANSWER,
+        epochs=EPOCHS,
+        minibatches=MINIBATCHES,
+        lr=LR,
+        critic_lr=LR,
+        lr_schedule="constant",
+        warmup_ratio=0.0,
+        kl_coef=0.0,
+        seed=seed,
+        quiet=True,
+    )
+    rows = [{"prompt": tokenizer.decode(ids)} for ids in prompts]
+    trainer = PPOTrainer(
+        config,
+        actor,
+        tokenizer,
+        rows,
+        lambda prompts, completions, completion_ids: [share_of_even(ids) for ids in completion_ids],
+        reference=frozen_copy(actor),  # TRL computes a reference, too
+    )
+    seen: dict[str, list[float]] = {"total": [], "sample": [], "learn": [], "score": [], "tokens": []}
+    for _ in range(steps):
+        metrics = trainer.step()
+        parts = {name: metrics[f"seconds/{name}"] for name in ("sample", "reward", "advantages", "learn")}
+        seen["total"].append(sum(parts.values()))
+        seen["sample"].append(parts["sample"])
+        seen["learn"].append(parts["learn"])
+        seen["score"].append(metrics["score"])
+        seen["tokens"].append(metrics["answer_tokens"])
+    return seen
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def alone(who: str, seed: int, steps: int) -> dict[str, Any]:
+    """One run in a process of its own, so that its peak memory is its own."""
+    command = [sys.executable, __file__, "--only", who, "--first-seed", str(seed), "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("trl", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--first-seed", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        before = peak_mib()
+        seen = (run_trl if options.only == "trl" else run_ours)(options.first_seed, options.steps)
+        print(json.dumps({**seen, "peak_extra_mib": peak_mib() - before}))
+        return
+    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+    for seed in range(options.seeds):
+        for who in runs:  # in turns, so that a slow minute hits both
+            runs[who].append(alone(who, seed, options.steps))
+    print(f"{'':6}{'step s':>8}{'sample s':>10}{'learn s':>9}{'peak MiB':>10}{'last reward':>13}   medians; last 3 steps")
+    for who, results in runs.items():
+        numbers = [statistics.median(x for r in results for x in r[part][1:]) for part in ("total", "sample", "learn")]
+        peak = statistics.median(r["peak_extra_mib"] for r in results)
+        reward = statistics.mean(x for r in results for x in r["score"][-3:])
+        print(f"{who:6}{numbers[0]:8.2f}{numbers[1]:10.2f}{numbers[2]:9.2f}{peak:10.0f}{reward:13.3f}")
+    if options.out:
+        packages = ("torch", "transformers", "trl", "accelerate", "datasets")
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        ).stdout.strip()
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+            "versions": {name: version(name) for name in packages},
+            "steps": options.steps,
+            "runs": runs,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

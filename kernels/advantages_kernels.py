@@ -1,0 +1,267 @@
+"""The device code of advantages.py: reference.shape_rewards, masked_whiten and rlhf_advantages.
+
+The scan is that of gae_kernels.py, over rewards that never exist in memory before they are used: each tile makes them
+from log-probabilities, scores and mask. Whitening needs the moments of all rows, hence a second launch. The first
+leaves one (count, mean, sum of squared deviations) per program; each program of the second merges all of them, in the
+same order and so to the same bits, by the formula of Chan, Golub and LeVeque (1979). Sums of squares would cancel.
+"""
+
+import triton
+import triton.language as tl
+
+from ppo_fast.kernels.gae_kernels import (
+    APPLY,
+    COMPOSE,
+    TILES,
+    WALK,
+    _padded_place,
+    apply,
+    chain,
+    load_row_number,
+    load_step,
+    place_of,
+    row_tile,
+    step_maps,
+    then,
+)
+
+PLANES = tl.constexpr(8)  # numbers that a program of the scan leaves: 3 moments and 5 sums
+MERGED = tl.constexpr(512)  # partial results that are merged at once
+SEARCH = tl.constexpr(8)  # tiles in which the last counted step is looked for at once
+LOG_RATIO_CLAMP = tl.constexpr(20.0)  # as in reference.kl_estimate
+SHAPING = ["kl_coef", "clip", "kind", "behind", "T", "l_stride", "ref_stride", "score_stride", "m_stride", "out_stride"]
+SCANNING = ["gamma", "lam", "rows", "spans", "parts", "v_stride"]
+WHITENING = ["eps", "bessel", "keep_mean", "rows", "T", "parts", "sum_parts", "x_stride", "m_stride"]
+
+
+@triton.jit
+def _kl(d, kind):
+    """reference.kl_estimate. All four cost less than a variant of the kernel for each would."""
+    exponent = tl.where(d > LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP, tl.where(d < -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, -d))
+    k3 = tl.exp(exponent) - 1.0 + d
+    return tl.where(kind == 0, d, tl.where(kind == 1, 0.5 * d * d, tl.where(kind == 2, k3, tl.abs(d))))
+
+
+@triton.jit
+def _clipped(x, clip):
+    """Clamped to +-clip; a NaN stays, where minimum and maximum would lose it."""
+    return tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
+
+
+@triton.jit
+def _last_counted(mask, T, lowest, inside, W: tl.constexpr):
+    """The last counted step of each row if it is not before `lowest`, else something below that.
+
+    From the end backwards, and no further than needed: answers end near the end of their row.
+    """
+    found = tl.full(inside.shape, -1, tl.int32)
+    first = T
+    while (first > lowest) & (tl.min(tl.where(inside, found, 0)) < 0):
+        first -= W
+        t = tl.arange(0, W)[None, :] + first
+        here = inside[:, None] & (t >= 0)
+        counted = here & (load_step(mask, t, here, False) != 0)
+        found = tl.maximum(found, tl.max(tl.where(counted, t, -1), 1))
+    return found
+
+
+@triton.jit
+def _shaped_tile(
+    tensors,  # (pointer, place) of logprobs, ref_logprobs, scores, mask
+    numbers,  # clip, kl_coef, kind
+    slot,  # (R,): the step of each row's score, -1 for none
+    score,  # (R,): clipped
+    t,
+    here,
+    TOKEN_SCORES: tl.constexpr,
+):
+    """Of a tile: which steps count, rewards, KL, and the scores per token before the clip (or 0)."""
+    logprobs, refs, scores, mask = tensors
+    clip, kl_coef, kind = numbers
+    counted = here & (load_step(mask, t, here, False) != 0)
+    d = load_step(logprobs, t, here, False).to(tl.float32) - load_step(refs, t, here, False).to(tl.float32)
+    kl = tl.where(counted, _kl(d, kind), 0.0)
+    reward = tl.where(counted, -kl_coef * kl, 0.0)
+    token_scores = tl.zeros_like(kl)
+    if TOKEN_SCORES:
+        token_scores = tl.where(counted, load_step(scores, t, here, False).to(tl.float32), 0.0)
+        reward += _clipped(token_scores, clip)
+    else:
+        reward = tl.where(t == slot[:, None], reward + score[:, None], reward)
+    return counted, reward, kl, token_scores
+
+
+@triton.jit
+def _score_places(mask, scores_ptr, score_stride, row, inside, T, lowest, behind, W: tl.constexpr, TOKEN: tl.constexpr):
+    """Each row's slot for the score, the score, and whether the row has a counted step (if lowest is at most 0)."""
+    last = _last_counted(mask, T, lowest, inside, SEARCH * W)
+    slot = tl.where(last >= 0, tl.minimum(last + behind, T - 1), -1)
+    score = tl.zeros(slot.shape, tl.float32)
+    if not TOKEN:
+        score = tl.load(scores_ptr + row * score_stride, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+    return slot, score, inside & (last >= 0)
+
+
+@triton.jit(do_not_specialize=[*SHAPING, "rows"])
+def _shape_kernel(
+    logprobs_ptr,  # (rows, T)
+    refs_ptr,
+    scores_ptr,  # (rows,), or (rows, T)
+    mask_ptr,
+    rewards_ptr,  # (rows, T) without gaps, as all outputs
+    kl_ptr,
+    longer_ptr,  # or None
+    kl_coef,
+    clip,
+    kind,  # which estimator
+    behind,  # 1 if the score comes after the last counted step
+    rows,
+    T,
+    l_stride,  # from row to row
+    ref_stride,
+    score_stride,
+    m_stride,
+    out_stride,
+    TOKEN_SCORES: tl.constexpr,
+    ALIGNED: tl.constexpr,  # T and all strides are multiples of 4
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    SPAN: tl.constexpr = TILES * W
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < rows
+    first = tl.program_id(1) * SPAN
+    if ALIGNED:
+        T = T // 4 * 4
+    mask = mask_ptr, place_of(m_stride, row, 0, ALIGNED, False)
+    tensors = (
+        (logprobs_ptr, place_of(l_stride, row, 0, ALIGNED, False)),
+        (refs_ptr, place_of(ref_stride, row, 0, ALIGNED, False)),
+        (scores_ptr, place_of(score_stride, row, 0, ALIGNED and TOKEN_SCORES, False)),
+        mask,
+    )
+    slot, score, _ = _score_places(
+        mask, scores_ptr, score_stride, row, inside, T, first - 1, behind, W, TOKEN_SCORES
+    )
+    score = _clipped(score, clip)
+    out_row, one = place_of(out_stride, row, 0, ALIGNED, False)
+    for j in range(tl.minimum(tl.cdiv(T - first, W), TILES)):
+        t = tl.arange(0, W)[None, :] + (first + j * W)
+        here = inside[:, None] & (t < T)
+        counted, reward, kl, _ = _shaped_tile(tensors, (clip, kl_coef, kind), slot, score, t, here, TOKEN_SCORES)
+        at = out_row[:, None] + t
+        tl.store(rewards_ptr + at, reward, mask=here)
+        tl.store(kl_ptr + at, kl, mask=here)
+        if longer_ptr is not None:
+            tl.store(longer_ptr + at, counted | (t == slot[:, None]), mask=here)
+
+
+@triton.jit
+def _add_elements(n, mean, m2, x, counted):
+    """Welford's update of each lane's moments by one element."""
+    n_new = tl.where(counted, n + 1.0, n)
+    delta = x - mean
+    mean_new = tl.where(counted, mean + delta / n_new, mean)
+    return n_new, mean_new, tl.where(counted, tl.fma(delta, x - mean_new, m2), m2)
+
+
+@triton.jit
+def _over_lanes(n, mean, m2):
+    """Chan's formula over all lanes at once; the mean is corrected once, to its last bit, for |mean| >> spread."""
+    total = tl.sum(n)
+    divisor = tl.maximum(total, 1.0)
+    rough = tl.sum(n * mean) / divisor
+    centre = rough + tl.sum(n * (mean - rough)) / divisor
+    distance = mean - centre
+    return total, centre, tl.sum(m2 + n * distance * distance)
+
+
+@triton.jit
+def _merged(moments_ptr, parts):
+    """(count, mean, sum of squared deviations) of everything, from those of the parts, (3, parts)."""
+    lane = tl.arange(0, MERGED)
+    n = tl.zeros([MERGED], tl.float32)
+    mean = tl.zeros([MERGED], tl.float32)
+    m2 = tl.zeros([MERGED], tl.float32)
+    for first in range(0, parts, MERGED):
+        at = moments_ptr + first + lane
+        there = first + lane < parts
+        count = tl.load(at, mask=there, other=0.0)
+        distance = tl.load(at + parts, mask=there, other=0.0) - mean
+        squares = tl.load(at + 2 * parts, mask=there, other=0.0)
+        share = tl.where(count > 0, count / (n + count), 0.0)
+        m2 += tl.fma(distance * distance, n * share, squares)
+        mean = tl.fma(distance, share, mean)
+        n += count
+    return _over_lanes(n, mean, m2)
+
+
+@triton.jit
+def _total(sums_ptr, parts):
+    lane = tl.arange(0, MERGED)
+    x = tl.zeros([MERGED], tl.float32)
+    for first in range(0, parts, MERGED):
+        x += tl.load(sums_ptr + first + lane, mask=first + lane < parts, other=0.0)
+    return tl.sum(x)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_kernel(moments_ptr, parts, merged_ptr):
+    """One process's moments, for the others of its group."""
+    n, mean, m2 = _merged(moments_ptr, parts)
+    tl.store(merged_ptr, n)
+    tl.store(merged_ptr + 1, mean)
+    tl.store(merged_ptr + 2, m2)
+
+
+@triton.jit
+def _shaped_span(
+    tensors,  # (pointer, place) of logprobs, ref_logprobs, scores, mask
+    values,
+    outputs,  # pointers of advantages, returns, rewards, kl
+    out_row,
+    numbers,
+    slot,
+    score,
+    first,
+    T,
+    inside,
+    tiles,
+    gamma,
+    decay,
+    s,
+    sums,  # (R, W) each: the moments of the advantages; sums of rewards, KL, returns, steps, scores per token
+    WRITE: tl.constexpr,
+    TOKEN_SCORES: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """gae_kernels.scan_span for shaped rewards. Returns the span's map and, where WRITE is set, the longer sums."""
+    n, mean, m2, rewards, kls, returns, steps, scores = sums
+    span_a = tl.full([R], 1.0, tl.float32)
+    span_b = tl.zeros([R], tl.float32)
+    for j in range(tiles):
+        t = tl.arange(0, W)[None, :] + (first + (tiles - 1 - j) * W)
+        here = inside[:, None] & (t < T)
+        counted, r, kl, token_scores = _shaped_tile(tensors, numbers, slot, score, t, here, TOKEN_SCORES)
+        v = load_step(values, t, here, False).to(tl.float32)
+        step = counted | (t == slot[:, None])  # behind the last token, the score's slot is a step too
+        td_error = r - v
+        a, b, _, _ = step_maps(td_error, v, step, None, None, None, gamma[:, None], decay[:, None])
+        following, tile_a, tile_b = row_tile(a, b, apply(span_a, span_b, s), R, W)
+        if WRITE:
+            at = out_row[:, None] + t
+            advantage = tl.where(counted, td_error + following, 0.0)
+            value_target = tl.where(step, r + following, 0.0)
+            tl.store(outputs[0] + at, advantage, mask=here)
+            tl.store(outputs[1] + at, value_target, mask=here)
+            tl.store(outputs[2] + at, r, mask=here)
+            tl.store(outputs[3] + at, kl, mask=here)
+            n, mean, m2 = _add_elements(n, mean, m2, advantage, counted)
+            rewards += r
+            kls += kl
+            returns += value_target
+            steps += tl.where(step, 1.0, 0.0)
+            scores += token_scores
+        span_a, span_b = then(span_a, span_b, tile_a, tile_b)
+    return span_a, span_b, n, mean, m2, rewards, kls, returns, steps, scores
