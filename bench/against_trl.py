@@ -248,7 +248,9 @@ def main() -> None:
     for seed in range(options.seeds):
         for who in runs:  # in turns, so that a slow minute hits both
             runs[who].append(alone(who, seed, options.steps))
-    print(f"{'':6}{'step s':>8}{'sample s':>10}{'learn s':>9}{'peak MiB':>10}{'last reward':>13}   medians; last 3 steps")
+    print(
+        f"{'':6}{'step s':>8}{'sample s':>10}{'learn s':>9}{'peak MiB':>10}{'last reward':>13}   medians; last 3 steps"
+    )
     for who, results in runs.items():
         numbers = [statistics.median(x for r in results for x in r[part][1:]) for part in ("total", "sample", "learn")]
         peak = statistics.median(r["peak_extra_mib"] for r in results)
@@ -257,7 +259,11 @@ def main() -> None:
     if options.out:
         packages = ("torch", "transformers", "trl", "accelerate", "datasets")
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
         ).stdout.strip()
         record = {
             "date": datetime.date.today().isoformat(),

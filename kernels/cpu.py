@@ -94,7 +94,7 @@ def _scan_rows(
             advantages[out] = (r - v) + following if counted else zero
             returns[out] = r + following if counted else zero
             # Written so that only one multiply-add depends on the step before.
-            s_here = (g * v + decay * (r - v)) + (decay * end_value if cut else decay * s)
+            s_here = (g * v + decay * (r - v)) + decay * following
             s = s_here if counted else s
 
 

@@ -240,7 +240,9 @@ def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     if layers:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
+                # transformers 5.2x renamed it
+                switch = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
+                switch({"use_reentrant": False})
     for layer in layers:
         layer.training = True
     try:
