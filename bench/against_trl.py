@@ -60,7 +60,7 @@ def make(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[lis
     torch.manual_seed(seed)
     actor = LlamaForCausalLM(shape())
     with torch.no_grad():
-        actor.lm_head.weight[END] *= 12
+        actor.lm_head.weight[END] *= 20
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wrapped = PreTrainedTokenizerFast(

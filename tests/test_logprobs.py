@@ -34,6 +34,12 @@ def test_some_vocabulary_size_or_dtype_is_less_exact_than_eager(token_logprobs, 
     check(token_logprobs, logits.to(dtype), tokens)
 
 
+def test_a_vocabulary_of_262144_is_less_exact_than_eager(token_logprobs, device):
+    """Megatron-LM #2206 asks about numerics beyond 250k."""
+    logits, tokens = make((1, 262144), device)
+    check(token_logprobs, logits, tokens, temperature=0.7)
+
+
 def test_bf16_logits_lose_accuracy_in_the_torch_backend(device):
     logits, tokens = make((4, 129), device)
     check(eager_logprobs.token_logprobs, logits.bfloat16(), tokens, temperature=0.7)

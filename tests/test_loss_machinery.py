@@ -268,6 +268,35 @@ def test_checkpointing_changes_the_gradients(backend, device):
             assert torch.equal(leaf.grad, expected[name])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend, tmp_path):
+    """With value_coef = 0 or entropy_coef = 0 the value head or the entropy's parameter still takes part in each step."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = torch.nn.ParameterList([torch.ones(()) for _ in range(3)])
+
+        def forward(self, x: dict[str, Tensor], **options: Any) -> Tensor:
+            names = ("logprobs", "values", "entropy")
+            learned = {name: x[name] * scale for name, scale in zip(names, self.scales, strict=True)}
+            return backend.ppo_loss(*({**x, **learned}[n] for n in PPO), entropy=learned["entropy"], **options)[0]
+
+    x = make((2, 5), torch.device("cpu"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Model())
+        for coefficients in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.1), (0.5, 0.1)):
+            model.zero_grad()
+            model(x, value_coef=coefficients[0], entropy_coef=coefficients[1]).backward()
+            gradients = [scale.grad for scale in model.module.scales[1:]]
+            assert [g is not None and bool(g != 0) for g in gradients] == [c != 0 for c in coefficients]
+    finally:
+        dist.destroy_process_group()
+
+
 def test_autocast_changes_the_arithmetic(backend, device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     expected = evaluate(backend, x, mask, **EVERYTHING)

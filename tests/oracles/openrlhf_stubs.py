@@ -11,7 +11,18 @@ import sys
 from types import ModuleType
 
 PACKAGES = frozenset(
-    ("aiohttp", "bitsandbytes", "deepspeed", "flash_attn", "peft", "pylatexenc", "ray", "torchdata", "transformers", "vllm")
+    (
+        "aiohttp",
+        "bitsandbytes",
+        "deepspeed",
+        "flash_attn",
+        "peft",
+        "pylatexenc",
+        "ray",
+        "torchdata",
+        "transformers",
+        "vllm",
+    )
 )
 
 

@@ -21,10 +21,12 @@ from oracles.cases import (
 import ppo_fast as ppo
 
 MISSING = "verl is not installed: pip install -r tests/oracles/verl.txt in an environment of its own"
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason=MISSING)
-verl_torch = pytest.importorskip("verl.utils.torch_functional", reason=MISSING)
-verl_fused = pytest.importorskip("verl.utils.experimental.torch_functional", reason=MISSING)
-ActorConfig = pytest.importorskip("verl.workers.config", reason=MISSING).ActorConfig
+pytest.importorskip("verl", reason=MISSING)
+
+from verl.trainer.ppo import core_algos  # noqa: E402
+from verl.utils import torch_functional as verl_torch  # noqa: E402
+from verl.utils.experimental import torch_functional as verl_fused  # noqa: E402
+from verl.workers.config import ActorConfig  # noqa: E402
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 KL_NAMES = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
@@ -32,7 +34,12 @@ KL_NAMES = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_
 
 def verl_policy_loss(x, mask, *, aggregation, weights=None, low=0.2, high=0.3, dual_clip=3.0, batch_info=None):
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=dual_clip
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=dual_clip,
     )
     config.global_batch_info.update(batch_info or {})
     return core_algos.compute_policy_loss_vanilla(
@@ -68,7 +75,7 @@ def test_policy_loss_differs_from_verls(mask, aggregation, backend):
     assert stats["clip_fraction"].item() == pytest.approx(metrics["actor/pg_clipfrac"], rel=1e-6)
     assert stats["dual_clip_fraction"].item() == pytest.approx(metrics["actor/pg_clipfrac_lower"], rel=1e-6)
     if mask.all():
-        assert stats["clip_fraction"] > 0 and stats["dual_clip_fraction"] > 0, "the inputs must reach both clips"
+        assert min(stats["clip_fraction"], stats["dual_clip_fraction"]) > 0, "the inputs must reach both clips"
 
 
 @pytest.mark.parametrize("log_ratio", [-40.0, -20.5, 20.5, 40.0])
@@ -90,7 +97,9 @@ def test_a_log_ratio_beyond_20_gets_another_ratio_or_gradient_than_verls(log_rat
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_rollout_weights_scale_something_else_than_in_verl(mask):
     x, weights = policy_inputs(), draw(B, T, seed=7).exp().clamp(max=2.0)
-    loss, grad = our_policy_loss(for_ours(mask, torch.float64, **x, weights=weights), mask, clip_high=0.3, dual_clip=3.0)
+    loss, grad = our_policy_loss(
+        for_ours(mask, torch.float64, **x, weights=weights), mask, clip_high=0.3, dual_clip=3.0
+    )
     peer = for_peer(mask, **x)
     peer_loss, peer_grad = with_gradient(
         lambda p: verl_policy_loss(peer | {"logprobs": p}, mask, aggregation="token-mean", weights=weights)[0],
@@ -122,9 +131,7 @@ def test_a_global_denominator_means_another_scale_than_verls_global_batch(mask, 
     )
     peer = for_peer(mask, **x)
     theirs = with_gradient(
-        lambda p: verl_policy_loss(
-            peer | {"logprobs": p}, mask, aggregation=aggregation, batch_info=batch_info
-        )[0],
+        lambda p: verl_policy_loss(peer | {"logprobs": p}, mask, aggregation=aggregation, batch_info=batch_info)[0],
         peer["logprobs"],
     )
     assert_equal(ours[0], theirs[0], "loss")
@@ -257,7 +264,7 @@ def test_gae_differs_from_verls_in_a_gap(mask, gamma, lam, backend):
 
 
 def test_nan_at_a_masked_step_spreads_over_the_row_as_in_verls_gae():
-    """verl multiplies by the mask, so a NaN at padding reaches every step before it; [1, 2] with lambda = 1 is exact."""
+    """verl multiplies by the mask, so a NaN at padding reaches every step before it; ours adds 1 and 2."""
     rewards, values = torch.tensor([[1.0, 2.0, torch.nan]]), torch.tensor([[0.5, 0.25, torch.nan]])
     mask = torch.tensor([[True, True, False]])
     _, returns = ppo.gae(rewards, values, gamma=1.0, lam=1.0, mask=mask)
