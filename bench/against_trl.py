@@ -6,8 +6,9 @@
 
 Both train the same tiny Llama (4 layers, width 128, 4096 tokens, random weights) in one process, one after the other,
 on the same task: 64 prompts of 32 tokens a step, answers of up to 64 tokens that end where the model samples its end
-token; the reward is the share of even tokens in the answer. 4 epochs of 4 minibatches, and the same learning rates,
-clips, discount and KL penalty. TRL wants the reward as a module that looks like a classifier.
+token; the reward is the share of even tokens in the answer, less 1/64 for each token that its length is off 32, so
+that answers stay ragged. 4 epochs of 4 minibatches, and the same learning rates, clips, discount and KL penalty. TRL
+wants the reward as a module that looks like a classifier.
 
 TRL samples all 64 tokens of each answer and keeps every logit of the sampling; learning is what happens between its
 first permutation of a step and its log, and for ours what the trainer calls learn. Peak memory is the process's peak
@@ -70,17 +71,19 @@ def make(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[lis
     return actor, wrapped, torch.randint(0, V - 2, (4 * BATCH, PROMPT), generator=generator).tolist()
 
 
-def share_of_even(ids: list[int]) -> float:
-    return sum(i % 2 == 0 for i in ids) / len(ids)
+def reward(ids: list[int]) -> float:
+    return sum(i % 2 == 0 for i in ids) / len(ids) - abs(len(ids) - ANSWER // 2) / ANSWER
 
 
 class _States(nn.Module):
-    """Hidden states [B, P + T, 1]: at each token the share of even ones among the answer's tokens up to it."""
+    """Hidden states [B, P + T, 1]: at each token the reward of the answer up to it."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
         answer = attention_mask[:, PROMPT:].bool()
-        even = ((input_ids[:, PROMPT:] % 2 == 0) & answer).cumsum(1) / answer.cumsum(1).clamp(min=1)
-        states = torch.cat([torch.zeros(len(even), PROMPT), even], 1).unsqueeze(-1)
+        length = answer.cumsum(1).clamp(min=1)
+        even = ((input_ids[:, PROMPT:] % 2 == 0) & answer).cumsum(1) / length
+        so_far = even - (length - ANSWER // 2).abs() / ANSWER
+        states = torch.cat([torch.zeros(len(even), PROMPT), so_far], 1).unsqueeze(-1)
         return argparse.Namespace(hidden_states=[states])
 
 
@@ -203,7 +206,7 @@ def run_ours(seed: int, steps: int) -> dict[str, list[float]]:
         actor,
         tokenizer,
         rows,
-        lambda prompts, completions, completion_ids: [share_of_even(ids) for ids in completion_ids],
+        lambda prompts, completions, completion_ids: [reward(ids) for ids in completion_ids],
         reference=frozen_copy(actor),  # TRL computes a reference, too
     )
     seen: dict[str, list[float]] = {"total": [], "sample": [], "learn": [], "score": [], "tokens": []}

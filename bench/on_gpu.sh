@@ -3,10 +3,10 @@
 #
 #     bash bench/on_gpu.sh OUT [part [commit [size]]]
 #
-# Parts, each under nine minutes on one H200: tests, rows (log-probabilities and losses), advantages, linear. Without a
-# part all run. Needs torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark. OUT gets a log and a JSON record for
-# each part; a failing part is kept and the next one runs; the exit status is that of the worst. Sizes are tiny (a dry
-# run on a CPU, with TRITON_INTERPRET=1), small, default and all.
+# Parts, each under nine minutes on one H200: tests, rows (log-probabilities and losses), advantages, linear, learn.
+# Without a part all run. Needs torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark; learn needs transformers, too.
+# OUT gets a log and a JSON record for each part; a failing part is kept and the next one runs; the exit status is that
+# of the worst. Sizes are tiny (a dry run on a CPU, with TRITON_INTERPRET=1), small, default and all.
 set -uo pipefail
 out=${1:?usage: bash bench/on_gpu.sh OUT [part [commit [size]]]}
 only=${2:-all}
@@ -35,9 +35,9 @@ bench() { # name, files...
 }
 
 case $only in
-all | tests | rows | advantages | linear) ;;
+all | tests | rows | advantages | linear | learn) ;;
 *)
-    echo "unknown part '$only'; the parts are tests, rows, advantages, linear" >&2
+    echo "unknown part '$only'; the parts are tests, rows, advantages, linear, learn" >&2
     exit 2
     ;;
 esac
@@ -45,4 +45,5 @@ part tests python3 -m pytest tests -q -m gpu -p no:cacheprovider
 bench rows bench/bench_logprobs.py bench/bench_loss.py
 bench advantages bench/bench_gae.py
 bench linear bench/bench_linear.py
+bench learn bench/bench_learn.py
 exit "$worst"

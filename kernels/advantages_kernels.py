@@ -1,9 +1,8 @@
 """The device code of advantages.py: reference.shape_rewards, masked_whiten and rlhf_advantages.
 
 The scan is that of gae_kernels.py, over rewards that never exist in memory before they are used: each tile makes them
-from log-probabilities, scores and mask. Whitening needs the moments of all rows, hence a second launch. The first
-leaves one (count, mean, sum of squared deviations) per program; each program of the second merges all of them, in the
-same order and so to the same bits, by the formula of Chan, Golub and LeVeque (1979). Sums of squares would cancel.
+from log-probabilities, scores and mask. Whitening needs the moments of all rows, hence another launch, which
+whiten_kernels.py has; the scan leaves the moments and sums of what each of its programs wrote.
 """
 
 import triton
@@ -24,14 +23,12 @@ from ppo_fast.kernels.gae_kernels import (
     step_maps,
     then,
 )
+from ppo_fast.kernels.whiten_kernels import add_elements, over_lanes
 
-PLANES = tl.constexpr(8)  # numbers that a program of the scan leaves: 3 moments and 5 sums
-MERGED = tl.constexpr(512)  # partial results that are merged at once
-SEARCH = tl.constexpr(8)  # tiles in which the last counted step is looked for at once
+SEARCH = tl.constexpr(4)  # tiles in which the last counted step is looked for at once
 LOG_RATIO_CLAMP = tl.constexpr(20.0)  # as in reference.kl_estimate
 SHAPING = ["kl_coef", "clip", "kind", "behind", "T", "l_stride", "ref_stride", "score_stride", "m_stride", "out_stride"]
 SCANNING = ["gamma", "lam", "rows", "spans", "parts", "v_stride"]
-WHITENING = ["eps", "bessel", "keep_mean", "rows", "T", "parts", "sum_parts", "x_stride", "m_stride"]
 
 
 @triton.jit
@@ -140,78 +137,20 @@ def _shape_kernel(
         (scores_ptr, place_of(score_stride, row, 0, ALIGNED and TOKEN_SCORES, False)),
         mask,
     )
-    slot, score, _ = _score_places(
+    slot, score, _present = _score_places(
         mask, scores_ptr, score_stride, row, inside, T, first - 1, behind, W, TOKEN_SCORES
     )
     score = _clipped(score, clip)
-    out_row, one = place_of(out_stride, row, 0, ALIGNED, False)
+    out_row, _step = place_of(out_stride, row, 0, ALIGNED, False)
     for j in range(tl.minimum(tl.cdiv(T - first, W), TILES)):
         t = tl.arange(0, W)[None, :] + (first + j * W)
         here = inside[:, None] & (t < T)
-        counted, reward, kl, _ = _shaped_tile(tensors, (clip, kl_coef, kind), slot, score, t, here, TOKEN_SCORES)
+        counted, reward, kl, _tokens = _shaped_tile(tensors, (clip, kl_coef, kind), slot, score, t, here, TOKEN_SCORES)
         at = out_row[:, None] + t
         tl.store(rewards_ptr + at, reward, mask=here)
         tl.store(kl_ptr + at, kl, mask=here)
         if longer_ptr is not None:
             tl.store(longer_ptr + at, counted | (t == slot[:, None]), mask=here)
-
-
-@triton.jit
-def _add_elements(n, mean, m2, x, counted):
-    """Welford's update of each lane's moments by one element."""
-    n_new = tl.where(counted, n + 1.0, n)
-    delta = x - mean
-    mean_new = tl.where(counted, mean + delta / n_new, mean)
-    return n_new, mean_new, tl.where(counted, tl.fma(delta, x - mean_new, m2), m2)
-
-
-@triton.jit
-def _over_lanes(n, mean, m2):
-    """Chan's formula over all lanes at once; the mean is corrected once, to its last bit, for |mean| >> spread."""
-    total = tl.sum(n)
-    divisor = tl.maximum(total, 1.0)
-    rough = tl.sum(n * mean) / divisor
-    centre = rough + tl.sum(n * (mean - rough)) / divisor
-    distance = mean - centre
-    return total, centre, tl.sum(m2 + n * distance * distance)
-
-
-@triton.jit
-def _merged(moments_ptr, parts):
-    """(count, mean, sum of squared deviations) of everything, from those of the parts, (3, parts)."""
-    lane = tl.arange(0, MERGED)
-    n = tl.zeros([MERGED], tl.float32)
-    mean = tl.zeros([MERGED], tl.float32)
-    m2 = tl.zeros([MERGED], tl.float32)
-    for first in range(0, parts, MERGED):
-        at = moments_ptr + first + lane
-        there = first + lane < parts
-        count = tl.load(at, mask=there, other=0.0)
-        distance = tl.load(at + parts, mask=there, other=0.0) - mean
-        squares = tl.load(at + 2 * parts, mask=there, other=0.0)
-        share = tl.where(count > 0, count / (n + count), 0.0)
-        m2 += tl.fma(distance * distance, n * share, squares)
-        mean = tl.fma(distance, share, mean)
-        n += count
-    return _over_lanes(n, mean, m2)
-
-
-@triton.jit
-def _total(sums_ptr, parts):
-    lane = tl.arange(0, MERGED)
-    x = tl.zeros([MERGED], tl.float32)
-    for first in range(0, parts, MERGED):
-        x += tl.load(sums_ptr + first + lane, mask=first + lane < parts, other=0.0)
-    return tl.sum(x)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _merge_kernel(moments_ptr, parts, merged_ptr):
-    """One process's moments, for the others of its group."""
-    n, mean, m2 = _merged(moments_ptr, parts)
-    tl.store(merged_ptr, n)
-    tl.store(merged_ptr + 1, mean)
-    tl.store(merged_ptr + 2, m2)
 
 
 @triton.jit
@@ -247,7 +186,7 @@ def _shaped_span(
         v = load_step(values, t, here, False).to(tl.float32)
         step = counted | (t == slot[:, None])  # behind the last token, the score's slot is a step too
         td_error = r - v
-        a, b, _, _ = step_maps(td_error, v, step, None, None, None, gamma[:, None], decay[:, None])
+        a, b, _cut, _end = step_maps(td_error, v, step, None, None, None, gamma[:, None], decay[:, None])
         following, tile_a, tile_b = row_tile(a, b, apply(span_a, span_b, s), R, W)
         if WRITE:
             at = out_row[:, None] + t
@@ -257,7 +196,7 @@ def _shaped_span(
             tl.store(outputs[1] + at, value_target, mask=here)
             tl.store(outputs[2] + at, r, mask=here)
             tl.store(outputs[3] + at, kl, mask=here)
-            n, mean, m2 = _add_elements(n, mean, m2, advantage, counted)
+            n, mean, m2 = add_elements(n, mean, m2, advantage, counted)
             rewards += r
             kls += kl
             returns += value_target
@@ -265,3 +204,116 @@ def _shaped_span(
             scores += token_scores
         span_a, span_b = then(span_a, span_b, tile_a, tile_b)
     return span_a, span_b, n, mean, m2, rewards, kls, returns, steps, scores
+
+
+@triton.jit
+def _store_sums(sums_ptr, sums, score, present):
+    """What the program leaves for whiten_kernels.py: (9, programs)."""
+    n, mean, m2, rewards, kls, returns, steps, scores = sums
+    plane = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
+    at = sums_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    n_all, mean_all, m2_all = over_lanes(n, mean, m2)
+    tl.store(at, n_all)
+    tl.store(at + plane, mean_all)
+    tl.store(at + 2 * plane, m2_all)
+    tl.store(at + 3 * plane, tl.sum(rewards))
+    tl.store(at + 4 * plane, tl.sum(kls))
+    tl.store(at + 5 * plane, tl.sum(returns))
+    tl.store(at + 6 * plane, tl.sum(steps))
+    tl.store(at + 7 * plane, tl.sum(scores) + tl.sum(tl.where(present, score, 0.0)))
+    tl.store(at + 8 * plane, tl.sum(present.to(tl.float32)))
+
+
+@triton.jit(do_not_specialize=[*SHAPING, *SCANNING])
+def _advantages_kernel(
+    logprobs_ptr,  # (rows, T)
+    refs_ptr,
+    scores_ptr,  # (rows,), or (rows, T)
+    values_ptr,
+    mask_ptr,
+    bootstrap_ptr,  # (rows,) or None, as the next two
+    gammas_ptr,
+    lams_ptr,
+    advantages_ptr,  # (rows, T) without gaps, as all outputs
+    returns_ptr,
+    rewards_ptr,
+    kl_ptr,
+    maps_ptr,  # (2, spans, rows): the map of each span
+    sums_ptr,  # (9, programs)
+    gamma,
+    lam,
+    kl_coef,
+    clip,
+    kind,  # which estimator
+    behind,  # 1 if the score comes after the last counted step
+    rows,
+    T,
+    spans,
+    l_stride,  # from row to row
+    ref_stride,
+    score_stride,
+    v_stride,
+    m_stride,
+    out_stride,
+    MODE: tl.constexpr,
+    TOKEN_SCORES: tl.constexpr,
+    ALIGNED: tl.constexpr,  # T and all strides are multiples of 4
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    SPAN: tl.constexpr = TILES * W
+    if ALIGNED:
+        T = T // 4 * 4
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    place, maps = _padded_place(rows, T, spans, row, SPAN)
+    span, inside, steps_left = place[3], place[4], place[5]
+    mask = mask_ptr, place_of(m_stride, row, 0, ALIGNED, False)
+    tensors = (
+        (logprobs_ptr, place_of(l_stride, row, 0, ALIGNED, False)),
+        (refs_ptr, place_of(ref_stride, row, 0, ALIGNED, False)),
+        (scores_ptr, place_of(score_stride, row, 0, ALIGNED and TOKEN_SCORES, False)),
+        mask,
+    )
+    values = values_ptr, place_of(v_stride, row, 0, ALIGNED, False)
+    out_row, _step = place_of(out_stride, row, 0, ALIGNED, False)
+    outputs = advantages_ptr, returns_ptr, rewards_ptr, kl_ptr
+    g = load_row_number(gammas_ptr, gamma, row, inside)
+    decay = g * load_row_number(lams_ptr, lam, row, inside)
+    s = g * load_row_number(bootstrap_ptr, 0.0, row, inside)
+    lowest = span * SPAN - 1
+    if MODE == COMPOSE and TOKEN_SCORES:
+        lowest = T  # scores per token have no slot, and only the launches that leave sums ask which rows are empty
+    slot, score, present = _score_places(
+        mask, scores_ptr, score_stride, row, inside, T, lowest, behind, W, TOKEN_SCORES
+    )
+    numbers = clip, kl_coef, kind
+    clipped = _clipped(score, clip)
+    zeros = tl.zeros([R, W], tl.float32)
+    n, mean, m2, rewards, kls, returns, steps, scores = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    if MODE == WALK:
+        for back in range(spans):
+            first = (spans - 1 - back) * SPAN
+            tiles = tl.minimum(tl.cdiv(T - first, W), TILES)
+            sums = n, mean, m2, rewards, kls, returns, steps, scores
+            a, b, n, mean, m2, rewards, kls, returns, steps, scores = _shaped_span(
+                tensors, values, outputs, out_row, numbers, slot, clipped, first, T, inside, tiles, g, decay, s, sums,
+                True, TOKEN_SCORES, R, W,
+            )  # fmt: skip
+            s = apply(a, b, s)
+    else:
+        tiles = tl.minimum(tl.cdiv(steps_left, W), TILES)
+        if MODE == APPLY:
+            s = chain(maps_ptr, maps, span, s)
+        sums = n, mean, m2, rewards, kls, returns, steps, scores
+        a, b, n, mean, m2, rewards, kls, returns, steps, scores = _shaped_span(
+            tensors, values, outputs, out_row, numbers, slot, clipped, span * SPAN, T, inside, tiles, g, decay, s, sums,
+            MODE == APPLY, TOKEN_SCORES, R, W,
+        )  # fmt: skip
+    if MODE == COMPOSE:
+        at = maps_ptr + maps[0] + span * maps[1]
+        tl.store(at, a, mask=inside)
+        tl.store(at + maps[2], b, mask=inside)
+    else:
+        # every span of a row knows its score; one of them counts it
+        sums = n, mean, m2, rewards, kls, returns, steps, scores
+        _store_sums(sums_ptr, sums, score, present & (span == 0))

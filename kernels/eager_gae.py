@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.gae_op import as_tensor, make_operator
+
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
 _BLOCK = 1 << 18  # steps whose intermediate results fit in a core's cache, and in memory that malloc hands out again
@@ -197,21 +199,19 @@ def _gae_torch(
         _gae_vectorised(r, v, g, decay, m, e, c, s, f, *ends, advantages=a, returns=q, time=time)
 
 
-def gae(
-    rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
+def _gae(
+    rewards: Tensor,
     values: Tensor,
-    *,
-    gamma: float | Tensor = 1.0,  # or one per row
-    lam: float | Tensor = 0.95,
-    mask: Tensor | None = None,
-    terminated: Tensor | None = None,
-    truncated: Tensor | None = None,
-    bootstrap: Tensor | None = None,  # one per row
-    final_values: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,  # [S + 1]
-    time_major: bool = False,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,
+    final_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    time_major: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns as reference.gae defines them, without a graph."""
     shape, steps = values.shape, values.numel()
     dtype = float_dtype(rewards, values)
     if steps == 0:
@@ -250,3 +250,27 @@ def gae(
         with torch.no_grad():
             _gae_torch(rewards.detach(), values.detach(), advantages, returns, **options)
     return (advantages, returns) if len(shape) == 2 else (advantages.reshape(shape), returns.reshape(shape))
+
+
+_OPERATOR = make_operator("torch", _gae)
+
+
+def gae(
+    rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
+    values: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,  # or one per row
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap: Tensor | None = None,  # one per row
+    final_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    time_major: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns as reference.gae defines them, without a graph."""
+    rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
+    if torch.compiler.is_compiling():
+        return _OPERATOR(rewards.detach(), values.detach(), as_tensor(gamma), as_tensor(lam), *rest)
+    return _gae(rewards, values, gamma, lam, *rest)

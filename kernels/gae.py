@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.gae_kernels import APPLY, COMPOSE, TILES, WALK, _gae_kernel
+from ppo_fast.kernels.gae_op import as_tensor, make_operator
 from ppo_fast.kernels.launch import Variant
 
 NUM_WARPS = 4
@@ -142,35 +143,7 @@ def _gae(
     return advantages, returns
 
 
-def _operator() -> torch.library.CustomOpDef:
-    """ppo_fast::gae_triton: what torch.compile sees. gamma and lam are tensors, so that new values compile nothing."""
-    operator = torch.library.custom_op(
-        "ppo_fast::gae_triton",
-        lambda *tensors: _gae(tensors[0], tensors[1], *map(_number, tensors[2:4]), *tensors[4:]),
-        mutates_args=(),
-        schema="(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask, Tensor? terminated,"
-        " Tensor? truncated, Tensor? bootstrap, Tensor? final_values, Tensor? cu_seqlens, bool time_major)"
-        " -> (Tensor, Tensor)",
-    )
-
-    def fake(rewards: Tensor, *_: Tensor | bool | None) -> tuple[Tensor, Tensor]:
-        like = rewards.new_empty(rewards.shape, dtype=torch.float32)
-        return like, torch.empty_like(like)
-
-    operator.register_fake(fake)
-    return operator
-
-
-def _number(x: Tensor) -> float | Tensor:
-    """A 0-dim CPU tensor stands for a Python float."""
-    return x.item() if x.ndim == 0 and x.device.type == "cpu" else x
-
-
-_OPERATOR = _operator()
-
-
-def _tensor(x: float | Tensor) -> Tensor:
-    return x.detach() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device="cpu")
+_OPERATOR = make_operator("triton", _gae)
 
 
 def gae(
@@ -190,7 +163,7 @@ def gae(
     """reference.gae; fp32 out, without a graph."""
     rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
     if torch.compiler.is_compiling():
-        return _OPERATOR(rewards.detach(), values.detach(), _tensor(gamma), _tensor(lam), *rest)
+        return _OPERATOR(rewards.detach(), values.detach(), as_tensor(gamma), as_tensor(lam), *rest)
     return _gae(rewards, values, gamma, lam, *rest)
 
 

@@ -28,38 +28,45 @@ NAME = "ppo_fast_packed"
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Sequences of similar length as a padded batch [S, L]."""
-
-    slots: Tensor  # [S * L] int64: the token at each slot, at padding the sequence's last
-    real: Tensor | None  # [n] int64: slots that are no padding; None: all
-    shape: tuple[int, int]  # S, L
-
-
-@dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row begin and end."""
+    """Where the sequences of a packed row begin and end; and the same sequences as padded batches, the buckets.
+
+    A bucket [S, L] holds sequences of similar length, so that at most half of it is padding. Slots are the places in
+    all buckets, one bucket after the other.
+    """
 
     cu_seqlens: Tensor  # [S + 1] int32
     longest: int
-    buckets: tuple[Bucket, ...]
-    order: Tensor  # [total] int64: where each token stands if the buckets' tokens follow one another
+    shapes: tuple[tuple[int, int], ...]  # of the buckets
+    slots: Tensor | None  # [sum of S * L] int64: the token in each slot, at padding the sequence's last; None: in order
+    places: Tensor  # [total] int64: the slot of each token
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> "Layout":
         """The layout of sequences of these lengths, one after another."""
         ends = torch.tensor([0, *lengths]).cumsum(0)
         groups: dict[int, list[int]] = {}
-        for i, length in enumerate(lengths):  # less than twice the shortest: at most half of a bucket is padding
+        for i, length in enumerate(lengths):  # at least half as long as the longest of its group
             groups.setdefault(length.bit_length(), []).append(i)
-        buckets, tokens = [], []
+        shapes, slots, places = [], [], torch.empty(int(ends[-1]), dtype=torch.int64)
+        filled = 0
         for group in groups.values():
-            slots, real, shape = _bucket(ends[group], torch.tensor([lengths[i] for i in group]))
-            tokens.append(slots[real])
-            full = len(real) == len(slots)
-            buckets.append(Bucket(slots.to(device), None if full else real.to(device), shape))
-        order = torch.cat(tokens).argsort()
-        return cls(ends.to(device, torch.int32), max(lengths), tuple(buckets), order.to(device))
+            last = torch.tensor([lengths[i] - 1 for i in group]).unsqueeze(1)
+            column = torch.arange(int(last.max()) + 1)
+            tokens = ends[group].unsqueeze(1) + torch.minimum(column, last)
+            real = (column <= last).flatten()
+            places[tokens.flatten()[real]] = filled + real.nonzero().squeeze(1)
+            shapes.append((tokens.shape[0], tokens.shape[1]))
+            slots.append(tokens.flatten())
+            filled += tokens.numel()
+        in_order = filled == len(places) and bool((places == torch.arange(filled)).all())
+        return cls(
+            cu_seqlens=ends.to(device, torch.int32),
+            longest=max(lengths),
+            shapes=tuple(shapes),
+            slots=None if in_order else torch.cat(slots).to(device),
+            places=places.to(device),
+        )
 
     def arguments(self) -> dict[str, Any]:
         """What travels through the model's forward to its attention."""
@@ -70,14 +77,6 @@ class Layout:
             "max_length_k": self.longest,
             "packed_layout": self,
         }
-
-
-def _bucket(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """slots, real, shape of a bucket."""
-    column, last = torch.arange(int(lengths.max())), lengths.unsqueeze(1) - 1
-    slots = starts.unsqueeze(1) + torch.minimum(column, last)
-    real = (column <= last).flatten().nonzero().squeeze(1)
-    return slots.flatten(), real, (slots.shape[0], slots.shape[1])
 
 
 @contextmanager
@@ -174,16 +173,47 @@ def _varlen(
     return out
 
 
+class _ToSlots(torch.autograd.Function):
+    """[total, ...] -> [slots, ...]. Padding gets no gradient, so the way back is a plain selection, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.layout.places), None
+
+
+class _FromSlots(torch.autograd.Function):
+    """[slots, ...] -> [total, ...], the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        slots, places = ctx.layout.slots, ctx.layout.places
+        if len(slots) == len(places):
+            return grad.index_select(0, slots), None
+        return grad.new_zeros(len(slots), *grad.shape[1:]).index_copy_(0, places, grad), None
+
+
 def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any) -> Tensor:
     """[total, H, d], a bucket of sequences at a time. Padding is on the right: causal attention never sees it."""
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [total, heads, d]
+    parts = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [total, heads, d]
+    if layout.slots is not None:
+        parts = [_ToSlots.apply(x, layout) for x in parts]
+    sizes = [S * L for S, L in layout.shapes]
     attended = []
-    for bucket in layout.buckets:
-        S, L = bucket.shape
-        heads = (x[bucket.slots].view(S, L, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        flat = _causal(*heads, **options).transpose(1, 2).flatten(0, 1)  # [S * L, H, d]
-        attended.append(flat if bucket.real is None else flat[bucket.real])
-    return torch.cat(attended)[layout.order]
+    for bucket, shape in zip(zip(*(x.split(sizes) for x in parts), strict=True), layout.shapes, strict=True):
+        heads = (x.unflatten(0, shape).transpose(1, 2) for x in bucket)  # [S, heads, L, d]
+        attended.append(_causal(*heads, **options).transpose(1, 2).flatten(0, 1))
+    out = torch.cat(attended) if len(attended) > 1 else attended[0]
+    return out if layout.slots is None else _FromSlots.apply(out, layout)
 
 
 def _causal(

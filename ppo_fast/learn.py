@@ -137,7 +137,13 @@ class Optimizer:
     def __init__(self, model: nn.Module, lr: float, config: PPOConfig) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_grad_norm = config.max_grad_norm
-        self.adamw = torch.optim.AdamW(self.parameters, lr=lr, eps=config.adam_eps, weight_decay=config.weight_decay)
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=lr,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=all(p.is_cuda for p in self.parameters),
+        )
         updates = config.total_steps * config.epochs * config.minibatches
         self.schedule = get_scheduler(
             config.lr_schedule,

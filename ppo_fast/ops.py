@@ -74,12 +74,6 @@ def uses_triton(backend: Backend, *tensors: Tensor | None) -> bool:
     return True
 
 
-def _refuse_triton(operation: str, backend: Backend) -> None:
-    checks.one_of("backend", backend, ("auto", "triton", "torch"))
-    if backend == "triton":
-        raise NotImplementedError(f"{operation} has no Triton kernel yet: use backend='auto' or 'torch' (any device)")
-
-
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,
@@ -582,8 +576,10 @@ def shape_rewards(
     [[0.0, 1.0, 0.0]]
     """
     mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
-    _refuse_triton("shape_rewards", backend)
-    from ppo_fast.kernels import eager_advantages as kernel
+    if uses_triton(backend, scores, logprobs, ref_logprobs):
+        from ppo_fast.kernels import advantages as kernel
+    else:
+        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
 
     return kernel.shape_rewards(
         scores,
@@ -625,8 +621,10 @@ def masked_whiten(
     checks.floating("x", x)
     mask = checks.flag("mask", mask, x.shape, x, "x")
     checks.not_negative("eps", eps)
-    _refuse_triton("masked_whiten", backend)
-    from ppo_fast.kernels import eager_advantages as kernel
+    if uses_triton(backend, x):
+        from ppo_fast.kernels import advantages as kernel
+    else:
+        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
 
     return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
 
@@ -680,8 +678,10 @@ def rlhf_advantages(
         checks.shape("bootstrap", bootstrap, logprobs.shape[:1], "the rows")
         checks.device("bootstrap", bootstrap, logprobs.device, "logprobs")
     checks.not_negative("eps", eps)
-    _refuse_triton("rlhf_advantages", backend)
-    from ppo_fast.kernels import eager_advantages as kernel
+    if uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap):
+        from ppo_fast.kernels import advantages as kernel
+    else:
+        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
 
     return AdvantageOutput(
         *kernel.rlhf_advantages(

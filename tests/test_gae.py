@@ -208,17 +208,18 @@ def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
         assert all(map(torch.equal, first, gae.gae(**options, gamma=0.99, lam=0.95)))
 
 
-def test_compiled_gae_recompiles_for_every_length_or_discount():
-    from torch._dynamo.testing import CompileCounter
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_compiled_gae_recompiles_for_every_length_or_discount(name):
+    from torch._dynamo.testing import CompileCounterWithBackend
 
     import ppo_fast as ppo
 
     torch._dynamo.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def compiled(r: Tensor, v: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-        return ppo.gae(r, v, gamma=gamma, lam=0.95, backend="triton")
+        return ppo.gae(r, v, gamma=gamma, lam=0.95, backend=name)
 
     for i in range(12):
         r, v = torch.randn(2, 2, 5 + i)

@@ -18,8 +18,11 @@ LEVELS = [
     {"kernels"},
     {"checks", "config"},
     {"ops"},
-    {"", "data"},  # "" is ppo_fast/__init__.py
+    {"", "data", "rollout", "attention"},  # "" is ppo_fast/__init__.py
+    {"packing"},
+    {"heads"},
     {"models", "plots"},
+    {"policy"},
     {"sample", "reward", "learn", "progress"},
     {"trainer", "classic"},
     {"cli", "examples", "doctor"},

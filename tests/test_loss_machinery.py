@@ -270,7 +270,7 @@ def test_checkpointing_changes_the_gradients(backend, device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend, tmp_path):
-    """With value_coef = 0 or entropy_coef = 0 the value head or the entropy's parameter still takes part in each step."""
+    """With value_coef = 0 or entropy_coef = 0 what the term depends on still takes part in each step."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 

@@ -104,11 +104,6 @@ BAD = {
     "no mask for rewards": (lambda: reward(mask=None), TypeError, "mask must be a bool tensor"),
     "token scores after the end": (lambda: reward(scores=F, reward_at="after_last"), ValueError, "one score for each"),
     "negative eps": (lambda: ppo.masked_whiten(F, MASK, eps=-1.0), ValueError, "eps must not be negative"),
-    "no Triton kernel for whitening": (
-        lambda: ppo.masked_whiten(F, MASK, backend="triton"),
-        NotImplementedError,
-        "masked_whiten has no Triton kernel yet",
-    ),
     "values per sequence": (
         lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F[:, 0], MASK),
         ValueError,

@@ -1,0 +1,44 @@
+"""What torch.compile sees of gae, on every backend: one opaque operator, without a graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def as_tensor(x: float | Tensor) -> Tensor:
+    """A number as a 0-dim CPU tensor: torch.full would make it a constant of the graph, an addition does not."""
+    return x.detach() if isinstance(x, Tensor) else torch.zeros((), dtype=torch.float64, device="cpu") + x
+
+
+def as_number(x: Tensor) -> float | Tensor:
+    """The number that such a tensor stands for, or the tensor of one number per row."""
+    return x.item() if x.ndim == 0 and x.device.type == "cpu" else x
+
+
+def make_operator(name: str, gae: Callable[..., tuple[Tensor, Tensor]]) -> torch.library.CustomOpDef:
+    """ppo_fast::gae_<name> for gae(rewards, values, gamma, lam, ...). New values of gamma and lam compile nothing.
+
+    Its outputs are contiguous, in fp32, or in fp64 if an input is.
+    """
+
+    def run(rewards: Tensor, values: Tensor, gamma: Tensor, lam: Tensor, *rest: Tensor | bool | None):
+        advantages, returns = gae(rewards, values, as_number(gamma), as_number(lam), *rest)
+        return advantages.contiguous(), returns.contiguous()
+
+    operator = torch.library.custom_op(
+        f"ppo_fast::gae_{name}",
+        run,
+        mutates_args=(),
+        schema="(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask, Tensor? terminated,"
+        " Tensor? truncated, Tensor? bootstrap, Tensor? final_values, Tensor? cu_seqlens, bool time_major)"
+        " -> (Tensor, Tensor)",
+    )
+
+    def fake(rewards: Tensor, values: Tensor, *_: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
+        like = rewards.new_empty(rewards.shape, dtype=wide)
+        return like, torch.empty_like(like)
+
+    operator.register_fake(fake)
+    return operator
