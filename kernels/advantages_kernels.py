@@ -90,13 +90,17 @@ def _shaped_tile(
 
 @triton.jit
 def _score_places(mask, scores_ptr, score_stride, row, inside, T, lowest, behind, W: tl.constexpr, TOKEN: tl.constexpr):
-    """Each row's slot for the score, the score, and whether the row has a counted step (if lowest is at most 0)."""
+    """Each row's slot for the score and the score; whether the row has a counted step, and whether its slot is beyond.
+
+    The last two only if `lowest` is at most 0.
+    """
     last = _last_counted(mask, T, lowest, inside, SEARCH * W)
     slot = tl.where(last >= 0, tl.minimum(last + behind, T - 1), -1)
     score = tl.zeros(slot.shape, tl.float32)
     if not TOKEN:
         score = tl.load(scores_ptr + row * score_stride, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
-    return slot, score, inside & (last >= 0)
+    present = inside & (last >= 0)
+    return slot, score, present, present & (slot > last)
 
 
 @triton.jit(do_not_specialize=[*SHAPING, "rows"])
@@ -137,7 +141,7 @@ def _shape_kernel(
         (scores_ptr, place_of(score_stride, row, 0, ALIGNED and TOKEN_SCORES, False)),
         mask,
     )
-    slot, score, _present = _score_places(
+    slot, score, _present, _beyond = _score_places(
         mask, scores_ptr, score_stride, row, inside, T, first - 1, behind, W, TOKEN_SCORES
     )
     score = _clipped(score, clip)
@@ -169,14 +173,14 @@ def _shaped_span(
     gamma,
     decay,
     s,
-    sums,  # (R, W) each: the moments of the advantages; sums of rewards, KL, returns, steps, scores per token
+    sums,  # (R, W) each: the moments of the advantages; sums of rewards, KL, returns, scores per token
     WRITE: tl.constexpr,
     TOKEN_SCORES: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
     """gae_kernels.scan_span for shaped rewards. Returns the span's map and, where WRITE is set, the longer sums."""
-    n, mean, m2, rewards, kls, returns, steps, scores = sums
+    n, mean, m2, rewards, kls, returns, scores = sums
     span_a = tl.full([R], 1.0, tl.float32)
     span_b = tl.zeros([R], tl.float32)
     for j in range(tiles):
@@ -200,16 +204,16 @@ def _shaped_span(
             rewards += r
             kls += kl
             returns += value_target
-            steps += tl.where(step, 1.0, 0.0)
-            scores += token_scores
+            if TOKEN_SCORES:
+                scores += token_scores
         span_a, span_b = then(span_a, span_b, tile_a, tile_b)
-    return span_a, span_b, n, mean, m2, rewards, kls, returns, steps, scores
+    return span_a, span_b, n, mean, m2, rewards, kls, returns, scores
 
 
 @triton.jit
-def _store_sums(sums_ptr, sums, score, present):
+def _store_sums(sums_ptr, sums, score, present, beyond):
     """What the program leaves for whiten_kernels.py: (9, programs)."""
-    n, mean, m2, rewards, kls, returns, steps, scores = sums
+    n, mean, m2, rewards, kls, returns, scores = sums
     plane = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
     at = sums_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     n_all, mean_all, m2_all = over_lanes(n, mean, m2)
@@ -219,7 +223,7 @@ def _store_sums(sums_ptr, sums, score, present):
     tl.store(at + 3 * plane, tl.sum(rewards))
     tl.store(at + 4 * plane, tl.sum(kls))
     tl.store(at + 5 * plane, tl.sum(returns))
-    tl.store(at + 6 * plane, tl.sum(steps))
+    tl.store(at + 6 * plane, n_all + tl.sum(beyond.to(tl.float32)))  # steps: counted, and slots behind the last one
     tl.store(at + 7 * plane, tl.sum(scores) + tl.sum(tl.where(present, score, 0.0)))
     tl.store(at + 8 * plane, tl.sum(present.to(tl.float32)))
 
@@ -280,22 +284,22 @@ def _advantages_kernel(
     g = load_row_number(gammas_ptr, gamma, row, inside)
     decay = g * load_row_number(lams_ptr, lam, row, inside)
     s = g * load_row_number(bootstrap_ptr, 0.0, row, inside)
-    lowest = span * SPAN - 1
-    if MODE == COMPOSE and TOKEN_SCORES:
-        lowest = T  # scores per token have no slot, and only the launches that leave sums ask which rows are empty
-    slot, score, present = _score_places(
-        mask, scores_ptr, score_stride, row, inside, T, lowest, behind, W, TOKEN_SCORES
-    )
+    if MODE == COMPOSE and TOKEN_SCORES:  # no slot, and only the launches that leave sums ask which rows are empty
+        slot, score, present, beyond = tl.full([R], -1, tl.int32), tl.zeros([R], tl.float32), inside, inside
+    else:
+        slot, score, present, beyond = _score_places(
+            mask, scores_ptr, score_stride, row, inside, T, span * SPAN - 1, behind, W, TOKEN_SCORES
+        )
     numbers = clip, kl_coef, kind
     clipped = _clipped(score, clip)
     zeros = tl.zeros([R, W], tl.float32)
-    n, mean, m2, rewards, kls, returns, steps, scores = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     if MODE == WALK:
         for back in range(spans):
             first = (spans - 1 - back) * SPAN
             tiles = tl.minimum(tl.cdiv(T - first, W), TILES)
-            sums = n, mean, m2, rewards, kls, returns, steps, scores
-            a, b, n, mean, m2, rewards, kls, returns, steps, scores = _shaped_span(
+            sums = n, mean, m2, rewards, kls, returns, scores
+            a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
                 tensors, values, outputs, out_row, numbers, slot, clipped, first, T, inside, tiles, g, decay, s, sums,
                 True, TOKEN_SCORES, R, W,
             )  # fmt: skip
@@ -304,8 +308,8 @@ def _advantages_kernel(
         tiles = tl.minimum(tl.cdiv(steps_left, W), TILES)
         if MODE == APPLY:
             s = chain(maps_ptr, maps, span, s)
-        sums = n, mean, m2, rewards, kls, returns, steps, scores
-        a, b, n, mean, m2, rewards, kls, returns, steps, scores = _shaped_span(
+        sums = n, mean, m2, rewards, kls, returns, scores
+        a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
             tensors, values, outputs, out_row, numbers, slot, clipped, span * SPAN, T, inside, tiles, g, decay, s, sums,
             MODE == APPLY, TOKEN_SCORES, R, W,
         )  # fmt: skip
@@ -314,6 +318,6 @@ def _advantages_kernel(
         tl.store(at, a, mask=inside)
         tl.store(at + maps[2], b, mask=inside)
     else:
-        # every span of a row knows its score; one of them counts it
-        sums = n, mean, m2, rewards, kls, returns, steps, scores
-        _store_sums(sums_ptr, sums, score, present & (span == 0))
+        # every span of a row knows its score; the first, which has seen the whole row, counts it
+        sums = n, mean, m2, rewards, kls, returns, scores
+        _store_sums(sums_ptr, sums, score, present & (span == 0), beyond & (span == 0))
