@@ -45,6 +45,32 @@ def test_dry_run_of_each_gpu_part_leaves_a_complete_record(tmp_path: Path, part:
         assert info["peak_extra_bytes"] >= 0
 
 
+def test_the_report_takes_a_record_without_commit_or_leaves_out_a_row(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra ppo_fast[bench])")
+    record = tmp_path / "gae.json"
+    sizes = ["--size", "tiny", "--commit", "0123abc", "--benchmark-json", str(record), "--benchmark-save-data"]
+    command = [sys.executable, "-m", "pytest", "bench/bench_gae.py", "-q", "-p", "no:cacheprovider", *sizes]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+
+    def report() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "bench/report.py", str(record)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert report().returncode == 0
+    page = (tmp_path / "README.md").read_text()
+    rows = json.loads(record.read_text())["benchmarks"]
+    assert page.count("| ppo_fast |") == len({row["group"] for row in rows})
+    assert "commit 0123abc" in page
+    assert (tmp_path / "gae.png").stat().st_size > 1000
+    broken = json.loads(record.read_text())
+    broken["commit_info"]["id"] = "unknown"
+    record.write_text(json.dumps(broken))
+    done = report()
+    assert done.returncode == 1
+    assert "lacks the commit" in done.stderr
+
+
 def test_a_failing_part_is_kept_and_told_by_the_exit_status(tmp_path: Path):
     done = on_gpu(tmp_path, "rows", "0123abc", "no such size")
     assert done.returncode != 0
