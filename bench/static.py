@@ -86,6 +86,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(variant.kernel, signature, variant.constexprs, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.registers is not None and target.backend == "cuda":
+        options["maxnreg"] = variant.registers
     return triton.compile(source, target=target, options=options)
 
 

@@ -173,7 +173,7 @@ def _shaped_span(
     gamma,
     decay,
     s,
-    sums,  # (R, W) each: the moments of the advantages; sums of rewards, KL, returns, scores per token
+    sums,  # the moments of the advantages (R, W); sums (R,) of rewards, KL, returns, scores per token
     WRITE: tl.constexpr,
     TOKEN_SCORES: tl.constexpr,
     R: tl.constexpr,
@@ -201,21 +201,35 @@ def _shaped_span(
             tl.store(outputs[2] + at, r, mask=here)
             tl.store(outputs[3] + at, kl, mask=here)
             n, mean, m2 = add_elements(n, mean, m2, advantage, counted)
-            rewards += r
-            kls += kl
-            returns += value_target
+            rewards += tl.sum(r, 1)  # over the steps at once: sums per lane would take four times the registers
+            kls += tl.sum(kl, 1)
+            returns += tl.sum(value_target, 1)
             if TOKEN_SCORES:
-                scores += token_scores
+                scores += tl.sum(token_scores, 1)
         span_a, span_b = then(span_a, span_b, tile_a, tile_b)
     return span_a, span_b, n, mean, m2, rewards, kls, returns, scores
 
 
 @triton.jit
-def _store_sums(sums_ptr, sums, score, present, beyond):
-    """What the program leaves for whiten_kernels.py: (9, programs)."""
-    n, mean, m2, rewards, kls, returns, scores = sums
+def _sums_place(sums_ptr):
+    """What the program leaves for whiten_kernels.py: (9, programs). Where its column begins, and the next plane."""
     plane = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
-    at = sums_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    return sums_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), plane
+
+
+@triton.jit
+def _store_rows(sums_ptr, score, present, TOKEN_SCORES: tl.constexpr):
+    """What is known before the scan, which needs the registers."""
+    at, plane = _sums_place(sums_ptr)
+    if not TOKEN_SCORES:
+        tl.store(at + 7 * plane, tl.sum(tl.where(present, score, 0.0)))
+    tl.store(at + 8 * plane, tl.sum(present.to(tl.float32)))
+
+
+@triton.jit
+def _store_sums(sums_ptr, sums, slots_beyond, TOKEN_SCORES: tl.constexpr):
+    n, mean, m2, rewards, kls, returns, scores = sums
+    at, plane = _sums_place(sums_ptr)
     n_all, mean_all, m2_all = over_lanes(n, mean, m2)
     tl.store(at, n_all)
     tl.store(at + plane, mean_all)
@@ -223,9 +237,9 @@ def _store_sums(sums_ptr, sums, score, present, beyond):
     tl.store(at + 3 * plane, tl.sum(rewards))
     tl.store(at + 4 * plane, tl.sum(kls))
     tl.store(at + 5 * plane, tl.sum(returns))
-    tl.store(at + 6 * plane, n_all + tl.sum(beyond.to(tl.float32)))  # steps: counted, and slots behind the last one
-    tl.store(at + 7 * plane, tl.sum(scores) + tl.sum(tl.where(present, score, 0.0)))
-    tl.store(at + 8 * plane, tl.sum(present.to(tl.float32)))
+    tl.store(at + 6 * plane, n_all + slots_beyond)  # steps: counted ones, and slots behind the last of them
+    if TOKEN_SCORES:
+        tl.store(at + 7 * plane, tl.sum(scores))
 
 
 @triton.jit(do_not_specialize=[*SHAPING, *SCANNING])
@@ -285,15 +299,19 @@ def _advantages_kernel(
     decay = g * load_row_number(lams_ptr, lam, row, inside)
     s = g * load_row_number(bootstrap_ptr, 0.0, row, inside)
     if MODE == COMPOSE and TOKEN_SCORES:  # no slot, and only the launches that leave sums ask which rows are empty
-        slot, score, present, beyond = tl.full([R], -1, tl.int32), tl.zeros([R], tl.float32), inside, inside
+        slot, score = tl.full([R], -1, tl.int32), tl.zeros([R], tl.float32)
     else:
         slot, score, present, beyond = _score_places(
             mask, scores_ptr, score_stride, row, inside, T, span * SPAN - 1, behind, W, TOKEN_SCORES
         )
+        if MODE != COMPOSE:
+            # every span of a row knows its score; the first, which has seen the whole row, counts it
+            _store_rows(sums_ptr, score, present & (span == 0), TOKEN_SCORES)
+            slots_beyond = tl.sum((beyond & (span == 0)).to(tl.float32))
     numbers = clip, kl_coef, kind
     clipped = _clipped(score, clip)
-    zeros = tl.zeros([R, W], tl.float32)
-    n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    zeros, none = tl.zeros([R, W], tl.float32), tl.zeros([R], tl.float32)
+    n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, none, none, none, none
     if MODE == WALK:
         for back in range(spans):
             first = (spans - 1 - back) * SPAN
@@ -318,6 +336,5 @@ def _advantages_kernel(
         tl.store(at, a, mask=inside)
         tl.store(at + maps[2], b, mask=inside)
     else:
-        # every span of a row knows its score; the first, which has seen the whole row, counts it
         sums = n, mean, m2, rewards, kls, returns, scores
-        _store_sums(sums_ptr, sums, score, present & (span == 0), beyond & (span == 0))
+        _store_sums(sums_ptr, sums, slots_beyond, TOKEN_SCORES)

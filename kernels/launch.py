@@ -3,6 +3,8 @@
 import os
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Variant(NamedTuple):
     """One way in which a launcher may start a kernel; the ahead-of-time gate compiles every one of them."""
@@ -14,6 +16,15 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int = 1
     aligned: tuple[str, ...] = ()  # arguments that Triton may specialise on divisibility by 16
+    registers: int | None = None  # what `at_most` was given
+
+
+def at_most(registers: int) -> dict[str, int]:
+    """Options of a launch with so many registers per thread, where a GPU has such a limit (AMD's takes none).
+
+    Left to itself ptxas aims at one more block on a multiprocessor and spills a few bytes for it.
+    """
+    return {} if torch.version.hip else {"maxnreg": registers}
 
 
 def interpreting() -> bool:
