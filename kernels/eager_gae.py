@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.gae_op import as_tensor, make_operator
+from ppo_fast.kernels.gae_op import public_function
 
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
@@ -252,25 +252,4 @@ def _gae(
     return (advantages, returns) if len(shape) == 2 else (advantages.reshape(shape), returns.reshape(shape))
 
 
-_OPERATOR = make_operator("torch", _gae)
-
-
-def gae(
-    rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
-    values: Tensor,
-    *,
-    gamma: float | Tensor = 1.0,  # or one per row
-    lam: float | Tensor = 0.95,
-    mask: Tensor | None = None,
-    terminated: Tensor | None = None,
-    truncated: Tensor | None = None,
-    bootstrap: Tensor | None = None,  # one per row
-    final_values: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,  # [S + 1]
-    time_major: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns as reference.gae defines them, without a graph."""
-    rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
-    if torch.compiler.is_compiling():
-        return _OPERATOR(rewards.detach(), values.detach(), as_tensor(gamma), as_tensor(lam), *rest)
-    return _gae(rewards, values, gamma, lam, *rest)
+gae = public_function("torch", _gae)

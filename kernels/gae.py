@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.gae_kernels import APPLY, COMPOSE, TILES, WALK, _gae_kernel
-from ppo_fast.kernels.gae_op import as_tensor, make_operator
+from ppo_fast.kernels.gae_op import public_function
 from ppo_fast.kernels.launch import Variant
 
 NUM_WARPS = 4
@@ -143,28 +143,7 @@ def _gae(
     return advantages, returns
 
 
-_OPERATOR = make_operator("triton", _gae)
-
-
-def gae(
-    rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
-    values: Tensor,
-    *,
-    gamma: float | Tensor = 1.0,  # or one per row
-    lam: float | Tensor = 0.95,
-    mask: Tensor | None = None,
-    terminated: Tensor | None = None,
-    truncated: Tensor | None = None,
-    bootstrap: Tensor | None = None,  # one per row
-    final_values: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,  # [S + 1]
-    time_major: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """reference.gae; fp32 out, without a graph."""
-    rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
-    if torch.compiler.is_compiling():
-        return _OPERATOR(rewards.detach(), values.detach(), as_tensor(gamma), as_tensor(lam), *rest)
-    return _gae(rewards, values, gamma, lam, *rest)
+gae = public_function("triton", _gae)
 
 
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}

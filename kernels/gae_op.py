@@ -1,4 +1,4 @@
-"""What torch.compile sees of gae, on every backend: one opaque operator, without a graph."""
+"""gae in front of its backends: the public signature, and what torch.compile sees, one opaque operator."""
 
 from collections.abc import Callable
 
@@ -42,3 +42,30 @@ def make_operator(name: str, gae: Callable[..., tuple[Tensor, Tensor]]) -> torch
 
     operator.register_fake(fake)
     return operator
+
+
+def public_function(name: str, implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable:
+    """gae of a backend, with the signature of reference.py. Advantages and returns carry no graph: they are data."""
+    operator = make_operator(name, implementation)
+
+    def gae(
+        rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
+        values: Tensor,
+        *,
+        gamma: float | Tensor = 1.0,  # or one per row
+        lam: float | Tensor = 0.95,
+        mask: Tensor | None = None,
+        terminated: Tensor | None = None,
+        truncated: Tensor | None = None,
+        bootstrap: Tensor | None = None,  # one per row
+        final_values: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+        time_major: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """reference.gae."""
+        rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
+        if torch.compiler.is_compiling():
+            return operator(rewards.detach(), values.detach(), as_tensor(gamma), as_tensor(lam), *rest)
+        return implementation(rewards, values, gamma, lam, *rest)
+
+    return gae
