@@ -257,6 +257,38 @@ def test_the_logits_of_a_pack_are_held_whole(monkeypatch):
     assert largest.elements <= weight < logits / 0.9
 
 
+class Touched(TorchDispatchMode):
+    """Products that have the vocabulary as a dimension, and how often [n, V] tensors are read or written otherwise."""
+
+    def __init__(self, V: int) -> None:
+        super().__init__()
+        self.V, self.products, self.others = V, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, out) if isinstance(x, Tensor)]
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            self.products += any(self.V in x.shape for x in tensors)
+        elif not func.is_view and "empty" not in str(func):
+            self.others += sum(x.ndim == 2 and x.shape[1] == self.V and x.shape[0] > 1 for x in tensors)
+        return out
+
+
+def test_the_head_takes_more_products_or_passes_than_it_must():
+    """Of a learn micro-step: h W^T, d W and d^T h. Elementwise work on whole logits is that of one chunk's row math."""
+    policy, batch = policy_of(tiny_llama(5003, hidden=16), config(entropy_coef=0.0)), rollout()
+    experience = experience_of(policy, batch)
+    pack = make_pack(batch, list(range(len(batch))))
+    counts = {}
+    for linear in (True, False):
+        policy.head = dataclasses.replace(policy.head, linear=linear)
+        with packed(policy), Touched(5003) as counts[linear]:
+            accumulate_gradients(policy, [pack], experience, policy.config)
+    assert counts[True].products == 3
+    assert counts[True].others <= 13, "operands of the row math, on one block of rows, in cache"
+    assert counts[False].others > 1.5 * counts[True].others
+
+
 def test_frozen_copy_shares_a_config_with_the_actor():
     actor = tiny_llama()
     assert frozen_copy(actor).config is not actor.config
