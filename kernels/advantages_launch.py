@@ -20,11 +20,10 @@ from torch import Tensor
 from ppo_fast.kernels.advantages_kernels import APPLY, COMPOSE, WALK, _advantages_kernel, _shape_kernel
 from ppo_fast.kernels.gae import _LONG, _MANY_ROWS, _SHORT, NUM_WARPS, _as_rows, _per_row, aligned
 from ppo_fast.kernels.gae import row_config as config_of
-from ppo_fast.kernels.launch import Variant, at_most
+from ppo_fast.kernels.launch import REGISTERS, Variant, every_register
 from ppo_fast.kernels.whiten_kernels import _merge_kernel, _moments_kernel, _whiten_kernel
 
 BLOCK = 1024  # elements in a tile of whitening
-_REGISTERS = 255  # of a thread: all there are
 _PROGRAMS = 512  # of a launch of whitening, at most: each reads all partial results
 _WALKED_SPANS = 4  # that one program walks although programs of their own would be quicker: it saves a launch
 _KINDS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
@@ -94,7 +93,7 @@ def launch_shape_rewards(
             R=config.R,
             W=config.W,
             num_warps=NUM_WARPS,
-            **at_most(_REGISTERS),
+            **every_register(),
         )
     return rewards, kl, longer
 
@@ -219,7 +218,7 @@ def _scan(
             R=config.R,
             W=config.W,
             num_warps=NUM_WARPS,
-            **at_most(_REGISTERS),
+            **every_register(),
         )
     return partial
 
@@ -266,7 +265,7 @@ def _variant(name: str, kernel: Any, pointers: dict[str, str], absent: tuple[str
     on = constexprs.get("ALIGNED", False)
     name += (" aligned" if "*fp32" in pointers.values() else " vector") * on
     divisible = tuple(n for n, t in types.items() if on and t.startswith("*"))
-    registers = _REGISTERS if kernel in (_shape_kernel, _advantages_kernel) else None
+    registers = REGISTERS if kernel in (_shape_kernel, _advantages_kernel) else None
     return Variant(name, kernel, types, constexprs | none, NUM_WARPS, aligned=divisible, registers=registers)
 
 

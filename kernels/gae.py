@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.gae_kernels import APPLY, COMPOSE, TILES, WALK, _gae_kernel
 from ppo_fast.kernels.gae_op import public_function
-from ppo_fast.kernels.launch import Variant
+from ppo_fast.kernels.launch import REGISTERS, Variant, every_register
 
 NUM_WARPS = 4
 _MANY_ROWS = 2048  # rows, or columns, that keep a GPU busy with one program walking each
@@ -105,6 +105,7 @@ def _launch(
             R=config.R,
             W=config.W,
             num_warps=NUM_WARPS,
+            **every_register(),
         )
 
 
@@ -166,7 +167,7 @@ def variants() -> list[Variant]:
             constexprs |= {"R": config.R, "W": config.W}
             types, absent = _types(_POINTERS[dtype], everything=everything, packed=layout == "packed")
             name = f"gae {layout} {mode} {dtype}{' all options' * everything}{' vector' * aligned_}"
-            found.append(Variant(name, _gae_kernel, types, constexprs | absent, NUM_WARPS))
+            found.append(Variant(name, _gae_kernel, types, constexprs | absent, NUM_WARPS, registers=REGISTERS))
     return found
 
 

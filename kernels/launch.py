@@ -16,15 +16,18 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int = 1
     aligned: tuple[str, ...] = ()  # arguments that Triton may specialise on divisibility by 16
-    registers: int | None = None  # what `at_most` was given
+    registers: int | None = None  # REGISTERS, if launched with every_register()
 
 
-def at_most(registers: int) -> dict[str, int]:
-    """Options of a launch with so many registers per thread, where a GPU has such a limit (AMD's takes none).
+REGISTERS = 255  # all that a thread of an NVIDIA GPU can have
 
-    Left to itself ptxas aims at one more block on a multiprocessor and spills a few bytes for it.
+
+def every_register() -> dict[str, int]:
+    """Options of a launch that may use all registers, where a GPU has such a limit (AMD's takes none).
+
+    Left to itself ptxas aims at one more block on a multiprocessor, and for some scans spills a few bytes for it.
     """
-    return {} if torch.version.hip else {"maxnreg": registers}
+    return {} if torch.version.hip else {"maxnreg": REGISTERS}
 
 
 def interpreting() -> bool:
