@@ -178,6 +178,7 @@ class _ToSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        assert layout.slots is not None
         ctx.layout = layout
         return x.index_select(0, layout.slots)
 

@@ -59,6 +59,11 @@ def build_parser() -> tuple[_Parser, _Parser]:
         metavar="FLOAT",
         help="a factor for each --reward, then for each --reward-model (default: 1 each)",
     )
+    train.add_argument(
+        "--critic-model",
+        metavar="DIR",
+        help="folder of a reward model that the critic starts from (default: actor)",
+    )
     train.add_argument("--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with, if there is none")
     train.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
     for option in dataclasses.fields(PPOConfig):
@@ -135,16 +140,20 @@ def train(arguments: argparse.Namespace) -> None:
         raise UserError("nothing to train for: give --reward, --reward-model, or both")
     if len(weights) != len(names):
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
-    from ppo_fast.models import load_actor, load_reward_model, pick_device  # transformers takes seconds to import:
-    from ppo_fast.reward import RewardModel  # bad input is reported before
+    # transformers takes seconds to import: bad input is reported before
+    from ppo_fast.models import Critic, load_actor, load_reward_model, pick_device
+    from ppo_fast.reward import RewardModel
     from ppo_fast.trainer import PPOTrainer
 
     actor, tokenizer = load_actor(arguments.model, pad_token=arguments.pad_token)
     for folder in arguments.reward_model:
         model, its_tokenizer = load_reward_model(folder)
         rewards[folder] = RewardModel(model, its_tokenizer, device=pick_device(config.device))
+    critic = None
+    if arguments.critic_model is not None:
+        critic = Critic.from_reward_model(load_reward_model(arguments.critic_model)[0])
     reward_weights = dict(zip(names, weights, strict=True))
-    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=reward_weights)
+    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic)
     history = trainer.train()
     if config.out is None:
         return

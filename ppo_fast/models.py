@@ -129,7 +129,7 @@ class Critic(nn.Module):
                 critic.head.weight.copy_(score.weight)
                 if score.bias is not None:
                     critic.head.bias.copy_(score.bias)
-        return critic
+        return critic.requires_grad_(True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[n, D] hidden states -> [n] values. In fp32 under autocast, too: returns are regressed on them."""

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_model
-from transformers import AutoModelForCausalLM
+from tiny import byte_tokenizer, save_tiny_model, tiny_llama
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ppo_fast.cli import main
 
@@ -63,6 +63,20 @@ def test_train_on_a_jsonl_file_leaves_model_metrics_and_picture(folder, capsys):
     assert "step 2/2" in shown
     assert "answers in step 1" in shown
     assert "learn" in shown
+
+
+def test_reward_models_weights_and_a_critic_of_ones_own_are_not_read(folder):
+    model = tiny_llama(258)
+    model.config.num_labels = 1
+    LlamaForSequenceClassification(model.config).save_pretrained(folder / "judge")
+    byte_tokenizer().save_pretrained(folder / "judge")
+    judge = str(folder / "judge")
+    options = ["--reward-model", judge, "--reward-weight", "0", "1", "--critic-model", judge]
+    assert main([*command(folder), *options]) == 0
+    first, *_ = (json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines())
+    assert first["score"] == pytest.approx(first[f"reward/{judge}"], abs=1e-6)
+    assert first["value"] != 0
+    assert main([*command(folder, out=str(folder / "other")), "--reward-weight", "1", "2"]) == 1
 
 
 def test_quiet_prints_nothing(folder, capfd):

@@ -230,6 +230,28 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "window"), [((4, 4), None), ((8, 2), None), ((4, 2), 5)])
+def test_flash_attention_on_a_gpu_differs_from_attention_sequence_by_sequence(dtype, heads, window):
+    from ppo_fast import attention
+
+    torch.manual_seed(0)
+    lengths = [7, 1, 30, 16, 129]
+    layout, (H, G) = Layout.of(lengths, torch.device("cuda")), heads
+    shapes = [(1, n, sum(lengths), 64) for n in (H, G, G)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    options = dict(scaling=0.2, sliding_window=window)
+    flash = attention._varlen(*inputs, layout, 0.2, window)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    exact = attention._by_buckets(*wide, layout, softcap=None, sinks=None, **options)
+    upstream = torch.randn_like(exact)
+    ours = torch.autograd.grad(flash, inputs, upstream.to(dtype))
+    theirs = torch.autograd.grad(exact, wide, upstream)
+    for a, b in zip((flash, *ours), (exact, *theirs), strict=True):
+        assert (a.float() - b).abs().max() <= 8 * torch.finfo(dtype).eps * b.abs().max()
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation made."""
 
