@@ -20,7 +20,7 @@ from torch import Tensor
 from ppo_fast.kernels.advantages_kernels import APPLY, COMPOSE, WALK, _advantages_kernel, _shape_kernel
 from ppo_fast.kernels.gae import _LONG, _MANY_ROWS, _SHORT, NUM_WARPS, _as_rows, _per_row, aligned
 from ppo_fast.kernels.gae import row_config as config_of
-from ppo_fast.kernels.launch import REGISTERS, Variant, every_register
+from ppo_fast.kernels.launch import REGISTERS, Variant, at_most
 from ppo_fast.kernels.whiten_kernels import _merge_kernel, _moments_kernel, _whiten_kernel
 
 BLOCK = 1024  # elements in a tile of whitening
@@ -93,7 +93,7 @@ def launch_shape_rewards(
             R=config.R,
             W=config.W,
             num_warps=NUM_WARPS,
-            **every_register(),
+            **at_most(REGISTERS),
         )
     return rewards, kl, longer
 
@@ -218,7 +218,7 @@ def _scan(
             R=config.R,
             W=config.W,
             num_warps=NUM_WARPS,
-            **every_register(),
+            **at_most(REGISTERS),
         )
     return partial
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.gae_kernels import APPLY, COMPOSE, TILES, WALK, _gae_kernel
 from ppo_fast.kernels.gae_op import public_function
-from ppo_fast.kernels.launch import REGISTERS, Variant, every_register
+from ppo_fast.kernels.launch import REGISTERS, Variant, at_most
 
 NUM_WARPS = 4
 _MANY_ROWS = 2048  # rows, or columns, that keep a GPU busy with one program walking each
@@ -105,7 +105,7 @@ def _launch(
             R=config.R,
             W=config.W,
             num_warps=NUM_WARPS,
-            **every_register(),
+            **at_most(REGISTERS),
         )
 
 

@@ -16,18 +16,18 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int = 1
     aligned: tuple[str, ...] = ()  # arguments that Triton may specialise on divisibility by 16
-    registers: int | None = None  # REGISTERS, if launched with every_register()
+    registers: int | None = None  # what `at_most` was given, if anything
 
 
 REGISTERS = 255  # all that a thread of an NVIDIA GPU can have
 
 
-def every_register() -> dict[str, int]:
-    """Options of a launch that may use all registers, where a GPU has such a limit (AMD's takes none).
+def at_most(registers: int) -> dict[str, int]:
+    """Options of a launch that may use so many registers, where a GPU has such a limit (AMD's takes none).
 
-    Left to itself ptxas aims at one more block on a multiprocessor, and for some scans spills a few bytes for it.
+    Left to itself ptxas aims at one more block on a multiprocessor, and for some kernels spills a few bytes for it.
     """
-    return {} if torch.version.hip else {"maxnreg": REGISTERS}
+    return {} if torch.version.hip else {"maxnreg": registers}
 
 
 def interpreting() -> bool:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_fast.kernels import loss
-from ppo_fast.kernels.launch import Variant
+from ppo_fast.kernels.launch import Variant, at_most
 from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
@@ -340,15 +340,17 @@ class _Tile(NamedTuple):
     num_warps: int
 
 
+_POLICY_REGISTERS = 128  # two blocks of the larger tile on a multiprocessor
 # One for all V, so that a row's bits depend on nothing but the row. Smaller where tanh needs registers.
 _TILES = {False: _Tile(8192, 2048, 8), True: _Tile(2048, 1024, 4)}
 
 
 def _config(kernel: triton.JITFunction, transformed: bool, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, int]:
-    """The constexprs of a launch, and its number of warps."""
+    """The constexprs of a launch, and its options."""
     values = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
     values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
-    return {name: values[name] for name in (*kernel.arg_names, "num_warps") if name in values}
+    chosen = {name: values[name] for name in (*kernel.arg_names, "num_warps") if name in values}
+    return chosen | (at_most(_POLICY_REGISTERS) if kernel is _linear_policy_kernel else {})
 
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -387,7 +389,8 @@ def _variant(
             default = "i32" if argument.startswith("has_") or argument in ("V", "kl_estimator") else "fp32"
         types[argument] = special.get(argument, default)
     constexprs = _config(kernel, transformed, logits, dlogits)
-    return Variant(name, kernel, types, constexprs, constexprs.pop("num_warps"), aligned=("bias_ptr",))
+    options = constexprs.pop("num_warps"), constexprs.pop("maxnreg", None)
+    return Variant(name, kernel, types, constexprs, options[0], aligned=("bias_ptr",), registers=options[1])
 
 
 class _HeadScalars(NamedTuple):

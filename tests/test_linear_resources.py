@@ -459,13 +459,13 @@ class Recorder:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
 
     def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, num_warps: int, **constexprs) -> None:
+        def launch(*args, num_warps: int, maxnreg: int | None = None, **constexprs) -> None:
             given = dict(zip(self.arg_names, args, strict=False))
             assert given["bias_ptr"].data_ptr() % 16 == 0  # the one argument that is specialised on its alignment
             dtypes = tuple(str(given[n].dtype) for n in ("logits_ptr", "dlogits_ptr") if n in given)
             for name in ("statistics_ptr", "logits_ptr"):
                 given[name].zero_()
-            self.launches.add((self.name, dtypes, num_warps, *sorted(constexprs.items())))
+            self.launches.add((self.name, dtypes, num_warps, maxnreg, *sorted(constexprs.items())))
 
         return launch
 
@@ -479,7 +479,7 @@ def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkey
     for v in linear.variants():
         assert list(v.types) + list(v.constexprs) == v.kernel.arg_names
         dtypes = tuple(pointers[v.types[n]] for n in ("logits_ptr", "dlogits_ptr") if n in v.types)
-        gate.add((v.kernel.fn.__name__, dtypes, v.num_warps, *sorted(v.constexprs.items())))
+        gate.add((v.kernel.fn.__name__, dtypes, v.num_warps, v.registers, *sorted(v.constexprs.items())))
     launches: set = set()
     for name in KERNELS:
         monkeypatch.setattr(linear, name, Recorder(getattr(linear, name), launches))
