@@ -112,7 +112,7 @@ def _why_not_packed(model: nn.Module, ids: Tensor, own: Tensor) -> str | None:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"this {name} does not take packed rows ({str(error).splitlines()[0]})"
     if _differ(out.logits[0], own):
-        return f"this {name} mixes the sequences of a packed row"
+        return f"this {name} gives other logits on packed rows than one by one"
     return None
 
 

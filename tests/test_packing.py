@@ -217,7 +217,7 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
 
     torch.manual_seed(0)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=258, hidden_size=32, n_layer=2, n_head=4)).eval()
-    with pytest.warns(UserWarning, match="packed row"):
+    with pytest.warns(UserWarning, match="other logits on packed rows"):
         policy = policy_of(bloom, config())
     assert not policy.head.packed
     batch = rollout()
