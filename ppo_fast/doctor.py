@@ -83,6 +83,17 @@ def _token_logprobs(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor,
     return ops.token_logprobs(x["logits"], x["tokens"], x["mask"], temperature=0.7, with_entropy=True, **options)
 
 
+def _policy_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    names = ("logprobs", "old_logprobs", "advantages", "mask")
+    loss, _ = ops.policy_loss(*(x[name] for name in names), clip_high=0.3, **options)
+    return (loss,)
+
+
+def _value_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+    loss, _ = ops.value_loss(*(x[name] for name in ("values", "old_values", "returns", "mask")), **options)
+    return (loss,)
+
+
 def _ppo_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
     names = ("logprobs", "values", "old_logprobs", "old_values", "advantages", "returns", "mask")
     loss, _ = ops.ppo_loss(
@@ -140,6 +151,8 @@ def _linear_ppo_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor
 CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     # name: (what to run, the inputs that want gradients)
     "token_logprobs": (_token_logprobs, ("logits",)),
+    "policy_loss": (_policy_loss, ("logprobs",)),
+    "value_loss": (_value_loss, ("values",)),
     "ppo_loss": (_ppo_loss, ("logprobs", "values", "entropy")),
     "gae": (_gae, ()),
     "gae, packed": (_gae_packed, ()),
