@@ -170,6 +170,7 @@ def launch_masked_whiten(x: Tensor, mask: Tensor | None, whitening: Whitening) -
             ALIGNED=aligned(rows.shape[1], [rows, flags]),
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            **at_most(REGISTERS),
         )
         _apply_whitening(rows, flags, out.view(rows.shape), partial, None, whitening, programs)
     return out
@@ -265,7 +266,7 @@ def _variant(name: str, kernel: Any, pointers: dict[str, str], absent: tuple[str
     on = constexprs.get("ALIGNED", False)
     name += (" aligned" if "*fp32" in pointers.values() else " vector") * on
     divisible = tuple(n for n, t in types.items() if on and t.startswith("*"))
-    registers = REGISTERS if kernel in (_shape_kernel, _advantages_kernel) else None
+    registers = REGISTERS if kernel in (_shape_kernel, _advantages_kernel, _moments_kernel) else None
     return Variant(name, kernel, types, constexprs | none, NUM_WARPS, aligned=divisible, registers=registers)
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ppo_fast.kernels.launch import Variant
+from ppo_fast.kernels.launch import REGISTERS, Variant, at_most
 from ppo_fast.kernels.loss_kernels import (
     PER_STEP,
     _loss_bwd_kernel,
@@ -166,7 +166,7 @@ def forward(
         elif programs:
             cu_seqlens = t.cu_seqlens.contiguous() if packed else None
             rows, strides = _as_rows(tensors, T, plan.by_sequence, packed)
-            launch |= {"SEQUENCES": plan.by_sequence, "MEAN": plan.mean}
+            launch |= {"SEQUENCES": plan.by_sequence, "MEAN": plan.mean, **at_most(REGISTERS)}
             _loss_strided_kernel[(programs,)](*rows, workspace, *_scalars(o), steps, cu_seqlens, T, *strides, **launch)
         return *_reduce(workspace, o, plan, T, steps, programs, sum(needs)), workspace
 
@@ -233,7 +233,8 @@ def _variant(
             found[name] = types.get(name, default)
     pointers = tuple(name for name, kind in found.items() if kind.startswith("*"))
     constants = dict.fromkeys(sorted(gone)) | constants
-    return Variant(title, kernel, found, constants, config[1], aligned=pointers if aligned else ())
+    registers = REGISTERS if kernel is _loss_strided_kernel else None
+    return Variant(title, kernel, found, constants, config[1], aligned=pointers if aligned else (), registers=registers)
 
 
 def _forward_variant(
