@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -10,8 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.config import PPOConfig
+from ppo_fast.config import PPOConfig, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
+
+# What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
+RUN_OPTIONS: dict[str, Any] = {
+    "model": None,
+    "prompts": None,
+    "prompt_field": "prompt",
+    "chat": False,
+    "eval_prompts": None,
+    "reward": [],
+    "reward_model": [],
+    "reward_weight": None,
+    "critic_model": None,
+    "pad_token": None,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,9 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
     def refuse_unknown(self, unknown: list[str]) -> None:
         options = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        self.error(f"unknown option {unknown[0]}{hint}")
+        self.error(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
 
 def build_parser() -> tuple[_Parser, _Parser]:
@@ -33,24 +44,49 @@ def build_parser() -> tuple[_Parser, _Parser]:
         help="train a model with PPO on prompts and a reward function",
         description="Train a model with PPO on prompts and a reward function.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given comes from the configuration file, or by default
     )
-    train.add_argument("--model", required=True, metavar="DIR", help="folder of a causal language model and tokenizer")
-    train.add_argument("--prompts", required=True, metavar="FILE", help="JSON Lines file, one object a line")
-    train.add_argument("--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (default: prompt)")
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of these options, such as OUT/config.yaml of an earlier run; the command line wins",
+    )
+    train.add_argument(
+        "--model", metavar="DIR", help="folder of a causal language model and tokenizer (required, no default)"
+    )
+    train.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON Lines or .parquet file, folder of .parquet files, or folder that save_to_disk of Hugging Face's"
+        " datasets wrote (required, no default)",
+    )
+    train.add_argument(
+        "--prompt-field",
+        metavar="NAME",
+        help="field of the prompt, a text, or a list of messages for the chat template (default: prompt)",
+    )
+    train.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="plain prompts become a user's message, too, and go through the tokenizer's chat template (default: no)",
+    )
+    train.add_argument(
+        "--eval-prompts",
+        metavar="FILE",
+        help="held-out prompts to evaluate on, read as --prompts are (default: none, no evaluation)",
+    )
     train.add_argument(
         "--reward",
         action="append",
-        default=[],
         metavar="MODULE:FUNCTION",
         help="reward function f(prompts, completions, **columns), as module:function or file.py:function; may be"
-        " repeated, the numbers are added",
+        " repeated, the numbers are added (default: none)",
     )
     train.add_argument(
         "--reward-model",
         action="append",
-        default=[],
         metavar="DIR",
-        help="folder of a sequence classifier with one output and its tokenizer; may be repeated",
+        help="folder of a sequence classifier with one output and its tokenizer; may be repeated (default: none)",
     )
     train.add_argument(
         "--reward-weight",
@@ -64,8 +100,10 @@ def build_parser() -> tuple[_Parser, _Parser]:
         metavar="DIR",
         help="folder of a reward model that the critic starts from (default: actor)",
     )
-    train.add_argument("--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with, if there is none")
-    train.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
+    train.add_argument(
+        "--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with (default: the tokenizer's own)"
+    )
+    train.add_argument("--overwrite", action="store_true", default=False, help="replace an earlier run in OUT")
     for option in dataclasses.fields(PPOConfig):
         _add_option(train, option)
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
@@ -75,24 +113,75 @@ def build_parser() -> tuple[_Parser, _Parser]:
 
 def _add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> None:
     flag = "--" + option.name.replace("_", "-")
-    text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
+    default = "none" if option.default in (None, ()) else option.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    text = f"{option.metadata['help']} (default: {default}{_range(option)})".replace("%", "%%")
     kind = str(getattr(option.type, "__name__", option.type))
     if "bool" in kind:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
     if "tuple" in kind:
-        parser.add_argument(flag, nargs="+", default=option.default, metavar="TEXT", help=text)
+        parser.add_argument(flag, nargs="+", metavar="TEXT", help=text)
         return
     types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    kind = next(name for name in types if name in str(option.type).replace("None", ""))
+    kind = next(name for name in types if name in kind.replace("None", ""))
     parser.add_argument(
         flag,
-        type=types[kind],
-        default=option.default,
+        type=_or_none(types[kind]) if "None" in str(option.type) else types[kind],
         choices=option.metadata["choices"] or None,
         metavar=None if option.metadata["choices"] else kind.upper(),
         help=text,
     )
+
+
+def _range(option: dataclasses.Field) -> str:
+    low, high = option.metadata["low"], option.metadata["high"]
+    if low is None:
+        return ""
+    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
+
+
+def _or_none(kind: type) -> Any:
+    """A type of argparse that also takes "none"."""
+
+    def convert(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[PPOConfig, dict[str, Any]]:
+    """PPOConfig and the options around it: the command line's, else the configuration file's, else the defaults."""
+    fields = {option.name for option in dataclasses.fields(PPOConfig)}
+    given, file = vars(arguments), {}
+    if "config" in given:
+        file = read_yaml(arguments.config, [*RUN_OPTIONS, *fields])
+        for action in parser._actions:
+            if action.dest in RUN_OPTIONS and file.get(action.dest) is not None:
+                file[action.dest] = _from_file(action, file[action.dest], f"{arguments.config}: {action.dest}")
+    values = {**file, **given}
+    run = {name: default if values.get(name) is None else values[name] for name, default in RUN_OPTIONS.items()}
+    for name in ("model", "prompts"):
+        if run[name] is None:
+            parser.error(f"--{name} is missing (on the command line, or as `{name}:` in the file of --config)")
+    return options_of({name: value for name, value in values.items() if name in fields}), run
+
+
+def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value of a configuration file as the command line would have made it: its type, and a list where it takes one.
+
+    1 for 1.0 will do.
+    """
+    several = action.nargs == "+" or isinstance(action, argparse._AppendAction)
+    kind = bool if isinstance(action, argparse.BooleanOptionalAction) else action.type or str
+    assert isinstance(kind, type)
+    values = value if several and isinstance(value, list) else [value]
+    for x in values:
+        if not isinstance(x, (float, int) if kind is float else kind) or (isinstance(x, bool) and kind is not bool):
+            raise UserError(f"{where} must be of type {kind.__name__}{' or a list of such' * several}, got {x!r}")
+    return values if several else value
 
 
 def load_reward(spec: str) -> Any:
@@ -125,17 +214,20 @@ def _module_from_file(path: Path) -> Any:
     return module
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Reads what the arguments name, trains, and says where the results are."""
-    config = PPOConfig(**{o.name: getattr(arguments, o.name) for o in dataclasses.fields(PPOConfig)})
+def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> None:
+    """Reads what the options name, trains, and says where the results are."""
     if config.out is not None and (Path(config.out) / "metrics.jsonl").exists() and not arguments.overwrite:
         raise UserError(f"{config.out} already holds a run; choose another --out, or replace it with --overwrite")
-    from ppo_fast.data import read_jsonl
+    from ppo_fast.data import read_prompts
 
-    rows = read_jsonl(arguments.prompts, arguments.prompt_field)
-    rewards = {spec: load_reward(spec) for spec in arguments.reward}
-    names = [*arguments.reward, *arguments.reward_model]
-    weights = arguments.reward_weight or [1.0] * len(names)
+    rows, held_out = (
+        None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
+        for path in (run["prompts"], run["eval_prompts"])
+    )
+    assert rows is not None
+    rewards = {spec: load_reward(spec) for spec in run["reward"]}
+    names = [*run["reward"], *run["reward_model"]]
+    weights = run["reward_weight"] or [1.0] * len(names)
     if not names:
         raise UserError("nothing to train for: give --reward, --reward-model, or both")
     if len(weights) != len(names):
@@ -145,21 +237,25 @@ def train(arguments: argparse.Namespace) -> None:
     from ppo_fast.reward import RewardModel
     from ppo_fast.trainer import PPOTrainer
 
-    actor, tokenizer = load_actor(arguments.model, pad_token=arguments.pad_token)
-    for folder in arguments.reward_model:
+    actor, tokenizer = load_actor(run["model"], pad_token=run["pad_token"])
+    for folder in run["reward_model"]:
         model, its_tokenizer = load_reward_model(folder)
         rewards[folder] = RewardModel(model, its_tokenizer, device=pick_device(config.device))
     critic = None
-    if arguments.critic_model is not None:
-        critic = Critic.from_reward_model(load_reward_model(arguments.critic_model)[0])
+    if run["critic_model"] is not None:
+        critic = Critic.from_reward_model(load_reward_model(run["critic_model"])[0])
     reward_weights = dict(zip(names, weights, strict=True))
-    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic)
-    history = trainer.train()
+    trainer = PPOTrainer(
+        config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
+    )
+    trainer.run_options = run
+    trainer.train()
     if config.out is None:
         return
-    from ppo_fast.plots import draw_learning_curves
+    from ppo_fast.plots import draw_learning_curves, read_metrics
 
-    draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(arguments.prompts).name}")
+    history = read_metrics(Path(config.out) / "metrics.jsonl")
+    draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(run['prompts']).name}")
     if not config.quiet:
         print(f"model, metrics.jsonl, samples.jsonl, tensorboard and learning_curves.png are in {config.out}")
 
@@ -175,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return doctor.main(as_json=arguments.json)
     try:
-        train(arguments)
+        train(arguments, *resolve(arguments, train_parser))
     except UserError as error:
         print(f"ppo-fast: error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,10 @@
-"""Every option of the trainer: one dataclass, each field with its unit and where its default comes from."""
+"""Every option of the trainer: one dataclass, each field with its unit and where its default comes from; and YAML."""
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ppo_fast.errors import UserError
@@ -86,7 +89,9 @@ class PPOConfig:
     epochs: int = _option(4, "passes over each rollout", 1)
     minibatches: int = _option(4, "optimizer steps in each epoch", 1)
     micro_batch_tokens: int = _option(4096, "tokens in one forward and backward pass; does not change the result", 1)
-    target_kl: float | None = _option(None, "a minibatch with a larger approx_kl ends the step's learning", 0.0)
+    target_kl: float | None = _option(
+        None, "a minibatch with a larger approx_kl (nats per token) ends the step's learning", 0.0
+    )
     lr: float = _option(1e-6, "learning rate of the actor (verl's default)", 0.0)
     critic_lr: float = _option(1e-5, "learning rate of the critic (verl's default)", 0.0)
     lr_schedule: str = _option("linear", "learning rate over the run", choices=("constant", "linear", "cosine"))
@@ -107,6 +112,12 @@ class PPOConfig:
         "how token losses become one",
         choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     )
+
+    # Evaluation, on held-out prompts
+    eval_every: int = _option(
+        0, "evaluate every n steps, before the first and after the last; 0: before and after only", 0
+    )
+    eval_samples: int = _option(1, "answers sampled for each held-out prompt in an evaluation", 1)
 
     # Machine and output
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
@@ -146,3 +157,62 @@ def _check(name: str, value: Any, option: dataclasses.Field) -> None:
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"lie in [{low:g}, {high:g}]" if high is not None else f"be at least {low:g}"
         raise UserError(f"{name} must {bounds}, got {value}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the known name that is most like the given one, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+    """Options of a YAML file by name, an underscore or a hyphen between words.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or has a name that is unknown or stands there twice.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root, read = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration: {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return {}
+    if not isinstance(read, dict):
+        raise UserError(f"{path} must hold lines like `lr: 1.0e-6`, got {type(read).__name__}")
+    known, names = set(known), [str(key.value).replace("-", "_") for key, _ in root.value]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{path}: unknown option {name}{nearest(name, known)}")
+        if names.count(name) > 1:
+            raise UserError(f"{path}: the option {name} stands there twice")
+    return {str(key).replace("-", "_"): value for key, value in read.items()}
+
+
+def options_of(values: dict[str, Any]) -> PPOConfig:
+    """A PPOConfig from values as YAML gives them: lists for tuples, and 1e-6, which YAML 1.1 takes for a text."""
+    for option in dataclasses.fields(PPOConfig):
+        value = values.get(option.name)
+        if isinstance(value, list):
+            values = {**values, option.name: tuple(value)}
+        elif isinstance(value, str) and "float" in str(option.type):
+            try:
+                values = {**values, option.name: float(value)}
+            except ValueError:
+                continue  # PPOConfig names the option and the type that it wants
+    return PPOConfig(**values)
+
+
+def write_yaml(folder: Path, config: PPOConfig, others: dict[str, Any]) -> None:
+    """FOLDER/config.yaml, the resolved configuration: `others` (model, data and rewards of a run) and every option."""
+    import yaml
+
+    resolved = {**others, **dataclasses.asdict(config)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    head = "# Every option of this run. To use them again: ppo-fast train --config THIS_FILE --out ANOTHER_FOLDER\n"
+    (folder / "config.yaml").write_text(head + text, encoding="utf-8")

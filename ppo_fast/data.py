@@ -1,6 +1,12 @@
-"""Prompts: reading them from a file, and dealing them out step by step in a seeded order."""
+"""Prompts: reading them from a file or folder, turning them into tokens, and dealing them out in a seeded order.
 
+A prompt is a text, or a chat: a list of messages {"role": ..., "content": ...}, which goes through the tokenizer's chat
+template. Reward functions get it as it stands in the data.
+"""
+
+import importlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +14,42 @@ import torch
 
 from ppo_fast.errors import UserError
 
+Prompt = str | list[dict[str, Any]]
 
-def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file, each a dict whose "prompt" is the text of `prompt_field`; all other fields are kept.
+RESERVED = ("prompt", "prompts", "completions", "completion_ids")  # reward functions get these names
+
+
+def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool = False) -> list[dict[str, Any]]:
+    """Rows of a file or folder in its own order, each a dict whose "prompt" is `prompt_field`; all others are kept.
+
+    Args:
+        path: a JSON Lines file; a Parquet file (.parquet), or a folder of them, read by name; or a folder that the
+            `save_to_disk` of Hugging Face's datasets wrote. Parquet needs pyarrow, the other folder datasets.
+        prompt_field: the column with the prompt, a text or a list of messages.
+        chat: texts become a chat of one message by the user.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8, or a line is malformed, lacks the field, or has an empty
+        UserError: it cannot be read, has no rows, or a row has no usable prompt; the message names file and row.
+    """
+    path = Path(path)
+    if path.is_dir():
+        rows = _read_folder(path, prompt_field)
+    elif path.suffix == ".parquet" and path.exists():
+        rows = _read_parquet([path], prompt_field)
+    else:
+        rows = read_jsonl(path, prompt_field)
+    if chat:
+        for row in rows:
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    return rows
+
+
+def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file, each a dict whose "prompt" is that of `prompt_field`; all other fields are kept.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8, or a line is malformed, lacks the field, or has no usable
             prompt; the message names file and line.
     """
     try:
@@ -38,17 +74,128 @@ def _parse(line: str, where: str, prompt_field: str) -> dict[str, Any]:
         raise UserError(f"{where}: malformed JSON: {error.msg} (column {error.colno})") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return _row(row, where, prompt_field)
+
+
+def _row(row: dict[str, Any], where: str, prompt_field: str) -> dict[str, Any]:
     if prompt_field not in row:
         raise UserError(f"{where}: no field {prompt_field!r}; the fields are {', '.join(map(repr, row)) or 'none'}")
     prompt = row.pop(prompt_field)
-    if not isinstance(prompt, str):
-        raise UserError(f"{where}: field {prompt_field!r} must be a string, got {type(prompt).__name__}")
-    if not prompt.strip():
-        raise UserError(f"{where}: the prompt is empty")
-    for reserved in ("prompt", "prompts", "completions", "completion_ids"):
+    check_prompt(prompt, where, f"field {prompt_field!r}")
+    for reserved in RESERVED:
         if reserved in row:
             raise UserError(f"{where}: field {reserved!r} clashes with a name that reward functions get; rename it")
     return {"prompt": prompt, **row}
+
+
+def check_prompt(prompt: Any, where: str, name: str) -> None:
+    """Refuses what is neither a text that is not empty nor a chat that waits for an answer."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError(f"{where}: the prompt is empty")
+        return
+    if not isinstance(prompt, list):
+        raise UserError(f"{where}: {name} must be a string or a list of messages, got {type(prompt).__name__}")
+    if not prompt:
+        raise UserError(f"{where}: the prompt is empty: a chat without messages")
+    for number, message in enumerate(prompt, start=1):
+        right = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not right:
+            raise UserError(
+                f'{where}: message {number} must be {{"role": text, "content": text}}, got {str(message)[:80]}'
+            )
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the last message is the assistant's, which the model is to write: leave it out")
+
+
+def check_rows(rows: list[dict[str, Any]]) -> None:
+    """`check_prompt` for rows that come from Python."""
+    if not rows:
+        raise UserError("there are no prompts")
+    for number, row in enumerate(rows):
+        check_prompt(row.get("prompt"), f"prompt {number}", "it")
+
+
+def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
+    if (folder / "state.json").is_file():  # written by Dataset.save_to_disk
+        return _read_dataset(folder, prompt_field)
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
+        raise UserError(f"{folder} holds the splits {', '.join(splits)}: name one, for instance {folder / splits[0]}")
+    files = sorted(folder.glob("*.parquet"))
+    if files:
+        return _read_parquet(files, prompt_field)
+    raise UserError(f"{folder} is a folder, but neither did save_to_disk write it nor does it hold .parquet files")
+
+
+def _read_dataset(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
+    datasets = _package("datasets", folder)
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot read the data set in {folder}: {error}") from error
+    return _rows(rows, str(folder), prompt_field)
+
+
+def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, Any]]:
+    arrow, parquet = _package("pyarrow", files[0]), _package("pyarrow.parquet", files[0])
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            read = parquet.read_table(str(file), partitioning=None).to_pylist()
+        except (OSError, arrow.ArrowException) as error:
+            raise UserError(f"cannot read the prompts: {file}: {error}") from error
+        rows += _rows(read, str(file), prompt_field)
+    return rows
+
+
+def _rows(rows: Iterable[dict[str, Any]], where: str, prompt_field: str) -> list[dict[str, Any]]:
+    found = [_row(dict(row), f"{where}, row {number}", prompt_field) for number, row in enumerate(rows, start=1)]
+    if not found:
+        raise UserError(f"{where} has no prompts: it is empty")
+    return found
+
+
+def _package(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(f"{path} needs {package}: pip install {package}, or the extra ppo_fast[data]") from error
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Each prompt's tokens: of a text as the tokenizer makes them, of a chat those of its template.
+
+    The template ends where the assistant's answer begins, and has written its own special tokens: the tokenizer does
+    not add a second begin token.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    chats = [_from_template(tokenizer, prompt) for prompt in prompts if not isinstance(prompt, str)]
+    plain = iter(tokenizer(texts)["input_ids"] if texts else [])
+    templated = iter(tokenizer(chats, add_special_tokens=False)["input_ids"] if chats else [])
+    return [next(plain if isinstance(prompt, str) else templated) for prompt in prompts]
+
+
+def _from_template(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    from jinja2.exceptions import TemplateError  # here: only a chat needs it
+
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the prompts are chats, but the tokenizer has no chat template: take a model that was tuned for chat, set"
+            " tokenizer.chat_template, or give plain texts"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses the prompt {messages!s:.160}: {error}") from error
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt for people to read: a chat becomes one line for each message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 class Prompts:
@@ -60,11 +207,7 @@ class Prompts:
     """
 
     def __init__(self, rows: list[dict[str, Any]], *, seed: int = 0) -> None:
-        if not rows:
-            raise UserError("there are no prompts to train on")
-        for number, row in enumerate(rows):
-            if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise UserError(f"prompt {number} must be a string that is not empty, got {row.get('prompt')!r}")
+        check_rows(rows)
         self.rows = rows
         self.seed = seed
         self.dealt = 0  # rows given out since the start: the whole state

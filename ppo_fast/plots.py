@@ -1,10 +1,15 @@
 """Pictures of a run."""
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 CURVES = {
     "score": "score (mean of a step's answers)",
     "validation": "right answers on held-out prompts",
+    "eval/score": "score on held-out prompts",
     "kl": "KL to the reference (nats per token)",
     "entropy": "entropy (nats per token)",
     "learn/clip_fraction": "clip fraction",
@@ -13,16 +18,21 @@ CURVES = {
 }
 
 
-def draw_learning_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a metrics.jsonl, one for each step, and with evaluation one before the first."""
+    return [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
     """A PNG with one small plot for each of the first six curves that the history has."""
     from matplotlib.figure import Figure
 
-    curves = {name: label for name, label in CURVES.items() if any(name in metrics for metrics in history)}
+    curves = {name: label for name, label in CURVES.items() if any(m.get(name) is not None for m in history)}
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 3).flat
     for (name, label), axis in zip(list(curves.items())[:6], axes, strict=False):
-        points = [(metrics["step"], metrics[name]) for metrics in history if name in metrics]
+        points = [(metrics["step"], metrics[name]) for metrics in history if metrics.get(name) is not None]
         axis.plot(*zip(*points, strict=True), color="#1f77b4", linewidth=1.4)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("PPO step")
@@ -30,3 +40,64 @@ def draw_learning_curves(history: list[dict[str, float]], path: Path, title: str
     for axis in axes:  # those that no curve has taken
         axis.set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+TOKENS_DRAWN = 150  # a longer answer's picture would not be read
+
+LABELS = {
+    "reward": "reward\n(KL penalty in it)",
+    "kl": "KL to the\nreference (nats)",
+    "value": "value",
+    "advantage": "advantage",
+    "ratio": "ratio after the\nstep (log scale)",
+}
+
+
+def draw_tokens(
+    tokens: list[str], numbers: dict[str, list[float]], path: Path, title: str, clip: tuple[float, float]
+) -> None:
+    """A PNG with one row for each quantity over the tokens of an answer, the first TOKENS_DRAWN of them.
+
+    `clip` is (clip_low, clip_high): dashed lines show where the ratio's gradient stops.
+    """
+    from matplotlib.figure import Figure
+
+    count = min(len(tokens), TOKENS_DRAWN)
+    if count < len(tokens):
+        title += f" (the first {count} of {len(tokens)} tokens)"
+    figure = Figure(figsize=(max(8.0, 1.6 + 0.24 * count), 1.5 + 1.25 * len(numbers)), layout="constrained")
+    figure.suptitle(_drawable(title), fontsize=10, parse_math=False)
+    axes = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (name, values) in zip(axes, numbers.items(), strict=True):
+        _bars(axis, name, values[:count], clip)
+    axes[-1].set_xticks(
+        range(count), [_drawable(x[:16]) for x in tokens[:count]], rotation=90, fontsize=8, parse_math=False
+    )
+    axes[-1].set_xlim(-0.7, max(count, 10) - 0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axis: Any, name: str, values: list[float], clip: tuple[float, float]) -> None:
+    """Bars from 0, or for a ratio from 1; blue upwards, red downwards."""
+    heights = [math.log(x) if name == "ratio" else x for x in values]
+    axis.bar(range(len(values)), heights, color=["#d62728" if x < 0 else "#1f77b4" for x in heights], width=0.8)
+    axis.axhline(0, color="black", linewidth=0.6)
+    if name == "ratio":
+        bounds = [math.log(x) for x in (1 - clip[0], 1 + clip[1]) if x > 0]
+        for bound in bounds:
+            axis.axhline(bound, color="grey", linewidth=0.8, linestyle="--")
+        most = max(abs(x) for x in [*heights, *bounds]) * 1.15 or 1.0
+        axis.set_ylim(-most, most)
+        ticks = [-most / 1.15, 0, most / 1.15]
+        axis.set_yticks(ticks, [f"{math.exp(x):.2f}" for x in ticks])
+    axis.set_ylabel(LABELS[name], fontsize=8, rotation=0, ha="right", va="center")
+    axis.tick_params(axis="y", labelsize=8)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def _drawable(text: str) -> str:
+    """Text with a box for each character that matplotlib's own font lacks, which it would warn about one by one."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(c if font.get_char_index(ord(c)) else "\u25a1" for c in text)

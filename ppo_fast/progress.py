@@ -1,30 +1,52 @@
 """What a run shows and leaves behind: a live line, a table of answers, metrics as JSON Lines and TensorBoard events."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from ppo_fast.config import PPOConfig
+from ppo_fast.config import PPOConfig, write_yaml
+from ppo_fast.data import as_text
 from ppo_fast.errors import UserError
+from ppo_fast.models import pick_device
 from ppo_fast.rollout import Rollout
 
 SAMPLES_SHOWN = 5
 TIME_PARTS = ("sample", "reward", "advantages", "learn")
+HEADING_EVERY = 20  # lines
+
+# Heading, width, decimals, metric; with step and seconds, 120 columns hold up to 99999 steps
+COLUMNS = [
+    ("score", 8, 3, "score"),
+    ("kl", 8, 4, "kl"),
+    ("clip", 6, 3, "learn/clip_fraction"),
+    ("entropy", 8, 3, "entropy"),
+    ("exp.var", 8, 3, "explained_variance"),
+    ("grad", 7, 3, "learn/grad_norm"),
+    ("critic", 7, 3, "learn/critic_grad_norm"),
+    ("tokens", 7, 1, "answer_tokens"),
+    ("tok/s", 7, 0, "tokens_per_second"),
+    ("MiB", 7, 0, "memory_mib"),
+]
 
 
 class Progress:
     """Shows and records the metrics of each step; a context manager, so that files are closed whatever happens."""
 
-    def __init__(self, config: PPOConfig, prompts_left_out: int = 0) -> None:
+    def __init__(self, config: PPOConfig, prompts_left_out: int = 0, run_options: dict[str, Any] | None = None) -> None:
         self.config = config
+        self.run_options = run_options or {}
+        self.device = pick_device(config.device)
+        self.lines = 0
         self.console = Console(quiet=config.quiet, file=sys.stdout)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
@@ -47,6 +69,7 @@ class Progress:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics_file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             self.samples_file = (folder / "samples.jsonl").open("w", encoding="utf-8")
+            write_yaml(folder, self.config, self.run_options)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
         if self.config.tensorboard:
@@ -73,17 +96,26 @@ class Progress:
     def show(self, metrics: dict[str, float], rollout: Rollout | None) -> None:
         """One step's line, and every `show_samples_every` steps its table of answers."""
         step = int(metrics["step"])
-        if self.metrics_file is not None:
-            self.metrics_file.write(json.dumps(metrics) + "\n")
-            self.metrics_file.flush()
-        if self.events is not None:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, step)
+        metrics = {**metrics, **peak_memory(self.device)}
+        self.record(metrics)
         self.bar.update(self.task, completed=step)
-        self.console.print(_line(metrics, self.config.total_steps), soft_wrap=True)
+        if self.lines % HEADING_EVERY == 0:
+            self.console.print(heading(self.config.total_steps), style="bold", soft_wrap=True)
+        self.lines += 1
+        self.console.print(line(metrics, self.config.total_steps), soft_wrap=True, highlight=False)
         every = self.config.show_samples_every
         if rollout is not None and every and (step % every == 0 or step == 1):
             self._show_samples(rollout, step)
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Writes the metrics of one step to file and TensorBoard; what is not finite becomes null, which is JSON."""
+        if self.metrics_file is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self.metrics_file.write(json.dumps(finite) + "\n")
+            self.metrics_file.flush()
+        if self.events is not None:
+            for name, value in metrics.items():
+                self.events.add_scalar(name, value, int(metrics["step"]))
 
     def _show_samples(self, rollout: Rollout, step: int) -> None:
         table = Table(title=f"answers in step {step}", title_justify="left")
@@ -92,32 +124,58 @@ class Progress:
         table.add_column("score", justify="right")
         for row in range(min(SAMPLES_SHOWN, len(rollout))):
             prompt, answer, value = rollout.columns["prompt"][row], rollout.completions[row], rollout.scores[row]
-            table.add_row(Text(_shortened(prompt)), Text(_shortened(answer)), f"{value:.3f}")
+            table.add_row(Text(shortened(as_text(prompt))), Text(shortened(answer)), f"{value:.3f}")
             if self.metrics_file is not None:
                 sample = {"step": step, "prompt": prompt, "answer": answer, "score": value}
                 self.samples_file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         self.console.print(table)
 
 
-def _line(metrics: dict[str, float], total_steps: int) -> str:
-    """step 12/100  score 0.53  kl 0.010 ...  1.9 s: sample 45 %, reward 1 %, advantages 12 %, learn 42 %"""
-    shown = {
-        "score": metrics["score"],
-        "kl": metrics.get("kl"),
-        "clip": metrics["learn/clip_fraction"],
-        "entropy": metrics["entropy"],
-        "value loss": metrics["learn/value_loss"],
-        "tokens": metrics["answer_tokens"],
-    }
-    numbers = "  ".join(f"{name} {x:.3f}" for name, x in shown.items() if x is not None)
-    parts = {name: metrics[f"seconds/{name}"] for name in TIME_PARTS}
-    total = sum(parts.values())
-    split = ", ".join(f"{name} {100 * x / total:.0f} %" for name, x in parts.items())
-    width = len(str(total_steps))
-    return f"step {int(metrics['step']):{width}}/{total_steps}  {numbers}  {total:.2f} s: {split}"
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """memory_mib: the most that PyTorch has held on a GPU, or the process in RAM; nothing where no one counts."""
+    if device.type == "cuda":
+        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_mib": most / (2**20 if sys.platform == "darwin" else 2**10)}
 
 
-def _shortened(text: str, longest: int = 160) -> str:
+def heading(total_steps: int) -> str:
+    """The names above the numbers of `line`."""
+    names = "".join(f"{name:>{width}}" for name, width, _, _ in COLUMNS)
+    return " " * len(_step(0, total_steps)) + names + "      s sample reward adv learn"
+
+
+def line(metrics: dict[str, float], total_steps: int) -> str:
+    """One step in numbers, as wide as `heading`; what a step does not have is a hyphen."""
+    numbers = "".join(_number(metrics.get(name), width, decimals) for _, width, decimals, name in COLUMNS)
+    parts = [metrics[f"seconds/{name}"] for name in TIME_PARTS]
+    shares = [f"{100 * x / max(sum(parts), 1e-9):.0f}%" for x in parts]
+    split = "".join(f"{share:>{width}}" for share, width in zip(shares, (7, 7, 4, 6), strict=True))
+    return f"{_step(int(metrics['step']), total_steps)}{numbers}{_number(sum(parts), 7, 2)}{split}"
+
+
+def _step(step: int, total_steps: int) -> str:
+    return f"step {step:{len(str(total_steps))}}/{total_steps}"
+
+
+def _number(x: float | None, width: int, decimals: int) -> str:
+    """A number, with fewer decimals or in powers of ten where it would touch its neighbour."""
+    if x is None:
+        return f"{'-':>{width}}"
+    forms = [f"{x:.{decimals}f}", f"{x:.0f}", f"{x:.1e}", f"{x:.0e}"]
+    return f"{next((form for form in forms if len(form) < width), '...'):>{width}}"
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, which a terminal would obey, are written as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str, longest: int = 160) -> str:
     """Text for a table cell: whitespace made visible as single spaces, the middle left out where it is long."""
-    flat = " ".join(text.split()) if text.strip() else repr(text)
+    flat = printable(" ".join(text.split())) if text.strip() else repr(text)
     return flat if len(flat) <= longest else f"{flat[: longest // 2]} ... {flat[-longest // 2 :]}"

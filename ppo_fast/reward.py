@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.data import Prompt
 from ppo_fast.errors import RewardError
 from ppo_fast.rollout import Rollout
 
@@ -166,7 +167,7 @@ class RewardModel:
         self.__name__ = "reward_model"
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def __call__(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """One score for each answer."""
         ids = [self._ids(p, c) for p, c in zip(prompts, completions, strict=True)]
         scores: list[float] = []
@@ -178,11 +179,14 @@ class RewardModel:
             scores += out.logits.squeeze(-1).float().tolist()
         return scores
 
-    def _ids(self, prompt: str, completion: str) -> list[int]:
+    def _ids(self, prompt: Prompt, completion: str) -> list[int]:
         if self.tokenizer.chat_template is not None:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            turns = [*asked, {"role": "assistant", "content": completion}]
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written its own
-        else:
+        elif isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion)["input_ids"]
+        else:
+            raise RewardError("the prompts are chats, but the reward model's tokenizer has no chat template")
         return ids[-self.max_length :] if self.max_length else ids

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.data import columns
+from ppo_fast.data import check_rows, columns, prompt_ids
 from ppo_fast.errors import UserError
 from ppo_fast.heads import bare
 from ppo_fast.models import compute_in, end_tokens
@@ -52,7 +52,7 @@ def respond(
 ) -> Rollout:
     """Answers each row's prompt `samples_per_prompt` times."""
     columns_ = columns(rows, config.samples_per_prompt)
-    prompts = [tokenizer(text)["input_ids"] for text in columns_["prompt"]]
+    prompts = prompt_ids(tokenizer, columns_["prompt"])
     answers = sampler.sample(prompts, config)
     _check(answers, prompts, config)
     P, T = max(map(len, prompts)), max(map(len, answers.ids))
@@ -222,12 +222,13 @@ def drop_long_prompts(
 
     The limit is max_prompt_tokens, and what the model's positions allow.
     """
+    check_rows(rows)
     limits = [config.max_prompt_tokens]
     positions = getattr(actor.config, "max_position_embeddings", None)
     if positions is not None:
         limits.append(positions - config.max_new_tokens)
     limit = min((x for x in limits if x is not None), default=None)
-    lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows])["input_ids"]]
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]
     for row, length in zip(rows, lengths, strict=True):
         if length == 0:
             raise UserError(f"the tokenizer turns the prompt {row['prompt']!r} into no token at all")

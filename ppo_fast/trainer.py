@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompts
 from ppo_fast.errors import UserError
+from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.heads import probe
-from ppo_fast.learn import KLController, Optimizer, Reference, cut_as, evaluate, learn
+from ppo_fast.learn import Experience, KLController, Optimizer, Reference, cut_as, evaluate, learn
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -46,6 +47,7 @@ class PPOTrainer:
         reference: the frozen model of the KL penalty. If not given and kl_coef > 0: the actor without its adapters, or
             with a frozen copy of trained ones; or a copy of the actor, where it has no adapters.
         sampler: what answers prompts; the actor's own `generate` if not given.
+        eval_rows: held-out rows, as `rows`, to evaluate on.
 
     >>> trainer = PPOTrainer(config, actor, tokenizer, rows, reward)  # doctest: +SKIP
     >>> history = trainer.train()  # doctest: +SKIP
@@ -63,6 +65,7 @@ class PPOTrainer:
         critic: Critic | None = None,
         reference: PreTrainedModel | None = None,
         sampler: Sampler | None = None,
+        eval_rows: list[dict[str, Any]] | None = None,
     ) -> None:
         check_tokenizer(tokenizer, actor)
         torch.manual_seed(config.seed)
@@ -83,15 +86,26 @@ class PPOTrainer:
         self.generator = torch.Generator().manual_seed(config.seed)  # the order within minibatches
         self.steps_done = 0
         self.last_rollout: Rollout | None = None
+        self.last_experience: Experience | None = None
+        self.evaluator = self._evaluator(eval_rows)
+        self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
 
     def train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None = None) -> list[dict]:
         """Runs all steps and returns their metrics; `after_step(trainer, metrics)` may return True to stop early."""
         history = []
-        with Progress(self.config, self.prompts_left_out) as progress:
+        with Progress(self.config, self.prompts_left_out, self.run_options) as progress:
+            for note in self.evaluator.notes if self.evaluator is not None else []:
+                progress.console.print(note)
+            if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
+                progress.record({"step": 0, **evaluation.metrics})
+                self._report(evaluation, progress)
             while self.steps_done < self.config.total_steps:
                 metrics = self.step()
+                evaluation = self._evaluation()
+                metrics |= evaluation.metrics if evaluation is not None else {}
                 history.append(metrics)
                 progress.show(metrics, self.last_rollout)
+                self._report(evaluation, progress)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self.save(f"step-{self.steps_done}")
                 if after_step is not None and after_step(self, metrics):
@@ -128,7 +142,7 @@ class PPOTrainer:
         metrics = {name: x.item() for name, x in experience.metrics.items()}
         self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
-        self.last_rollout = rollout
+        self.last_rollout, self.last_experience = rollout, experience
         return {
             "step": self.steps_done,
             "score": scores.sum().item() / len(rollout),
@@ -143,6 +157,42 @@ class PPOTrainer:
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
         }
+
+    def _evaluator(self, rows: list[dict[str, Any]] | None) -> Evaluator | None:
+        if not rows:
+            if self.config.eval_every:
+                raise UserError(
+                    f"eval_every = {self.config.eval_every} needs held-out prompts: --eval-prompts FILE on the command"
+                    " line, eval_rows=... in Python"
+                )
+            return None
+        return Evaluator(
+            rows=rows,
+            trained_on=self.prompts.rows,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            policy=self.policy,
+            reference=self.reference,
+            sampler=self.sampler,
+            rewards=self.rewards,
+            reward_weights=self.reward_weights,
+        )
+
+    def _evaluation(self) -> Evaluation | None:
+        """What held-out prompts say of the policy, if it is time to ask them."""
+        if self.evaluator is None or not self.evaluator.due(self.steps_done):
+            return None
+        return self.evaluator.run(self.steps_done, self.kl_controller.coef, self.last_rollout, self.last_experience)
+
+    def _report(self, evaluation: Evaluation | None, progress: Progress) -> None:
+        """Shows and writes an evaluation, and keeps the best model in OUT/best."""
+        if evaluation is None or self.evaluator is None:
+            return
+        show(evaluation, progress.console)
+        if self.config.out is not None:
+            write(evaluation, Path(self.config.out) / "eval", self.config)
+            self.evaluator.keep_best(evaluation, self.save)
 
     def save(self, name: str) -> Path | None:
         """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT."""

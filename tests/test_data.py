@@ -1,9 +1,35 @@
-"""Prompts from a file: every defect is named with file and line; the order is seeded and complete."""
+"""Prompts from files and folders: every defect is named with file and row; the order is seeded and complete; a chat
+goes through the tokenizer's template."""
+
+import json
+import sys
 
 import pytest
+import torch
+from tiny import byte_tokenizer, tiny_llama
+from tokenizers.processors import TemplateProcessing
 
-from ppo_fast.data import Prompts, columns, read_jsonl
-from ppo_fast.errors import UserError
+from ppo_fast.config import PPOConfig
+from ppo_fast.data import Prompts, as_text, columns, prompt_ids, read_jsonl, read_prompts
+from ppo_fast.errors import RewardError, UserError
+from ppo_fast.reward import RewardModel, score
+from ppo_fast.sample import GenerateSampler, drop_long_prompts, respond
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+TEMPLATE = (
+    "<s>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat_tokenizer():
+    """A tokenizer that puts <s> before every text, and a template that writes it, too: as Llama's do."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def write(tmp_path, text: str, encoding: str = "utf-8"):
@@ -26,9 +52,13 @@ def test_rows_keep_their_other_fields_and_unicode(tmp_path):
             r"line 2: no field 'prompt'; the fields are 'question', 'answer'",
         ),
         ('{"prompt": "  "}\n', r"line 1: the prompt is empty"),
-        ('{"prompt": 3}\n', r"line 1: field 'prompt' must be a string, got int"),
+        ('{"prompt": 3}\n', r"line 1: field 'prompt' must be a string or a list of messages, got int"),
         ("[1]\n", r"line 1: expected a JSON object, got list"),
         ('{"prompt": "a", "completions": 1}\n', r"line 1: field 'completions' clashes"),
+        ('{"prompt": []}\n', r"line 1: the prompt is empty: a chat without messages"),
+        ('{"prompt": ["hi"]}\n', r"line 1: message 1 must be \{\"role\": text, \"content\": text\}, got hi"),
+        ('{"prompt": [{"role": "user", "content": ["x"]}]}\n', r"line 1: message 1 must be"),
+        ('{"prompt": [{"role": "assistant", "content": "x"}]}\n', r"line 1: the last message is the assistant's"),
         ("\n", r"has no prompts"),
     ],
 )
@@ -56,3 +86,127 @@ def test_every_row_is_dealt_once_in_each_epoch_and_the_order_is_the_seeds():
 
 def test_rows_become_columns_repeated_for_each_sample():
     assert columns([{"a": 1}, {"a": 2, "b": 3}], 2) == {"a": [1, 1, 2, 2], "b": [None, None, 3, 3]}
+
+
+ROWS = [{"question": f"q{i}", "answer": i, "tags": ["a", None]} for i in range(5)]
+EXPECTED = [{"prompt": f"q{i}", "answer": i, "tags": ["a", None]} for i in range(5)]
+
+
+def test_parquet_files_lose_a_column_or_their_order(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, rows in (("b.parquet", ROWS[3:]), ("a.parquet", ROWS[:3])):
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / name)
+    assert read_prompts(tmp_path / "a.parquet", "question") == EXPECTED[:3]
+    assert read_prompts(tmp_path, "question") == EXPECTED
+    with pytest.raises(UserError, match=r"a.parquet, row 1: no field 'prompt'; the fields are 'question', 'answer'"):
+        read_prompts(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(UserError, match=r"cannot read the prompts: .*a.parquet"):
+        read_prompts(tmp_path, "question")
+
+
+def test_chats_in_parquet_are_not_lists_of_messages(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist([{"messages": CHAT, "n": 1}]), tmp_path / "chat.parquet")
+    assert read_prompts(tmp_path / "chat.parquet", "messages") == [{"prompt": CHAT, "n": 1}]
+
+
+def test_data_set_folders_lose_a_column_or_their_order(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "whole")
+    assert read_prompts(tmp_path / "whole", "question") == EXPECTED
+    datasets.DatasetDict(train=whole, test=whole.select([4])).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match=r"holds the splits test, train: name one, for instance .*splits/test"):
+        read_prompts(tmp_path / "splits", "question")
+    assert read_prompts(tmp_path / "splits" / "test", "question") == EXPECTED[4:]
+
+
+@pytest.mark.parametrize(("name", "package"), [("x.parquet", "pyarrow"), ("folder", "datasets")])
+def test_a_missing_package_is_not_named(tmp_path, monkeypatch, name, package):
+    (tmp_path / "x.parquet").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "state.json").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        UserError, match=rf"{name} needs {package}: pip install {package}, or the extra ppo_fast\[data\]"
+    ):
+        read_prompts(tmp_path / name)
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"neither did save_to_disk write it nor does it hold \.parquet files"):
+        read_prompts(tmp_path)
+    with pytest.raises(UserError, match="No such file"):
+        read_prompts(tmp_path / "absent.parquet")
+
+
+def test_plain_prompts_become_chats_only_where_asked_to(tmp_path):
+    lines = [{"prompt": "a", "n": 1}, {"prompt": CHAT}]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in lines))
+    assert read_prompts(path) == lines
+    assert [row["prompt"] for row in read_prompts(path, chat=True)] == [[{"role": "user", "content": "a"}], CHAT]
+
+
+def test_a_chat_gets_a_second_begin_token_or_no_place_to_answer():
+    tokenizer = chat_tokenizer()
+    chat, plain, again = prompt_ids(tokenizer, [CHAT, "Why?", CHAT])
+    assert tokenizer.decode(chat) == "<s>[system]Be brief.[user]Why?[assistant]"
+    assert chat.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(plain) == "<s>Why?"
+    assert again == chat
+
+
+def test_a_template_that_is_missing_or_refuses_a_chat_is_named():
+    tokenizer = chat_tokenizer()
+    with pytest.raises(UserError, match=r"refuses the prompt .*'hidden'.*: no tools here"):
+        prompt_ids(tokenizer, [[{"role": "tool", "content": "hidden"}]])
+    with pytest.raises(UserError, match="the tokenizer has no chat template: take a model that was tuned for chat"):
+        prompt_ids(byte_tokenizer(), [CHAT])
+
+
+def test_rows_from_python_without_a_prompt_fail_in_the_tokenizer():
+    with pytest.raises(UserError, match="prompt 1: it must be a string or a list of messages, got NoneType"):
+        drop_long_prompts([{"prompt": "a"}, {"question": "b"}], byte_tokenizer(), tiny_llama(), PPOConfig())
+
+
+def test_length_filter_measures_a_chat_without_its_template():
+    """CHAT is 41 bytes with its template (<s> is one token), 13 without."""
+    tokenizer, actor = chat_tokenizer(), tiny_llama(259)
+    length = len(prompt_ids(tokenizer, [CHAT])[0])
+    assert length == 39
+    for limit, dropped in ((length, 0), (length - 1, 1)):
+        options = PPOConfig(max_prompt_tokens=limit)
+        kept, left_out = drop_long_prompts([{"prompt": "a"}, {"prompt": CHAT}], tokenizer, actor, options)
+        assert (len(kept), left_out) == (2 - dropped, dropped)
+
+
+def test_a_chat_or_a_column_does_not_reach_the_rewards_as_it_stands_in_the_data():
+    seen = {}
+
+    def reward(prompts, completions, level):
+        seen.update(prompts=prompts, level=level)
+        return [0.0] * len(completions)
+
+    options = PPOConfig(max_new_tokens=3, samples_per_prompt=2)
+    tokenizer, actor = chat_tokenizer(), tiny_llama(259)
+    rows = [{"prompt": CHAT, "level": 7}, {"prompt": "Why?", "level": 8}]
+    rollout = respond(GenerateSampler(actor, tokenizer), tokenizer, rows, options, torch.device("cpu"))
+    score(rollout, {"reward": reward}, options)
+    assert seen == {"prompts": [CHAT, CHAT, "Why?", "Why?"], "level": [7, 7, 8, 8]}
+    assert rollout.prompt_lengths[:1] == [len(prompt_ids(tokenizer, [CHAT])[0])]
+
+
+def test_a_reward_model_does_not_read_a_chat_through_its_own_template():
+    tokenizer = chat_tokenizer()
+    judge = RewardModel(tiny_llama(259), tokenizer)
+    assert tokenizer.decode(judge._ids(CHAT, "So.")) == "<s>[system]Be brief.[user]Why?[assistant]So."
+    assert tokenizer.decode(judge._ids("Why?", "So.")) == "<s>[user]Why?[assistant]So."
+    with pytest.raises(RewardError, match="the reward model's tokenizer has no chat template"):
+        RewardModel(tiny_llama(259), byte_tokenizer())._ids(CHAT, "So.")
+
+
+def test_a_chat_is_shown_with_one_line_for_each_message():
+    assert as_text(CHAT) == "system: Be brief.\nuser: Why?"
+    assert as_text("Why?") == "Why?"

@@ -24,6 +24,7 @@ LEVELS = [
     {"models", "plots"},
     {"policy"},
     {"sample", "reward", "learn", "progress"},
+    {"evaluate"},
     {"trainer", "classic"},
     {"cli", "examples", "doctor"},
 ]

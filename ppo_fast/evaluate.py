@@ -1,0 +1,320 @@
+"""Evaluation: held-out prompts are answered and judged, and one answer of the last step is explained token by token.
+
+Training does not notice: sampling has a random state of its own, the same in every evaluation, so that two of them
+differ by the policy alone.
+"""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.data import as_text
+from ppo_fast.errors import UserError
+from ppo_fast.learn import Experience, Reference, cut_as, packed
+from ppo_fast.learn import evaluate as judge
+from ppo_fast.packing import make_pack
+from ppo_fast.plots import draw_tokens
+from ppo_fast.policy import Judgement, Policy
+from ppo_fast.progress import SAMPLES_SHOWN, printable, shortened
+from ppo_fast.reward import RewardFunction, score
+from ppo_fast.rollout import Rollout
+from ppo_fast.sample import Sampler, drop_long_prompts, respond
+
+TOKENS_SHOWN = 30  # in the terminal; the file has them all
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One answer of a training step, token by token: why, and how far, the update moved the policy."""
+
+    prompt: str
+    answer: str
+    score: float
+    tokens: list[str]  # T
+    numbers: dict[str, list[float]]  # reward, kl (with a reference), value, advantage, ratio; T each
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    step: int
+    metrics: dict[str, float]  # eval/score, eval/kl, ...
+    rollout: Rollout  # the held-out answers
+    kl: list[float] | None  # of each answer, in nats
+    explained: Explained | None  # None before the first step
+
+
+def distinct(answers: list[list[int]], n: int) -> float:
+    """Different n-grams of all answers together, divided by their tokens (Li et al. 2016, section 5.2).
+
+    Comparable only between equally many answers: more of them repeat each other more often.
+
+    >>> distinct([[1, 2, 1], [1, 2]], 1), distinct([[1, 2, 1], [1, 2]], 2)  # {1, 2} and {12, 21}, of 5 tokens
+    (0.4, 0.4)
+    """
+    found = {tuple(ids[i : i + n]) for ids in answers for i in range(len(ids) - n + 1)}
+    return len(found) / max(1, sum(map(len, answers)))
+
+
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Inside this block torch, numpy and random start from `seed`; after it they go on as if it had not been."""
+    python, array = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+@dataclass
+class Evaluator:
+    """Judges the policy on held-out rows, without those that are too long; what else it needs is the trainer's."""
+
+    rows: list[dict[str, Any]]
+    trained_on: list[dict[str, Any]]
+    config: PPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    policy: Policy
+    reference: Reference
+    sampler: Sampler
+    rewards: dict[str, RewardFunction]
+    reward_weights: dict[str, float]
+    notes: list[str] = field(init=False, default_factory=list)  # what people should know of the rows
+
+    def __post_init__(self) -> None:
+        self.rows, left_out = drop_long_prompts(self.rows, self.tokenizer, self.policy.actor, self.config)
+        if left_out:
+            self.notes.append(f"{left_out} held-out prompts are too long and were left out")
+        known = {json.dumps(row["prompt"]) for row in self.trained_on}
+        twice = sum(json.dumps(row["prompt"]) in known for row in self.rows)
+        if twice:
+            self.notes.append(f"{twice} of {len(self.rows)} held-out prompts are among the training prompts, too")
+
+    def due(self, step: int) -> bool:
+        """Before the first step, every `eval_every` steps, and after the last."""
+        every = self.config.eval_every
+        return step in (0, self.config.total_steps) or bool(every and step % every == 0)
+
+    def run(
+        self, step: int, kl_coef: float, trained: Rollout | None = None, experience: Experience | None = None
+    ) -> Evaluation:
+        """Answers to all held-out prompts and their metrics; `trained` and `experience` are the last step's."""
+        explained = None
+        if trained is not None and experience is not None:
+            explained = explain(self.policy, self.tokenizer, trained, experience, with_kl=self.reference is not None)
+        config = dataclasses.replace(
+            self.config, prompts_per_step=len(self.rows), samples_per_prompt=self.config.eval_samples, minibatches=1
+        )
+        with own_random_state(config.seed):
+            rollout = respond(self.sampler, self.tokenizer, self.rows, config, self.device)
+            scores, reward_means = score(rollout, self.rewards, config, self.reward_weights)
+        minibatches = cut_as(rollout, list(range(len(rollout))), config)
+        judged = judge(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef)
+        special = set(self.tokenizer.all_special_ids)
+        words = [[i for i in ids if i not in special] for ids in rollout.completion_ids]
+        metrics = {
+            "score": scores.sum().item() / len(rollout),
+            **reward_means,
+            "answer_tokens": sum(rollout.answer_lengths) / len(rollout),
+            "ended": sum(rollout.ended) / len(rollout),
+            "distinct_1": distinct(words, 1),
+            "distinct_2": distinct(words, 2),
+            **{name: x.item() for name, x in judged.metrics.items()},
+        }
+        kl = None if self.reference is None else judged.kl.sum(1).tolist()
+        return Evaluation(step, {f"eval/{name}": x for name, x in metrics.items()}, rollout, kl, explained)
+
+    def keep_best(self, evaluation: Evaluation, save: Callable[[str], Path | None]) -> bool:
+        """Has the model saved as OUT/best if its score is higher than that of the one there; says whether it was.
+
+        OUT/best/evaluation.json names step and metrics. Before the first step nothing there counts.
+        """
+        if self.config.out is None:
+            return False
+        best, new = Path(self.config.out) / "best", Path(self.config.out) / "best.new"
+        if evaluation.step > 0 and _score_in(best) >= evaluation.metrics["eval/score"]:
+            return False
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while it saved
+        if save(new.name) is None:
+            return False
+        note = {"step": evaluation.step, **evaluation.metrics}
+        (new / "evaluation.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(best, ignore_errors=True)
+        new.rename(best)
+        return True
+
+
+def _score_in(folder: Path) -> float:
+    try:
+        return float(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["eval/score"])
+    except FileNotFoundError:
+        return float("-inf")
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'evaluation.json'} was not written by ppo-fast: remove {folder}") from error
+
+
+@torch.no_grad()
+def explain(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, experience: Experience, *, with_kl: bool
+) -> Explained:
+    """The answer that pushed the policy hardest (by its sum of |advantages|), and what the step made of it.
+
+    The ratio is p(token) after the step over p(token) when it was sampled.
+    """
+    row = int(experience.advantages.abs().sum(1).argmax())
+    length = rollout.answer_lengths[row]
+    with packed(policy):
+        after = policy(make_pack(rollout, [row]))
+    assert isinstance(after, Judgement)
+    numbers = {"reward": experience.rewards[row, :length]}
+    if with_kl:
+        numbers["kl"] = experience.kl[row, :length]
+    numbers["value"] = experience.values[row, :length]
+    numbers["advantage"] = experience.advantages[row, :length]
+    numbers["ratio"] = (after.logprobs - experience.logprobs[row, :length]).exp()
+    return Explained(
+        prompt=as_text(rollout.columns["prompt"][row]),
+        answer=rollout.completions[row],
+        score=rollout.scores[row],
+        tokens=[visible(tokenizer, i) for i in rollout.completion_ids[row]],
+        numbers={name: x.tolist() for name, x in numbers.items()},
+    )
+
+
+def visible(tokenizer: Any, token: int) -> str:
+    """A token's text with its blanks in sight; the tokenizer's own name for a part of a character."""
+    text = tokenizer.decode([token])
+    if "\ufffd" in text or not text:
+        text = str(tokenizer.convert_ids_to_tokens(token))
+    return printable(text.replace(" ", "␣"))
+
+
+def summary(evaluation: Evaluation) -> str:
+    """One line: step 10, 64 held-out answers: score 0.53, ..."""
+    shown = {
+        "score": "score",
+        "kl_per_answer": "KL per answer",
+        "answer_tokens": "tokens",
+        "ended": "ended",
+        "distinct_1": "distinct-1",
+        "distinct_2": "distinct-2",
+    }
+    m = evaluation.metrics
+    numbers = ", ".join(f"{label} {m[f'eval/{name}']:.4g}" for name, label in shown.items() if f"eval/{name}" in m)
+    return f"step {evaluation.step}, {len(evaluation.rollout)} held-out answers: {numbers}"
+
+
+def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Every held-out answer: prompt, answer, score, its tokens and, with a reference, its KL in nats."""
+    rollout = evaluation.rollout
+    rows = [
+        {"prompt": prompt, "answer": answer, "score": points, "tokens": tokens}
+        for prompt, answer, points, tokens in zip(
+            rollout.columns["prompt"], rollout.completions, rollout.scores, rollout.answer_lengths, strict=True
+        )
+    ]
+    return rows if evaluation.kl is None else [{**row, "kl": kl} for row, kl in zip(rows, evaluation.kl, strict=True)]
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """In the terminal: the summary, some held-out answers, and the explained answer."""
+    console.print(Text(summary(evaluation), style="bold"))
+    rows = samples(evaluation)[:SAMPLES_SHOWN]
+    names = ["prompt", "answer", *(name for name in rows[0] if name not in ("prompt", "answer"))]
+    table = Table(*names)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        texts = (Text(shortened(text)) for text in (as_text(row["prompt"]), row["answer"]))
+        table.add_row(*texts, *(f"{row[name]:.4g}" for name in names[2:]))
+    console.print(table)
+    explained = evaluation.explained
+    if explained is None:
+        return
+    title = f"an answer of step {evaluation.step} in training, score {explained.score:.4g}, to: {explained.prompt}"
+    console.print(Text(shortened(title)))
+    table = Table("token", *explained.numbers)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for token, *numbers in list(zip(explained.tokens, *explained.numbers.values(), strict=True))[:TOKENS_SHOWN]:
+        table.add_row(Text(token), *(f"{x:.4f}" for x in numbers))
+    if len(explained.tokens) > TOKENS_SHOWN:
+        table.add_row("...")
+    console.print(table)
+
+
+def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
+    """step-N.md with tables, step-N.jsonl with every held-out answer, step-N.png with the explained one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = folder / f"step-{evaluation.step}"
+        lines = [json.dumps(row, ensure_ascii=False) for row in samples(evaluation)]
+        name.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        name.with_suffix(".md").write_text(markdown(evaluation), encoding="utf-8")
+        if evaluation.explained is not None:
+            e = evaluation.explained
+            title = f"step {evaluation.step}, score {e.score:.4g}: {shortened(e.prompt, 100)}"
+            draw_tokens(e.tokens, e.numbers, name.with_suffix(".png"), title, clip=(config.clip_low, config.clip_high))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The whole evaluation as a page: metrics, some held-out answers, and the explained answer token by token."""
+    rows = [{**row, "prompt": as_text(row["prompt"])} for row in samples(evaluation)[:SAMPLES_SHOWN]]
+    parts = [
+        f"# Evaluation after step {evaluation.step}",
+        _table(["metric", "value"], [[name, f"{x:.6g}"] for name, x in evaluation.metrics.items()]),
+        "## Held-out answers",
+        _table(list(rows[0]), [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]),
+    ]
+    if evaluation.explained is not None:
+        e = evaluation.explained
+        parts += [
+            f"## One answer of step {evaluation.step} in training",
+            "The answer with the largest sum of |advantage|: score " + f"{e.score:.4g}" + ". The reward of a token has"
+            " the KL penalty in it (and the score at the last token), the value is what the critic expected, and the"
+            " ratio is p(token) after the step over p(token) when it was sampled.",
+            f"Prompt: {_escaped(e.prompt)}",
+            _table(
+                ["token", *e.numbers],
+                [
+                    [token, *(f"{x:.4f}" for x in numbers)]
+                    for token, *numbers in zip(e.tokens, *e.numbers.values(), strict=True)
+                ],
+            ),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(names: list[str], rows: list[list[str]]) -> str:
+    lines = [names, ["---"] * len(names), *([_escaped(x) for x in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text as Markdown shows it unchanged, in one line."""
+    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", printable(" ".join(text.split())))
