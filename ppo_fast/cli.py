@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ RUN_OPTIONS: dict[str, Any] = {
     "reward_weight": None,
     "critic_model": None,
     "pad_token": None,
+    "trust_remote_code": False,
 }
 
 
@@ -103,7 +105,19 @@ def build_parser() -> tuple[_Parser, _Parser]:
     train.add_argument(
         "--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with (default: the tokenizer's own)"
     )
-    train.add_argument("--overwrite", action="store_true", default=False, help="replace an earlier run in OUT")
+    train.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        help="run Python files that lie in the folder of --model (default: no)",
+    )
+    earlier = train.add_mutually_exclusive_group()
+    earlier.add_argument("--overwrite", action="store_true", default=False, help="replace an earlier run in OUT")
+    earlier.add_argument(
+        "--resume",
+        action="store_true",
+        default=False,
+        help="go on from the newest checkpoint in OUT, or start if there is none yet; with the same options and data",
+    )
     for option in dataclasses.fields(PPOConfig):
         _add_option(train, option)
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
@@ -214,10 +228,16 @@ def _module_from_file(path: Path) -> Any:
     return module
 
 
-def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> None:
-    """Reads what the options name, trains, and says where the results are."""
-    if config.out is not None and (Path(config.out) / "metrics.jsonl").exists() and not arguments.overwrite:
-        raise UserError(f"{config.out} already holds a run; choose another --out, or replace it with --overwrite")
+def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
+    """Reads what the options name, trains, and says where the results are; the exit status."""
+    if arguments.resume and config.out is None:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    used = config.out is not None and (Path(config.out) / "metrics.jsonl").exists()
+    if used and not (arguments.overwrite or arguments.resume):
+        raise UserError(
+            f"{config.out} already holds a run; choose another --out, go on with it with --resume, or replace it with"
+            " --overwrite"
+        )
     from ppo_fast.data import read_prompts
 
     rows, held_out = (
@@ -237,7 +257,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     from ppo_fast.reward import RewardModel
     from ppo_fast.trainer import PPOTrainer
 
-    actor, tokenizer = load_actor(run["model"], pad_token=run["pad_token"])
+    actor, tokenizer = load_actor(run["model"], pad_token=run["pad_token"], trust_remote_code=run["trust_remote_code"])
     for folder in run["reward_model"]:
         model, its_tokenizer = load_reward_model(folder)
         rewards[folder] = RewardModel(model, its_tokenizer, device=pick_device(config.device))
@@ -249,15 +269,22 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
     )
     trainer.run_options = run
+    if arguments.resume:
+        trainer.resume()
     trainer.train()
+    if trainer.stopped_by is not None:
+        if not config.quiet:
+            print(f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; with --resume it goes on")
+        return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None:
-        return
+        return 0
     from ppo_fast.plots import draw_learning_curves, read_metrics
 
     history = read_metrics(Path(config.out) / "metrics.jsonl")
     draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(run['prompts']).name}")
     if not config.quiet:
         print(f"model, metrics.jsonl, samples.jsonl, tensorboard and learning_curves.png are in {config.out}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return doctor.main(as_json=arguments.json)
     try:
-        train(arguments, *resolve(arguments, train_parser))
+        return train(arguments, *resolve(arguments, train_parser))
     except UserError as error:
         print(f"ppo-fast: error: {error}", file=sys.stderr)
         return 1

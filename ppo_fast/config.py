@@ -124,7 +124,11 @@ class PPOConfig:
     backend: str = _option("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
     out: str | None = _option(None, "folder for metrics, TensorBoard events, samples and the model")
     tensorboard: bool = _option(True, "write TensorBoard events to OUT/tensorboard")
-    save_every: int = _option(0, "save the model every n steps; 0: only at the end", 0)
+    save_every: int = _option(
+        20, "write a checkpoint to OUT/checkpoints every n steps, to go on from with --resume; 0: only when stopped", 0
+    )
+    keep_checkpoints: int = _option(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
+    merge_adapters: bool = _option(False, "save a full model instead of its LoRA adapters")
     show_samples_every: int = _option(10, "show a table of answers every n steps; 0: never", 0)
     quiet: bool = _option(False, "print nothing but errors")
 
@@ -215,4 +219,6 @@ def write_yaml(folder: Path, config: PPOConfig, others: dict[str, Any]) -> None:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     head = "# Every option of this run. To use them again: ppo-fast train --config THIS_FILE --out ANOTHER_FOLDER\n"
-    (folder / "config.yaml").write_text(head + text, encoding="utf-8")
+    unfinished = folder / "config.yaml.unfinished"  # a killed process must not leave half of it
+    unfinished.write_text(head + text, encoding="utf-8")
+    unfinished.replace(folder / "config.yaml")

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,23 +146,18 @@ class Evaluator:
         kl = None if self.reference is None else judged.kl.sum(1).tolist()
         return Evaluation(step, {f"eval/{name}": x for name, x in metrics.items()}, rollout, kl, explained)
 
-    def keep_best(self, evaluation: Evaluation, save: Callable[[str], Path | None]) -> bool:
+    def keep_best(self, evaluation: Evaluation, save: Callable[[str, dict[str, str]], Any]) -> bool:
         """Has the model saved as OUT/best if its score is higher than that of the one there; says whether it was.
 
         OUT/best/evaluation.json names step and metrics. Before the first step nothing there counts.
         """
         if self.config.out is None:
             return False
-        best, new = Path(self.config.out) / "best", Path(self.config.out) / "best.new"
+        best = Path(self.config.out) / "best"
         if evaluation.step > 0 and _score_in(best) >= evaluation.metrics["eval/score"]:
             return False
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while it saved
-        if save(new.name) is None:
-            return False
         note = {"step": evaluation.step, **evaluation.metrics}
-        (new / "evaluation.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(best, ignore_errors=True)
-        new.rename(best)
+        save(best.name, {"evaluation.json": json.dumps(note, indent=2) + "\n"})
         return True
 
 
@@ -241,7 +235,7 @@ def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def show(evaluation: Evaluation, console: Console) -> None:
     """In the terminal: the summary, some held-out answers, and the explained answer."""
-    console.print(Text(summary(evaluation), style="bold"))
+    console.print(Text(summary(evaluation), style="bold"), soft_wrap=True)
     rows = samples(evaluation)[:SAMPLES_SHOWN]
     names = ["prompt", "answer", *(name for name in rows[0] if name not in ("prompt", "answer"))]
     table = Table(*names)

@@ -45,17 +45,21 @@ def no_loading_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_actor(folder: str | Path, *, pad_token: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_actor(
+    folder: str | Path, *, pad_token: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in fp32 and its tokenizer, from a folder that `save_pretrained` wrote.
 
-    `pad_token` names a token of the vocabulary for padding where the tokenizer has none.
+    `pad_token` names a token of the vocabulary for padding where the tokenizer has none; `trust_remote_code` runs
+    Python files that lie in the folder. Nothing is downloaded.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
     try:
         with no_loading_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+            actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
     if pad_token is not None:
@@ -143,8 +147,8 @@ def load_reward_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         raise UserError(f"no reward model in {folder}: it has no config.json")
     try:
         with no_loading_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForSequenceClassification.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
     if model.config.num_labels != 1:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -42,8 +44,16 @@ COLUMNS = [
 class Progress:
     """Shows and records the metrics of each step; a context manager, so that files are closed whatever happens."""
 
-    def __init__(self, config: PPOConfig, prompts_left_out: int = 0, run_options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: PPOConfig,
+        prompts_left_out: int = 0,
+        run_options: dict[str, Any] | None = None,
+        steps_done: int = 0,
+    ) -> None:
+        """`steps_done` > 0: the files go on after that step; what they hold of later ones is cut away."""
         self.config = config
+        self.steps_done = steps_done
         self.run_options = run_options or {}
         self.device = pick_device(config.device)
         self.lines = 0
@@ -56,19 +66,21 @@ class Progress:
             console=self.console,
             disable=config.quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("PPO", total=config.total_steps)
+        self.task = self.bar.add_task("PPO", total=config.total_steps, completed=steps_done)
+        self.recorded: list[dict[str, float | None]] = []  # as in metrics.jsonl
         self.metrics_file: TextIO | None = None
         self.events: Any = None  # torch.utils.tensorboard.SummaryWriter
         if config.out is not None:
             self._open(Path(config.out))
         if prompts_left_out:
-            self.console.print(f"{prompts_left_out} prompts are too long and were left out")
+            self.say(f"{prompts_left_out} prompts are too long and were left out")
 
     def _open(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics_file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-            self.samples_file = (folder / "samples.jsonl").open("w", encoding="utf-8")
+            self.recorded = cut_back(folder, self.steps_done)
+            self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self.samples_file = (folder / "samples.jsonl").open("a", encoding="utf-8")
             write_yaml(folder, self.config, self.run_options)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
@@ -78,6 +90,8 @@ class Progress:
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve
             self.events = SummaryWriter(folder / "tensorboard")
+            for metrics in self.recorded:
+                self._add_events(metrics)
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -107,15 +121,30 @@ class Progress:
         if rollout is not None and every and (step % every == 0 or step == 1):
             self._show_samples(rollout, step)
 
+    def say(self, text: str) -> None:
+        """A sentence, as it is and in one line."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     def record(self, metrics: dict[str, float]) -> None:
         """Writes the metrics of one step to file and TensorBoard; what is not finite becomes null, which is JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.recorded.append(finite)
         if self.metrics_file is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self.metrics_file.write(json.dumps(finite) + "\n")
             self.metrics_file.flush()
         if self.events is not None:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, int(metrics["step"]))
+            self._add_events(metrics)
+
+    def _add_events(self, metrics: Mapping[str, float | None]) -> None:
+        for name, value in metrics.items():
+            self.events.add_scalar(name, math.nan if value is None else value, int(metrics["step"] or 0))
+
+    def sync(self) -> None:
+        """All that was recorded is on the disk; a checkpoint must not know of more steps than the metrics file."""
+        if self.metrics_file is not None:
+            for file in (self.metrics_file, self.samples_file):
+                file.flush()
+                os.fsync(file.fileno())
 
     def _show_samples(self, rollout: Rollout, step: int) -> None:
         table = Table(title=f"answers in step {step}", title_justify="left")
@@ -129,6 +158,25 @@ class Progress:
                 sample = {"step": step, "prompt": prompt, "answer": answer, "score": value}
                 self.samples_file.write(json.dumps(sample, ensure_ascii=False) + "\n")
         self.console.print(table)
+
+
+def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
+    """Takes what is later than `step` out of metrics.jsonl, samples.jsonl and eval/; the metrics that stay.
+
+    A killed process may have left half a line: it is later than every checkpoint.
+    """
+    kept: dict[str, list[str]] = {}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = folder / name
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() and step else []
+        kept[name] = [line for line in lines[:-1] if json.loads(line)["step"] <= step]
+        unfinished = folder / (name + ".unfinished")
+        unfinished.write_text("".join(line + "\n" for line in kept[name]), encoding="utf-8")
+        unfinished.replace(path)
+    for file in (folder / "eval").glob("step-*.*"):
+        if not step or int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
+    return [json.loads(line) for line in kept["metrics.jsonl"]]
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

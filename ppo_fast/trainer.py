@@ -1,19 +1,24 @@
 """The loop of PPO: sample, reward, learn."""
 
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompts
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
+from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import probe
+from ppo_fast.interrupt import Request, stop_requests
 from ppo_fast.learn import Experience, KLController, Optimizer, Reference, cut_as, evaluate, learn
 from ppo_fast.models import (
     AdapterReference,
@@ -22,7 +27,6 @@ from ppo_fast.models import (
     check_tokenizer,
     frozen_copy,
     is_adapted,
-    no_loading_bars,
     pick_device,
     prepare,
 )
@@ -30,6 +34,7 @@ from ppo_fast.policy import Policy
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, check_weights, score
 from ppo_fast.rollout import Rollout
+from ppo_fast.run_state import capture, digest, restore
 from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
 
 
@@ -68,8 +73,9 @@ class PPOTrainer:
         eval_rows: list[dict[str, Any]] | None = None,
     ) -> None:
         check_tokenizer(tokenizer, actor)
-        torch.manual_seed(config.seed)
+        transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         self.config = config
+        self.start_digest = digest(actor) if config.out is not None else ""  # a checkpoint knows what it began with
         self.tokenizer = tokenizer
         self.device = pick_device(config.device)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device)
@@ -89,17 +95,22 @@ class PPOTrainer:
         self.last_experience: Experience | None = None
         self.evaluator = self._evaluator(eval_rows)
         self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
+        self.notes = self.evaluator.notes if self.evaluator is not None else []  # to be said at the start
+        self.stopped_by: str | None = None  # the signal that ended `train` early
 
     def train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None = None) -> list[dict]:
-        """Runs all steps and returns their metrics; `after_step(trainer, metrics)` may return True to stop early."""
+        """Runs all steps that are left and returns their metrics; `after_step(trainer, metrics)` may return True to
+        stop early.
+
+        With an OUT, Ctrl-C and SIGTERM end it after the current step, with a checkpoint (`stopped_by` names them).
+        """
         history = []
-        with Progress(self.config, self.prompts_left_out, self.run_options) as progress:
-            for note in self.evaluator.notes if self.evaluator is not None else []:
-                progress.console.print(note)
+        self._clean_up()
+        with self._progress() as progress, self._stop_requests(progress) as request:
             if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
                 progress.record({"step": 0, **evaluation.metrics})
                 self._report(evaluation, progress)
-            while self.steps_done < self.config.total_steps:
+            while self.steps_done < self.config.total_steps and request.name is None:
                 metrics = self.step()
                 evaluation = self._evaluation()
                 metrics |= evaluation.metrics if evaluation is not None else {}
@@ -107,11 +118,33 @@ class PPOTrainer:
                 progress.show(metrics, self.last_rollout)
                 self._report(evaluation, progress)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
-                    self.save(f"step-{self.steps_done}")
+                    self._checkpoint(progress)
                 if after_step is not None and after_step(self, metrics):
                     break
-        self.save("model")
+            self.stopped_by = request.name if self.steps_done < self.config.total_steps else None
+            if self.stopped_by is not None:
+                self._checkpoint(progress)
+        if self.stopped_by is None:
+            card = model_card(self.config, self.run_options, progress.recorded)
+            self.save("model", {"README.md": card}, progress.recorded)
         return history
+
+    def resume(self, folder: str | Path | None = None) -> bool:
+        """Goes on from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
+
+        The next `train` makes bit for bit what it would have made without the interruption, on a CPU with as many
+        threads. Reward functions and samplers with a state of their own must bring it back themselves.
+
+        Raises:
+            UserError: the checkpoint is damaged, or another run's.
+        """
+        if folder is None and self.config.out is not None:
+            folder = checkpoint.newest(Path(self.config.out) / "checkpoints")
+        if folder is None:
+            return False
+        self.notes += restore(self, checkpoint.read(Path(folder)))
+        self.notes.append(f"going on after step {self.steps_done}, from {folder}")
+        return True
 
     def step(self) -> dict[str, float]:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds."""
@@ -194,15 +227,52 @@ class PPOTrainer:
             write(evaluation, Path(self.config.out) / "eval", self.config)
             self.evaluator.keep_best(evaluation, self.save)
 
-    def save(self, name: str) -> Path | None:
-        """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT."""
+    def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
+        """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
+
+        `texts` are files to add, by name; `history` the metrics to draw beside them.
+        """
         if self.config.out is None:
             return None
-        folder = Path(self.config.out) / name
-        with no_loading_bars():
-            self.actor.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-        return folder
+        return save_model(
+            self.actor,
+            self.tokenizer,
+            Path(self.config.out) / name,
+            merge_adapters=self.config.merge_adapters,
+            texts=texts,
+            history=history,
+        )
+
+    def _progress(self) -> Progress:
+        progress = Progress(self.config, self.prompts_left_out, self.run_options, self.steps_done)
+        for note in self.notes:
+            progress.say(note)
+        return progress
+
+    def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:
+        if self.config.out is None:
+            return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
+        return stop_requests(progress.say)
+
+    def _clean_up(self) -> None:
+        """Removes what an earlier run left in OUT, or a killed one left half done."""
+        if self.config.out is None:
+            return
+        out = Path(self.config.out)
+        for name in ("best", "model"):
+            checkpoint.recover(out / name)
+        checkpoint.sweep(out / "checkpoints")
+        if self.steps_done == 0:
+            for name in ("best", "checkpoints"):
+                shutil.rmtree(out / name, ignore_errors=True)
+
+    def _checkpoint(self, progress: Progress) -> None:
+        parent = Path(self.config.out or "") / "checkpoints"
+        newest = checkpoint.newest(parent)
+        written = newest is not None and newest.name == f"step-{self.steps_done}"
+        if self.config.out is not None and self.steps_done > 0 and not written:
+            progress.sync()
+            checkpoint.write(parent, self.steps_done, *capture(self), keep=self.config.keep_checkpoints)
 
 
 @contextmanager

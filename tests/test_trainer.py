@@ -194,9 +194,8 @@ def test_a_run_leaves_metrics_events_samples_and_a_model_that_loads(actor, tmp_p
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert set(sample) == {"step", "prompt", "answer", "score"}
-    for name in ("step-1", "model"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
-        assert loaded.config.vocab_size == 258
+    assert (tmp_path / "run" / "checkpoints" / "step-1" / "weights.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     trained = {k: v for k, v in loaded.state_dict().items()}
     assert all(torch.equal(trained[k], v) for k, v in actor.state_dict().items())
 

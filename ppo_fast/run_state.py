@@ -1,0 +1,188 @@
+"""What a checkpoint holds of a run: all that the next step depends on, and what shows that it is the same run."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ppo_fast.checkpoint import Checkpoint
+from ppo_fast.errors import UserError
+from ppo_fast.learn import Optimizer
+
+if TYPE_CHECKING:
+    from ppo_fast.trainer import PPOTrainer
+
+# What may change between a run and its continuation: none of it reaches the numbers, or a note says so
+FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
+FREE |= {"eval_every", "eval_samples", "device"}
+
+
+def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position."""
+    optimizers = {"actor": trainer.actor_optimizer, "critic": trainer.critic_optimizer}
+    names: dict[Tensor, str] = {p: name for name, p in trainer.policy.named_parameters()}
+    moments = {
+        f"{which}/{names[p]}/{key}": value
+        for which, optimizer in optimizers.items()
+        for p, slots in optimizer.adamw.state.items()
+        for key, value in slots.items()
+    }
+    randoms = {"torch": torch.get_rng_state(), "order": trainer.generator.get_state()}
+    if torch.cuda.is_available():
+        randoms |= {f"cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "run": identity(trainer),
+        "made_with": made_with(trainer),
+        "kl_coef": trainer.kl_controller.coef,
+        "dealt": trainer.prompts.dealt,
+        "updates": {which: optimizer.schedule.last_epoch for which, optimizer in optimizers.items()},
+        "python_random": random.getstate(),
+        "numpy_random": [kind, np.asarray(keys).tolist(), *rest],
+    }
+    weights = {name: x.detach() for name, x in learned(trainer.policy)}
+    return {"weights": weights, "optimizers": moments, "random": randoms}, state
+
+
+def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
+    """Puts a new trainer in the state of a checkpoint; what people should know of it, in sentences.
+
+    Raises:
+        UserError: it is another run's: the message says in what it differs.
+    """
+    state = checkpoint.state
+    _refuse_another_run(identity(trainer), state["run"], checkpoint)
+    _load(dict(learned(trainer.policy)), checkpoint.tensors["weights"], checkpoint)
+    parameters = dict(trainer.policy.named_parameters())
+    for which, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
+        _restore_moments(optimizer, parameters, checkpoint.tensors["optimizers"], which)
+        _restore_schedule(optimizer, state["updates"][which])
+    trainer.kl_controller.coef = state["kl_coef"]
+    trainer.prompts.dealt = state["dealt"]
+    trainer.steps_done = state["step"]
+    trainer.generator.set_state(checkpoint.tensors["random"]["order"])
+    notes = _differences(made_with(trainer), state["made_with"])
+    _restore_random(checkpoint)
+    return notes
+
+
+def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors that training changes. Frozen weights come from the start model, again."""
+    kept = policy.state_dict(keep_vars=True).keys()
+    yield from ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+    yield from ((name, b) for name, b in policy.named_buffers() if name in kept)
+
+
+def identity(trainer: "PPOTrainer") -> dict[str, Any]:
+    """What makes two runs the same run."""
+    rows = json.dumps(trainer.prompts.rows, sort_keys=True, default=repr)
+    return {
+        "config": json.loads(json.dumps(dataclasses.asdict(trainer.config))),  # tuples become lists, as on the disk
+        "start model": trainer.start_digest,
+        "prompts": hashlib.sha256(rows.encode()).hexdigest(),
+        "rewards and their weights": trainer.reward_weights,
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """A short name for the values of all parameters: the same on every device, in any order of summation."""
+    found = hashlib.sha256()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, p in model.named_parameters():
+        bits = p.detach().contiguous().view(integers[p.element_size()])
+        found.update(f"{name} {tuple(p.shape)} {p.dtype} {bits.sum(dtype=torch.int64).item()}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
+    """What may change the last bits of a run, and does not forbid going on."""
+    return {
+        "threads": torch.get_num_threads(),
+        "device": trainer.device.type,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _refuse_another_run(here: dict[str, Any], there: dict[str, Any], checkpoint: Checkpoint) -> None:
+    options, saved = here["config"], there["config"]
+    free = FREE | ({"total_steps"} if options["lr_schedule"] == "constant" else set())
+    changed = [name for name in options if name not in free and options[name] != saved.get(name)]
+    if changed:
+        named = ", ".join(f"{name} was {saved.get(name)} and is {options[name]}" for name in changed)
+        raise UserError(
+            f"{checkpoint.folder} belongs to a run with other options: {named}; take those of its config.yaml"
+        )
+    if options["total_steps"] < checkpoint.state["step"]:
+        raise UserError(
+            f"{checkpoint.folder} is beyond total_steps = {options['total_steps']}: there is nothing to go on with"
+        )
+    for name in ("start model", "prompts", "rewards and their weights"):
+        if here[name] != there[name]:
+            values = f" ({there[name]} there, {here[name]} here)" if name.startswith("rewards") else ""
+            raise UserError(f"{checkpoint.folder} belongs to another run: its {name} differ{values}")
+
+
+def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    odd = sorted(targets.keys() ^ saved.keys())
+    odd += [name for name in targets.keys() & saved.keys() if targets[name].shape != saved[name].shape]
+    if odd:
+        raise UserError(
+            f"{checkpoint.folder} belongs to another model: {odd[0]} is missing, or of another shape, on one side"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(saved[name])
+
+
+def _restore_moments(
+    optimizer: Optimizer, parameters: dict[str, nn.Parameter], saved: dict[str, Tensor], which: str
+) -> None:
+    optimizer.adamw.state.clear()
+    for key, value in saved.items():
+        owner, rest = key.split("/", 1)
+        name, slot = rest.rsplit("/", 1)
+        if owner == which:
+            parameter = parameters[name]
+            counts = slot == "step" and not optimizer.adamw.defaults["fused"]  # AdamW keeps its step on the CPU then
+            optimizer.adamw.state[parameter][slot] = value.clone() if counts else value.to(parameter.device)
+
+
+def _restore_schedule(optimizer: Optimizer, updates: int) -> None:
+    """The learning rate after so many updates."""
+    schedule = optimizer.schedule
+    schedule.last_epoch = updates
+    rates = [base * scale(updates) for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = rates
+    for group, rate in zip(optimizer.adamw.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _restore_random(checkpoint: Checkpoint) -> None:
+    saved, state = checkpoint.tensors["random"], checkpoint.state
+    torch.set_rng_state(saved["torch"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda-{i}" in saved:
+            torch.cuda.set_rng_state(saved[f"cuda-{i}"], i)
+    version, keys, gauss = state["python_random"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, *rest = state["numpy_random"]
+    np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
+
+
+def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    """The numbers go on, but perhaps not with the same last bits."""
+    return [
+        f"{name} was {there.get(name)} and is {value} now: the run goes on, but not bit for bit as it would have"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]
