@@ -69,9 +69,14 @@ def write(
         whole = f"{last} is whole, and a run goes on from there with --resume" if last else "there is none before it"
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the checkpoint of step {step} could not be written to {parent}: {reason}; {whole}") from error
+    prune(parent, keep)
+    return folder
+
+
+def prune(parent: Path, keep: int) -> None:
+    """Removes all but the newest `keep`."""
     for old in _all(parent)[:-keep]:
         remove(old)
-    return folder
 
 
 def newest(parent: Path) -> Path | None:

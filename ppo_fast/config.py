@@ -28,7 +28,7 @@ class PPOConfig:
 
     # The loop
     total_steps: int = _option(100, "PPO steps: rounds of sample, reward, learn", 1)
-    prompts_per_step: int = _option(64, "prompts sampled in each step", 1)
+    prompts_per_step: int = _option(64, "prompts sampled in each step, by all processes together", 1)
     samples_per_prompt: int = _option(1, "answers sampled for each prompt", 1)
     seed: int = _option(0, "seed of everything random: data order, sampling, minibatches", 0)
 
@@ -121,6 +121,11 @@ class PPOConfig:
 
     # Machine and output
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    parallel: str = _option(
+        "auto",
+        "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",
+        choices=("auto", "ddp", "fsdp"),
+    )
     backend: str = _option("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
     out: str | None = _option(None, "folder for metrics, TensorBoard events, samples and the model")
     tensorboard: bool = _option(True, "write TensorBoard events to OUT/tensorboard")

@@ -27,6 +27,7 @@ from ppo_fast.errors import UserError
 from ppo_fast.learn import Experience, Reference, cut_as, packed
 from ppo_fast.learn import evaluate as judge
 from ppo_fast.packing import make_pack
+from ppo_fast.parallel import ONE, World
 from ppo_fast.plots import draw_tokens
 from ppo_fast.policy import Judgement, Policy
 from ppo_fast.progress import SAMPLES_SHOWN, printable, shortened
@@ -101,10 +102,13 @@ class Evaluator:
     sampler: Sampler
     rewards: dict[str, RewardFunction]
     reward_weights: dict[str, float]
+    world: World = ONE
     notes: list[str] = field(init=False, default_factory=list)  # what people should know of the rows
 
     def __post_init__(self) -> None:
         self.rows, left_out = drop_long_prompts(self.rows, self.tokenizer, self.policy.actor, self.config)
+        if len(self.rows) < self.world.size:
+            raise UserError(f"{len(self.rows)} held-out prompts are too few for {self.world.size} processes")
         if left_out:
             self.notes.append(f"{left_out} held-out prompts are too long and were left out")
         known = {json.dumps(row["prompt"]) for row in self.trained_on}
@@ -127,11 +131,14 @@ class Evaluator:
         config = dataclasses.replace(
             self.config, prompts_per_step=len(self.rows), samples_per_prompt=self.config.eval_samples, minibatches=1
         )
+        world = self.world
         with own_random_state(config.seed):
-            rollout = respond(self.sampler, self.tokenizer, self.rows, config, self.device)
-            scores, reward_means = score(rollout, self.rewards, config, self.reward_weights)
-        minibatches = cut_as(rollout, list(range(len(rollout))), config)
-        judged = judge(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef)
+            mine = respond(self.sampler, self.tokenizer, world.share(self.rows), config, self.device)
+            scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
+        reward_means = world.mean(reward_means, len(mine))
+        rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
+        minibatches = cut_as(rollout, list(range(len(rollout))), config, world)
+        judged = judge(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world)
         special = set(self.tokenizer.all_special_ids)
         words = [[i for i in ids if i not in special] for ids in rollout.completion_ids]
         metrics = {
@@ -154,7 +161,8 @@ class Evaluator:
         if self.config.out is None:
             return False
         best = Path(self.config.out) / "best"
-        if evaluation.step > 0 and _score_in(best) >= evaluation.metrics["eval/score"]:
+        known = _score_in(best) if self.world.first and evaluation.step > 0 else float("-inf")
+        if self.world.any(known >= evaluation.metrics["eval/score"]):
             return False
         note = {"step": evaluation.step, **evaluation.metrics}
         save(best.name, {"evaluation.json": json.dumps(note, indent=2) + "\n"})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import ppo_fast
@@ -34,6 +35,7 @@ def save_model(
     folder: Path,
     *,
     merge_adapters: bool = False,
+    weights: dict[str, Tensor] | None = None,
     texts: Mapping[str, str] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
@@ -42,6 +44,7 @@ def save_model(
     Args:
         actor: a transformers model, or a PeftModel: then the folder holds its active adapter alone.
         merge_adapters: adapters become part of a full model's weights; the actor itself stays as it is.
+        weights: the actor's state dict, where it holds only a part of each (FSDP2).
         texts: files to add by name, such as README.md.
         history: metrics of each step, for a picture of the curves beside them.
 
@@ -54,9 +57,9 @@ def save_model(
         new.mkdir(parents=True)
         with no_loading_bars():
             if is_adapted(actor) and not merge_adapters:
-                actor.save_pretrained(new, selected_adapters=[actor.active_adapter])
+                actor.save_pretrained(new, selected_adapters=[actor.active_adapter], state_dict=weights)
             else:
-                merged(actor).save_pretrained(new)
+                merged(actor).save_pretrained(new, state_dict=weights)
             tokenizer.save_pretrained(new)
         for name, text in (texts or {}).items():
             (new / name).write_text(text, encoding="utf-8")

@@ -16,9 +16,10 @@ import ppo_fast as ppo
 from ppo_fast.attention import packed_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import NonFiniteError
-from ppo_fast.models import AdapterReference, compute_in, recomputing
-from ppo_fast.packing import Pack, cut
-from ppo_fast.policy import Judgement, Policy, Targets, logprobs_of
+from ppo_fast.models import AdapterReference, recomputing
+from ppo_fast.packing import Pack, cut, make_pack
+from ppo_fast.parallel import ONE, World, full
+from ppo_fast.policy import FrozenReference, Judgement, Policy, Targets
 from ppo_fast.rollout import Rollout
 
 
@@ -37,7 +38,7 @@ class Experience:
     metrics: dict[str, Tensor]  # 0-dim, on the device
 
 
-Reference = nn.Module | AdapterReference | None
+Reference = FrozenReference | AdapterReference | None
 
 
 @contextmanager
@@ -57,21 +58,34 @@ def evaluate(
     config: PPOConfig,
     *,
     kl_coef: float | None = None,
+    world: World = ONE,
 ) -> Experience:
-    """Log-probabilities of actor and reference, values, rewards, advantages and returns. No reference: no KL."""
+    """Log-probabilities of actor and reference, values, rewards, advantages and returns. No reference: no KL.
+
+    Each process judges its packs, and all of them come to know the whole.
+    """
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     mask = rollout.answer_mask
-    old, ref, values, entropy = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
+    judged_here = torch.zeros(4, *mask.shape, device=mask.device)
+    old, ref, values, entropy = judged_here
     after = torch.zeros(len(rollout), device=mask.device)
+    filler = filler_of(rollout) if world.size > 1 else None
     with torch.no_grad(), packed(policy, reference):
-        for pack in (pack for minibatch in minibatches for pack in minibatch):
+        for own in (pack for minibatch in minibatches for pack in world.deal(minibatch)):
+            pack = own or filler
+            assert pack is not None
             judged = policy(pack)
             assert isinstance(judged, Judgement)
+            ref_logprobs = None if reference is None else reference_logprobs(policy, reference, pack)
+            if own is None:
+                continue
             for target, source in ((old, judged.logprobs), (entropy, judged.entropy), (values, judged.values)):
                 pack.put(target, source)
             after[torch.tensor(pack.sequences, device=mask.device)] = judged.values_after
-            if reference is not None:
-                pack.put(ref, reference_logprobs(policy, reference, pack))
+            if ref_logprobs is not None:
+                pack.put(ref, ref_logprobs)
+    world.sum(judged_here)
+    world.sum(after)
     if reference is None:
         ref = old
     out = ppo.rlhf_advantages(
@@ -121,14 +135,19 @@ def _importance(
     return gap.exp().clamp(max=config.importance_cap)
 
 
-def reference_logprobs(policy: Policy, reference: nn.Module | AdapterReference, pack: Pack) -> Tensor:
+def reference_logprobs(policy: Policy, reference: FrozenReference | AdapterReference, pack: Pack) -> Tensor:
     """Log-probabilities [n] of a pack's answer tokens under the reference."""
-    config, device = policy.config, pack.input_ids.device
-    with compute_in(config.dtype, device):
-        if isinstance(reference, AdapterReference):
-            with reference():
-                return logprobs_of(policy.actor, policy.head, pack, config)[0]
-        return logprobs_of(reference, policy.head, pack, config)[0]
+    if isinstance(reference, AdapterReference):
+        found = policy(pack, reference=reference)
+        assert isinstance(found, Tensor)
+        return found
+    return reference(pack)
+
+
+def filler_of(rollout: Rollout) -> Pack:
+    """What a process without a pack of its own runs and does not count, since the others wait for it: little."""
+    shortest = min(range(len(rollout)), key=lambda i: rollout.prompt_lengths[i] + rollout.answer_lengths[i])
+    return make_pack(rollout, [shortest])
 
 
 class Optimizer:
@@ -154,7 +173,7 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Clips the gradient to max_grad_norm and returns the norm it had, a device scalar."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        return full(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
 
     def step(self) -> None:
         self.adamw.step()
@@ -174,6 +193,7 @@ def learn(
     *,
     kl_coef: float | None = None,
     train_actor: bool = True,
+    world: World = ONE,
 ) -> list[dict[str, float]]:
     """All epochs over one rollout; the statistics of every minibatch, in order.
 
@@ -183,14 +203,22 @@ def learn(
     """
     history: list[dict[str, float]] = []
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
+    filler = filler_of(rollout) if world.size > 1 else None
     with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
         for epoch in range(config.epochs):
             if epoch > 0:
                 order = torch.randperm(len(rollout), generator=generator).tolist()
-                minibatches = cut_as(rollout, order, config)
+                minibatches = cut_as(rollout, order, config, world)
             for minibatch in minibatches:
                 stats = accumulate_gradients(
-                    policy, minibatch, experience, config, kl_coef=kl_coef, train_actor=train_actor
+                    policy,
+                    minibatch,
+                    experience,
+                    config,
+                    kl_coef=kl_coef,
+                    train_actor=train_actor,
+                    world=world,
+                    filler=filler,
                 )
                 if train_actor:
                     stats["grad_norm"] = actor_optimizer.clip()
@@ -207,9 +235,15 @@ def learn(
     return history
 
 
-def cut_as(rollout: Rollout, order: list[int], config: PPOConfig) -> list[list[Pack]]:
-    """`packing.cut` as the options say."""
-    return cut(rollout, order, minibatches=config.minibatches, max_tokens=config.micro_batch_tokens)
+def cut_as(rollout: Rollout, order: list[int], config: PPOConfig, world: World = ONE) -> list[list[Pack]]:
+    """`packing.cut` as the options say, with packs for all processes."""
+    return cut(
+        rollout,
+        order,
+        minibatches=config.minibatches,
+        max_tokens=config.micro_batch_tokens,
+        multiple_of=world.size,
+    )
 
 
 def _forget(*optimizers: Optimizer) -> None:
@@ -226,30 +260,59 @@ def accumulate_gradients(
     kl_coef: float = 0.0,
     train_actor: bool = True,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    world: World = ONE,
+    filler: Pack | None = None,
 ) -> dict[str, Tensor]:
     """Adds one minibatch's gradient to actor and critic and returns its statistics.
 
-    The loss is normalised by the minibatch's own count, so that the gradient does not depend on the packs.
+    The loss is normalised by the minibatch's own count, so that the gradient does not depend on the packs. Of several
+    processes each runs its packs; one that has none left runs `filler`, which counts nothing.
     """
     tokens = sum(pack.size for pack in minibatch)
     sequences = sum(len(pack.sequences) for pack in minibatch)
-    in_loss = config.kl_in == "loss" and kl_coef > 0
+    denominator = float(tokens if config.aggregation == "token-mean" else sequences)
     collected = []
-    for pack in minibatch:
-        targets = Targets(
-            old_logprobs=pack.of(experience.logprobs),
-            advantages=pack.of(experience.advantages),
-            old_values=pack.of(experience.values),
-            returns=pack.of(experience.returns),
-            ref_logprobs=pack.of(experience.ref_logprobs) if in_loss else None,
-            weights=None if experience.weights is None else pack.of(experience.weights),
-            denominator=float(tokens if config.aggregation == "token-mean" else sequences),
-            kl_coef=kl_coef,
-        )
-        loss, stats = policy(pack, targets, train_actor=train_actor)
-        backward(loss)
-        collected.append((pack.size / tokens, {"loss": loss.detach(), **stats}))
-    return merge_stats(collected)
+    mine = world.deal(minibatch)
+    for number, own in enumerate(mine, start=1):
+        pack = own or filler
+        assert pack is not None
+        with world.last_only(number == len(mine)):
+            targets = _targets(pack, experience, config, kl_coef, denominator)
+            loss, stats = world.module(policy)(pack, targets, train_actor=train_actor)
+            # DDP and FSDP2 divide the sum over processes by their number
+            backward(loss * (world.size if own else 0.0) if world.size > 1 else loss)
+        stats = {"loss": loss.detach(), **stats}
+        collected.append((pack.size / tokens, stats) if own else (0.0, {name: _nothing(name, stats) for name in stats}))
+    return _over_processes(merge_stats(collected), world)
+
+
+def _targets(pack: Pack, experience: Experience, config: PPOConfig, kl_coef: float, denominator: float) -> Targets:
+    in_loss = config.kl_in == "loss" and kl_coef > 0
+    return Targets(
+        old_logprobs=pack.of(experience.logprobs),
+        advantages=pack.of(experience.advantages),
+        old_values=pack.of(experience.values),
+        returns=pack.of(experience.returns),
+        ref_logprobs=pack.of(experience.ref_logprobs) if in_loss else None,
+        weights=None if experience.weights is None else pack.of(experience.weights),
+        denominator=denominator,
+        kl_coef=kl_coef,
+    )
+
+
+def _nothing(name: str, stats: dict[str, Tensor]) -> Tensor:
+    """A filler's part of a statistic."""
+    return torch.full_like(stats[name], float("-inf") if name.endswith("_max") else 0.0)
+
+
+def _over_processes(stats: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    if world.size == 1:
+        return stats
+    for maxima, reduce in ((False, world.sum), (True, world.largest)):
+        names = [name for name in stats if name.endswith("_max") is maxima]
+        if names:
+            stats |= zip(names, reduce(torch.stack([stats[name].float() for name in names])), strict=True)
+    return stats
 
 
 def merge_stats(collected: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -68,22 +68,29 @@ def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
     )
 
 
-def cut(rollout: Rollout, order: list[int], *, minibatches: int, max_tokens: int) -> list[list[Pack]]:
+def cut(
+    rollout: Rollout, order: list[int], *, minibatches: int, max_tokens: int, multiple_of: int = 1
+) -> list[list[Pack]]:
     """Rows in the given order, cut into minibatches of as equal a number of sequences as can be, each into packs.
 
     A pack holds at most `max_tokens` tokens, or one sequence that is longer. A minibatch's packs are balanced: the
-    longest sequences are dealt first, each to the emptiest pack.
+    longest sequences are dealt first, each to the emptiest pack. Their number is a multiple of `multiple_of`, if there
+    are sequences enough.
     """
     parts = torch.tensor(order).tensor_split(minibatches)
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
-    return [[make_pack(rollout, rows) for rows in balance(part.tolist(), lengths, max_tokens)] for part in parts]
+    return [
+        [make_pack(rollout, rows) for rows in balance(part.tolist(), lengths, max_tokens, multiple_of)]
+        for part in parts
+    ]
 
 
-def balance(sequences: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+def balance(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
     """Sequences in as few groups as their tokens need at best, or in more where they do not fit."""
     longest_first = sorted(sequences, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     count = max(1, -(-sum(lengths[i] for i in sequences) // max_tokens))
     while True:
+        count = -(-count // multiple_of) * multiple_of
         groups: list[list[int]] = [[] for _ in range(min(count, len(sequences)))]
         filled = [0] * len(groups)
         for i in longest_first:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ppo_fast as ppo
 from ppo_fast.config import PPOConfig
 from ppo_fast.heads import Head, decoder_of, head_of, hidden_states, own_logits
-from ppo_fast.models import Critic, compute_in
+from ppo_fast.models import AdapterReference, Critic, compute_in
 from ppo_fast.packing import Pack
 
 
@@ -58,11 +58,27 @@ class Policy(nn.Module):
         return compute_in(self.config.dtype, next(self.actor.parameters()).device)
 
     def forward(
-        self, pack: Pack, targets: Targets | None = None, *, train_actor: bool = True
-    ) -> Judgement | tuple[Tensor, dict[str, Tensor]]:
-        """Without targets what actor and critic say of the pack; with them the loss, and its statistics."""
+        self,
+        pack: Pack,
+        targets: Targets | None = None,
+        *,
+        train_actor: bool = True,
+        reference: AdapterReference | None = None,
+    ) -> Judgement | tuple[Tensor, dict[str, Tensor]] | Tensor:
+        """Without targets what actor and critic say of the pack; with them the loss, and its statistics.
+
+        With `reference` the log-probabilities [n] under the actor's own weights without, or with other, adapters.
+        """
         with self.autocast():
+            if reference is not None:
+                with reference():
+                    return logprobs_of(self.actor, self.head, pack, self.config)[0]
             return self._judge(pack) if targets is None else self._loss(pack, targets, train_actor)
+
+    def generate(self, **options: Any) -> Any:
+        """The actor's own; through here, so that FSDP2 has its weights gathered."""
+        actor: Any = self.actor
+        return actor.generate(**options)
 
     def _judge(self, pack: Pack) -> Judgement:
         hidden = self._hidden(pack) if self._wants_hidden() else None
@@ -131,6 +147,21 @@ class Policy(nn.Module):
             return hidden_states(self.critic.backbone, pack, packed=self.head.packed)
         assert hidden is not None
         return hidden
+
+
+class FrozenReference(nn.Module):
+    """A model that never learns, and what the KL penalty asks it."""
+
+    def __init__(self, model: nn.Module, head: Head, config: PPOConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.config = config
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Log-probabilities [n] of the pack's answer tokens."""
+        with compute_in(self.config.dtype, pack.input_ids.device):
+            return logprobs_of(self.model, self.head, pack, self.config)[0]
 
 
 def logprobs_of(

@@ -1,5 +1,6 @@
 """The rollout: prompts and their answers, as tensors and as text."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -38,3 +39,8 @@ class Rollout:
         """The answers' tokens, end token included."""
         answers = self.tokens[:, -self.answer_width :].tolist()
         return [ids[:length] for ids, length in zip(answers, self.answer_lengths, strict=True)]
+
+    def to(self, device: torch.device) -> "Rollout":
+        """The same rollout with its tensors on a device."""
+        logprobs = None if self.logprobs is None else self.logprobs.to(device)
+        return dataclasses.replace(self, tokens=self.tokens.to(device), logprobs=logprobs)

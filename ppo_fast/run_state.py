@@ -16,44 +16,56 @@ from torch import Tensor, nn
 from ppo_fast.checkpoint import Checkpoint
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
+from ppo_fast.parallel import copy_full, full, like
 
 if TYPE_CHECKING:
     from ppo_fast.trainer import PPOTrainer
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device"}
+FREE |= {"eval_every", "eval_samples", "device", "parallel"}
 
 
 def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position."""
+    """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position.
+
+    Collective: each process takes part, and the first has it all. Tensors are whole, whoever holds them.
+    """
     optimizers = {"actor": trainer.actor_optimizer, "critic": trainer.critic_optimizer}
     names: dict[Tensor, str] = {p: name for name, p in trainer.policy.named_parameters()}
     moments = {
-        f"{which}/{names[p]}/{key}": value
+        f"{which}/{names[p]}/{key}": full(value)
         for which, optimizer in optimizers.items()
-        for p, slots in optimizer.adamw.state.items()
-        for key, value in slots.items()
+        for p in optimizer.parameters
+        for key, value in optimizer.adamw.state.get(p, {}).items()
     }
-    randoms = {"torch": torch.get_rng_state(), "order": trainer.generator.get_state()}
-    if torch.cuda.is_available():
-        randoms |= {f"cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, *rest = np.random.get_state()
+    randoms = {"order": trainer.generator.get_state()}
+    states = trainer.world.gather(random_state())
+    for rank, (tensors, _) in enumerate(states):
+        randoms |= {f"{name}-of-{rank}": x for name, x in tensors.items()}
     state = {
         "run": identity(trainer),
         "made_with": made_with(trainer),
         "kl_coef": trainer.kl_controller.coef,
         "dealt": trainer.prompts.dealt,
         "updates": {which: optimizer.schedule.last_epoch for which, optimizer in optimizers.items()},
-        "python_random": random.getstate(),
-        "numpy_random": [kind, np.asarray(keys).tolist(), *rest],
+        "random": [words for _, words in states],
     }
-    weights = {name: x.detach() for name, x in learned(trainer.policy)}
+    weights = {name: full(x.detach()) for name, x in learned(trainer.policy)}
     return {"weights": weights, "optimizers": moments, "random": randoms}, state
 
 
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This process's generators: torch's as tensors, Python's and numpy's as JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+
+
 def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
-    """Puts a new trainer in the state of a checkpoint; what people should know of it, in sentences.
+    """Puts a new trainer in the state of a checkpoint; what people should know of it, in sentences. Collective.
 
     Raises:
         UserError: it is another run's: the message says in what it differs.
@@ -69,9 +81,12 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
     trainer.prompts.dealt = state["dealt"]
     trainer.steps_done = state["step"]
     trainer.generator.set_state(checkpoint.tensors["random"]["order"])
-    notes = _differences(made_with(trainer), state["made_with"])
-    _restore_random(checkpoint)
-    return notes
+    here, there = made_with(trainer), state["made_with"]
+    if here["processes"] == there["processes"]:
+        _restore_random(checkpoint, trainer.world.rank)
+    else:  # no state belongs to this process: new ones, which no earlier step has used
+        transformers.set_seed(trainer.config.seed + 1_000_003 * trainer.steps_done + trainer.world.rank)
+    return _differences(here, there)
 
 
 def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -105,6 +120,7 @@ def digest(model: nn.Module) -> str:
 def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
     """What may change the last bits of a run, and does not forbid going on."""
     return {
+        "processes": trainer.world.size,
         "threads": torch.get_num_threads(),
         "device": trainer.device.type,
         "machine": platform.machine(),
@@ -141,7 +157,7 @@ def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Chec
         )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(saved[name])
+            copy_full(target, saved[name])
 
 
 def _restore_moments(
@@ -154,7 +170,10 @@ def _restore_moments(
         if owner == which:
             parameter = parameters[name]
             counts = slot == "step" and not optimizer.adamw.defaults["fused"]  # AdamW keeps its step on the CPU then
-            optimizer.adamw.state[parameter][slot] = value.clone() if counts else value.to(parameter.device)
+            if slot == "step":
+                optimizer.adamw.state[parameter][slot] = value.clone() if counts else value.to(parameter.device)
+            else:
+                optimizer.adamw.state[parameter][slot] = like(parameter, value)
 
 
 def _restore_schedule(optimizer: Optimizer, updates: int) -> None:
@@ -167,15 +186,14 @@ def _restore_schedule(optimizer: Optimizer, updates: int) -> None:
         group["lr"] = rate
 
 
-def _restore_random(checkpoint: Checkpoint) -> None:
-    saved, state = checkpoint.tensors["random"], checkpoint.state
-    torch.set_rng_state(saved["torch"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda-{i}" in saved:
-            torch.cuda.set_rng_state(saved[f"cuda-{i}"], i)
-    version, keys, gauss = state["python_random"]
+def _restore_random(checkpoint: Checkpoint, rank: int) -> None:
+    saved, state = checkpoint.tensors["random"], checkpoint.state["random"][rank]
+    torch.set_rng_state(saved[f"torch-of-{rank}"])
+    if torch.cuda.is_available() and f"cuda-of-{rank}" in saved:
+        torch.cuda.set_rng_state(saved[f"cuda-of-{rank}"])
+    version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, words, *rest = state["numpy_random"]
+    kind, words, *rest = state["numpy"]
     np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
 
 

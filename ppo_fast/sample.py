@@ -1,6 +1,6 @@
 """Sample: prompts are answered, by the actor's own `generate` or by another engine, and become a rollout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from ppo_fast.data import check_rows, columns, prompt_ids
 from ppo_fast.errors import UserError
 from ppo_fast.heads import bare
 from ppo_fast.models import compute_in, end_tokens
+from ppo_fast.parallel import ONE, World
 from ppo_fast.rollout import Rollout
 
 
@@ -96,18 +97,46 @@ def _check(answers: Answers, prompts: list[list[int]], config: PPOConfig) -> Non
 
 
 class GenerateSampler:
-    """The actor's own `generate`, with a KV cache and padding on the left."""
+    """The actor's own `generate`, with a KV cache and padding on the left.
 
-    def __init__(self, actor: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    With FSDP2 all processes generate in step, through `call`, which gathers the weights.
+    """
+
+    def __init__(
+        self,
+        actor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        world: World = ONE,
+        call: Callable[..., Any] | None = None,
+    ) -> None:
         self.actor = actor
         self.tokenizer = tokenizer
+        self.world = world
+        self.call = call
 
     def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
         """Answers in batches of config.sample_batch_size."""
         whole = Answers([], [], [])
         assert whole.logprobs is not None
-        for start in range(0, len(prompts), config.sample_batch_size):
-            some = generate(self.actor, self.tokenizer, prompts[start : start + config.sample_batch_size], config)
+        in_step = self.world.kind == "fsdp"
+        starts = range(0, len(prompts), config.sample_batch_size)
+        rounds = (
+            int(self.world.largest(torch.tensor(len(starts), device=self.world.device))) if in_step else len(starts)
+        )
+        for round_ in range(rounds):
+            start = round_ * config.sample_batch_size
+            batch = prompts[start : start + config.sample_batch_size]
+            some = generate(
+                self.actor,
+                self.tokenizer,
+                batch or prompts[:1],  # the others still need this process's part of the weights
+                config,
+                call=self.call,
+                synced_gpus=in_step,
+            )
+            if not batch:
+                continue
             assert some.logprobs is not None
             whole.ids += some.ids
             whole.ended += some.ended
@@ -141,8 +170,13 @@ def generate(
     config: PPOConfig,
     *,
     greedy: bool = False,
+    call: Callable[..., Any] | None = None,
+    synced_gpus: bool = False,
 ) -> Answers:
-    """One batch of answers, each up to and with its first end token or stop text."""
+    """One batch of answers, each up to and with its first end token or stop text.
+
+    `call` takes the place of actor.generate; `synced_gpus`: all processes take as many forward passes.
+    """
     P = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts], device=actor.device)
@@ -159,11 +193,12 @@ def generate(
     )
     recorder = _Recorder(config.temperature)
     with _generation_config(actor, generation), compute_in(config.dtype, actor.device):
-        sequences = actor.generate(
+        sequences = (call or actor.generate)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([recorder]),
             tokenizer=tokenizer if config.stop else None,
+            synced_gpus=synced_gpus,
         )
     recorder.note(sequences[:, -1])
     logprobs = torch.stack(recorder.chosen, 1).tolist()

@@ -1,5 +1,6 @@
 """The loop of PPO: sample, reward, learn."""
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,10 @@ from ppo_fast.models import (
     check_tokenizer,
     frozen_copy,
     is_adapted,
-    pick_device,
     prepare,
 )
-from ppo_fast.policy import Policy
+from ppo_fast.parallel import ONE, World, shard, start, whole_state
+from ppo_fast.policy import FrozenReference, Policy
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, check_weights, score
 from ppo_fast.rollout import Rollout
@@ -75,13 +76,17 @@ class PPOTrainer:
         check_tokenizer(tokenizer, actor)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         self.config = config
+        self.world = start(config)
         self.start_digest = digest(actor) if config.out is not None else ""  # a checkpoint knows what it began with
         self.tokenizer = tokenizer
-        self.device = pick_device(config.device)
-        self.policy, self.reference = build_models(config, actor, critic, reference, self.device)
+        self.device = self.world.device
+        self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
-        self.sampler = GenerateSampler(self.actor, tokenizer) if sampler is None else sampler
+        own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
+        self.sampler = own if sampler is None else sampler
+        if self.world.size > 1:
+            transformers.set_seed(config.seed + self.world.rank)  # each samples other answers; all else is agreed on
         kept, self.prompts_left_out = drop_long_prompts(rows, tokenizer, self.actor, config)
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
@@ -105,12 +110,12 @@ class PPOTrainer:
         With an OUT, Ctrl-C and SIGTERM end it after the current step, with a checkpoint (`stopped_by` names them).
         """
         history = []
-        self._clean_up()
+        self.world.run_on_first(self._clean_up)
         with self._progress() as progress, self._stop_requests(progress) as request:
             if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
                 progress.record({"step": 0, **evaluation.metrics})
                 self._report(evaluation, progress)
-            while self.steps_done < self.config.total_steps and request.name is None:
+            while self.steps_done < self.config.total_steps and not self.world.any(request.name is not None):
                 metrics = self.step()
                 evaluation = self._evaluation()
                 metrics |= evaluation.metrics if evaluation is not None else {}
@@ -119,9 +124,11 @@ class PPOTrainer:
                 self._report(evaluation, progress)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
-                if after_step is not None and after_step(self, metrics):
+                if after_step is not None and self.world.any(bool(after_step(self, metrics))):
                     break
-            self.stopped_by = request.name if self.steps_done < self.config.total_steps else None
+            else:
+                if self.steps_done < self.config.total_steps:
+                    self.stopped_by = request.name or "SIGINT"  # which perhaps came to another process
             if self.stopped_by is not None:
                 self._checkpoint(progress)
         if self.stopped_by is None:
@@ -139,7 +146,7 @@ class PPOTrainer:
             UserError: the checkpoint is damaged, or another run's.
         """
         if folder is None and self.config.out is not None:
-            folder = checkpoint.newest(Path(self.config.out) / "checkpoints")
+            folder = self.world.gather(checkpoint.newest(Path(self.config.out) / "checkpoints"))[0]
         if folder is None:
             return False
         self.notes += restore(self, checkpoint.read(Path(folder)))
@@ -148,17 +155,21 @@ class PPOTrainer:
 
     def step(self) -> dict[str, float]:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds."""
-        config = self.config
+        config, world = self.config, self.world
         seconds: dict[str, float] = {}
         with _timed(seconds, "sample"):
-            rows = self.prompts.take(config.prompts_per_step)
-            rollout = respond(self.sampler, self.tokenizer, rows, config, self.device)
+            rows = world.share(self.prompts.take(config.prompts_per_step))
+            mine = respond(self.sampler, self.tokenizer, rows, config, self.device)
         with _timed(seconds, "reward"):
-            scores, reward_means = score(rollout, self.rewards, config, self.reward_weights)
+            scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
+            reward_means = world.mean(reward_means, len(mine))
+            rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         with _timed(seconds, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
-            minibatches, kl_coef = cut_as(rollout, order, config), self.kl_controller.coef
-            experience = evaluate(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef)
+            minibatches, kl_coef = cut_as(rollout, order, config, world), self.kl_controller.coef
+            experience = evaluate(
+                self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
+            )
         with _timed(seconds, "learn"):
             history = learn(
                 self.policy,
@@ -171,6 +182,7 @@ class PPOTrainer:
                 self.generator,
                 kl_coef=kl_coef,
                 train_actor=self.steps_done >= config.critic_warmup_steps,
+                world=world,
             )
         metrics = {name: x.item() for name, x in experience.metrics.items()}
         self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
@@ -210,6 +222,7 @@ class PPOTrainer:
             sampler=self.sampler,
             rewards=self.rewards,
             reward_weights=self.reward_weights,
+            world=self.world,
         )
 
     def _evaluation(self) -> Evaluation | None:
@@ -224,7 +237,8 @@ class PPOTrainer:
             return
         show(evaluation, progress.console)
         if self.config.out is not None:
-            write(evaluation, Path(self.config.out) / "eval", self.config)
+            if self.world.first:
+                write(evaluation, Path(self.config.out) / "eval", self.config)
             self.evaluator.keep_best(evaluation, self.save)
 
     def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
@@ -234,17 +248,26 @@ class PPOTrainer:
         """
         if self.config.out is None:
             return None
-        return save_model(
-            self.actor,
-            self.tokenizer,
-            Path(self.config.out) / name,
-            merge_adapters=self.config.merge_adapters,
-            texts=texts,
-            history=history,
-        )
+        folder = Path(self.config.out) / name
+        weights = whole_state(self.actor) if self.world.kind == "fsdp" else None
+        if self.world.first:
+            save_model(
+                self.actor,
+                self.tokenizer,
+                folder,
+                merge_adapters=self.config.merge_adapters,
+                weights=weights,
+                texts=texts,
+                history=history,
+            )
+        self.world.barrier()
+        return folder
 
     def _progress(self) -> Progress:
-        progress = Progress(self.config, self.prompts_left_out, self.run_options, self.steps_done)
+        config = self.config
+        if not self.world.first:
+            config = dataclasses.replace(config, quiet=True, out=None)
+        progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done)
         for note in self.notes:
             progress.say(note)
         return progress
@@ -252,7 +275,7 @@ class PPOTrainer:
     def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:
         if self.config.out is None:
             return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
-        return stop_requests(progress.say)
+        return stop_requests(progress.say, alone=self.world.size == 1)
 
     def _clean_up(self) -> None:
         """Removes what an earlier run left in OUT, or a killed one left half done."""
@@ -262,17 +285,20 @@ class PPOTrainer:
         for name in ("best", "model"):
             checkpoint.recover(out / name)
         checkpoint.sweep(out / "checkpoints")
+        checkpoint.prune(out / "checkpoints", self.config.keep_checkpoints)
         if self.steps_done == 0:
             for name in ("best", "checkpoints"):
                 shutil.rmtree(out / name, ignore_errors=True)
 
     def _checkpoint(self, progress: Progress) -> None:
         parent = Path(self.config.out or "") / "checkpoints"
-        newest = checkpoint.newest(parent)
-        written = newest is not None and newest.name == f"step-{self.steps_done}"
+        written = self.world.any((parent / f"step-{self.steps_done}").exists())
         if self.config.out is not None and self.steps_done > 0 and not written:
             progress.sync()
-            checkpoint.write(parent, self.steps_done, *capture(self), keep=self.config.keep_checkpoints)
+            tensors, state = capture(self)
+            if self.world.first:
+                checkpoint.write(parent, self.steps_done, tensors, state, keep=self.config.keep_checkpoints)
+            self.world.barrier()
 
 
 @contextmanager
@@ -289,26 +315,39 @@ def _name(function: RewardFunction) -> str:
 
 
 def build_models(
-    config: PPOConfig, actor: Any, critic: Critic | None, reference: PreTrainedModel | None, device: torch.device
+    config: PPOConfig,
+    actor: Any,
+    critic: Critic | None,
+    reference: PreTrainedModel | None,
+    device: torch.device,
+    world: World = ONE,
 ) -> tuple[Policy, Reference]:
-    """Actor and critic, ready to learn, and the reference, as the options say."""
+    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
+    if config.merge_adapters and world.kind == "fsdp":
+        raise UserError("merge_adapters needs whole weights, which no process has under fsdp: merge them afterwards")
     if critic is None:
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
         if config.critic == "own" and config.lora_rank:
             critic.backbone = _with_lora(critic.backbone, config, language_model=False)
     if config.lora_rank:
         actor = _with_lora(actor, config, language_model=True)
-    prepare(actor, device)
-    prepare(critic, device)
+    home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
+    prepare(actor, home)
+    prepare(critic, home)
     head = probe(actor, strict=config.strict)
-    found: Reference = reference
-    if reference is None and config.kl_coef > 0:
-        found = AdapterReference(actor) if is_adapted(actor) else frozen_copy(actor)
-    if isinstance(found, torch.nn.Module):
-        found = prepare(found, device)
-    return Policy(actor, critic, head, config), found
+    found: Reference = None
+    if reference is None and config.kl_coef > 0 and is_adapted(actor):
+        found = AdapterReference(actor)
+    elif reference is not None or config.kl_coef > 0:
+        model = frozen_copy(actor) if reference is None else prepare(reference, home)
+        found = FrozenReference(model, head, config)
+        if world.kind == "fsdp":
+            shard(found, world)
+    policy = Policy(actor, critic, head, config)
+    world.wrap(policy, unused_parameters=config.critic_warmup_steps > 0)
+    return policy, found
 
 
 def _with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> torch.nn.Module:

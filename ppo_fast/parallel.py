@@ -1,0 +1,235 @@
+"""Several processes under torchrun: who does what, and how what they found becomes one.
+
+Each process answers its share of a step's prompts and judges them. Then all exchange their answers, and from there on
+they agree on everything: advantages, whitening, statistics and the order of minibatches are computed from the whole
+rollout by each of them. A minibatch's packs are dealt out, so that the gradient, summed over processes, is that of one
+process on the joined batch.
+
+DistributedDataParallel keeps a model in each process; FSDP2 (`fully_shard`) keeps a part of each weight, gradient and
+optimizer state. The loss is computed inside the wrapped module's forward.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.errors import UserError
+from ppo_fast.models import pick_device
+from ppo_fast.rollout import Rollout
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class World:
+    """The processes of a run; one alone, if torchrun did not start it."""
+
+    rank: int
+    size: int
+    kind: str  # one, ddp or fsdp
+    device: torch.device
+    wrapped: nn.Module | None = None  # the policy, ready to be called in several processes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, rows: Sequence[T]) -> list[T]:
+        """This process's rows: a stretch of them, at most one longer than another's."""
+        ends = [len(rows) * r // self.size for r in (self.rank, self.rank + 1)]
+        return list(rows[ends[0] : ends[1]])
+
+    def deal(self, packs: Sequence[T]) -> list[T | None]:
+        """This process's packs, as many for each process: None where there is nothing left to do."""
+        rounds = -(-len(packs) // self.size)
+        mine = list(packs[self.rank :: self.size])
+        return [*mine, *[None] * (rounds - len(mine))]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The maximum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        return bool(self.largest(torch.tensor(float(flag), device=self.device)))
+
+    def gather(self, x: T) -> list[T]:
+        """Every process's object, by rank."""
+        if self.size == 1:
+            return [x]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, x)
+        return found
+
+    def barrier(self) -> None:
+        """Waits for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def run_on_first(self, function: Callable[[], None]) -> None:
+        """Calls it in the first process, while the others wait."""
+        if self.first:
+            function()
+        self.barrier()
+
+    def join(self, rollout: Rollout, scores: Tensor, pad: int) -> tuple[Rollout, Tensor]:
+        """All processes' answers and their scores, in the order of the prompts."""
+        if self.size == 1:
+            return rollout, scores
+        found = self.gather((rollout.to(torch.device("cpu")), scores.cpu()))
+        parts, theirs = [part for part, _ in found], [some for _, some in found]
+        return join_rollouts(parts, pad).to(self.device), _join_scores(parts, theirs).to(self.device)
+
+    def mean(self, means: dict[str, float], count: int) -> dict[str, float]:
+        """Means over all processes' answers from each one's, with the number of its answers."""
+        found = self.gather((means, count))
+        total = sum(n for _, n in found)
+        return {name: sum(m[name] * n for m, n in found) / total for name in means}
+
+    def wrap(self, policy: nn.Module, *, unused_parameters: bool) -> None:
+        """Makes the policy one of several. Collective; after it `module` is to be called, and `full` shows weights."""
+        if self.kind == "ddp":
+            self.wrapped = DistributedDataParallel(
+                policy, broadcast_buffers=False, find_unused_parameters=unused_parameters
+            )
+        if self.kind == "fsdp":
+            shard(policy, self)
+            register_fsdp_forward_method(policy, "generate")
+
+    def module(self, policy: nn.Module) -> nn.Module:
+        """What to call instead of the policy."""
+        return self.wrapped or policy
+
+    def last_only(self, last: bool) -> AbstractContextManager:
+        """DDP adds gradients up over processes in the backward of the last micro-batch only."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
+        return nullcontext()
+
+
+ONE = World(0, 1, "one", torch.device("cpu"))
+
+
+def start(config: PPOConfig) -> World:
+    """The world that torchrun announces in the environment, joined; or this process alone.
+
+    Raises:
+        UserError: config.parallel asks for several processes, but torchrun did not start this one.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
+            raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
+        if config.parallel != "fsdp":
+            return World(0, 1, "one", pick_device(config.device))
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if config.prompts_per_step < size:
+        raise UserError(
+            f"prompts_per_step = {config.prompts_per_step} is less than the {size} processes, each of which answers"
+            " some of them"
+        )
+    return World(rank, size, "ddp" if config.parallel == "auto" else config.parallel, device)
+
+
+def shard(model: nn.Module, world: World) -> None:
+    """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def full(x: Tensor) -> Tensor:
+    """A whole tensor from its shards; collective. One that is whole stays as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sharded model, on the CPU; collective. Tied weights stay one tensor."""
+    found: dict[Tensor, Tensor] = {}
+    state = model.state_dict(keep_vars=True)
+    for x in state.values():
+        if x not in found:
+            found[x] = full(x.detach()).cpu()
+    return {name: found[x] for name, x in state.items()}
+
+
+def copy_full(target: Tensor, source: Tensor) -> None:
+    """Writes a whole tensor to a whole or sharded one; collective."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
+def like(target: Tensor, source: Tensor) -> Tensor:
+    """A whole tensor, laid out as `target` is; collective."""
+    made = torch.empty_like(target, dtype=source.dtype, requires_grad=False)
+    copy_full(made, source)
+    return made
+
+
+def join_rollouts(parts: Sequence[Rollout], pad: int) -> Rollout:
+    """One rollout from several, with the padding that all of them need."""
+    longest_prompt = max(part.tokens.shape[1] - part.answer_width for part in parts)
+    longest_answer = max(part.answer_width for part in parts)
+
+    tokens, logprobs = [], []
+    for part in parts:
+        left = longest_prompt - (part.tokens.shape[1] - part.answer_width)
+        right = longest_answer - part.answer_width
+        tokens.append(nn.functional.pad(part.tokens, (left, right), value=pad))
+        if part.logprobs is not None:
+            logprobs.append(nn.functional.pad(part.logprobs, (0, right)))
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    return Rollout(
+        tokens=torch.cat(tokens),
+        prompt_lengths=[n for part in parts for n in part.prompt_lengths],
+        answer_lengths=[n for part in parts for n in part.answer_lengths],
+        ended=[x for part in parts for x in part.ended],
+        completions=[x for part in parts for x in part.completions],
+        columns={n: [x for part in parts for x in part.columns.get(n, [None] * len(part))] for n in names},
+        logprobs=torch.cat(logprobs) if logprobs else None,
+        scores=[x for part in parts for x in part.scores],
+    )
+
+
+def _join_scores(parts: Sequence[Rollout], scores: Sequence[Tensor]) -> Tensor:
+    """[B], or [B, T] if any process has a score for each token: those for whole answers stand at their last."""
+    if all(x.ndim == 1 for x in scores):
+        return torch.cat(list(scores))
+    whole = torch.zeros(sum(map(len, parts)), max(part.answer_width for part in parts))
+    row = 0
+    for part, x in zip(parts, scores, strict=True):
+        if x.ndim == 2:
+            whole[row : row + len(part), : x.shape[1]] = x
+        else:
+            whole[torch.arange(row, row + len(part)), torch.tensor(part.answer_lengths) - 1] = x
+        row += len(part)
+    return whole
