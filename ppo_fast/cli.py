@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -273,10 +274,10 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         trainer.resume()
     trainer.train()
     if trainer.stopped_by is not None:
-        if not config.quiet:
+        if trainer.world.first and not config.quiet:
             print(f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; with --resume it goes on")
         return 128 + signal.Signals[trainer.stopped_by].value
-    if config.out is None:
+    if config.out is None or not trainer.world.first:
         return 0
     from ppo_fast.plots import draw_learning_curves, read_metrics
 
@@ -297,15 +298,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ppo_fast import doctor
 
         return doctor.main(as_json=arguments.json)
+    name = f"ppo-fast: rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ppo-fast"
     try:
-        return train(arguments, *resolve(arguments, train_parser))
+        status = train(arguments, *resolve(arguments, train_parser))
     except UserError as error:
-        print(f"ppo-fast: error: {error}", file=sys.stderr)
-        return 1
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
-        print("ppo-fast: stopped", file=sys.stderr)
-        return 130
-    return 0
+        print(f"{name}: stopped", file=sys.stderr)
+        status = 130
+    except RuntimeError as error:
+        from ppo_fast.parallel import lost_another
+
+        if not lost_another(error):
+            raise
+        print(f"{name}: another process has ended; the reason is in its own message", file=sys.stderr)
+        status = 1
+    from ppo_fast.parallel import leave
+
+    leave(status)
+    return status
 
 
 if __name__ == "__main__":

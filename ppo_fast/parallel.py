@@ -10,6 +10,7 @@ optimizer state. The loss is computed inside the wrapped module's forward.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -156,6 +157,23 @@ def start(config: PPOConfig) -> World:
             " some of them"
         )
     return World(rank, size, "ddp" if config.parallel == "auto" else config.parallel, device)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process is gone."""
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "ncclRemoteError", "NCCL communicator was aborted")
+    return dist.is_initialized() and any(text in str(error) for text in gone)
+
+
+def leave(status: int) -> None:
+    """Ends this process's part. After an error it does not wait for the others, which torchrun ends within seconds."""
+    if not dist.is_initialized():
+        return
+    if status != 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    dist.destroy_process_group()
 
 
 def shard(model: nn.Module, world: World) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.checkpoint import Checkpoint
 from ppo_fast.errors import UserError
@@ -32,7 +33,7 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
     Collective: each process takes part, and the first has it all. Tensors are whole, whoever holds them.
     """
     optimizers = {"actor": trainer.actor_optimizer, "critic": trainer.critic_optimizer}
-    names: dict[Tensor, str] = {p: name for name, p in trainer.policy.named_parameters()}
+    names = {x: name for name, x in learned(trainer.policy)}
     moments = {
         f"{which}/{names[p]}/{key}": full(value)
         for which, optimizer in optimizers.items()
@@ -91,6 +92,8 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
 
 def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that training changes. Frozen weights come from the start model, again."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # a pass without a backward leaves its weights gathered
     kept = policy.state_dict(keep_vars=True).keys()
     yield from ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in policy.named_buffers() if name in kept)

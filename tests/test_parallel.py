@@ -3,12 +3,13 @@
 The processes are forked from a server that has everything imported.
 """
 
-import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import time
 import traceback
 import zlib
@@ -23,15 +24,16 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.learn import accumulate_gradients, cut_as, evaluate, packed
+from ppo_fast.learn import accumulate_gradients, cut_as, evaluate, filler_of, packed
 from ppo_fast.parallel import World, full, join_rollouts, start
 from ppo_fast.reward import score
 from ppo_fast.rollout import Rollout
+from ppo_fast.run_state import learned
 from ppo_fast.sample import Answers, generate, respond
 from ppo_fast.trainer import PPOTrainer
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ppo_fast.trainer", "torch.utils.tensorboard"])
+SERVER.set_forkserver_preload(["ppo_fast.trainer", "torch.utils.tensorboard", "peft"])
 CPU = torch.device("cpu")
 TEXTS = ("hi", "what time is it", "a", "the fox jumps over it", "no", "well", "seven")
 ROWS = [{"prompt": text, "bonus": float(i)} for i, text in enumerate(TEXTS)]
@@ -92,8 +94,6 @@ def first_gradient(config: PPOConfig) -> tuple[dict[str, torch.Tensor], dict[str
     rollout, scores = world.join(mine, scores, 257)
     minibatches = cut_as(rollout, list(range(5)), config, world)
     experience = evaluate(policy, trainer.reference, rollout, scores, minibatches, config, world=world)
-    from ppo_fast.learn import filler_of
-
     with packed(policy):
         stats = accumulate_gradients(
             policy, minibatches[0], experience, config, world=world, filler=filler_of(rollout), kl_coef=0.05
@@ -123,21 +123,21 @@ def run(tmp_path: Path, function, *arguments, size: int = 2) -> list:
         child.join(120)
         assert child.exitcode is not None, "the processes hang"
     found = [pickle.loads(Path(f"{store}.{rank}").read_bytes()) for rank in range(size)]
-    for error in found:
-        if isinstance(error, str):
-            raise AssertionError(error)
-    return found
+    failures = [trace for trace, _ in found if trace]
+    assert not failures, "\n".join(failures)
+    return [result for _, result in found]
 
 
 def _child(rank: int, size: int, store: Path, function, arguments) -> None:
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    trace, result = "", None
     try:
         result = function(*arguments)
     except Exception:  # the test shows it
-        result = traceback.format_exc()
-    Path(f"{store}.{rank}").write_bytes(pickle.dumps(result))
+        trace = traceback.format_exc()
+    Path(f"{store}.{rank}").write_bytes(pickle.dumps((trace, result)))
     dist.destroy_process_group()
 
 
@@ -175,3 +175,230 @@ def test_three_steps_of_two_processes_differ_from_those_of_one(tmp_path, paralle
         for here, there in zip(its_history, history, strict=True):
             assert_close(here, there)
         assert_close(its_weights, weights)
+
+
+def generated(config: PPOConfig) -> list[list[list[int]]]:
+    """Greedy answers of this process before and after two steps; and those of the whole weights, unsharded."""
+    trainer = trainer_of(config)
+    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.world.share(TEXTS)]
+    found = []
+    for _ in range(2):
+        weights = {name: full(x.detach()).clone() for name, x in trainer.actor.state_dict().items()}
+        plain = tiny_llama(258)
+        plain.load_state_dict(weights)
+        found += [
+            generate(
+                trainer.actor,
+                trainer.tokenizer,
+                prompts,
+                config,
+                greedy=True,
+                call=trainer.policy.generate,
+                synced_gpus=trainer.world.kind == "fsdp",
+            ).ids,
+            generate(plain, trainer.tokenizer, prompts, config, greedy=True).ids,
+        ]
+        trainer.step()
+        trainer.step()
+    return found
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_generation_from_shards_differs_from_that_of_whole_weights(tmp_path, parallel):
+    # one answer at a time: a process with three prompts takes more rounds than one with two
+    config = options(parallel=parallel, sample_batch_size=1, lr=3e-2, total_steps=9)
+    for before, plain_before, after, plain_after in run(tmp_path, generated, config):
+        assert before == plain_before
+        assert after == plain_after
+        assert before != after, "the policy did not move"
+
+
+def sampled(config: PPOConfig) -> list[list[int]]:
+    trainer = trainer_of(config, rows=[{"prompt": "hi", "bonus": 0.0}] * 5)
+    trainer.step()
+    assert trainer.last_rollout is not None
+    return trainer.last_rollout.completion_ids
+
+
+def test_processes_sample_the_same_answers_or_disagree_on_the_rollout(tmp_path):
+    first, second = run(tmp_path, sampled, options())
+    assert first == second
+    assert len({tuple(ids) for ids in first}) == 5  # the first two are one process's, the others the other's
+
+
+def go_on(config: PPOConfig, stop_after: int | None) -> tuple[list[dict], dict[str, torch.Tensor], list[str]]:
+    trainer = trainer_of(config, eval_rows=ROWS[4:])
+    trainer.resume()
+    history = trainer.train(lambda trainer, _: trainer.steps_done == stop_after)
+    return of_training(history), {n: full(p.detach()) for n, p in trainer.policy.named_parameters()}, trainer.notes
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_resumed_run_of_two_processes_differs_from_one_that_ran_through(tmp_path, parallel):
+    config = options(parallel=parallel, save_every=1, eval_every=1)
+    (whole, weights, _), _ = run(tmp_path, go_on, dataclasses.replace(config, out=str(tmp_path / "whole")), None)
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"))
+    run(tmp_path, go_on, stopped, 2)
+    for history, its_weights, _ in run(tmp_path, go_on, stopped, None):
+        assert history == whole[2:]
+        assert all(torch.equal(x, weights[name]) for name, x in its_weights.items())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stopped" / "model")
+    for name, x in model.named_parameters():
+        assert torch.equal(x, weights[f"actor.{name}"]), name
+    rows = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_holds_other_numbers_for_one(tmp_path, parallel):
+    config = options(parallel=parallel, save_every=1, out=str(tmp_path / "run"), lr_schedule="constant")
+    (_, weights, _), _ = run(tmp_path, go_on, config, 2)
+    alone = trainer_of(dataclasses.replace(config, parallel="auto"), eval_rows=ROWS[4:])
+    assert alone.resume()
+    assert alone.steps_done == 2
+    for name, p in alone.policy.named_parameters():
+        assert torch.equal(p, weights[name]), name
+    assert any("processes was 2 and is 1 now" in note for note in alone.notes)
+    moments = [x.abs().sum() for slots in alone.actor_optimizer.adamw.state.values() for x in slots.values()]
+    assert len(moments) == 3 * len(alone.actor_optimizer.parameters)
+    assert all(x > 0 for x in moments)
+    alone.train()  # writes step-3, which three processes go on with
+    longer = dataclasses.replace(config, total_steps=4)
+    for history, _, notes in run(tmp_path, go_on, longer, None, size=3):
+        assert [row["step"] for row in history] == [4]
+        assert any("processes was 1 and is 3 now" in note for note in notes)
+
+
+def adapted(config: PPOConfig, start_model: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    actor = AutoModelForCausalLM.from_pretrained(start_model)
+    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge, sampler=Fixed())
+    history = trainer.train()
+    return of_training(history), {name: full(p.detach()) for name, p in learned(trainer.policy)}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_adapters_learn_otherwise_in_two_processes(tmp_path, parallel):
+    pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
+    tiny_llama(258).save_pretrained(tmp_path / "start")
+    case = options(lora_rank=2, out=str(tmp_path / "one"))
+    history, weights = adapted(case, tmp_path / "start")
+    config = dataclasses.replace(case, parallel=parallel, out=str(tmp_path / "two"))
+    for its_history, its_weights in run(tmp_path, adapted, config, tmp_path / "start"):
+        for here, there in zip(its_history, history, strict=True):
+            assert_close(here, there)
+        assert_close(its_weights, weights)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    ids = torch.arange(9).view(1, -1)
+    assert (one(ids).logits - two(ids).logits).abs().max() < 1e-5
+
+
+def refused(config: PPOConfig) -> str:
+    with pytest.raises(UserError) as error:
+        trainer_of(config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts_per_step": 1, "samples_per_prompt": 2}, "prompts_per_step = 1 is less than the 2 processes"),
+        ({"parallel": "fsdp", "lora_rank": 2, "merge_adapters": True}, "merge_adapters needs whole weights"),
+    ],
+)
+def test_what_cannot_be_divided_is_not_named(tmp_path, changes, message):
+    for found in run(tmp_path, refused, options(**changes)):
+        assert message in found
+
+
+def test_fsdp_without_torchrun_goes_on_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="parallel = fsdp needs torchrun"):
+        start(options(parallel="fsdp"))
+
+
+def test_packs_or_rows_are_lost_or_doubled_when_they_are_dealt():
+    worlds = [World(rank, 3, "ddp", CPU) for rank in range(3)]
+    for count in (1, 3, 4, 8):
+        rows = [world.share(range(count)) for world in worlds]
+        assert [i for mine in rows for i in mine] == list(range(count))
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        packs = [world.deal(list(range(count))) for world in worlds]
+        assert len({len(mine) for mine in packs}) == 1
+        assert sorted(i for mine in packs for i in mine if i is not None) == list(range(count))
+
+
+def test_joined_rollouts_mix_up_prompts_answers_or_columns():
+    def part(prompts: list[list[int]], answers: list[list[int]], **columns) -> Rollout:
+        P, T = max(map(len, prompts)), max(map(len, answers))
+        tokens = [[9] * (P - len(p)) + p + a + [9] * (T - len(a)) for p, a in zip(prompts, answers, strict=True)]
+        return Rollout(
+            tokens=torch.tensor(tokens),
+            prompt_lengths=list(map(len, prompts)),
+            answer_lengths=list(map(len, answers)),
+            ended=[True] * len(prompts),
+            completions=[str(a) for a in answers],
+            columns={"prompt": [str(p) for p in prompts], **columns},
+            logprobs=torch.ones(len(prompts), T),
+        )
+
+    whole = join_rollouts([part([[1, 2, 3]], [[4]]), part([[5], [6, 7]], [[8, 8, 8], [0]], extra=["x", "y"])], 9)
+    assert whole.tokens.tolist() == [[1, 2, 3, 4, 9, 9], [9, 9, 5, 8, 8, 8], [9, 6, 7, 0, 9, 9]]
+    assert whole.completion_ids == [[4], [8, 8, 8], [0]]
+    assert whole.columns == {"prompt": ["[1, 2, 3]", "[5]", "[6, 7]"], "extra": [None, "x", "y"]}
+    assert whole.logprobs is not None
+    assert whole.logprobs.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
+
+
+def torchrun(folder: Path, *arguments: str, size: int = 2) -> subprocess.CompletedProcess:
+    """The command of the README, in processes of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command += ["-m", "ppo_fast.cli", "train", "--model", str(folder / "model"), "--prompts", str(folder / "p.jsonl")]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    small = [
+        "--total-steps",
+        "3",
+        "--prompts-per-step",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--minibatches",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    return subprocess.run(
+        [*command, *small, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    (tmp_path / "r.py").write_text(
+        "import os\n\ndef good(prompts, completions):\n    return [len(set(c)) for c in completions]\n\n"
+        "def bad(prompts, completions):\n    if os.environ['RANK'] == '1':\n        raise ValueError('no such unit')\n"
+        "    return good(prompts, completions)\n"
+    )
+    return tmp_path
+
+
+def test_the_command_under_torchrun_writes_twice_or_not_at_all(folder):
+    out = folder / "out"
+    done = torchrun(folder, "--reward", f"{folder / 'r.py'}:good", "--out", str(out), "--parallel", "fsdp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 3/3") == 1
+    assert done.stdout.count("are in ") == 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    AutoModelForCausalLM.from_pretrained(out / "model")
+
+
+def test_a_process_that_fails_leaves_the_others_waiting(folder):
+    begun = time.monotonic()
+    done = torchrun(folder, "--reward", f"{folder / 'r.py'}:bad")
+    assert time.monotonic() - begun < 60
+    assert done.returncode != 0
+    assert "ppo-fast: rank 1: error: reward function" in done.stderr
+    assert "raised ValueError: no such unit" in done.stderr
