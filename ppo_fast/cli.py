@@ -121,6 +121,9 @@ def build_parser() -> tuple[_Parser, _Parser]:
     )
     for option in dataclasses.fields(PPOConfig):
         _add_option(train, option)
+    label = commands.add_parser("label", help="choose the better of two answers, to train a reward model on")
+    label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
+    label.add_argument("--out", required=True, metavar="FILE", help="JSON Lines of pairs, to which choices are added")
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
     doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser, train
@@ -298,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ppo_fast import doctor
 
         return doctor.main(as_json=arguments.json)
+    if arguments.command == "label":
+        return _label(arguments)
     name = f"ppo-fast: rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ppo-fast"
     try:
         status = train(arguments, *resolve(arguments, train_parser))
@@ -318,6 +323,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     leave(status)
     return status
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from ppo_fast.label import label
+
+    try:
+        label(arguments.answers, arguments.out)
+    except UserError as error:
+        print(f"ppo-fast: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -167,17 +167,21 @@ class RewardModel:
         self.__name__ = "reward_model"
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
-        """One score for each answer."""
-        ids = [self._ids(p, c) for p, c in zip(prompts, completions, strict=True)]
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """One score for each answer, from which the model's own `config.score_offset` is subtracted, if it has one."""
         scores: list[float] = []
-        for start in range(0, len(ids), self.batch_size):
-            batch = self.tokenizer.pad(
-                {"input_ids": ids[start : start + self.batch_size]}, padding_side="right", return_tensors="pt"
-            ).to(self.model.device)
-            out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            scores += out.logits.squeeze(-1).float().tolist()
-        return scores
+        for start in range(0, len(prompts), self.batch_size):
+            stop = start + self.batch_size
+            scores += self.forward(prompts[start:stop], completions[start:stop]).tolist()
+        offset = getattr(self.model.config, "score_offset", 0.0)
+        return [x - offset for x in scores]
+
+    def forward(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """Scores [B] fp32 of one batch, with a graph."""
+        ids = [self._ids(p, c) for p, c in zip(prompts, completions, strict=True)]
+        batch = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(self.model.device)
+        out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return out.logits.squeeze(-1).float()
 
     def _ids(self, prompt: Prompt, completion: str) -> list[int]:
         if self.tokenizer.chat_template is not None:

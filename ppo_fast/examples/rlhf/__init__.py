@@ -1,0 +1,1 @@
+"""RLHF from end to end on real text: `python -m ppo_fast.examples.rlhf`."""

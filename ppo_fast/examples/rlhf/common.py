@@ -1,0 +1,109 @@
+"""What the phases share: settings, the supervised model, the held-out prompts, and the rewards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_fast.examples.rlhf.judge import NGrams, repetition
+from ppo_fast.examples.rlhf.text import Stretch, stretches
+from ppo_fast.models import load_reward_model, no_loading_bars, pick_device
+from ppo_fast.reward import RewardModel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line gives, and the sizes, which tests make smaller."""
+
+    text: str | None = None
+    pairs: str | None = None
+    seed: int = 0
+    out: str = "runs/rlhf"
+    ppo_steps: int = 60
+    kl_target: float = 6.0
+    fluency: float = 0.0
+    coherence: float = 0.5
+    sweep: tuple[float, ...] = ()
+    device: str = "auto"
+    quiet: bool = False
+    vocabulary: int = 1024
+    width: int = 128
+    layers: int = 4
+    supervised_steps: int = 1000
+    pair_count: int = 4000
+    held_out_pairs: int = 500
+    prompts: int = 2000
+    eval_prompts: int = 256
+    batch: int = 128  # answers of a PPO step
+
+
+def load_supervised(out: Path) -> tuple[Any, Any]:
+    """The model and tokenizer of phase 1."""
+    folder = out / "supervised"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def held_out_stretches(tokenizer: Any, parts: dict[str, list[str]], settings: Settings) -> list[Stretch]:
+    """The prompts of every evaluation, and what really follows them."""
+    return stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 6)
+
+
+def fluency(reference: Any, tokenizer: Any) -> Callable[..., list[float]]:
+    """A reward: the mean log-likelihood of an answer's tokens under the frozen supervised model, in nats."""
+
+    @torch.no_grad()
+    def judge(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        asked = tokenizer(prompts)["input_ids"]
+        width = max(len(p) + len(a) for p, a in zip(asked, completion_ids, strict=True))
+        rows = [p + a for p, a in zip(asked, completion_ids, strict=True)]
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        ids = ids.to(reference.device)
+        logs = reference(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        logs = logs[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2).cpu()
+        return [
+            logs[row, len(p) - 1 : len(p) + len(a) - 1].mean().item()
+            for row, (p, a) in enumerate(zip(asked, completion_ids, strict=True))
+        ]
+
+    return judge
+
+
+def coherence(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+    """A reward: share of the prompt's longer words that come again, minus the share of repeated 3-grams."""
+    found = []
+    for prompt, text, ids in zip(prompts, completions, completion_ids, strict=True):
+        asked = {word.lower() for word in prompt.split() if len(word) > 3}
+        used = {word.lower() for word in text.split()}
+        found.append(len(asked & used) / max(1, len(asked)) - repetition(ids))
+    return found
+
+
+def n_gram_judge(tokenizer: Any, passages: list[str]) -> Callable[..., list[float]]:
+    """What an n-gram model of unseen text thinks of an answer: mean log-likelihood, in nats per token."""
+    grams = NGrams(tokenizer(passages)["input_ids"], len(tokenizer))
+
+    def judge(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        asked = tokenizer(prompts)["input_ids"]
+        return [grams.mean_log_likelihood(p, a) for p, a in zip(asked, completion_ids, strict=True)]
+
+    return judge
+
+
+def rewards_of(out: Path, parts: dict[str, list[str]], settings: Settings) -> tuple[dict[str, Any], dict[str, float]]:
+    """All rewards by name, and their weights. The judge's is 0: it is only watched."""
+    device = pick_device(settings.device)
+    with no_loading_bars():
+        classifier, its_tokenizer = load_reward_model(out / "reward_model")
+        reference, tokenizer = load_supervised(out)
+    reference = reference.eval().requires_grad_(False).to(device)
+    rewards = {
+        "reward_model": RewardModel(classifier, its_tokenizer, device=device),
+        "coherence": coherence,
+        "fluency": fluency(reference, tokenizer),
+        "judge": n_gram_judge(tokenizer, parts["judge"]),
+    }
+    weights = {"reward_model": 1.0, "coherence": settings.coherence, "fluency": settings.fluency, "judge": 0.0}
+    return rewards, weights

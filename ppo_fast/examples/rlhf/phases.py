@@ -1,0 +1,288 @@
+"""The five phases, each from the folders of those before it."""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from ppo_fast.checkpoint import UNFINISHED, recover, replace
+from ppo_fast.config import PPOConfig
+from ppo_fast.errors import UserError
+from ppo_fast.examples.rlhf import report
+from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
+from ppo_fast.examples.rlhf.text import (
+    ANSWER_TOKENS,
+    KINDS,
+    cut,
+    make_tokenizer,
+    read_text,
+    spoil,
+    stretches,
+)
+from ppo_fast.models import no_loading_bars, pick_device
+from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
+from ppo_fast.sample import generate
+from ppo_fast.trainer import PPOTrainer
+
+Say = Callable[[str], None]
+
+
+def run(settings: Settings, console: Console) -> dict[str, Any]:
+    """All phases; what DIR/report.json holds, too."""
+    begun = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    text = read_text(settings.text)
+    given = read_pairs(settings.pairs) if settings.pairs else None  # errors in it come before any training
+    out = Path(settings.out)
+    _same_settings(out, settings)
+    parts = cut(text, settings.seed)
+    seconds = {}
+    phases: list[tuple[str, Callable[[Path], None]]] = [
+        ("supervised", lambda folder: supervised(folder, parts, settings, say)),
+        ("reward_model", lambda folder: reward_model(folder, out, parts, given, settings, say)),
+    ]
+    for name, phase in phases:
+        start = time.perf_counter()
+        once(out / name, phase, say)
+        seconds[name] = time.perf_counter() - start
+    start = time.perf_counter()
+    ppo(out, "ppo", parts, settings, console)
+    seconds["ppo"] = time.perf_counter() - start
+    found = report.compare(out, parts, settings)
+    for coefficient in settings.sweep:
+        ppo(out, f"sweep/{coefficient:g}", parts, settings, console, fixed_kl=coefficient)
+    found["seconds"] = {**seconds, "all": time.perf_counter() - begun}
+    report.write(out, found, settings)
+    report.show(found, console)
+    say(f"report.md, pictures and the models of all phases are in {out}")
+    return found
+
+
+def _same_settings(out: Path, settings: Settings) -> None:
+    """Refuses to go on with folders that other settings have made."""
+    free = {"out", "quiet", "sweep", "device"}
+    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
+    path = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in values if values[name] != known.get(name)]
+            if changed:
+                raise UserError(
+                    f"{out} was made with {changed[0]} = {known.get(changed[0])}, not {values[changed[0]]}: take"
+                    " another --out, or remove it"
+                )
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use {out}: {error}") from error
+
+
+def once(folder: Path, phase: Callable[[Path], None], say: Say) -> None:
+    """Runs a phase that fills a folder, or leaves the folder as it is if it is there already."""
+    recover(folder)
+    if folder.exists():
+        say(f"{folder.name}: there already")
+        return
+    new = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    with no_loading_bars():
+        phase(new)
+    replace(new, folder)
+
+
+def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, say: Say) -> None:
+    """Phase 1: tokenizer and language model, from nothing but the text."""
+    set_seed(settings.seed)
+    tokenizer = make_tokenizer(parts["train"], settings.vocabulary)
+    device = pick_device(settings.device)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        intermediate_size=11 * settings.width // 4,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
+    stream = _stream(tokenizer, parts["train"]).to(device)
+    steps, rows, width = settings.supervised_steps, 16, 96
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 20 * (step + 1) / steps) * (1 - 0.95 * step / steps)
+    )
+    for step in range(1, steps + 1):
+        starts = torch.randint(len(stream) - width, (rows, 1), device=device)
+        loss = _cross_entropy(model, stream[starts + torch.arange(width + 1, device=device)])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            say(f"supervised step {step}/{steps}  loss {loss.item():.3f}")
+    perplexity = math.exp(held_out_loss(model.eval(), _stream(tokenizer, parts["held_out"]).to(device), width))
+    say(f"held-out perplexity {perplexity:.1f} per token, {len(stream)} tokens of text")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = {"held_out_perplexity": perplexity, "parameters": sum(p.numel() for p in model.parameters())}
+    (folder / "result.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def _stream(tokenizer: PreTrainedTokenizerFast, passages: list[str]) -> torch.Tensor:
+    return torch.tensor([i for ids in tokenizer(passages)["input_ids"] for i in [*ids, tokenizer.eos_token_id]])
+
+
+def _cross_entropy(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, width: int) -> float:
+    """Cross entropy in nats per token, over windows side by side."""
+    windows = stream[: len(stream) // (width + 1) * (width + 1)].view(-1, width + 1)
+    losses = [_cross_entropy(model, some) * len(some) for some in windows.split(16)]
+    return float(torch.stack(losses).sum() / len(windows))
+
+
+def reward_model(
+    folder: Path,
+    out: Path,
+    parts: dict[str, list[str]],
+    given: list[Pair] | None,
+    settings: Settings,
+    say: Say,
+) -> None:
+    """Phases 2 and 3: pairs, and the classifier that learns them."""
+    set_seed(settings.seed + 1)
+    actor, tokenizer = load_supervised(out)
+    actor = actor.to(pick_device(settings.device))  # type: ignore[arg-type]
+    if given is None:
+        training = make_pairs(actor, tokenizer, parts["train"], settings.pair_count, settings)
+        held_out = make_pairs(actor, tokenizer, parts["held_out"], settings.held_out_pairs, settings)
+    else:
+        random.Random(settings.seed).shuffle(given)
+        count = max(1, len(given) // 10)
+        held_out, training = given[:count], given[count:]
+        if not training:
+            raise UserError(f"{settings.pairs} has {len(given)} pairs: too few to learn from and to test on")
+    write_pairs(folder / "pairs.jsonl", training)
+    write_pairs(folder / "held_out_pairs.jsonl", held_out)
+    model = AutoModelForSequenceClassification.from_pretrained(out / "supervised", num_labels=1).to(actor.device)
+    assert isinstance(model, LlamaForSequenceClassification)
+    nn.init.zeros_(model.score.weight)
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        if step % 50 == 0 or step == steps:
+            say(f"reward model step {step}/{steps}  loss {loss:.3f}")
+
+    train_reward_model(
+        model, tokenizer, training, epochs=2, batch_size=32, lr=5e-4, seed=settings.seed, after_step=tell
+    )
+    real = stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 2)
+    calibrate(model, tokenizer, [s.prompt for s in real], [s.follows for s in real])
+    found = accuracy(model, tokenizer, held_out)
+    say("held-out pairs ranked right: " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found.items()))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "result.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def make_pairs(
+    actor: Any, tokenizer: PreTrainedTokenizerFast, passages: list[str], count: int, settings: Settings
+) -> list[Pair]:
+    """Half of the rejected answers are spoilt text, half are the model's own."""
+    real = stretches(tokenizer, passages, count, settings.seed + 3)
+    chooser = random.Random(settings.seed + 4)
+    own = own_answers(actor, tokenizer, [s.prompt for s in real[::2]], settings)
+    pairs = []
+    for number, stretch in enumerate(real):
+        kind = KINDS[number // 2 % len(KINDS)] if number % 2 else "own"
+        rejected = spoil(stretch, real, kind, chooser) if number % 2 else own[number // 2]
+        if rejected != stretch.follows:
+            pairs.append(Pair(stretch.prompt, stretch.follows, rejected, kind))
+    return pairs
+
+
+def own_answers(actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> list[str]:
+    """The actor's answers at temperature 1."""
+    options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
+    found: list[str] = []
+    for start in range(0, len(prompts), 256):
+        ids = tokenizer(prompts[start : start + 256])["input_ids"]
+        answers = generate(actor, tokenizer, ids, options).ids
+        found += tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return found
+
+
+def ppo(
+    out: Path,
+    name: str,
+    parts: dict[str, list[str]],
+    settings: Settings,
+    console: Console,
+    *,
+    fixed_kl: float | None = None,
+) -> None:
+    """Phase 4, in out/name; goes on from its own checkpoint."""
+    if (out / name / "model").exists():
+        console.print(f"{name}: there already", highlight=False)
+        return
+    with no_loading_bars():
+        actor, tokenizer = load_supervised(out)
+    rewards, weights = rewards_of(out, parts, settings)
+    config = PPOConfig(
+        total_steps=settings.ppo_steps,
+        prompts_per_step=settings.batch,
+        max_new_tokens=ANSWER_TOKENS,
+        epochs=2,
+        minibatches=2,
+        lr=3e-4,
+        critic_lr=1e-3,
+        warmup_ratio=0.05,
+        kl_coef=0.05 if fixed_kl is None else fixed_kl,
+        kl_controller="adaptive" if fixed_kl is None else "fixed",
+        kl_target=settings.kl_target,
+        kl_horizon=2000.0,
+        eval_every=max(1, settings.ppo_steps // 6),
+        save_every=10,
+        show_samples_every=0,
+        seed=settings.seed,
+        out=str(out / name),
+        device=settings.device,
+        quiet=settings.quiet,
+    )
+    rows = [{"prompt": s.prompt} for s in stretches(tokenizer, parts["train"], settings.prompts, settings.seed + 5)]
+    held_out = [{"prompt": s.prompt} for s in held_out_stretches(tokenizer, parts, settings)]
+    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=weights, eval_rows=held_out)
+    trainer.resume()
+    trainer.train()
+    if trainer.stopped_by is not None:
+        raise KeyboardInterrupt

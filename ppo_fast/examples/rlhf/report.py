@@ -1,0 +1,184 @@
+"""Phase 5: before and after on held-out prompts, as a table, a page and pictures."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.evaluate import distinct
+from ppo_fast.examples.rlhf.common import Settings, fluency, held_out_stretches, load_supervised, rewards_of
+from ppo_fast.examples.rlhf.judge import repetition
+from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
+from ppo_fast.models import no_loading_bars, pick_device
+from ppo_fast.plots import draw_learning_curves, read_metrics
+from ppo_fast.progress import shortened
+from ppo_fast.sample import generate
+
+SHOWN = {
+    "reward_model": "reward model (0: real text)",
+    "reward_model_spread": "  its standard deviation over answers",
+    "judge": "judge: n-grams of unseen text (nats per token)",
+    "coherence": "coherence",
+    "fluency": "log-likelihood under the supervised model",
+    "kl": "KL to the supervised model (nats per answer)",
+    "tokens": "tokens per answer",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "self_bleu": "self-BLEU (0 to 100, less is more varied)",
+    "repetition": "repeated 3-grams in an answer",
+}
+SAMPLES = 6
+BLEU_ANSWERS = 64
+
+
+def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[str, Any]:
+    """Answers of the supervised model, of the trained one, and of the text itself, judged alike."""
+    rewards, _ = rewards_of(out, parts, settings)
+    device = pick_device(settings.device)
+    with no_loading_bars():
+        before, tokenizer = load_supervised(out)
+        after: Any = AutoModelForCausalLM.from_pretrained(out / "ppo" / "model")
+    places = held_out_stretches(tokenizer, parts, settings)
+    prompts = [place.prompt for place in places]
+    found: dict[str, Any] = {
+        name: json.loads((out / name / "result.json").read_text(encoding="utf-8"))
+        for name in ("supervised", "reward_model")
+    }
+    texts = {}
+    for name, model in (("before", before.to(device)), ("after", after.to(device))):
+        torch.manual_seed(settings.seed + 7)
+        ids = tokenizer(prompts)["input_ids"]
+        answers = generate(
+            model.eval(), tokenizer, ids, PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
+        )
+        texts[name] = tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
+        found[name] = judged(prompts, texts[name], answers.ids, rewards)
+        own = fluency(model, tokenizer)(prompts, texts[name], answers.ids)
+        first = fluency(before.to(device), tokenizer)(prompts, texts[name], answers.ids)
+        lengths = list(map(len, answers.ids))
+        found[name]["kl"] = statistics.mean((a - b) * n for a, b, n in zip(own, first, lengths, strict=True))
+    real = [place.follows for place in places]
+    found["real"] = judged(prompts, real, tokenizer(real)["input_ids"], rewards)
+    found["samples"] = [
+        {"prompt": p, "before": b, "after": a}
+        for p, b, a in list(zip(prompts, texts["before"], texts["after"], strict=True))[:SAMPLES]
+    ]
+    return found
+
+
+def judged(prompts: list[str], texts: list[str], ids: list[list[int]], rewards: dict[str, Any]) -> dict[str, float]:
+    """Every number of the table but KL."""
+    scores = rewards["reward_model"](prompts, texts)
+    others = {name: rewards[name](prompts, texts, ids) for name in ("judge", "coherence", "fluency")}
+    return {
+        "reward_model": statistics.mean(scores),
+        "reward_model_spread": statistics.pstdev(scores),
+        **{name: statistics.mean(values) for name, values in others.items()},
+        "tokens": statistics.mean(map(len, ids)),
+        "distinct_1": distinct(ids, 1),
+        "distinct_2": distinct(ids, 2),
+        "self_bleu": self_bleu(texts[:BLEU_ANSWERS]),
+        "repetition": statistics.mean(map(repetition, ids)),
+    }
+
+
+def self_bleu(texts: list[str]) -> float:
+    """Mean BLEU of each text against all others (Zhu et al. 2018), by sacrebleu."""
+    from sacrebleu import sentence_bleu
+
+    scores = [sentence_bleu(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts) if text.strip()]
+    return statistics.mean(scores) if scores else 0.0
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The table, and some answers side by side."""
+    table = Table("held-out prompts", "real text", "before PPO", "after PPO")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in _rows(found):
+        table.add_row(*row)
+    console.print(table)
+    samples = Table("prompt", "before PPO", "after PPO", show_lines=True)
+    for sample in found["samples"]:
+        samples.add_row(*(Text(shortened(sample[name])) for name in ("prompt", "before", "after")))
+    console.print(samples)
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (label, *(f"{found[who][name]:.3f}" if name in found[who] else "-" for who in ("real", "before", "after")))
+        for name, label in SHOWN.items()
+    ]
+
+
+def write(out: Path, found: dict[str, Any], settings: Settings) -> None:
+    """report.json, report.md, learning_curves.png, reward_against_kl.png and, after a sweep, sweep.png."""
+    history = read_metrics(out / "ppo" / "metrics.jsonl")
+    draw_learning_curves(history, out / "learning_curves.png", "PPO against the reward model")
+    draw_against_kl({"PPO": history}, out / "reward_against_kl.png")
+    runs = {
+        f"{coefficient:g}": read_metrics(out / "sweep" / f"{coefficient:g}" / "metrics.jsonl")
+        for coefficient in settings.sweep
+    }
+    if runs:
+        draw_against_kl(runs, out / "sweep.png")
+        found["sweep"] = {name: _last_evaluation(rows) for name, rows in runs.items()}
+    (out / "report.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(_page(found), encoding="utf-8")
+
+
+def _last_evaluation(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows if "eval/score" in row][-1]
+
+
+def _page(found: dict[str, Any]) -> str:
+    table = [("held-out prompts", "real text", "before PPO", "after PPO"), ("---",) * 4, *_rows(found)]
+    ranks = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found["reward_model"].items())
+    parts = [
+        "# RLHF on real text",
+        f"Held-out perplexity of the supervised model: {found['supervised']['held_out_perplexity']:.1f} per token,"
+        f" {found['supervised']['parameters']} parameters.",
+        f"Held-out pairs that the reward model ranks right: {ranks}.",
+        "\n".join("| " + " | ".join(row) + " |" for row in table),
+        "![learning curves](learning_curves.png)",
+        "![reward and judge against KL](reward_against_kl.png)",
+        *(["![the same for several weights of the KL penalty](sweep.png)"] if "sweep" in found else []),
+        "## Samples",
+        *(
+            "\n\n".join(f"**{name}**\n\n```text\n{sample[name]}\n```" for name in ("prompt", "before", "after"))
+            for sample in found["samples"]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_against_kl(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Reward model and judge over KL, one line for each run, a point for each evaluation (Gao et al. 2022)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = {
+        "eval/reward/reward_model": "what was trained for: the reward model",
+        "eval/reward/judge": "what was not: n-grams of unseen text (nats per token)",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for label, rows in runs.items():
+            points = [
+                (row["eval/kl_per_answer"], row[name]) for row in rows if row.get("eval/kl_per_answer") is not None
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("KL to the supervised model (nats per answer)")
+        axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[0].legend(title="weight of the KL penalty", fontsize=8)
+    figure.savefig(path, dpi=120)

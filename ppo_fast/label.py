@@ -1,0 +1,117 @@
+"""Human feedback in the terminal: two answers to a prompt, a person's choice, one more line in a file of pairs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from ppo_fast.errors import UserError
+from ppo_fast.preferences import Pair, read_pairs
+from ppo_fast.progress import printable
+
+KEYS = "1 or 2: the better answer; s: skip; q: save and leave"
+
+
+def read_choices(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file with a prompt and two answers or more.
+
+    Raises:
+        UserError: the message names file and line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the answers: {path}: {getattr(error, 'strerror', None) or error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: malformed JSON: {error.msg} (column {error.colno})") from error
+        answers = row.get("answers") if isinstance(row, dict) else None
+        right = isinstance(answers, list) and len(answers) >= 2 and all(isinstance(x, str) for x in answers)
+        if not right or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{path}, line {number}: expected {{"prompt": text, "answers": [text, text]}}')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has nothing to choose from: it is empty")
+    return rows
+
+
+def label(
+    answers: str | Path, out: str | Path, *, console: Console | None = None, ask: Callable[[str], str] = input
+) -> int:
+    """Asks about every row of `answers` that `out` does not have yet, and appends each choice to it at once.
+
+    Args:
+        answers: JSON Lines with {"prompt": text, "answers": [text, text, ...]}; the first two that differ are shown.
+        out: JSON Lines of pairs, {"prompt", "chosen", "rejected", "kind": "person"}, made if it is missing.
+        console: where to show them.
+        ask: takes a question and returns what the person typed.
+
+    Returns:
+        How many choices were made.
+
+    Raises:
+        UserError: one of the files cannot be read or written.
+    """
+    console = console or Console()
+    rows, made = read_choices(answers), 0
+    known = {(p.prompt, frozenset((p.chosen, p.rejected))) for p in read_pairs(out)} if _filled(out) else set()
+    console.print(KEYS)
+    for number, row in enumerate(rows, start=1):
+        first = row["answers"][0]
+        second = next((text for text in row["answers"][1:] if text != first), None)
+        if second is None or (row["prompt"], frozenset((first, second))) in known:
+            continue
+        _show(console, row["prompt"], first, second, f"{number} of {len(rows)}")
+        choice = _choice(ask)
+        if choice == "q":
+            break
+        if choice == "s":
+            continue
+        chosen, rejected = (first, second) if choice == "1" else (second, first)
+        _append(out, Pair(row["prompt"], chosen, rejected, "person"))
+        made += 1
+    console.print(f"{made} choices were added to {out}")
+    return made
+
+
+def _filled(path: str | Path) -> bool:
+    return Path(path).exists() and Path(path).stat().st_size > 0
+
+
+def _show(console: Console, prompt: str, first: str, second: str, title: str) -> None:
+    console.print(Panel(_lines(prompt), title=title))
+    panels = [Panel(_lines(text), title=name) for name, text in (("1", first), ("2", second))]
+    console.print(Columns(panels, equal=True, expand=True))
+
+
+def _lines(text: str) -> Text:
+    return Text("\n".join(map(printable, text.split("\n"))))
+
+
+def _choice(ask: Callable[[str], str]) -> str:
+    while True:
+        try:
+            typed = ask("which is better? ").strip().lower()
+        except (EOFError, KeyboardInterrupt):
+            return "q"
+        if typed in ("1", "2", "s", "q"):
+            return typed
+
+
+def _append(path: str | Path, pair: Pair) -> None:
+    row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "kind": pair.kind}
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
