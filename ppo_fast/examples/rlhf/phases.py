@@ -1,5 +1,6 @@
 """The five phases, each from the folders of those before it."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,7 +19,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -37,6 +37,7 @@ from ppo_fast.examples.rlhf.text import (
     spoil,
     stretches,
 )
+from ppo_fast.heads import decoder_of
 from ppo_fast.models import no_loading_bars, pick_device
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
 from ppo_fast.sample import generate
@@ -195,9 +196,11 @@ def reward_model(
             raise UserError(f"{settings.pairs} has {len(given)} pairs: too few to learn from and to test on")
     write_pairs(folder / "pairs.jsonl", training)
     write_pairs(folder / "held_out_pairs.jsonl", held_out)
-    model = AutoModelForSequenceClassification.from_pretrained(out / "supervised", num_labels=1).to(actor.device)
-    assert isinstance(model, LlamaForSequenceClassification)
-    nn.init.zeros_(model.score.weight)
+    config = copy.deepcopy(actor.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config).to(actor.device)
+    model.base_model.load_state_dict(decoder_of(actor).state_dict())
+    nn.init.zeros_(model.score.weight)  # every answer is as good as another at first
 
     def tell(step: int, steps: int, loss: float) -> None:
         if step % 50 == 0 or step == steps:
