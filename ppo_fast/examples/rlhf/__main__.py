@@ -4,7 +4,7 @@
 
 1. Supervised start: a byte-level BPE tokenizer and a small Llama are made from scratch on the text: by default the
    language reference that every CPython carries, so nothing is downloaded.
-2. Preferences: what really follows a piece of the text is better than the same words in disorder, text from elsewhere,
+2. Preferences: what really follows a piece of the text is better than the same words in disorder, or some replaced,
    repetitions, misspelt words, and than what the model writes itself. Or pairs from a file (`ppo-fast label` makes it).
 3. Reward model: a classifier on the supervised model's backbone learns the pairs, and is set to mean 0 on real text.
 4. PPO against it, with an adaptive KL penalty to the supervised model.

@@ -221,14 +221,14 @@ def reward_model(
 def make_pairs(
     actor: Any, tokenizer: PreTrainedTokenizerFast, passages: list[str], count: int, settings: Settings
 ) -> list[Pair]:
-    """Half of the rejected answers are spoilt text, half are the model's own."""
+    """A third of the rejected answers are the model's own, the others spoilt text."""
     real = stretches(tokenizer, passages, count, settings.seed + 3)
     chooser = random.Random(settings.seed + 4)
-    own = own_answers(actor, tokenizer, [s.prompt for s in real[::2]], settings)
+    own = own_answers(actor, tokenizer, [s.prompt for s in real[::3]], settings)
     pairs = []
     for number, stretch in enumerate(real):
-        kind = KINDS[number // 2 % len(KINDS)] if number % 2 else "own"
-        rejected = spoil(stretch, real, kind, chooser) if number % 2 else own[number // 2]
+        kind = KINDS[number % len(KINDS)] if number % 3 else "own"
+        rejected = spoil(stretch, real, kind, chooser) if number % 3 else own[number // 3]
         if rejected != stretch.follows:
             pairs.append(Pair(stretch.prompt, stretch.follows, rejected, kind))
     return pairs

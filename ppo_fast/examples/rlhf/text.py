@@ -94,12 +94,13 @@ def stretches(tokenizer: PreTrainedTokenizerFast, passages: list[str], count: in
 
 
 def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Random) -> str:
-    """What does not follow the prompt: the real words in disorder, another place's text, a repetition, or misspelt."""
+    """What does not follow the prompt: the real words in disorder, some replaced, the first few repeated, or misspelt."""
     words = stretch.follows.split(" ")
     if kind == "disorder":
         return " ".join(chooser.sample(words, len(words)))
-    if kind == "elsewhere":
-        return chooser.choice(others).follows
+    if kind == "replaced":
+        other = chooser.choice(others).follows.split(" ")
+        return " ".join(chooser.choice(other) if chooser.random() < 0.4 else word for word in words)
     if kind == "repetition":
         few = words[: chooser.randint(1, 4)]
         return " ".join((few * len(words))[: len(words)])
@@ -107,7 +108,7 @@ def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Ra
         return "".join(
             chooser.choice("etaoinshrdlu") if c.isalpha() and chooser.random() < 0.3 else c for c in stretch.follows
         )
-    raise ValueError(f"kind must be disorder, elsewhere, repetition or misspelt, got {kind!r}")
+    raise ValueError(f"kind must be disorder, replaced, repetition or misspelt, got {kind!r}")
 
 
-KINDS = ("disorder", "elsewhere", "repetition", "misspelt")
+KINDS = ("disorder", "replaced", "repetition", "misspelt")

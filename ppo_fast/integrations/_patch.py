@@ -1,0 +1,83 @@
+"""Puts our functions in the place of another project's, everywhere it has imported them, and takes them out again."""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType, TracebackType
+from typing import Any
+
+
+def peer(package: str, module: str, install: str) -> ModuleType:
+    """Imports a module of another project.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this integration needs {package}: {install} ({error})") from error
+
+
+class Patch:
+    """Functions of one package and what takes their place; a context manager, or `apply` and `undo`.
+
+    Args:
+        package: as it is installed, such as "verl".
+        tested: versions that it was tested with, each a prefix such as "0.9.".
+        replacements: "module:function" -> our function.
+    """
+
+    def __init__(self, package: str, tested: tuple[str, ...], replacements: Mapping[str, Callable[..., Any]]) -> None:
+        self.package = package
+        self.tested = tested
+        self.replacements = replacements
+        self.undone: list[tuple[dict[str, Any], str, Any]] = []  # a module's names, one of them, what stood there
+
+    def apply(self, *, any_version: bool = False, quiet: bool = False) -> "Patch":
+        """Replaces the functions, where they are defined, imported by name or registered, and prints which.
+
+        Raises:
+            RuntimeError: the installed version was not tested, and `any_version` is False; or it is applied already.
+            AttributeError: the package has no such function.
+        """
+        if self.undone:
+            raise RuntimeError(f"{self.package} is patched already")
+        version = importlib.metadata.version(self.package)
+        if not any_version and not version.startswith(self.tested):
+            tested = ", ".join(x + "*" for x in self.tested)
+            raise RuntimeError(
+                f"{self.package} {version} is installed, but ppo_fast was tested with {tested}: install one of these,"
+                " or pass any_version=True and compare the numbers"
+            )
+        for place, ours in self.replacements.items():
+            module_name, name = place.split(":")
+            theirs = getattr(importlib.import_module(module_name), name)
+            for module in self._modules():
+                for names in (vars(module), *(x for x in vars(module).values() if type(x) is dict)):  # and registries
+                    for alias in [key for key, value in names.items() if value is theirs]:
+                        self.undone.append((names, alias, theirs))
+                        names[alias] = ours
+        if not quiet:
+            replaced = ", ".join(place.split(":")[1] for place in self.replacements)
+            print(f"ppo_fast: in {self.package} {version} replaced {replaced}")
+        return self
+
+    def _modules(self) -> list[ModuleType]:
+        root = next(iter(self.replacements)).split(":")[0].split(".")[0]
+        return [m for key, m in list(sys.modules.items()) if key.split(".")[0] == root and isinstance(m, ModuleType)]
+
+    def undo(self) -> None:
+        """Puts back what stood there."""
+        for names, alias, theirs in reversed(self.undone):
+            names[alias] = theirs
+        self.undone.clear()
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()

@@ -1,0 +1,109 @@
+"""TRL with our functions in the place of its own: the same numbers, and the same GRPO run."""
+
+import pytest
+import torch
+from oracles.cases import B, T, assert_equal, draw, tokens_below, with_gradient
+
+MISSING = "trl is not installed: pip install -c constraints.txt -r tests/oracles/peers.txt"
+pytest.importorskip("trl", reason=MISSING)
+
+import trl.trainer.grpo_trainer as grpo  # noqa: E402
+from tiny import byte_tokenizer, save_tiny_model  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+from ppo_fast.integrations import trl as fast  # noqa: E402
+
+V = 31
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_logprobs_entropy_or_gradients_differ(temperature, masked):
+    logits, index = draw(B, T, V, seed=1, scale=3), tokens_below(V, B, T, seed=2)
+    up, up_entropy = draw(B, T, seed=3), draw(B, T, seed=4)
+    options = {"temperature": temperature, "row_mask": (draw(B, T, seed=5) > 0).long() if masked else None}
+
+    def both(functions, entropy_requires_grad):
+        def total(x):
+            found = functions.selective_log_softmax_and_entropy(x, index, entropy_requires_grad, **options)
+            assert found[1].requires_grad == (entropy_requires_grad and x.requires_grad)
+            return (found[0] * up + found[1] * up_entropy).sum()
+
+        return with_gradient(total, logits)
+
+    for requires_grad in (True, False):
+        for theirs, ours in zip(both(utils, requires_grad), both(fast, requires_grad), strict=True):
+            assert_equal(ours, theirs)
+    for functions in (utils, fast):
+        value = functions.selective_log_softmax(logits, index, **options)
+        assert_equal(value, utils.selective_log_softmax_and_entropy(logits, index, **options)[0])
+    assert_equal(fast.entropy_from_logits(logits), utils.entropy_from_logits(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_is_another_than_trls(dtype):
+    logits, index = draw(B, T, V, seed=1).to(dtype), tokens_below(V, B, T, seed=2)
+    for name, rest in (("selective_log_softmax", (index,)), ("entropy_from_logits", ())):
+        theirs, ours = (getattr(functions, name)(logits, *rest) for functions in (utils, fast))
+        assert ours.dtype == theirs.dtype
+        assert (ours.float() - theirs.float()).abs().max() < {torch.float32: 1e-5}.get(dtype, 0.05)
+
+
+def test_several_indices_for_each_row_are_refused_or_wrong():
+    logits, index = draw(B, T, V, seed=1), tokens_below(V, B, T, 4, seed=2)
+    assert torch.equal(fast.selective_log_softmax(logits, index), utils.selective_log_softmax(logits, index))
+    with fast.patch(quiet=True):
+        assert torch.equal(utils.selective_log_softmax(logits, index), fast.selective_log_softmax(logits, index))
+
+
+def test_whitening_differs_from_trls_formula():
+    x, mask = draw(B, T, seed=6), draw(B, T, seed=7) > 0
+    counted = x[mask]
+    expected = (counted - counted.mean()) * torch.rsqrt(counted.var() + 1e-8)
+    assert_equal(fast.masked_whiten(x, mask)[mask], expected)
+    assert_equal(fast.masked_whiten(x, mask, shift_mean=False)[mask], expected + counted.mean())
+    with pytest.raises(ValueError, match="needs two elements"):
+        fast.masked_whiten(x, torch.zeros_like(mask))
+
+
+def grpo_losses(tmp_path) -> list[float]:
+    from datasets import Dataset
+
+    torch.manual_seed(0)
+    options = grpo.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=1e-3,
+        beta=0.1,
+        use_cpu=True,
+        seed=0,
+        report_to=[],
+        save_strategy="no",
+        bf16=False,
+    )
+    trainer = grpo.GRPOTrainer(
+        model=str(save_tiny_model(tmp_path / "model")),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=options,
+        train_dataset=Dataset.from_dict({"prompt": ["hi", "what", "a fox", "no"] * 4}),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_a_grpo_run_has_another_loss_curve_with_the_patch(tmp_path, monkeypatch):
+    calls = []
+    plain = grpo_losses(tmp_path)
+    original = fast.ppo.token_logprobs
+    monkeypatch.setattr(fast.ppo, "token_logprobs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with fast.patch(quiet=True):
+        assert grpo.selective_log_softmax_and_entropy is fast.selective_log_softmax_and_entropy
+        patched = grpo_losses(tmp_path)
+    assert calls, "the trainer never called us"
+    assert len(plain) == 4
+    assert patched == pytest.approx(plain, abs=2e-4)
