@@ -17,6 +17,7 @@ from ppo_fast.integrations._patch import Patch, peer
 
 _utils = peer("trl", "trl.trainer.utils", "pip install trl")
 _theirs = _utils.selective_log_softmax
+_their_function: Any = getattr(_utils, "_ChunkedLogProbFunction", None)  # since 1.13
 TESTED = ("1.16.", "1.12.")
 
 
@@ -64,13 +65,59 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     return ppo.masked_whiten(values, mask, shift_mean=shift_mean).to(values.dtype)
 
 
+class ChunkedLogProbFunction:
+    """Log-probabilities from hidden states and LM head, as TRL's autograd function of this name, by `linear_logprobs`.
+
+    GRPO's forward and loss go through it. What only other trainers ask for (log_sum_sq_probs, mean_logits, is_top1) is
+    left to TRL's own.
+    """
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        """hidden [N, D], weight [V, D], bias [V], targets [N] -> logprobs [N], entropy [N] and three times None.
+
+        `chunk_size` is TRL's; ours are cut by memory.
+        """
+        if set(outputs) - {"log_probs", "entropy"}:
+            return _their_function.apply(
+                *(hidden, weight, bias, targets, temperature, chunk_size),
+                *(final_logit_softcapping, logit_scale, outputs),
+            )
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            found = ppo.linear_logprobs(
+                hidden.to(dtype),
+                weight.to(dtype),
+                targets,
+                bias=None if bias is None else bias.to(dtype),
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                with_entropy="entropy" in outputs,
+            )
+        return (*found, None, None, None) if isinstance(found, tuple) else (found, None, None, None, None)
+
+
 def _counted(row_mask: Tensor | None) -> Tensor | None:
     return None if row_mask is None else row_mask != 0
 
 
 def _replacements() -> dict[str, Callable[..., Any]]:
     ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-    found = {f"trl.trainer.utils:{f.__name__}": f for f in ours if hasattr(_utils, f.__name__)}
+    found: dict[str, Any] = {f"trl.trainer.utils:{f.__name__}": f for f in ours if hasattr(_utils, f.__name__)}
+    if _their_function is not None:
+        found["trl.trainer.utils:_ChunkedLogProbFunction"] = ChunkedLogProbFunction
     try:
         peer("trl", "trl.experimental.ppo.ppo_trainer", "pip install trl==1.12.0")
     except ImportError:  # later ones have no PPO

@@ -9,6 +9,7 @@ pytest.importorskip("trl", reason=MISSING)
 
 import trl.trainer.grpo_trainer as grpo  # noqa: E402
 from tiny import byte_tokenizer, save_tiny_model  # noqa: E402
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 from ppo_fast.integrations import trl as fast  # noqa: E402
@@ -66,6 +67,23 @@ def test_whitening_differs_from_trls_formula():
         fast.masked_whiten(x, torch.zeros_like(mask))
 
 
+@pytest.mark.parametrize("outputs", [(), ("log_probs", "entropy"), ("entropy", "is_top1")])
+def test_the_fused_head_differs_from_trls(outputs):
+    hidden, weight, bias = draw(B, 8, seed=1).float(), draw(V, 8, seed=2).float(), draw(V, seed=3).float()
+    targets, up = tokens_below(V, B, seed=4), draw(B, seed=5).float()
+
+    def found(function):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        values = function.apply(*leaves, targets, 0.7, 16, 5.0, 1.5, outputs)
+        total = (values[0] * up).sum() + (values[1].sum() if "entropy" in outputs else 0)
+        return *values, *torch.autograd.grad(total, leaves)
+
+    for theirs, ours in zip(found(ChunkedLogProbFunction), found(fast.ChunkedLogProbFunction), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_equal(ours.double(), theirs.double(), atol=1e-5)
+
+
 def grpo_losses(tmp_path) -> list[float]:
     from datasets import Dataset
 
@@ -99,11 +117,11 @@ def grpo_losses(tmp_path) -> list[float]:
 def test_a_grpo_run_has_another_loss_curve_with_the_patch(tmp_path, monkeypatch):
     calls = []
     plain = grpo_losses(tmp_path)
-    original = fast.ppo.token_logprobs
-    monkeypatch.setattr(fast.ppo, "token_logprobs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = fast.ppo.linear_logprobs
+    monkeypatch.setattr(fast.ppo, "linear_logprobs", lambda *a, **k: calls.append(1) or original(*a, **k))
     with fast.patch(quiet=True):
-        assert grpo.selective_log_softmax_and_entropy is fast.selective_log_softmax_and_entropy
         patched = grpo_losses(tmp_path)
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
     assert calls, "the trainer never called us"
     assert len(plain) == 4
     assert patched == pytest.approx(plain, abs=2e-4)
