@@ -1,6 +1,7 @@
 """gae beside its rivals, with done flags.
 
-Batch-first: torchrl's two functions and verl's loop. Time-major: SB3's numpy buffer and a CleanRL-style torch loop.
+Batch-first: torchrl's two functions, the loops of verl and OpenRLHF (which have no flags and do the same work without
+them), and on a GPU rl-triton's kernel. Time-major: SB3's numpy buffer and a CleanRL-style torch loop.
 
 Bytes by design: rewards, values and a flag read once, advantages and returns written once: 17 bytes a step.
 """
@@ -11,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from peers import peer
+from peers import peer, peer_without_its_cluster
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -19,23 +20,31 @@ from ppo_fast.kernels import reference
 
 GAMMA, LAM = 0.99, 0.95
 SHAPES = {  # (rows, T, time-major)
-    "tiny": [(2, 9, False), (3, 5, True)],
+    "tiny": [(2, 9, False), (1, 3, True)],
     "small": [(64, 128, False), (8, 128, True)],
     "default": [
-        *((b, t, False) for b, t in ((4096, 128), (256, 2048), (64, 1024), (8, 16384), (1, 2048))),
-        *((n, t, True) for t, n in ((2048, 1), (128, 8), (2048, 256), (128, 4096))),
+        *((b, t, False) for b, t in ((4096, 128), (256, 128), (256, 512), (256, 2048), (8, 16384), (1, 2048))),
+        *((n, t, True) for t, n in ((2048, 1), (128, 8), (128, 256), (2048, 256), (128, 4096))),
     ],
 }
 SHAPES["all"] = [*SHAPES["default"], (8192, 2048, False), (64, 32768, False), (16, 65536, False)]
-PROVIDERS = ("ppo_fast", "ppo_fast without numba", "torchrl", "torchrl vectorised", "verl", "sb3", "cleanrl loop")
+OURS = ("ppo_fast", "ppo_fast without numba")
+BATCH_FIRST = ("torchrl", "torchrl vectorised", "verl", "openrlhf", "rl-triton")
+TIME_MAJOR = ("sb3", "cleanrl loop")
+WITHOUT_FLAGS = ("verl", "openrlhf")
 
 Estimate = Callable[[], tuple[Tensor, Tensor]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    shapes = SHAPES[metafunc.config.getoption("--size")]
-    names = [f"{'T' if major else 'B'}{t if major else b}x{b if major else t}" for b, t, major in shapes]
-    metafunc.parametrize(("rows", "T", "time_major"), shapes, ids=names)
+    cases = [
+        pytest.param(
+            provider, b, t, major, id=f"{'T' if major else 'B'}{t if major else b}x{b if major else t}-{provider}"
+        )
+        for b, t, major in SHAPES[metafunc.config.getoption("--size")]
+        for provider in (*OURS, *(TIME_MAJOR if major else BATCH_FIRST))
+    ]
+    metafunc.parametrize(("provider", "rows", "T", "time_major"), cases)
 
 
 def torchrl(r: Tensor, v: Tensor, done: Tensor, name: str) -> Estimate:
@@ -78,48 +87,71 @@ def cleanrl_loop(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
     return run
 
 
-def verl(r: Tensor, v: Tensor) -> Estimate:
-    core = peer("verl.trainer.ppo.core_algos", "verl")
+def verl(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
+    core = peer_without_its_cluster("verl.trainer.ppo.core_algos", "verl")
     mask = torch.ones_like(r)
     return lambda: core.compute_gae_advantage_return(r, v, mask, GAMMA, LAM)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+def openrlhf(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
+    module = peer_without_its_cluster("openrlhf.trainer.ppo_utils.experience_maker", "openrlhf")
+    maker = module.RemoteExperienceMaker.__new__(module.RemoteExperienceMaker)  # its method reads nothing of itself
+    mask = torch.ones_like(r)
+    return lambda: maker.get_advantages_and_returns(v, r, mask, GAMMA, LAM)
+
+
+def rl_triton(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
+    compute = peer("rl_triton.ops.gae", "rl-triton").compute_gae
+    ends = done.float()
+
+    def run() -> tuple[Tensor, Tensor]:
+        advantages = compute(r, v, ends, gamma=GAMMA, lambda_=LAM)
+        return advantages, advantages + v
+
+    return run
+
+
+def rival(name: str, device: torch.device, r: Tensor, v: Tensor, done: Tensor) -> Estimate:
+    """A function that returns advantages and returns; a skip names what is missing."""
+    if name == "sb3" and device.type != "cpu":
+        pytest.skip("sb3 computes advantages in numpy on a CPU")
+    if name == "rl-triton" and device.type != "cuda":
+        pytest.skip("rl-triton runs on a GPU only")
+    if name == "torchrl":
+        return torchrl(r, v, done, "generalized_advantage_estimate")
+    if name == "torchrl vectorised":
+        return torchrl(r, v, done, "vec_generalized_advantage_estimate")
+    makers = {"sb3": sb3, "cleanrl loop": cleanrl_loop, "verl": verl, "openrlhf": openrlhf, "rl-triton": rl_triton}
+    return makers[name](r, v, done)
+
+
 def test_gae(compare, monkeypatch, device, backend, provider: str, rows: int, T: int, time_major: bool) -> None:
     torch.manual_seed(0)
     shape = (T, rows) if time_major else (rows, T)
     r, v = torch.randn(2, *shape, device=device)
     done = torch.rand(shape, device=device) < 0.01
     ours = dict(gamma=GAMMA, lam=LAM, terminated=done, time_major=time_major)
-    if provider.startswith("ppo_fast"):
-        if provider != "ppo_fast":
-            if device.type != "cpu":
-                pytest.skip("numba is for a CPU")
-            from ppo_fast.kernels import eager_gae
+    if provider == "ppo_fast":
+        run = partial(ppo.gae, r, v, **ours, backend=backend)
+    elif provider in OURS:
+        if device.type != "cpu":
+            pytest.skip("numba is for a CPU")
+        from ppo_fast.kernels import eager_gae
 
-            monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: False)
-        run = partial(ppo.gae, r, v, **ours, backend=backend if provider == "ppo_fast" else "torch")
-    elif time_major != (provider in ("sb3", "cleanrl loop")):
-        pytest.skip(f"{provider} has another layout")
-    elif provider == "sb3" and device.type != "cpu":
-        pytest.skip("sb3 computes advantages in numpy on a CPU")
-    elif provider == "sb3":
-        run = sb3(r, v, done)
-    elif provider == "cleanrl loop":
-        run = cleanrl_loop(r, v, done)
-    elif provider == "verl":
-        run = verl(r, v)  # has no done flags: the same work without them
+        monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: False)
+        run = partial(ppo.gae, r, v, **ours, backend="torch")
     else:
-        name = {"torchrl": "generalized_advantage_estimate"}.get(provider, "vec_generalized_advantage_estimate")
-        run = torchrl(r, v, done, name)
-    flags = dict(ours, terminated=None) if provider == "verl" else ours
+        run = rival(provider, device, r, v, done)
+    flags = dict(ours, terminated=None) if provider in WITHOUT_FLAGS else ours
     compare(
         run,
-        operation="gae",
+        operation="gae, time-major" if time_major else "gae",
         provider=provider,
         shape=f"T={T} N={rows}" if time_major else f"B={rows} T={T}",
         dtype="float32",
         bytes=rows * T * 17,
         results=None if provider == "verl" else lambda: list(run()),  # verl whitens its advantages
         truth=list(reference.gae(r.double(), v.double(), **flags)),
+        small=True,
+        replay=provider in ("ppo_fast", "rl-triton"),
     )

@@ -1,17 +1,23 @@
-"""One update of PPO on a Llama with random weights: forward, backward, clipping and AdamW of actor and critic.
+"""One learn step of PPO on a Llama with random weights: advantages, forward, backward, clipping and AdamW.
 
-Beside ours: ours without packing, ours through the model's own logits, ours with neither; and an eager padded step in
-TRL's manner (whole logits of all positions, log_softmax, an entropy for the log). All do the same work on the same
-answers, of ragged lengths. FLOPs are those that the task needs: 6 for each weight of the backbones and each token,
-6 N D V for the answer tokens' logits, and causal attention inside each sequence. share_of_gemm is what these FLOPs
-per second are of one library GEMM of the model's own shape, measured in this process.
+Beside ours: ours without packing, without the linear loss (the model's own logits instead), without fused advantages (a
+loop over time in plain PyTorch), without all three; and an eager padded step in TRL's manner (whole logits of all
+positions, log_softmax, an entropy for the log). All do the same work on the same answers, of ragged lengths, with old
+log-probabilities and values given. FLOPs are those that the task needs: 6 for each weight of the backbones and each
+token, 6 N D V for the answer tokens' logits, and causal attention inside each sequence; their floor is one library GEMM
+of the model's own shape.
+
+Amdahl: each row also has the times of its parts, each measured alone (head and loss: what is left of the gradients when
+the backbones' forward and backward are taken away). A part with the share s of a step can make it at most 1 / (1 - s)
+times as fast.
 
 Needs transformers, which the other benchmarks do not.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import measure
 import pytest
@@ -24,17 +30,31 @@ SHAPES = {  # layers, width, heads, groups, inner width, V, sequences, longest p
     ("cpu", "small"): (2, 64, 4, 2, 256, 2048, 8, 16, 32),
     ("cpu", "default"): (4, 128, 4, 4, 512, 4096, 16, 32, 64),
     ("cpu", "all"): (4, 256, 4, 4, 1024, 32000, 32, 64, 128),
-    ("cuda", "tiny"): (2, 64, 4, 2, 128, 1000, 4, 16, 16),
+    ("cuda", "tiny"): (1, 32, 4, 2, 64, 130, 2, 4, 4),
     ("cuda", "small"): (4, 512, 8, 4, 2048, 32000, 16, 64, 128),
-    ("cuda", "default"): (16, 2048, 32, 8, 8192, 128256, 48, 256, 512),  # Llama-3.2-1B, about 16k tokens
-    ("cuda", "all"): (16, 2048, 32, 8, 8192, 128256, 48, 256, 512),
+    ("cuda", "default"): (16, 2048, 32, 8, 8192, 128256, 12, 256, 512),  # Llama-3.2-1B; eager takes about 95 GiB
+    ("cuda", "all"): (16, 2048, 32, 8, 8192, 128256, 16, 256, 512),
 }
-PROVIDERS = ("ppo_fast", "padded", "own logits", "padded, own logits", "eager in TRL's manner")
+PROVIDERS = {  # and what is switched off
+    "ppo_fast": (),
+    "ppo_fast without packing": ("packing",),
+    "ppo_fast without the linear loss": ("linear loss",),
+    "ppo_fast without fused advantages": ("fused advantages",),
+    "ppo_fast without all three": ("packing", "linear loss", "fused advantages"),
+    "eager in TRL's manner": (),
+}
 LONG_BEFORE = 0.05  # how far old log-probabilities are from the present ones
 
 
-def make(shape: tuple[int, ...], device: torch.device, backend: str) -> tuple[Any, Any, Any, Any]:
-    """The policy, a rollout of ragged lengths, its experience, and the options."""
+class Task(NamedTuple):
+    policy: Any
+    rollout: Any  # of ragged lengths
+    scores: Tensor  # [B]
+    experience: Any
+    options: Any
+
+
+def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     transformers = peer("transformers", "transformers")
     from ppo_fast.config import PPOConfig
     from ppo_fast.learn import evaluate
@@ -79,9 +99,10 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> tuple[An
     texts = [""] * sequences
     rollout = Rollout(tokens.to(device), prompts, answers, [True] * sequences, texts, {"prompt": texts})
     packs = cut(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
-    experience = evaluate(policy, None, rollout, torch.randn(sequences, device=device), packs, options)
+    scores = torch.randn(sequences, device=device)
+    experience = evaluate(policy, None, rollout, scores, packs, options)
     experience.logprobs += LONG_BEFORE * torch.randn_like(experience.logprobs) * rollout.answer_mask
-    return policy, rollout, experience, options
+    return Task(policy, rollout, scores, experience, options)
 
 
 def flops_of(shape: tuple[int, ...], rollout: Any) -> int:
@@ -94,21 +115,79 @@ def flops_of(shape: tuple[int, ...], rollout: Any) -> int:
     return 2 * (6 * weights * sum(lengths) + 3 * scores) + 6 * sum(rollout.answer_lengths) * width * V
 
 
-def ours(policy: Any, rollout: Any, experience: Any, options: Any, **head: Any) -> Callable[[], Tensor]:
-    from ppo_fast.learn import accumulate_gradients, cut_as, packed
+def fused_advantages(task: Task) -> Callable[[], Any]:
+    import ppo_fast as ppo
 
-    policy.head = dataclasses.replace(policy.head, **head)
-    packs = cut_as(rollout, list(range(len(rollout))), options)[0]
+    known, o = task.experience, task.options
+    settings = dict(kl_coef=0.0, gamma=o.gamma, lam=o.lam, backend=o.backend)
 
-    def run() -> Tensor:
-        with packed(policy):
-            return accumulate_gradients(policy, packs, experience, options)["loss"]
+    def run() -> Any:
+        out = ppo.rlhf_advantages(
+            task.scores, known.logprobs, known.logprobs, known.values, task.rollout.answer_mask, **settings
+        )
+        return dataclasses.replace(known, advantages=out.advantages, returns=out.returns)
 
     return run
 
 
-def eager(policy: Any, rollout: Any, experience: Any, options: Any) -> Callable[[], Tensor]:
+def plain_advantages(task: Task) -> Callable[[], Any]:
+    """What trainers without a kernel do: the score at the last token, a loop over time, whitening with a mask."""
+    known, o, mask = task.experience, task.options, task.rollout.answer_mask
+    last = torch.tensor(task.rollout.answer_lengths, device=mask.device).unsqueeze(1) - 1
+
+    def run() -> Any:
+        rewards = torch.zeros_like(known.values).scatter_(1, last, task.scores.unsqueeze(1))
+        trace = following = torch.zeros_like(task.scores)
+        steps = []
+        for t in reversed(range(mask.shape[1])):
+            trace = rewards[:, t] + o.gamma * following - known.values[:, t] + o.gamma * o.lam * trace
+            following = known.values[:, t]
+            steps.append(trace)
+        raw = torch.stack(steps[::-1], 1) * mask
+        mean = raw.sum() / mask.sum()
+        variance = (((raw - mean) * mask) ** 2).sum() / (mask.sum() - 1)
+        advantages = (raw - mean) * torch.rsqrt(variance + 1e-8) * mask
+        return dataclasses.replace(known, advantages=advantages, returns=(raw + known.values) * mask)
+
+    return run
+
+
+class Parts(NamedTuple):
+    """What one step is made of, each a call on its own."""
+
+    advantages: Callable[[], Any]
+    gradients: Callable[[Any], Tensor]  # of the experience; returns the loss
+    backbones: Callable[[], None]  # forward and backward of both, without head and loss
+
+
+def ours(task: Task, off: tuple[str, ...]) -> Parts:
+    from ppo_fast.heads import decoder_of, hidden_states
+    from ppo_fast.learn import accumulate_gradients, cut_as, packed
+
+    policy, rollout, options = task.policy, task.rollout, task.options
+    kept = {"packed": "packing" not in off, "linear": "linear loss" not in off}
+    policy.head = dataclasses.replace(policy.head, **kept)
+    packs = cut_as(rollout, list(range(len(rollout))), options)[0]
+
+    def gradients(experience: Any) -> Tensor:
+        with packed(policy):
+            return accumulate_gradients(policy, packs, experience, options)["loss"]
+
+    def backbones() -> None:
+        with packed(policy):
+            for pack in packs:
+                with policy.autocast():
+                    models = (decoder_of(policy.actor), policy.critic.backbone)
+                    states = [hidden_states(m, pack, packed=policy.head.packed) for m in models]
+                torch.autograd.backward(states, states)
+
+    advantages = plain_advantages(task) if "fused advantages" in off else fused_advantages(task)
+    return Parts(advantages, gradients, backbones)
+
+
+def eager(task: Task) -> Parts:
     """The step of TRL's PPOTrainer, written anew: padded rows, and logits of every position, prompt included."""
+    policy, rollout, options = task.policy, task.rollout, task.options
     device, mask = rollout.tokens.device, rollout.answer_mask
     P = rollout.tokens.shape[1] - rollout.answer_width
     lengths = torch.tensor([rollout.prompt_lengths, rollout.answer_lengths], device=device).unsqueeze(-1)
@@ -124,7 +203,7 @@ def eager(policy: Any, rollout: Any, experience: Any, options: Any) -> Callable[
     def mean(x: Tensor) -> Tensor:
         return (x * mask).sum() / mask.sum()
 
-    def run() -> Tensor:
+    def gradients(experience: Any) -> Tensor:
         with policy.autocast():
             logits = policy.actor(**inputs).logits[:, P - 1 : -1]
             states = policy.critic.backbone(**inputs).last_hidden_state
@@ -141,52 +220,86 @@ def eager(policy: Any, rollout: Any, experience: Any, options: Any) -> Callable[
         loss.backward()
         return loss.detach()
 
-    return run
+    def backbones() -> None:
+        with policy.autocast():
+            models = (policy.actor.get_decoder(), policy.critic.backbone)
+            states = [m(**inputs).last_hidden_state for m in models]
+        torch.autograd.backward(states, states)
+
+    return Parts(plain_advantages(task), gradients, backbones)
+
+
+def show(provider: str, step_ms: float, parts_ms: dict[str, float]) -> None:
+    print(f"\n{provider}: {step_ms:.4g} ms a step")
+    whole = sum(parts_ms.values())
+    for name, ms in parts_ms.items():
+        gain = f"at most {whole / (whole - ms):.2f} times as fast without it" if ms < whole else ""
+        print(f"    {name:24}{ms:10.4g} ms {100 * ms / whole:5.1f} %   {gain}")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_learn(
-    compare, benchmark, device: torch.device, backend: str, request: pytest.FixtureRequest, provider: str
-) -> None:
-    shape = SHAPES[device.type, request.config.getoption("--size")]
-    policy, rollout, experience, options = make(shape, device, backend)
+def test_learn(compare, benchmark, capsys, device: torch.device, backend: str, request, provider: str) -> None:
+    size = request.config.getoption("--size")
+    shape = SHAPES[device.type, size]
+    task = make(shape, device, backend)
     from ppo_fast.learn import Optimizer
 
-    if provider.startswith("eager"):
-        gradients = eager(policy, rollout, experience, options)
-    else:
-        head = {"packed": False} if "padded" in provider else {}
-        head |= {"linear": False} if "own logits" in provider else {}
-        gradients = ours(policy, rollout, experience, options, **head)
-    optimizers = [Optimizer(m, 1e-6, options) for m in (policy.actor, policy.critic)]
+    rollout, options = task.rollout, task.options
+    parts = eager(task) if provider.startswith("eager") else ours(task, PROVIDERS[provider])
+    optimizers = [Optimizer(m, 1e-6, options) for m in (task.policy.actor, task.policy.critic)]
 
-    def run() -> Tensor:
-        loss = gradients()
+    def optimise() -> None:
         for optimizer in optimizers:
             optimizer.clip()
             optimizer.adamw.step()
+
+    def forget() -> None:
+        for optimizer in optimizers:
             optimizer.adamw.zero_grad()
+
+    def run() -> Tensor:
+        loss = parts.gradients(parts.advantages())
+        optimise()
+        forget()
         return loss
 
-    truth = eager(policy, rollout, experience, options)()  # in the same precision: a row that does other work shows
-    policy.zero_grad()
+    plain = eager(task)
+    truth = plain.gradients(plain.advantages())  # in the same precision: a row that does other work shows
+    forget()
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
     layers, width, _, _, inner, V, sequences, *_ = shape
-    flops, dtype = flops_of(shape, rollout), torch.bfloat16 if device.type == "cuda" else torch.float32
     compare(
         run,
-        operation="learn: one update of actor and critic",
+        operation="learn step of actor and critic",
         provider=provider,
         shape=f"layers={layers} D={width} V={V} sequences={sequences} tokens={sum(lengths)}",
         dtype=options.dtype,
-        bytes=28 * sum(p.numel() for p in policy.parameters()),  # weight, gradient and AdamW's two, in and out
-        flops=flops,
-        results=lambda: [gradients()],
+        bytes=28 * sum(p.numel() for p in task.policy.parameters()),  # weight, gradient, AdamW's two, in and out
+        flops=flops_of(shape, rollout),
+        gemm=(sum(lengths), inner, width),
+        results=lambda: [parts.gradients(parts.advantages())],
         truth=[truth],
     )
     info = benchmark.extra_info
+    step_ms = statistics.median(info["samples_ms"])
     info["answer_tokens"] = sum(rollout.answer_lengths)
-    info["gemm_tflop_per_s"] = measure.gemm_tflop_per_s(device, dtype, sum(lengths), inner, width)
-    median = sorted(info["samples_ms"])[len(info["samples_ms"]) // 2]
-    info["share_of_gemm"] = flops / (median * 1e9) / info["gemm_tflop_per_s"]
-    info["tokens_per_s"] = 1e3 * sum(lengths) / median
+    info["tokens_per_s"] = 1e3 * sum(lengths) / step_ms
+
+    def alone(call: Callable[[], Any]) -> float:
+        return statistics.median(measure.samples_ms(call, device, seconds=min(1.0, 5 * step_ms / 1e3)))
+
+    def gradients() -> None:
+        parts.gradients(task.experience)
+        forget()
+
+    def backbones() -> None:
+        parts.backbones()
+        forget()
+
+    without_head = alone(backbones)
+    info["parts_ms"] = {"advantages": alone(parts.advantages), "backbones": without_head}
+    info["parts_ms"]["head and loss"] = alone(gradients) - without_head
+    parts.gradients(task.experience)
+    info["parts_ms"]["clipping and AdamW"] = alone(optimise)
+    with capsys.disabled():
+        show(provider, step_ms, info["parts_ms"])

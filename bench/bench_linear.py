@@ -1,17 +1,20 @@
 """linear_ppo_loss and linear_logprobs beside their rivals: from hidden states to gradients, or to log-probabilities.
 
-"three GEMMs" is the ceiling: the products of one step, h W^T, d W and d^T h, each whole, by the library of this very
-process. FLOPs by design: 6 N D V for a step, 2 N D V for log-probabilities; bytes: hidden, weight and their gradients.
-Rivals that recompute the logits (TRL, Liger, verl) need 8 N D V. torch's own chunked cross entropy needs 6, but is no
-PPO. Liger takes one advantage for a sequence, here that of its first token, so its loss is another one.
+FLOPs by design: 6 N D V for a step, 2 N D V for log-probabilities; bytes: hidden, weight and their gradients. The floor
+is those FLOPs at the rate of one library GEMM of the very shape; "three GEMMs" are the products of one step, h W^T, d W
+and d^T h, each whole, as such a library does them. Rivals that recompute the logits (TRL, Liger, verl, CCE) need
+8 N D V. "whole logits" are eager's GEMM and our token_logprobs: also 6 N D V, with the memory of whole logits. torch's
+own chunked cross entropy needs 6, too, but is no PPO. Liger's GRPO loss takes one advantage for a sequence, here that
+of its first token, so its loss is another one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peers import peer
+from peers import peer, peer_without_its_cluster
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -21,16 +24,18 @@ from ppo_fast.ops import Backend
 SHAPES = {  # (N, D, V) by --size, for a CPU and for a GPU
     ("cpu", "tiny"): [(2, 16, 130)],
     ("cpu", "small"): [(256, 128, 8192)],
-    ("cpu", "default"): [(4096, 512, 50257)],
+    ("cpu", "default"): [(n, 256, 16384) for n in (256, 512, 1024)]
+    + [(512, 256, 4096), (512, 256, 50257), (4096, 512, 50257)],
     ("cpu", "all"): [(4096, 512, 50257), (1024, 1024, 151936)],
-    ("cuda", "tiny"): [(64, 64, 1000)],
+    ("cuda", "tiny"): [(8, 16, 130)],
     ("cuda", "small"): [(1024, 1024, 32000)],
-    ("cuda", "default"): [(8192, 4096, 128256), (16384, 4096, 128256)],
+    ("cuda", "default"): [(n, 4096, 128256) for n in (8192, 2048, 16384)] + [(8192, 4096, v) for v in (32000, 151936)],
     ("cuda", "all"): [(n, 4096, v) for n in (1024, 8192, 16384) for v in (32000, 128256, 151936)],
 }
 OURS = ("ppo_fast", "ppo_fast, low logits")
-STEP = (*OURS, "three GEMMs", "eager", "trl", "liger", "verl", "torch chunked cross entropy")
-SCORE = (*OURS, "one GEMM", "eager", "trl", "cce", "verl")
+RIVALS = ("ppo_fast, whole logits", "eager", "trl", "liger scaled ce", "cce", "verl")
+STEP = (*OURS, "three GEMMs", *RIVALS, "liger", "torch chunked cross entropy")
+SCORE = (*OURS, "one GEMM", *RIVALS)
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # hidden, weight, tokens, old_logprobs, advantages
 
@@ -59,9 +64,11 @@ def logprobs_of(hidden: Tensor, weight: Tensor, tokens: Tensor, **options: Any) 
     return out
 
 
-def truth_of(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities in fp64, a few rows at a time."""
-    rows, w = zip(hidden.detach().split(256), tokens.split(256), strict=True), weight.detach().double()
+@functools.lru_cache(maxsize=1)
+def truth_of(N: int, D: int, V: int, device: torch.device) -> Tensor:
+    """Log-probabilities in fp64 of what `make` draws, a few rows at a time."""
+    hidden, weight, tokens, *_ = make(N, D, V, device, trained=False)
+    rows, w = zip(hidden.split(256), tokens.split(256), strict=True), weight.double()
     logits = (((h.double() @ w.T).log_softmax(-1), t.unsqueeze(1)) for h, t in rows)
     return torch.cat([x.gather(1, t).squeeze(1) for x, t in logits])
 
@@ -77,17 +84,23 @@ def scorer(name: str, device: torch.device, backend: Backend) -> Callable[[Tenso
     if name in OURS:
         low = name != "ppo_fast"
         return lambda h, w, t: logprobs_of(h, w, t, logits_dtype=h.dtype if low else None, backend=backend)
+    if name == "ppo_fast, whole logits":
+        return lambda h, w, t: ppo.token_logprobs(h @ w.T, t, backend=backend)
     if name == "eager":
         return lambda h, w, t: (h @ w.T).float().log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze(-1)
     if name == "trl":
         function = peer("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
         return lambda h, w, t: function.apply(h, w, None, t, 1.0, 32768, None, 1.0, ("entropy",))[0]
+    if name == "liger scaled ce":  # on an H100 or H200 with CuTe-DSL its own kernel, else chunks in PyTorch
+        ops = peer("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel >= 0.8")
+        scaled = ops.LigerFusedLinearScaledCrossEntropyFunction
+        return lambda h, w, t: -scaled.apply(h, w, t, 1.0, -100, 1, True)[0]
     if device.type != "cuda":
         pytest.skip(f"{name} runs on a GPU only")
     if name == "cce":
         cce = peer("cut_cross_entropy", "cut-cross-entropy")
         return lambda h, w, t: -cce.linear_cross_entropy(h, w, t, reduction="none")
-    verl = peer("verl.utils.kernel.linear_cross_entropy", "verl")
+    verl = peer_without_its_cluster("verl.utils.kernel.linear_cross_entropy", "verl")
     return lambda h, w, t: verl.linear_cross_entropy(h, w, t, 1.0)[0]
 
 
@@ -147,6 +160,7 @@ def test_step(compare, device: torch.device, backend: Backend, provider: str, N:
         "dtype": str(hidden.dtype).removeprefix("torch."),
         "bytes": 2 * (N + V) * D * hidden.element_size(),
         "flops": 6 * N * D * V,
+        "gemm": (N, V, D),
         "leaves": (hidden, weight),
     }
     if provider == "three GEMMs":
@@ -175,7 +189,7 @@ def test_step(compare, device: torch.device, backend: Backend, provider: str, N:
     rest = [x.double() if x.is_floating_point() else x for x in rest]
     h = h.double().requires_grad_()
     gradient = torch.autograd.grad(few * reference.linear_ppo_loss(h, weight.detach().double(), *rest)[0], h)[0]
-    logprobs = truth_of(*inputs[:3])
+    logprobs = truth_of(N, D, V, device)
     truth = [clipped(logprobs, inputs[3].double(), inputs[4].double()), gradient]
     compare(run, results=results, truth=truth, **shared)
 
@@ -190,6 +204,7 @@ def test_score(compare, device: torch.device, backend: Backend, provider: str, N
         "dtype": str(hidden.dtype).removeprefix("torch."),
         "bytes": (N + V) * D * hidden.element_size(),
         "flops": 2 * N * D * V,
+        "gemm": (N, V, D),
     }
     if provider == "one GEMM":
         compare(products(hidden, weight, 1), **shared)
@@ -200,5 +215,4 @@ def test_score(compare, device: torch.device, backend: Backend, provider: str, N
         with torch.no_grad():
             return score(hidden, weight, tokens)
 
-    truth = [truth_of(hidden[:256], weight, tokens[:256])]
-    compare(run, results=lambda: [run()[:256]], truth=truth, **shared)
+    compare(run, results=lambda: [run()], truth=[truth_of(N, D, V, device)], **shared)

@@ -1,13 +1,14 @@
-"""token_logprobs beside its rivals: eager PyTorch, TRL, and on a GPU also Liger and torch.compile.
+"""token_logprobs beside its rivals: eager PyTorch, TRL, verl, and on a GPU also TRL's kernel, Liger and torch.compile.
 
-Bytes by design: forward reads the logits once, backward reads them once and writes their gradient once.
+Bytes by design: forward reads the logits once, backward reads them once and writes their gradient once. Liger's cross
+entropy gives no entropy: the same work without it.
 """
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from peers import peer
+from peers import peer, peer_without_its_cluster
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -16,14 +17,14 @@ from ppo_fast.kernels import reference
 SHAPES = {  # (N, V) by --size, for a CPU and for a GPU
     ("cpu", "tiny"): [(3, 300)],
     ("cpu", "small"): [(64, 4096)],
-    ("cpu", "default"): [(1024, 50257)],
+    ("cpu", "default"): [(n, 32000) for n in (64, 256, 1024)] + [(256, 8192), (256, 50257), (1024, 50257)],
     ("cpu", "all"): [(1024, 50257), (2048, 151936)],
-    ("cuda", "tiny"): [(64, 4096)],
+    ("cuda", "tiny"): [(3, 300)],
     ("cuda", "small"): [(1024, 32000)],
-    ("cuda", "default"): [(16384, v) for v in (32000, 50257, 128256, 151936)],
+    ("cuda", "default"): [(16384, v) for v in (32000, 50257, 128256, 151936)] + [(n, 128256) for n in (1024, 4096)],
     ("cuda", "all"): [(n, v) for n in (1024, 4096, 16384) for v in (32000, 50257, 128256, 151936)],
 }
-PROVIDERS = ("ppo_fast", "eager", "trl", "trl fused", "liger", "torch.compile")
+PROVIDERS = ("ppo_fast", "eager", "trl", "verl", "trl fused", "liger", "torch.compile")
 
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -49,6 +50,12 @@ def provider_of(name: str, device: torch.device, backend: str) -> Score:
         return lambda logits, tokens: (
             utils.selective_log_softmax(logits, tokens),
             utils.entropy_from_logits(logits),
+        )
+    if name == "verl":
+        verl = peer_without_its_cluster("verl.utils.torch_functional", "verl")
+        return lambda logits, tokens: (
+            verl.logprobs_from_logits(logits, tokens, inplace_backward=False),
+            verl.entropy_from_logits(logits),
         )
     if device.type != "cuda":
         pytest.skip(f"{name} runs on a GPU only")

@@ -1,13 +1,15 @@
 """Options, record format and the one fixture of the benchmarks.
 
-    pytest bench [--size tiny|small|default|all] [--commit HASH] [--benchmark-json RECORD.json --benchmark-save-data]
+    pytest bench [--size tiny|small|default|all] [--commit HASH] [--benchmark-json RECORD.json]
 
-A record is pytest-benchmark's JSON; this file adds versions, device and ceilings to its machine_info, and to each row
-in extra_info: provider, shape, dtype, raw device samples, bytes and FLOPs, floor, peak extra memory, and error
-against fp64.
+A record is pytest-benchmark's JSON; this file adds versions and device to its machine_info, and to each row in
+extra_info: provider, shape, dtype, raw samples, bytes and FLOPs by design, the two ceilings measured in this process
+and the floor that follows from them, peak extra memory, launches, and error against fp64. README.md explains them.
 """
 
+import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,21 +24,37 @@ from ppo_fast.kernels import launch
 PACKAGES = (
     "torch",
     "triton",
+    "numpy",
     "numba",
+    "transformers",
     "trl",
     "liger-kernel",
     "cut-cross-entropy",
     "verl",
+    "openrlhf",
     "torchrl",
     "stable-baselines3",
+    "rl-triton",
 )
+SECONDS = {"tiny": 0.01, "small": 0.1, "default": 0.2, "all": 1.0}  # of sampling, for one row
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--size", choices=("tiny", "small", "default", "all"), default="default", help="which shapes to run"
-    )
+    parser.addoption("--size", choices=SECONDS, default="default", help="which shapes to run")
     parser.addoption("--commit", default=None, help="commit to record where there is no git")
+    parser.addoption("--budget", type=float, default=None, help="seconds after which the remaining rows are skipped")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[STARTED] = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A record is written at the end of a run, so a run has to end before somebody kills it."""
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - item.config.stash[STARTED] > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +65,19 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def backend(device: torch.device) -> str:
     """The kernels in Triton's interpreter where that is asked for (a dry run), else what the machine has."""
-    return "triton" if device.type == "cpu" and launch.interpreting() else "auto"
+    return "triton" if launch.interpreting() else "auto"
 
 
 @pytest.fixture(scope="session")
-def ceilings(device: torch.device) -> dict[str, float]:
+def copy_gb_per_s(device: torch.device) -> float:
     """Measured once in this very process: what a copy reaches."""
-    return {"copy_gb_per_s": measure.copy_gb_per_s(device)}
+    return measure.copy_gb_per_s(device)
+
+
+@pytest.fixture(scope="session")
+def gemm_tflop_per_s(device: torch.device) -> Callable[[torch.dtype, int, int, int], float]:
+    """(dtype, m, n, k) -> what one library GEMM of that shape reaches, measured once for each in this very process."""
+    return functools.cache(functools.partial(measure.gemm_tflop_per_s, device))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -66,7 +90,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             machine_info["versions"][package] = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        machine_info["gpu"] = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        machine_info["gpu"] = {
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
@@ -75,43 +104,81 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 
 @pytest.fixture
-def compare(benchmark, device: torch.device, ceilings: dict[str, float], request: pytest.FixtureRequest) -> Callable:
-    """compare(run, provider=..., shape=..., dtype=..., bytes=..., results=..., truth=...): measures one row."""
+def compare(
+    benchmark,
+    device: torch.device,
+    copy_gb_per_s: float,
+    gemm_tflop_per_s: Callable[[torch.dtype, int, int, int], float],
+    request: pytest.FixtureRequest,
+) -> Callable[..., None]:
+    """compare(run, operation=..., provider=..., ...): measures one row and keeps it."""
 
     def measured(
         run: Callable[[], Any],
         *,
         operation: str,
         provider: str,
-        shape: str,
+        shape: str,  # "N=1024 V=32000": the report plots along these
         dtype: str,
-        bytes: int,
-        flops: int = 0,
+        bytes: int,  # that an implementation has to move at least
+        flops: int = 0,  # of its matrix products
+        gemm: tuple[int, int, int] | None = None,  # m, n, k of those: the ceiling is measured at this shape
         results: Callable[[], list[Tensor]] | None = None,
-        truth: list[Tensor] | None = None,
-        leaves: Sequence[Tensor] = (),
+        truth: list[Tensor] | None = None,  # fp64
+        leaves: Sequence[Tensor] = (),  # whose gradients the call makes
+        small: bool = False,  # on a GPU also the host's time of a call
+        replay: bool = False,  # ... and the time in a CUDA graph
     ) -> None:
         benchmark.group = f"{operation} {shape} {dtype}"
         info = benchmark.extra_info
         info.update(operation=operation, provider=provider, shape=shape, dtype=dtype, bytes=bytes, flops=flops)
-        if results is not None and truth is not None:
-            info["max_error"] = max_error(results(), truth)
-        seconds = {"tiny": 0.01, "small": 0.2, "default": 1.0, "all": 2.0}[request.config.getoption("--size")]
-        info["samples_ms"] = measure.samples_ms(run, device, seconds=seconds)
+        info["copy_gb_per_s"] = copy_gb_per_s
+        info["floor_ms"] = bytes / copy_gb_per_s / 1e6
+        if gemm is not None:
+            info["gemm"] = "x".join(map(str, gemm))
+            info["gemm_tflop_per_s"] = gemm_tflop_per_s(getattr(torch, dtype), *gemm)
+            info["floor_ms"] = max(info["floor_ms"], flops / info["gemm_tflop_per_s"] / 1e9)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        compared = results is not None and truth is not None
+        try:
+            info["max_error"] = max_error(results(), truth) if compared else None
+            measure_row(run, leaves, warm=compared)
+        except torch.OutOfMemoryError:
+            pytest.skip(f"{provider} runs out of memory at {shape}")
+        if device.type == "cuda" and (small or replay):
+            info["call_us"] = measure.call_us(run)
+        if device.type == "cuda" and replay:
+            measure_replay(run)
+
+    def measure_row(run: Callable[[], Any], leaves: Sequence[Tensor], *, warm: bool) -> None:
+        info, samples = benchmark.extra_info, []
+        seconds = SECONDS[request.config.getoption("--size")]
+        benchmark.pedantic(
+            lambda: samples.extend(measure.samples_ms(run, device, seconds=seconds, warm=warm)), rounds=1
+        )
+        info["samples_ms"] = rounded(samples)
+        if benchmark.stats is not None:  # None with --benchmark-disable
+            benchmark.stats.stats.data[:] = [ms / 1e3 for ms in samples]  # its own table then shows these samples
+        info["l2"] = measure.FLUSHED if device.type == "cuda" else "as it comes"
+        info["share_of_floor"] = info["floor_ms"] / statistics.median(samples)
         info["peak_extra_bytes"] = measure.peak_extra_bytes(run, device, leaves)
-        info["copy_gb_per_s"] = ceilings["copy_gb_per_s"]
-        info["floor_ms"] = bytes / ceilings["copy_gb_per_s"] / 1e6
-        info["share_of_floor"] = info["floor_ms"] / statistics.median(info["samples_ms"])
-        info["l2"] = "cold" if device.type == "cuda" else "as it comes"
+        info["launches"] = measure.launches(run, device)
 
-        def once() -> None:
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(once, rounds=5, warmup_rounds=1)
+    def measure_replay(run: Callable[[], Any]) -> None:
+        info = benchmark.extra_info
+        try:
+            info["replay_ms"] = rounded(measure.replay_ms(run, device))
+            info["share_of_floor_in_replay"] = info["floor_ms"] / statistics.median(info["replay_ms"])
+        except RuntimeError as error:  # what cannot be captured still has its other numbers
+            info["replay_failed"] = str(error).splitlines()[0]
 
     return measured
+
+
+def rounded(samples: list[float]) -> list[float]:
+    """To a nanosecond: records are kept for good."""
+    return [round(ms, 6) for ms in samples]
 
 
 def max_error(results: list[Tensor], truth: list[Tensor]) -> float:

@@ -1,87 +1,108 @@
-"""How things are measured: time by CUDA events or a clock, memory by the allocator, the ceilings by copies and GEMMs.
+"""How things are measured: time by CUDA events or a clock, memory by the allocator, launches, ceilings.
 
-On a GPU the L2 cache is overwritten before each sample, so inputs come from device memory ("cold L2"); device time is
-what CUDA events say, and the replay of a CUDA graph shows a small operation without its launch overhead ("hot L2").
+On a GPU the L2 cache is overwritten before each sample, so inputs come from device memory ("cold L2"), and a sample is
+what two CUDA events say, with the gaps in which the GPU waits for the host. The replay of a CUDA graph, flushed in the
+same way, has no such gaps; `call_us` is what the host sees.
 """
 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+
+from ppo_fast.kernels import launch
 
 Run = Callable[[], Any]
 
 L2_BYTES = 256 * 2**20  # more than any GPU's L2 cache
+FLUSHED = f"cold: {L2_BYTES >> 20} MiB are written before each sample"
+WARM_UP_CALLS = 3
+WARM_UP_SECONDS = 0.05  # a GPU raises its clock in that time
+LEAST_SAMPLES = 5
+SLOW_SECONDS = 1.0  # of a call on a CPU; then 3 samples do
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far more than caches hold
+CALLS = 200
 
 
-def samples_ms(run: Run, device: torch.device, *, seconds: float = 1.0, most: int = 200) -> list[float]:
-    """Milliseconds of repeated calls after a warm-up, at least 5 and for about `seconds`."""
-    return _cuda_samples(run, seconds, most) if device.type == "cuda" else _clock_samples(run, seconds, most)
+def samples_ms(
+    run: Run, device: torch.device, *, seconds: float = 1.0, most: int = 100, warm: bool = False
+) -> list[float]:
+    """Milliseconds of repeated calls after a warm-up, for about `seconds` and at least 5 (3 of a slow one).
+
+    `warm` says that a call has been made just before, which is warm-up enough for a CPU.
+    """
+    if device.type == "cuda":
+        return _cuda_samples(run, device, seconds, most)
+    if not warm:
+        run()
+    return _clock_samples(run, seconds, most)
 
 
 def _clock_samples(run: Run, seconds: float, most: int) -> list[float]:
-    run()
     samples: list[float] = []
     start = time.perf_counter()
-    while len(samples) < 5 or (time.perf_counter() - start < seconds and len(samples) < most):
+    while len(samples) < (3 if sum(samples) > 6000 else 5) or (
+        time.perf_counter() - start < seconds and len(samples) < most
+    ):
         before = time.perf_counter()
         run()
         samples.append(1e3 * (time.perf_counter() - before))
     return samples
 
 
-def _cuda_samples(run: Run, seconds: float, most: int) -> list[float]:
-    flush = torch.empty(L2_BYTES // 4, dtype=torch.int32, device="cuda")
-    for _ in range(3):
+def _cuda_samples(run: Run, device: torch.device, seconds: float, most: int) -> list[float]:
+    calls, start = 0, time.perf_counter()
+    while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
         run()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        calls += 1
     before = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    count = max(5, min(most, int(seconds / (time.perf_counter() - before + 1e-4))))
+    count = max(LEAST_SAMPLES, min(most, int(seconds / (time.perf_counter() - before + 1e-4))))
+    flush = torch.empty(L2_BYTES // 4, dtype=torch.int32, device=device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
+    for first, last in events:
+        flush.zero_()  # takes the GPU longer than the host needs to record an event and to launch
+        first.record()
         run()
-        end.record()
+        last.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+    return [first.elapsed_time(last) for first, last in events]
 
 
-def call_us(run: Run, calls: int = 200) -> float:
-    """Microseconds of one eager call on a GPU as the host sees it: many calls in a row, one wait at the end."""
-    for _ in range(20):
-        run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - start) / calls
-
-
-def replay_us(run: Run, replays: int = 200) -> float:
-    """Microseconds of one replay of a CUDA graph that holds the call."""
+def replay_ms(run: Run, device: torch.device, *, seconds: float = 0.2) -> list[float]:
+    """Milliseconds of replays of a CUDA graph that holds the call: the operation without its launches' overhead."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(WARM_UP_CALLS):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
+    return _cuda_samples(graph.replay, device, seconds, 100)
+
+
+def call_us(run: Run, seconds: float = 0.5) -> float:
+    """Microseconds of one eager call on a GPU as the host sees it: many calls in a row, one wait at the end."""
+    run()
     torch.cuda.synchronize()
-    return 1e3 * start.elapsed_time(end) / replays
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    calls = max(1, min(CALLS, int(seconds / (time.perf_counter() - start))))
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - start) / calls
 
 
 def peak_extra_bytes(run: Run, device: torch.device, leaves: Sequence[torch.Tensor] = ()) -> int:
@@ -106,9 +127,55 @@ def peak_extra_bytes(run: Run, device: torch.device, leaves: Sequence[torch.Tens
     return peak
 
 
+def launches(run: Run, device: torch.device) -> int | str:
+    """Kernels that one call starts: all of them on a GPU, Triton's in the interpreter, "-" where there are none."""
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        events = profile.profiler.kineto_results.events()  # profile.events() takes seconds for a loop over time
+        seen = [e for e in events if e.device_type() == DeviceType.CUDA and not e.is_user_annotation()]
+        if seen:
+            return len(seen)
+    if not launch.interpreting():
+        return "-"
+    with counting_triton() as started:
+        run()
+    return len(started) or "-"
+
+
+@contextmanager
+def counting_triton() -> Iterator[list[str]]:
+    """Names of the Triton kernels that are launched inside the block, compiled or interpreted."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+    except ImportError:  # no Triton on this platform
+        yield []
+        return
+    started: list[str] = []
+    kept = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
+
+    def counting(kind: type) -> Callable[..., Any]:
+        def run(self: Any, *arguments: Any, **options: Any) -> Any:
+            if not options.get("warmup"):
+                started.append(getattr(self, "__name__", ""))
+            return kept[kind](self, *arguments, **options)
+
+        return run
+
+    try:
+        for kind in kept:
+            kind.run = counting(kind)
+        yield started
+    finally:
+        for kind, original in kept.items():
+            kind.run = original
+
+
 def copy_gb_per_s(device: torch.device) -> float:
     """The ceiling of memory-bound code: read and written bytes per second of a large copy."""
-    size = 2**30 if device.type == "cuda" else 2**28
+    size = COPIED_BYTES[device.type]
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     ms = statistics.median(samples_ms(lambda: target.copy_(source), device, seconds=0.5, most=30))

@@ -3,17 +3,18 @@
 #
 #     bash bench/on_gpu.sh OUT [part [commit [size]]]
 #
-# Parts, each under nine minutes on one H200: tests, rows (log-probabilities and losses), advantages, linear, learn.
-# Without a part all run. Needs torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark; learn needs transformers, too.
-# OUT gets a log and a JSON record for each part; a failing part is kept and the next one runs; the exit status is that
-# of the worst. Sizes are tiny (a dry run on a CPU, with TRITON_INTERPRET=1), small, default and all.
+# Parts, each cut off before nine minutes: tests, rows (log-probabilities and losses), advantages, linear, learn. Without
+# a part all run. Needs torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark; learn needs transformers, too. Rivals
+# in a folder of PYTHONPATH take part. OUT gets a log and a JSON record for each part (rows for which no time is left are
+# skipped by name, so that the record is written); a failing part is kept and the next one runs; the exit status is that
+# of the worst. Sizes are small, default, all, and tiny for a dry run without a GPU: see bench/pretend_cuda.py.
 set -uo pipefail
 out=${1:?usage: bash bench/on_gpu.sh OUT [part [commit [size]]]}
 only=${2:-all}
 commit=${3:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 size=${4:-default}
 mkdir -p "$out"
-export PYTHONPATH=. PYTHONUNBUFFERED=1
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 worst=0
 
 part() { # name, command...
@@ -31,7 +32,7 @@ bench() { # name, files...
     local name=$1
     shift
     part "$name" python3 -m pytest "$@" -q -p no:cacheprovider --size "$size" --commit "$commit" \
-        --benchmark-json "$out/$name.json" --benchmark-save-data --benchmark-columns=median,iqr
+        --budget 480 --benchmark-json "$out/$name.json" --benchmark-columns=median,iqr
 }
 
 case $only in
@@ -41,9 +42,9 @@ all | tests | rows | advantages | linear | learn) ;;
     exit 2
     ;;
 esac
-part tests python3 -m pytest tests -q -m gpu -p no:cacheprovider
+part tests python3 -m pytest tests -q -m gpu -p no:cacheprovider --continue-on-collection-errors
 bench rows bench/bench_logprobs.py bench/bench_loss.py
-bench advantages bench/bench_gae.py
+bench advantages bench/bench_gae.py bench/bench_advantages.py
 bench linear bench/bench_linear.py
 bench learn bench/bench_learn.py
 exit "$worst"

@@ -1,6 +1,7 @@
 """Rivals, imported only where a benchmark wants them."""
 
 import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -12,3 +13,21 @@ def peer(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         pytest.skip(f"{package} is not installed ({error})")
+
+
+def peer_without_its_cluster(module: str, package: str) -> Any:
+    """As `peer`, for verl and OpenRLHF: where ray, deepspeed and the like are missing, empty modules stand in for them
+    during the import, and are gone after it, so that no other package takes them for real."""
+    from oracles import openrlhf_stubs
+
+    openrlhf_stubs.install()
+    try:
+        return peer(module, package)
+    finally:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, openrlhf_stubs._Finder)]
+        for name in [name for name, found in sys.modules.items() if isinstance(found, openrlhf_stubs._Stub)]:
+            del sys.modules[name]
+        transformers = sys.modules.get("transformers.utils.import_utils")
+        for remembered in [] if transformers is None else vars(transformers).values():
+            if hasattr(remembered, "cache_clear"):  # is_peft_available() and the like
+                remembered.cache_clear()

@@ -1,10 +1,11 @@
 """Tables and pictures from the records of the benchmarks.
 
-    pytest bench --size default --benchmark-json bench/results/MACHINE/NAME.json --benchmark-save-data
+    pytest bench --benchmark-json bench/results/MACHINE/NAME.json
     python bench/report.py bench/results/MACHINE/*.json
 
-writes README.md and one picture per operation into the folder of the records. A record without machine, versions and
-commit is refused. The shortest time of a group is bold, whoever's it is.
+writes README.md and the pictures into the folder of the records. A record without machine, versions and commit is
+refused. The shortest time of a group is bold, whoever's it is, and the page begins with the cells in which we are
+behind. Records of bench/against_*.py (whole programs) get a table of medians.
 """
 
 import argparse
@@ -13,137 +14,227 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-OURS = "#c0392b"
-OTHERS = "#7f8c8d"
+from plots import picture_of
+from rows import CEILINGS, OURS, Groups, Row, groups_of, has_floor, is_rival, memory_mib, shown, shown_number, spread
 
-Row = dict[str, Any]
+LEGEND = """\
+Each row is one way to do the same work on the same inputs in one process. *Times ours*: below 1 is faster than
+ppo_fast. *Of the floor*: the time that the bytes and FLOPs of the task take at least, at the rates of a large copy and
+of a library's matrix product of that shape, both measured in the same process, divided by the row's time (small data
+that stays in the caches can beat it). *Launches*: kernels started on the GPU. *Error*: largest absolute difference
+from fp64. *Peak extra memory*: what the call held at once beyond its inputs, gradients counted; NumPy's own arrays are
+not seen. A time is the median, with the 20th and 80th percentile behind it.
+"""
 
 
 class BadRecord(Exception):
     """A file that is no record, or one that does not say where it comes from."""
 
 
-def read(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """Facts of a record, and its rows."""
+class Record(NamedTuple):
+    path: Path
+    title: str  # of a whole program
+    source: str  # machine, versions, commit, date in words
+    rows: list[Row]  # of `pytest bench`
+    runs: dict[str, list[dict[str, Any]]]  # of whole programs
+
+
+def read(path: Path) -> list[Record]:
+    """The record of a file; several where it holds a whole program's for several tasks."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        machine, commit, rows = record["machine_info"], record["commit_info"]["id"], record["benchmarks"]
-        versions = machine["versions"]
-        cpu = machine["cpu"]["brand_raw"]
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        if not isinstance(record, dict):
+            raise TypeError("not an object")
+        if "runs" in record:
+            return [program(path, path.stem, record)]
+        if record and all(isinstance(x, dict) and "runs" in x for x in record.values()):
+            return [program(path, f"{path.stem}, {name}", x) for name, x in record.items()]
+        return [benchmarks(path, record)]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadRecord(f"{path} is no record of these benchmarks: {error!r}") from error
-    if not commit or commit == "unknown" or not versions.get("torch"):
-        raise BadRecord(f"{path} lacks the commit or the versions that it was measured with")
+
+
+def benchmarks(path: Path, record: dict[str, Any]) -> Record:
+    """pytest-benchmark's JSON with what conftest.py adds."""
+    machine, commit = record.get("machine_info") or {}, record.get("commit_info") or {}
+    versions, cpu = machine.get("versions") or {}, (machine.get("cpu") or {}).get("brand_raw")
+    gpu = machine.get("gpu")
+    refuse(path, commit.get("id"), cpu or gpu, versions)
+    rows = [row["extra_info"] for row in record["benchmarks"] if row["extra_info"].get("samples_ms")]
     if not rows:
         raise BadRecord(f"{path} has no rows")
-    gpu = machine.get("gpu")
-    facts = {
-        "machine": gpu["name"] if gpu else f"{cpu}, {machine['threads']} threads",
-        "python": machine["python_version"],
-        "versions": ", ".join(f"{name} {v}" for name, v in versions.items() if v),
-        "commit": commit[:10],
-        "date": record["datetime"][:10],
-    }
-    return facts, [row["extra_info"] for row in rows]
+    place = f"{gpu['name']}, CUDA {gpu.get('cuda', '?')}" if gpu else f"{cpu}, {machine['threads']} threads"
+    changed = ", with changes" if commit.get("dirty") else ""
+    source = (
+        f"{place}; Python {machine['python_version']}; {named(versions)}; commit {commit['id'][:10]}{changed},"
+        f" {record['datetime'][:10]}"
+    )
+    return Record(path, "", source, rows, {})
 
 
-def groups_of(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
-    """operation -> shape and dtype -> rows."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        shape = f"{row['shape']}, {row['dtype']}"
-        found.setdefault(row["operation"], {}).setdefault(shape, []).append(row)
-    return found
+def program(path: Path, title: str, record: dict[str, Any]) -> Record:
+    """{"date", "commit", "machine", "versions", "runs": {who: [{quantity: number or one for each step}]}}"""
+    refuse(path, record.get("commit"), record.get("machine"), record.get("versions") or {})
+    machine = ", ".join(f"{name} {x}" for name, x in record["machine"].items() if x)
+    source = f"{machine}; {named(record['versions'])}; commit {record['commit'][:10]}, {record['date']}"
+    return Record(path, title, source, [], record["runs"])
 
 
-def spread(row: Row) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile of the samples, in ms."""
-    deciles = statistics.quantiles(row["samples_ms"], n=10, method="inclusive")
-    return statistics.median(row["samples_ms"]), deciles[1], deciles[7]
+def refuse(path: Path, commit: object, machine: object, versions: dict[str, Any]) -> None:
+    missing = [
+        what
+        for what, is_there in (
+            ("the commit", commit and commit != "unknown"),
+            ("the machine", machine),
+            ("the versions", versions.get("torch")),
+        )
+        if not is_there
+    ]
+    if missing:
+        raise BadRecord(f"{path} lacks {' and '.join(missing)} that it was measured with")
 
 
-def shown(ms: float) -> str:
-    if ms < 1:
-        return f"{1e3 * ms:.3g} us"
-    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+def named(versions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {v}" for name, v in versions.items() if v)
 
 
 def table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| | median | 20 % ... 80 % | times ours | peak extra memory | largest error |",
-        "|---|---|---|---|---|---|",
-    ]
-    ours = next((spread(row)[0] for row in rows if row["provider"] == "ppo_fast"), None)
-    best = min(spread(row)[0] for row in rows)
+    """One group, fastest first; columns that no row fills are left out."""
+    ours = next((spread(row)[0] for row in rows if row["provider"] == OURS), None)
+    rivals = [spread(row)[0] for row in rows if row["provider"] not in CEILINGS]
+    best = min(rivals, default=None)
+    lines: list[dict[str, str]] = []
     for row in sorted(rows, key=lambda row: spread(row)[0]):
         median, low, high = spread(row)
-        time = f"**{shown(median)}**" if median == best else shown(median)
-        ratio = "" if ours is None else f"{median / ours:.2f}"
-        error = f"{row['max_error']:.1e}" if "max_error" in row else ""
-        memory = f"{row['peak_extra_bytes'] / 2**20:.1f} MiB"
-        lines.append(f"| {row['provider']} | {time} | {shown(low)} ... {shown(high)} | {ratio} | {memory} | {error} |")
-    first = rows[0]
-    if first["bytes"]:
-        lines += ["", f"Copying {first['bytes'] / 2**20:.3g} MiB in and out takes {shown(first['floor_ms'])}."]
+        cells = {
+            "": f"*{row['provider']}*" if row["provider"] in CEILINGS else row["provider"],
+            "median": f"**{shown(median)}**" if median == best else shown(median),
+            "20 % ... 80 %": f"{shown(low)} ... {shown(high)}",
+            "times ours": "" if ours is None else f"{median / ours:.2f}",
+            "of the floor": f"{100 * row['share_of_floor']:.3g} %" if has_floor(row) else "",
+            "in a CUDA graph": shown(statistics.median(row["replay_ms"])) if "replay_ms" in row else "",
+            "call, host": shown(row["call_us"] / 1e3) if "call_us" in row else "",
+            "launches": str(row.get("launches", "-")).replace("-", ""),
+            "peak extra memory": "" if memory_mib(row) is None else f"{shown_number(memory_mib(row))} MiB",
+            "error": "" if row.get("max_error") is None else f"{row['max_error']:.1e}",
+        }
+        lines.append(cells)
+    columns = [name for name in lines[0] if name == "" or any(line[name] for line in lines)]
+    text = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    text += ["| " + " | ".join(line[name] for name in columns) + " |" for line in lines]
+    return [*text, *floor_in_words(rows[0])]
+
+
+def floor_in_words(row: Row) -> list[str]:
+    if not row["bytes"] or not has_floor(row):
+        return []
+    text = f"Floor {shown(row['floor_ms'])}: {row['bytes'] / 2**20:.3g} MiB at {row['copy_gb_per_s']:.4g} GB/s"
+    if "gemm" in row:
+        text += f", {row['flops'] / 1e12:.3g} TFLOP at {row['gemm_tflop_per_s']:.3g} TFLOP/s (GEMM {row['gemm']})"
+    cache = f" L2 {row['l2']}." if row.get("l2", "").startswith("cold") else ""
+    return ["", f"{text}.{cache}"]
+
+
+def parts_table(rows: list[Row]) -> list[str]:
+    """Amdahl: what each part takes of a step."""
+    split = [row for row in rows if row.get("parts_ms")]
+    if not split:
+        return []
+    names = list(split[0]["parts_ms"])
+    lines = [
+        "",
+        "Shares of the parts, each measured alone:",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---" * (len(names) + 1),
+    ]
+    lines[-1] += "|"
+    for row in split:
+        whole = sum(row["parts_ms"].values())
+        cells = [f"{shown(ms)}, {100 * ms / whole:.0f} %" for ms in row["parts_ms"].values()]
+        lines.append(f"| {row['provider']} | {' | '.join(cells)} |")
     return lines
 
 
-def draw(operation: str, shapes: dict[str, list[Row]], path: Path) -> None:
-    """Horizontal bars per shape: time on the left, peak memory on the right, each with its number."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    heights = [len(rows) for rows in shapes.values()]
-    figure, axes = plt.subplots(
-        len(shapes),
-        2,
-        figsize=(11, 0.32 * sum(heights) + 0.9 * len(shapes)),
-        squeeze=False,
-        height_ratios=heights,
-        layout="constrained",
-    )
-    for (shape, rows), (left, right) in zip(shapes.items(), axes, strict=True):
-        rows = sorted(rows, key=lambda row: -spread(row)[0])
-        names = [row["provider"] for row in rows]
-        colours = [OURS if name.startswith("ppo_fast") else OTHERS for name in names]
-        times, sizes = [spread(row)[0] for row in rows], [row["peak_extra_bytes"] / 2**20 for row in rows]
-        left.bar_label(left.barh(names, times, color=colours), map(shown, times), padding=3, fontsize=8)
-        right.bar_label(right.barh(names, sizes, color=colours), [f"{x:.3g}" for x in sizes], padding=3, fontsize=8)
-        right.set_yticklabels([])
-        left.set_title(shape, loc="left", fontsize=9)
-        for axis in (left, right):
-            axis.margins(x=0.15)
-            axis.tick_params(labelsize=8)
-            axis.set_xticks([])
-            axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axes[-1][0].set_xlabel("median time")
-    axes[-1][1].set_xlabel("peak extra memory, MiB")
-    figure.suptitle(operation, fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def behind(operations: dict[str, Groups]) -> list[str]:
+    """Where a rival, or a variant of ours, is faster than ours, or a rival needs less memory, in words."""
+    lines: list[str] = []
+    for operation, groups in operations.items():
+        for shape, rows in groups.items():
+            ours = next((row for row in rows if row["provider"] == OURS), None)
+            if ours is None:
+                continue
+            for row in rows:
+                if row is ours or row["provider"] in CEILINGS:
+                    continue
+                time = spread(ours)[0] / spread(row)[0]
+                faster = f"{time:.2f} times as fast" if time > 1 else ""
+                theirs, mine = memory_mib(row), memory_mib(ours)
+                smaller = ""
+                if is_rival(row) and theirs is not None and mine is not None and theirs < 0.95 * mine:
+                    smaller = f"needs {shown_number(theirs)} instead of {shown_number(mine)} MiB"
+                if faster or smaller:
+                    lines.append(
+                        f"- {operation}, {shape}: {row['provider']}, {', '.join(filter(None, (faster, smaller)))}"
+                    )
+    return lines or ["Nowhere in these records."]
 
 
-def write(paths: Sequence[Path], folder: Path) -> None:
-    """README.md and pictures for records of one machine."""
-    lines = ["# Measured", "", "Made by `python bench/report.py` from the records beside this page.", ""]
-    body: list[str] = []
+def listed(x: Any) -> list[Any]:
+    """The steps of a run without the first, a warm-up; a number that is not one for each step as it is."""
+    return (x[1:] or x) if isinstance(x, list) else [x]
+
+
+def is_number(x: Any) -> bool:
+    """A number, or None where there was nothing to count."""
+    return x is None or isinstance(x, (int, float))
+
+
+def runs_table(record: Record) -> list[str]:
+    """Medians of a whole program's runs: of its numbers, or of those of all steps."""
+    first = next(iter(record.runs.values()))[0]
+    quantities = [name for name, x in first.items() if name != "seed" and all(map(is_number, listed(x)))]
+    lines = [f"| | {' | '.join(quantities)} |", "|---" * (len(quantities) + 1) + "|"]
+    for who, runs in record.runs.items():
+        cells = []
+        for name in quantities:
+            numbers = [x for run in runs for x in listed(run.get(name)) if is_number(x) and x is not None]
+            cells.append(shown_number(statistics.median(numbers)) if numbers else "")
+        lines.append(f"| {who} | {' | '.join(cells)} |")
+    return lines
+
+
+def page(records: list[Record], folder: Path) -> str:
+    rows = [row for record in records for row in record.rows]
+    operations = groups_of(rows)
     sources: dict[str, list[str]] = {}
-    for path in paths:
-        facts, rows = read(path)
-        where = "{machine}; Python {python}; {versions}; commit {commit}, {date}".format(**facts)
-        sources.setdefault(where, []).append(f"[{path.name}]({path.name})")
-        for operation, shapes in groups_of(rows).items():
-            picture = "".join(c if c.isalnum() else "-" for c in operation.split(":")[0]) + ".png"
-            draw(operation, shapes, folder / picture)
-            body += ["", f"## {operation}", "", f"![{operation}]({picture})"]
-            for shape, group in shapes.items():
-                body += ["", f"### {shape}", "", *table(group)]
-    lines += [f"- {', '.join(names)}: {where}" for where, names in sources.items()]
-    (folder / "README.md").write_text("\n".join(lines + body) + "\n", encoding="utf-8")
+    for record in records:
+        link = f"[{record.path.name}]({record.path.name})"
+        if link not in sources.setdefault(record.source, []):
+            sources[record.source].append(link)
+    lines = ["# Measured", "", "Made by `python bench/report.py` from the records beside this page.", ""]
+    lines += [f"- {', '.join(names)}: {source}" for source, names in sources.items()]
+    if rows:
+        lines += ["", LEGEND, "## Where we are behind", "", *behind(operations)]
+    for operation, groups in operations.items():
+        lines += ["", f"## {operation}"]
+        for picture in picture_of(operation, groups, folder):
+            lines += ["", f"![{operation}]({picture.name})"]
+        for shape, group in groups.items():
+            lines += ["", f"### {shape}", "", *table(group), *parts_table(group)]
+    for record in records:
+        if record.runs:
+            lines += [
+                "",
+                f"## Whole programs: {record.title}",
+                "",
+                "Medians over all runs, and over their steps but the first.",
+                "",
+            ]
+            lines += runs_table(record)
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,8 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = {path.parent for path in options.records}
     if len(folders) > 1:
         parser.error(f"the records lie in {len(folders)} folders; a report is about one machine")
+    folder = folders.pop()
     try:
-        write(options.records, folders.pop())
+        text = page([record for path in options.records for record in read(path)], folder)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     except (BadRecord, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

@@ -2,10 +2,11 @@
 
     python bench/static.py [--write] [--quiet] [--arch sm_90 gfx942] [--jobs 2] [module ...]
 
-A module of kernels/ takes part if it has variants() (kernels/launch.py). Prints registers, shared memory, spills and
-the widths of global loads, read from the binary (for AMD from the assembly), and exits with 1 if a variant spills, or
-if one whose name says `aligned` has no load of 16 bytes. --write keeps the numbers in bench/results/static/, a record
-for each version of Triton, and makes the table there anew. Triton's own cache makes a second run quick.
+A module of kernels/ takes part if it has variants() (kernels/launch.py). Prints registers, shared memory, spills, the
+widths of global loads and the instructions of the longest innermost loop, read from the binary (for AMD from the
+assembly), and exits with 1 if a variant spills, or if one whose name says `aligned` has no load of 16 bytes. --write
+keeps the numbers in bench/results/static/, a record for each version of Triton, and makes the page there anew, with the
+predictions of predict.py. Triton's own cache makes a second run quick; --page makes the page from the records alone.
 
 For another Triton: python -m venv .venv-t36, .venv-t36/bin/pip install "torch>=2.11" "triton==3.6.0" "numpy<2.4", then
 the same command with .venv-t36/bin/python.
@@ -34,6 +35,8 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for a checkout that is not installed
 
+import predict  # noqa: E402
+
 from ppo_fast.kernels.launch import Variant, interpreting  # noqa: E402
 
 KERNELS = ROOT / "ppo_fast" / "kernels"
@@ -55,6 +58,7 @@ class Report(NamedTuple):
     shared_bytes: int
     spills: int  # CUDA: bytes of stack and local memory; AMD: spilled vector registers and bytes of scratch
     loads: dict[str, int]  # bits -> number of global load instructions
+    loop: int = 0  # instructions of the longest innermost loop; 0 without one, or where nobody looked
 
 
 def is_aligned(variant: Variant) -> bool:
@@ -107,7 +111,38 @@ def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
         parts = flags.split(".")
         width = next((bits for bits in WIDTHS if str(bits) in parts), None)
         loads[str(width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32))] += 1
-    return Report(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"], dict(loads))
+    return Report(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"], dict(loads), cuda_loop(sass))
+
+
+SASS_BYTES = 16  # of one instruction
+
+
+def cuda_loop(sass: str) -> int:
+    """A loop ends with a branch to an earlier address; an innermost one contains no other. A branch from behind the end
+    of the code (a rare case, put out of line) back into it is no loop: it jumps over an EXIT."""
+    branch = r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d+\s+)?BRA\S*\s+(?:!?UP\d+,\s*)?0x([0-9a-f]+)"
+    jumps = [(int(target, 16), int(at, 16)) for at, target in re.findall(branch, sass)]
+    exits = [int(at, 16) for at in re.findall(r"/\*([0-9a-f]+)\*/\s+EXIT", sass)]
+    loops = [(a, b) for a, b in jumps if a < b and not any(a < at < b for at in exits)]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return max(((last - first) // SASS_BYTES + 1 for first, last in inner), default=0)
+
+
+def amd_loop(assembly: str) -> int:
+    """LLVM's comments say which block is the header of an innermost loop, and which blocks belong to it."""
+    counts: collections.Counter[str] = collections.Counter()
+    inner, label, loop = set(), "", ""
+    for line in assembly.splitlines():
+        if block := re.match(r"\.L(BB\d+_\d+):|; %bb", line):
+            label, loop = block[1] or "", ""
+        if member := re.search(r"in Loop: Header=(BB\d+_\d+)", line):
+            loop = member[1]
+        elif "Inner Loop Header" in line:
+            loop = label
+            inner.add(label)
+        elif loop and re.match(r"\t[a-z]", line):
+            counts[loop] += 1
+    return max((counts[header] for header in inner), default=0)
 
 
 def amd_report(assembly: str) -> Report:
@@ -119,7 +154,7 @@ def amd_report(assembly: str) -> Report:
         size = re.match(r"(?:lds_)?(?:dwordx(\d)|(dword)|(u|s)?(short|b16)|)", kind)
         assert size is not None
         loads[str(32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8)] += 1
-    return Report(registers, shared, spilled + scratch, dict(loads))
+    return Report(registers, shared, spilled + scratch, dict(loads), amd_loop(assembly))
 
 
 def report(job: tuple[str, int, str, bool]) -> Report:
@@ -144,13 +179,16 @@ def measure(names: list[str], archs: list[str], jobs: int, *, everything: bool) 
 
 
 def table(reports: dict[str, dict[str, Report]]) -> str:
-    """Markdown: registers (and what spills) per arch; shared memory and loads on sm_90, or the only arch there is."""
+    """Markdown: registers (and what spills) and loop per arch; the rest on sm_90, or the only arch there is."""
     archs = list(next(iter(reports.values()), {}))
     shown = "sm_90" if "sm_90" in archs else archs[0]
     lines = ["| " + " | ".join(["variant", *archs, "shared bytes", f"loads of {WIDTHS} bits"]) + " |"]
     lines.append("|---" * (len(archs) + 3) + "|")
     for name, row in reports.items():
-        registers = [f"{r.registers}" + (f" +{r.spills} spilled" if r.spills else "") for r in row.values()]
+        registers = [
+            f"{r.registers}" + (f" +{r.spills} spilled" if r.spills else "") + (f" / {r.loop}" if r.loop else "")
+            for r in row.values()
+        ]
         loads = "/".join(str(row[shown].loads.get(str(bits), 0)) for bits in WIDTHS)
         lines.append("| " + " | ".join([name, *registers, str(row[shown].shared_bytes), loads]) + " |")
     return "\n".join(lines)
@@ -174,21 +212,34 @@ def write(reports: dict[str, dict[str, Report]]) -> None:
     text = json.dumps(facts)[:-1] + ', "variants": {\n' + ",\n".join(rows) + "\n}}\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"triton-{triton.__version__}.json").write_text(text)
+    write_page()
+
+
+def write_page() -> None:
+    """From the records that are there."""
     records = {r["triton"]: r for r in (json.loads(f.read_text()) for f in sorted(RESULTS.glob("triton-*.json")))}
+    widths = ", ".join(map(str, WIDTHS))
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    shown = records.get(pinned[1] if pinned else "", records[triton.__version__])
+    shown = records.get(pinned[1] if pinned else "", next(reversed(records.values())))
     lines = [
-        "# Every kernel in every configuration, compiled without a GPU",
+        "# What the kernels cost, known without a GPU",
         "",
-        "Made by `python bench/static.py --write`. Nothing spills, for any of:",
+        "Made by `python bench/static.py --write`.",
+        "",
+        *predict.page(ROOT / "bench" / "results"),
+        "",
+        "## Every kernel in every configuration",
+        "",
+        "Nothing spills, for any of:",
         "",
         *(
             f"- triton {r['triton']}: {len(r['variants'])} variants, commit {r['commit']}, {r['date']}"
             for r in records.values()
         ),
         "",
-        f"Registers per thread with triton {shown['triton']}; on sm_90 shared memory and the number of global loads",
-        f"of {', '.join(map(str, WIDTHS))} bits.",
+        f"Registers per thread / instructions of the longest innermost loop, with triton {shown['triton']} (a kernel",
+        f"without a second number has no loop). On sm_90: shared memory, and the number of global loads of {widths}",
+        "bits.",
         "",
         table({name: {arch: Report(*r) for arch, r in row.items()} for name, row in shown["variants"].items()}),
     ]
@@ -200,9 +251,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", help="files of kernels/, without .py (default: all that have variants)")
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="keep the table in bench/results/static/")
+    parser.add_argument("--page", action="store_true", help="make only the page there anew, compile nothing")
     parser.add_argument("--quiet", action="store_true", help="print problems only")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
+    if options.page:
+        write_page()
+        return 0
     if interpreting():
         parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled; unset it")
     names = options.modules or modules()

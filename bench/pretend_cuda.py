@@ -1,0 +1,133 @@
+"""A GPU for machines that have none: PyTorch says that it has CUDA, and everything runs on the CPU.
+
+    TRITON_INTERPRET=1 PYTHONPATH=bench PYTEST_ADDOPTS="-p pretend_cuda" bash bench/on_gpu.sh OUT PART COMMIT tiny
+
+A pytest plugin for dry runs of the benchmarks: each line that is only for a GPU runs, on its own shapes and dtypes, so
+that no minute of a GPU is lost to a typo. The numbers mean nothing. What a real GPU would refuse is refused here, too:
+waiting inside a captured graph, replaying an empty one, reading an event before it has happened.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import measure
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class OnTheCPU(TorchFunctionMode):
+    """Whoever asks for a tensor on the GPU gets one on the CPU."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is torch.device or function is torch.ops.profiler._record_function_exit:
+            return function(*args, **(kwargs or {}))
+        return function(*map(moved, args), **{name: moved(x) for name, x in (kwargs or {}).items()})
+
+
+def moved(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return CPU if x.type == "cuda" else x
+    return "cpu" if isinstance(x, str) and x == "cuda" else x
+
+
+class Machine:
+    """What has been captured and waited for."""
+
+    capturing = False
+    waits = 0
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        self.when: float | None = None
+
+    def record(self) -> None:
+        self.when, self.waits = time.perf_counter(), Machine.waits
+
+    def elapsed_time(self, later: "Event") -> float:
+        assert self.when is not None, "never recorded"
+        assert later.when is not None, "never recorded"
+        assert Machine.waits > later.waits, "not yet happened"
+        return 1e3 * (later.when - self.when)
+
+
+class Stream:
+    def wait_stream(self, other: "Stream") -> None:
+        assert isinstance(other, Stream)
+
+
+class Graph:
+    captured = False
+
+    def replay(self) -> None:
+        assert self.captured, "nothing was captured"
+        assert not Machine.capturing
+
+
+@contextmanager
+def capture(graph: Graph) -> Iterator[None]:
+    Machine.capturing = True
+    yield
+    Machine.capturing, graph.captured = False, True
+
+
+def wait() -> None:
+    if Machine.capturing:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    Machine.waits += 1
+
+
+class Profile:
+    """One kernel, one operation of the host, one annotation."""
+
+    def __init__(self, **options: Any) -> None: ...
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    @property
+    def profiler(self) -> SimpleNamespace:
+        kinds = ((DeviceType.CUDA, False), (DeviceType.CPU, False), (DeviceType.CUDA, True))
+        events = [SimpleNamespace(device_type=lambda d=d: d, is_user_annotation=lambda n=n: n) for d, n in kinds]
+        return SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
+
+
+PROPERTIES = SimpleNamespace(name="no GPU: a dry run", total_memory=2**30, multi_processor_count=1, major=9, minor=0)
+STAND_INS = {
+    "is_available": lambda: True,
+    "synchronize": wait,
+    "Event": Event,
+    "Stream": Stream,
+    "stream": lambda stream: nullcontext(),
+    "current_stream": Stream,
+    "CUDAGraph": Graph,
+    "graph": capture,
+    "empty_cache": lambda: None,
+    "reset_peak_memory_stats": lambda: None,
+    "memory_allocated": lambda: 0,
+    "max_memory_allocated": lambda: 1,
+    "get_device_properties": lambda index: PROPERTIES,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, stand_in in STAND_INS.items():
+        setattr(torch.cuda, name, stand_in)
+    torch.profiler.profile = Profile  # PyTorch's own would complain of each operation
+    torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
+    torch.cuda.nvtx.range = lambda message: nullcontext()
+    measure.L2_BYTES, measure.COPIED_BYTES = 2**10, {"cuda": 2**20}
+    measure.WARM_UP_SECONDS, measure.WARM_UP_CALLS, measure.LEAST_SAMPLES, measure.CALLS = 0.0, 1, 2, 1
+    OnTheCPU().__enter__()
