@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ppo_fast.kernels import eager_gae, gae, reference
@@ -154,24 +152,6 @@ def test_repeats_differ_in_their_bits(backend):
     first = backend(**options, gamma=0.99, lam=0.95)
     for _ in range(5):
         assert all(map(torch.equal, first, backend(**options, gamma=0.99, lam=0.95)))
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.integers(1, 4),
-    T=st.integers(1, 40),
-    seed=st.integers(0, 10**6),
-    left_out=st.sets(st.sampled_from(["mask", "terminated", "truncated", "bootstrap"])),
-    gamma=st.sampled_from([0.0, 0.5, 1.0]),
-    time_major=st.booleans(),
-)
-def test_some_mix_of_shape_and_flags_is_wrong(backend, rows, T, seed, left_out, gamma, time_major):
-    options = everything((T, rows) if time_major else (rows, T), rows, seed)
-    if "mask" in left_out:
-        options |= {name: x.nan_to_num(0.3) for name, x in options.items() if x.is_floating_point()}
-    if "truncated" in left_out:
-        del options["final_values"]
-    check(backend, **{k: x for k, x in options.items() if k not in left_out}, gamma=gamma, time_major=time_major)
 
 
 def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
