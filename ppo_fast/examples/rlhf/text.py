@@ -100,7 +100,7 @@ def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Ra
         return " ".join(chooser.sample(words, len(words)))
     if kind == "replaced":
         other = chooser.choice(others).follows.split(" ")
-        return " ".join(chooser.choice(other) if chooser.random() < 0.4 else word for word in words)
+        return " ".join(chooser.choice(other) if chooser.random() < 0.5 else word for word in words)
     if kind == "repetition":
         few = words[: chooser.randint(1, 4)]
         return " ".join((few * len(words))[: len(words)])
