@@ -32,8 +32,8 @@ class Settings:
     vocabulary: int = 1024
     width: int = 128
     layers: int = 4
-    supervised_steps: int = 1000
-    pair_count: int = 4000
+    supervised_steps: int = 250
+    pair_count: int = 9000
     held_out_pairs: int = 500
     prompts: int = 2000
     eval_prompts: int = 256

@@ -117,7 +117,7 @@ def once(folder: Path, phase: Callable[[Path], None], say: Say) -> None:
 def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, say: Say) -> None:
     """Phase 1: tokenizer and language model, from nothing but the text."""
     set_seed(settings.seed)
-    tokenizer = make_tokenizer(parts["train"], settings.vocabulary)
+    tokenizer = make_tokenizer(parts["supervised"], settings.vocabulary)
     device = pick_device(settings.device)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -132,7 +132,7 @@ def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, sa
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
-    stream = _stream(tokenizer, parts["train"]).to(device)
+    stream = _stream(tokenizer, parts["supervised"]).to(device)
     steps, rows, width = settings.supervised_steps, 16, 96
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -181,12 +181,16 @@ def reward_model(
     settings: Settings,
     say: Say,
 ) -> None:
-    """Phases 2 and 3: pairs, and the classifier that learns them."""
+    """Phases 2 and 3: pairs, and the classifier that learns them.
+
+    They are made from text that the supervised model has not read: it knows its own text by heart, and a classifier on
+    its backbone would learn to tell what it knows from what it does not.
+    """
     set_seed(settings.seed + 1)
     actor, tokenizer = load_supervised(out)
     actor = actor.to(pick_device(settings.device))  # type: ignore[arg-type]
     if given is None:
-        training = make_pairs(actor, tokenizer, parts["train"], settings.pair_count, settings)
+        training = make_pairs(actor, tokenizer, parts["preferences"], settings.pair_count, settings)
         held_out = make_pairs(actor, tokenizer, parts["held_out"], settings.held_out_pairs, settings)
     else:
         random.Random(settings.seed).shuffle(given)
@@ -207,7 +211,7 @@ def reward_model(
             say(f"reward model step {step}/{steps}  loss {loss:.3f}")
 
     train_reward_model(
-        model, tokenizer, training, epochs=2, batch_size=32, lr=5e-4, seed=settings.seed, after_step=tell
+        model, tokenizer, training, epochs=1, batch_size=32, lr=3e-3, seed=settings.seed, after_step=tell
     )
     real = stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 2)
     calibrate(model, tokenizer, [s.prompt for s in real], [s.follows for s in real])
@@ -282,7 +286,8 @@ def ppo(
         device=settings.device,
         quiet=settings.quiet,
     )
-    rows = [{"prompt": s.prompt} for s in stretches(tokenizer, parts["train"], settings.prompts, settings.seed + 5)]
+    training = parts["supervised"] + parts["preferences"]
+    rows = [{"prompt": s.prompt} for s in stretches(tokenizer, training, settings.prompts, settings.seed + 5)]
     held_out = [{"prompt": s.prompt} for s in held_out_stretches(tokenizer, parts, settings)]
     trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=weights, eval_rows=held_out)
     trainer.resume()

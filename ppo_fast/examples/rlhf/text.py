@@ -12,7 +12,7 @@ from ppo_fast.errors import UserError
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 32
 PASSAGE = 1500  # characters, about
-SHARES = {"train": 0.7, "held_out": 0.15, "judge": 0.15}
+SHARES = {"supervised": 0.42, "preferences": 0.28, "held_out": 0.15, "judge": 0.15}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_text(path: str | None) -> str:
 
 
 def cut(text: str, seed: int) -> dict[str, list[str]]:
-    """Passages of about PASSAGE characters, each paragraph once, dealt out to train, held_out and judge."""
+    """Passages of about PASSAGE characters, each paragraph once, dealt out to the parts of SHARES."""
     passages, current = [], ""
     for paragraph in dict.fromkeys(text.split("\n\n")):  # a paragraph that comes twice must not be in two parts
         if not paragraph.strip():
@@ -94,7 +94,7 @@ def stretches(tokenizer: PreTrainedTokenizerFast, passages: list[str], count: in
 
 
 def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Random) -> str:
-    """What does not follow the prompt: the real words in disorder, some replaced, the first few repeated, or misspelt."""
+    """What does not follow the prompt: its words in disorder, some replaced, the first few again and again, or misspelt."""
     words = stretch.follows.split(" ")
     if kind == "disorder":
         return " ".join(chooser.sample(words, len(words)))
