@@ -94,7 +94,7 @@ def stretches(tokenizer: PreTrainedTokenizerFast, passages: list[str], count: in
 
 
 def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Random) -> str:
-    """What does not follow the prompt: its words in disorder, some replaced, the first few again and again, or misspelt."""
+    """What does not follow the prompt: its words in disorder, some replaced, a few repeated, or misspelt."""
     words = stretch.follows.split(" ")
     if kind == "disorder":
         return " ".join(chooser.sample(words, len(words)))
