@@ -121,6 +121,7 @@ def build_parser() -> tuple[_Parser, _Parser]:
     )
     for option in dataclasses.fields(PPOConfig):
         _add_option(train, option)
+    commands.add_parser("classic", help="train on a Gymnasium environment: ppo-fast classic --help", add_help=False)
     label = commands.add_parser("label", help="choose the better of two answers, to train a reward model on")
     label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
     label.add_argument("--out", required=True, metavar="FILE", help="JSON Lines of pairs, to which choices are added")
@@ -293,8 +294,11 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["classic"]:  # its options need Gymnasium, which nobody else should have to install
+        return _classic(given[1:])
     parser, train_parser = build_parser()
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_args(given)
     if unknown:
         (train_parser if arguments.command == "train" else parser).refuse_unknown(unknown)
     if arguments.command == "doctor":
@@ -323,6 +327,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     leave(status)
     return status
+
+
+def _classic(given: list[str]) -> int:
+    try:
+        from ppo_fast import classic
+    except ImportError as error:
+        print(f"ppo-fast: error: classic RL needs the extra ppo_fast[classic]: {error}", file=sys.stderr)
+        return 1
+    parser = _Parser(prog="ppo-fast classic", description="PPO on a Gymnasium environment.", allow_abbrev=False)
+    classic.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        parser.refuse_unknown(unknown)
+    try:
+        return classic.main(arguments)
+    except UserError as error:
+        print(f"ppo-fast: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ppo-fast: stopped", file=sys.stderr)
+        return 130
 
 
 def _label(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from ppo_fast.errors import UserError
 
 
-def _option(default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+def setting(default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
     """A field with its help text and the closed range, or the choices, that its value must keep to."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
@@ -27,119 +27,119 @@ class PPOConfig:
     """
 
     # The loop
-    total_steps: int = _option(100, "PPO steps: rounds of sample, reward, learn", 1)
-    prompts_per_step: int = _option(64, "prompts sampled in each step, by all processes together", 1)
-    samples_per_prompt: int = _option(1, "answers sampled for each prompt", 1)
-    seed: int = _option(0, "seed of everything random: data order, sampling, minibatches", 0)
+    total_steps: int = setting(100, "PPO steps: rounds of sample, reward, learn", 1)
+    prompts_per_step: int = setting(64, "prompts sampled in each step, by all processes together", 1)
+    samples_per_prompt: int = setting(1, "answers sampled for each prompt", 1)
+    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0)
 
     # Models
-    dtype: str = _option(
+    dtype: str = setting(
         "float32",
         "compute; weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights)",
         choices=("float32", "bfloat16"),
     )
-    critic: str = _option(
+    critic: str = setting(
         "own", "own: a backbone of its own; shared: a value head on the actor", choices=("own", "shared")
     )
-    critic_warmup_steps: int = _option(0, "first steps in which only the critic learns", 0)
-    gradient_checkpointing: bool = _option(False, "recompute layers in backward: less memory, more time")
-    lora_rank: int = _option(0, "rank of LoRA adapters for actor and critic, through peft; 0: train all weights", 0)
-    lora_alpha: int = _option(16, "LoRA's alpha: adapters are scaled by alpha / rank", 1)
-    lora_targets: str = _option("all-linear", "modules that get adapters: all-linear, or names with commas between")
-    strict: bool = _option(False, "refuse a model that cannot learn from packed rows and hidden states")
+    critic_warmup_steps: int = setting(0, "first steps in which only the critic learns", 0)
+    gradient_checkpointing: bool = setting(False, "recompute layers in backward: less memory, more time")
+    lora_rank: int = setting(0, "rank of LoRA adapters for actor and critic, through peft; 0: train all weights", 0)
+    lora_alpha: int = setting(16, "LoRA's alpha: adapters are scaled by alpha / rank", 1)
+    lora_targets: str = setting("all-linear", "modules that get adapters: all-linear, or names with commas between")
+    strict: bool = setting(False, "refuse a model that cannot learn from packed rows and hidden states")
 
     # Sampling
-    max_prompt_tokens: int | None = _option(None, "longer prompts are left out, in tokens; none: the model's limit", 1)
-    max_new_tokens: int = _option(64, "longest answer, in tokens", 1)
-    temperature: float = _option(1.0, "sampling temperature; the learning pass uses the same", 1e-6)
-    top_k: int = _option(0, "sample from the k likeliest tokens only; 0: from all", 0)
-    top_p: float = _option(1.0, "sample from the likeliest tokens that hold this probability", 1e-6, 1.0)
-    stop: tuple[str, ...] = _option((), "texts that end an answer, besides the end token; they belong to it")
-    sample_batch_size: int = _option(256, "answers generated at once", 1)
+    max_prompt_tokens: int | None = setting(None, "longer prompts are left out, in tokens; none: the model's limit", 1)
+    max_new_tokens: int = setting(64, "longest answer, in tokens", 1)
+    temperature: float = setting(1.0, "sampling temperature; the learning pass uses the same", 1e-6)
+    top_k: int = setting(0, "sample from the k likeliest tokens only; 0: from all", 0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that hold this probability", 1e-6, 1.0)
+    stop: tuple[str, ...] = setting((), "texts that end an answer, besides the end token; they belong to it")
+    sample_batch_size: int = setting(256, "answers generated at once", 1)
 
     # Reward
-    kl_coef: float = _option(0.05, "weight of the KL penalty to the reference; 0: no reference is kept", 0.0)
-    kl_in: str = _option(
+    kl_coef: float = setting(0.05, "weight of the KL penalty to the reference; 0: no reference is kept", 0.0)
+    kl_in: str = setting(
         "reward", "where the penalty stands: in each token's reward, or in the loss", choices=("reward", "loss")
     )
-    kl_estimator: str = _option("k1", "estimator of KL per token in the reward", choices=("k1", "k2", "k3", "abs"))
-    kl_loss_estimator: str = _option(
+    kl_estimator: str = setting("k1", "estimator of KL per token in the reward", choices=("k1", "k2", "k3", "abs"))
+    kl_loss_estimator: str = setting(
         "k2", "and in the loss, where only k2 has an unbiased gradient", choices=("k1", "k2", "k3", "abs")
     )
-    kl_controller: str = _option(
+    kl_controller: str = setting(
         "fixed", "kl_coef stays, or is driven towards kl_target (Ziegler et al. 2019)", choices=("fixed", "adaptive")
     )
-    kl_target: float = _option(6.0, "adaptive: KL per answer to aim at, in nats", 1e-6)
-    kl_horizon: float = _option(10000.0, "adaptive: answers over which kl_coef may change by a factor", 1.0)
-    score_clip: float | None = _option(None, "scores are clamped to +- this", 0.0)
-    missing_eos_penalty: float = _option(0.0, "subtracted from the score of an answer cut by max_new_tokens", 0.0)
+    kl_target: float = setting(6.0, "adaptive: KL per answer to aim at, in nats", 1e-6)
+    kl_horizon: float = setting(10000.0, "adaptive: answers over which kl_coef may change by a factor", 1.0)
+    score_clip: float | None = setting(None, "scores are clamped to +- this", 0.0)
+    missing_eos_penalty: float = setting(0.0, "subtracted from the score of an answer cut by max_new_tokens", 0.0)
 
     # Advantages
-    gamma: float = _option(1.0, "discount per token", 0.0, 1.0)
-    lam: float = _option(0.95, "lambda of GAE (Schulman et al. 2016)", 0.0, 1.0)
-    bootstrap_truncated: bool = _option(
+    gamma: float = setting(1.0, "discount per token", 0.0, 1.0)
+    lam: float = setting(0.95, "lambda of GAE (Schulman et al. 2016)", 0.0, 1.0)
+    bootstrap_truncated: bool = setting(
         False, "an answer cut by max_new_tokens goes on: the critic's value of its end counts (else: worth 0)"
     )
-    importance_cap: float | None = _option(
+    importance_cap: float | None = setting(
         None, "policy terms are weighted by min(p_trainer / p_sampler, this), if the sampler tells its p", 0.0
     )
-    whiten_advantages: bool = _option(True, "advantages to mean 0 and variance 1 over the rollout")
+    whiten_advantages: bool = setting(True, "advantages to mean 0 and variance 1 over the rollout")
 
     # Learning
-    epochs: int = _option(4, "passes over each rollout", 1)
-    minibatches: int = _option(4, "optimizer steps in each epoch", 1)
-    micro_batch_tokens: int = _option(4096, "tokens in one forward and backward pass; does not change the result", 1)
-    target_kl: float | None = _option(
+    epochs: int = setting(4, "passes over each rollout", 1)
+    minibatches: int = setting(4, "optimizer steps in each epoch", 1)
+    micro_batch_tokens: int = setting(4096, "tokens in one forward and backward pass; does not change the result", 1)
+    target_kl: float | None = setting(
         None, "a minibatch with a larger approx_kl (nats per token) ends the step's learning", 0.0
     )
-    lr: float = _option(1e-6, "learning rate of the actor (verl's default)", 0.0)
-    critic_lr: float = _option(1e-5, "learning rate of the critic (verl's default)", 0.0)
-    lr_schedule: str = _option("linear", "learning rate over the run", choices=("constant", "linear", "cosine"))
-    warmup_ratio: float = _option(0.03, "share of the run in which the learning rate rises from 0", 0.0, 1.0)
-    weight_decay: float = _option(0.0, "AdamW's weight decay", 0.0)
-    adam_eps: float = _option(1e-5, "AdamW's epsilon (detail 3 of the 37 implementation details of PPO)", 0.0)
-    max_grad_norm: float = _option(1.0, "gradients of actor and critic are each clipped to this norm", 0.0)
+    lr: float = setting(1e-6, "learning rate of the actor (verl's default)", 0.0)
+    critic_lr: float = setting(1e-5, "learning rate of the critic (verl's default)", 0.0)
+    lr_schedule: str = setting("linear", "learning rate over the run", choices=("constant", "linear", "cosine"))
+    warmup_ratio: float = setting(0.03, "share of the run in which the learning rate rises from 0", 0.0, 1.0)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", 0.0)
+    adam_eps: float = setting(1e-5, "AdamW's epsilon (detail 3 of the 37 implementation details of PPO)", 0.0)
+    max_grad_norm: float = setting(1.0, "gradients of actor and critic are each clipped to this norm", 0.0)
 
     # Loss (the options of ppo_fast.ppo_loss)
-    clip_low: float = _option(0.2, "ratio clipped from below at 1 - this", 0.0, 1.0)
-    clip_high: float = _option(0.2, "ratio clipped from above at 1 + this", 0.0)
-    dual_clip: float | None = _option(None, "bound c > 1 of the loss at negative advantages", 1.0)
-    value_clip: float | None = _option(0.2, "how far a value moves per rollout before its gradient stops", 0.0)
-    value_coef: float = _option(0.5, "weight of the value loss", 0.0)
-    entropy_coef: float = _option(0.0, "weight of the entropy bonus", 0.0)
-    aggregation: str = _option(
+    clip_low: float = setting(0.2, "ratio clipped from below at 1 - this", 0.0, 1.0)
+    clip_high: float = setting(0.2, "ratio clipped from above at 1 + this", 0.0)
+    dual_clip: float | None = setting(None, "bound c > 1 of the loss at negative advantages", 1.0)
+    value_clip: float | None = setting(0.2, "how far a value moves per rollout before its gradient stops", 0.0)
+    value_coef: float = setting(0.5, "weight of the value loss", 0.0)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", 0.0)
+    aggregation: str = setting(
         "token-mean",
         "how token losses become one",
         choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     )
 
     # Evaluation, on held-out prompts
-    eval_every: int = _option(
+    eval_every: int = setting(
         0, "evaluate every n steps, before the first and after the last; 0: before and after only", 0
     )
-    eval_samples: int = _option(1, "answers sampled for each held-out prompt in an evaluation", 1)
+    eval_samples: int = setting(1, "answers sampled for each held-out prompt in an evaluation", 1)
 
     # Machine and output
-    device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    parallel: str = _option(
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    parallel: str = setting(
         "auto",
         "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",
         choices=("auto", "ddp", "fsdp"),
     )
-    backend: str = _option("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
-    out: str | None = _option(None, "folder for metrics, TensorBoard events, samples and the model")
-    tensorboard: bool = _option(True, "write TensorBoard events to OUT/tensorboard")
-    save_every: int = _option(
+    backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
+    out: str | None = setting(None, "folder for metrics, TensorBoard events, samples and the model")
+    tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
+    save_every: int = setting(
         20, "write a checkpoint to OUT/checkpoints every n steps, to go on from with --resume; 0: only when stopped", 0
     )
-    keep_checkpoints: int = _option(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
-    merge_adapters: bool = _option(False, "save a full model instead of its LoRA adapters")
-    show_samples_every: int = _option(10, "show a table of answers every n steps; 0: never", 0)
-    quiet: bool = _option(False, "print nothing but errors")
+    keep_checkpoints: int = setting(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
+    merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")
+    show_samples_every: int = setting(10, "show a table of answers every n steps; 0: never", 0)
+    quiet: bool = setting(False, "print nothing but errors")
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            _check(option.name, getattr(self, option.name), option)
+            check_setting(option.name, getattr(self, option.name), option)
         rollout = self.prompts_per_step * self.samples_per_prompt
         if rollout < self.minibatches:
             raise UserError(
@@ -147,7 +147,7 @@ class PPOConfig:
             )
 
 
-def _check(name: str, value: Any, option: dataclasses.Field) -> None:
+def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:
     """Refuses a value of the wrong type, out of its range, or not among its choices."""
     optional = "None" in str(option.type)
     if value is None and optional:

@@ -1,0 +1,355 @@
+"""classic.py beside Stable-Baselines3's PPO in one process, turn by turn, with the hyper-parameters of SB3's zoo.
+
+    pip install -c constraints.txt "stable-baselines3==2.9.2" -e ".[classic]"
+    python bench/against_sb3.py [--env CartPole-v1] [--seeds 3] [--steps N] [--threads 1] [--out RECORD.json]
+
+Of each run: environment steps per second of the training, by the clock and per second of the processor, which other
+users of the machine disturb less (evaluation and set-up are not in it); the mean return of the last 100 training
+episodes; after how many steps that mean first was at least `solved` (with 100 episodes behind it);
+and the mean return of 20 evaluation episodes with the likeliest actions. Then the update alone: one rollout is
+collected by SB3's policy, and both learn from that very rollout with the same weights, epochs and minibatches.
+
+Ours steps Gymnasium's own vector form of an environment where it has one (CartPole), and environments one by one
+elsewhere, as SB3's DummyVecEnv does. The zoo trains Pendulum with state-dependent exploration, which ours does not
+have: SB3 runs with it, as tuned, and once more without. Steps that only reset (next-step autoreset) are not counted.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
+
+from ppo_fast.classic import Batch, ClassicConfig, ClassicTrainer
+
+EVALUATION_EPISODES = 20
+PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3")
+
+# rl-baselines3-zoo, hyperparams/ppo.yml; what is not there is SB3's default
+ZOO: dict[str, dict[str, Any]] = {
+    "CartPole-v1": dict(
+        envs=8, steps=100_000, rollout=32, batch=256, lam=0.8, gamma=0.98, epochs=20, lr=1e-3, decay=True, solved=475
+    ),
+    "Pendulum-v1": dict(
+        envs=4, steps=100_000, rollout=1024, batch=64, lam=0.95, gamma=0.9, epochs=10, lr=1e-3, solved=-200, sde=4
+    ),
+    "Acrobot-v1": dict(
+        envs=16, steps=1_000_000, rollout=256, batch=64, lam=0.94, gamma=0.99, epochs=4, lr=3e-4, solved=-85, norm=True
+    ),
+    "LunarLander-v3": dict(
+        envs=16,
+        steps=1_000_000,
+        rollout=1024,
+        batch=64,
+        lam=0.98,
+        gamma=0.999,
+        epochs=4,
+        lr=3e-4,
+        entropy=0.01,
+        solved=200,
+    ),
+}
+
+
+def first_time(episodes: list[tuple[int, float]], solved: float) -> int | None:
+    """Steps after which the mean of 100 episodes first was at least `solved`."""
+    returns = [total for _, total in episodes]
+    for n in range(100, len(returns) + 1):
+        if statistics.fmean(returns[n - 100 : n]) >= solved:
+            return episodes[n - 1][0]
+    return None
+
+
+class Watch:
+    """Seconds by the clock, and of the processor: on a machine that others use, the second says more."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+
+
+class ProcessorClock:
+    """Adds up the processor seconds of a method's calls."""
+
+    seconds = 0.0
+
+    def wrap(self, owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        def timed(*given: Any, **named: Any) -> Any:
+            before = time.process_time()
+            out = method(*given, **named)
+            self.seconds += time.process_time() - before
+            return out
+
+        setattr(owner, name, timed)
+
+
+def summary(
+    episodes: list[tuple[int, float]],
+    seconds: tuple[float, float],
+    collect: float,
+    steps: int,
+    zoo: dict,
+    evaluation: list[float],
+) -> dict[str, Any]:
+    """`collect`: processor seconds of sampling; the rest is learning."""
+    return {
+        "steps": steps,
+        "seconds": seconds[0],
+        "processor_seconds": seconds[1],
+        "collect_processor_seconds": collect,
+        "steps_per_second": steps / seconds[0],
+        "steps_per_processor_second": steps / seconds[1],
+        "last_100": statistics.fmean([total for _, total in episodes][-100:]) if episodes else None,
+        "solved_at": first_time(episodes, zoo["solved"]),
+        "evaluation": statistics.fmean(evaluation),
+        "episodes": episodes,
+    }
+
+
+def our_config(env: str, seed: int, zoo: dict[str, Any]) -> ClassicConfig:
+    return ClassicConfig(
+        env=env,
+        num_envs=zoo["envs"],
+        total_steps=zoo["steps"],
+        rollout_steps=zoo["rollout"],
+        minibatches=zoo["envs"] * zoo["rollout"] // zoo["batch"],
+        epochs=zoo["epochs"],
+        gamma=zoo["gamma"],
+        lam=zoo["lam"],
+        lr=zoo["lr"],
+        lr_schedule="linear" if zoo.get("decay") else "constant",
+        clip_schedule="linear" if zoo.get("decay") else "constant",
+        value_coef=1.0,  # of 0.5 (v - R)^2; SB3 has 0.5 (v - R)^2 with its coefficient of 0.5
+        entropy_coef=zoo.get("entropy", 0.0),
+        normalize_observations=zoo.get("norm", False),
+        normalize_rewards=zoo.get("norm", False),
+        seed=seed,
+        quiet=True,
+    )
+
+
+def run_ours(env: str, seed: int, zoo: dict[str, Any]) -> dict[str, Any]:
+    trainer, episodes, collect = ClassicTrainer(our_config(env, seed, zoo)), [], ProcessorClock()
+    collect.wrap(trainer, "collect")
+    watch = Watch()
+    while trainer.steps_done < zoo["steps"]:
+        trainer.step()
+        episodes += [(at, total) for at, total, _ in trainer.finished]
+    seconds = watch.read()
+    evaluation = trainer.evaluate(EVALUATION_EPISODES)
+    return summary(episodes, seconds, collect.seconds, trainer.steps_done, zoo, evaluation)
+
+
+def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    envs = make_vec_env(env, n_envs=zoo["envs"], seed=seed)
+    if zoo.get("norm"):
+        envs = VecNormalize(envs, gamma=zoo["gamma"])
+
+    def schedule(x: float) -> Any:
+        return (lambda left: left * x) if zoo.get("decay") else x
+
+    return PPO(
+        "MlpPolicy",
+        envs,
+        n_steps=zoo["rollout"],
+        batch_size=zoo["batch"],
+        n_epochs=zoo["epochs"],
+        gamma=zoo["gamma"],
+        gae_lambda=zoo["lam"],
+        learning_rate=schedule(zoo["lr"]),
+        clip_range=schedule(0.2),
+        ent_coef=zoo.get("entropy", 0.0),
+        use_sde=sde,
+        sde_sample_freq=zoo["sde"] if sde else -1,
+        seed=seed,
+        device="cpu",
+    )
+
+
+def run_sb3(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> dict[str, Any]:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    episodes: list[tuple[int, float]] = []
+
+    class Notes(BaseCallback):
+        def _on_step(self) -> bool:
+            for info in self.locals["infos"]:
+                if "episode" in info:
+                    episodes.append((self.num_timesteps, float(info["episode"]["r"])))
+            return True
+
+    model, learning = sb3_model(env, seed, zoo, sde=sde), ProcessorClock()
+    learning.wrap(model, "train")
+    watch = Watch()
+    model.learn(zoo["steps"], callback=Notes())
+    seconds = watch.read()
+    envs = model.get_env()
+    if zoo.get("norm"):
+        envs.training, envs.norm_reward = False, False
+    evaluation, _ = evaluate_policy(model, envs, EVALUATION_EPISODES, return_episode_rewards=True)
+    return summary(episodes, seconds, seconds[1] - learning.seconds, model.num_timesteps, zoo, evaluation)
+
+
+def copy_weights(policy: Any, trainer: ClassicTrainer) -> None:
+    """SB3's weights into our network."""
+    network, extractor = trainer.network, policy.mlp_extractor
+    pairs = [
+        (network.policy_trunk, extractor.policy_net),
+        (network.value_trunk, extractor.value_net),
+        (network.policy_head, [policy.action_net]),
+        (network.value_head, [policy.value_net]),
+    ]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            linear = [layer for layer in theirs if isinstance(layer, torch.nn.Linear)]
+            for (weight, bias), layer in zip(ours.layers, linear, strict=True):
+                weight.copy_(layer.weight.T)
+                bias.copy_(layer.bias)
+        if not trainer.discrete:
+            network.log_std.copy_(policy.log_std)
+
+
+def filled(model: Any) -> Any:
+    """SB3's buffer with one rollout of its policy in it."""
+    from stable_baselines3.common.callbacks import CallbackList
+
+    model._setup_learn(model.n_steps * model.n_envs)
+    callback = CallbackList([])
+    callback.init_callback(model)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model.rollout_buffer
+
+
+def update_alone(env: str, zoo: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Processor milliseconds of one update on the same rollout, turn by turn, and how far apart both are after one."""
+    model = sb3_model(env, 0, zoo, sde=False)
+    trainer = ClassicTrainer(our_config(env, 0, zoo))
+    copy_weights(model.policy, trainer)
+    buffer = filled(model)
+    columns = {
+        name: torch.as_tensor(np.swapaxes(getattr(buffer, name), 0, 1).reshape(buffer.n_envs * buffer.buffer_size, -1))
+        for name in ("observations", "actions", "log_probs", "values", "advantages", "returns")
+    }
+    actions = columns["actions"].long()[:, 0] if trainer.discrete else columns["actions"]
+    batch = Batch(
+        columns["observations"],
+        actions,
+        *(columns[name][:, 0].contiguous() for name in ("log_probs", "values", "advantages", "returns")),
+    )
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: trainer.learn(batch, lr=zoo["lr"], clip=0.2),
+        "sb3": model.train,
+    }
+    out: dict[str, Any] = {"ours": [], "sb3": []}
+    model._current_progress_remaining = 1.0
+    for _ in range(repeats + 1):
+        for who, run in runs.items():
+            watch = Watch()
+            run()
+            out[who].append(1e3 * watch.read()[1])
+        if len(out["ours"]) == 1 and trainer.config.minibatches == 1:  # several would come in two random orders
+            with torch.no_grad():
+                theirs = model.policy.predict_values(batch.observations)[:, 0]
+                difference = (trainer.network.value(batch.observations) - theirs).abs().max().item()
+            out["largest_value_difference_after_one_update"] = difference
+    out["ours"], out["sb3"] = out["ours"][1:], out["sb3"][1:]
+    return out
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def show(env: str, runs: dict[str, list[dict[str, Any]]], zoo: dict[str, Any]) -> None:
+    print(f"{env}: {zoo['steps']} steps, solved at {zoo['solved']} over 100 episodes")
+    for who, results in runs.items():
+        speed, processor_speed = (
+            statistics.median(x[name] for x in results) for name in ("steps_per_second", "steps_per_processor_second")
+        )
+        ms = 1e3 * zoo["envs"] * zoo["rollout"]
+        collect = statistics.median(ms * x["collect_processor_seconds"] / x["steps"] for x in results)
+        print(f"  {who:12} {speed:8.0f} steps/s by the clock, {processor_speed:8.0f} per processor second;", end=" ")
+        print(f"a rollout takes {collect:.1f} ms of the processor, its update {ms / processor_speed - collect:.1f} ms")
+        for name in ("solved_at", "last_100", "evaluation"):
+            print(f"    {name:12}", *(f"{x[name]:10.1f}" if x[name] is not None else f"{'never':>10}" for x in results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=ZOO, default="CartPole-v1")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="default: the zoo's")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch's, for both")
+    parser.add_argument("--updates", type=int, default=20, help="repeats of the update alone; 0: leave it out")
+    parser.add_argument("--out", type=Path, help="JSON record; other environments that it holds stay")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    zoo = {**ZOO[options.env], **({"steps": options.steps} if options.steps else {})}
+    kinds: dict[str, Callable[[int], dict[str, Any]]] = {"ours": lambda seed: run_ours(options.env, seed, zoo)}
+    if "sde" in zoo:
+        kinds["sb3 gSDE"] = lambda seed: run_sb3(options.env, seed, zoo, sde=True)
+    kinds["sb3"] = lambda seed: run_sb3(options.env, seed, zoo, sde=False)
+    warm_up = {**zoo, "steps": 1}  # one update each: numba compiles, and PyTorch is loaded
+    run_ours(options.env, 0, warm_up)
+    run_sb3(options.env, 0, warm_up, sde=False)
+    runs: dict[str, list[dict[str, Any]]] = {who: [] for who in kinds}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for who, run in kinds.items():  # in turns, so that a slow minute hits both
+            runs[who].append({"seed": seed, **run(seed)})
+    show(options.env, runs, zoo)
+    update = update_alone(options.env, zoo, options.updates) if options.updates else {}
+    if update:
+        ours, theirs = statistics.median(update["ours"]), statistics.median(update["sb3"])
+        print(
+            f"  update alone: ours {ours:.1f} ms of the processor, sb3 {theirs:.1f} ms, {theirs / ours:.2f} times ours"
+        )
+        if "largest_value_difference_after_one_update" in update:
+            difference = update["largest_value_difference_after_one_update"]
+            print(f"  after one update of the same weights the values of both differ by at most {difference:.1e}")
+    if options.out:
+        record = json.loads(options.out.read_text()) if options.out.exists() else {}
+        record[options.env] = {
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "machine": {"processor": processor(), "threads": torch.get_num_threads()},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "hyperparameters": zoo,
+            "runs": runs,
+            "update_processor_ms": update,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What a run of classic.py shows and leaves behind: a progress line, metrics as JSON Lines, TensorBoard events."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ppo_fast.errors import UserError
+
+
+class Log:
+    """Metrics as JSON Lines and TensorBoard events, and a line of progress; a context manager."""
+
+    def __init__(self, config: Any, steps_done: int, recent: int) -> None:
+        self.config, self.began, self.recent, self.start = config, steps_done, recent, time.perf_counter()
+        self.file: Any = None
+        self.events: Any = None
+        self.shown, self.live = self.start, sys.stdout.isatty()
+        if config.out is None:
+            return
+        folder = Path(config.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "metrics.jsonl"
+            if path.exists() and not config.resume:
+                raise UserError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+            rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [row for row in rows if json.loads(row)["step"] <= steps_done]  # the rest will be done again
+            path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot write to {folder}: {error}") from error
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(folder / "tensorboard", purge_step=steps_done + 1 if steps_done else None)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.file, self.events):
+            if stream is not None:
+                stream.close()
+
+    def record(self, metrics: dict[str, float]) -> None:
+        if self.file is not None:
+            finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+            self.file.write(json.dumps(finite) + "\n")
+        if self.events is not None:
+            for name, x in metrics.items():
+                self.events.add_scalar(name, x, int(metrics["step"]))
+        now, last = time.perf_counter(), metrics["step"] >= self.config.total_steps
+        if self.config.quiet or (now - self.shown < (0.2 if self.live else 5.0) and not last):
+            return
+        self.shown = now
+        speed = (metrics["step"] - self.began) / (now - self.start)
+        text = (
+            f"{int(metrics['step'])}/{self.config.total_steps} steps  {speed:.0f}/s"
+            f"  {max(0.0, (self.config.total_steps - metrics['step']) / speed):.0f} s left"
+            f"  return {metrics.get('return', math.nan):.4g}  entropy {metrics['entropy']:.3f}"
+            f"  kl {metrics['approx_kl']:.4f}  clip {metrics['clip_fraction']:.3f}"
+            f"  explained variance {metrics['explained_variance']:.2f}"
+        )
+        print(f"\r{text}\x1b[K" if self.live else text, end="\n" if last or not self.live else "", flush=True)
+
+    def close_with(self, summary: dict[str, Any]) -> None:
+        c = self.config
+        if c.out is not None:
+            (Path(c.out) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if c.quiet:
+            return
+        print(f"{summary['steps']} steps in {summary['seconds']:.1f} s, {summary['episodes']} episodes", end="")
+        print(f", last {self.recent}: mean return {summary['return']:.4g}" if summary["return"] is not None else "")
+        if summary["eval_returns"]:
+            low, high = min(summary["eval_returns"]), max(summary["eval_returns"])
+            print(f"evaluation, likeliest actions, {len(summary['eval_returns'])} episodes: ", end="")
+            print(f"mean return {summary['eval_return']:.4g}, {low:.4g} to {high:.4g}")
+        if c.out is not None:
+            print(f"metrics.jsonl, summary.json, checkpoints and tensorboard are in {c.out}")
