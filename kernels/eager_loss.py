@@ -7,8 +7,9 @@ than the inputs. Gradients flow to logprobs, values and entropy; every other ten
 Notation: the surrogate is maximised here (objective = -term), which saves a negation and changes no bit.
 """
 
+import importlib.util
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -279,10 +280,54 @@ def _traceable(o: LossOptions, device: torch.device) -> LossOptions:
     return o._replace(**given)
 
 
+class _SmallLoss(torch.autograd.Function):
+    """The same in one compiled loop; the statistics are one tensor, since each output of a Function costs time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor | None,
+        entropy: Tensor | None,
+        values: Tensor | None,
+        t: LossTensors,
+        o: LossOptions,
+    ) -> tuple[Tensor, Tensor]:
+        from ppo_fast.kernels import cpu_loss
+
+        loss, stats, ctx.gradients = cpu_loss.forward(logprobs, entropy, values, t, o)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        return *(None if x is None else x * grad_loss for x in ctx.gradients), None, None
+
+
+@cache
+def _numba_is_there() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _is_small(
+    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
+) -> bool:
+    """Whether one compiled loop can do it."""
+    first = values if logprobs is None else logprobs
+    if first is None or not first.is_cpu or torch.compiler.is_compiling() or not _numba_is_there():
+        return False
+    from ppo_fast.kernels import cpu_loss
+
+    return cpu_loss.takes(logprobs, entropy, values, t, o)
+
+
 def _loss(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     names = stat_names(logprobs is not None, entropy is not None, values is not None, t, o)
+    if _is_small(logprobs, entropy, values, t, o):
+        loss, stats = _SmallLoss.apply(logprobs, entropy, values, t, o)
+        return loss, dict(zip(names, stats.unbind(), strict=True))
     if torch.compiler.is_compiling():
         o = _traceable(o, (values if logprobs is None else logprobs).device)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (logprobs, entropy, values))

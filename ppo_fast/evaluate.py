@@ -241,9 +241,11 @@ def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
     return rows if evaluation.kl is None else [{**row, "kl": kl} for row, kl in zip(rows, evaluation.kl, strict=True)]
 
 
-def show(evaluation: Evaluation, console: Console) -> None:
-    """In the terminal: the summary, some held-out answers, and the explained answer."""
+def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> None:
+    """In the terminal: the summary, and with `tables` some held-out answers, and the explained answer."""
     console.print(Text(summary(evaluation), style="bold"), soft_wrap=True)
+    if not tables:
+        return
     rows = samples(evaluation)[:SAMPLES_SHOWN]
     names = ["prompt", "answer", *(name for name in rows[0] if name not in ("prompt", "answer"))]
     table = Table(*names)

@@ -235,7 +235,7 @@ class PPOTrainer:
         """Shows and writes an evaluation, and keeps the best model in OUT/best."""
         if evaluation is None or self.evaluator is None:
             return
-        show(evaluation, progress.console)
+        show(evaluation, progress.console, tables=self.config.show_samples_every > 0)
         if self.config.out is not None:
             if self.world.first:
                 write(evaluation, Path(self.config.out) / "eval", self.config)

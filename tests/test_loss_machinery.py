@@ -226,7 +226,7 @@ def test_without_gradients_the_torch_backend_computes_them(device):
             return func(*args, **(kwargs or {}))
 
     x, mask = make((4, 20), device), make_mask((4, 20), device)
-    inputs = [x[name] for name in PPO]
+    inputs = [x[name].double() for name in PPO]  # small fp32 ones take one compiled loop, where numba is
     with Count() as without:
         eager_loss.ppo_loss(*inputs, mask)
     inputs[0].requires_grad_()
@@ -494,3 +494,27 @@ def test_a_cuda_graph_cannot_capture_it(backend, device):
     expected = run()
     assert torch.equal(captured[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(captured[2], expected[2], strict=True))
+
+
+def test_small_losses_take_the_compiled_loop_where_it_cannot_do_them_or_not_at_all(monkeypatch):
+    pytest.importorskip("numba", reason="numba is not installed")
+    from ppo_fast.kernels import cpu_loss
+
+    taken = []
+    forward = cpu_loss.forward
+    monkeypatch.setattr(cpu_loss, "forward", lambda *arguments: taken.append(1) or forward(*arguments))
+    cpu = torch.device("cpu")
+    x, mask = make((4, 20), cpu), make_mask((4, 20), cpu)
+    names = ("logprobs", "old_logprobs", "advantages")
+    plain = [x[name] for name in names]
+    eager_loss.policy_loss(*plain, mask)
+    assert len(taken) == 1
+    eager_loss.policy_loss(*plain, mask, dual_clip=3.0)
+    eager_loss.policy_loss(*plain, mask, aggregation="token-sum")
+    eager_loss.policy_loss(*plain, mask, weights=torch.ones(4, 20))
+    eager_loss.policy_loss(*(t.double() for t in plain), mask)
+    eager_loss.policy_loss(plain[0].half(), *plain[1:], mask)
+    eager_loss.policy_loss(*(t.t().contiguous().t() for t in plain), mask)
+    big = [torch.zeros(cpu_loss.MOST + 1)] * 3
+    eager_loss.policy_loss(*big)
+    assert len(taken) == 1

@@ -22,8 +22,8 @@ class Settings:
     pairs: str | None = None
     seed: int = 0
     out: str = "runs/rlhf"
-    ppo_steps: int = 60
-    kl_target: float = 6.0
+    ppo_steps: int = 80
+    kl_target: float = 20.0
     fluency: float = 0.0
     coherence: float = 0.5
     sweep: tuple[float, ...] = ()

@@ -274,7 +274,7 @@ def ppo(
         lr=3e-4,
         critic_lr=1e-3,
         warmup_ratio=0.05,
-        kl_coef=0.05 if fixed_kl is None else fixed_kl,
+        kl_coef=0.03 if fixed_kl is None else fixed_kl,
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
         kl_horizon=2000.0,
