@@ -22,8 +22,8 @@ class Settings:
     pairs: str | None = None
     seed: int = 0
     out: str = "runs/rlhf"
-    ppo_steps: int = 80
-    kl_target: float = 20.0
+    ppo_steps: int = 50
+    kl_target: float = 25.0
     fluency: float = 0.0
     coherence: float = 0.5
     sweep: tuple[float, ...] = ()
@@ -32,12 +32,12 @@ class Settings:
     vocabulary: int = 1024
     width: int = 128
     layers: int = 4
-    supervised_steps: int = 250
-    pair_count: int = 9000
+    supervised_steps: int = 200
+    pair_count: int = 6000
     held_out_pairs: int = 500
     prompts: int = 2000
     eval_prompts: int = 256
-    batch: int = 128  # answers of a PPO step
+    batch: int = 96  # answers of a PPO step
 
 
 def load_supervised(out: Path) -> tuple[Any, Any]:

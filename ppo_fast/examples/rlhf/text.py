@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ppo_fast.errors import UserError
 
 PROMPT_TOKENS = 24
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 64
 PASSAGE = 1500  # characters, about
 SHARES = {"supervised": 0.42, "preferences": 0.28, "held_out": 0.15, "judge": 0.15}
 
