@@ -22,7 +22,7 @@ class Settings:
     pairs: str | None = None
     seed: int = 0
     out: str = "runs/rlhf"
-    ppo_steps: int = 50
+    ppo_steps: int = 80
     kl_target: float = 25.0
     fluency: float = 0.0
     coherence: float = 0.5
