@@ -134,7 +134,7 @@ class PPOConfig:
     )
     keep_checkpoints: int = setting(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
     merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")
-    show_samples_every: int = setting(10, "show a table of answers every n steps; 0: never, nor tables of evaluations", 0)
+    show_samples_every: int = setting(10, "show tables of answers every n steps; 0: never, nor of evaluations", 0)
     quiet: bool = setting(False, "print nothing but errors")
 
     def __post_init__(self) -> None:
