@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -13,6 +11,7 @@ from typing import Any
 
 from ppo_fast.config import PPOConfig, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
+from ppo_fast.rewards.spec import load_reward
 
 # What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
 RUN_OPTIONS: dict[str, Any] = {
@@ -82,8 +81,9 @@ def build_parser() -> tuple[_Parser, _Parser]:
         "--reward",
         action="append",
         metavar="MODULE:FUNCTION",
-        help="reward function f(prompts, completions, **columns), as module:function or file.py:function; may be"
-        " repeated, the numbers are added (default: none)",
+        help="reward function f(prompts, completions, **columns), as module:function or file.py:function, perhaps with"
+        " (option=value, argument=column), such as ppo_fast.rewards:f1(reference=answer); may be repeated, the numbers"
+        " are added (default: none)",
     )
     train.add_argument(
         "--reward-model",
@@ -125,6 +125,9 @@ def build_parser() -> tuple[_Parser, _Parser]:
     label = commands.add_parser("label", help="choose the better of two answers, to train a reward model on")
     label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
     label.add_argument("--out", required=True, metavar="FILE", help="JSON Lines of pairs, to which choices are added")
+    recipe = commands.add_parser("recipe", help="copy a configuration and a few prompts for a common task")
+    recipe.add_argument("name", nargs="?", metavar="NAME", help="which; without it they are listed")
+    recipe.add_argument("folder", nargs="?", metavar="FOLDER", help="where to (default: NAME)")
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
     doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser, train
@@ -203,34 +206,17 @@ def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
     return values if several else value
 
 
-def load_reward(spec: str) -> Any:
-    """The function that module:function or file.py:function names."""
-    module_name, colon, function_name = spec.rpartition(":")
-    if not colon or not module_name or not function_name:
-        raise UserError(f"--reward must be MODULE:FUNCTION or FILE.py:FUNCTION, got {spec!r}")
-    try:
-        if module_name.endswith(".py"):
-            module = _module_from_file(Path(module_name))
-        else:
-            sys.path.insert(0, str(Path.cwd()))
-            module = importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise UserError(f"cannot import the reward {spec!r}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"{module_name} has no function {function_name!r}, which --reward {spec} names")
-    return function
+def _reward_names(specs: Sequence[str]) -> list[str]:
+    """What metrics call the rewards: by the function's name alone where no other has it.
 
-
-def _module_from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    Raises:
+        UserError: one is given twice.
+    """
+    for spec in specs:
+        if specs.count(spec) > 1:
+            raise UserError(f"--reward {spec} is given twice: give it a weight with --reward-weight")
+    short = [spec.partition("(")[0].rpartition(":")[2] for spec in specs]
+    return [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
 
 
 def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
@@ -250,8 +236,8 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         for path in (run["prompts"], run["eval_prompts"])
     )
     assert rows is not None
-    rewards = {spec: load_reward(spec) for spec in run["reward"]}
-    names = [*run["reward"], *run["reward_model"]]
+    rewards = dict(zip(_reward_names(run["reward"]), map(load_reward, run["reward"]), strict=True))
+    names = [*rewards, *run["reward_model"]]
     weights = run["reward_weight"] or [1.0] * len(names)
     if not names:
         raise UserError("nothing to train for: give --reward, --reward-model, or both")
@@ -305,8 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ppo_fast import doctor
 
         return doctor.main(as_json=arguments.json)
-    if arguments.command == "label":
-        return _label(arguments)
+    if arguments.command in ("label", "recipe"):
+        try:
+            return (_label if arguments.command == "label" else _recipe)(arguments)
+        except UserError as error:
+            print(f"ppo-fast: error: {error}", file=sys.stderr)
+            return 1
     name = f"ppo-fast: rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ppo-fast"
     try:
         status = train(arguments, *resolve(arguments, train_parser))
@@ -353,11 +343,19 @@ def _classic(given: list[str]) -> int:
 def _label(arguments: argparse.Namespace) -> int:
     from ppo_fast.label import label
 
-    try:
-        label(arguments.answers, arguments.out)
-    except UserError as error:
-        print(f"ppo-fast: error: {error}", file=sys.stderr)
-        return 1
+    label(arguments.answers, arguments.out)
+    return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> int:
+    from ppo_fast import recipes
+
+    if arguments.name is None:
+        for name in recipes.NAMES:
+            print(f"{name:20}{recipes.describe(name)}")
+        return 0
+    config, *_ = recipes.copy(arguments.name, arguments.folder or arguments.name)
+    print(f"{config} and its prompts are written; ppo-fast train --config {config} --model DIR --out runs/first")
     return 0
 
 

@@ -54,6 +54,9 @@ class PPOConfig:
     temperature: float = setting(1.0, "sampling temperature; the learning pass uses the same", 1e-6)
     top_k: int = setting(0, "sample from the k likeliest tokens only; 0: from all", 0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that hold this probability", 1e-6, 1.0)
+    min_p: float = setting(
+        0.0, "sample from the tokens with at least this share of the likeliest one's probability only", 0.0, 1.0
+    )
     stop: tuple[str, ...] = setting((), "texts that end an answer, besides the end token; they belong to it")
     sample_batch_size: int = setting(256, "answers generated at once", 1)
 
@@ -119,6 +122,8 @@ class PPOConfig:
     )
     eval_samples: int = setting(1, "answers sampled for each held-out prompt in an evaluation", 1)
 
+    eval_greedy: bool = setting(False, "answer held-out prompts with the likeliest tokens instead of sampling")
+
     # Machine and output
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     parallel: str = setting(
@@ -145,6 +150,8 @@ class PPOConfig:
             raise UserError(
                 f"minibatches must be at most prompts_per_step * samples_per_prompt = {rollout}, got {self.minibatches}"
             )
+        if self.eval_greedy and self.eval_samples > 1:
+            raise UserError(f"eval_greedy gives each prompt one answer, but eval_samples is {self.eval_samples}")
 
 
 def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:

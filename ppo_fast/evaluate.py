@@ -131,6 +131,8 @@ class Evaluator:
         config = dataclasses.replace(
             self.config, prompts_per_step=len(self.rows), samples_per_prompt=self.config.eval_samples, minibatches=1
         )
+        if config.eval_greedy:
+            config = dataclasses.replace(config, top_k=1)  # which every sampler understands
         world = self.world
         with own_random_state(config.seed):
             mine = respond(self.sampler, self.tokenizer, world.share(self.rows), config, self.device)

@@ -1,6 +1,5 @@
 """Reward: Python functions and reward models judge the answers, and their numbers become scores."""
 
-import inspect
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,14 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompt
-from ppo_fast.errors import RewardError
+from ppo_fast.errors import RewardError, UserError
+from ppo_fast.rewards.spec import arguments_of
 from ppo_fast.rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[Any]]
 """f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
 
 `columns` are the data set's other columns, and `completion_ids`, the answers' tokens with their end token. A function
-that takes only some of them by name gets just those.
+that takes only some of them by name gets just those. A keyword-only argument with a default is an option of its own,
+and no column may have its name. `ppo_fast.rewards` has ready ones.
 """
 
 
@@ -36,6 +37,9 @@ def score(
     """
     results = {name: call(function, name, rollout) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
+    for name, function in functions.items():
+        if (failed := getattr(function, "failed", None)) is not None:  # of a Pool
+            means[f"reward_failed/{name}"] = float(failed)
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
     weighted = [_weighted(values, (weights or {}).get(name, 1.0)) for name, values in results.items()]
     everything: list[Sequence[float | list[float]]] = [*weighted, penalties]
@@ -57,11 +61,11 @@ def call(function: RewardFunction, name: str, rollout: Rollout) -> list[float | 
     """One reward function's judgement of every answer, checked."""
     known = {"completion_ids": rollout.completion_ids, **rollout.columns}
     prompts = known.pop("prompt")
-    parameters = inspect.signature(function).parameters.values()
-    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        known = {p.name: known[p.name] for p in parameters if p.name in known}
+    known = arguments_of(function, known)
     try:
         values = function(prompts, rollout.completions, **known)
+    except UserError:
+        raise
     except Exception as error:  # user code: whatever it raises is reported with the place it came from
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(

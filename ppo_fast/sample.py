@@ -182,7 +182,11 @@ def generate(
     input_ids = torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts], device=actor.device)
     attention_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts], device=actor.device)
     ends = end_tokens(tokenizer, actor)
-    how = {} if greedy else {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    how: dict[str, Any] = {}
+    if not greedy:
+        how = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        if config.min_p:
+            how["min_p"] = config.min_p
     generation = GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=config.max_new_tokens,

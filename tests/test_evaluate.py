@@ -13,7 +13,9 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, distinct, explain, markdown, own_random_state, show, visible, write
+from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "base": i} for i, text in enumerate(("hi", "what time is it", "a", "the fox jumps", "no"))]
@@ -64,6 +66,29 @@ def test_two_evaluations_of_one_policy_differ():
     assert first.rollout.completions == again.rollout.completions
     trainer.step()
     assert evaluation_of(trainer).metrics != first.metrics, "the policy has moved, and the evaluation has not seen it"
+
+
+def test_a_greedy_evaluation_is_not_the_models_likeliest_answer():
+    trainer = trainer_of(None, eval_greedy=True)
+    tokenizer = byte_tokenizer()
+    prompts = tokenizer([row["prompt"] for row in HELD_OUT])["input_ids"]
+    likeliest = generate(trainer.actor, tokenizer, prompts, trainer.config, greedy=True).ids
+    assert evaluation_of(trainer).rollout.completion_ids == likeliest
+    assert evaluation_of(trainer_of(None)).rollout.completion_ids != likeliest
+    with pytest.raises(UserError, match="eval_greedy gives each prompt one answer, but eval_samples is 2"):
+        PPOConfig(eval_greedy=True, eval_samples=2)
+
+
+def test_min_p_leaves_in_what_is_too_unlikely():
+    model, tokenizer = tiny_llama(258), byte_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight *= 40  # from nearly uniform to sharp
+    prompts = tokenizer(["abc"] * 64)["input_ids"]
+    ids = generate(model, tokenizer, prompts, PPOConfig(max_new_tokens=1, min_p=0.3)).ids
+    logits = model(torch.tensor(prompts[:1])).logits[0, -1]
+    allowed = (logits.softmax(-1) >= 0.3 * logits.softmax(-1).max()).nonzero().flatten().tolist()
+    assert {row[0] for row in ids} <= set(allowed)
+    assert {row[0] for row in generate(model, tokenizer, prompts, PPOConfig(max_new_tokens=1)).ids} > set(allowed)
 
 
 def test_the_random_state_is_another_after_the_block():

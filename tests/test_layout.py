@@ -23,7 +23,7 @@ LEVELS = [
     {"heads"},
     {"models", "plots"},
     {"policy", "parallel", "export"},
-    {"sample", "reward", "learn", "progress"},
+    {"sample", "rewards", "reward", "learn", "progress", "recipes"},
     {"evaluate", "run_state", "preferences"},
     {"envs", "classic_log"},
     {"trainer", "classic", "label"},

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_fast.examples.rlhf.judge import NGrams, repetition
 from ppo_fast.examples.rlhf.text import Stretch, stretches
 from ppo_fast.models import load_reward_model, no_loading_bars, pick_device
 from ppo_fast.reward import RewardModel
+from ppo_fast.rewards import Fluency
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,6 @@ def held_out_stretches(tokenizer: Any, parts: dict[str, list[str]], settings: Se
     return stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 6)
 
 
-def fluency(reference: Any, tokenizer: Any) -> Callable[..., list[float]]:
-    """A reward: the mean log-likelihood of an answer's tokens under the frozen supervised model, in nats."""
-
-    @torch.no_grad()
-    def judge(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
-        asked = tokenizer(prompts)["input_ids"]
-        width = max(len(p) + len(a) for p, a in zip(asked, completion_ids, strict=True))
-        rows = [p + a for p, a in zip(asked, completion_ids, strict=True)]
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-        ids = ids.to(reference.device)
-        logs = reference(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-        logs = logs[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2).cpu()
-        return [
-            logs[row, len(p) - 1 : len(p) + len(a) - 1].mean().item()
-            for row, (p, a) in enumerate(zip(asked, completion_ids, strict=True))
-        ]
-
-    return judge
-
-
 def coherence(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
     """A reward: share of the prompt's longer words that come again, minus the share of repeated 3-grams."""
     found = []
@@ -98,11 +78,11 @@ def rewards_of(out: Path, parts: dict[str, list[str]], settings: Settings) -> tu
     with no_loading_bars():
         classifier, its_tokenizer = load_reward_model(out / "reward_model")
         reference, tokenizer = load_supervised(out)
-    reference = reference.eval().requires_grad_(False).to(device)
+    reference = reference.to(device)
     rewards = {
         "reward_model": RewardModel(classifier, its_tokenizer, device=device),
         "coherence": coherence,
-        "fluency": fluency(reference, tokenizer),
+        "fluency": Fluency(reference, tokenizer, same_tokens=True, batch_size=128),
         "judge": n_gram_judge(tokenizer, parts["judge"]),
     }
     weights = {"reward_model": 1.0, "coherence": settings.coherence, "fluency": settings.fluency, "judge": 0.0}

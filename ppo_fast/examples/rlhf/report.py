@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.evaluate import distinct
-from ppo_fast.examples.rlhf.common import Settings, fluency, held_out_stretches, load_supervised, rewards_of
+from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
 from ppo_fast.models import no_loading_bars, pick_device
 from ppo_fast.plots import draw_learning_curves, read_metrics
 from ppo_fast.progress import shortened
+from ppo_fast.rewards import Fluency
 from ppo_fast.sample import generate
 
 SHOWN = {
@@ -60,8 +61,8 @@ def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[
         )
         texts[name] = tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
         found[name] = judged(prompts, texts[name], answers.ids, rewards)
-        own = fluency(model, tokenizer)(prompts, texts[name], answers.ids)
-        first = fluency(before.to(device), tokenizer)(prompts, texts[name], answers.ids)
+        own = Fluency(model, tokenizer, same_tokens=True)(prompts, texts[name], answers.ids)
+        first = Fluency(before, tokenizer, same_tokens=True)(prompts, texts[name], answers.ids)
         lengths = list(map(len, answers.ids))
         found[name]["kl"] = statistics.mean((a - b) * n for a, b, n in zip(own, first, lengths, strict=True))
     real = [place.follows for place in places]

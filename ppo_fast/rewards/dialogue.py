@@ -1,0 +1,108 @@
+"""Dialogue and free text: length, echoes of the user's turn, repetition, and answers that leave their role."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+UNITS = ("words", "characters", "tokens")
+
+
+def length_band(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    low: int = 1,
+    high: int = 100,
+    unit: str = "words",
+) -> list[float]:
+    """1 for an answer of `low` to `high` units; below, its share of `low`; above, less by its excess over `high`.
+
+    An answer of 0 units gets 0 (if low > 0), one of twice `high` or more 0 as well: the slope shows the way.
+
+    Args:
+        prompts: [B], not looked at.
+        completions: [B] answers.
+        completion_ids: [B] lists of their tokens, which the trainer passes; for unit="tokens" only.
+        low, high: the band, both ends in it.
+        unit: words (between blanks), characters, or tokens.
+
+    >>> length_band(["Hi"] * 3, ["one two", "", "a b c d e f"], low=2, high=4)
+    [1.0, 0.0, 0.5]
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}; got {unit!r}")
+    if not 0 <= low <= high or high == 0:
+        raise ValueError(f"0 <= low <= high, high > 0 expected, got {low} and {high}")
+    if unit == "tokens":
+        if completion_ids is None:
+            raise ValueError("unit='tokens' needs completion_ids")
+        lengths = [len(ids) for ids in completion_ids]
+    else:
+        lengths = [len(text.split()) if unit == "words" else len(text) for text in completions]
+    return [n / low if n < low else max(0.0, 1.0 - max(0, n - high) / high) for n in lengths]
+
+
+def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -> list[float]:
+    """1 minus the share of an answer's word n-grams that stand in the prompt, or in the user's last turn of a chat.
+
+    An answer of fewer than n words is looked for as a whole; an empty one repeats nothing: 1.
+
+    >>> no_echo(["Tell me about the sea, please."] * 2, ["about the sea, please.", "It is wide and deep."])
+    [0.0, 1.0]
+    """
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        asked, said = _words(_last_turn(prompt)), _words(completion)
+        size = min(n, len(said))
+        known, grams = set(ngrams(asked, size)), ngrams(said, size)
+        found.append(1.0 - sum(gram in known for gram in grams) / len(grams) if grams else 1.0)
+    return found
+
+
+def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 3) -> list[float]:
+    """1 minus the share of an answer's word n-grams that it has written before (Welleck et al. 2020, seq-rep-n).
+
+    >>> no_repetition(["Go on:"] * 2, ["so it goes so it goes so it goes", "all is well"])
+    [0.42857142857142855, 1.0]
+    """
+    grams = [ngrams(_words(completion), n) for completion in completions]
+    return [len(set(some)) / len(some) if some else 1.0 for some in grams]
+
+
+def stays_in_role(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    others: Sequence[str] = ("user", "human", "system", "assistant", "customer", "question", "q"),
+) -> list[float]:
+    """0 for an answer in which somebody else begins to speak, else 1.
+
+    That is a line that begins with one of `others` and a colon, perhaps bold or as a heading ("### Human:"),
+    or a mark of a chat template such as <|im_start|>, [INST] or <start_of_turn>.
+
+    >>> stays_in_role(["Hi"] * 2, ["Hello! How are you?", "Hello!\\nUser: fine\\nAssistant: good"])
+    [1.0, 0.0]
+    """
+    names = "|".join(map(re.escape, others))
+    speaker = re.compile(rf"^[\s#*_>]*(?:{names})[\s*_]*[:\uff1a]", re.IGNORECASE | re.MULTILINE)
+    return [0.0 if speaker.search(text) or _TEMPLATE.search(text) else 1.0 for text in completions]
+
+
+_TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<<SYS>>|</?(?:start|end)_of_turn>|###\s*(?:Instruction|Input)", re.I)
+
+
+def ngrams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
+    """All stretches of n items; none for n = 0."""
+    return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)] if n > 0 else []
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _last_turn(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    turns = [message["content"] for message in prompt if message["role"] == "user"]
+    return turns[-1] if turns else ""

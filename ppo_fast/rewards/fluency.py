@@ -1,0 +1,100 @@
+"""Fluency: how likely a frozen language model finds an answer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import ppo_fast as ppo
+from ppo_fast.errors import UserError
+
+
+class Fluency:
+    """A reward: the mean log-likelihood of an answer's tokens after its prompt, in nats per token; at most 0.
+
+    An empty answer is judged by its end token. Chats go through the tokenizer's template.
+
+    Args:
+        model: a causal language model, or the folder of one with its tokenizer; it is frozen.
+        tokenizer: its tokenizer; None with a folder.
+        same_tokens: the model has the actor's tokenizer, and judges the very tokens that the actor wrote, its end token
+            included; else the answer's text is turned into the model's own tokens.
+        batch_size: answers judged at once.
+        device: where it runs; None: where it is.
+
+    Source: the perplexity of a text under a language model (Jelinek et al. 1977), as its negative logarithm.
+
+    >>> judge = Fluency("runs/first/model")  # doctest: +SKIP
+    >>> judge(["Once upon a time"], [" there was a king."])  # doctest: +SKIP
+    [-1.93]
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        same_tokens: bool = False,
+        batch_size: int = 32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            from ppo_fast.models import load_actor
+
+            model, tokenizer = load_actor(model)
+        if tokenizer is None:
+            raise UserError("Fluency needs the model's tokenizer")
+        self.model = model.eval().requires_grad_(False)
+        if device is not None:
+            self.model = self.model.to(device)
+        self.tokenizer = tokenizer
+        self.same_tokens = same_tokens
+        self.batch_size = batch_size
+        self.__name__ = "fluency"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[float]:
+        """One number for each answer."""
+        from ppo_fast.data import prompt_ids
+
+        if self.same_tokens:
+            if completion_ids is None:
+                raise UserError("same_tokens needs completion_ids")
+            answers = [list(ids) for ids in completion_ids]
+        else:
+            answers = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        pairs = [
+            self._cut(asked, answer or [end])
+            for asked, answer in zip(prompt_ids(self.tokenizer, prompts), answers, strict=True)
+        ]
+        found: list[float] = []
+        for start in range(0, len(pairs), self.batch_size):
+            found += self._judge(pairs[start : start + self.batch_size])
+        return found
+
+    def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None:
+            answer = answer[: positions - 1]
+            asked = asked[-(positions - len(answer)) :]
+        return asked, answer
+
+    def _judge(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        width = max(len(asked) + len(answer) for asked, answer in pairs)
+        ids = torch.zeros(len(pairs), width, dtype=torch.long)
+        mask = torch.zeros(len(pairs), width, dtype=torch.bool)
+        for row, (asked, answer) in enumerate(pairs):
+            ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
+            mask[row, len(asked) : len(asked) + len(answer)] = True
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)[:, 1:]
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]  # causal: padding on the right is not seen
+        logprobs = ppo.token_logprobs(logits, ids[:, 1:], mask)
+        assert isinstance(logprobs, torch.Tensor)
+        return (logprobs.sum(1) / mask.sum(1)).tolist()

@@ -1,0 +1,88 @@
+"""Question answering: exact match and F1 of words, after SQuAD's normalisation (Rajpurkar et al. 2016, section 6.1)."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+
+def references_of(reference: Any, row: int) -> list[Any]:
+    """What is right for one answer, as a list: of one, or of several of which the best counts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = list(reference) if isinstance(reference, list | tuple) else [reference]
+    if not found or any(x is None for x in found):
+        raise ValueError(f"answer {row} has no reference")
+    return found
+
+
+def best_of(completions: Sequence[str], reference: Sequence[Any], judge: Callable[[str, Any], float]) -> list[float]:
+    """Each answer against the reference that it meets best."""
+    return [
+        max(float(judge(completion, right)) for right in references_of(rights, row))
+        for row, (completion, rights) in enumerate(zip(completions, reference, strict=True))
+    ]
+
+
+def normalised(text: str) -> str:
+    """Lower case without punctuation, the articles a, an, the, and superfluous blanks.
+
+    As SQuAD's own script does for ASCII; punctuation of other scripts goes as well, and composed and decomposed letters
+    are the same.
+
+    >>> normalised("The  Eiffel Tower!")
+    'eiffel tower'
+    """
+    text = unicodedata.normalize("NFKC", str(text)).lower()
+    text = "".join(c for c in text if c not in _ASCII_MARKS and not unicodedata.category(c).startswith("P"))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+_ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def exact_match(prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+    """1 where the normalised answer is the normalised reference, else 0.
+
+    Args:
+        prompts: [B], not looked at.
+        completions: [B] answers.
+        reference: [B] texts, or lists of texts of which one must match. "" is right for an empty answer (SQuAD 2.0).
+
+    Raises:
+        ValueError: an answer has no reference.
+
+    >>> exact_match(["Capital of France?"] * 2, ["The city of Paris.", "Paris!"], ["Paris", ["Paris", "Lutetia"]])
+    [0.0, 1.0]
+    """
+    return best_of(completions, reference, lambda answer, right: normalised(answer) == normalised(right))
+
+
+def f1(prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+    """Harmonic mean of precision and recall of the normalised answer's words (Rajpurkar et al. 2016).
+
+    Arguments and errors as for `exact_match`. Languages that don't write blanks between words get exact match.
+
+    >>> f1(["Capital of France?"], ["the city of Paris"], ["Paris"])
+    [0.5]
+    """
+    return best_of(
+        completions,
+        reference,
+        lambda answer, right: overlap_f1(normalised(answer).split(), normalised(right).split()),
+    )
+
+
+def overlap_f1(found: Sequence[Hashable], right: Sequence[Hashable]) -> float:
+    """F1 of two multisets; 1 if both are empty, 0 if only one is.
+
+    >>> overlap_f1(["city", "paris"], ["paris"])
+    0.6666666666666666
+    """
+    if not found or not right:
+        return float(len(found) == len(right))
+    common = sum((Counter(found) & Counter(right)).values())
+    return 2 * common / (len(found) + len(right))

@@ -1,0 +1,113 @@
+"""Summaries and translations: overlap with a reference, by the packages that papers report with (extra `rewards`)."""
+
+import functools
+import importlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ppo_fast.errors import UserError
+from ppo_fast.rewards.matching import best_of, references_of
+
+
+def package(name: str, install: str) -> Any:
+    """An optional package, or an error that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"this reward needs {install}: pip install {install}, or the extra ppo_fast[rewards]"
+        ) from error
+
+
+def rouge_l(
+    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, stemmer: bool = True
+) -> list[float]:
+    """F1 of the longest common subsequence of words (Lin 2004, section 3), by rouge-score.
+
+    Args:
+        prompts: [B], not looked at.
+        completions: [B] answers; an empty one gets 0.
+        reference: [B] texts, or lists of texts of which the best counts.
+        stemmer: Porter's stems are compared, as most papers on summaries do.
+
+    Words are letters and digits of any script: rouge-score's own would lose all that are not ASCII.
+
+    Raises:
+        ValueError: an answer has no reference. UserError: rouge-score is not installed.
+
+    >>> rouge_l(["Summarise: ..."], ["The cats sat down"], ["A cat sat on the mat"])  # cat sat: 2 of 4 and of 6 words
+    [0.4]
+    """
+    scorer = _rouge(stemmer)
+    return best_of(completions, reference, lambda answer, right: scorer.score(str(right), answer)["rougeL"].fmeasure)
+
+
+@functools.cache
+def _rouge(stemmer: bool) -> Any:
+    rouge_scorer = package("rouge_score.rouge_scorer", "rouge-score")
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words(stemmer))
+
+
+class _Words:
+    """rouge-score's words, for all scripts."""
+
+    def __init__(self, stemmer: bool) -> None:
+        self.stem = package("nltk.stem.porter", "rouge-score").PorterStemmer().stem if stemmer else None
+
+    def tokenize(self, text: str) -> list[str]:
+        words = re.findall(r"[^\W_]+", text.lower())
+        return words if self.stem is None else [self.stem(word) if len(word) > 3 else word for word in words]
+
+
+def bleu(
+    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, tokenize: str = "13a"
+) -> list[float]:
+    """BLEU of each answer by itself, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
+
+    One sentence has few 4-grams: orders it cannot have are left out, and missing ones smoothed (sacrebleu's
+    effective_order and "exp").
+
+    Args:
+        prompts: [B], not looked at.
+        completions: [B] answers; an empty one gets 0.
+        reference: [B] texts, or lists of texts, which count together.
+        tokenize: sacrebleu's name of a tokenizer: 13a for languages with blanks, char or zh for Chinese.
+
+    Raises:
+        ValueError: an answer has no reference. UserError: sacrebleu is not installed.
+
+    >>> bleu(["Translate: ..."], ["the cat sat on the mat"], ["the cat sat on the mat"])
+    [1.0]
+    """
+    return _against_all(_bleu(tokenize), completions, reference)
+
+
+def chrf(
+    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, word_order: int = 0
+) -> list[float]:
+    """chrF of each answer by itself, from 0 to 1 (Popovic 2015), by sacrebleu; good for every script.
+
+    Arguments and errors as for `bleu`; `word_order=2` is chrF++.
+
+    >>> chrf(["Translate: ..."], ["Guten Tag"], ["Guten Tag"])
+    [1.0]
+    """
+    return _against_all(_chrf(word_order), completions, reference)
+
+
+@functools.cache
+def _bleu(tokenize: str) -> Any:
+    return package("sacrebleu", "sacrebleu").BLEU(tokenize=tokenize, effective_order=True)
+
+
+@functools.cache
+def _chrf(word_order: int) -> Any:
+    return package("sacrebleu", "sacrebleu").CHRF(word_order=word_order)
+
+
+def _against_all(metric: Any, completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+    return [
+        min(1.0, metric.sentence_score(completion, list(map(str, references_of(rights, row)))).score / 100)
+        for row, (completion, rights) in enumerate(zip(completions, reference, strict=True))
+    ]

@@ -1,0 +1,118 @@
+"""Slow rewards: in processes of their own, with a time limit for each answer."""
+
+import math
+import multiprocessing
+import pickle
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ppo_fast.errors import UserError
+from ppo_fast.rewards.overlap import package
+from ppo_fast.rewards.spec import arguments_of, load_reward
+
+
+class Pool:
+    """A reward function that judges one answer at a time, several of them at once, within a time limit.
+
+    An answer whose judgement fails, is no finite number, or takes too long (its process is then killed) is named in a
+    warning and gets `fallback`; `failed` is the share of such answers in the last call, which training logs.
+
+    Args:
+        reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
+        timeout: seconds that one answer may take.
+        fallback: the number for an answer without a judgement; choose it: a silent 0 may be a good score.
+        workers: processes. They are spawned, not forked: a fork of a process with threads and a GPU can hang. They
+            import the function's module; a script that makes a Pool needs `if __name__ == "__main__":`.
+
+    Raises:
+        UserError: the function cannot be sent to another process, or pebble is not installed.
+
+    >>> judge = Pool("rewards.py:runs_the_tests", timeout=10.0, fallback=-1.0)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, reward: Callable[..., Sequence[Any]] | str, *, timeout: float, fallback: float, workers: int = 2
+    ) -> None:
+        if not (timeout > 0 and math.isfinite(timeout)) or not math.isfinite(fallback) or workers < 1:
+            raise UserError(
+                "a pool needs a timeout > 0, a finite fallback and at least one worker, got"
+                f" {timeout}, {fallback} and {workers}"
+            )
+        self.function = load_reward(reward) if isinstance(reward, str) else reward
+        self.__name__ = reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
+        try:
+            pickle.dumps(reward)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"the reward {self.__name__!r} cannot be sent to another process ({error}): put it at the top of a"
+                " module"
+            ) from error
+        self.timeout, self.fallback = timeout, fallback
+        self.failed = 0.0
+        context = multiprocessing.get_context("spawn")
+        self._pool = package("pebble", "pebble").ProcessPool(
+            max_workers=workers, context=context, initializer=_prepare, initargs=(reward,)
+        )
+        weakref.finalize(self, _stop, self._pool)  # also when Python ends
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> list[Any]:
+        """One number for each answer, in their order."""
+        taken = arguments_of(self.function, columns)
+        jobs = [
+            self._pool.schedule(
+                _judge,
+                args=(prompts[row], completions[row], {name: column[row] for name, column in taken.items()}),
+                timeout=self.timeout,
+            )
+            for row in range(len(completions))
+        ]
+        values, failures = [], 0
+        try:
+            for row, job in enumerate(jobs):
+                try:
+                    values.append(job.result())
+                except Exception as error:  # user code, and whatever ends its process
+                    values.append(self.fallback)
+                    failures += 1
+                    warnings.warn(
+                        f"reward {self.__name__!r}: {self._reason(error)} at answer {row} ({completions[row]!r:.80}) to"
+                        f" {prompts[row]!r:.80}; it gets {self.fallback:g}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        finally:
+            for job in jobs:
+                job.cancel()
+        self.failed = failures / max(1, len(jobs))
+        return values
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no judgement within {self.timeout:g} s"
+        return f"{type(error).__name__}: {error}"
+
+
+_LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward function
+
+
+def _prepare(reward: Callable[..., Sequence[Any]] | str) -> None:
+    """Begins a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
+    _LOADED.append(load_reward(reward) if isinstance(reward, str) else reward)
+
+
+def _judge(prompt: Any, completion: str, columns: dict[str, Any]) -> float:
+    """One answer, in a worker."""
+    (value,) = _LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()})
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
+
+
+def _stop(pool: Any) -> None:
+    pool.stop()
+    pool.join()

@@ -1,0 +1,426 @@
+"""Ready rewards: what papers define, on examples worked by hand, and what comes out of models: nothing, or anything."""
+
+import doctest
+import importlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, save_tiny_model, tiny_llama
+
+from ppo_fast import rewards
+from ppo_fast.errors import UserError
+from ppo_fast.rewards import (
+    bleu,
+    chrf,
+    exact_match,
+    f1,
+    group_diversity,
+    json_schema,
+    label_match,
+    length_band,
+    load_reward,
+    matches,
+    ndcg,
+    no_echo,
+    no_repetition,
+    number_in,
+    numeric,
+    rouge_l,
+    span_f1,
+    stays_in_role,
+)
+
+P = [""]  # a prompt that nobody looks at
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "exact", "shared"),
+    [
+        ("the Denver Broncos!", "Denver Broncos", 1.0, 1.0),
+        ("Denver", "Denver Broncos", 0.0, 2 / 3),
+        ("", "Denver", 0.0, 0.0),
+        ("", "", 1.0, 1.0),  # SQuAD 2.0: unanswerable
+        ("an answer", "", 0.0, 0.0),
+        ("$100", "100", 1.0, 1.0),
+        ("theatre", "atre", 0.0, 0.0),  # an article is a word, not the beginning of one
+        ("Zürich", "Zu\u0308rich", 1.0, 1.0),  # one letter, or a letter and its dots
+        ("«Москва»", "москва", 1.0, 1.0),
+        ("no no no", "no", 0.0, 0.5),  # a repeated word counts once: 2 * 1 / (3 + 1)
+        ("not in the list", ["first", "not in list"], 1.0, 1.0),
+    ],
+)
+def test_question_answering_follows_squad(answer, right, exact, shared):
+    assert exact_match(P, [answer], [right]) == [exact]
+    assert f1(P, [answer], [right]) == [pytest.approx(shared)]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72", 72),
+        ("#### 1,234", 1234),
+        ("#### -5", -5),
+        ("5 or 6?\n####  $10.50 each, 3 times", Fraction(21, 2)),
+        ("The answer is 5.", 5),
+        ("It costs -$1,234.56.", Fraction(-123456, 100)),
+        ("It costs $-3.", -3),
+        ("10 - 7 = 3", 3),
+        ("10-7", 7),  # no sign: it stands between numbers
+        ("x = -7", -7),
+        ("minus: \u22127", -7),
+        ("50%", 50),
+        ("12km", 12),
+        ("H2O", None),
+        ("7 apples and 3 pears", 3),
+        (r"$\boxed{42}$ and not 7", 42),
+        (r"\boxed{1} then \boxed{x = \frac{3}{4}}", Fraction(3, 4)),
+        (r"\boxed{-\dfrac{3}{4}}", Fraction(-3, 4)),
+        (r"\boxed{2\frac12}", Fraction(5, 2)),
+        (r"\boxed{12{,}345\text{ km}}", 12345),
+        (r"\$12.00", 12),
+        ("3/4", Fraction(3, 4)),
+        ("1 1/2 cups", Fraction(3, 2)),
+        ("½", Fraction(1, 2)),
+        ("5/0", 5),
+        ("6.02 x 10^23", Fraction(602) * 10**21),
+        (r"6.02 \times 10^{-2}", Fraction(602, 10000)),
+        ("2^{10}", 1024),
+        ("1e3", 1000),
+        ("1\u202f000\u202f000", 1_000_000),
+        ("1,2,3", 3),
+        (".5", Fraction(1, 2)),
+        ("\u0663\u0664", 34),  # Arabic digits
+        ("\uff14\uff12", 42),  # wide ones
+        ("", None),
+        ("none", None),
+        ("####", None),
+        ("10^999999999", None),
+        ("0^-1", None),
+        ("9" * 5000, None),
+    ],
+)
+def test_the_number_of_an_answer(text, number):
+    assert number_in(text) == number
+
+
+def test_a_right_number_is_right_in_any_dress_and_a_near_one_only_within_the_tolerance():
+    right = "1,000 * 3 = 3,000\n#### 3,000"
+    answers = ["3000", "3000.0 dollars", "$3,000", "\\boxed{3000}", "3001", "", "-3000"]
+    assert numeric(P * 7, answers, [right] * 7) == [1, 1, 1, 1, 0, 0, 0]
+    assert numeric(P * 2, ["0.3", "0.31"], [0.1 + 0.2] * 2, tolerance=0.005) == [1, 0]
+    assert numeric(P, ["0.1"], [0.1]) == [1]  # as written, not as a binary fraction
+
+
+@pytest.mark.parametrize("function", [exact_match, f1, numeric, rouge_l, bleu, chrf, span_f1, label_match])
+@pytest.mark.parametrize("missing", [None, [], [None]])
+def test_a_missing_reference_is_no_silent_zero(function, missing):
+    with pytest.raises(ValueError, match=r"answer 1 has no reference"):
+        function(P * 2, ["7", "7"], ["7", missing])
+
+
+def test_a_reference_without_a_number_is_named():
+    with pytest.raises(ValueError, match="the reference 'seven' has no number"):
+        numeric(P, ["7"], ["seven"])
+
+
+def test_rouge_l_is_that_of_rouge_score_and_does_not_lose_other_scripts():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    answer, right = "The police killed the gunman, running away.", "Police kill the running gunmen!"
+    assert rouge_l(P, [answer], [right]) == [pytest.approx(scorer.score(right, answer)["rougeL"].fmeasure)]
+    assert rouge_l(P * 3, ["мама мыла раму", "", "..."], ["мама мыла окно", "word", "word"]) == [
+        pytest.approx(2 / 3),
+        0,
+        0,
+    ]
+    assert rouge_l(P, ["a b"], [["x y", "a b"]]) == [1.0]  # the best of several
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    answer, rights = "the cat is on the mat", ["there is a cat on the mat", "the cat sits on the mat"]
+    expected = sacrebleu.sentence_bleu(answer, rights).score / 100
+    assert bleu(P, [answer], [rights]) == [pytest.approx(expected)]
+    assert chrf(P, [answer], [rights]) == [pytest.approx(sacrebleu.sentence_chrf(answer, rights).score / 100)]
+    assert bleu(P * 2, ["", "Guten Morgen"], ["word", "Guten Morgen"]) == [0.0, 1.0]
+    assert bleu(P, ["我有一只猫"], ["我有一只狗"], tokenize="char")[0] > 0.5
+    assert chrf(P * 2, ["", "猫"], ["猫", "猫"]) == [0.0, 1.0]
+
+
+def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    rewards.overlap._bleu.cache_clear()
+    with pytest.raises(UserError, match=r"needs sacrebleu: pip install sacrebleu, or the extra ppo_fast\[rewards\]"):
+        bleu(P, ["a"], ["a"])
+
+
+def test_the_length_band_has_slopes_on_both_sides():
+    answers = ["", "a", "a b", "a b c d", "a b c d e", "a " * 8, "a " * 80]
+    assert length_band(P * 7, answers, low=2, high=4) == [0, 0.5, 1, 1, 0.75, 0, 0]
+    assert length_band(P, ["añ猫"], low=3, high=3, unit="characters") == [1]
+    assert length_band(P, ["whatever"], [[1, 2, 3]], low=3, high=3, unit="tokens") == [1]
+    assert length_band(P, [""], low=0, high=3) == [1]
+    with pytest.raises(ValueError, match="needs completion_ids"):
+        length_band(P, ["a"], unit="tokens")
+    with pytest.raises(ValueError, match="unit must be one of words, characters, tokens; got 'lines'"):
+        length_band(P, ["a"], unit="lines")
+    with pytest.raises(ValueError, match="got 5 and 4"):
+        length_band(P, ["a"], low=5, high=4)
+
+
+def test_an_echo_of_the_users_turn_costs_its_share():
+    chat = [
+        {"role": "user", "content": "what is the capital of France"},
+        {"role": "assistant", "content": "Paris is the capital"},
+        {"role": "user", "content": "and how many people live there"},
+    ]
+    answers = ["And how many people live there?", "About two million.", "", "What is the capital of France", "there"]
+    assert no_echo([chat] * 5, answers) == [0, 1, 1, 1, 0]
+    assert no_echo(["one two three four five"], ["one two three four six"]) == [0.5]
+    assert no_echo([[{"role": "system", "content": "be kind"}]], ["be kind"]) == [1]
+
+
+def test_repetitions_within_an_answer_cost_their_share():
+    assert no_repetition(P * 3, ["a b c a b c", "a b", ""]) == [0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("I can help with that.", 1),
+        ("", 1),
+        ("Sure.\nHuman: and then?", 0),
+        ("Sure.\n\n### User:\nmore", 0),
+        ("**User:** hello", 0),
+        ("Sure.<|im_start|>user", 0),
+        ("[INST] more [/INST]", 0),
+        ("The user: a person", 1),  # inside a line it is a word
+        ("用户\uff1a你好", 1),
+        ("Users: many", 1),
+    ],
+)
+def test_an_answer_that_speaks_for_others_is_found(answer, value):
+    assert stays_in_role(P, [answer]) == [value]
+
+
+def test_other_speakers_can_be_named():
+    assert stays_in_role(P * 2, ["用户\uff1a你好", "Romeo: Ay me"], others=["用户", "Romeo"]) == [0, 0]
+
+
+def test_only_samples_of_the_same_prompt_take_diversity_from_each_other():
+    chat = [{"role": "user", "content": "q"}]
+    prompts = ["p", chat, "p", chat, "r", "p"]
+    answers = ["a b c", "x y", "a b d", "x y", "a b c", ""]
+    assert group_diversity(prompts, answers) == [0.5, 0.0, 0.5, 0.0, 1.0, 1.0]
+
+
+def test_forms():
+    assert matches(P * 2, [" <a>1\n2</a> ", "x<a></a>"], "<a>.*</a>") == [1, 0]
+    assert matches(P * 2, ["1", "1"], ["1", "2"]) == [1, 0]
+    schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
+    answers = ['{"n": 1}', '```json\n{"n": 1}\n```', '{"n": "1"}', "n = 1", "", "[" * 100_000, "NaN"]
+    pytest.importorskip("jsonschema")
+    assert json_schema(P * 7, answers, schema) == [1, 1, 0.5, 0, 0, 0, 0.5]
+    assert json_schema(P * 2, ["1", "1"], ['{"type": "integer"}', {"type": "string"}]) == [1, 0.5]
+    with pytest.raises(ValueError, match="not a JSON Schema: 'nothing' is not valid"):
+        json_schema(P, ["1"], {"type": "nothing"})
+    with pytest.raises(ValueError, match="no schema"):
+        json_schema(P, ["1"], [None])
+
+
+def test_classes_entities_and_rankings():
+    assert label_match(P * 3, ["Positive.", "positive, I think", ""], ["positive"] * 3) == [1, 0, 0]
+    labels = ["positive", "negative", "very negative"]
+    answers = ["I'd say very negative", "negative or positive", "unpositive", "Very  Negative!"]
+    right = ["very negative", "negative", "positive", "very negative"]
+    assert label_match(P * 4, answers, right, labels=labels) == [1, 1, 0, 1]
+    with pytest.raises(ValueError, match="'neutral' is not among the labels positive, negative"):
+        label_match(P, ["x"], ["neutral"], labels=labels[:2])
+    entities = {"PER": ["Ada Lovelace"], "LOC": ["London", "Rome"]}
+    answers = [
+        "PER: Ada  Lovelace\nloc: London\nLOC: Rome",
+        "PER: London",
+        "",
+        "some text",
+        "- LOC: London\n- LOC: London",
+    ]
+    assert span_f1(P * 5, answers, [entities] * 5) == [1.0, 0, 0, 0, pytest.approx(2 / 5)]
+    assert span_f1(P * 2, ["", "PER: x"], ["", {}]) == [1, 0]
+
+
+def test_ndcg_of_a_graded_list_worked_by_hand():
+    relevance = {"a": 3, "b": 2, "c": 0}
+    ideal = 7 / math.log2(2) + 3 / math.log2(3)
+    value = (3 / math.log2(2) + 7 / math.log2(4)) / ideal  # b, x, a
+    assert ndcg(P, ["1. B\n2. x\n3. A"], [relevance]) == [pytest.approx(value)]
+    assert ndcg(P, ["b\nb\na"], [relevance]) == [pytest.approx(value)]  # a second mention takes a rank for nothing
+    assert ndcg(P * 3, ["", "x\ny\na", "a"], [["a"]] * 3, k=2) == [0, 0, 1]
+    with pytest.raises(ValueError, match="nothing is relevant to prompt 0"):
+        ndcg(P, ["a"], [{"a": 0}])
+
+
+def test_fluency_is_the_mean_log_likelihood_of_the_models_own_forward(tmp_path: Path):
+    import torch
+
+    model, tokenizer = tiny_llama(258), byte_tokenizer()
+    prompts, answers = ["ab", "a longer prompt"], ["cde", "f"]
+    judge = rewards.Fluency(model, tokenizer, batch_size=1)
+    expected = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+        logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected.append(logs[-len(answer) :].mean().item())
+    assert judge(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    both = rewards.Fluency(str(save_tiny_model(tmp_path)), batch_size=8)  # padded beside each other, from a folder
+    assert both(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    end = rewards.Fluency(model, tokenizer, same_tokens=True)(["ab"], [""], [[256]])
+    assert judge(["ab"], [""]) == pytest.approx(end)  # an empty answer has its end token
+    assert math.isfinite(judge(["x" * 1000], ["y" * 300])[0])  # 256 positions
+    with pytest.raises(UserError, match="needs the model's tokenizer"):
+        rewards.Fluency(model)
+
+
+def test_a_spec_fixes_options_and_renames_columns():
+    judge = load_reward("ppo_fast.rewards:numeric(reference=answer, tolerance=0.5)")
+    assert judge(P, ["41.6"], answer=["42"], other=[None]) == [1.0]
+    with pytest.raises(UserError, match="no column 'answer', which a reward asks for; it has other"):
+        judge(P, ["1"], other=[1])
+    assert load_reward('ppo_fast.rewards:matches(pattern="a:b(c)")')(P, ["a:bc"]) == [1.0]
+    assert load_reward("ppo_fast.rewards:exact_match") is exact_match
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("numeric", "must be MODULE:FUNCTION"),
+        ("ppo_fast.rewards:nothing", "has no function 'nothing'"),
+        ("ppo_fast.rewards:numeric(tolerence=1)", "numeric has no argument 'tolerence'; it has reference, tolerance"),
+        ("ppo_fast.rewards:numeric(1)", "arguments must be given by name"),
+        ("ppo_fast.rewards:numeric(tolerance=1+x)", "cannot read the arguments"),
+        ("ppo_fast.rewards:numeric(tolerance=open('x'))", "cannot read the arguments"),
+        ("ppo_fast.rewards:numeric(tolerance=", "must be MODULE:FUNCTION"),
+        ("ppo_fast.rewards:numeric(**x)", r"\*\* cannot be used here"),
+        ("ppo_fast.rewards:Fluency", "missing a required argument: 'model'"),
+        ("ppo_fast.rewards:Fluency(model=folder)", "folder is no literal: a text needs quotation marks"),
+        ("nowhere.py:f", "cannot import the reward 'nowhere.py:f': no such file: nowhere.py"),
+    ],
+)
+def test_a_spec_that_is_wrong_is_refused_with_the_reason(spec, message):
+    with pytest.raises(UserError, match=message):
+        load_reward(spec)
+
+
+def test_an_option_never_takes_its_value_from_a_column_unnoticed():
+    from ppo_fast.rewards.spec import arguments_of
+
+    with pytest.raises(UserError, match=r"'low' is an option of the reward 'length_band' and a column of the data"):
+        arguments_of(length_band, {"low": [1, 2]})
+    judge = load_reward("ppo_fast.rewards:length_band(low=2)")
+    assert judge(P, ["a"], low=[99]) == [0.5]  # fixed: no column is meant
+
+
+REWARDS = """
+import os, time
+
+def judge(prompts, completions, weight):
+    text = completions[0]
+    if text == "sleep":
+        time.sleep(60)
+    if text == "die":
+        os._exit(3)
+    if text == "fail":
+        raise KeyError("gone")
+    return [float("nan") if text == "nan" else weight[0] * len(text)]
+"""
+
+
+@pytest.fixture
+def slow(tmp_path: Path):
+    pytest.importorskip("pebble")
+    path = tmp_path / "slow_rewards.py"
+    path.write_text(REWARDS)
+    return f"{path}:judge"
+
+
+def test_a_pool_names_what_fails_and_gives_it_the_fallback(slow: str):
+    pool = rewards.Pool(slow, timeout=2.0, fallback=-7.0, workers=2)
+    answers = ["ab", "sleep", "fail", "nan", "die", "abc"]
+    with pytest.warns(RuntimeWarning) as said:
+        found = pool([f"p{i}" for i in range(6)], answers, weight=[1, 1, 1, 1, 1, 10], other=[None] * 6)
+    assert found == [2, -7, -7, -7, -7, 30]
+    assert pool.failed == pytest.approx(4 / 6)
+    texts = [str(w.message) for w in said]
+    assert len(texts) == 4
+    for text, reason, answer in zip(
+        texts,
+        ["no judgement within 2 s", "KeyError: 'gone'", "nan is not finite", "Process"],
+        answers[1:5],
+        strict=True,
+    ):
+        assert reason in text
+        assert f"({answer!r}) to 'p" in text
+        assert "it gets -7" in text
+    assert pool(["p"], ["abcd"], weight=[1]) == [4]  # the pool has recovered
+    assert pool.failed == 0
+
+
+def test_a_pool_refuses_what_it_cannot_send_or_use():
+    with pytest.raises(UserError, match="cannot be sent to another process"):
+        rewards.Pool(lambda prompts, completions: [0.0], timeout=1.0, fallback=0.0)
+    for options in ({"timeout": 0}, {"timeout": 1, "fallback": math.nan}, {"timeout": 1, "workers": 0}):
+        with pytest.raises(UserError, match="a timeout > 0, a finite fallback and at least one worker"):
+            rewards.Pool(exact_match, **{"fallback": 0.0, **options})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "from ppo_fast.rewards import Pool\n"
+        "if __name__ == '__main__':\n"
+        f"    pool = Pool({slow!r}, timeout=100.0, fallback=0.0, workers=1)\n"
+        "    pool(['p'], ['ab'], weight=[1])\n"
+        "    import multiprocessing as m\n"
+        "    print(*[c.pid for c in m.active_children()], flush=True)\n"
+        "    import time; time.sleep(100)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert child.stdout is not None
+    pids = [int(x) for x in child.stdout.readline().split()]
+    assert pids
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker goes on"
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3] if Path("/proc").exists() else True
+
+
+def test_every_public_reward_says_where_it_comes_from_and_shows_an_example():
+    for name in rewards.__all__:
+        text = getattr(rewards, name).__doc__ or ""
+        assert ">>> " in text, name
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in Path(rewards.__file__).parent.glob("[a-z]*.py")))
+def test_examples_in_docstrings_are_true(name):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("jsonschema")
+    result = doctest.testmod(importlib.import_module(f"ppo_fast.rewards.{name}"))
+    assert result.failed == 0
