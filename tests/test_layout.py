@@ -151,6 +151,8 @@ def test_wheel_holds_the_kernels_as_real_files(tmp_path: Path):
     names = zipfile.ZipFile(wheel).namelist()
     for file in (ROOT / "kernels").glob("*.py"):
         assert f"ppo_fast/kernels/{file.name}" in names
+    for file in [*(PACKAGE / "recipes").rglob("*.*l"), *(PACKAGE / "integrations").glob("*.md")]:
+        assert file.relative_to(ROOT).as_posix() in names
     assert not any(name.startswith("kernels/") for name in names)
     assert not any(name.startswith("tests") for name in names)
 

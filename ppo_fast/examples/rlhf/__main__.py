@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/rlhf", metavar="DIR", help="folder of the results (default: runs/rlhf)")
     parser.add_argument("--ppo-steps", type=int, default=80, help="PPO steps (default: 80)")
     parser.add_argument("--kl-target", type=float, default=25.0, help="KL per answer to aim at, in nats (default: 25)")
+    parser.add_argument("--entropy", type=float, default=0.01, help="weight of the entropy bonus (default: 0.01)")
     parser.add_argument(
         "--fluency", type=float, default=0.0, help="weight of the reference's mean log-likelihood (default: 0)"
     )
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         out=given.out,
         ppo_steps=given.ppo_steps,
         kl_target=given.kl_target,
+        entropy=given.entropy,
         fluency=given.fluency,
         coherence=given.coherence,
         sweep=sweep,

@@ -24,6 +24,7 @@ class Settings:
     out: str = "runs/rlhf"
     ppo_steps: int = 80
     kl_target: float = 25.0
+    entropy: float = 0.01
     fluency: float = 0.0
     coherence: float = 0.5
     sweep: tuple[float, ...] = ()

@@ -278,6 +278,7 @@ def ppo(
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
         kl_horizon=2000.0,
+        entropy_coef=settings.entropy,
         eval_every=max(1, settings.ppo_steps // 6),
         save_every=10,
         show_samples_every=0,
