@@ -1,8 +1,9 @@
-"""PPO for Gymnasium's vector environments, in one file that reads from top to bottom.
+"""PPO for Gymnasium's vector environments: the whole algorithm, from top to bottom.
 
     ppo-fast classic --env CartPole-v1 --out runs/cartpole
 
-Options, network, environments, sampling, advantages, learning, evaluation, checkpoints, command line: in this order.
+Environments, network, sampling, advantages, learning: in this order. Around it stand classic_config.py (every option),
+classic_network.py (layers, Adam), classic_state.py (checkpoints, evaluation) and classic_log.py (what a run shows).
 "Detail n" marks where each of the 13 core details of Huang et al. 2022, "The 37 Implementation Details of Proximal
 Policy Optimization", happens. T steps of N environments make a rollout; tensors are [T, N], time first.
 
@@ -17,317 +18,35 @@ environments with get_state and set_state (ours) go on where they were; all othe
 
 import argparse
 import dataclasses
-import itertools
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
-from torch import Tensor, nn
+from torch import Tensor
 
 import ppo_fast as ppo
-from ppo_fast import checkpoint
+from ppo_fast import checkpoint, classic_state
+from ppo_fast.classic_config import ClassicConfig, add_arguments
 from ppo_fast.classic_log import Log
-from ppo_fast.config import check_setting, setting
+from ppo_fast.classic_network import Adam, Dense, Moments, Network, pick_device
 from ppo_fast.envs.vector import (
     environment_states,
-    make_env,
     make_envs,
     parse_arguments,
     resets_in_same_step,
-    restore_environments,
-    write_frames,
 )
 from ppo_fast.errors import NonFiniteError, UserError
 
+__all__ = ["Batch", "ClassicConfig", "ClassicTrainer", "add_arguments", "main"]
+
 CHUNK = 8192  # observations in one forward pass without gradients
 RECENT = 100  # episodes that the reported return is the mean of
-MOST_FRAMES = 500
-RUNNING = ("episode_return", "episode_length", "discounted_return")  # arrays [N] of a trainer
-# Options that may differ between a run and its continuation
-FREE = {"out", "resume", "quiet", "save_every", "tensorboard", "eval_episodes", "record", "total_steps", "threads"}
-
-
-@dataclass
-class ClassicConfig:
-    """Options of `ClassicTrainer`. Defaults follow CleanRL's ppo.py where nothing else is named.
-
-    >>> ClassicConfig(env="CartPole-v1").gamma
-    0.99
-    >>> ClassicConfig(gamma=1.5)
-    Traceback (most recent call last):
-    ppo_fast.errors.UserError: gamma must lie in [0, 1], got 1.5
-    """
-
-    # The environments
-    env: str = setting("CartPole-v1", "Gymnasium's name of the environment, or module:Name-v0")
-    env_kwargs: str = setting("{}", 'arguments of the environment as JSON, such as {"size": 9}')
-    num_envs: int = setting(8, "environments that run side by side (N)", 1)
-    vectorization: str = setting(
-        "auto",
-        "auto: the environment's own vector form if it has one, else sync",
-        choices=("auto", "vector_entry_point", "sync", "async"),
-    )
-    autoreset: str = setting(
-        "next_step",
-        "when a finished environment starts anew; same_step needs Gymnasium 1.1 and sync or async",
-        choices=("next_step", "same_step"),
-    )
-    normalize_observations: bool = setting(False, "observations to running mean 0 and variance 1, clipped to +-10")
-    normalize_rewards: bool = setting(False, "rewards divided by the running spread of the return, clipped to +-10")
-
-    # The loop
-    total_steps: int = setting(100_000, "steps of single environments in all", 1)
-    rollout_steps: int = setting(128, "steps of each environment between two updates (T)", 1)
-    seed: int = setting(0, "seed of everything random: weights, environments, actions, minibatches", 0)
-
-    # The network
-    network: str = setting("auto", "auto: cnn for images, mlp for the rest", choices=("auto", "mlp", "cnn"))
-    shared: bool = setting(False, "policy and value share all layers but the last (else: separate networks)")
-    hidden_size: int = setting(64, "width of hidden layers", 1)
-    hidden_layers: int = setting(2, "number of hidden layers of an mlp", 0)
-    activation: str = setting("tanh", "of an mlp", choices=("tanh", "relu"))
-    log_std_init: float = setting(0.0, "continuous actions: natural logarithm of the first standard deviation")
-
-    # Advantages and loss
-    gamma: float = setting(0.99, "discount per step", 0.0, 1.0)
-    lam: float = setting(0.95, "lambda of GAE (Schulman et al. 2016)", 0.0, 1.0)
-    normalize_advantages: bool = setting(True, "advantages of each minibatch to mean 0 and variance 1")
-    epochs: int = setting(4, "passes over each rollout", 1)
-    minibatches: int = setting(4, "optimizer steps in each epoch", 1)
-    clip: float = setting(0.2, "ratio clipped to 1 +- this", 0.0, 1.0)
-    clip_schedule: str = setting("constant", "clip over the run", choices=("constant", "linear"))
-    value_clip: float | None = setting(None, "how far a value moves per rollout before its gradient stops", 0.0)
-    value_coef: float = setting(0.5, "weight of the value loss, 0.5 (v - R)^2", 0.0)
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus, per nat", 0.0)
-    target_kl: float | None = setting(None, "a minibatch with a larger approx_kl (nats) ends the update", 0.0)
-    lr: float = setting(2.5e-4, "Adam's learning rate", 0.0)
-    lr_schedule: str = setting("linear", "learning rate over the run", choices=("constant", "linear"))
-    adam_eps: float = setting(1e-5, "Adam's epsilon", 0.0)
-    max_grad_norm: float = setting(0.5, "the gradient of all weights is clipped to this norm", 0.0)
-
-    # Machine and output
-    device: str = setting("cpu", "of the network: cpu, cuda, ...; small networks are fastest on a cpu")
-    threads: int = setting(1, "PyTorch's threads; small networks are fastest with 1; 0: as they are", 0)
-    backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
-    eval_episodes: int = setting(10, "episodes of the evaluation after the last update, likeliest actions", 0)
-    record: str = setting(
-        "none", "pictures of the first evaluation episode, at most 500", choices=("none", "gif", "png")
-    )
-    out: str | None = setting(None, "folder for metrics, TensorBoard events, checkpoints and pictures")
-    tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
-    save_every: int = setting(
-        0,
-        "checkpoint every n updates; 0: only at the end. Environments that cannot save their state start anew then",
-        0,
-    )
-    resume: bool = setting(False, "go on from the newest checkpoint in OUT")
-    quiet: bool = setting(False, "print nothing but errors")
-
-    def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            check_setting(option.name, getattr(self, option.name), option)
-        if self.num_envs * self.rollout_steps < self.minibatches:
-            rollout = self.num_envs * self.rollout_steps
-            raise UserError(f"minibatches must be at most num_envs * rollout_steps = {rollout}, got {self.minibatches}")
-        if self.autoreset == "same_step" and self.vectorization == "vector_entry_point":
-            raise UserError("autoreset = same_step needs vectorization = sync or async: an environment's own vector")
-        if self.out is None and (self.resume or self.record != "none"):
-            raise UserError("resume and record need out, the folder to read and write")
-        if self.record != "none" and not self.eval_episodes:
-            raise UserError(f"record = {self.record} needs eval_episodes of at least 1: it draws the first of them")
-
-
-class Dense(nn.Module):
-    """Linear layers, weights [in, out], each with the activation (tanh, relu or none) after it.
-
-    The gradient can be had from autograd, or by hand, which is a fifth quicker in a small network: `forward` then keeps
-    each layer's input and the output on a tape, and `backward` writes the weights' gradients to `gradients`.
-    """
-
-    def __init__(self, sizes: list[int], gain: float, generator: torch.Generator, activation: str = "none") -> None:
-        super().__init__()
-        self.activation = activation
-        # Detail 2: orthogonal weights, zero biases
-        weights = [nn.init.orthogonal_(torch.empty(x), gain, generator=generator) for x in itertools.pairwise(sizes)]
-        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList([torch.zeros(n) for n in sizes[1:]])
-        self.layers = list(zip(self.weights, self.biases, strict=True))
-        self.gradients: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, tape: list[Tensor] | None = None) -> Tensor:
-        x = x.flatten(1) if x.ndim > 2 else x
-        for weight, bias in self.layers:
-            if tape is not None:
-                tape.append(x)
-            x = torch.addmm(bias, x, weight)
-            if self.activation != "none":
-                x = torch.tanh_(x) if self.activation == "tanh" else torch.relu_(x)
-        if tape is not None:
-            tape.append(x)
-        return x
-
-    def backward(self, gradient: Tensor, tape: list[Tensor], *, to_input: bool) -> Tensor:
-        """From the loss's gradient by the output to those by the weights and, on request, by the input."""
-        for i in reversed(range(len(self.layers))):
-            if self.activation == "tanh":
-                gradient = torch.ops.aten.tanh_backward(gradient, tape[i + 1])
-            elif self.activation == "relu":
-                gradient = gradient * (tape[i + 1] > 0)
-            torch.mm(tape[i].T, gradient, out=self.gradients[i][0])
-            torch.sum(gradient, 0, out=self.gradients[i][1])
-            if i or to_input:
-                gradient = gradient @ self.layers[i][0].T
-        return gradient
-
-
-class Pixels(nn.Module):
-    """Images [B, H, W, C] or [B, C, H, W], whose shorter end is the channels, to [B, C, H, W] times `scale`."""
-
-    def __init__(self, shape: tuple[int, ...], scale: float) -> None:
-        super().__init__()
-        self.last, self.scale, self.channels = shape[-1] <= shape[0], scale, min(shape[0], shape[-1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.permute(0, 3, 1, 2) if self.last else x).float() * self.scale
-
-
-def make_trunk(
-    shape: tuple[int, ...], config: "ClassicConfig", pixel_scale: float | None, generator: torch.Generator
-) -> nn.Module:
-    """Observations [B, *shape] to features [B, hidden_size]: a small CNN, or with pixel_scale=None an MLP."""
-    gain = math.sqrt(2)
-    if pixel_scale is None:
-        sizes = [math.prod(shape), *[config.hidden_size] * config.hidden_layers]
-        return Dense(sizes, gain, generator, config.activation)
-    pixels = Pixels(shape, pixel_scale)
-    layers: list[nn.Module] = [pixels]
-    for inputs, outputs in itertools.pairwise((pixels.channels, 16, 32, 32)):
-        convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)  # halves height and width, whatever they are
-        nn.init.orthogonal_(convolution.weight, gain, generator=generator)
-        nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        layers += [convolution, nn.ReLU()]
-    body = nn.Sequential(*layers)
-    with torch.no_grad():
-        features = body(torch.zeros(1, *shape)).numel()
-    return nn.Sequential(*body, Dense([features, config.hidden_size], gain, generator, "relu"))
-
-
-class Network(nn.Module):
-    """Policy and value of an observation. Detail 13: two networks, or one with two heads."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        actions: int,
-        config: "ClassicConfig",
-        *,
-        discrete: bool,
-        pixel_scale: float | None,
-    ) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(config.seed)
-        self.discrete, self.shared = discrete, config.shared
-        self.policy_trunk = make_trunk(shape, config, pixel_scale, generator)
-        self.value_trunk = self.policy_trunk if config.shared else make_trunk(shape, config, pixel_scale, generator)
-        width = math.prod(shape) if pixel_scale is None and not config.hidden_layers else config.hidden_size
-        self.policy_head = Dense([width, actions], 0.01, generator)  # first actions are nearly uniform
-        self.value_head = Dense([width, 1], 1.0, generator)
-        if not discrete:  # the spread does not depend on the observation
-            self.log_std = nn.Parameter(torch.full((actions,), float(config.log_std_init)))
-
-    def policy(self, x: Tensor) -> Tensor:
-        """[B, *shape] to logits or means [B, A]."""
-        return self.policy_head.forward(self.policy_trunk.forward(x))  # nn.Module's __call__ takes as long as a layer
-
-    def value(self, x: Tensor) -> Tensor:
-        """[B, *shape] to [B]."""
-        return self.value_head.forward(self.value_trunk.forward(x)).view(-1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.shared:
-            return self.policy(x), self.value(x)
-        features = self.policy_trunk(x)
-        return self.policy_head(features), self.value_head(features).view(-1)
-
-    @torch.no_grad()
-    def taped(self, x: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-        """`forward` of MLPs and the tapes for `backward`; policy and values are leaves to autograd."""
-        tapes: list[list[Tensor]] = [[], [], [], []]
-        features = self.policy_trunk.forward(x, tapes[0])
-        others = features if self.shared else self.value_trunk.forward(x, tapes[1])
-        policy = self.policy_head.forward(features, tapes[2])
-        values = self.value_head.forward(others, tapes[3]).view(-1)
-        return policy.requires_grad_(), values.requires_grad_(), tapes
-
-    @torch.no_grad()
-    def backward(self, by_policy: Tensor, by_values: Tensor, tapes: list[list[Tensor]]) -> None:
-        """The gradients of all layers, from the loss's gradients by policy and values."""
-        left = self.policy_head.backward(by_policy, tapes[2], to_input=True)
-        right = self.value_head.backward(by_values[:, None], tapes[3], to_input=True)
-        if self.shared:
-            self.policy_trunk.backward(left + right, tapes[0], to_input=False)  # type: ignore[operator]
-        else:
-            self.policy_trunk.backward(left, tapes[0], to_input=False)  # type: ignore[operator]
-            self.value_trunk.backward(right, tapes[1], to_input=False)  # type: ignore[operator]
-
-    def logprobs(self, policy: Tensor, actions: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each action [B] and on request the entropy [B], in nats, from what `policy` returned."""
-        if not self.discrete:
-            z = (actions - policy) * torch.exp(-self.log_std)
-            constant = self.log_std.sum() + 0.5 * len(self.log_std) * math.log(2 * math.pi)
-            logp = -0.5 * z.square().sum(-1) - constant
-            return logp, (constant + 0.5 * len(self.log_std)).expand_as(logp) if with_entropy else None
-        if not with_entropy:
-            return -F.cross_entropy(policy, actions, reduction="none"), None
-        table = torch.log_softmax(policy, -1)  # ppo.token_logprobs is made for vocabularies, not for a few actions
-        return table.gather(1, actions[:, None])[:, 0], -(table.exp() * table).sum(-1)
-
-
-class Adam:
-    """Kingma and Ba 2015 on one flat tensor. torch.optim.Adam's step takes 70 us longer, a tenth of CartPole's."""
-
-    def __init__(self, weights: Tensor, eps: float) -> None:
-        self.weights, self.eps, self.steps = weights, eps, 0
-        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
-
-    def step(self, gradient: Tensor, lr: float) -> None:
-        self.steps += 1
-        self.mean.lerp_(gradient, 0.1)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        # The corrections of both means for their start at 0 are in the step size and in epsilon. Detail 3: epsilon is
-        # 1e-5, not 1e-8
-        correction = math.sqrt(1 - 0.999**self.steps)
-        spread = self.square.sqrt().add_(self.eps * correction)
-        self.weights.addcdiv_(self.mean, spread, value=-lr * correction / (1 - 0.9**self.steps))
-
-
-class Moments:
-    """Running mean and variance of [n, ...] arrays (Chan et al. 1979)."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), np.full((), 1e-4)
-
-    def update(self, x: np.ndarray) -> None:
-        if len(x):
-            delta, total = x.mean(0) - self.mean, self.count + len(x)
-            self.var = (self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / total) / total
-            self.mean, self.count = self.mean + delta * len(x) / total, total
-
-
-def pick_device(name: str) -> torch.device:
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:  # an unknown name, no such GPU, a PyTorch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device = {name} cannot be used: {reason}; use cpu") from error
 
 
 class Batch(NamedTuple):
@@ -372,7 +91,7 @@ class ClassicTrainer:
         self.episodes = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.finished: list[tuple[int, float, int]] = []  # of the last rollout: steps done by then, return, length
-        self._start_environments(config.seed)
+        self.start_environments(config.seed)
 
     def _read_spaces(self) -> None:
         action, observation = self.envs.single_action_space, self.envs.single_observation_space
@@ -398,6 +117,7 @@ class ClassicTrainer:
     def _make_network(self) -> None:
         """The network, its weights as views of one flat tensor, and Adam on that."""
         c = self.config
+        # Detail 13: policy and value are two networks, or one with two heads. Detail 2: orthogonal weights, zero biases
         network = Network(self.shape, self.num_actions, c, discrete=self.discrete, pixel_scale=self.pixel_scale)
         self.network = network.to(self.device)
         self.weights = list(self.network.parameters())
@@ -410,7 +130,7 @@ class ClassicTrainer:
             if isinstance(module, Dense):
                 module.gradients = [tuple(gradients[w].view_as(w) for w in layer) for layer in module.layers]
         self.std_gradient = None if self.discrete else gradients[self.network.log_std]
-        self.adam = Adam(flat, c.adam_eps)
+        self.adam = Adam(flat, c.adam_eps)  # Detail 3: epsilon is 1e-5, not 1e-8
 
     def _make_buffers(self) -> None:
         T, N = self.config.rollout_steps, self.envs.num_envs
@@ -421,7 +141,7 @@ class ClassicTrainer:
         self.terminated, self.truncated, self.counted = (torch.zeros(T, N, dtype=torch.bool) for _ in range(3))
         self.final_observations: list[tuple[int, int, np.ndarray]] = []  # same_step: (t, environment, observation)
 
-    def _start_environments(self, seed: int) -> None:
+    def start_environments(self, seed: int) -> None:
         N = self.envs.num_envs
         self.finished_before = np.zeros(N, dtype=bool)  # the last step ended an episode
         self.episode_return, self.episode_length, self.discounted_return = np.zeros(N), np.zeros(N, int), np.zeros(N)
@@ -689,85 +409,7 @@ class ClassicTrainer:
 
     def evaluate(self, episodes: int, *, record: str = "none") -> list[float]:
         """Returns of episodes with the likeliest actions; pictures of the first go to OUT/episode.gif or OUT/frames."""
-        more = {"render_mode": "rgb_array"} if record != "none" else {}
-        env, returns = make_env(self.config.env, {**self.env_kwargs, **more}), []
-        try:
-            if more:  # what cannot be drawn shall fail at once
-                env.reset(seed=0)
-                env.render()
-            for episode in range(episodes):
-                raw, _ = env.reset(seed=self.config.seed + 1_000_000 + episode)
-                total, done, frames = 0.0, False, [env.render()] if more and episode == 0 else []
-                while not done:
-                    raw, reward, terminated, truncated, _ = env.step(self.act(np.asarray(raw)[None])[0])
-                    total, done = total + float(reward), terminated or truncated
-                    if frames and len(frames) < MOST_FRAMES:
-                        frames.append(env.render())
-                returns.append(total)
-                if frames:
-                    fps = env.metadata.get("render_fps", 30)
-                    write_frames([np.asarray(x) for x in frames], Path(str(self.config.out)), record, fps=fps)
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise UserError(f"{self.config.env} cannot be drawn: {error}") from error
-        finally:
-            env.close()
-        return returns
-
-    def save(self) -> Path | None:
-        """OUT/checkpoints/step-U, U updates: all that the run is; nothing without an OUT."""
-        c = self.config
-        if c.out is None:
-            return None
-        moments = {"observation": self.observation_moments, "return": self.return_moments}
-        arrays = {f"{k}_{name}": np.asarray(getattr(m, name)) for k, m in moments.items() for name in vars(m)}
-        arrays |= {name: getattr(self, name) for name in ("finished_before", *RUNNING)}
-        tensors = {
-            "model": {name: x.clone() for name, x in self.network.state_dict().items()},
-            "adam": {"mean": self.adam.mean, "square": self.adam.square},
-            "run": {
-                "generator": self.generator.get_state(),
-                "observations": self.observations[-1].clone(),
-                **{name: torch.from_numpy(np.array(x)) for name, x in arrays.items()},
-            },
-        }
-        counts = {"steps": self.steps_done, "updates": self.updates_done, "episodes": self.episodes}
-        counts["adam_steps"] = self.adam.steps
-        state = {"config": dataclasses.asdict(c), "recent": list(self.recent), **counts}
-        state["environments"] = environment_states(self.envs)
-        return checkpoint.write(Path(c.out) / "checkpoints", self.updates_done, tensors, state, keep=2)
-
-    def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint that `save` wrote."""
-        saved = checkpoint.read(folder)
-        config, run = saved.state["config"], saved.tensors["run"]
-        for name, value in dataclasses.asdict(self.config).items():
-            if name not in FREE and config.get(name) != value:
-                raise UserError(
-                    f"{folder} was made with {name} = {config.get(name)}, not {value}: a run goes on as it was"
-                )
-        self.network.load_state_dict(saved.tensors["model"])
-        for name, x in saved.tensors["adam"].items():
-            getattr(self.adam, name).copy_(x)
-        self.adam.steps = saved.state["adam_steps"]
-        self.generator.set_state(run["generator"])
-        self.observations[-1] = run["observations"]
-        for name in ("finished_before", *RUNNING):
-            setattr(self, name, run[name].numpy())
-        for kind, moments in (("observation", self.observation_moments), ("return", self.return_moments)):
-            for name in vars(moments):
-                setattr(moments, name, run[f"{kind}_{name}"].numpy())
-        self.steps_done, self.updates_done = saved.state["steps"], saved.state["updates"]
-        self.episodes = saved.state["episodes"]
-        self.recent.extend(saved.state["recent"])
-        self.go_on(saved.state["environments"])
-
-    def go_on(self, states: list[dict[str, Any]] | None) -> None:
-        """After a checkpoint, in the run that wrote it and in the one that reads it: environments that can be put back
-        where they were stay there; others start anew, from a seed of this moment, so that both runs see the same."""
-        if states is None:
-            self._start_environments(self.config.seed + 1_000_003 * self.updates_done)
-        else:
-            restore_environments(self.envs, states, self.finished_before)
+        return classic_state.evaluate(self, episodes, record=record)
 
     def train(self) -> dict[str, Any]:
         """Runs to the end, evaluates, and returns a summary, which is also written to OUT/summary.json."""
@@ -776,17 +418,17 @@ class ClassicTrainer:
             newest = checkpoint.newest(parent)
             if newest is None:
                 raise UserError(f"nothing to resume: there is no checkpoint in {parent}")
-            self.load(newest)
+            classic_state.load(self, newest)
         if c.record != "none":
             self.evaluate(0, record=c.record)
         start, began = time.perf_counter(), self.steps_done
         with Log(c, self.steps_done, RECENT) as log:
             while self.steps_done < c.total_steps:
                 log.record(self.step())
-                if c.save_every and self.updates_done % c.save_every == 0 and self.save():
-                    self.go_on(environment_states(self.envs))
+                if c.save_every and self.updates_done % c.save_every == 0 and classic_state.save(self):
+                    classic_state.go_on(self, environment_states(self.envs))
             seconds = time.perf_counter() - start
-            self.save()
+            classic_state.save(self)
             returns = self.evaluate(c.eval_episodes, record=c.record) if c.eval_episodes else []
             summary = {
                 "env": c.env,
@@ -800,29 +442,6 @@ class ClassicTrainer:
             }
             log.close_with(summary)
         return summary
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The fields of ClassicConfig as options of a command line."""
-    for option in dataclasses.fields(ClassicConfig):
-        flag, kind, metadata = "--" + option.name.replace("_", "-"), str(option.type), option.metadata
-        default: Any = option.default
-        if "bool" in kind:
-            text = f"{metadata['help']} (default: {'yes' if default else 'no'})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-            continue
-        low, high = metadata["low"], metadata["high"]
-        bounds = "" if low is None else f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
-        text = f"{metadata['help']} (default: {'none' if default is None else default}{bounds})".replace("%", "%%")
-        name = next(x for x in ("int", "float", "str") if x in kind)
-        parser.add_argument(
-            flag,
-            type={"int": int, "float": float, "str": str}[name],
-            default=default,
-            choices=metadata["choices"] or None,
-            metavar=None if metadata["choices"] else name.upper(),
-            help=text,
-        )
 
 
 def main(arguments: argparse.Namespace) -> int:

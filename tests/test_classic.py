@@ -16,7 +16,8 @@ from gymnasium import spaces  # noqa: E402
 from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
 
 from ppo_fast import checkpoint, classic  # noqa: E402
-from ppo_fast.classic import Adam, ClassicConfig, ClassicTrainer, Moments  # noqa: E402
+from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
+from ppo_fast.classic_network import Adam, Moments  # noqa: E402
 from ppo_fast.errors import NonFiniteError, UserError  # noqa: E402
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]

@@ -25,12 +25,17 @@ LEVELS = [
     {"policy", "parallel", "export"},
     {"sample", "rewards", "reward", "learn", "progress", "recipes"},
     {"evaluate", "run_state", "preferences"},
-    {"envs", "classic_log"},
+    {"envs", "classic_log", "classic_config", "classic_network"},
+    {"classic_state"},
     {"trainer", "classic", "label"},
     {"cli", "examples", "doctor"},
 ]
 SIDE = {"integrations": {"ops", "", "errors"}}  # these import the operations only
-EXTRA = {"doctor": {"kernels"}, "run_state": {"trainer"}}  # one may read the reference, the other names a type
+EXTRA = {
+    "doctor": {"kernels"},
+    "run_state": {"trainer"},
+    "classic_state": {"classic"},
+}  # one may read the reference, the others name a type
 
 
 def level(name: str) -> int:

@@ -1,0 +1,105 @@
+"""What a run of classic.py leaves behind and takes up again: its checkpoints; and how good its policy is."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from ppo_fast import checkpoint
+from ppo_fast.envs.vector import environment_states, make_env, restore_environments, write_frames
+from ppo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from ppo_fast.classic import ClassicTrainer
+
+MOST_FRAMES = 500
+RUNNING = ("episode_return", "episode_length", "discounted_return")  # arrays [N] of a trainer
+# Options that may differ between a run and its continuation
+FREE = {"out", "resume", "quiet", "save_every", "tensorboard", "eval_episodes", "record", "total_steps", "threads"}
+
+
+def evaluate(trainer: "ClassicTrainer", episodes: int, *, record: str = "none") -> list[float]:
+    """Returns of episodes with the likeliest actions; pictures of the first go to OUT/episode.gif or OUT/frames."""
+    more = {"render_mode": "rgb_array"} if record != "none" else {}
+    env, returns = make_env(trainer.config.env, {**trainer.env_kwargs, **more}), []
+    try:
+        if more:  # what cannot be drawn shall fail at once
+            env.reset(seed=0)
+            env.render()
+        for episode in range(episodes):
+            raw, _ = env.reset(seed=trainer.config.seed + 1_000_000 + episode)
+            total, done, frames = 0.0, False, [env.render()] if more and episode == 0 else []
+            while not done:
+                raw, reward, terminated, truncated, _ = env.step(trainer.act(np.asarray(raw)[None])[0])
+                total, done = total + float(reward), terminated or truncated
+                if frames and len(frames) < MOST_FRAMES:
+                    frames.append(env.render())
+            returns.append(total)
+            if frames:
+                fps = env.metadata.get("render_fps", 30)
+                write_frames([np.asarray(x) for x in frames], Path(str(trainer.config.out)), record, fps=fps)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise UserError(f"{trainer.config.env} cannot be drawn: {error}") from error
+    finally:
+        env.close()
+    return returns
+
+
+def save(trainer: "ClassicTrainer") -> Path | None:
+    """OUT/checkpoints/step-U, U updates: all that the run is; nothing without an OUT."""
+    c = trainer.config
+    if c.out is None:
+        return None
+    moments = {"observation": trainer.observation_moments, "return": trainer.return_moments}
+    arrays = {f"{k}_{name}": np.asarray(getattr(m, name)) for k, m in moments.items() for name in vars(m)}
+    arrays |= {name: getattr(trainer, name) for name in ("finished_before", *RUNNING)}
+    tensors = {
+        "model": {name: x.clone() for name, x in trainer.network.state_dict().items()},
+        "adam": {"mean": trainer.adam.mean, "square": trainer.adam.square},
+        "run": {
+            "generator": trainer.generator.get_state(),
+            "observations": trainer.observations[-1].clone(),
+            **{name: torch.from_numpy(np.array(x)) for name, x in arrays.items()},
+        },
+    }
+    counts = {"steps": trainer.steps_done, "updates": trainer.updates_done, "episodes": trainer.episodes}
+    counts["adam_steps"] = trainer.adam.steps
+    state = {"config": dataclasses.asdict(c), "recent": list(trainer.recent), **counts}
+    state["environments"] = environment_states(trainer.envs)
+    return checkpoint.write(Path(c.out) / "checkpoints", trainer.updates_done, tensors, state, keep=2)
+
+
+def load(trainer: "ClassicTrainer", folder: Path) -> None:
+    """Goes on from a checkpoint that `save` wrote."""
+    saved = checkpoint.read(folder)
+    config, run = saved.state["config"], saved.tensors["run"]
+    for name, value in dataclasses.asdict(trainer.config).items():
+        if name not in FREE and config.get(name) != value:
+            raise UserError(f"{folder} was made with {name} = {config.get(name)}, not {value}: a run goes on as it was")
+    trainer.network.load_state_dict(saved.tensors["model"])
+    for name, x in saved.tensors["adam"].items():
+        getattr(trainer.adam, name).copy_(x)
+    trainer.adam.steps = saved.state["adam_steps"]
+    trainer.generator.set_state(run["generator"])
+    trainer.observations[-1] = run["observations"]
+    for name in ("finished_before", *RUNNING):
+        setattr(trainer, name, run[name].numpy())
+    for kind, moments in (("observation", trainer.observation_moments), ("return", trainer.return_moments)):
+        for name in vars(moments):
+            setattr(moments, name, run[f"{kind}_{name}"].numpy())
+    trainer.steps_done, trainer.updates_done = saved.state["steps"], saved.state["updates"]
+    trainer.episodes = saved.state["episodes"]
+    trainer.recent.extend(saved.state["recent"])
+    go_on(trainer, saved.state["environments"])
+
+
+def go_on(trainer: "ClassicTrainer", states: list[dict[str, Any]] | None) -> None:
+    """After a checkpoint, in the run that wrote it and in the one that reads it: environments that can be put back
+    where they were stay there; others start anew, from a seed of this moment, so that both runs see the same."""
+    if states is None:
+        trainer.start_environments(trainer.config.seed + 1_000_003 * trainer.updates_done)
+    else:
+        restore_environments(trainer.envs, states, trainer.finished_before)
