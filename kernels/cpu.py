@@ -207,7 +207,7 @@ def _compiled(columns: bool, double: bool) -> tuple[Callable[..., None], Any]:
     return ctypes.CFUNCTYPE(None, *c_types)(code.address), code
 
 
-def _shares(rows: int, steps: int, cu_seqlens: Tensor | None) -> list[int]:
+def shares(rows: int, steps: int, cu_seqlens: Tensor | None) -> list[int]:
     """Boundaries of the row ranges, one range per thread, with about the same number of steps in each."""
     workers = max(1, min(torch.get_num_threads(), rows, steps // _STEPS_PER_THREAD))
     if workers == 1:
@@ -261,14 +261,14 @@ def gae(
     double = values.dtype == torch.float64
     scan, _ = _compiled(columns, double)
     scalars = (0.0 if options & _GAMMAS else gamma, 0.0 if options & _LAMS else lam, T)
-    shares = _shares(rows, steps, cu_seqlens)
-    workers, block_bytes = len(shares) - 1, _BLOCK * (8 if double else 4)
+    parts = shares(rows, steps, cu_seqlens)
+    workers, block_bytes = len(parts) - 1, _BLOCK * (8 if double else 4)
     scratch = torch.empty(workers * 2 * block_bytes, dtype=torch.uint8) if columns else None
     scratch_ptr = 0 if scratch is None else scratch.data_ptr()
 
     def work(share: int) -> None:
         state = scratch_ptr + 2 * share * block_bytes
-        scan(*pointers, state, state + block_bytes, *scalars, shares[share], shares[share + 1], options, *strides[:-2])
+        scan(*pointers, state, state + block_bytes, *scalars, parts[share], parts[share + 1], options, *strides[:-2])
 
     helpers = [threading.Thread(target=work, args=(share,)) for share in range(1, workers)]
     for helper in helpers:

@@ -1,8 +1,12 @@
 """The torch backend of shape_rewards, masked_whiten, rlhf_advantages and (from eager_gae.py) gae: CPU, or any device.
 
 The same numbers as reference.py in fewer passes over the data. Nothing here carries a graph: rewards, advantages and
-returns are data. Nothing waits for the device.
+returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu_advantages.py).
 """
+
+import importlib.util
+import math
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -13,6 +17,19 @@ from ppo_fast.kernels.eager_gae import float_dtype, gae
 __all__ = ["gae", "masked_whiten", "merge_over_group", "rlhf_advantages", "shape_rewards"]
 
 _LOG_RATIO_CLAMP = 20.0  # as in reference.kl_estimate
+
+
+@cache
+def _numba_is_there() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _compiled_loops_take(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not _numba_is_there():
+        return False
+    from ppo_fast.kernels import cpu_advantages
+
+    return cpu_advantages.takes(*tensors)
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -52,6 +69,11 @@ def shape_rewards(
     reward_at: str = "last",
 ) -> tuple[Tensor, ...]:
     """Rewards and KL, and for "after_last" the longer mask: reference.shape_rewards without a graph."""
+    if _compiled_loops_take(scores, logprobs, ref_logprobs, mask):
+        from ppo_fast.kernels import cpu_advantages
+
+        options = {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "score_clip": score_clip, "reward_at": reward_at}
+        return cpu_advantages.shape_rewards(scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, **options)
     dtype = float_dtype(scores, logprobs, ref_logprobs)
     with torch.no_grad():
         kl = _kl(_real(logprobs, dtype), _real(ref_logprobs, dtype), kl_estimator)
@@ -111,6 +133,8 @@ def _whiten(
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whitened x, and mean and standard deviation (unbiased or not) of what came in."""
+    if _compiled_loops_take(x, mask):
+        return _whiten_compiled(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
     count, mean, m2, centred = _moments(x, mask, group)
     variance = m2 / (count - int(unbiased)).clamp(min=1)
     scale = torch.where(count > 1, torch.rsqrt(variance + float(eps)), 1).to(x.dtype)
@@ -118,6 +142,30 @@ def _whiten(
     if not shift_mean:
         whitened = whitened + mean if mask is None else torch.where(mask, whitened + mean, 0)
     return whitened, mean, variance.sqrt().to(x.dtype)
+
+
+def _whiten_compiled(
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_whiten` by compiled loops."""
+    from ppo_fast.kernels import cpu_advantages
+
+    count, mean, m2 = cpu_advantages.moments(x, mask)
+    if group is not None:
+        count, mean, m2 = (
+            y.item() for y in merge_over_group(*torch.tensor((count, mean, m2), dtype=torch.float64), group)
+        )
+    variance = m2 / max(count - int(unbiased), 1.0)
+    spread = math.sqrt(variance + float(eps))
+    scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread
+    whitened = cpu_advantages.scaled(x, mask, mean=mean, scale=scale, shift=0.0 if shift_mean else mean)
+    return whitened, torch.tensor(mean), torch.tensor(math.sqrt(variance))
 
 
 def masked_whiten(
@@ -133,6 +181,14 @@ def masked_whiten(
     with torch.no_grad():
         x = _real(x, float_dtype(x))
         return _whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)[0]
+
+
+def _any_of_row(mask: Tensor) -> Tensor:
+    if not _compiled_loops_take(mask):
+        return mask.any(-1)
+    from ppo_fast.kernels import cpu_advantages
+
+    return cpu_advantages.any_of_row(mask)
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
@@ -172,13 +228,27 @@ def rlhf_advantages(
         if not whiten:
             whitened = torch.where(mask, advantages, 0) if longer else advantages
         score = _real(scores, dtype)
-        rows = mask.any(-1)
-        stats = {
-            "score_mean": _mean(torch.where(rows if score.ndim == 1 else mask, score, 0), rows),
+        rows = _any_of_row(mask)
+        stats = {"score_mean": _mean(torch.where(rows if score.ndim == 1 else mask, score, 0), rows)}
+        stats |= _means(rewards, kl, returns, mask, steps, rows)
+        stats |= {"advantage_mean": mean, "advantage_std": std}
+    return whitened, returns, rewards, kl, stats
+
+
+def _means(
+    rewards: Tensor, kl: Tensor, returns: Tensor, mask: Tensor, steps: Tensor, rows: Tensor
+) -> dict[str, Tensor]:
+    """Rewards per row, KL per token, returns per step; each tensor is 0 where nothing counts."""
+    if not _compiled_loops_take(rewards, kl, returns, mask, steps):
+        return {
             "reward_mean": _mean(rewards, rows),
             "kl_mean": _mean(kl, mask),
             "return_mean": _mean(returns, steps),
-            "advantage_mean": mean,
-            "advantage_std": std,
         }
-    return whitened, returns, rewards, kl, stats
+    from ppo_fast.kernels import cpu_advantages
+
+    tokens, *totals = cpu_advantages.sums(mask, rewards, kl, returns)
+    counts = (rows.sum().item(), tokens, tokens if steps is mask else cpu_advantages.sums(steps)[0])
+    names = ("reward_mean", "kl_mean", "return_mean")
+    means = torch.tensor([total / max(count, 1) for total, count in zip(totals, counts, strict=True)])
+    return dict(zip(names, means.unbind(), strict=True))

@@ -1,0 +1,126 @@
+"""The compiled loops of shape_rewards, masked_whiten and rlhf_advantages: the numbers of PyTorch's operations."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba", reason='numba is not installed: pip install "ppo_fast[cpu]"')
+
+from ppo_fast.kernels import cpu_advantages, eager_advantages, reference
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+
+def make(B: int, T: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(B * 1000 + T)
+    mask = torch.rand(B, T, generator=g) < 0.7
+    mask[0] = False
+    mask[-1, -1] = True
+    x = {k: torch.where(mask, torch.randn(B, T, generator=g), torch.nan) for k in ("logprobs", "ref_logprobs")}
+    scores = 3 * torch.randn(B, generator=g)
+    scores[0] = torch.nan  # a row without a counted token has no score
+    return {"scores": scores, **x, "mask": mask}
+
+
+def by_torch(monkeypatch, function, *args, **options):
+    """The same call without the loops."""
+    with monkeypatch.context() as patch:
+        patch.setattr(eager_advantages, "_numba_is_there", lambda: False)
+        return function(*args, **options)
+
+
+def seen(monkeypatch) -> list[str]:
+    """Notes which loops run."""
+    names: list[str] = []
+    compiled = cpu_advantages._compiled
+    monkeypatch.setattr(cpu_advantages, "_compiled", lambda name: names.append(name) or compiled(name))
+    return names
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 7), (5, 130), (3, 70_000)])
+@pytest.mark.parametrize("kl_estimator", reference.KL_ESTIMATORS)
+@pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
+@pytest.mark.parametrize("score_clip", [None, 0.5])
+def test_rewards_by_loops_are_others_than_by_operations(monkeypatch, shape, kl_estimator, reward_at, score_clip):
+    names, x = seen(monkeypatch), make(*shape)
+    options = dict(kl_coef=0.3, kl_estimator=kl_estimator, score_clip=score_clip, reward_at=reward_at)
+    got = eager_advantages.shape_rewards(**x, **options)
+    assert names == ["shape"]
+    expected = by_torch(monkeypatch, eager_advantages.shape_rewards, **x, **options)
+    assert names == ["shape"]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # the same operations; exp may differ in the last place
+
+
+def test_scores_of_tokens_by_loops_are_others(monkeypatch):
+    x = make(4, 33)
+    x["scores"] = torch.where(x["mask"], torch.randn(4, 33), torch.nan)
+    for clip in (None, 0.2):
+        got = eager_advantages.shape_rewards(**x, score_clip=clip)
+        expected = by_torch(monkeypatch, eager_advantages.shape_rewards, **x, score_clip=clip)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("options", [{}, {"shift_mean": False}, {"unbiased": False}, {"eps": 0.1}], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 1000, 65_536, 200_001])
+def test_whitening_by_loops_is_further_from_the_truth(monkeypatch, masked, options, size):
+    names = seen(monkeypatch)
+    x, mask = 100 + torch.randn(size), torch.rand(size) < 0.8
+    mask[0] = True
+    mask = mask if masked else None
+    got = eager_advantages.masked_whiten(torch.where(mask, x, torch.nan) if masked else x, mask, **options)
+    assert set(names) == {"moments", "scale"}
+    truth = reference.masked_whiten(x.double(), mask, **options)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=2e-6 if options.get("shift_mean", True) else 1e-4)
+
+
+def test_whitening_depends_on_the_number_of_threads():
+    x = torch.randn(300_001)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(eager_advantages.masked_whiten(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("value", [3.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_whitening_hides_what_pytorch_shows(monkeypatch, value, eps):
+    """Constant numbers without eps give NaN, and so do NaN and infinity: nothing is made up."""
+    x = torch.full((5,), value)
+    got = eager_advantages.masked_whiten(x, eps=eps)
+    expected = by_torch(monkeypatch, eager_advantages.masked_whiten, x, eps=eps)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
+@pytest.mark.parametrize("shape", [(3, 7), (4, 40_000)])
+def test_statistics_by_loops_are_others(monkeypatch, reward_at, shape):
+    names, x = seen(monkeypatch), make(*shape)
+    x["values"] = torch.randn(*shape)
+    if reward_at == "last":  # else the slot behind the last counted one has a value that counts
+        x["values"] = torch.where(x["mask"], x["values"], torch.nan)
+    got = eager_advantages.rlhf_advantages(**x, reward_at=reward_at, kl_estimator="k3")
+    assert {"shape", "any", "moments", "scale", "count", "sum"} == set(names)
+    expected = by_torch(monkeypatch, eager_advantages.rlhf_advantages, **x, reward_at=reward_at, kl_estimator="k3")
+    for a, b in zip(got[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the operations sum in fp32
+    assert set(got[4]) == set(expected[4])
+    for name, value in got[4].items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected[4][name], rtol=1e-4, atol=1e-5)
+
+
+def test_loops_take_what_they_cannot_read():
+    x, mask = torch.randn(4, 6), torch.ones(4, 6, dtype=torch.bool)
+    assert cpu_advantages.takes(x, mask, None)
+    for other in (x.T, x[:, ::2], x.double(), x.half(), x[:0], x.to("meta")):
+        assert not cpu_advantages.takes(other)
