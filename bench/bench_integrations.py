@@ -18,6 +18,13 @@ TOKENS = {"tiny": 16, "small": 128, "default": 512, "all": 512}
 VOCABULARY = {"tiny": 64, "small": 2048, "default": 32000, "all": 32000}
 CASES = (
     "sb3 buffer",
+    "torchrl gae",
+    "torchrl vectorised gae",
+    "torchrl clipped loss",
+    "openrlhf gae",
+    "openrlhf policy loss",
+    "openrlhf value loss",
+    "openrlhf logprobs",
     "verl gae",
     "verl policy loss",
     "verl value loss",
@@ -49,6 +56,70 @@ def sb3_buffer(provider: str, rows: int, tokens: int) -> Callable[[], Any]:
         return torch.from_numpy(buffer.advantages)
 
     return run
+
+
+def torchrl(name: str, provider: str, envs: int, steps: int) -> Callable[[], Any]:
+    """torchrl's two ways of GAE, and ClipPPOLoss with its gradient over linear networks."""
+    loss, estimators = peer("torchrl.objectives", "torchrl"), peer("torchrl.objectives.value", "torchrl")
+    from tensordict import TensorDict
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+
+    if provider == "ppo_fast":
+        from ppo_fast.integrations import torchrl as ours
+
+        loss = estimators = ours
+    draw = torch.Generator().manual_seed(0)
+    shape = (envs, steps)
+    done = torch.rand(*shape, 1, generator=draw) < 0.02
+    keys = (*(("next", key) for key in ("state_value", "reward")), "state_value", "advantage", "value_target")
+    data = TensorDict({key: torch.randn(*shape, 1, generator=draw) for key in keys}, batch_size=shape)
+    data["next", "done"], data["next", "terminated"] = done, done & (torch.rand(done.shape, generator=draw) < 0.5)
+    if name != "clipped loss":
+        module = estimators.GAE(gamma=0.99, lmbda=0.95, value_network=None, vectorized=name != "gae")
+        return lambda: module(data)["advantage"]
+    data["observation"] = torch.randn(*shape, 4, generator=draw)
+    data["action"], data["action_log_prob"] = (
+        torch.randint(2, shape, generator=draw),
+        torch.randn(shape, generator=draw),
+    )
+    torch.manual_seed(0)
+    sampler = {"out_keys": ["action"], "distribution_class": torch.distributions.Categorical}
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(torch.nn.Linear(4, 2), in_keys=["observation"], out_keys=["logits"]),
+        ProbabilisticTensorDictModule(in_keys=["logits"], **sampler),
+    )
+    critic = TensorDictModule(torch.nn.Linear(4, 1), in_keys=["observation"], out_keys=["state_value"])
+    module = loss.ClipPPOLoss(actor, critic, loss_critic_type="l2", clip_value=0.2, normalize_advantage=True)
+
+    def run() -> torch.Tensor:
+        out = module(data)
+        total = out["loss_objective"] + out["loss_entropy"] + out["loss_critic"]
+        return torch.cat([x.flatten() for x in torch.autograd.grad(total, list(module.parameters()))])
+
+    return run
+
+
+def openrlhf(name: str, provider: str, *, rows: int, tokens: int, vocabulary: int) -> Callable[[], Any]:
+    maker = peer_without_its_cluster("openrlhf.trainer.ppo_utils.experience_maker", "openrlhf")
+    loss = peer_without_its_cluster("openrlhf.models.loss", "openrlhf")
+    utils = peer_without_its_cluster("openrlhf.models.utils", "openrlhf")
+    if provider == "ppo_fast":
+        from ppo_fast.integrations import openrlhf as ours
+
+        maker = loss = utils = ours
+    draw = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(rows, tokens, generator=draw) for _ in range(4))
+    mask = torch.arange(tokens) < torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=draw)
+    if name == "gae":
+        method = maker.RemoteExperienceMaker.get_advantages_and_returns  # which reads nothing of its object
+        return lambda: method(None, a, b, mask, 0.99, 0.95)[1]
+    if name == "value loss":
+        return _with_gradient(lambda x: loss.ValueLoss(0.2)(x, b, c, mask), a)
+    if name == "policy loss":
+        return _with_gradient(lambda x: loss.PolicyLoss()(x, a + 0.1 * d, c, mask)[0], a)
+    logits = torch.randn(rows * tokens // 4, vocabulary, generator=draw)
+    labels = torch.randint(vocabulary, logits.shape[:1], generator=draw)
+    return _with_gradient(lambda x: utils.log_probs_from_logits(x, labels).sum(), logits)
 
 
 def verl(name: str, provider: str, *, rows: int, tokens: int, vocabulary: int) -> Callable[[], Any]:
@@ -106,19 +177,22 @@ def test_integration(compare: Any, request: pytest.FixtureRequest, case: str, pr
     rows, tokens, vocabulary = SIZES[size], TOKENS[size], VOCABULARY[size]
     makers: dict[str, Callable[..., Callable[[], Any]]] = {
         "sb3": lambda who: sb3_buffer(who, 16 * rows, 128),
+        "torchrl": lambda who: torchrl(name, who, 16 * rows, 128),
+        "openrlhf": partial(openrlhf, name, rows=rows, tokens=tokens, vocabulary=vocabulary),
         "verl": partial(verl, name, rows=rows, tokens=tokens, vocabulary=vocabulary),
         "trl": partial(trl, name, rows=rows, tokens=tokens, vocabulary=vocabulary),
     }
     run = makers[project](provider)
     logits = rows * tokens // 4 * vocabulary * 4
-    by_case = {"logprobs": 3 * logits, "entropy": logits, "buffer": 17 * 128 * 16 * rows}  # else 17 bytes a token
+    games = project in ("sb3", "torchrl")
+    by_case = {"logprobs": 3 * logits, "entropy": logits}  # else 17 bytes a token
     compare(
         run,
         operation=f"in {project}: {name}",
         provider=provider if provider == "ppo_fast" else project,
-        shape=f"T=128 N={16 * rows}" if project == "sb3" else f"B={rows} T={tokens}",
+        shape=f"T=128 N={16 * rows}" if games else f"B={rows} T={tokens}",
         dtype="float32",
-        bytes=by_case.get(name, 17 * rows * tokens),
+        bytes=by_case.get(name, 17 * (16 * rows * 128 if games else rows * tokens)),
         results=lambda: [run()],
         truth=[makers[project]("theirs")().double()],
     )
