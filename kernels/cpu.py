@@ -26,6 +26,84 @@ _BLOCK = 1024  # columns at a time, so that the scratch stays in the first-level
 _FEW_ROWS = 8  # below this the loop over rows is too short to be vectorised
 
 
+@numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+def _step(
+    kind: int,  # a constant where it is called: _MASK, _TERMINATED, or 0 for neither
+    rewards: Any,
+    values: Any,
+    flags: Any,
+    advantages: Any,
+    returns: Any,
+    r_at: int,
+    v_at: int,
+    flag_at: int,
+    out_at: int,
+    g: float,
+    decay: float,
+    s: float,  # of the next counted step
+) -> float:
+    """Writes one step of one row and returns its s."""
+    zero = g - g
+    r, v, flag = rewards[r_at], values[v_at], False
+    if kind != 0:
+        flag = flags[flag_at] != 0
+    following = zero if kind == _TERMINATED and flag else s
+    counted = kind != _MASK or flag
+    advantages[out_at] = (r - v) + following if counted else zero
+    returns[out_at] = r + following if counted else zero
+    # Written so that only one multiply-add depends on the step before.
+    s_here = (g * v + decay * (r - v)) + decay * following
+    return s_here if counted else s
+
+
+@numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+def _four_rows(
+    kind: int,
+    rewards: Any,
+    values: Any,
+    flags: Any,
+    advantages: Any,
+    returns: Any,
+    T: int,
+    row: int,  # the first of them
+    r_row: int,
+    r_step: int,
+    v_row: int,
+    v_step: int,
+    flag_row: int,
+    flag_step: int,
+    o_row: int,
+    o_step: int,
+    g0: float,
+    g1: float,
+    g2: float,
+    g3: float,
+    d0: float,  # gamma lam
+    d1: float,
+    d2: float,
+    d3: float,
+    s0: float,  # gamma times the value behind the row
+    s1: float,
+    s2: float,
+    s3: float,
+) -> None:
+    """A step has to wait for the one after it; four rows side by side give the processor something to do meanwhile."""
+    for t in range(T - 1, -1, -1):
+        r, v, f, o = (
+            row * r_row + t * r_step,
+            row * v_row + t * v_step,
+            row * flag_row + t * flag_step,
+            row * o_row + t * o_step,
+        )
+        s0 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g0, d0, s0)
+        r, v, f, o = r + r_row, v + v_row, f + flag_row, o + o_row
+        s1 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g1, d1, s1)
+        r, v, f, o = r + r_row, v + v_row, f + flag_row, o + o_row
+        s2 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g2, d2, s2)
+        r, v, f, o = r + r_row, v + v_row, f + flag_row, o + o_row
+        s3 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g3, d3, s3)
+
+
 def _scan_rows(
     rewards: Any,  # (rows, T) with the strides below; (total,) if packed
     values: Any,
@@ -64,7 +142,115 @@ def _scan_rows(
 ) -> None:
     """One row after the other, backwards in time: for rows that are contiguous, few, or packed."""
     zero = gamma - gamma  # of the kernel's float type
-    for row in range(first_row, last_row):
+    plain = options & (_MASK | _TERMINATED | _TRUNCATED)
+    done = first_row
+    if not options & _PACKED and (plain == 0 or plain in (_MASK, _TERMINATED)):
+        done = last_row - (last_row - first_row) % 4
+    for row in range(first_row, done, 4):
+        g0, g1, g2, g3, d0, d1, d2, d3 = gamma, gamma, gamma, gamma, lam, lam, lam, lam
+        if options & _GAMMAS:
+            g0, g1, g2, g3 = gammas[row], gammas[row + 1], gammas[row + 2], gammas[row + 3]
+        if options & _LAMS:
+            d0, d1, d2, d3 = lams[row], lams[row + 1], lams[row + 2], lams[row + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        if options & _BOOTSTRAP:
+            s0, s1 = g0 * bootstrap[row], g1 * bootstrap[row + 1]
+            s2, s3 = g2 * bootstrap[row + 2], g3 * bootstrap[row + 3]
+        d0, d1, d2, d3 = g0 * d0, g1 * d1, g2 * d2, g3 * d3
+        if plain == _MASK:
+            _four_rows(
+                _MASK,
+                rewards,
+                values,
+                mask,
+                advantages,
+                returns,
+                T,
+                row,
+                r_row,
+                r_step,
+                v_row,
+                v_step,
+                m_row,
+                m_step,
+                o_row,
+                o_step,
+                g0,
+                g1,
+                g2,
+                g3,
+                d0,
+                d1,
+                d2,
+                d3,
+                s0,
+                s1,
+                s2,
+                s3,
+            )
+        elif plain == _TERMINATED:
+            _four_rows(
+                _TERMINATED,
+                rewards,
+                values,
+                terminated,
+                advantages,
+                returns,
+                T,
+                row,
+                r_row,
+                r_step,
+                v_row,
+                v_step,
+                e_row,
+                e_step,
+                o_row,
+                o_step,
+                g0,
+                g1,
+                g2,
+                g3,
+                d0,
+                d1,
+                d2,
+                d3,
+                s0,
+                s1,
+                s2,
+                s3,
+            )
+        else:
+            _four_rows(
+                0,
+                rewards,
+                values,
+                mask,
+                advantages,
+                returns,
+                T,
+                row,
+                r_row,
+                r_step,
+                v_row,
+                v_step,
+                m_row,
+                m_step,
+                o_row,
+                o_step,
+                g0,
+                g1,
+                g2,
+                g3,
+                d0,
+                d1,
+                d2,
+                d3,
+                s0,
+                s1,
+                s2,
+                s3,
+            )
+    for row in range(done, last_row):
         g, decay = gamma, lam
         if options & _GAMMAS:
             g = gammas[row]

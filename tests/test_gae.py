@@ -68,6 +68,19 @@ def test_padded_rows_are_wrong(backend, T):
     check(backend, **everything((3, T), 3), gamma=torch.rand(3), lam=torch.rand(3))
 
 
+@pytest.mark.parametrize("rows", [3, 4, 6, 8, 9])
+@pytest.mark.parametrize("flags", [(), ("mask",), ("terminated",), ("mask", "terminated")], ids=str)
+def test_a_row_among_four_takes_a_neighbours_numbers(backend, rows, flags):
+    """A CPU walks four rows side by side; the last ones alone."""
+    options = {**everything((rows, 19), rows), "gamma": torch.rand(rows), "lam": torch.rand(rows)}
+    if "mask" not in flags:
+        options |= {name: torch.randn(rows, 19) for name in ("rewards", "values")}
+    kept = {"rewards", "values", "gamma", "lam", "bootstrap", *flags}
+    check(backend, **{name: x for name, x in options.items() if name in kept})
+    views = {name: x.T.contiguous().T for name, x in options.items() if name in kept and x.ndim == 2}
+    check(backend, **{name: views.get(name, x) for name, x in options.items() if name in kept})
+
+
 def test_rows_longer_than_a_span_lose_what_comes_behind_it(backend):
     """Several spans, so that Triton composes them in one launch and applies them in another."""
     assert gae.row_config(1500).span < 1500
