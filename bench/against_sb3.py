@@ -9,12 +9,17 @@ episodes; after how many steps that mean first was at least `solved` (with 100 e
 and the mean return of 20 evaluation episodes with the likeliest actions. Then the update alone: one rollout is
 collected by SB3's policy, and both learn from that very rollout with the same weights, epochs and minibatches.
 
+The zoo's settings for CartPole reach 475 within 70 000 steps on about two seeds of three, with either program: a mean
+over 100 episodes of 500 steps needs nearly perfect play from step 20 000 on. OWN has settings that do it on every seed
+tried (a random search over 9 settings on seeds 300 to 311; others than those reported here): they are run as well.
+
 Ours steps Gymnasium's own vector form of an environment where it has one (CartPole), and environments one by one
 elsewhere, as SB3's DummyVecEnv does. The zoo trains Pendulum with state-dependent exploration, which ours does not
 have: SB3 runs with it, as tuned, and once more without. Steps that only reset (next-step autoreset) are not counted.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -59,6 +64,21 @@ ZOO: dict[str, dict[str, Any]] = {
         lr=3e-4,
         entropy=0.01,
         solved=200,
+    ),
+}
+
+# What differs from the zoo's in our own settings, as options of ClassicConfig
+OWN: dict[str, dict[str, Any]] = {
+    "CartPole-v1": dict(
+        epochs=15,
+        lr=3e-3,
+        gamma=0.99,
+        lam=0.9,
+        clip=0.1,
+        clip_schedule="constant",
+        max_grad_norm=2.0,
+        entropy_coef=0.01,
+        value_coef=2.0,
     ),
 }
 
@@ -144,8 +164,9 @@ def our_config(env: str, seed: int, zoo: dict[str, Any]) -> ClassicConfig:
     )
 
 
-def run_ours(env: str, seed: int, zoo: dict[str, Any]) -> dict[str, Any]:
-    trainer, episodes, collect = ClassicTrainer(our_config(env, seed, zoo)), [], ProcessorClock()
+def run_ours(env: str, seed: int, zoo: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
+    config = dataclasses.replace(our_config(env, seed, zoo), **(own or {}))
+    trainer, episodes, collect = ClassicTrainer(config), [], ProcessorClock()
     collect.wrap(trainer, "collect")
     watch = Watch()
     while trainer.steps_done < zoo["steps"]:
@@ -316,6 +337,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     zoo = {**ZOO[options.env], **({"steps": options.steps} if options.steps else {})}
     kinds: dict[str, Callable[[int], dict[str, Any]]] = {"ours": lambda seed: run_ours(options.env, seed, zoo)}
+    if options.env in OWN:
+        kinds["ours, own"] = lambda seed: run_ours(options.env, seed, zoo, OWN[options.env])
     if "sde" in zoo:
         kinds["sb3 gSDE"] = lambda seed: run_sb3(options.env, seed, zoo, sde=True)
     kinds["sb3"] = lambda seed: run_sb3(options.env, seed, zoo, sde=False)
@@ -344,6 +367,7 @@ def main() -> None:
             "machine": {"processor": processor(), "threads": torch.get_num_threads()},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "hyperparameters": zoo,
+            "own": OWN.get(options.env, {}),
             "runs": runs,
             "update_processor_ms": update,
         }

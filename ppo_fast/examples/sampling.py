@@ -89,6 +89,7 @@ def draw(found: dict[str, Found], path: Path, title: str) -> None:
         for name, point in zip(names, points, strict=True):
             label = name.rpartition(" ")[2] if family != name else "greedy"
             axis.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.margins(0.1)
     axis.set_xlabel("mean log-likelihood of the answers (nats per token)")
     axis.set_ylabel("diversity: pairs of words no other answer to the prompt has")
     axis.set_title(title, fontsize=11)
