@@ -30,6 +30,7 @@ class _Chunk(NamedTuple):
     places: tuple[Tensor, ...]  # empty if the leading dimensions merge
     uncounted: Tensor | None  # [rows, 1], or None if all count
     size: int
+    view: tuple[int | slice, ...] = ()  # where neighbours stand in leading dimensions that do not merge
 
 
 def _may_look(x: Tensor) -> bool:
@@ -60,6 +61,16 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
     if flat_mask is not None and _may_look(logits):
         counted = None if bool(flat_mask.all()) else flat_mask.nonzero().squeeze(1)
         flat_mask = None
+    inner = 1 if logits.ndim < 2 else logits.shape[-2]
+    if counted is None and not merged and 2 * inner >= min(step, N):  # a slice [:, a:b] has long runs of neighbours
+        for first in range(0, N, inner):
+            outer = tuple(i.item() for i in torch.unravel_index(torch.tensor(first // inner), logits.shape[:-2]))
+            for start in range(0, inner, step):
+                size = min(step, inner - start)
+                rows = slice(first + start, first + start + size)
+                uncounted = None if flat_mask is None else ~flat_mask[rows].unsqueeze(1)
+                yield _Chunk(rows, (), uncounted, size, (*outer, slice(start, start + size)))
+        return
     if counted is None and not merged:
         counted = torch.arange(N, device=logits.device)
     for start in range(0, N if counted is None else len(counted), step):
@@ -87,7 +98,7 @@ def _flat(x: Tensor, merged: bool) -> Tensor:
 def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     """The rows of a chunk: a view where they are neighbours, else gathered in `out`."""
     if isinstance(chunk.rows, slice):
-        return source[chunk.rows]
+        return source[chunk.view or chunk.rows]
     if chunk.places:
         return out.copy_(source[chunk.places])
     if source.dtype != out.dtype:
@@ -98,7 +109,7 @@ def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
 def _write(target: Tensor, chunk: _Chunk, e: Tensor, factor: Tensor) -> None:
     """target[rows] = e factor, at once where they are neighbours; e is lost."""
     if isinstance(chunk.rows, slice):
-        torch.mul(e, factor, out=target[chunk.rows])
+        torch.mul(e, factor, out=target[chunk.view or chunk.rows])
     elif chunk.places:
         target[chunk.places] = e.mul_(factor).to(target.dtype)
     else:

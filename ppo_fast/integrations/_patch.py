@@ -71,7 +71,10 @@ class Patch:
     def undo(self) -> None:
         """Puts back what stood there."""
         for names, alias, theirs in reversed(self.undone):
-            names[alias] = theirs
+            ours, names[alias] = names[alias], theirs
+            for module in self._modules():  # one that was imported in the meantime has ours by name
+                for late in [key for key, value in vars(module).items() if value is ours]:
+                    setattr(module, late, theirs)
         self.undone.clear()
 
     def __enter__(self) -> "Patch":

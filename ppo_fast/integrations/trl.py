@@ -1,23 +1,28 @@
-"""TRL: log-probabilities and entropies of its trainers, and the whitening of its last PPOTrainer.
+"""TRL: log-probabilities and entropies of its trainers, and forward and whitening of its last PPOTrainer.
 
 >>> import ppo_fast.integrations.trl as fast  # doctest: +SKIP
 >>> fast.patch()  # before or after a trainer is made; fast.unpatch() takes it back  # doctest: +SKIP
 
-Tested with TRL 1.16 (GRPO and its relatives) and 1.12 (the last one with a PPOTrainer).
+Tested with TRL 1.16 (GRPO and its relatives) and 1.12 (the last one with a PPOTrainer, whose advantages, losses and
+entropy are lines of one long method, and stay TRL's; without DeepSpeed, DDP or adapters its prompts get no logits).
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import signature
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import Patch, peer
 
 _utils = peer("trl", "trl.trainer.utils", "pip install trl")
 _theirs = _utils.selective_log_softmax
-_their_function: Any = getattr(_utils, "_ChunkedLogProbFunction", None)  # since 1.13
+_their_function: Any = _utils._ChunkedLogProbFunction
 TESTED = ("1.16.", "1.12.")
 
 
@@ -109,6 +114,99 @@ class ChunkedLogProbFunction:
         return (*found, None, None, None) if isinstance(found, tuple) else (found, None, None, None, None)
 
 
+class ChunkedLogProbFunction112:
+    """The same for TRL 1.12, whose function has no bias and two results, of which the entropy has no graph."""
+
+    @staticmethod
+    def apply(
+        last_hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """last_hidden [N, D], weight [V, D], targets [N] -> logprobs [N], entropy [N]."""
+        with torch.autocast(last_hidden.device.type, enabled=False):
+            logprobs, entropy = ppo.linear_logprobs(
+                last_hidden,
+                weight.to(last_hidden.dtype),
+                targets,
+                temperature=temperature,
+                softcap=final_logit_softcapping,
+                logit_scale=logit_scale,
+                with_entropy=True,
+            )
+        return logprobs, entropy.detach()
+
+
+class _AnswerLogits:
+    """Stands for logits [B, T, V]; its slices are computed when they are asked for."""
+
+    def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
+        self.head = head
+        self.hidden = hidden  # [B, T, D]
+
+    def __getitem__(self, steps: Any) -> Tensor:
+        return self.head(self.hidden[steps])
+
+
+class PPOForward:
+    """`forward` of TRL 1.12's PPOTrainer, by the decoder alone: the LM head sees answers, prompts it does not.
+
+    TRL slices the answers out of all logits. A model whose logits are not its linear LM head times its decoder's
+    hidden states (looked at once), one with adapters, and one that accelerate has wrapped, are left to TRL's own.
+    """
+
+    def __init__(self, theirs: Callable[..., Any], wrapper: type) -> None:
+        self.theirs = theirs
+        self.wrapper = wrapper
+        self.plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    def __call__(self, model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any:
+        """query_responses [B, T] -> what has `.logits`; of policy and critic together also values [B, T, 1]."""
+        policy: Any = getattr(model, "policy", model)
+        mask = query_responses != pad_token_id
+        ids = query_responses.masked_fill(~mask, 0)  # a pad token may lie beyond the embedding
+        if not self._is_plain(model, policy, ids):
+            return self.theirs(model, query_responses, pad_token_id)
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": mask.cumsum(1) - mask.long(),
+            "use_cache": False,
+        }
+        hidden = policy.get_decoder()(**inputs).last_hidden_state
+        output = SimpleNamespace(logits=_AnswerLogits(policy.get_output_embeddings(), hidden))
+        if model is policy:
+            return output
+        both: Any = model
+        states = both.critic_backbone(**inputs, output_hidden_states=True).hidden_states[-1]
+        return output, both.value_model.score(states)
+
+    def _is_plain(self, model: nn.Module, policy: Any, ids: Tensor) -> bool:
+        known = model is policy or type(model) is self.wrapper
+        if not known or not hasattr(policy, "get_decoder") or hasattr(policy, "peft_config"):
+            return False
+        if "forward" in vars(model) or "forward" in vars(policy):  # accelerate's mixed precision
+            return False
+        if policy not in self.plain:
+            self.plain[policy] = self._agrees(policy, ids[:1, -8:])
+        return self.plain[policy]
+
+    @staticmethod
+    @torch.no_grad()
+    def _agrees(policy: Any, ids: Tensor) -> bool:
+        head = policy.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return False
+        own = policy(input_ids=ids, use_cache=False).logits
+        ours = head(policy.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+        bound = 64 * torch.finfo(own.dtype).eps * (1 + own.abs().max())
+        return ours.shape == own.shape and bool((ours - own).abs().max() <= bound)
+
+
 def _counted(row_mask: Tensor | None) -> Tensor | None:
     return None if row_mask is None else row_mask != 0
 
@@ -116,13 +214,16 @@ def _counted(row_mask: Tensor | None) -> Tensor | None:
 def _replacements() -> dict[str, Callable[..., Any]]:
     ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
     found: dict[str, Any] = {f"trl.trainer.utils:{f.__name__}": f for f in ours if hasattr(_utils, f.__name__)}
-    if _their_function is not None:
-        found["trl.trainer.utils:_ChunkedLogProbFunction"] = ChunkedLogProbFunction
-    try:
-        peer("trl", "trl.experimental.ppo.ppo_trainer", "pip install trl==1.12.0")
-    except ImportError:  # later ones have no PPO
-        return found
-    return {**found, "trl.experimental.ppo.ppo_trainer:masked_whiten": masked_whiten}
+    two_results = "outputs" not in signature(_their_function.forward).parameters
+    found["trl.trainer.utils:_ChunkedLogProbFunction"] = (
+        ChunkedLogProbFunction112 if two_results else ChunkedLogProbFunction
+    )
+    if find_spec("trl.experimental.ppo") is not None:  # later ones have no PPO
+        ppo_trainer: Any = peer("trl", "trl.experimental.ppo.ppo_trainer", "pip install trl==1.12.0")
+        found["trl.experimental.ppo.ppo_trainer:masked_whiten"] = masked_whiten
+        forward = PPOForward(ppo_trainer.forward, ppo_trainer.PolicyAndValueWrapper)
+        found["trl.experimental.ppo.ppo_trainer:forward"] = forward
+    return found
 
 
 _patch = Patch("trl", TESTED, _replacements())

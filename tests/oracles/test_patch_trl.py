@@ -1,5 +1,7 @@
 """TRL with our functions in the place of its own: the same numbers, and the same GRPO run."""
 
+import re
+
 import pytest
 import torch
 from oracles.cases import B, T, assert_equal, draw, tokens_below, with_gradient
@@ -12,6 +14,7 @@ from tiny import byte_tokenizer, save_tiny_model  # noqa: E402
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+from ppo_fast.examples import with_trl  # noqa: E402
 from ppo_fast.integrations import trl as fast  # noqa: E402
 
 V = 31
@@ -125,3 +128,15 @@ def test_a_grpo_run_has_another_loss_curve_with_the_patch(tmp_path, monkeypatch)
     assert calls, "the trainer never called us"
     assert len(plain) == 4
     assert patched == pytest.approx(plain, abs=2e-4)
+
+
+def test_the_example_fails_or_learns_something_else_with_the_patch(capsys):
+    found = []
+    for options in ([], ["--plain"]):
+        assert with_trl.main(["--steps", "12", *options]) == 0
+        output = capsys.readouterr().out
+        assert ("ppo_fast: in trl 1.16" in output) == (not options)
+        found.append(re.findall(r"([\d.]+) in the (?:first|last) 5", output))
+    assert found[0] == found[1]
+    assert float(found[0][1]) > float(found[0][0])
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction, "the example left its patch"
