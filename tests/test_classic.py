@@ -550,16 +550,19 @@ def test_a_continuous_policy_does_not_find_its_target(mode):
 
 
 def test_cartpole_is_not_learned():
+    """With our own settings of bench/against_sb3.py: seeds 0 to 5 all reach 500."""
     config = ClassicConfig(
         total_steps=40_000,
-        lr_schedule="constant",
         rollout_steps=32,
         minibatches=1,
-        epochs=20,
-        lam=0.8,
-        gamma=0.98,
-        lr=1e-3,
-        value_coef=1.0,
+        epochs=15,
+        lam=0.9,
+        gamma=0.99,
+        lr=3e-3,
+        clip=0.1,
+        max_grad_norm=2.0,
+        entropy_coef=0.01,
+        value_coef=2.0,
         eval_episodes=5,
         quiet=True,
     )

@@ -28,8 +28,13 @@ from ppo_fast.kernels import eager_loss, loss, reference
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest) -> ModuleType:
+@pytest.fixture(params=["triton", "torch", "loop"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """On a CPU eager_loss.py hands small fp32 losses to the compiled loop of cpu_loss.py: "torch" is without it."""
+    if request.param == "loop":
+        pytest.importorskip("numba", reason="numba is not installed")
+    elif request.param == "torch":
+        monkeypatch.setattr(eager_loss, "_is_small", lambda *_: False)
     return loss if request.param == "triton" else eager_loss
 
 

@@ -24,6 +24,7 @@ from loss_cases import (
     the_same,
     to,
 )
+from test_loss import backend as backend_fixture
 from torch import Tensor
 
 from ppo_fast.kernels import eager_loss, loss, reference
@@ -32,9 +33,8 @@ from ppo_fast.kernels.launch import interpreting
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 
-@pytest.fixture(params=["triton", "torch"])
-def backend(request: pytest.FixtureRequest) -> ModuleType:
-    return loss if request.param == "triton" else eager_loss
+backend = backend_fixture
+BACKENDS = pytest.mark.parametrize("backend", [loss, eager_loss], ids=["triton", "torch"])  # of torch.compile
 
 
 # Layouts
@@ -269,10 +269,11 @@ def test_checkpointing_changes_the_gradients(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend, tmp_path):
+def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend):
     """With value_coef = 0 or entropy_coef = 0 what the term depends on still takes part in each step."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -284,10 +285,17 @@ def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend, tmp_path):
             learned = {name: x[name] * scale for name, scale in zip(names, self.scales, strict=True)}
             return backend.ppo_loss(*({**x, **learned}[n] for n in PPO), entropy=learned["entropy"], **options)[0]
 
+    def reduced(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # over one rank
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
     x = make((2, 5), torch.device("cpu"))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    # Not gloo: a thread of it may want the GIL to free a tensor while the group's destructor waits for it with the GIL
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         model = DistributedDataParallel(Model())
+        model.register_comm_hook(None, reduced)
         for coefficients in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.1), (0.5, 0.1)):
             model.zero_grad()
             model(x, value_coef=coefficients[0], entropy_coef=coefficients[1]).backward()
@@ -372,6 +380,7 @@ def compile_inputs(shape: tuple[int, ...], device: torch.device) -> tuple:
     return leaves, rest, make_mask(shape, device)
 
 
+@BACKENDS
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
 def test_torch_compile_breaks_the_graph_or_recompiles_for_every_size_and_number(backend, device, aggregation):
     base = (0.2, 0.2, 3.0, 20.0, 0.01, 0.1, 0.5, 0.2, 7.0)
@@ -393,6 +402,7 @@ def test_torch_compile_breaks_the_graph_or_recompiles_for_every_size_and_number(
             close(a, b)
 
 
+@BACKENDS
 @pytest.mark.parametrize("kind", ["policy", "value"])
 def test_torch_compile_fails_without_gradients_or_with_a_denominator_on_the_device(backend, device, kind):
     x, mask = make((3, 8), device), make_mask((3, 8), device)
@@ -505,16 +515,21 @@ def test_small_losses_take_the_compiled_loop_where_it_cannot_do_them_or_not_at_a
     monkeypatch.setattr(cpu_loss, "forward", lambda *arguments: taken.append(1) or forward(*arguments))
     cpu = torch.device("cpu")
     x, mask = make((4, 20), cpu), make_mask((4, 20), cpu)
-    names = ("logprobs", "old_logprobs", "advantages")
-    plain = [x[name] for name in names]
+    plain = [x[name] for name in POLICY]
     eager_loss.policy_loss(*plain, mask)
     assert len(taken) == 1
-    eager_loss.policy_loss(*plain, mask, dual_clip=3.0)
-    eager_loss.policy_loss(*plain, mask, aggregation="token-sum")
-    eager_loss.policy_loss(*plain, mask, weights=torch.ones(4, 20))
+    optional = {name: x[name] for name in OPTIONAL}
+    for aggregation in AGGREGATIONS:
+        eager_loss.ppo_loss(*(x[name] for name in PPO), mask, aggregation=aggregation, **optional, **EVERYTHING)
+        eager_loss.value_loss(*(x[name] for name in VALUE), aggregation=aggregation, denominator=torch.tensor(3))
+    assert len(taken) == 11
     eager_loss.policy_loss(*(t.double() for t in plain), mask)
     eager_loss.policy_loss(plain[0].half(), *plain[1:], mask)
+    eager_loss.policy_loss(*plain, mask, weights=x["weights"].bfloat16())
     eager_loss.policy_loss(*(t.t().contiguous().t() for t in plain), mask)
+    eager_loss.policy_loss(*plain, mask.t().contiguous().t())
+    eager_loss.policy_loss(*(t.flatten() for t in plain), cu_seqlens=torch.tensor([0, 30, 80], dtype=torch.int32))
+    eager_loss.ppo_loss(*(x[name] for name in PPO), mask, value_mask=~mask)
     big = [torch.zeros(cpu_loss.MOST + 1)] * 3
     eager_loss.policy_loss(*big)
-    assert len(taken) == 1
+    assert len(taken) == 11

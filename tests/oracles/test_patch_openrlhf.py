@@ -372,3 +372,40 @@ def test_without_openrlhf_the_error_does_not_say_how_to_install_it():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert out.returncode == 1
     assert "pip install openrlhf" in out.stderr.splitlines()[-1]
+
+
+def test_the_examples_numbers_differ_or_it_runs_without_the_patch(capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    if isinstance(transformers, openrlhf_stubs._Stub):
+        pytest.skip("transformers is not installed")
+    from ppo_fast.examples import with_openrlhf
+
+    calls = []
+    for name in ("shape_rewards", "gae", "token_logprobs", "policy_loss", "value_loss"):
+        original = getattr(fast.ppo, name)
+        monkeypatch.setattr(fast.ppo, name, lambda *a, n=name, f=original, **k: calls.append(n) or f(*a, **k))
+    rows = with_openrlhf.compare(3)
+    # the first of two runs has one update; the old and the reference's log-probabilities come before the updates
+    assert {name: calls.count(name) for name in calls} == {
+        **{name: 4 for name in ("shape_rewards", "gae", "policy_loss", "value_loss")},
+        "token_logprobs": 4 + 2 * 2,
+    }
+    assert len({row[0].loss for row in rows}) == 3, "the optimizer does nothing"
+    for theirs, ours in rows:
+        assert theirs.numbers.numel() > 100_000
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+        assert (
+            ours.numbers - theirs.numbers
+        ).abs().max() < 1e-4  # of order 10, and the weights drift apart by rounding
+    assert with_openrlhf.main(["--updates", "1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("ppo_fast: in openrlhf 0.11")
+    assert [len(line.split()) for line in out[2:]] == [6]
+
+
+def test_the_example_without_openrlhf_does_not_say_what_is_missing():
+    code = "import sys; sys.modules['openrlhf'] = None; from ppo_fast.examples import with_openrlhf"
+    code += "; sys.exit(with_openrlhf.main([]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert out.stderr.startswith("with_openrlhf: error: this integration needs openrlhf: pip install openrlhf")
