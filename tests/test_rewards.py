@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast import rewards
+from ppo_fast.cli import main
 from ppo_fast.errors import UserError
 from ppo_fast.rewards import (
     bleu,
@@ -368,6 +370,26 @@ def test_a_pool_names_what_fails_and_gives_it_the_fallback(slow: str):
         assert "it gets -7" in text
     assert pool(["p"], ["abcd"], weight=[1]) == [4]  # the pool has recovered
     assert pool.failed == 0
+
+
+def test_a_run_goes_on_past_an_answer_without_a_judgement_and_logs_their_share(tmp_path: Path, capsys):
+    pytest.importorskip("pebble")
+    (tmp_path / "mine.py").write_text(
+        "def judge(prompts, completions):\n"
+        "    if prompts[0] == 'bad':\n"
+        "        raise ValueError('no')\n"
+        "    return [1.0]\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "good"}\n{"prompt": "bad"}\n')
+    save_tiny_model(tmp_path / "model")
+    spec = f'ppo_fast.rewards:Pool(reward="{tmp_path / "mine.py"}:judge", timeout=30, fallback=-1, workers=1)'
+    places = ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", spec]
+    sizes = ["--total-steps", "1", "--prompts-per-step", "2", "--minibatches", "1", "--max-new-tokens", "3"]
+    with pytest.warns(RuntimeWarning, match=r"ValueError: no at answer \d .* to 'bad'; it gets -1"):
+        assert main(["train", *places, *sizes, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    (row,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert row["reward/Pool"] == 0.0  # 1 and -1
+    assert row["reward_failed/Pool"] == 0.5
 
 
 def test_a_pool_refuses_what_it_cannot_send_or_use():
