@@ -125,7 +125,8 @@ class Critic(nn.Module):
 
     @classmethod
     def from_reward_model(cls, model: PreTrainedModel, *, keep_head: bool = True) -> "Critic":
-        """A critic that starts as a reward model: its backbone, and its scoring layer as the value head."""
+        """A critic that starts as a reward model: its backbone, and its scoring layer as the value head, calibrated as
+        `preferences.calibrate` left it."""
         critic = cls(model.base_model, _embedding(model).shape[1]).to(_embedding(model).device)
         score = getattr(model, "score", None)
         if keep_head and isinstance(score, nn.Linear) and score.out_features == 1:
@@ -133,6 +134,7 @@ class Critic(nn.Module):
                 critic.head.weight.copy_(score.weight)
                 if score.bias is not None:
                     critic.head.bias.copy_(score.bias)
+                critic.head.bias -= getattr(model.config, "score_offset", 0.0)
         return critic.requires_grad_(True)
 
     def forward(self, hidden: Tensor) -> Tensor:

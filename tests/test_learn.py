@@ -299,6 +299,9 @@ def test_a_critic_from_a_reward_model_starts_elsewhere():
     with torch.no_grad():
         states = critic.backbone(ids).last_hidden_state[0]
         assert critic(states)[-1].item() == pytest.approx(model(ids).logits.item(), abs=1e-5)
+        model.config.score_offset = 1.5  # as `preferences.calibrate` leaves it: rewards are that much lower
+        calibrated = Critic.from_reward_model(model)
+        assert calibrated(states)[-1].item() == pytest.approx(model(ids).logits.item() - 1.5, abs=1e-5)
     metrics = trainer_of(critic=critic).step()
     assert metrics["value"] != 0
 

@@ -22,9 +22,9 @@ class Settings:
     pairs: str | None = None
     seed: int = 0
     out: str = "runs/rlhf"
-    ppo_steps: int = 80
-    kl_target: float = 25.0
-    entropy: float = 0.01
+    ppo_steps: int = 90
+    kl_target: float = 50.0
+    entropy: float = 0.003
     fluency: float = 0.0
     coherence: float = 0.5
     sweep: tuple[float, ...] = ()
@@ -33,7 +33,7 @@ class Settings:
     vocabulary: int = 1024
     width: int = 128
     layers: int = 4
-    supervised_steps: int = 200
+    supervised_steps: int = 130
     pair_count: int = 6000
     held_out_pairs: int = 500
     prompts: int = 2000

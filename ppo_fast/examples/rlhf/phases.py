@@ -38,7 +38,7 @@ from ppo_fast.examples.rlhf.text import (
     stretches,
 )
 from ppo_fast.heads import decoder_of
-from ppo_fast.models import no_loading_bars, pick_device
+from ppo_fast.models import Critic, load_reward_model, no_loading_bars, pick_device
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
@@ -211,7 +211,7 @@ def reward_model(
             say(f"reward model step {step}/{steps}  loss {loss:.3f}")
 
     train_reward_model(
-        model, tokenizer, training, epochs=1, batch_size=32, lr=3e-3, seed=settings.seed, after_step=tell
+        model, tokenizer, training, epochs=1, batch_size=32, lr=2e-3, seed=settings.seed, after_step=tell
     )
     real = stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 2)
     calibrate(model, tokenizer, [s.prompt for s in real], [s.follows for s in real])
@@ -264,6 +264,8 @@ def ppo(
         return
     with no_loading_bars():
         actor, tokenizer = load_supervised(out)
+        classifier, _ = load_reward_model(out / "reward_model")
+    critic = Critic.from_reward_model(classifier)  # it knows what is good already (Ouyang et al. 2022, appendix C.4)
     rewards, weights = rewards_of(out, parts, settings)
     config = PPOConfig(
         total_steps=settings.ppo_steps,
@@ -271,14 +273,15 @@ def ppo(
         max_new_tokens=ANSWER_TOKENS,
         epochs=2,
         minibatches=2,
-        lr=3e-4,
+        lr=8e-4,
         critic_lr=1e-3,
         warmup_ratio=0.05,
-        kl_coef=0.03 if fixed_kl is None else fixed_kl,
+        kl_coef=0.015 if fixed_kl is None else fixed_kl,
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
         kl_horizon=2000.0,
         entropy_coef=settings.entropy,
+        value_clip=None,  # scores are spread over several units, more than a clip range of 0.2 would let the values learn
         eval_every=max(1, settings.ppo_steps // 6),
         save_every=10,
         show_samples_every=0,
@@ -290,7 +293,9 @@ def ppo(
     training = parts["supervised"] + parts["preferences"]
     rows = [{"prompt": s.prompt} for s in stretches(tokenizer, training, settings.prompts, settings.seed + 5)]
     held_out = [{"prompt": s.prompt} for s in held_out_stretches(tokenizer, parts, settings)]
-    trainer = PPOTrainer(config, actor, tokenizer, rows, rewards, reward_weights=weights, eval_rows=held_out)
+    trainer = PPOTrainer(
+        config, actor, tokenizer, rows, rewards, reward_weights=weights, critic=critic, eval_rows=held_out
+    )
     trainer.resume()
     trainer.train()
     if trainer.stopped_by is not None:
