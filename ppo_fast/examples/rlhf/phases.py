@@ -281,7 +281,7 @@ def ppo(
         kl_target=settings.kl_target,
         kl_horizon=2000.0,
         entropy_coef=settings.entropy,
-        value_clip=None,  # scores are spread over several units, more than a clip range of 0.2 would let the values learn
+        value_clip=None,  # scores are spread over several units: with a clip of 0.2 the values would be late
         eval_every=max(1, settings.ppo_steps // 6),
         save_every=10,
         show_samples_every=0,
