@@ -134,7 +134,7 @@ class Critic(nn.Module):
                 critic.head.weight.copy_(score.weight)
                 if score.bias is not None:
                     critic.head.bias.copy_(score.bias)
-                critic.head.bias -= getattr(model.config, "score_offset", 0.0)
+                critic.head.bias.sub_(getattr(model.config, "score_offset", 0.0))
         return critic.requires_grad_(True)
 
     def forward(self, hidden: Tensor) -> Tensor:
