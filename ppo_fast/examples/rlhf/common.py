@@ -22,8 +22,8 @@ class Settings:
     pairs: str | None = None
     seed: int = 0
     out: str = "runs/rlhf"
-    ppo_steps: int = 90
-    kl_target: float = 50.0
+    ppo_steps: int = 60
+    kl_target: float = 27.0
     entropy: float = 0.003
     fluency: float = 0.0
     coherence: float = 0.5
