@@ -279,7 +279,7 @@ def ppo(
         kl_coef=0.03 if fixed_kl is None else fixed_kl,
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
-        kl_horizon=2000.0,
+        kl_horizon=500.0,
         entropy_coef=settings.entropy,
         value_clip=None,  # scores are spread over several units: with a clip of 0.2 the values would be late
         eval_every=max(1, settings.ppo_steps // 6),
