@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/rlhf", metavar="DIR", help="folder of the results (default: runs/rlhf)")
     parser.add_argument("--ppo-steps", type=int, default=60, help="PPO steps (default: 60)")
     parser.add_argument("--kl-target", type=float, default=27.0, help="KL per answer to aim at, in nats (default: 27)")
-    parser.add_argument("--entropy", type=float, default=0.0045, help="weight of the entropy bonus (default: 0.0045)")
+    parser.add_argument("--entropy", type=float, default=0.0035, help="weight of the entropy bonus (default: 0.0035)")
     parser.add_argument(
         "--fluency", type=float, default=0.0, help="weight of the reference's mean log-likelihood (default: 0)"
     )

@@ -24,7 +24,7 @@ class Settings:
     out: str = "runs/rlhf"
     ppo_steps: int = 60
     kl_target: float = 27.0
-    entropy: float = 0.0045
+    entropy: float = 0.0035
     fluency: float = 0.0
     coherence: float = 0.5
     sweep: tuple[float, ...] = ()

@@ -276,10 +276,10 @@ def ppo(
         lr=6e-4,
         critic_lr=1e-3,
         warmup_ratio=0.05,
-        kl_coef=0.03 if fixed_kl is None else fixed_kl,
+        kl_coef=0.05 if fixed_kl is None else fixed_kl,
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
-        kl_horizon=500.0,
+        kl_horizon=300.0,
         entropy_coef=settings.entropy,
         value_clip=None,  # scores are spread over several units: with a clip of 0.2 the values would be late
         eval_every=max(1, settings.ppo_steps // 6),
