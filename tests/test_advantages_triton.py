@@ -20,6 +20,12 @@ DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if torch.cuda.is_ava
 Inputs = dict[str, Tensor]
 
 
+@pytest.fixture(autouse=True)
+def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The yardstick is PyTorch's operations in fp32; numba's loops, which sum in fp64, would be a stricter one."""
+    monkeypatch.setattr(eager_advantages, "_numba_is_there", lambda: False)
+
+
 def make(B: int, T: int, *, dtype: torch.dtype = torch.float32, slack: bool = False, per_token: bool = False) -> Inputs:
     """Rows with gaps, one of them without a counted step; NaN wherever nothing may be read."""
     g = torch.Generator().manual_seed(B * 1000 + T)
