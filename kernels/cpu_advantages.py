@@ -287,18 +287,12 @@ def scaled(x: Tensor, mask: Tensor | None, *, mean: float, scale: float, shift: 
 
 def sums(mask: Tensor, *others: Tensor) -> tuple[float, ...]:
     """The number of counted elements, and the sum of each of the other tensors, which have the mask's size."""
-    pieces = _pieces(mask)
-    out = (ctypes.c_double * (pieces * (1 + len(others))))()
-    count, total = _compiled("count")[0], _compiled("sum")[0]
-
-    def work(i: int) -> None:
-        place = ctypes.addressof(out) + 8 * i * (1 + len(others))
-        count(mask.data_ptr() + i * _PIECE, place, _size(mask, i))
-        for k, x in enumerate(others, start=1):
-            total(x.data_ptr() + 4 * i * _PIECE, place + 8 * k, _size(mask, i))
-
-    _in_threads(work, pieces)
-    return tuple(math.fsum(out[k :: 1 + len(others)]) for k in range(1 + len(others)))
+    out = (ctypes.c_double * (1 + len(others)))()
+    place, total = ctypes.addressof(out), _compiled("sum")[0]
+    _compiled("count")[0](mask.data_ptr(), place, mask.numel())
+    for k, x in enumerate(others, start=1):  # threads would wait for each other between such short calls
+        total(x.data_ptr(), place + 8 * k, x.numel())
+    return tuple(out)
 
 
 def any_of_row(mask: Tensor) -> Tensor:
