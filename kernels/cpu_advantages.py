@@ -9,7 +9,6 @@ three times, the second time from a cache.
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.cpu import shares
+from ppo_fast.kernels.cpu import in_threads, shares
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 KINDS = ("k1", "k2", "k3", "abs")
@@ -222,27 +221,11 @@ def shape_rewards(
     function, _ = _compiled("shape")
     parts = shares(rows, mask.numel(), None)
 
-    def work(part: int) -> None:
+    def work(part: int, _kept: object = tensors) -> None:  # an interrupted caller must not free what it reads
         function(*pointers, *scalars, parts[part], parts[part + 1], KINDS.index(kl_estimator), options)
 
-    _in_threads(work, len(parts) - 1)
+    in_threads(work, len(parts) - 1)
     return (rewards, kl) if longer is None else (rewards, kl, longer)
-
-
-def _in_threads(work: Callable[[int], None], count: int) -> None:
-    """work(0), ..., work(count - 1) on as many threads as PyTorch has; a C callback releases the GIL."""
-    threads = min(count, torch.get_num_threads())
-
-    def some(first: int) -> None:
-        for number in range(first, count, threads):
-            work(number)
-
-    helpers = [threading.Thread(target=some, args=(first,)) for first in range(1, threads)]
-    for helper in helpers:
-        helper.start()
-    some(0)
-    for helper in helpers:
-        helper.join()
 
 
 def moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
@@ -259,7 +242,7 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
         flags = 0 if mask is None else begin + i * _PIECE
         function(start + 4 * i * _PIECE, flags, ctypes.addressof(out) + 24 * i, _size(x, i), mask is not None)
 
-    _in_threads(work, pieces)
+    in_threads(work, pieces)
     count, mean, m2 = 0.0, 0.0, 0.0
     for i in range(pieces):
         n, its_mean, its_m2 = out[3 * i : 3 * i + 3]
@@ -281,7 +264,7 @@ def scaled(x: Tensor, mask: Tensor | None, *, mean: float, scale: float, shift: 
         flags, place = 0 if mask is None else begin + i * _PIECE, 4 * i * _PIECE
         function(x.data_ptr() + place, flags, out.data_ptr() + place, mean, scale, shift, _size(x, i), mask is not None)
 
-    _in_threads(work, _pieces(x))
+    in_threads(work, _pieces(x))
     return out
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ppo_fast as ppo
 from ppo_fast.kernels import eager_gae, gae, reference
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
@@ -219,3 +220,37 @@ def test_compiled_gae_recompiles_for_every_length_or_discount(name):
         for a, b in zip(compiled(r, v, 0.5 + 0.04 * i), reference.gae(r, v, gamma=0.5 + 0.04 * i), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_threads_change_the_bits(monkeypatch, time_major):
+    """Every thread has its own rows (also where rows don't divide evenly, and beyond one per row)."""
+    cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
+    monkeypatch.setattr(cpu, "_STEPS_PER_THREAD", 1)
+    shape = (50, 11) if time_major else (11, 50)
+    options = {"rewards": torch.randn(shape), "values": torch.randn(shape), "terminated": torch.rand(shape) < 0.1}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            found.append(ppo.gae(**options, time_major=time_major))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_an_error_in_a_helping_thread_is_swallowed():
+    cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
+    before = torch.get_num_threads()
+
+    def work(number: int) -> None:
+        if number == 1:
+            raise ArithmeticError("of the helper")
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ArithmeticError, match="of the helper"):
+            cpu.in_threads(work, 4)
+    finally:
+        torch.set_num_threads(before)
