@@ -57,7 +57,7 @@ def _step(
 
 
 @numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
-def _four_rows(
+def _one_or_two_rows(
     kind: int,
     rewards: Any,
     values: Any,
@@ -65,43 +65,29 @@ def _four_rows(
     advantages: Any,
     returns: Any,
     T: int,
-    row: int,  # the first of them
+    row: int,
+    other: int,  # the row behind it; the same row if there is none
     r_row: int,
-    r_step: int,
     v_row: int,
-    v_step: int,
     flag_row: int,
-    flag_step: int,
     o_row: int,
-    o_step: int,
     g0: float,
     g1: float,
-    g2: float,
-    g3: float,
     d0: float,  # gamma lam
     d1: float,
-    d2: float,
-    d3: float,
     s0: float,  # gamma times the value behind the row
     s1: float,
-    s2: float,
-    s3: float,
 ) -> None:
-    """A step has to wait for the one after it; four rows side by side give the processor something to do meanwhile."""
-    for t in range(T - 1, -1, -1):
-        r, v, f, o = (
-            row * r_row + t * r_step,
-            row * v_row + t * v_step,
-            row * flag_row + t * flag_step,
-            row * o_row + t * o_step,
-        )
-        s0 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g0, d0, s0)
-        r, v, f, o = r + r_row, v + v_row, f + flag_row, o + o_row
-        s1 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g1, d1, s1)
-        r, v, f, o = r + r_row, v + v_row, f + flag_row, o + o_row
-        s2 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g2, d2, s2)
-        r, v, f, o = r + r_row, v + v_row, f + flag_row, o + o_row
-        s3 = _step(kind, rewards, values, flags, advantages, returns, r, v, f, o, g3, d3, s3)
+    """A step has to wait for the one after it; a second row gives the processor something to do meanwhile."""
+    r0, v0, f0, o0 = row * r_row, row * v_row, row * flag_row, row * o_row
+    if row == other:
+        for t in range(T - 1, -1, -1):
+            s0 = _step(kind, rewards, values, flags, advantages, returns, r0 + t, v0 + t, f0 + t, o0 + t, g0, d0, s0)
+    else:
+        r1, v1, f1, o1 = other * r_row, other * v_row, other * flag_row, other * o_row
+        for t in range(T - 1, -1, -1):
+            s0 = _step(kind, rewards, values, flags, advantages, returns, r0 + t, v0 + t, f0 + t, o0 + t, g0, d0, s0)
+            s1 = _step(kind, rewards, values, flags, advantages, returns, r1 + t, v1 + t, f1 + t, o1 + t, g1, d1, s1)
 
 
 def _scan_rows(
@@ -143,22 +129,24 @@ def _scan_rows(
     """One row after the other, backwards in time: for rows that are contiguous, few, or packed."""
     zero = gamma - gamma  # of the kernel's float type
     plain = options & (_MASK | _TERMINATED | _TRUNCATED)
-    done = first_row
-    if not options & _PACKED and (plain == 0 or plain in (_MASK, _TERMINATED)):
-        done = last_row - (last_row - first_row) % 4
-    for row in range(first_row, done, 4):
-        g0, g1, g2, g3, d0, d1, d2, d3 = gamma, gamma, gamma, gamma, lam, lam, lam, lam
+    flag_step = m_step if plain == _MASK else (e_step if plain == _TERMINATED else 1)
+    general = first_row  # the first row for the general loop
+    one_kind = plain in (0, _MASK, _TERMINATED) and not options & _PACKED
+    if one_kind and r_step == 1 and v_step == 1 and o_step == 1 and flag_step == 1:
+        general = last_row
+    for row in range(first_row, general, 2):
+        other = min(row + 1, last_row - 1)
+        g0, g1, d0, d1 = gamma, gamma, lam, lam
         if options & _GAMMAS:
-            g0, g1, g2, g3 = gammas[row], gammas[row + 1], gammas[row + 2], gammas[row + 3]
+            g0, g1 = gammas[row], gammas[other]
         if options & _LAMS:
-            d0, d1, d2, d3 = lams[row], lams[row + 1], lams[row + 2], lams[row + 3]
-        s0, s1, s2, s3 = zero, zero, zero, zero
+            d0, d1 = lams[row], lams[other]
+        s0, s1 = zero, zero
         if options & _BOOTSTRAP:
-            s0, s1 = g0 * bootstrap[row], g1 * bootstrap[row + 1]
-            s2, s3 = g2 * bootstrap[row + 2], g3 * bootstrap[row + 3]
-        d0, d1, d2, d3 = g0 * d0, g1 * d1, g2 * d2, g3 * d3
+            s0, s1 = g0 * bootstrap[row], g1 * bootstrap[other]
+        d0, d1 = g0 * d0, g1 * d1
         if plain == _MASK:
-            _four_rows(
+            _one_or_two_rows(
                 _MASK,
                 rewards,
                 values,
@@ -167,29 +155,20 @@ def _scan_rows(
                 returns,
                 T,
                 row,
+                other,
                 r_row,
-                r_step,
                 v_row,
-                v_step,
                 m_row,
-                m_step,
                 o_row,
-                o_step,
                 g0,
                 g1,
-                g2,
-                g3,
                 d0,
                 d1,
-                d2,
-                d3,
                 s0,
                 s1,
-                s2,
-                s3,
             )
         elif plain == _TERMINATED:
-            _four_rows(
+            _one_or_two_rows(
                 _TERMINATED,
                 rewards,
                 values,
@@ -198,29 +177,20 @@ def _scan_rows(
                 returns,
                 T,
                 row,
+                other,
                 r_row,
-                r_step,
                 v_row,
-                v_step,
                 e_row,
-                e_step,
                 o_row,
-                o_step,
                 g0,
                 g1,
-                g2,
-                g3,
                 d0,
                 d1,
-                d2,
-                d3,
                 s0,
                 s1,
-                s2,
-                s3,
             )
         else:
-            _four_rows(
+            _one_or_two_rows(
                 0,
                 rewards,
                 values,
@@ -229,28 +199,19 @@ def _scan_rows(
                 returns,
                 T,
                 row,
+                other,
                 r_row,
-                r_step,
                 v_row,
-                v_step,
                 m_row,
-                m_step,
                 o_row,
-                o_step,
                 g0,
                 g1,
-                g2,
-                g3,
                 d0,
                 d1,
-                d2,
-                d3,
                 s0,
                 s1,
-                s2,
-                s3,
             )
-    for row in range(done, last_row):
+    for row in range(general, last_row):
         g, decay = gamma, lam
         if options & _GAMMAS:
             g = gammas[row]
@@ -395,8 +356,10 @@ def _compiled(columns: bool, double: bool) -> tuple[Callable[..., None], Any]:
 
 def shares(rows: int, steps: int, cu_seqlens: Tensor | None) -> list[int]:
     """Boundaries of the row ranges, one range per thread, with about the same number of steps in each."""
-    workers = max(1, min(torch.get_num_threads(), rows, steps // _STEPS_PER_THREAD))
-    if workers == 1:
+    workers = steps // _STEPS_PER_THREAD
+    if workers > 1:
+        workers = min(workers, torch.get_num_threads(), rows)
+    if workers <= 1:
         return [0, rows]
     if cu_seqlens is None:
         return [rows * i // workers for i in range(workers + 1)]
@@ -409,6 +372,8 @@ def in_threads(work: Callable[[int], None], count: int) -> None:
 
     Bare threads: threading.Thread.start waits until the new one runs, which costs another 0.1 ms.
     """
+    if count == 1:
+        return work(0)
     threads = min(count, torch.get_num_threads())
     errors: list[BaseException] = []
 
@@ -454,27 +419,37 @@ def gae(
     time: int,
 ) -> None:
     """Write advantages and returns, as eager_gae.py describes them. Every tensor is on the CPU."""
-    rows, T = rewards.shape[1 - time], rewards.shape[time]
+    rows, T = rewards.shape if time else reversed(rewards.shape)
     steps = rows * T
-    options, pointers, strides, kept = 0, [], [], []
-    inputs = ((0, rewards), (0, values), (_MASK, mask), (_TERMINATED, terminated), (_TRUNCATED, truncated))
-    for bit, x in (*inputs, (0, final_values), (0, advantages), (0, returns)):
+    options, pointers, strides, kept = 0, [], [], [rewards, values, advantages, returns, final_values]
+    for bit, x in (
+        (0, rewards),
+        (0, values),
+        (_MASK, mask),
+        (_TERMINATED, terminated),
+        (_TRUNCATED, truncated),
+        (0, final_values),
+        (0, advantages),
+        (0, returns),
+    ):
         if x is None:
             pointers.append(0)
             strides += (0, 0)
             continue
-        options |= bit
-        if bit and x.element_size() != 1:
-            x = x != 0
-        kept.append(x)
+        if bit:
+            options |= bit
+            if x.element_size() != 1:
+                x = x != 0
+            kept.append(x)
         pointers.append(x.data_ptr())
-        stride = x.stride()
-        strides += (stride[1 - time], stride[time])
+        strides += x.stride() if time else reversed(x.stride())
     for bit, x in ((_BOOTSTRAP, bootstrap), (_GAMMAS, gamma), (_LAMS, lam), (_PACKED, cu_seqlens)):
-        there = isinstance(x, Tensor)
-        options |= bit if there else 0
-        pointers.append(x.data_ptr() if there else 0)
-        kept.append(x)
+        if isinstance(x, Tensor):
+            options |= bit
+            pointers.append(x.data_ptr())
+            kept.append(x)
+        else:
+            pointers.append(0)
     if cu_seqlens is not None:
         rows = len(cu_seqlens) - 1
     columns = rows > _FEW_ROWS and strides[-2] == 1 and cu_seqlens is None

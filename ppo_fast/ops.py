@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast import checks
+from ppo_fast.kernels import eager_advantages, eager_linear, eager_logprobs, eager_loss
 
 Backend = Literal["auto", "triton", "torch"]
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -117,10 +118,9 @@ def token_logprobs(
     mask = checks.flag("mask", mask, rows, logits, "logits without its last dimension")
     checks.token_ids(tokens, mask, rows, logits, "logits without its last dimension", logits.shape[-1])
     checks.positive("temperature", temperature)
+    kernel = eager_logprobs
     if uses_triton(backend, logits):
-        from ppo_fast.kernels import logprobs as kernel
-    else:
-        from ppo_fast.kernels import eager_logprobs as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import logprobs as kernel  # type: ignore[no-redef]
     return kernel.token_logprobs(
         logits, tokens, mask, temperature=temperature, with_entropy=with_entropy, inplace_backward=inplace_backward
     )
@@ -193,10 +193,9 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
     )
     mask = _check_policy(logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights, **options)
+    kernel = eager_loss
     if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
-        from ppo_fast.kernels import loss as kernel
-    else:
-        from ppo_fast.kernels import eager_loss as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
     optional = dict(entropy=entropy, ref_logprobs=ref_logprobs, weights=weights)
     return LossOutput(*kernel.policy_loss(logprobs, old_logprobs, advantages, mask, **optional, **options))
 
@@ -310,10 +309,9 @@ def value_loss(
         cu_seqlens=cu_seqlens,
     )
     mask = checks.flag("mask", mask, values.shape, values, "values")
+    kernel = eager_loss
     if uses_triton(backend, values, old_values, returns):
-        from ppo_fast.kernels import loss as kernel
-    else:
-        from ppo_fast.kernels import eager_loss as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
     return LossOutput(
         *kernel.value_loss(
             values,
@@ -406,10 +404,9 @@ def ppo_loss(
     _check_value(values, old_values, returns, value_clip)
     value_mask = checks.flag("value_mask", value_mask, values.shape, values, "values")
     tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
+    kernel = eager_loss
     if uses_triton(backend, *tensors):
-        from ppo_fast.kernels import loss as kernel
-    else:
-        from ppo_fast.kernels import eager_loss as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
     return LossOutput(
         *kernel.ppo_loss(
             logprobs,
@@ -491,10 +488,9 @@ def gae(
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
         checks.device("bootstrap", bootstrap, rewards.device, "rewards")
+    kernel = eager_advantages
     if uses_triton(backend, rewards, values, bootstrap, final_values):
-        from ppo_fast.kernels import gae as kernel
-    else:
-        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import gae as kernel  # type: ignore[no-redef]
     return kernel.gae(
         rewards,
         values,
@@ -576,10 +572,9 @@ def shape_rewards(
     [[0.0, 1.0, 0.0]]
     """
     mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
+    kernel = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs):
-        from ppo_fast.kernels import advantages as kernel
-    else:
-        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
 
     return kernel.shape_rewards(
         scores,
@@ -621,10 +616,9 @@ def masked_whiten(
     checks.floating("x", x)
     mask = checks.flag("mask", mask, x.shape, x, "x")
     checks.not_negative("eps", eps)
+    kernel = eager_advantages
     if uses_triton(backend, x):
-        from ppo_fast.kernels import advantages as kernel
-    else:
-        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
 
     return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
 
@@ -678,10 +672,9 @@ def rlhf_advantages(
         checks.shape("bootstrap", bootstrap, logprobs.shape[:1], "the rows")
         checks.device("bootstrap", bootstrap, logprobs.device, "logprobs")
     checks.not_negative("eps", eps)
+    kernel = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap):
-        from ppo_fast.kernels import advantages as kernel
-    else:
-        from ppo_fast.kernels import eager_advantages as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
 
     return AdvantageOutput(
         *kernel.rlhf_advantages(
@@ -803,10 +796,9 @@ def linear_logprobs(
         num_counted=num_counted,
     )
     mask = _check_head(hidden, weight, tokens, mask, **head)
+    kernel = eager_linear
     if uses_triton(backend, hidden, weight, bias):
-        from ppo_fast.kernels import linear as kernel
-    else:
-        from ppo_fast.kernels import eager_linear as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
     return kernel.linear_logprobs(hidden, weight, tokens, mask, with_entropy=with_entropy, **head)
 
 
@@ -881,10 +873,9 @@ def linear_ppo_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
     sums = dict(aggregation=aggregation, denominator=denominator, norm_length=norm_length, cu_seqlens=cu_seqlens)
     check_aggregation(advantages, "advantages", **sums)
+    kernel = eager_linear
     if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
-        from ppo_fast.kernels import linear as kernel
-    else:
-        from ppo_fast.kernels import eager_linear as kernel  # type: ignore[no-redef]
+        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
     return LinearLossOutput(
         *kernel.linear_ppo_loss(
             hidden,

@@ -1,6 +1,7 @@
 """gae of every backend against the reference in fp64: layouts, flags, hostile values, and what must not recompile."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -244,8 +245,14 @@ def test_an_error_in_a_helping_thread_is_swallowed():
     cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
     before = torch.get_num_threads()
 
+    caller = threading.get_ident()
+    helped = threading.Event()
+
     def work(number: int) -> None:
-        if number == 1:
+        if threading.get_ident() == caller:
+            helped.wait(timeout=60)
+        else:
+            helped.set()
             raise ArithmeticError("of the helper")
 
     try:
