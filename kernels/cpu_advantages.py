@@ -21,6 +21,7 @@ from torch import Tensor
 from ppo_fast.kernels.cpu import in_threads, shares
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
+_PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
 KINDS = ("k1", "k2", "k3", "abs")
 _BY_TOKEN, _CLIPPED, _AFTER_LAST = (1 << bit for bit in range(3))
 
@@ -219,12 +220,12 @@ def shape_rewards(
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
     scalars = (float(kl_coef), score_clip or 0.0, clamp, T)
     function, _ = _compiled("shape")
-    parts = shares(rows, mask.numel(), None)
+    parts = shares(rows, mask.numel(), per_thread=_PER_THREAD)
 
     def work(part: int, _kept: object = tensors) -> None:  # an interrupted caller must not free what it reads
         function(*pointers, *scalars, parts[part], parts[part + 1], KINDS.index(kl_estimator), options)
 
-    in_threads(work, len(parts) - 1)
+    in_threads(work, len(parts) - 1, len(parts) - 1)
     return (rewards, kl) if longer is None else (rewards, kl, longer)
 
 
@@ -242,7 +243,7 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
         flags = 0 if mask is None else begin + i * _PIECE
         function(start + 4 * i * _PIECE, flags, ctypes.addressof(out) + 24 * i, _size(x, i), mask is not None)
 
-    in_threads(work, pieces)
+    in_threads(work, pieces, x.numel() // _PER_THREAD)
     count, mean, m2 = 0.0, 0.0, 0.0
     for i in range(pieces):
         n, its_mean, its_m2 = out[3 * i : 3 * i + 3]
@@ -264,7 +265,7 @@ def scaled(x: Tensor, mask: Tensor | None, *, mean: float, scale: float, shift: 
         flags, place = 0 if mask is None else begin + i * _PIECE, 4 * i * _PIECE
         function(x.data_ptr() + place, flags, out.data_ptr() + place, mean, scale, shift, _size(x, i), mask is not None)
 
-    in_threads(work, _pieces(x))
+    in_threads(work, _pieces(x), x.numel() // _PER_THREAD)
     return out
 
 

@@ -258,6 +258,6 @@ def test_an_error_in_a_helping_thread_is_swallowed():
     try:
         torch.set_num_threads(2)
         with pytest.raises(ArithmeticError, match="of the helper"):
-            cpu.in_threads(work, 4)
+            cpu.in_threads(work, 4, 2)
     finally:
         torch.set_num_threads(before)
