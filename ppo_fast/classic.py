@@ -21,6 +21,7 @@ import dataclasses
 import math
 import time
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from ppo_fast.envs.vector import (
     resets_in_same_step,
 )
 from ppo_fast.errors import NonFiniteError, UserError
+from ppo_fast.interrupt import Request, stop_requests
 
 __all__ = ["Batch", "ClassicConfig", "ClassicTrainer", "add_arguments", "main"]
 
@@ -77,7 +79,7 @@ class ClassicTrainer:
         self, config: ClassicConfig, *, env_kwargs: dict[str, Any] | None = None, envs: VectorEnv | None = None
     ) -> None:
         self.config, self.env_kwargs = config, parse_arguments(config.env_kwargs) | (env_kwargs or {})
-        self.device = pick_device(config.device)
+        self.device = pick_device(config.device, config.backend)
         choice = {"vectorization": config.vectorization, "autoreset": config.autoreset}
         # Detail 1: N environments step together
         self.envs = envs or make_envs(config.env, self.env_kwargs, count=config.num_envs, **choice)
@@ -97,9 +99,10 @@ class ClassicTrainer:
         action, observation = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(action, spaces.Discrete) and not (isinstance(action, spaces.Box) and len(action.shape) == 1):
             raise UserError(f"{self.config.env} has the action space {action}; this PPO takes Discrete and Box(n,)")
-        if not isinstance(observation, spaces.Box | spaces.Discrete):
+        sized = isinstance(observation, spaces.Box) and len(observation.shape) > 0
+        if not isinstance(observation, spaces.Discrete) and not sized:
             raise UserError(
-                f"{self.config.env} has the observation space {observation}; this PPO takes Box and Discrete:"
+                f"{self.config.env} has the observation space {observation}; this PPO takes Box(n, ...) and Discrete:"
                 " put gymnasium.wrappers.FlattenObservation around the environment"
             )
         self.discrete = isinstance(action, spaces.Discrete)
@@ -117,7 +120,8 @@ class ClassicTrainer:
     def _make_network(self) -> None:
         """The network, its weights as views of one flat tensor, and Adam on that."""
         c = self.config
-        # Detail 13: policy and value are two networks, or one with two heads. Detail 2: orthogonal weights, zero biases
+        # Detail 13: policy and value are two networks, or one with two heads. Detail 2: orthogonal weights, times
+        # sqrt(2) in hidden layers, 0.01 in the policy's last one, 1 in the value's; biases are 0
         network = Network(self.shape, self.num_actions, c, discrete=self.discrete, pixel_scale=self.pixel_scale)
         self.network = network.to(self.device)
         self.weights = list(self.network.parameters())
@@ -248,7 +252,9 @@ class ClassicTrainer:
         rewards, terminated, truncated, counted, actions = (
             x.to(self.device) for x in (self.rewards, self.terminated, self.truncated, self.counted, self.actions)
         )
-        # Detail 5: generalised advantage estimation; what lies beyond the rollout is worth the value of its state
+        # Detail 5: generalised advantage estimation, delta_t = r_t + gamma V(s_t+1) - V(s_t) and
+        # A_t = delta_t + gamma lam A_t+1, with V = 0 after a termination and no A_t+1 after any end of an episode.
+        # What lies beyond the rollout is worth the value of its state. The returns are A_t + V(s_t)
         advantages, returns = ppo.gae(
             rewards,
             values[:-1],
@@ -309,8 +315,9 @@ class ClassicTrainer:
                 else:
                     policy, values = self.network(part.observations)
                 logp, entropy = self.network.logprobs(policy, part.actions, with_entropy=c.entropy_coef > 0)
-                # Detail 8: clipped surrogate objective. Detail 9: clipped value loss, on request, since it rarely
-                # helps. Detail 10: one loss, policy + value_coef value - entropy_coef entropy
+                # Detail 8: clipped surrogate objective, -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) with
+                # ratio = exp(logp - old_logp). Detail 9: clipped value loss, on request, since it rarely helps.
+                # Detail 10: one loss, policy + value_coef value - entropy_coef entropy
                 loss, stats = ppo.ppo_loss(
                     logp,
                     values,
@@ -334,7 +341,8 @@ class ClassicTrainer:
                 norms.append(self._descend(lr))
             if stopped:
                 break
-        # Detail 12: what to look at when it does not learn
+        # Detail 12: what to look at when it does not learn: both losses, approx_kl, clip_fraction, grad_norm; entropy
+        # and explained_variance come from `advantages`
         table = torch.stack([x for stats in history for x in stats.values()]).view(len(history), -1)
         means = dict(zip(history[0], table.mean(0).tolist(), strict=True))
         means["grad_norm"] = sum(norms) / max(len(norms), 1)
@@ -411,24 +419,42 @@ class ClassicTrainer:
         """Returns of episodes with the likeliest actions; pictures of the first go to OUT/episode.gif or OUT/frames."""
         return classic_state.evaluate(self, episodes, record=record)
 
+    def _run(self, log: Log, parent: Path) -> None:
+        """Updates up to the last one, with checkpoints. Ctrl-C and SIGTERM come after an update, if there is an OUT."""
+        c, saved = self.config, self.updates_done if self.config.resume else None
+        with stop_requests(lambda _: None) if c.out else nullcontext(Request()) as request:
+            while self.steps_done < c.total_steps and request.name is None:
+                log.record(self.step())
+                if c.save_every and self.updates_done % c.save_every == 0 and classic_state.save(self):
+                    saved = self.updates_done
+                    classic_state.go_on(self, environment_states(self.envs))
+        # Stopped between two checkpoints, a run whose environments would start anew here, unlike in one that was not
+        # stopped, goes on from the last of them
+        wait = request.name is not None and c.save_every and saved and environment_states(self.envs) is None
+        if saved != self.updates_done and not wait:
+            saved = self.updates_done
+            classic_state.save(self)
+        if request.name is not None:
+            log.say(f"{request.name} after update {self.updates_done}: --resume goes on after update {saved}")
+            raise KeyboardInterrupt
+
     def train(self) -> dict[str, Any]:
-        """Runs to the end, evaluates, and returns a summary, which is also written to OUT/summary.json."""
+        """Runs to the end, evaluates, and returns a summary, which is also written to OUT/summary.json.
+
+        With an OUT, Ctrl-C lets an update come to its end before it raises KeyboardInterrupt; `resume` goes on.
+        """
         c, parent = self.config, Path(self.config.out or "") / "checkpoints"
         if c.resume:
             newest = checkpoint.newest(parent)
             if newest is None:
-                raise UserError(f"nothing to resume: there is no checkpoint in {parent}")
+                raise UserError(f"nothing to resume: there is no checkpoint in {parent}; start anew in another folder")
             classic_state.load(self, newest)
-        if c.record != "none":
+        if c.eval_episodes:  # what cannot be evaluated, or drawn, shall fail at once
             self.evaluate(0, record=c.record)
         start, began = time.perf_counter(), self.steps_done
         with Log(c, self.steps_done, RECENT) as log:
-            while self.steps_done < c.total_steps:
-                log.record(self.step())
-                if c.save_every and self.updates_done % c.save_every == 0 and classic_state.save(self):
-                    classic_state.go_on(self, environment_states(self.envs))
+            self._run(log, parent)
             seconds = time.perf_counter() - start
-            classic_state.save(self)
             returns = self.evaluate(c.eval_episodes, record=c.record) if c.eval_episodes else []
             summary = {
                 "env": c.env,

@@ -79,7 +79,7 @@ class ClassicConfig:
     tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
     save_every: int = setting(
         0,
-        "checkpoint every n updates; 0: only at the end. Environments that cannot save their state start anew then",
+        "checkpoint every n updates; 0: only at the end or Ctrl-C. Environments with no state to save start anew then",
         0,
     )
     resume: bool = setting(False, "go on from the newest checkpoint in OUT")

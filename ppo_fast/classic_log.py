@@ -27,10 +27,10 @@ class Log:
             path = folder / "metrics.jsonl"
             if path.exists() and not config.resume:
                 raise UserError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
-            rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            rows = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # half a line is no row
             kept = [row for row in rows if json.loads(row)["step"] <= steps_done]  # the rest will be done again
             path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, before the checkpoint that follows
             (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot write to {folder}: {error}") from error
@@ -54,19 +54,24 @@ class Log:
         if self.events is not None:
             for name, x in metrics.items():
                 self.events.add_scalar(name, x, int(metrics["step"]))
+        shown = {"return": math.nan, "approx_kl": math.nan, "clip_fraction": math.nan, **metrics}  # not all are there
         now, last = time.perf_counter(), metrics["step"] >= self.config.total_steps
         if self.config.quiet or (now - self.shown < (0.2 if self.live else 5.0) and not last):
             return
         self.shown = now
-        speed = (metrics["step"] - self.began) / (now - self.start)
+        speed = max(metrics["step"] - self.began, 1) / (now - self.start)
         text = (
             f"{int(metrics['step'])}/{self.config.total_steps} steps  {speed:.0f}/s"
             f"  {max(0.0, (self.config.total_steps - metrics['step']) / speed):.0f} s left"
-            f"  return {metrics.get('return', math.nan):.4g}  entropy {metrics['entropy']:.3f}"
-            f"  kl {metrics['approx_kl']:.4f}  clip {metrics['clip_fraction']:.3f}"
+            f"  return {shown['return']:.4g}  entropy {metrics['entropy']:.3f}"
+            f"  kl {shown['approx_kl']:.4f}  clip {shown['clip_fraction']:.3f}"
             f"  explained variance {metrics['explained_variance']:.2f}"
         )
         print(f"\r{text}\x1b[K" if self.live else text, end="\n" if last or not self.live else "", flush=True)
+
+    def say(self, text: str) -> None:
+        if not self.config.quiet:
+            print(f"\n{text}" if self.live else text, flush=True)
 
     def close_with(self, summary: dict[str, Any]) -> None:
         c = self.config

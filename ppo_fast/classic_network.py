@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ppo_fast.classic_config import ClassicConfig
 from ppo_fast.errors import UserError
+from ppo_fast.ops import uses_triton
 
 
 class Dense(nn.Module):
@@ -190,9 +191,14 @@ class Moments:
             self.mean, self.count = self.mean + delta * len(x) / total, total
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, backend: str) -> torch.device:
     try:
-        return torch.zeros((), device=name).device
+        probe = torch.zeros((), device=name)
     except (RuntimeError, AssertionError) as error:  # an unknown name, no such GPU, a PyTorch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(f"device = {name} cannot be used: {reason}; use cpu") from error
+    try:
+        uses_triton(backend, probe)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    return probe.device

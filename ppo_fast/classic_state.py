@@ -21,28 +21,53 @@ RUNNING = ("episode_return", "episode_length", "discounted_return")  # arrays [N
 FREE = {"out", "resume", "quiet", "save_every", "tensorboard", "eval_episodes", "record", "total_steps", "threads"}
 
 
+def picture(env: gymnasium.Env) -> np.ndarray:
+    """What `env` draws; UserError if that is no picture."""
+    name = env.spec.id if env.spec else str(env)
+    if "rgb_array" not in env.metadata.get("render_modes", []):
+        raise UserError(f"{name} cannot be drawn: it has no render_mode rgb_array")
+    try:
+        drawn = env.render()
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise UserError(f"{name} cannot be drawn: {error}") from error
+    frame = np.asarray(drawn)
+    if frame.dtype != np.uint8 or frame.ndim != 3:
+        what = "no picture" if drawn is None else f"{frame.dtype} {list(frame.shape)}"
+        raise UserError(f"{name} cannot be drawn: render gives {what}, not uint8 [height, width, 3]")
+    return frame
+
+
+def check_alike(trainer: "ClassicTrainer", env: gymnasium.Env) -> None:
+    """Refuses environments to evaluate in that are not those that the trainer was given."""
+    ours = (trainer.envs.single_observation_space, trainer.envs.single_action_space)
+    for mine, other in zip(ours, (env.observation_space, env.action_space), strict=True):
+        if (type(mine), mine.shape, getattr(mine, "n", 0)) != (type(other), other.shape, getattr(other, "n", 0)):
+            raise UserError(
+                f"{trainer.config.env} has {other} where the training has {mine}: name the environment to evaluate in,"
+                " config.env, or set eval_episodes = 0"
+            )
+
+
 def evaluate(trainer: "ClassicTrainer", episodes: int, *, record: str = "none") -> list[float]:
     """Returns of episodes with the likeliest actions; pictures of the first go to OUT/episode.gif or OUT/frames."""
     more = {"render_mode": "rgb_array"} if record != "none" else {}
     env, returns = make_env(trainer.config.env, {**trainer.env_kwargs, **more}), []
     try:
+        check_alike(trainer, env)
         if more:  # what cannot be drawn shall fail at once
             env.reset(seed=0)
-            env.render()
+            picture(env)
         for episode in range(episodes):
             raw, _ = env.reset(seed=trainer.config.seed + 1_000_000 + episode)
-            total, done, frames = 0.0, False, [env.render()] if more and episode == 0 else []
+            total, done, frames = 0.0, False, [picture(env)] if more and episode == 0 else []
             while not done:
                 raw, reward, terminated, truncated, _ = env.step(trainer.act(np.asarray(raw)[None])[0])
                 total, done = total + float(reward), terminated or truncated
                 if frames and len(frames) < MOST_FRAMES:
-                    frames.append(env.render())
+                    frames.append(picture(env))
             returns.append(total)
             if frames:
-                fps = env.metadata.get("render_fps", 30)
-                write_frames([np.asarray(x) for x in frames], Path(str(trainer.config.out)), record, fps=fps)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UserError(f"{trainer.config.env} cannot be drawn: {error}") from error
+                write_frames(frames, Path(str(trainer.config.out)), record, fps=env.metadata.get("render_fps") or 30)
     finally:
         env.close()
     return returns

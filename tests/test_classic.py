@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import json
 import re
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
 
 from ppo_fast import checkpoint, classic  # noqa: E402
 from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
+from ppo_fast.classic_log import Log  # noqa: E402
 from ppo_fast.classic_network import Adam, Moments  # noqa: E402
+from ppo_fast.envs.vector import environment_states  # noqa: E402
 from ppo_fast.errors import NonFiniteError, UserError  # noqa: E402
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
@@ -68,6 +72,20 @@ class Stripes(gymnasium.Env):
     def step(self, action):
         image, _ = self.reset()
         return image, float(action == self.bright), True, False, {}
+
+
+class Target(gymnasium.Env):
+    """One step: the reward is higher the nearer the action is to 0.7."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.Box(-2, 2, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), -float((action[0] - 0.7) ** 2), True, False, {}
 
 
 def diaries(mode, count=3, **options):
@@ -421,6 +439,137 @@ def test_a_resumed_run_differs_from_one_that_was_not_killed(tmp_path, monkeypatc
         assert torch.equal(never.adam.weights, whole.adam.weights)
 
 
+def test_a_run_made_longer_differs_from_one_that_was_long_from_the_start(tmp_path):
+    """The last update is also one to save at: what was reset after that checkpoint must not come into it."""
+    options = dict(env="Pendulum-v1", rollout_steps=8, lr_schedule="constant", save_every=1, tensorboard=False)
+    options |= dict(normalize_observations=True, num_envs=2)
+    whole = ClassicTrainer(small(**options, total_steps=96, out=str(tmp_path / "whole")))
+    whole.train()
+    ClassicTrainer(small(**options, total_steps=48, out=str(tmp_path / "parts"))).train()
+    longer = ClassicTrainer(small(**options, total_steps=96, out=str(tmp_path / "parts"), resume=True))
+    longer.train()
+    assert whole.updates_done == longer.updates_done == 6
+    assert torch.equal(whole.adam.weights, longer.adam.weights)
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+@pytest.mark.parametrize("env", ["ppo_fast/Maze-v0", "CartPole-v1"])
+def test_ctrl_c_loses_the_run_or_its_bits(tmp_path, monkeypatch, env, save_every):
+    options = dict(env=env, total_steps=400, save_every=save_every, tensorboard=False)
+    whole = ClassicTrainer(small(**options, out=str(tmp_path / "whole")))
+    whole.train()
+    stopped = ClassicTrainer(small(**options, out=str(tmp_path / "parts")))
+    step, before = stopped.step, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(
+        stopped, "step", lambda: (stopped.updates_done == 4 and signal.raise_signal(signal.SIGINT), step())[1]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert stopped.updates_done == 5  # the update came to its end
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = ClassicTrainer(small(**options, out=str(tmp_path / "parts"), resume=True))
+    resumed.train()
+    assert resumed.steps_done >= 400
+    if "Maze" in env or save_every:  # CartPole starts new episodes at every checkpoint, also at that of Ctrl-C
+        assert torch.equal(whole.adam.weights, resumed.adam.weights)
+        assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+def test_a_killed_run_leaves_fewer_metrics_than_its_checkpoint_knows_of_or_half_a_line(tmp_path):
+    options = dict(env="CartPole-v1", out=str(tmp_path), tensorboard=False)
+    with Log(small(**options), 0, 100) as log:
+        log.record({"step": 48, "entropy": 0.5})
+        log.record({"step": 96, "entropy": 0.4})
+        assert [row["step"] for row in without_times(tmp_path)] == [48, 96]
+        log.file.write('{"step": 1')
+    with Log(small(**options, resume=True), 96, 100):
+        assert [row["step"] for row in without_times(tmp_path)] == [48, 96]
+
+
+def test_a_rollout_that_only_resets_cannot_be_shown(capsys, monkeypatch):
+    """A live line is written for every update here, also for one in which nothing was learned."""
+    config = small(num_envs=1, rollout_steps=1, minibatches=1, total_steps=3, quiet=False)
+    trainer = ClassicTrainer(config, envs=SyncVectorEnv([Target]))
+    times = iter(range(10**6))
+    monkeypatch.setattr("ppo_fast.classic_log.time", SimpleNamespace(perf_counter=lambda: 10.0 * next(times)))
+    trainer.train()
+    assert trainer.updates_done == 5
+    assert capsys.readouterr().out.count("steps  ") == 5
+
+
+def test_an_environment_of_another_kind_is_evaluated_after_the_training():
+    trainer = ClassicTrainer(small(eval_episodes=1, total_steps=50), envs=diaries(MODES[0]))  # config.env: CartPole
+    with pytest.raises(UserError, match=r"CartPole-v1 has .* eval_episodes = 0"):
+        trainer.train()
+    assert trainer.steps_done == 0
+
+
+class Guarded(Target):
+    """Ends never; its state is the user's own affair, or something that JSON cannot hold."""
+
+    def step(self, action):
+        return np.ones(1, np.float32), 1.0, False, False, {}
+
+    def get_state(self):
+        return np.zeros(3)
+
+
+class Stateful(Guarded):
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+class Unwritable(Stateful):
+    def get_state(self):
+        return {"array": np.zeros(3)}
+
+
+def test_a_state_that_is_no_whole_state_is_saved():
+    """Neither get_state alone, nor what JSON cannot hold, nor an environment below a step limit that counts."""
+    for made, kept in ((Stateful, True), (Guarded, False), (Unwritable, False)):
+        assert (environment_states(SyncVectorEnv([made])) is not None) == kept
+    limited = SyncVectorEnv([lambda: gymnasium.wrappers.TimeLimit(Stateful(), 5)])
+    assert environment_states(limited) is None
+    assert environment_states(gymnasium.make_vec("ppo_fast/Maze-v0", num_envs=2)) is not None
+
+
+class Drawn(Target):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012  # Gymnasium's interface
+
+    def __init__(self, picture=None, render_mode=None):
+        self.picture, self.render_mode = picture, render_mode
+
+    def render(self):
+        return self.picture
+
+
+class Undrawn(Drawn):
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+
+@pytest.mark.filterwarnings("ignore:.*render")
+@pytest.mark.parametrize(
+    ("made", "picture", "message"),
+    [
+        (Drawn, None, "no picture"),
+        (Drawn, np.zeros((4, 4, 3)), "float64"),
+        (Drawn, [np.zeros((4, 4, 3), np.uint8)], r"\[1, 4, 4, 3\]"),
+        (Undrawn, np.zeros((4, 4, 3), np.uint8), "no render_mode rgb_array"),
+    ],
+)
+def test_what_is_no_picture_ends_in_a_traceback_after_the_training(tmp_path, monkeypatch, made, picture, message):
+    spec = gymnasium.envs.registration.EnvSpec(id="Drawn-v0", entry_point=made)
+    monkeypatch.setitem(gymnasium.registry, "Drawn-v0", spec)
+    config = small(env="Drawn-v0", total_steps=50, eval_episodes=1, record="gif", out=str(tmp_path / "x"))
+    trainer = ClassicTrainer(config, env_kwargs={"picture": picture})
+    with pytest.raises(UserError, match=message):
+        trainer.train()
+    assert trainer.steps_done == 0
+
+
 def test_a_checkpoint_of_other_options_is_taken(tmp_path):
     ClassicTrainer(small(env="CartPole-v1", total_steps=50, out=str(tmp_path), tensorboard=False)).train()
     other = ClassicTrainer(small(env="CartPole-v1", total_steps=50, out=str(tmp_path), resume=True, gamma=0.5))
@@ -475,6 +624,7 @@ def test_a_bad_option_is_accepted(options, message):
         ({"env": "Blackjack-v1"}, "observation space Tuple"),
         ({"network": "cnn"}, "network = cnn needs images"),
         ({"device": "abacus"}, "device = abacus cannot be used"),
+        ({"env": "FrozenLake-v1", "env_kwargs": '{"map_name": "9x9"}'}, r"FrozenLake-v1: KeyError\('9x9'\)"),
         ({"vectorization": "vector_entry_point", "env": "Acrobot-v1"}, "vector entry point"),
     ],
 )
@@ -486,6 +636,26 @@ def test_what_cannot_be_made_ends_in_a_traceback(options, message):
 def test_action_space_that_is_not_implemented_fails_late():
     with pytest.raises(UserError, match="action space MultiDiscrete"):
         ClassicTrainer(small(), envs=diaries(MODES[0], action_space=spaces.MultiDiscrete([2, 2])))
+
+
+def test_an_observation_without_a_dimension_fails_late():
+    class Scalar(Diary):
+        observation_space = spaces.Box(-10, 10, (), np.float32)
+
+    with pytest.raises(UserError, match="observation space Box"):
+        ClassicTrainer(small(), envs=SyncVectorEnv([Scalar]))
+
+
+def test_same_step_with_gymnasium_1_0_ends_in_a_traceback(monkeypatch):
+    monkeypatch.delattr(gymnasium.vector, "AutoresetMode")
+    with pytest.raises(UserError, match=r"same_step needs Gymnasium 1\.1"):
+        ClassicTrainer(small(autoreset="same_step"))
+
+
+def test_triton_without_a_gpu_ends_in_a_traceback(monkeypatch):
+    monkeypatch.setattr("ppo_fast.kernels.launch.interpreting", lambda: False)
+    with pytest.raises(UserError, match="backend='triton' needs"):
+        ClassicTrainer(small(backend="triton"))
 
 
 def test_disabled_autoreset_is_taken_for_another():
@@ -524,20 +694,6 @@ def test_images_lose_their_channels(shape):
     handle.remove()
     assert seen[0].shape[1:] == (min(shape), 12, 10)
     assert seen[0].max() == 1
-
-
-class Target(gymnasium.Env):
-    """One step: the reward is higher the nearer the action is to 0.7."""
-
-    observation_space = spaces.Box(0, 1, (1,), np.float32)
-    action_space = spaces.Box(-2, 2, (1,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.ones(1, np.float32), {}
-
-    def step(self, action):
-        return np.ones(1, np.float32), -float((action[0] - 0.7) ** 2), True, False, {}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -118,6 +118,10 @@ def test_a_scorer_cannot_be_named(scorer):
     assert rewards == expected[scorer]
 
 
+def test_words_of_a_generator_are_lost():
+    assert WordScorer(x for x in ("cat", "dog"))("cat.", True) == 1.5
+
+
 def test_a_word_pays_twice():
     score = WordScorer(["cat"])
     texts = ["cat cat x cat."[:n] for n in range(1, 15)]
@@ -219,9 +223,12 @@ def test_the_drawings_show_another_maze():
         (lambda: Maze(render_mode="braille"), "render_mode must be"),
         (lambda: TextGeneration(max_steps=0), "max_steps must be a whole number"),
         (lambda: TextGeneration(scorer="nice"), "scorer must be a function or one of"),
+        (lambda: TextGeneration(scorer=3), "scorer must be a function or one of"),
         (lambda: TextGeneration(render_mode="rgb_array"), "render_mode must be"),
         (lambda: WordScorer([]), "words must be"),
-        (lambda: WordScorer(["two words"]), "words must be"),
+        (lambda: WordScorer(["cat", "two words"]), r"words must be .* got \['two words'\]"),
+        (lambda: WordScorer("cat"), "words must be"),  # would be the words c, a and t
+        (lambda: text.SumScorer({"words": 1.0}), "scorers must be functions"),
         (lambda: text.LengthScorer(0), "length must be"),
     ],
 )

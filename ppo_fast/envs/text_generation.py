@@ -1,7 +1,7 @@
 """ppo_fast/TextGeneration-v0: write a text one character at a time; a scorer says what it is worth."""
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import gymnasium
@@ -44,10 +44,12 @@ class WordScorer:
     [0.1, 0.1, 1.0, 0.0, 0.0, 0.1, 0.5]
     """
 
-    def __init__(self, words: Sequence[str] = tuple(WORDS.split())) -> None:
-        if not words or not all(isinstance(x, str) and x and set(x) <= set(string.ascii_lowercase) for x in words):
-            raise UserError(f"words must be words of the letters a to z, got {words!r}")
-        self.words = frozenset(words)
+    def __init__(self, words: Iterable[str] = tuple(WORDS.split())) -> None:
+        given = [] if isinstance(words, str) else list(words)  # a text would be a list of its letters
+        wrong = [x for x in given if not (isinstance(x, str) and x and set(x) <= set(string.ascii_lowercase))]
+        if wrong or not given:
+            raise UserError(f"words must be a list of words of the letters a to z, got {wrong[:5] or words!r}")
+        self.words = frozenset(given)
         self.prefixes = frozenset(x[:n] for x in self.words for n in range(1, len(x) + 1))
 
     def __call__(self, text: str, ended: bool) -> float:
@@ -90,6 +92,8 @@ class SumScorer:
     """
 
     def __init__(self, weights: dict[Scorer, float]) -> None:
+        if not all(callable(scorer) for scorer in weights):
+            raise UserError(f"scorers must be functions f(text, ended), got {list(weights)!r}")
         self.weights = weights
 
     def __call__(self, text: str, ended: bool) -> float:
@@ -131,7 +135,7 @@ class TextGeneration(gymnasium.Env):
     ) -> None:
         if not isinstance(max_steps, int) or max_steps < 1:
             raise UserError(f"max_steps must be a whole number of at least 1 character, got {max_steps!r}")
-        if isinstance(scorer, str) and scorer not in SCORERS:
+        if scorer not in SCORERS if isinstance(scorer, str) else not callable(scorer):
             raise UserError(f"scorer must be a function or one of {', '.join(SCORERS)}; got {scorer!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode must be ansi, human or None, got {render_mode!r}")

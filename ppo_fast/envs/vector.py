@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
 from ppo_fast.errors import UserError
 
@@ -23,8 +24,10 @@ def make_envs(
     """`count` environments that step together: the environment's own vector form if it has one, else one by one."""
     more: dict[str, Any] = {}
     if autoreset == "same_step":
-        from gymnasium.vector import AutoresetMode  # since Gymnasium 1.1
-
+        try:
+            from gymnasium.vector import AutoresetMode
+        except ImportError as error:
+            raise UserError(f"autoreset = same_step needs Gymnasium 1.1, this is {gymnasium.__version__}") from error
         more["vector_kwargs"] = {"autoreset_mode": AutoresetMode.SAME_STEP}
         vectorization = "sync" if vectorization == "auto" else vectorization
     mode = None if vectorization == "auto" else vectorization
@@ -47,6 +50,8 @@ def _made(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any
         return make(name, **arguments)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from error
+    except (AssertionError, LookupError) as error:  # such as KeyError('9x9'), which says little without its name
+        raise UserError(f"cannot make the environment {name}: {error!r}") from error
 
 
 def resets_in_same_step(envs: VectorEnv) -> bool:
@@ -58,11 +63,23 @@ def resets_in_same_step(envs: VectorEnv) -> bool:
 
 
 def environment_states(envs: VectorEnv) -> list[dict[str, Any]] | None:
-    """The state of each environment, where all have get_state and set_state, as ours do; None for others."""
+    """The state of each environment, where all have get_state and set_state, of what JSON holds, as ours do, and no
+    wrapper that has a state of its own, as TimeLimit has; None for others."""
     base = envs.unwrapped
-    if not isinstance(base, SyncVectorEnv) or not all(hasattr(env.unwrapped, "get_state") for env in base.envs):
+    if not isinstance(base, SyncVectorEnv) or not all(_keeps_state(env) for env in base.envs):
         return None
-    return [env.unwrapped.get_state() for env in base.envs]  # type: ignore[attr-defined]
+    states = [env.unwrapped.get_state() for env in base.envs]  # type: ignore[attr-defined]
+    try:
+        json.dumps(states)
+    except TypeError:
+        return None
+    return states
+
+
+def _keeps_state(env: gymnasium.Env) -> bool:
+    while isinstance(env, OrderEnforcing | PassiveEnvChecker):  # gymnasium.make puts these around all
+        env = env.env
+    return env is env.unwrapped and hasattr(env, "get_state") and hasattr(env, "set_state")
 
 
 def restore_environments(envs: VectorEnv, states: list[dict[str, Any]], finished: np.ndarray) -> None:
