@@ -110,6 +110,10 @@ class PPOConfig:
     value_clip: float | None = setting(0.2, "how far a value moves per rollout before its gradient stops", 0.0)
     value_coef: float = setting(0.5, "weight of the value loss", 0.0)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", 0.0)
+    entropy_target: float | None = setting(
+        None, "entropy per token to hold, in nats: entropy_coef rises below and falls above it (He et al. 2025)", 0.0
+    )
+    entropy_step: float = setting(0.0005, "with entropy_target: by how much, each step", 0.0)
     aggregation: str = setting(
         "token-mean",
         "how token losses become one",

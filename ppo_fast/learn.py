@@ -192,6 +192,7 @@ def learn(
     generator: torch.Generator,
     *,
     kl_coef: float | None = None,
+    entropy_coef: float | None = None,
     train_actor: bool = True,
     world: World = ONE,
 ) -> list[dict[str, float]]:
@@ -216,6 +217,7 @@ def learn(
                     experience,
                     config,
                     kl_coef=kl_coef,
+                    entropy_coef=entropy_coef,
                     train_actor=train_actor,
                     world=world,
                     filler=filler,
@@ -258,6 +260,7 @@ def accumulate_gradients(
     config: PPOConfig,
     *,
     kl_coef: float = 0.0,
+    entropy_coef: float | None = None,
     train_actor: bool = True,
     backward: Callable[[Tensor], None] = Tensor.backward,
     world: World = ONE,
@@ -277,7 +280,7 @@ def accumulate_gradients(
         pack = own or filler
         assert pack is not None
         with world.last_only(number == len(mine)):
-            targets = _targets(pack, experience, config, kl_coef, denominator)
+            targets = _targets(pack, experience, config, kl_coef, entropy_coef, denominator)
             loss, stats = world.module(policy)(pack, targets, train_actor=train_actor)
             # DDP and FSDP2 divide the sum over processes by their number
             backward(loss * (world.size if own else 0.0) if world.size > 1 else loss)
@@ -286,7 +289,14 @@ def accumulate_gradients(
     return _over_processes(merge_stats(collected), world)
 
 
-def _targets(pack: Pack, experience: Experience, config: PPOConfig, kl_coef: float, denominator: float) -> Targets:
+def _targets(
+    pack: Pack,
+    experience: Experience,
+    config: PPOConfig,
+    kl_coef: float,
+    entropy_coef: float | None,
+    denominator: float,
+) -> Targets:
     in_loss = config.kl_in == "loss" and kl_coef > 0
     return Targets(
         old_logprobs=pack.of(experience.logprobs),
@@ -297,6 +307,7 @@ def _targets(pack: Pack, experience: Experience, config: PPOConfig, kl_coef: flo
         weights=None if experience.weights is None else pack.of(experience.weights),
         denominator=denominator,
         kl_coef=kl_coef,
+        entropy_coef=config.entropy_coef if entropy_coef is None else entropy_coef,
     )
 
 
@@ -340,17 +351,3 @@ def _refuse_non_finite(values: dict[str, float], epoch: int) -> None:
             f"{named} in epoch {epoch + 1}: this update was not made and the weights are as before it; a lower learning"
             " rate or max_grad_norm may help"
         )
-
-
-class KLController:
-    """The weight of the KL penalty: fixed, or driven to a target KL per answer (Ziegler et al. 2019, section 2.2)."""
-
-    def __init__(self, config: PPOConfig) -> None:
-        self.config = config
-        self.coef = config.kl_coef
-
-    def update(self, kl_per_answer: float, answers: int) -> None:
-        """After each step: how far the actor's answers were from the reference, in nats, and how many there were."""
-        if self.config.kl_controller == "adaptive":
-            error = min(max(kl_per_answer / self.config.kl_target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * answers / self.config.kl_horizon

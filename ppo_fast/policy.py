@@ -41,6 +41,7 @@ class Targets:
     weights: Tensor | None  # truncated importance weights, sampler to trainer
     denominator: float  # tokens, or sequences, of the minibatch
     kl_coef: float
+    entropy_coef: float
 
 
 class Policy(nn.Module):
@@ -109,7 +110,7 @@ class Policy(nn.Module):
             "clip_low": config.clip_low,
             "clip_high": config.clip_high,
             "dual_clip": config.dual_clip,
-            "entropy_coef": config.entropy_coef,
+            "entropy_coef": t.entropy_coef,
             "ref_logprobs": t.ref_logprobs,
             "kl_coef": t.kl_coef if t.ref_logprobs is not None else 0.0,
             "kl_estimator": config.kl_loss_estimator,

@@ -48,6 +48,7 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
         "run": identity(trainer),
         "made_with": made_with(trainer),
         "kl_coef": trainer.kl_controller.coef,
+        "entropy_coef": trainer.entropy_controller.coef,
         "dealt": trainer.prompts.dealt,
         "updates": {which: optimizer.schedule.last_epoch for which, optimizer in optimizers.items()},
         "random": [words for _, words in states],
@@ -79,6 +80,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
         _restore_moments(optimizer, parameters, checkpoint.tensors["optimizers"], which)
         _restore_schedule(optimizer, state["updates"][which])
     trainer.kl_controller.coef = state["kl_coef"]
+    trainer.entropy_controller.coef = state.get("entropy_coef", trainer.config.entropy_coef)  # older ones have none
     trainer.prompts.dealt = state["dealt"]
     trainer.steps_done = state["step"]
     trainer.generator.set_state(checkpoint.tensors["random"]["order"])

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
+from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import probe
 from ppo_fast.interrupt import Request, stop_requests
-from ppo_fast.learn import Experience, KLController, Optimizer, Reference, cut_as, evaluate, learn
+from ppo_fast.learn import Experience, Optimizer, Reference, cut_as, evaluate, learn
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -94,6 +95,7 @@ class PPOTrainer:
         self.actor_optimizer = Optimizer(self.actor, config.lr, config)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
         self.kl_controller = KLController(config)
+        self.entropy_controller = EntropyController(config)
         self.generator = torch.Generator().manual_seed(config.seed)  # the order within minibatches
         self.steps_done = 0
         self.last_rollout: Rollout | None = None
@@ -170,6 +172,7 @@ class PPOTrainer:
             experience = evaluate(
                 self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
             )
+        entropy_coef = self.entropy_controller.coef
         with _timed(seconds, "learn"):
             history = learn(
                 self.policy,
@@ -181,10 +184,12 @@ class PPOTrainer:
                 config,
                 self.generator,
                 kl_coef=kl_coef,
+                entropy_coef=entropy_coef,
                 train_actor=self.steps_done >= config.critic_warmup_steps,
                 world=world,
             )
         metrics = {name: x.item() for name, x in experience.metrics.items()}
+        self.entropy_controller.update(metrics["entropy"])
         self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
         self.last_rollout, self.last_experience = rollout, experience
@@ -196,6 +201,7 @@ class PPOTrainer:
             "ended": sum(rollout.ended) / len(rollout),
             **metrics,
             "kl_coef": kl_coef,
+            "entropy_coef": entropy_coef,
             **{f"learn/{name}": sum(h[name] for h in history) / len(history) for name in history[0]},
             "updates": len(history) - history[-1]["stopped"],
             "lr": self.actor_optimizer.schedule.get_last_lr()[0],

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import ppo_fast as ppo
 from ppo_fast.config import PPOConfig
+from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.errors import RewardError, UserError
-from ppo_fast.learn import KLController, cut_as, evaluate, learn, packed, reference_logprobs
+from ppo_fast.learn import cut_as, evaluate, learn, packed, reference_logprobs
 from ppo_fast.models import AdapterReference, Critic, load_actor
 from ppo_fast.reward import RewardModel
 from ppo_fast.sample import Answers, GenerateSampler, generate, respond
@@ -75,6 +76,30 @@ def test_the_adaptive_coefficient_does_not_reach_the_next_step():
     assert history[0]["kl_coef"] == 0.05
     assert history[1]["kl_coef"] == pytest.approx(0.05 * 0.8), "the first KL is 0, far below the target"
     assert history[2]["kl_coef"] == pytest.approx(0.04 * 1.2), "and then it is beyond it"
+
+
+def test_the_entropy_coefficient_moves_away_from_the_target_or_below_zero():
+    """He et al. 2025: a step up below the target, a step down above it."""
+    controller = EntropyController(PPOConfig(entropy_coef=0.003, entropy_target=2.0, entropy_step=0.002))
+    found = []
+    for entropy in (1.9, 2.1, 2.1, 2.1, 0.0):
+        controller.update(entropy)
+        found.append(controller.coef)
+    assert found == pytest.approx([0.005, 0.003, 0.001, 0.0, 0.002])
+    fixed = EntropyController(PPOConfig(entropy_coef=0.003))
+    fixed.update(0.0)
+    assert fixed.coef == 0.003
+
+
+def test_the_adapted_entropy_coefficient_does_not_reach_the_loss():
+    """A bonus by far larger than everything else pulls the entropy up; the coefficient starts at 0."""
+    runs = {}
+    for step in (0.0, 100.0):
+        trainer = trainer_of(entropy_target=50.0, entropy_step=step, total_steps=2, lr=1e-3)
+        history = trainer.train()
+        assert [x["entropy_coef"] for x in history] == [0.0, step]
+        runs[step] = {name: p.detach().clone() for name, p in trainer.policy.actor.named_parameters()}
+    assert any(not torch.equal(runs[0.0][name], runs[100.0][name]) for name in runs[0.0])
 
 
 def test_kl_in_the_loss_also_stands_in_the_reward():

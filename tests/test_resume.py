@@ -68,6 +68,7 @@ def saved(tmp_path) -> Path:
         {"critic": "shared", "entropy_coef": 0.01},
         {"critic_warmup_steps": 3},
         {"kl_in": "loss", "kl_controller": "adaptive", "kl_horizon": 20.0},
+        {"entropy_target": 9.0, "entropy_step": 0.01},
         {"lr_schedule": "cosine", "warmup_ratio": 0.5},
         {"lora_rank": 2, "gradient_checkpointing": True},
         {"dtype": "bfloat16", "samples_per_prompt": 2},

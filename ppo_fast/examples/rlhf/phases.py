@@ -40,6 +40,7 @@ from ppo_fast.examples.rlhf.text import (
 from ppo_fast.heads import decoder_of
 from ppo_fast.models import Critic, load_reward_model, no_loading_bars, pick_device
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
+from ppo_fast.rewards import Fluency
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
 
@@ -152,7 +153,13 @@ def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, sa
     say(f"held-out perplexity {perplexity:.1f} per token, {len(stream)} tokens of text")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    found = {"held_out_perplexity": perplexity, "parameters": sum(p.numel() for p in model.parameters())}
+    prompts = [s.prompt for s in stretches(tokenizer, parts["preferences"], settings.eval_prompts, settings.seed + 8)]
+    entropy = round(own_entropy(model, tokenizer, prompts, settings), 3)
+    found = {
+        "held_out_perplexity": perplexity,
+        "entropy": entropy,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     (folder / "result.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
@@ -249,6 +256,14 @@ def own_answers(actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[st
     return found
 
 
+def own_entropy(actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
+    """Of the actor's answers at temperature 1, estimated from what it drew: nats per token."""
+    options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
+    answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], options).ids
+    means = Fluency(actor, tokenizer, same_tokens=True)(prompts, tokenizer.batch_decode(answers), answers)
+    return -sum(mean * len(ids) for mean, ids in zip(means, answers, strict=True)) / sum(map(len, answers))
+
+
 def ppo(
     out: Path,
     name: str,
@@ -267,6 +282,7 @@ def ppo(
         classifier, _ = load_reward_model(out / "reward_model")
     critic = Critic.from_reward_model(classifier)  # it knows what is good already (Ouyang et al. 2022, appendix C.4)
     rewards, weights = rewards_of(out, parts, settings)
+    entropy = json.loads((out / "supervised" / "result.json").read_text(encoding="utf-8"))["entropy"]
     config = PPOConfig(
         total_steps=settings.ppo_steps,
         prompts_per_step=settings.batch,
@@ -280,7 +296,9 @@ def ppo(
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
         kl_horizon=300.0,
-        entropy_coef=settings.entropy,
+        entropy_coef=0.003,
+        entropy_target=settings.entropy * entropy,  # or a reward that likes few words would get few words
+        entropy_step=0.0003,
         value_clip=None,  # scores are spread over several units: with a clip of 0.2 the values would be late
         eval_every=max(1, settings.ppo_steps // 6),
         save_every=10,
