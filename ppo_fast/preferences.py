@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.errors import UserError
+from ppo_fast.errors import NonFiniteError, UserError
 from ppo_fast.reward import RewardModel
 
 
@@ -33,6 +33,8 @@ class Pair:
         for name, text in asdict(self).items():
             if not isinstance(text, str):
                 raise UserError(f"{name} must be a text, got {text!r:.80}")
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise UserError(f"{name} holds half a character, which UTF-8 cannot: {text!r:.80}")
         if self.chosen == self.rejected:
             raise UserError(f"chosen and rejected are the same text: {self.chosen!r:.80}")
 
@@ -117,11 +119,16 @@ def train_reward_model(
         after_step: is told step, steps in all, and the loss in nats.
 
     Raises:
-        UserError: the model has more than one output, or no pad token.
+        UserError: the model has more than one output, or no pad token; or a setting is out of range.
+        NonFiniteError: the loss is not finite; the weights are those before that step.
     """
     check_reward_model(model)
     if not pairs:
         raise UserError("there are no pairs to learn from")
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "max_grad_norm": max_grad_norm}
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} must be greater than 0 and finite, got {value}")
     reader = RewardModel(model, tokenizer, device=model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     per_epoch = math.ceil(len(pairs) / batch_size)
@@ -137,6 +144,8 @@ def train_reward_model(
         start = step % per_epoch * batch_size
         batch = [pairs[i] for i in order[start : start + batch_size]]
         loss = pair_loss(reader, batch)
+        if not math.isfinite(loss.item()):
+            raise NonFiniteError(f"the loss of step {step + 1} of {steps} is {loss.item()}; a lower lr may help")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
@@ -171,6 +180,8 @@ def calibrate(
     What is subtracted is kept in `model.config.score_offset`, which `RewardModel` reads, and returned.
     """
     model.config.score_offset = 0.0
+    if not texts:
+        raise UserError("there are no answers to calibrate on")
     scores = RewardModel(model, tokenizer, device=model.device)(prompts, texts)
     model.config.score_offset = sum(scores) / len(scores)
     return model.config.score_offset
@@ -181,6 +192,8 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: 
 
     A tie counts half.
     """
+    if not pairs:
+        raise UserError("there are no pairs to judge")
     judge = RewardModel(model, tokenizer, device=model.device)
     prompts = [pair.prompt for pair in pairs]
     chosen = judge(prompts, [pair.chosen for pair in pairs])

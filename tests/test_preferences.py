@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from ppo_fast.cli import main
-from ppo_fast.errors import UserError
+from ppo_fast.errors import NonFiniteError, UserError
 from ppo_fast.label import label
 from ppo_fast.models import load_reward_model
 from ppo_fast.preferences import (
@@ -123,6 +123,29 @@ def test_a_model_that_gives_no_score_is_trained():
         train_reward_model(classifier(), byte_tokenizer(), [])
 
 
+@pytest.mark.parametrize("setting", [{"epochs": 0}, {"batch_size": 0}, {"lr": math.nan}, {"max_grad_norm": 0.0}])
+def test_a_setting_that_learns_nothing_is_taken(setting):
+    (name,) = setting
+    with pytest.raises(UserError, match=f"{name} must be greater than 0 and finite"):
+        train_reward_model(classifier(), byte_tokenizer(), vowel_pairs(2), **setting)
+
+
+def test_a_loss_that_is_no_number_reaches_the_weights():
+    model = classifier()
+    torch.nn.init.constant_(model.score.weight, math.inf)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NonFiniteError, match=r"the loss of step 1 of 1 is (nan|inf)"):
+        train_reward_model(model, byte_tokenizer(), vowel_pairs(2))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_nothing_to_judge_is_a_division_by_zero():
+    with pytest.raises(UserError, match="no pairs to judge"):
+        accuracy(classifier(), byte_tokenizer(), [])
+    with pytest.raises(UserError, match="no answers to calibrate on"):
+        calibrate(classifier(), byte_tokenizer(), [], [])
+
+
 def test_pairs_written_and_read_are_others(tmp_path):
     pairs = [Pair("é\n", "a", "b", "x"), Pair("p", "", "c")]
     write_pairs(tmp_path / "p.jsonl", pairs)
@@ -137,6 +160,7 @@ def test_pairs_written_and_read_are_others(tmp_path):
         ('{"prompt": "a", "chosen": 1, "rejected": "b"}', "line 2: chosen must be a text, got 1"),
         ('{"prompt": "a"', "line 2: malformed JSON"),
         ("[1]", "line 2: expected a JSON object, got list"),
+        (r'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "line 2: chosen holds half a character"),
     ],
 )
 def test_a_bad_pair_is_not_named(tmp_path, line, message):

@@ -127,6 +127,48 @@ def test_a_missing_reference_is_no_silent_zero(function, missing):
         function(P * 2, ["7", "7"], ["7", missing])
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"\boxed{\frac{-1}{2}}", Fraction(-1, 2)),
+        ("2\u00bd cups", Fraction(5, 2)),  # not 21/2
+        ("10\u00b2", 100),  # not 102
+        ("5\u00d710\u207b\u00b3", Fraction(5, 1000)),
+        (r"\boxed{5\text{ cm}^{2}}", 5),
+        ("5 m s^-1", 5),
+        ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", Fraction(2469, 2)),  # 1,234.5 in Arabic
+    ],
+)
+def test_a_sign_a_fraction_or_an_exponent_makes_another_number(text, number):
+    assert number_in(text) == number
+
+
+@pytest.mark.parametrize("text", ["1e" + "9" * 5000, "2^{" + "9" * 5000 + "}", "3 x 10^" + "9" * 5000])
+def test_an_endless_exponent_in_an_answer_ends_the_run(text):
+    assert numeric(P, [text], [3]) == [0.0]
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
+def test_a_tolerance_under_which_nothing_is_right_is_taken(tolerance):
+    with pytest.raises(ValueError, match="tolerance must be a finite number, at least 0"):
+        numeric(P, ["1"], ["1"], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("reference", [math.nan, {"text": ["Paris"]}, [["Paris"]], b"Paris"])
+def test_what_is_no_reference_is_compared_as_text(reference):
+    for function in (exact_match, f1, rouge_l, chrf):
+        with pytest.raises(ValueError, match=r"answer 0 (has no reference|must be a text, a number or a list of such)"):
+            function(P, ["Paris"], [reference])
+
+
+@pytest.mark.parametrize("function", [exact_match, bleu, ndcg])
+def test_a_column_in_quotation_marks_is_read_letter_by_letter(function):
+    with pytest.raises(ValueError, match="got the text 'ab'; the name of a column stands without quotation marks"):
+        function(P * 2, ["a", "b"], "ab")
+    with pytest.raises(ValueError, match="a column has 3 entries for 2 answers"):
+        function(P * 2, ["a", "b"], ["a", "b", "c"])
+
+
 def test_a_reference_without_a_number_is_named():
     with pytest.raises(ValueError, match="the reference 'seven' has no number"):
         numeric(P, ["7"], ["seven"])
@@ -153,6 +195,19 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
     assert bleu(P * 2, ["", "Guten Morgen"], ["word", "Guten Morgen"]) == [0.0, 1.0]
     assert bleu(P, ["我有一只猫"], ["我有一只狗"], tokenize="char")[0] > 0.5
     assert chrf(P * 2, ["", "猫"], ["猫", "猫"]) == [0.0, 1.0]
+
+
+def test_words_that_differ_in_a_vowel_sign_are_the_same():
+    pytest.importorskip("rouge_score")
+    assert rouge_l(P * 2, ["की", "Zu\u0308rich"], ["का", "Zürich"]) == [0.0, 1.0]
+    assert rouge_l(P, ["\u2764\ufe0f yes"], ["yes"]) == [1.0]  # an emoji's mark is no word
+    assert no_echo(["Zürich"], ["Zu\u0308rich"]) == [0.0]
+
+
+@pytest.mark.parametrize("name", ["13A", "flores200"])
+def test_a_tokenizer_that_is_unknown_or_would_be_downloaded_is_taken(name):
+    with pytest.raises(ValueError, match=f"tokenize must be one of 13a, intl, .*; got '{name}'"):
+        bleu(P, ["a"], ["a"], tokenize=name)
 
 
 def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
@@ -211,6 +266,12 @@ def test_an_answer_that_speaks_for_others_is_found(answer, value):
     assert stays_in_role(P, [answer]) == [value]
 
 
+def test_an_answer_of_line_breaks_is_read_for_minutes():
+    began = time.monotonic()
+    assert stays_in_role(P, ["\n" * 40_000]) == [1]
+    assert time.monotonic() - began < 5  # 50 s where each line break was read once for each before it
+
+
 def test_other_speakers_can_be_named():
     assert stays_in_role(P * 2, ["用户\uff1a你好", "Romeo: Ay me"], others=["用户", "Romeo"]) == [0, 0]
 
@@ -234,6 +295,55 @@ def test_forms():
         json_schema(P, ["1"], {"type": "nothing"})
     with pytest.raises(ValueError, match="no schema"):
         json_schema(P, ["1"], [None])
+
+
+def test_a_bad_schema_is_a_silent_zero_as_long_as_no_answer_is_json(monkeypatch):
+    pytest.importorskip("jsonschema")
+    for schema in ('{"type"', {"type": "nothing"}, "3"):
+        with pytest.raises(ValueError, match="not a JSON Schema"):
+            json_schema(P, ["no JSON"], schema)
+    import urllib.request
+
+    def asked(*_: object, **__: object) -> None:
+        pytest.fail("something was fetched")
+
+    monkeypatch.setattr(urllib.request, "urlopen", asked)
+    with pytest.raises(Exception, match="Unresolvable: http"):
+        json_schema(P, ["1"], {"$ref": "http://localhost:1/schema.json"})
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression: missing"), ([None], "got None")])
+def test_a_bad_pattern_is_not_named(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        matches(P, ["a"], pattern)
+
+
+def test_the_choice_a_is_lost_as_an_article_or_a_label_behind_a_colon():
+    choices = ["A", "B", "C"]
+    answers = ["A", "The answer is A.", "", "the", "(B)"]
+    assert label_match(P * 5, answers, ["A"] * 5, labels=choices) == [1, 1, 0, 0, 0]
+    assert label_match(P * 3, ["a.", "", "the"], ["A"] * 3) == [1, 0, 0]
+    answers = ["Answer:positive", "negative/positive", "positive\u2014great"]
+    assert label_match(P * 3, answers, ["positive"] * 3, labels=["positive", "negative"]) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("labels", [["C++", "C#"], ["+", "-"], "good", ["good", "Good"]])
+def test_labels_that_cannot_be_told_apart_are_all_right(labels):
+    with pytest.raises(ValueError, match="labels must be a list of texts that differ in their letters or digits"):
+        label_match(P, [labels[0]], [labels[0]], labels=labels)
+    with pytest.raises(ValueError, match="others must be a list of names, got the text 'user'"):
+        stays_in_role(P, ["u: hi"], others="user")
+
+
+def test_what_tables_write_for_nothing_or_for_one_is_read_letter_by_letter():
+    assert span_f1(P, ["PER: Ada"], [{"PER": "Ada", "LOC": None}]) == [1.0]
+    assert ndcg(P * 2, ["Aliens", "A"], ["Aliens", "Aliens"]) == [1.0, 0.0]
+    assert ndcg(P, ["b"], [{"a": None, "b": 1}]) == [1.0]
+    for grade in (-1, "3", math.nan, 5000):
+        with pytest.raises(ValueError, match="the relevance of 'a' to prompt 0 must lie between 0 and 100"):
+            ndcg(P, ["a"], [{"a": grade}])
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        ndcg(P, ["a"], [["a"]], k=0)
 
 
 def test_classes_entities_and_rankings():
@@ -279,11 +389,13 @@ def test_fluency_is_the_mean_log_likelihood_of_the_models_own_forward(tmp_path: 
         logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         expected.append(logs[-len(answer) :].mean().item())
     assert judge(prompts, answers) == pytest.approx(expected, abs=1e-5)
-    both = rewards.Fluency(str(save_tiny_model(tmp_path)), batch_size=8)  # padded beside each other, from a folder
+    both = rewards.Fluency(save_tiny_model(tmp_path), batch_size=8)  # padded beside each other, from a folder
     assert both(prompts, answers) == pytest.approx(expected, abs=1e-5)
     end = rewards.Fluency(model, tokenizer, same_tokens=True)(["ab"], [""], [[256]])
     assert judge(["ab"], [""]) == pytest.approx(end)  # an empty answer has its end token
     assert math.isfinite(judge(["x" * 1000], ["y" * 300])[0])  # 256 positions
+    assert judge([], []) == []
+    assert math.isfinite(judge([""], ["y"])[0])  # one token with none before it
     with pytest.raises(UserError, match="needs the model's tokenizer"):
         rewards.Fluency(model)
 
@@ -311,11 +423,32 @@ def test_a_spec_fixes_options_and_renames_columns():
         ("ppo_fast.rewards:Fluency", "missing a required argument: 'model'"),
         ("ppo_fast.rewards:Fluency(model=folder)", "folder is no literal: a text needs quotation marks"),
         ("nowhere.py:f", "cannot import the reward 'nowhere.py:f': no such file: nowhere.py"),
+        ("ppo_fast.rewards:Pool(reward='x', timeout='10', fallback=0)", "a pool needs a timeout > 0, .*, got '10', 0"),
+        ("ppo_fast.rewards:Pool(reward='x', timeout=1, fallback=None)", "a finite fallback .*, got 1, None and 2"),
     ],
 )
 def test_a_spec_that_is_wrong_is_refused_with_the_reason(spec, message):
     with pytest.raises(UserError, match=message):
         load_reward(spec)
+
+
+def test_an_error_in_a_users_own_file_is_a_bare_traceback(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("class Judge:\n    def __init__(self):\n        raise KeyError('path')\n")
+    with pytest.raises(UserError, match=r"mine.py:Judge: KeyError: 'path' \(.*mine.py, line 3\)"):
+        load_reward(f"{tmp_path / 'mine.py'}:Judge")
+    (tmp_path / "bad.py").write_text("x = undefined\n")
+    with pytest.raises(
+        UserError, match=r"cannot import the reward .*: NameError: .*'undefined'.* \(.*bad.py, line 1\)"
+    ):
+        load_reward(f"{tmp_path / 'bad.py'}:f")
+
+
+def test_a_column_that_the_data_lacks_is_a_type_error():
+    judge = load_reward("ppo_fast.rewards:numeric(tolerance=0.5)")
+    with pytest.raises(
+        UserError, match=r"no column 'reference', which the reward 'numeric' asks for; it has answer; to"
+    ):
+        judge(P, ["1"], answer=["1"])
 
 
 def test_an_option_never_takes_its_value_from_a_column_unnoticed():
@@ -336,6 +469,14 @@ def judge(prompts, completions, weight):
         time.sleep(60)
     if text == "die":
         os._exit(3)
+    if text == "exit":
+        raise SystemExit(0)
+    if text == "odd":
+        class Odd(Exception):  # which cannot be pickled
+            pass
+        raise Odd("one")
+    if text == "two":
+        return [1.0, 2.0]
     if text == "fail":
         raise KeyError("gone")
     return [float("nan") if text == "nan" else weight[0] * len(text)]
@@ -372,6 +513,35 @@ def test_a_pool_names_what_fails_and_gives_it_the_fallback(slow: str):
     assert pool.failed == 0
 
 
+def test_an_exit_in_a_judgement_ends_the_trainer(slow: str):
+    pool = rewards.Pool(slow, timeout=30.0, fallback=-7.0, workers=1)
+    with pytest.warns(RuntimeWarning) as said:
+        found = pool(["p"] * 4, ["exit", "odd", "two", "ab"], weight=[1] * 4)
+    assert found == [-7, -7, -7, 2]
+    texts = [str(w.message) for w in said]
+    assert all(
+        reason in text for reason, text in zip(["SystemExit: 0", "Odd: one", "2 values for 1"], texts, strict=True)
+    )
+
+
+def test_a_pool_without_workers_or_without_its_column_gives_everything_the_fallback(tmp_path: Path, slow: str):
+    path = tmp_path / "child.py"
+    path.write_text(
+        "import multiprocessing\n"
+        "if multiprocessing.parent_process() is not None:\n"
+        "    raise RuntimeError('not here')\n"
+        "def judge(prompts, completions):\n"
+        "    return [1.0]\n"
+    )
+    with pytest.raises(UserError, match=r"no worker of the pool for the reward .* could begin"):
+        rewards.Pool(f"{path}:judge", timeout=30.0, fallback=0.0, workers=1)(["p"], ["a"])
+    with pytest.raises(UserError, match="the data has no column 'weight'"):
+        rewards.Pool(slow, timeout=30.0, fallback=0.0, workers=1)(["p"], ["a"])
+    named = rewards.Pool("ppo_fast.rewards:f1(reference=gone)", timeout=30.0, fallback=0.0, workers=1)
+    with pytest.raises(UserError, match="the data has no column 'gone'"):
+        named(["p"], ["a"], here=["a"])
+
+
 def test_a_run_goes_on_past_an_answer_without_a_judgement_and_logs_their_share(tmp_path: Path, capsys):
     pytest.importorskip("pebble")
     (tmp_path / "mine.py").write_text(
@@ -401,7 +571,8 @@ def test_a_pool_refuses_what_it_cannot_send_or_use():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path):
+@pytest.mark.parametrize("answer", ["ab", "sleep"])
+def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path, answer: str):
     script = tmp_path / "main.py"
     script.write_text(
         "from ppo_fast.rewards import Pool\n"
@@ -410,6 +581,7 @@ def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path):
         "    pool(['p'], ['ab'], weight=[1])\n"
         "    import multiprocessing as m\n"
         "    print(*[c.pid for c in m.active_children()], flush=True)\n"
+        f"    pool(['p'], [{answer!r}], weight=[1])\n"
         "    import time; time.sleep(100)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -417,6 +589,7 @@ def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path):
     assert child.stdout is not None
     pids = [int(x) for x in child.stdout.readline().split()]
     assert pids
+    time.sleep(0.5)  # now it sleeps, or its worker does
     child.send_signal(signal.SIGKILL)
     child.wait()
     deadline = time.monotonic() + 20

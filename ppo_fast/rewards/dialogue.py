@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ppo_fast.rewards.matching import words
+
 UNITS = ("words", "characters", "tokens")
 
 
@@ -53,7 +55,7 @@ def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -
     """
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        asked, said = _words(_last_turn(prompt)), _words(completion)
+        asked, said = words(_last_turn(prompt)), words(completion)
         size = min(n, len(said))
         known, grams = set(ngrams(asked, size)), ngrams(said, size)
         found.append(1.0 - sum(gram in known for gram in grams) / len(grams) if grams else 1.0)
@@ -66,7 +68,7 @@ def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int 
     >>> no_repetition(["Go on:"] * 2, ["so it goes so it goes so it goes", "all is well"])
     [0.42857142857142855, 1.0]
     """
-    grams = [ngrams(_words(completion), n) for completion in completions]
+    grams = [ngrams(words(completion), n) for completion in completions]
     return [len(set(some)) / len(some) if some else 1.0 for some in grams]
 
 
@@ -84,8 +86,10 @@ def stays_in_role(
     >>> stays_in_role(["Hi"] * 2, ["Hello! How are you?", "Hello!\\nUser: fine\\nAssistant: good"])
     [1.0, 0.0]
     """
+    if isinstance(others, str):
+        raise ValueError(f"others must be a list of names, got the text {others!r}")
     names = "|".join(map(re.escape, others))
-    speaker = re.compile(rf"^[\s#*_>]*(?:{names})[\s*_]*[:\uff1a]", re.IGNORECASE | re.MULTILINE)
+    speaker = re.compile(rf"^[ \t#*_>]*(?:{names})[\s*_]*[:\uff1a]", re.IGNORECASE | re.MULTILINE)
     return [0.0 if speaker.search(text) or _TEMPLATE.search(text) else 1.0 for text in completions]
 
 
@@ -95,10 +99,6 @@ _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<<SYS>>|</?(?:start|end)_of_tu
 def ngrams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
     """All stretches of n items; none for n = 0."""
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)] if n > 0 else []
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
 
 
 def _last_turn(prompt: Any) -> str:

@@ -1,6 +1,7 @@
 """Fluency: how likely a frozen language model finds an answer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from ppo_fast.errors import UserError
 class Fluency:
     """A reward: the mean log-likelihood of an answer's tokens after its prompt, in nats per token; at most 0.
 
-    An empty answer is judged by its end token. Chats go through the tokenizer's template.
+    An empty answer is judged by its end token, and an empty prompt is an end token. Chats go through the tokenizer's
+    template.
 
     Args:
         model: a causal language model, or the folder of one with its tokenizer; it is frozen.
@@ -38,10 +40,10 @@ class Fluency:
         batch_size: int = 32,
         device: torch.device | str | None = None,
     ) -> None:
-        if isinstance(model, str):
+        if isinstance(model, str | Path):
             from ppo_fast.models import load_actor
 
-            model, tokenizer = load_actor(model)
+            model, tokenizer = load_actor(str(model))
         if tokenizer is None:
             raise UserError("Fluency needs the model's tokenizer")
         self.model = model.eval().requires_grad_(False)
@@ -62,6 +64,8 @@ class Fluency:
         """One number for each answer."""
         from ppo_fast.data import prompt_ids
 
+        if not completions:
+            return []
         if self.same_tokens:
             if completion_ids is None:
                 raise UserError("same_tokens needs completion_ids")
@@ -70,7 +74,7 @@ class Fluency:
             answers = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         pairs = [
-            self._cut(asked, answer or [end])
+            self._cut(asked or [end], answer or [end])
             for asked, answer in zip(prompt_ids(self.tokenizer, prompts), answers, strict=True)
         ]
         found: list[float] = []

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ppo_fast.rewards.matching import rows_of
 from ppo_fast.rewards.overlap import package
 
 
@@ -17,6 +18,9 @@ def matches(prompts: Sequence[Any], completions: Sequence[str], pattern: str | S
         completions: [B] answers.
         pattern: one expression for all, or a column of [B].
 
+    Raises:
+        ValueError: the pattern is none, or an answer has none.
+
     An expression like (a+)+b can take for ever on an unlucky answer: run such a one in a `Pool`.
 
     >>> matches(["1 + 1?"] * 2, ["<think>two</think> 2", "2"], pattern="<think>.*</think>.*")
@@ -24,9 +28,18 @@ def matches(prompts: Sequence[Any], completions: Sequence[str], pattern: str | S
     """
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
     return [
-        float(re.fullmatch(one, completion.strip(), re.DOTALL) is not None)
-        for one, completion in zip(patterns, completions, strict=True)
+        float(_compiled(one).fullmatch(completion.strip()) is not None)
+        for _, completion, one in rows_of(completions, patterns)
     ]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"a pattern must be a text, got {pattern!r:.80}")
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error} ({pattern:.80})") from error
 
 
 def json_schema(prompts: Sequence[Any], completions: Sequence[str], schema: Any) -> list[float]:
@@ -35,7 +48,8 @@ def json_schema(prompts: Sequence[Any], completions: Sequence[str], schema: Any)
     Args:
         prompts: [B], not looked at.
         completions: [B] answers, perhaps in a fence of three backticks, and nothing else.
-        schema: a JSON Schema as a dict or a text, for all; or a column of [B] such.
+        schema: a JSON Schema as a dict or a text, for all; or a column of [B] such. A $ref to another place than the
+            schema itself, or JSON Schema's own, is not fetched.
 
     Raises:
         ValueError: the schema is none. UserError: jsonschema is not installed.
@@ -45,7 +59,7 @@ def json_schema(prompts: Sequence[Any], completions: Sequence[str], schema: Any)
     """
     alone = isinstance(schema, str | Mapping)
     schemas = [schema] * len(completions) if alone else schema
-    return [_judged(completion, _text(one)) for completion, one in zip(completions, schemas, strict=True)]
+    return [_judged(completion, _validator(_text(one))) for _, completion, one in rows_of(completions, schemas)]
 
 
 def _text(schema: Any) -> str:
@@ -54,22 +68,23 @@ def _text(schema: Any) -> str:
     return schema if isinstance(schema, str) else json.dumps(schema)
 
 
-def _judged(completion: str, schema: str) -> float:
+def _judged(completion: str, validator: Any) -> float:
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)```\s*", completion, re.DOTALL | re.IGNORECASE)
     try:
         found = json.loads(fenced[1] if fenced else completion)
     except (ValueError, RecursionError):
         return 0.0
-    return 1.0 if _validator(schema).is_valid(found) else 0.5
+    return 1.0 if validator.is_valid(found) else 0.5
 
 
 @functools.lru_cache(maxsize=1024)
 def _validator(schema: str) -> Any:
     jsonschema = package("jsonschema", "jsonschema")
+    known = package("jsonschema_specifications", "jsonschema").REGISTRY  # which, unlike the default, fetches nothing
     try:
         read = json.loads(schema)
         kind = jsonschema.validators.validator_for(read)
         kind.check_schema(read)
-    except (ValueError, jsonschema.SchemaError) as error:
+    except (ValueError, TypeError, jsonschema.SchemaError) as error:
         raise ValueError(f"not a JSON Schema: {getattr(error, 'message', error)} ({schema:.80})") from error
-    return kind(read)
+    return kind(read, registry=known)

@@ -2,10 +2,11 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ppo_fast.rewards.matching import best_of, normalised, overlap_f1
+from ppo_fast.rewards.matching import best_of, is_mark, normalised, overlap_f1, rows_of
 
 
 def label_match(
@@ -13,24 +14,35 @@ def label_match(
 ) -> list[float]:
     """1 where an answer is the right label, else 0; with `labels`, where the first of them that it names is.
 
-    Case, punctuation and articles don't count. Errors as for `exact_match`.
+    Case and punctuation don't count. A label is found between blanks or punctuation, and A also where it is an article.
+
+    Raises:
+        ValueError: an answer has no reference, or one that is no label; or two labels are the same.
 
     >>> label_match(["Good film?"] * 2, ["It is good.", "bad"], ["good"] * 2, labels=["good", "bad"])
     [1.0, 0.0]
     """
-    names = {normalised(label) for label in labels}
+    names = {_plain(label) for label in labels}
+    if isinstance(labels, str) or "" in names or len(names) < len(labels):
+        raise ValueError(f"labels must be a list of texts that differ in their letters or digits, got {labels!r:.200}")
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
     def judge(answer: str, right: Any) -> bool:
-        said = normalised(answer)
+        said, wanted = _plain(answer), _plain(right)
         if not names:
-            return said == normalised(right)
-        if normalised(right) not in names:
-            raise ValueError(f"the reference {right!r} is not among the labels {', '.join(labels)}")
+            return (said or answer.strip()) == (wanted or str(right).strip())
+        if wanted not in names:
+            raise ValueError(f"the reference {right!r} is not among the labels {', '.join(map(str, labels))}")
         first = re.search(rf"(?<!\w)(?:{longest_first})(?!\w)", said)
-        return first is not None and first.group() == normalised(right)
+        return first is not None and first.group() == wanted
 
     return best_of(completions, reference, judge)
+
+
+def _plain(text: Any) -> str:
+    """Lower case, and blanks for punctuation; the label A of several choices is no article."""
+    text = unicodedata.normalize("NFKC", str(text)).lower()
+    return " ".join("".join(" " if is_mark(c) else c for c in text).split())
 
 
 def span_f1(prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
@@ -45,13 +57,14 @@ def span_f1(prompts: Sequence[Any], completions: Sequence[str], reference: Seque
     >>> span_f1(["Tag: Ada met Bob in Rome."], ["PER: Ada\\nLOC: Rome"], [{"PER": ["Ada", "Bob"], "LOC": ["Rome"]}])
     [0.8]
     """
-    return best_of(completions, reference, lambda answer, right: overlap_f1(_spans(answer), _spans(right)))
+    return best_of(completions, reference, lambda answer, right: overlap_f1(_spans(answer), _spans(right)), (Mapping,))
 
 
 def _spans(entities: Any) -> list[tuple[str, str]]:
     if isinstance(entities, Mapping):
-        return [(label.upper(), " ".join(text.split())) for label, texts in entities.items() for text in texts]
-    lines = [line.partition(":") for line in entities.splitlines() if line.strip()]
+        several = {label: [texts] if isinstance(texts, str) else texts or () for label, texts in entities.items()}
+        return [(label.upper(), " ".join(text.split())) for label, texts in several.items() for text in texts]
+    lines = [line.partition(":") for line in str(entities).splitlines() if line.strip()]
     return [(label.strip(" -*").upper(), " ".join(text.split())) for label, _, text in lines]
 
 
@@ -63,24 +76,27 @@ def ndcg(prompts: Sequence[Any], completions: Sequence[str], relevance: Sequence
     Args:
         prompts: [B], not looked at.
         completions: [B] lists, an item a line, perhaps numbered or with bullets; a second mention counts nothing.
-        relevance: [B] dicts of item to relevance (0 for all others), or lists of relevant items.
-        k: lines that count.
+        relevance: [B] dicts of item to relevance (0, or None, for all others), or lists of relevant items.
+        k: lines that count, at least 1.
 
     Raises:
-        ValueError: nothing is relevant.
+        ValueError: nothing is relevant, or a relevance is negative or no number.
 
     >>> ndcg(["Films like Alien?"] * 2, ["1. Aliens\\n2. Heat", "- heat\\n- aliens"], [["Aliens"]] * 2)
     [1.0, 0.6309297535714575]
     """
-    return [
-        _ndcg(completion, gains, k, row)
-        for row, (completion, gains) in enumerate(zip(completions, relevance, strict=True))
-    ]
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    return [_ndcg(completion, gains, k, row) for row, completion, gains in rows_of(completions, relevance)]
 
 
 def _ndcg(completion: str, relevance: Any, k: int, row: int) -> float:
-    graded = relevance if isinstance(relevance, Mapping) else dict.fromkeys(relevance or (), 1.0)
-    gains = {normalised(item): 2.0**grade - 1 for item, grade in graded.items()}
+    items = [relevance] if isinstance(relevance, str) else relevance or ()
+    graded = relevance if isinstance(relevance, Mapping) else dict.fromkeys(items, 1.0)
+    for item, grade in graded.items():
+        if grade is not None and not (isinstance(grade, float | int) and 0 <= grade <= 100):
+            raise ValueError(f"the relevance of {item!r} to prompt {row} must lie between 0 and 100, got {grade!r}")
+    gains = {normalised(item): 2.0 ** (grade or 0) - 1 for item, grade in graded.items()}
     lines = [
         normalised(re.sub(r"^\s*(?:\d+[.)]|[-*•])\s+", "", line)) for line in completion.splitlines() if line.strip()
     ]

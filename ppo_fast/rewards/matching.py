@@ -1,30 +1,66 @@
 """Question answering: exact match and F1 of words, after SQuAD's normalisation (Rajpurkar et al. 2016, section 6.1)."""
 
+import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 
-def references_of(reference: Any, row: int) -> list[Any]:
+def rows_of(completions: Sequence[str], column: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
+    """Row, answer, and what the column has for it.
+
+    Raises:
+        ValueError: the column has not one entry for each answer.
+    """
+    if isinstance(column, str):
+        raise ValueError(
+            f"one entry for each answer is expected, got the text {column!r:.80}; the name of a column stands without"
+            " quotation marks"
+        )
+    if len(column) != len(completions):
+        raise ValueError(f"a column has {len(column)} entries for {len(completions)} answers")
+    return ((row, completions[row], column[row]) for row in range(len(completions)))
+
+
+def references_of(reference: Any, row: int, also: tuple[type, ...] = ()) -> list[Any]:
     """What is right for one answer, as a list: of one, or of several of which the best counts.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none (None, or the NaN of a table), or it is neither text nor number nor one of `also`.
     """
     found = list(reference) if isinstance(reference, list | tuple) else [reference]
-    if not found or any(x is None for x in found):
+    if not found or any(x is None or (isinstance(x, float) and math.isnan(x)) for x in found):
         raise ValueError(f"answer {row} has no reference")
+    for x in found:
+        if isinstance(x, Iterable) and not isinstance(x, (str, *also)):
+            raise ValueError(f"the reference of answer {row} must be a text, a number or a list of such, got {x!r:.80}")
     return found
 
 
-def best_of(completions: Sequence[str], reference: Sequence[Any], judge: Callable[[str, Any], float]) -> list[float]:
+def best_of(
+    completions: Sequence[str],
+    reference: Sequence[Any],
+    judge: Callable[[str, Any], float],
+    also: tuple[type, ...] = (),
+) -> list[float]:
     """Each answer against the reference that it meets best."""
     return [
-        max(float(judge(completion, right)) for right in references_of(rights, row))
-        for row, (completion, rights) in enumerate(zip(completions, reference, strict=True))
+        max(float(judge(completion, right)) for right in references_of(rights, row, also))
+        for row, completion, rights in rows_of(completions, reference)
     ]
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, digits and the marks on them (accents, vowel signs) of any script, in lower case.
+
+    >>> words("It's the Zu\u0308rich_lake")
+    ['it', 's', 'the', 'zürich', 'lake']
+    """
+    text = unicodedata.normalize("NFC", text).lower()
+    runs = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
+    return [run for run in runs if any(map(str.isalnum, run))]  # no lone mark, such as an emoji's
 
 
 def normalised(text: str) -> str:
@@ -37,8 +73,13 @@ def normalised(text: str) -> str:
     'eiffel tower'
     """
     text = unicodedata.normalize("NFKC", str(text)).lower()
-    text = "".join(c for c in text if c not in _ASCII_MARKS and not unicodedata.category(c).startswith("P"))
+    text = "".join(c for c in text if not is_mark(c))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def is_mark(c: str) -> bool:
+    """Punctuation of any script, or one of ASCII's symbols."""
+    return c in _ASCII_MARKS or unicodedata.category(c).startswith("P")
 
 
 _ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
@@ -50,7 +91,8 @@ def exact_match(prompts: Sequence[Any], completions: Sequence[str], reference: S
     Args:
         prompts: [B], not looked at.
         completions: [B] answers.
-        reference: [B] texts, or lists of texts of which one must match. "" is right for an empty answer (SQuAD 2.0).
+        reference: [B] texts, or lists of texts of which one must match. "" is right for an empty answer (SQuAD 2.0),
+            and so is a lone article: for the choices A, B, C take `label_match`.
 
     Raises:
         ValueError: an answer has no reference.

@@ -1,5 +1,6 @@
 """Mathematics: the number that an answer ends with, against the right one (Cobbe et al. 2021, GSM8K)."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>\d+)\s+)?(?P<top>\d+)/(?P<bottom>0*[1-9]\d*)(?![\d/])"  # 3/4, 1 1/2
     rf"|{_DIGITS}(?:{_TEN}|\^\{{?(?P<power>[-+]?\d+)\}}?)?)"  # 1,234.5, 2e-3, 2 x 10^3, 2^{{10}}
 )
-_FRACTION = re.compile(r"(\d\s*)?\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_FRACTION = re.compile(r"(\d\s*)?\\[dtc]?frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _LONGEST = 400  # characters of a number, and its largest power: a model may write anything
 
 
@@ -33,11 +34,13 @@ def numeric(
         tolerance: how far they may be apart; 0: they must be equal, and are compared as fractions, not as floats.
 
     Raises:
-        ValueError: an answer has no reference, or a reference has no number.
+        ValueError: an answer has no reference, a reference has no number, or the tolerance is none.
 
     >>> numeric(["6 * 7 * 1000?"] * 2, ["It is 42,000.0 dollars", "#### 42"], ["... #### 42000", 42.5], tolerance=0.1)
     [1.0, 0.0]
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"the tolerance must be a finite number, at least 0, got {tolerance}")
     allowed = Fraction(str(float(tolerance)))
 
     def right(answer: str, expected: Any) -> bool:
@@ -71,10 +74,13 @@ def number_in(text: str) -> Fraction | None:
 def _plain(text: str) -> str:
     """LaTeX and typography as plain characters."""
     text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ",", text)  # thin blanks between thousands
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
+    text = re.sub("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 2 and a half is not 21/2
+    text = re.sub("[\u207a\u207b]?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", r"^\g<0>", text)  # nor 10 squared 102
+    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u066b", ".").replace("\u066c", ",")
     for latex, plain in {"{,}": ",", "\\,": "", "\\!": "", "\\$": "$", "\\times": "*", "\\cdot": "*"}.items():
         text = text.replace(latex, plain)
     text = re.sub("[\u2010-\u2013\u2212]", "-", text)
+    text = re.sub(r"(?<!\d)\^(?:\{[^{}]*\}|[-+]?\d+)", "", text)  # of units and unknowns: cm^{2}, s^-1
     return _FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[3]}/{m[4] or m[5]}", text)
 
 
@@ -93,8 +99,10 @@ def _boxed(text: str) -> str:
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
+    if len(found.group()) > _LONGEST:
+        return None
     ten, power = int(found["e"] or found["ten"] or 0), int(found["power"] or 1)
-    if len(found.group()) > _LONGEST or max(abs(ten), abs(power)) > _LONGEST:
+    if max(abs(ten), abs(power)) > _LONGEST:
         return None
     if found["bottom"]:
         value = int(found["whole"] or 0) + Fraction(int(found["top"]), int(found["bottom"]))

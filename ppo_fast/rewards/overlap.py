@@ -2,12 +2,11 @@
 
 import functools
 import importlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ppo_fast.errors import UserError
-from ppo_fast.rewards.matching import best_of, references_of
+from ppo_fast.rewards.matching import best_of, references_of, rows_of, words
 
 
 def package(name: str, install: str) -> Any:
@@ -31,7 +30,8 @@ def rouge_l(
         reference: [B] texts, or lists of texts of which the best counts.
         stemmer: Porter's stems are compared, as most papers on summaries do.
 
-    Words are letters and digits of any script: rouge-score's own would lose all that are not ASCII.
+    Words are letters and digits of any script: rouge-score's own would lose all that are not ASCII. Languages that
+    don't write blanks between words get exact match.
 
     Raises:
         ValueError: an answer has no reference. UserError: rouge-score is not installed.
@@ -56,8 +56,8 @@ class _Words:
         self.stem = package("nltk.stem.porter", "rouge-score").PorterStemmer().stem if stemmer else None
 
     def tokenize(self, text: str) -> list[str]:
-        words = re.findall(r"[^\W_]+", text.lower())
-        return words if self.stem is None else [self.stem(word) if len(word) > 3 else word for word in words]
+        found = words(text)
+        return found if self.stem is None else [self.stem(word) if len(word) > 3 else word for word in found]
 
 
 def bleu(
@@ -72,10 +72,11 @@ def bleu(
         prompts: [B], not looked at.
         completions: [B] answers; an empty one gets 0.
         reference: [B] texts, or lists of texts, which count together.
-        tokenize: sacrebleu's name of a tokenizer: 13a for languages with blanks, char or zh for Chinese.
+        tokenize: sacrebleu's name of a tokenizer: 13a or intl for languages with blanks, char or zh for Chinese,
+            ja-mecab, ko-mecab, none. Those that it would download are refused.
 
     Raises:
-        ValueError: an answer has no reference. UserError: sacrebleu is not installed.
+        ValueError: an answer has no reference, or there is no such tokenizer. UserError: sacrebleu is not installed.
 
     >>> bleu(["Translate: ..."], ["the cat sat on the mat"], ["the cat sat on the mat"])
     [1.0]
@@ -96,8 +97,13 @@ def chrf(
     return _against_all(_chrf(word_order), completions, reference)
 
 
+_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
+
+
 @functools.cache
 def _bleu(tokenize: str) -> Any:
+    if tokenize not in _TOKENIZERS:
+        raise ValueError(f"tokenize must be one of {', '.join(_TOKENIZERS)}; got {tokenize!r}")
     return package("sacrebleu", "sacrebleu").BLEU(tokenize=tokenize, effective_order=True)
 
 
@@ -109,5 +115,5 @@ def _chrf(word_order: int) -> Any:
 def _against_all(metric: Any, completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
     return [
         min(1.0, metric.sentence_score(completion, list(map(str, references_of(rights, row)))).score / 100)
-        for row, (completion, rights) in enumerate(zip(completions, reference, strict=True))
+        for row, completion, rights in rows_of(completions, reference)
     ]

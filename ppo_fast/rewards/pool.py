@@ -2,11 +2,14 @@
 
 import math
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ppo_fast.errors import UserError
@@ -17,8 +20,9 @@ from ppo_fast.rewards.spec import arguments_of, load_reward
 class Pool:
     """A reward function that judges one answer at a time, several of them at once, within a time limit.
 
-    An answer whose judgement fails, is no finite number, or takes too long (its process is then killed) is named in a
-    warning and gets `fallback`; `failed` is the share of such answers in the last call, which training logs.
+    An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process is then killed)
+    is named in a warning and gets `fallback`; `failed` is the share of such answers in the last call, which training
+    logs.
 
     Args:
         reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
@@ -28,7 +32,8 @@ class Pool:
             import the function's module; a script that makes a Pool needs `if __name__ == "__main__":`.
 
     Raises:
-        UserError: the function cannot be sent to another process, or pebble is not installed.
+        UserError: the function cannot be sent to another process, or pebble is not installed; when called: the data
+            lacks a column, or no worker could begin.
 
     >>> judge = Pool("rewards.py:runs_the_tests", timeout=10.0, fallback=-1.0)  # doctest: +SKIP
     """
@@ -36,10 +41,11 @@ class Pool:
     def __init__(
         self, reward: Callable[..., Sequence[Any]] | str, *, timeout: float, fallback: float, workers: int = 2
     ) -> None:
-        if not (timeout > 0 and math.isfinite(timeout)) or not math.isfinite(fallback) or workers < 1:
+        numbers = all(isinstance(x, float | int) and math.isfinite(x) for x in (timeout, fallback))
+        if not (numbers and timeout > 0 and isinstance(workers, int) and workers >= 1):
             raise UserError(
                 "a pool needs a timeout > 0, a finite fallback and at least one worker, got"
-                f" {timeout}, {fallback} and {workers}"
+                f" {timeout!r}, {fallback!r} and {workers!r}"
             )
         self.function = load_reward(reward) if isinstance(reward, str) else reward
         self.__name__ = reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
@@ -72,27 +78,38 @@ class Pool:
         values, failures = [], 0
         try:
             for row, job in enumerate(jobs):
-                try:
-                    values.append(job.result())
-                except Exception as error:  # user code, and whatever ends its process
-                    values.append(self.fallback)
+                value = self._result(job)
+                if isinstance(value, str):
                     failures += 1
                     warnings.warn(
-                        f"reward {self.__name__!r}: {self._reason(error)} at answer {row} ({completions[row]!r:.80}) to"
+                        f"reward {self.__name__!r}: {value} at answer {row} ({completions[row]!r:.80}) to"
                         f" {prompts[row]!r:.80}; it gets {self.fallback:g}",
                         RuntimeWarning,
                         stacklevel=2,
                     )
+                values.append(self.fallback if isinstance(value, str) else value)
         finally:
             for job in jobs:
                 job.cancel()
         self.failed = failures / max(1, len(jobs))
         return values
 
-    def _reason(self, error: Exception) -> str:
-        if isinstance(error, TimeoutError):
+    def _result(self, job: Any) -> float | str:
+        """A number, or why there is none."""
+        try:
+            return job.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"no worker of the pool for the reward {self.__name__!r} could begin; the reason stands above. Workers"
+                " import the function's module: a script needs `if __name__ == '__main__':`, a notebook the function in"
+                " a file"
+            ) from error
+        except TimeoutError:
             return f"no judgement within {self.timeout:g} s"
-        return f"{type(error).__name__}: {error}"
+        except UserError:
+            raise
+        except Exception as error:  # whatever ended its process
+            return f"{type(error).__name__}: {error}"
 
 
 _LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward function
@@ -101,16 +118,30 @@ _LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward 
 def _prepare(reward: Callable[..., Sequence[Any]] | str) -> None:
     """Begins a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _LOADED.append(load_reward(reward) if isinstance(reward, str) else reward)
 
 
-def _judge(prompt: Any, completion: str, columns: dict[str, Any]) -> float:
-    """One answer, in a worker."""
-    (value,) = _LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()})
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is not finite")
-    return number
+def _end_with_parent() -> None:
+    """Nobody else would end a judgement that hangs when the trainer was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _judge(prompt: Any, completion: str, columns: dict[str, Any]) -> float | str:
+    """One answer, in a worker: its number, or why there is none."""
+    try:
+        values = list(_LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()}))
+        if len(values) != 1:
+            return f"{len(values)} values for 1 answer"
+        number = float(values[0])
+    except UserError:  # not the answer's fault
+        raise
+    except BaseException as error:  # user code; exit() and errors that cannot be pickled must not reach the trainer
+        return f"{type(error).__name__}: {error}"[:500]
+    return number if math.isfinite(number) else f"{number} is not finite"
 
 
 def _stop(pool: Any) -> None:

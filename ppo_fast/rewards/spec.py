@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,18 +49,26 @@ def arguments_of(
     What is fixed already (by functools.partial) does not come from the data.
 
     Raises:
-        UserError: a keyword-only argument with a default, an option, has the name of a column: which is meant?
+        UserError: the function needs a column that the data lacks; or a keyword-only argument with a default, an
+            option, has the name of a column: which is meant?
     """
     fixed = getattr(function, "keywords", {})
     parameters = inspect.signature(function).parameters
     free = {name: column for name, column in columns.items() if name not in fixed}
     if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
         free = {name: column for name, column in free.items() if name in parameters}
+    called = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "it")
+    for name, taken in list(parameters.items())[2:]:  # after prompts and completions
+        variable = taken.kind in (taken.VAR_KEYWORD, taken.VAR_POSITIONAL)
+        if taken.default is taken.empty and not variable and name not in free:
+            raise UserError(
+                f"the data has no column {name!r}, which the reward {called!r} asks for; it has {', '.join(columns)}"
+                f"; to take another: {called}({name}=COLUMN)"
+            )
     for name in free:
         parameter = parameters.get(name)
         option = parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
         if option and parameter.default is not parameter.empty and name not in given:  # type: ignore[union-attr]
-            called = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "it")
             raise UserError(
                 f"{name!r} is an option of the reward {called!r} and a column of the data: fix it, as in"
                 f" {called}({name}={parameter.default!r}), or rename the column"  # type: ignore[union-attr]
@@ -95,7 +104,12 @@ def load_reward(spec: str) -> Any:
             inspect.signature(function).bind(**options)
         except TypeError as error:
             raise UserError(f"{spec}: {error}") from error
-        return function(**options)
+        try:
+            return function(**options)
+        except UserError:
+            raise
+        except Exception as error:  # user code
+            raise UserError(f"{spec}: {_told(error)}") from error
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in [*options, *columns]:
@@ -140,10 +154,17 @@ def _named(spec: str, module_name: str, name: str) -> Any:
             module = importlib.import_module(module_name)
     except (ImportError, OSError, SyntaxError) as error:
         raise UserError(f"cannot import the reward {spec!r}: {error}") from error
+    except Exception as error:  # user code
+        raise UserError(f"cannot import the reward {spec!r}: {_told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{module_name} has no function {name!r}, which --reward {spec} names")
     return function
+
+
+def _told(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
 def _module_from_file(path: Path) -> Any:
