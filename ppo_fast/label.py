@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ppo_fast.errors import UserError
-from ppo_fast.preferences import Pair, read_pairs
+from ppo_fast.preferences import read_pairs
 from ppo_fast.progress import printable
 
 KEYS = "1 or 2: the better answer; s: skip; q: save and leave"
@@ -65,6 +65,7 @@ def label(
     console = console or Console()
     rows, made = read_choices(answers), 0
     known = {(p.prompt, frozenset((p.chosen, p.rejected))) for p in read_pairs(out)} if _filled(out) else set()
+    _append(out, "")  # before anybody chooses
     console.print(KEYS)
     for number, row in enumerate(rows, start=1):
         first = row["answers"][0]
@@ -78,14 +79,15 @@ def label(
         if choice == "s":
             continue
         chosen, rejected = (first, second) if choice == "1" else (second, first)
-        _append(out, Pair(row["prompt"], chosen, rejected, "person"))
+        pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "kind": "person"}
+        _append(out, json.dumps(pair, ensure_ascii=False) + "\n")
         made += 1
     console.print(f"{made} choices were added to {out}")
     return made
 
 
 def _filled(path: str | Path) -> bool:
-    return Path(path).exists() and Path(path).stat().st_size > 0
+    return Path(path).exists() and bool(Path(path).read_bytes().strip())
 
 
 def _show(console: Console, prompt: str, first: str, second: str, title: str) -> None:
@@ -104,14 +106,18 @@ def _choice(ask: Callable[[str], str]) -> str:
             typed = ask("which is better? ").strip().lower()
         except (EOFError, KeyboardInterrupt):
             return "q"
+        except RuntimeError as error:  # what input() raises without standard input
+            raise UserError(f"nobody can choose here: {error}") from error
         if typed in ("1", "2", "s", "q"):
             return typed
 
 
-def _append(path: str | Path, pair: Pair) -> None:
-    row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "kind": pair.kind}
+def _append(path: str | Path, line: str) -> None:
+    """Writes a line, behind a line break if the file ends within one."""
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with Path(path).open("a+b") as file:
+            file.seek(0)
+            cut = file.read()[-1:] not in (b"", b"\n")
+            file.write(("\n" * cut + line).encode())
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error

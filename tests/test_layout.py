@@ -23,7 +23,7 @@ LEVELS = [
     {"heads"},
     {"models", "plots"},
     {"policy", "parallel", "export"},
-    {"sample", "rewards", "reward", "learn", "progress", "recipes"},
+    {"sample", "rewards", "reward", "learn", "controllers", "progress", "recipes"},
     {"evaluate", "run_state", "preferences"},
     {"envs", "classic_log", "classic_config", "classic_network"},
     {"classic_state"},

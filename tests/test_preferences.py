@@ -227,3 +227,36 @@ def test_label_on_the_command_line_takes_a_bad_file(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answers": ["b"]}\n')
     assert main(["label", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "p.jsonl")]) == 1
     assert 'a.jsonl, line 1: expected {"prompt": text, "answers": [text, text]}' in capsys.readouterr().err
+
+
+def test_a_choice_is_glued_to_a_last_line_without_its_break(tmp_path):
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
+    answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
+    out.write_text('{"prompt": "q", "chosen": "c", "rejected": "d"}', encoding="utf-8")  # as editors may leave it
+    assert label(answers, out, console=Console(file=StringIO()), ask=lambda _: "2") == 1
+    assert [(p.prompt, p.chosen) for p in read_pairs(out)] == [("q", "c"), ("p", "b")]
+
+
+def test_a_file_of_blank_lines_refuses_choices(tmp_path):
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
+    answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
+    out.write_text("\n\n", encoding="utf-8")
+    assert label(answers, out, console=Console(file=StringIO()), ask=lambda _: "1") == 1
+
+
+def test_a_place_that_cannot_be_written_is_noticed_after_the_first_choice(tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="cannot write to"):
+        label(answers, tmp_path / "none" / "pairs.jsonl", console=Console(file=StringIO()), ask=pytest.fail)
+
+
+def test_no_standard_input_is_a_traceback(tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
+
+    def closed(_: str) -> str:
+        raise RuntimeError("input(): lost sys.stdin")
+
+    with pytest.raises(UserError, match=r"lost sys\.stdin"):
+        label(answers, tmp_path / "pairs.jsonl", console=Console(file=StringIO()), ask=closed)
