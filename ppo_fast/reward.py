@@ -129,8 +129,8 @@ def _number(x: Any, where: str) -> float:
         number = float(x)
     except (TypeError, ValueError):
         raise RewardError(f"{where}: expected a number, got {x!r:.80}") from None
-    if not math.isfinite(number):
-        raise RewardError(f"{where}: expected a finite number, got {number}")
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise RewardError(f"{where}: expected a finite number, got {number} (fp32 ends at 3.4e38)")
     return number
 
 

@@ -70,6 +70,7 @@ def raises(prompts, completions):
         (None, "must return a list, got NoneType"),
         ([1.0, float("nan")], r"answer 1 \('de'\): expected a finite number, got nan"),
         ([float("inf"), 0.0], r"answer 0 \('abc'\): expected a finite number, got inf"),
+        ([1e300, 0.0], r"answer 0 \('abc'\): expected a finite number, got 1e\+300 \(fp32 ends at 3.4e38\)"),
         ([1.0, None], r"answer 1 \('de'\): expected a number, got None"),
         ([1.0, "good"], "expected a number, got 'good'"),
         ([[1.0, 2.0], [1.0, 2.0]], r"answer 0 \('abc'\): 2 values for 3 tokens"),
