@@ -218,7 +218,7 @@ def reward_model(
             say(f"reward model step {step}/{steps}  loss {loss:.3f}")
 
     train_reward_model(
-        model, tokenizer, training, epochs=1, batch_size=32, lr=2e-3, seed=settings.seed, after_step=tell
+        model, tokenizer, training, epochs=1, batch_size=32, lr=1e-3, seed=settings.seed, after_step=tell
     )
     real = stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 2)
     calibrate(model, tokenizer, [s.prompt for s in real], [s.follows for s in real])
@@ -292,10 +292,10 @@ def ppo(
         lr=6e-4,
         critic_lr=1e-3,
         warmup_ratio=0.05,
-        kl_coef=0.05 if fixed_kl is None else fixed_kl,
+        kl_coef=0.035 if fixed_kl is None else fixed_kl,
         kl_controller="adaptive" if fixed_kl is None else "fixed",
         kl_target=settings.kl_target,
-        kl_horizon=300.0,
+        kl_horizon=1500.0,
         entropy_coef=0.003,
         entropy_target=settings.entropy * entropy,  # or a reward that likes few words would get few words
         entropy_step=0.0003,
