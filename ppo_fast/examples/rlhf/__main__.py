@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--out", default="runs/rlhf", metavar="DIR", help="folder of the results (default: runs/rlhf)")
-    parser.add_argument("--ppo-steps", type=int, default=90, help="PPO steps (default: 90)")
-    parser.add_argument("--kl-target", type=float, default=25.0, help="KL per answer to aim at, in nats (default: 25)")
+    parser.add_argument("--ppo-steps", type=int, default=70, help="PPO steps (default: 70)")
+    parser.add_argument("--kl-target", type=float, default=16.0, help="KL per answer to aim at, in nats (default: 16)")
     parser.add_argument(
-        "--entropy", type=float, default=0.955, help="share of the supervised model's entropy to keep (default: 0.955)"
+        "--entropy", type=float, default=0.945, help="share of the supervised model's entropy to keep (default: 0.945)"
     )
     parser.add_argument(
         "--fluency", type=float, default=0.0, help="weight of the reference's mean log-likelihood (default: 0)"

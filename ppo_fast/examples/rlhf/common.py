@@ -22,9 +22,9 @@ class Settings:
     pairs: str | None = None
     seed: int = 0
     out: str = "runs/rlhf"
-    ppo_steps: int = 90
-    kl_target: float = 25.0
-    entropy: float = 0.955  # share of the supervised model's that PPO keeps
+    ppo_steps: int = 70
+    kl_target: float = 16.0
+    entropy: float = 0.945  # share of the supervised model's that PPO keeps
     fluency: float = 0.0
     coherence: float = 0.5
     sweep: tuple[float, ...] = ()
