@@ -200,8 +200,10 @@ def runs_table(record: Record) -> list[str]:
     for who, runs in record.runs.items():
         cells = []
         for name in quantities:
-            numbers = [x for run in runs for x in listed(run.get(name)) if is_number(x) and x is not None]
-            cells.append(shown_number(statistics.median(numbers)) if numbers else "")
+            found = [x for run in runs for x in listed(run.get(name)) if is_number(x)]
+            numbers = [x for x in found if x is not None]
+            missing = f" ({len(found) - len(numbers)} of {len(found)} never)" if len(numbers) < len(found) else ""
+            cells.append((shown_number(statistics.median(numbers)) if numbers else "") + missing)
         lines.append(f"| {who} | {' | '.join(cells)} |")
     return lines
 
