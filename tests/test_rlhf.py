@@ -137,6 +137,7 @@ def test_a_phase_leaves_nothing_that_loads(done):
     assert found["after"]["kl"] != 0
     metrics = [json.loads(line) for line in (done / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert {"reward/judge", "reward/coherence", "reward/fluency", "eval/reward/judge"} <= set(metrics[-1])
+    assert "eval/kl_per_answer" in found["sweep"]["0"], "without a penalty the KL is shown all the same"
     page = (done / "report.md").read_text()
     for picture in ("learning_curves.png", "reward_against_kl.png", "sweep.png"):
         assert picture in page

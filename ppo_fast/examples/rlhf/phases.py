@@ -311,8 +311,20 @@ def ppo(
     training = parts["supervised"] + parts["preferences"]
     rows = [{"prompt": s.prompt} for s in stretches(tokenizer, training, settings.prompts, settings.seed + 5)]
     held_out = [{"prompt": s.prompt} for s in held_out_stretches(tokenizer, parts, settings)]
+    with no_loading_bars():
+        reference = (
+            load_supervised(out)[0] if fixed_kl == 0 else None
+        )  # the trainer keeps none then, and its KL is to be shown
     trainer = PPOTrainer(
-        config, actor, tokenizer, rows, rewards, reward_weights=weights, critic=critic, eval_rows=held_out
+        config,
+        actor,
+        tokenizer,
+        rows,
+        rewards,
+        reward_weights=weights,
+        critic=critic,
+        reference=reference,
+        eval_rows=held_out,
     )
     trainer.resume()
     trainer.train()
