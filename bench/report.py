@@ -200,10 +200,13 @@ def runs_table(record: Record) -> list[str]:
     for who, runs in record.runs.items():
         cells = []
         for name in quantities:
-            found = [x for run in runs for x in listed(run.get(name)) if is_number(x)]
+            found = [x for run in runs if name in run for x in listed(run[name]) if is_number(x)]
             numbers = [x for x in found if x is not None]
-            missing = f" ({len(found) - len(numbers)} of {len(found)} never)" if len(numbers) < len(found) else ""
-            cells.append((shown_number(statistics.median(numbers)) if numbers else "") + missing)
+            never = len(found) - len(numbers)
+            share = f"{never} of {len(found)} never" if never else ""
+            cells.append(
+                f"{shown_number(statistics.median(numbers))} ({share})".replace(" ()", "") if numbers else share
+            )
         lines.append(f"| {who} | {' | '.join(cells)} |")
     return lines
 
