@@ -202,11 +202,10 @@ def runs_table(record: Record) -> list[str]:
         for name in quantities:
             found = [x for run in runs if name in run for x in listed(run[name]) if is_number(x)]
             numbers = [x for x in found if x is not None]
-            never = len(found) - len(numbers)
-            share = f"{never} of {len(found)} never" if never else ""
-            cells.append(
-                f"{shown_number(statistics.median(numbers))} ({share})".replace(" ()", "") if numbers else share
-            )
+            cell = [shown_number(statistics.median(numbers))] if numbers else []
+            if len(numbers) < len(found):
+                cell.append(f"({len(found) - len(numbers)} of {len(found)} never)")
+            cells.append(" ".join(cell))
         lines.append(f"| {who} | {' | '.join(cells)} |")
     return lines
 

@@ -1,6 +1,8 @@
 """Human feedback in the terminal: two answers to a prompt, a person's choice, one more line in a file of pairs."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ppo_fast.errors import UserError
-from ppo_fast.preferences import read_pairs
+from ppo_fast.preferences import Pair, read_pairs
 from ppo_fast.progress import printable
 
 KEYS = "1 or 2: the better answer; s: skip; q: save and leave"
@@ -79,7 +81,7 @@ def label(
         if choice == "s":
             continue
         chosen, rejected = (first, second) if choice == "1" else (second, first)
-        pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "kind": "person"}
+        pair = dataclasses.asdict(Pair(row["prompt"], chosen, rejected, "person"))
         _append(out, json.dumps(pair, ensure_ascii=False) + "\n")
         made += 1
     console.print(f"{made} choices were added to {out}")
@@ -116,8 +118,10 @@ def _append(path: str | Path, line: str) -> None:
     """Writes a line, behind a line break if the file ends within one."""
     try:
         with Path(path).open("a+b") as file:
-            file.seek(0)
-            cut = file.read()[-1:] not in (b"", b"\n")
+            cut = False
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                cut = file.read() != b"\n"
             file.write(("\n" * cut + line).encode())
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error

@@ -198,7 +198,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
 
 
 def test_words_that_differ_in_a_vowel_sign_are_the_same():
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed (the extra ppo_fast[rewards])")
     assert rouge_l(P * 2, ["की", "Zu\u0308rich"], ["का", "Zürich"]) == [0.0, 1.0]
     assert rouge_l(P, ["\u2764\ufe0f yes"], ["yes"]) == [1.0]  # an emoji's mark is no word
     assert no_echo(["Zürich"], ["Zu\u0308rich"]) == [0.0]
@@ -288,7 +288,7 @@ def test_forms():
     assert matches(P * 2, ["1", "1"], ["1", "2"]) == [1, 0]
     schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
     answers = ['{"n": 1}', '```json\n{"n": 1}\n```', '{"n": "1"}', "n = 1", "", "[" * 100_000, "NaN"]
-    pytest.importorskip("jsonschema")
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed (the extra ppo_fast[rewards])")
     assert json_schema(P * 7, answers, schema) == [1, 1, 0.5, 0, 0, 0, 0.5]
     assert json_schema(P * 2, ["1", "1"], ['{"type": "integer"}', {"type": "string"}]) == [1, 0.5]
     with pytest.raises(ValueError, match="not a JSON Schema: 'nothing' is not valid"):
@@ -298,7 +298,7 @@ def test_forms():
 
 
 def test_a_bad_schema_is_a_silent_zero_as_long_as_no_answer_is_json(monkeypatch):
-    pytest.importorskip("jsonschema")
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed (the extra ppo_fast[rewards])")
     for schema in ('{"type"', {"type": "nothing"}, "3"):
         with pytest.raises(ValueError, match="not a JSON Schema"):
             json_schema(P, ["no JSON"], schema)
@@ -614,8 +614,8 @@ def test_every_public_reward_says_where_it_comes_from_and_shows_an_example():
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in Path(rewards.__file__).parent.glob("[a-z]*.py")))
 def test_examples_in_docstrings_are_true(name):
-    pytest.importorskip("rouge_score")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed (the extra ppo_fast[rewards])")
     pytest.importorskip("sacrebleu")
-    pytest.importorskip("jsonschema")
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed (the extra ppo_fast[rewards])")
     result = doctest.testmod(importlib.import_module(f"ppo_fast.rewards.{name}"))
     assert result.failed == 0
