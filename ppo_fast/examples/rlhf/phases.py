@@ -311,10 +311,8 @@ def ppo(
     training = parts["supervised"] + parts["preferences"]
     rows = [{"prompt": s.prompt} for s in stretches(tokenizer, training, settings.prompts, settings.seed + 5)]
     held_out = [{"prompt": s.prompt} for s in held_out_stretches(tokenizer, parts, settings)]
-    with no_loading_bars():
-        reference = (
-            load_supervised(out)[0] if fixed_kl == 0 else None
-        )  # the trainer keeps none then, and its KL is to be shown
+    with no_loading_bars():  # without a penalty the trainer would keep no reference, and the KL is to be shown
+        reference = load_supervised(out)[0] if fixed_kl == 0 else None
     trainer = PPOTrainer(
         config,
         actor,
