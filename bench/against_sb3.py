@@ -6,8 +6,9 @@
 Of each run: environment steps per second of the training, by the clock and per second of the processor, which other
 users of the machine disturb less (evaluation and set-up are not in it); the mean return of the last 100 training
 episodes; after how many steps that mean first was at least `solved` (with 100 episodes behind it);
-and the mean return of 20 evaluation episodes with the likeliest actions. Then the update alone: one rollout is
-collected by SB3's policy, and both learn from that very rollout with the same weights, epochs and minibatches.
+and the mean return of 100 evaluation episodes with the likeliest actions, from the same first states for all. Then the
+update alone: one rollout is collected by SB3's policy, and both learn from that very rollout with the same weights,
+epochs and minibatches.
 
 The zoo's settings for CartPole reach 475 within 70 000 steps on about two seeds of three, with either program: a mean
 over 100 episodes of 500 steps needs nearly perfect play from step 20 000 on. OWN has settings that do it on every seed
@@ -32,6 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
@@ -39,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is 
 
 from ppo_fast.classic import Batch, ClassicConfig, ClassicTrainer
 
-EVALUATION_EPISODES = 20
+EVALUATION_EPISODES = 100
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3")
 
 # rl-baselines3-zoo, hyperparams/ppo.yml; what is not there is SB3's default
@@ -142,6 +144,19 @@ def summary(
     }
 
 
+def evaluate(env: str, act: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    """Returns of episodes from first states that are the same for everybody; act: observations [1, ...] to actions."""
+    one, returns = gymnasium.make(env), []
+    for seed in range(EVALUATION_EPISODES):
+        observation, _ = one.reset(seed=1_000_000 + seed)  # no environment of a training begins there
+        total, over = 0.0, False
+        while not over:
+            observation, reward, terminated, truncated, _ = one.step(act(observation[None])[0])
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
+
+
 def our_config(env: str, seed: int, zoo: dict[str, Any]) -> ClassicConfig:
     return ClassicConfig(
         env=env,
@@ -173,8 +188,7 @@ def run_ours(env: str, seed: int, zoo: dict[str, Any], own: dict[str, Any] | Non
         trainer.step()
         episodes += [(at, total) for at, total, _ in trainer.finished]
     seconds = watch.read()
-    evaluation = trainer.evaluate(EVALUATION_EPISODES)
-    return summary(episodes, seconds, collect.seconds, trainer.steps_done, zoo, evaluation)
+    return summary(episodes, seconds, collect.seconds, trainer.steps_done, zoo, evaluate(env, trainer.act))
 
 
 def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:
@@ -210,7 +224,6 @@ def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:
 
 def run_sb3(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> dict[str, Any]:
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.evaluation import evaluate_policy
 
     episodes: list[tuple[int, float]] = []
 
@@ -226,11 +239,12 @@ def run_sb3(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> dict[str,
     watch = Watch()
     model.learn(zoo["steps"], callback=Notes())
     seconds = watch.read()
-    envs = model.get_env()
-    if zoo.get("norm"):
-        envs.training, envs.norm_reward = False, False
-    evaluation, _ = evaluate_policy(model, envs, EVALUATION_EPISODES, return_episode_rewards=True)
-    return summary(episodes, seconds, seconds[1] - learning.seconds, model.num_timesteps, zoo, evaluation)
+    normalized = model.get_env().normalize_obs if zoo.get("norm") else np.asarray
+
+    def act(observations: np.ndarray) -> np.ndarray:
+        return model.predict(normalized(observations), deterministic=True)[0]
+
+    return summary(episodes, seconds, seconds[1] - learning.seconds, model.num_timesteps, zoo, evaluate(env, act))
 
 
 def copy_weights(policy: Any, trainer: ClassicTrainer) -> None:
@@ -311,6 +325,19 @@ def processor() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
+def with_other_seeds(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The new record with the old one's runs of other seeds, if nothing but the seeds was different."""
+    same = ("commit", "machine", "versions", "hyperparameters", "own")
+    if any(new[name] != old.get(name) for name in same):
+        return new
+    runs = {}
+    for who, mine in new["runs"].items():
+        seeds = {run["seed"] for run in mine}
+        kept = [run for run in old["runs"].get(who, []) if run["seed"] not in seeds]
+        runs[who] = sorted([*kept, *mine], key=lambda run: run["seed"])
+    return {**new, "runs": runs, "update_processor_ms": new["update_processor_ms"] or old["update_processor_ms"]}
+
+
 def show(env: str, runs: dict[str, list[dict[str, Any]]], zoo: dict[str, Any]) -> None:
     print(f"{env}: {zoo['steps']} steps, solved at {zoo['solved']} over 100 episodes")
     for who, results in runs.items():
@@ -322,7 +349,12 @@ def show(env: str, runs: dict[str, list[dict[str, Any]]], zoo: dict[str, Any]) -
         print(f"  {who:12} {speed:8.0f} steps/s by the clock, {processor_speed:8.0f} per processor second;", end=" ")
         print(f"a rollout takes {collect:.1f} ms of the processor, its update {ms / processor_speed - collect:.1f} ms")
         for name in ("solved_at", "last_100", "evaluation"):
-            print(f"    {name:12}", *(f"{x[name]:10.1f}" if x[name] is not None else f"{'never':>10}" for x in results))
+            numbers = [x[name] for x in results]
+            print(f"    {name:12}", *(f"{x:8.1f}" if x is not None else f"{'never':>8}" for x in numbers), end="")
+            if len(numbers) > 1 and None not in numbers:
+                error = statistics.stdev(numbers) / len(numbers) ** 0.5
+                print(f"   mean {statistics.fmean(numbers):.1f}, its standard error {error:.1f}", end="")
+            print()
 
 
 def main() -> None:
@@ -333,7 +365,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the zoo's")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's, for both")
     parser.add_argument("--updates", type=int, default=20, help="repeats of the update alone; 0: leave it out")
-    parser.add_argument("--out", type=Path, help="JSON record; other environments that it holds stay")
+    parser.add_argument("--out", type=Path, help="JSON record; other environments and seeds that it holds stay")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     zoo = {**ZOO[options.env], **({"steps": options.steps} if options.steps else {})}
@@ -362,7 +394,7 @@ def main() -> None:
             print(f"  after one update of the same weights the values of both differ by at most {difference:.1e}")
     if options.out:
         record = json.loads(options.out.read_text()) if options.out.exists() else {}
-        record[options.env] = {
+        new = {
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "machine": {"processor": processor(), "threads": torch.get_num_threads()},
@@ -372,6 +404,7 @@ def main() -> None:
             "runs": runs,
             "update_processor_ms": update,
         }
+        record[options.env] = with_other_seeds(new, record.get(options.env, {}))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record) + "\n")
 
