@@ -35,7 +35,8 @@ import ppo_fast as ppo
 from ppo_fast import checkpoint, classic_state
 from ppo_fast.classic_config import ClassicConfig, add_arguments
 from ppo_fast.classic_log import Log
-from ppo_fast.classic_network import Adam, Dense, Moments, Network, pick_device
+from ppo_fast.classic_network import Adam, Dense, Moments, Network
+from ppo_fast.device import pick_device
 from ppo_fast.envs.vector import (
     environment_states,
     make_envs,
@@ -79,7 +80,7 @@ class ClassicTrainer:
         self, config: ClassicConfig, *, env_kwargs: dict[str, Any] | None = None, envs: VectorEnv | None = None
     ) -> None:
         self.config, self.env_kwargs = config, parse_arguments(config.env_kwargs) | (env_kwargs or {})
-        self.device = pick_device(config.device, config.backend)
+        self.device = pick_device(config.device, config.backend)  # type: ignore[arg-type]
         choice = {"vectorization": config.vectorization, "autoreset": config.autoreset}
         # Detail 1: N environments step together
         self.envs = envs or make_envs(config.env, self.env_kwargs, count=config.num_envs, **choice)
@@ -109,6 +110,8 @@ class ClassicTrainer:
         self.first_action = int(getattr(action, "start", 0))
         self.num_actions = int(action.n) if isinstance(action, spaces.Discrete) else action.shape[0]
         self.categories = int(observation.n) if isinstance(observation, spaces.Discrete) else 0  # become one-hot
+        if self.categories and self.config.normalize_observations:
+            raise UserError(f"{self.config.env} has the observation space {observation}: there is nothing to normalize")
         self.shape = (self.categories,) if self.categories else tuple(observation.shape or ())
         pixels = len(self.shape) == 3 and observation.dtype == np.uint8
         cnn = self.config.network == "cnn" or (pixels and self.config.network == "auto")

@@ -3,9 +3,8 @@
 import argparse
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from ppo_fast.config import check_setting, setting
+from ppo_fast.config import add_option, check_setting, setting
 from ppo_fast.errors import UserError
 
 
@@ -72,6 +71,7 @@ class ClassicConfig:
     threads: int = setting(1, "PyTorch's threads; small networks are fastest with 1; 0: as they are", 0)
     backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
     eval_episodes: int = setting(10, "episodes of the evaluation after the last update, likeliest actions", 0)
+    eval_max_steps: int = setting(100_000, "where an evaluation episode is cut: a policy may walk in circles", 1)
     record: str = setting(
         "none", "pictures of the first evaluation episode, at most 500", choices=("none", "gif", "png")
     )
@@ -102,21 +102,5 @@ class ClassicConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of ClassicConfig as options of a command line."""
     for option in dataclasses.fields(ClassicConfig):
-        flag, kind, metadata = "--" + option.name.replace("_", "-"), str(option.type), option.metadata
-        default: Any = option.default
-        if "bool" in kind:
-            text = f"{metadata['help']} (default: {'yes' if default else 'no'})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-            continue
-        low, high = metadata["low"], metadata["high"]
-        bounds = "" if low is None else f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
-        text = f"{metadata['help']} (default: {'none' if default is None else default}{bounds})".replace("%", "%%")
-        name = next(x for x in ("int", "float", "str") if x in kind)
-        parser.add_argument(
-            flag,
-            type={"int": int, "float": float, "str": str}[name],
-            default=default,
-            choices=metadata["choices"] or None,
-            metavar=None if metadata["choices"] else name.upper(),
-            help=text,
-        )
+        add_option(parser, option)
+    parser.set_defaults(**{option.name: option.default for option in dataclasses.fields(ClassicConfig)})

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppo_fast.classic_config import ClassicConfig
-from ppo_fast.errors import UserError
-from ppo_fast.ops import uses_triton
 
 
 class Dense(nn.Module):
@@ -189,16 +187,3 @@ class Moments:
             delta, total = x.mean(0) - self.mean, self.count + len(x)
             self.var = (self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / total) / total
             self.mean, self.count = self.mean + delta * len(x) / total, total
-
-
-def pick_device(name: str, backend: str) -> torch.device:
-    try:
-        probe = torch.zeros((), device=name)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, no such GPU, a PyTorch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device = {name} cannot be used: {reason}; use cpu") from error
-    try:
-        uses_triton(backend, probe)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
-    return probe.device

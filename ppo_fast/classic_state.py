@@ -1,6 +1,7 @@
 """What a run of classic.py leaves behind and takes up again: its checkpoints; and how good its policy is."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 MOST_FRAMES = 500
 RUNNING = ("episode_return", "episode_length", "discounted_return")  # arrays [N] of a trainer
 # Options that may differ between a run and its continuation
-FREE = {"out", "resume", "quiet", "save_every", "tensorboard", "eval_episodes", "record", "total_steps", "threads"}
+FREE = {"out", "resume", "quiet", "save_every", "tensorboard", "total_steps", "threads"}
+FREE |= {"eval_episodes", "eval_max_steps", "record"}
 
 
 def picture(env: gymnasium.Env) -> np.ndarray:
@@ -59,12 +61,17 @@ def evaluate(trainer: "ClassicTrainer", episodes: int, *, record: str = "none") 
             picture(env)
         for episode in range(episodes):
             raw, _ = env.reset(seed=trainer.config.seed + 1_000_000 + episode)
-            total, done, frames = 0.0, False, [picture(env)] if more and episode == 0 else []
-            while not done:
+            total, frames = 0.0, [picture(env)] if more and episode == 0 else []
+            for _ in range(trainer.config.eval_max_steps):
                 raw, reward, terminated, truncated, _ = env.step(trainer.act(np.asarray(raw)[None])[0])
-                total, done = total + float(reward), terminated or truncated
+                total += float(reward)
                 if frames and len(frames) < MOST_FRAMES:
                     frames.append(picture(env))
+                if terminated or truncated:
+                    break
+            else:
+                message = f"evaluation episode {episode} is cut after {trainer.config.eval_max_steps} steps"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
             returns.append(total)
             if frames:
                 write_frames(frames, Path(str(trainer.config.out)), record, fps=env.metadata.get("render_fps") or 30)

@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.config import PPOConfig, nearest, options_of, read_yaml
+from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
 from ppo_fast.rewards.spec import load_reward
 
@@ -120,7 +121,7 @@ def build_parser() -> tuple[_Parser, _Parser]:
         help="go on from the newest checkpoint in OUT, or start if there is none yet; with the same options and data",
     )
     for option in dataclasses.fields(PPOConfig):
-        _add_option(train, option)
+        add_option(train, option)
     commands.add_parser("classic", help="train on a Gymnasium environment: ppo-fast classic --help", add_help=False)
     label = commands.add_parser("label", help="choose the better of two answers, to train a reward model on")
     label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
@@ -131,47 +132,6 @@ def build_parser() -> tuple[_Parser, _Parser]:
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
     doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     return parser, train
-
-
-def _add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> None:
-    flag = "--" + option.name.replace("_", "-")
-    default = "none" if option.default in (None, ()) else option.default
-    if isinstance(default, bool):
-        default = "yes" if default else "no"
-    text = f"{option.metadata['help']} (default: {default}{_range(option)})".replace("%", "%%")
-    kind = str(getattr(option.type, "__name__", option.type))
-    if "bool" in kind:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        return
-    if "tuple" in kind:
-        parser.add_argument(flag, nargs="+", metavar="TEXT", help=text)
-        return
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    kind = next(name for name in types if name in kind.replace("None", ""))
-    parser.add_argument(
-        flag,
-        type=_or_none(types[kind]) if "None" in str(option.type) else types[kind],
-        choices=option.metadata["choices"] or None,
-        metavar=None if option.metadata["choices"] else kind.upper(),
-        help=text,
-    )
-
-
-def _range(option: dataclasses.Field) -> str:
-    low, high = option.metadata["low"], option.metadata["high"]
-    if low is None:
-        return ""
-    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
-
-
-def _or_none(kind: type) -> Any:
-    """A type of argparse that also takes "none"."""
-
-    def convert(text: str) -> Any:
-        return None if text == "none" else kind(text)
-
-    convert.__name__ = kind.__name__  # argparse names it in its message
-    return convert
 
 
 def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[PPOConfig, dict[str, Any]]:
@@ -244,7 +204,8 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     if len(weights) != len(names):
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
     # transformers takes seconds to import: bad input is reported before
-    from ppo_fast.models import Critic, load_actor, load_reward_model, pick_device
+    from ppo_fast.device import pick_device
+    from ppo_fast.models import Critic, load_actor, load_reward_model
     from ppo_fast.reward import RewardModel
     from ppo_fast.trainer import PPOTrainer
 
@@ -355,7 +316,8 @@ def _recipe(arguments: argparse.Namespace) -> int:
             print(f"{name:20}{recipes.describe(name)}")
         return 0
     config, *_ = recipes.copy(arguments.name, arguments.folder or arguments.name)
-    print(f"{config} and its prompts are written; ppo-fast train --config {config} --model DIR --out runs/first")
+    command = f"ppo-fast train --config {shlex.quote(str(config))} --model DIR --out runs/first"
+    print(f"{config} and its prompts are written; {command}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Every option of the trainer: one dataclass, each field with its unit and where its default comes from; and YAML."""
 
+import argparse
 import dataclasses
 import difflib
 from collections.abc import Iterable
@@ -177,6 +178,48 @@ def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"lie in [{low:g}, {high:g}]" if high is not None else f"be at least {low:g}"
         raise UserError(f"{name} must {bounds}, got {value}")
+
+
+def add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> None:
+    """A field made by `setting` as an option of a command line; what its default is stands in the help only."""
+    flag = "--" + option.name.replace("_", "-")
+    default = "none" if option.default in (None, ()) else option.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    text = f"{option.metadata['help']} (default: {default}{_range(option)})".replace("%", "%%")
+    kind = str(getattr(option.type, "__name__", option.type))
+    if "bool" in kind:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        return
+    if "tuple" in kind:
+        parser.add_argument(flag, nargs="+", metavar="TEXT", help=text)
+        return
+    types: dict[str, Any] = {"int": int, "float": float, "str": str}
+    kind = next(name for name in types if name in kind.replace("None", ""))
+    parser.add_argument(
+        flag,
+        type=_or_none(types[kind]) if "None" in str(option.type) else types[kind],
+        choices=option.metadata["choices"] or None,
+        metavar=None if option.metadata["choices"] else kind.upper(),
+        help=text,
+    )
+
+
+def _range(option: dataclasses.Field) -> str:
+    low, high = option.metadata["low"], option.metadata["high"]
+    if low is None:
+        return ""
+    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
+
+
+def _or_none(kind: type) -> Any:
+    """A type of argparse that also takes "none"."""
+
+    def convert(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

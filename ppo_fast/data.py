@@ -226,7 +226,13 @@ class Prompts:
         return torch.randperm(len(self.rows), generator=generator).tolist()
 
 
+def with_all_fields(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that all have the same fields, in the same order: None where one lacks what another has."""
+    fields = dict.fromkeys(name for row in rows for name in row)
+    return [{**fields, **row} for row in rows]
+
+
 def columns(rows: list[dict[str, Any]], repeat: int) -> dict[str, list]:
     """Rows to columns, each row `repeat` times; a field that some rows lack is None there."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows for _ in range(repeat)] for name in names}
+    rows = with_all_fields(rows)
+    return {name: [row[name] for row in rows for _ in range(repeat)] for name in rows[0]}

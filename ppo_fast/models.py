@@ -23,16 +23,6 @@ from ppo_fast.errors import UserError
 from ppo_fast.heads import decoder_of
 
 
-def pick_device(name: str) -> torch.device:
-    """The device an option names; "auto" is a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 @contextmanager
 def no_loading_bars() -> Iterator[None]:
     """transformers without its progress bars: a run has one of its own."""

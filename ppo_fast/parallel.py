@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.models import pick_device
 from ppo_fast.rollout import Rollout
 
 T = TypeVar("T")
@@ -143,12 +143,13 @@ def start(config: PPOConfig) -> World:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
-            return World(0, 1, "one", pick_device(config.device))
+            return World(0, 1, "one", pick_device(config.device, config.backend))  # type: ignore[arg-type]
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    device = pick_device(config.device)
+    if config.device != "cpu" and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # before anything else: else each process would hold memory of the first GPU, too
+    device = pick_device(config.device, config.backend)  # type: ignore[arg-type]
     if device.type == "cuda":
         device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if config.prompts_per_step < size:

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from ppo_fast.config import PPOConfig, write_yaml
 from ppo_fast.data import as_text
+from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.models import pick_device
 from ppo_fast.rollout import Rollout
 
 SAMPLES_SHOWN = 5

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.data import Prompt
+from ppo_fast.data import Prompt, columns
 from ppo_fast.errors import RewardError, UserError
-from ppo_fast.rewards.spec import arguments_of
+from ppo_fast.rewards.spec import arguments_of, check_columns
 from ppo_fast.rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[Any]]
@@ -87,6 +87,14 @@ def _culprit(function: RewardFunction, prompts: list[str], completions: list[str
 
 def _weighted(values: list[float | list[float]], weight: float) -> list[float | list[float]]:
     return [[weight * x for x in value] if isinstance(value, list) else weight * value for value in values]
+
+
+def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, Any]]) -> None:
+    """Refuses rows that lack a column that a reward function asks for: now, not after the first answers."""
+    known = columns(rows[:1], 1)
+    known.pop("prompt")
+    for function in functions.values():
+        check_columns(function, {"completion_ids": [], **known})
 
 
 def check_weights(weights: dict[str, float] | None, functions: dict[str, RewardFunction]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
-from ppo_fast.data import Prompts
+from ppo_fast.data import Prompts, with_all_fields
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
@@ -34,7 +34,7 @@ from ppo_fast.models import (
 from ppo_fast.parallel import ONE, World, shard, start, whole_state
 from ppo_fast.policy import FrozenReference, Policy
 from ppo_fast.progress import Progress
-from ppo_fast.reward import RewardFunction, check_weights, score
+from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
 from ppo_fast.rollout import Rollout
 from ppo_fast.run_state import capture, digest, restore
 from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
@@ -88,9 +88,10 @@ class PPOTrainer:
         self.sampler = own if sampler is None else sampler
         if self.world.size > 1:
             transformers.set_seed(config.seed + self.world.rank)  # each samples other answers; all else is agreed on
-        kept, self.prompts_left_out = drop_long_prompts(rows, tokenizer, self.actor, config)
+        kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, self.actor, config)
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
+        check_rewards(self.rewards, kept)
         self.reward_weights = check_weights(reward_weights, self.rewards)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
@@ -217,6 +218,8 @@ class PPOTrainer:
                     " line, eval_rows=... in Python"
                 )
             return None
+        rows = with_all_fields(rows)
+        check_rewards(self.rewards, rows)
         return Evaluator(
             rows=rows,
             trained_on=self.prompts.rows,

@@ -504,6 +504,15 @@ def test_an_environment_of_another_kind_is_evaluated_after_the_training():
     assert trainer.steps_done == 0
 
 
+def test_an_evaluation_without_an_end_never_ends():
+    """Without slip, in FrozenLake, an untrained policy walks against a wall; here no step limit ends that."""
+    lake = {"env": "FrozenLake-v1", "env_kwargs": '{"is_slippery": false, "max_episode_steps": -1}'}
+    trainer = ClassicTrainer(small(**lake, eval_max_steps=50))
+    trainer.act = lambda observations: np.zeros(1, int)
+    with pytest.warns(RuntimeWarning, match="episode 0 is cut after 50 steps"):
+        assert trainer.evaluate(1) == [0.0]
+
+
 class Guarded(Target):
     """Ends never; its state is the user's own affair, or something that JSON cannot hold."""
 
@@ -623,7 +632,8 @@ def test_a_bad_option_is_accepted(options, message):
         ({"env_kwargs": '{"colour": 1}'}, "unexpected keyword argument"),
         ({"env": "Blackjack-v1"}, "observation space Tuple"),
         ({"network": "cnn"}, "network = cnn needs images"),
-        ({"device": "abacus"}, "device = abacus cannot be used"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"env": "FrozenLake-v1", "normalize_observations": True}, r"Discrete\(16\): there is nothing to normalize"),
         ({"env": "FrozenLake-v1", "env_kwargs": '{"map_name": "9x9"}'}, r"FrozenLake-v1: KeyError\('9x9'\)"),
         ({"vectorization": "vector_entry_point", "env": "Acrobot-v1"}, "vector entry point"),
     ],
@@ -781,6 +791,7 @@ def test_command_line_and_dataclass_disagree():
     assert vars(parser.parse_args([])) == dataclasses.asdict(defaults)
     given = parser.parse_args(["--env", "Pendulum-v1", "--target-kl", "0.1", "--no-tensorboard", "--network", "mlp"])
     assert (given.env, given.target_kl, given.tensorboard, given.network) == ("Pendulum-v1", 0.1, False, "mlp")
+    assert parser.parse_args(["--target-kl", "none"]).target_kl is None  # as the help prints it
     assert "Adam's learning rate (default: 0.00025; at least 0)" in " ".join(parser.format_help().split())
 
 

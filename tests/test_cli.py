@@ -105,6 +105,8 @@ def write(folder: Path, text: str) -> dict[str, str]:
         (lambda f: {"reward": f"{f / 'rewards.py'}:nan"}, "expected a finite number, got nan"),
         (lambda f: {"model": str(save_tiny_model(f / "nopad", pad=False))}, "has no pad token"),
         (lambda f: {"gamma": "2"}, "gamma must lie in [0, 1], got 2.0"),
+        (lambda f: {"reward": "ppo_fast.rewards:f1(reference=solution)"}, "no column 'solution', which a reward asks"),
+        (lambda f: {"reward": "ppo_fast.rewards:f1"}, "no column 'reference', which the reward 'f1' asks for"),
         (lambda f: {"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         (lambda f: {"out": str(f / "prompts.jsonl" / "x")}, "cannot write to"),
     ],
@@ -118,6 +120,38 @@ def test_bad_input_gets_one_clear_line(folder, capsys, change, message):
     assert error.startswith("ppo-fast: error: ")
     assert "Traceback" not in error
     assert error.count("\n") == 1
+
+
+def test_a_column_that_rewards_need_is_missed_only_after_sampling(folder, capsys, monkeypatch):
+    def sample(*arguments):
+        raise AssertionError("answers were sampled")
+
+    monkeypatch.setattr("ppo_fast.trainer.respond", sample)
+    pool = folder / "pool.py"
+    judge = "Pool('ppo_fast.rewards:f1(reference=solution)', timeout=1.0, fallback=0.0)"
+    pool.write_text(f"from ppo_fast.rewards import Pool\njudge = {judge}\n")
+    assert main(command(folder, reward=f"{pool}:judge")) == 1
+    assert "no column 'solution'" in capsys.readouterr().err
+    (folder / "held_out.jsonl").write_text('{"question": "What?"}\n')
+    with_reference = {"reward": "ppo_fast.rewards:f1(reference=answer)"}
+    more = {"eval-prompts": str(folder / "held_out.jsonl"), "eval-every": "1"}
+    assert main(command(folder, **with_reference, **more)) == 1
+    assert "no column 'answer'" in capsys.readouterr().err
+
+
+def test_a_column_that_some_rows_lack_ends_the_run_at_a_step_without_it(folder):
+    rows = [{"question": f"What is {i}?", **({"hint": "yes"} if i == 0 else {})} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "hints.py").write_text("def hints(prompts, completions, hint): return [float(x is None) for x in hint]\n")
+    assert main(command(folder, **{"reward": f"{folder / 'hints.py'}:hints", "total-steps": "3"})) == 0
+    scores = [json.loads(line)["score"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(scores) == [0.75, 1.0, 1.0]
+
+
+def test_triton_without_a_gpu_ends_in_a_traceback(folder, capsys, monkeypatch):
+    monkeypatch.setattr("ppo_fast.kernels.launch.interpreting", lambda: False)
+    assert main(command(folder, backend="triton")) == 1
+    assert "backend='triton' needs" in capsys.readouterr().err
 
 
 def test_an_unknown_option_names_the_nearest(folder, capsys):

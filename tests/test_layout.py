@@ -18,7 +18,7 @@ LEVELS = [
     {"kernels"},
     {"checks", "config"},
     {"ops"},
-    {"", "data", "rollout", "attention", "checkpoint", "interrupt"},  # "" is ppo_fast/__init__.py
+    {"", "data", "device", "rollout", "attention", "checkpoint", "interrupt"},  # "" is ppo_fast/__init__.py
     {"packing"},
     {"heads"},
     {"models", "plots"},

@@ -1,6 +1,7 @@
 """Recipes are copied whole, run as they are, and their prompts are fit for their rewards."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_recipes_are_listed(capsys):
     shown = capsys.readouterr().out
     for name in recipes.NAMES:
         assert name in shown
+
+
+def test_the_command_that_follows_a_recipe_breaks_at_a_blank(tmp_path: Path, capsys):
+    assert main(["recipe", "dialogue", str(tmp_path / "my chats")]) == 0
+    assert shlex.split(capsys.readouterr().out)[-5] == str(tmp_path / "my chats" / "recipe.yaml")
 
 
 def test_what_is_there_is_not_overwritten_and_a_wrong_name_gets_the_nearest(tmp_path: Path, capsys):

@@ -29,8 +29,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.models import pick_device
 from ppo_fast.plots import draw_learning_curves
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer

@@ -23,8 +23,9 @@ from rich.table import Table
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import prompt_ids, read_prompts
+from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.models import load_actor, pick_device
+from ppo_fast.models import load_actor
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
 from ppo_fast.sample import GenerateSampler, drop_long_prompts
 

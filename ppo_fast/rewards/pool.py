@@ -8,13 +8,13 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ppo_fast.errors import UserError
 from ppo_fast.rewards.overlap import package
-from ppo_fast.rewards.spec import arguments_of, load_reward
+from ppo_fast.rewards.spec import arguments_of, check_columns, load_reward
 
 
 class Pool:
@@ -66,7 +66,7 @@ class Pool:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> list[Any]:
         """One number for each answer, in their order."""
-        taken = arguments_of(self.function, columns)
+        taken = self.columns_taken(columns)
         jobs = [
             self._pool.schedule(
                 _judge,
@@ -93,6 +93,12 @@ class Pool:
                 job.cancel()
         self.failed = failures / max(1, len(jobs))
         return values
+
+    def columns_taken(self, columns: Mapping[str, list]) -> dict[str, list]:
+        """The columns that the function gets."""
+        taken = arguments_of(self.function, columns)
+        check_columns(self.function, taken)
+        return taken
 
     def _result(self, job: Any) -> float | str:
         """A number, or why there is none."""

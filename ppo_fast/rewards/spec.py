@@ -32,13 +32,17 @@ class Configured:
     columns: dict[str, str] = field(default_factory=dict)  # argument: column
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> Sequence[Any]:
+        return self.function(prompts, completions, **self.options, **self.columns_taken(columns))
+
+    def columns_taken(self, columns: Mapping[str, list]) -> dict[str, list]:
+        """The columns that the function gets, by the names of its arguments."""
         missing = [column for column in self.columns.values() if column not in columns]
         if missing:
             known = ", ".join(columns)
             raise UserError(f"the data has no column {missing[0]!r}, which a reward asks for; it has {known}")
         renamed = {argument: columns[column] for argument, column in self.columns.items()}
         bound = functools.partial(self.function, **self.options)
-        return bound(prompts, completions, **arguments_of(bound, {**columns, **renamed}, given=set(renamed)))
+        return arguments_of(bound, {**columns, **renamed}, given=set(renamed))
 
 
 def arguments_of(
@@ -74,6 +78,13 @@ def arguments_of(
                 f" {called}({name}={parameter.default!r}), or rename the column"  # type: ignore[union-attr]
             )
     return free
+
+
+def check_columns(function: Callable[..., Any], columns: Mapping[str, list]) -> None:
+    """Raises what a call would, of the columns that a reward function needs."""
+    columns = arguments_of(function, columns)
+    if (inner := getattr(function, "columns_taken", None)) is not None:  # Configured, Pool
+        inner(columns)
 
 
 def load_reward(spec: str) -> Any:

@@ -25,6 +25,7 @@ from transformers import (
 
 from ppo_fast.checkpoint import UNFINISHED, recover, replace
 from ppo_fast.config import PPOConfig
+from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
 from ppo_fast.examples.rlhf import report
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
@@ -38,7 +39,7 @@ from ppo_fast.examples.rlhf.text import (
     stretches,
 )
 from ppo_fast.heads import decoder_of
-from ppo_fast.models import Critic, load_reward_model, no_loading_bars, pick_device
+from ppo_fast.models import Critic, load_reward_model, no_loading_bars
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
 from ppo_fast.rewards import Fluency
 from ppo_fast.sample import generate
