@@ -23,7 +23,29 @@ from ppo_fast.kernels.cpu import in_threads, shares
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
 KINDS = ("k1", "k2", "k3", "abs")
-_BY_TOKEN, _CLIPPED, _AFTER_LAST = (1 << bit for bit in range(3))
+_BY_TOKEN, _CLIPPED, _AFTER_LAST, _SUMMED = (1 << bit for bit in range(4))
+SUMS = ("rows", "tokens", "kl", "rewards", "scores")  # of a row; the first is 1 if anything counts in it
+_ANY_ORDER = {"contract", "reassoc", "nsz"}  # of a sum, but always the same; NaN and infinity keep their meaning
+
+
+@numba.njit(forceinline=True, fastmath=_ANY_ORDER, error_model="numpy")
+def _sum_between(x: Any, mask: Any, masked: int, start: int, stop: int) -> float:
+    total = 0.0
+    if masked:
+        for i in range(start, stop):
+            total += x[i] if mask[i] != 0 else 0.0
+    else:
+        for i in range(start, stop):
+            total += x[i]
+    return total
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _count_between(mask: Any, start: int, stop: int) -> int:
+    count = 0
+    for i in range(start, stop):
+        count += mask[i] != 0
+    return count
 
 
 def _shape(
@@ -34,6 +56,7 @@ def _shape(
     rewards: Any,  # outputs
     kl: Any,
     longer: Any,  # (B, T) with _AFTER_LAST: the mask with the score's slot
+    sums: Any,  # (B, len(SUMS)) fp64 with _SUMMED
     coef: float,
     score_clip: float,
     clamp: float,  # of the log-ratio in k3
@@ -65,25 +88,35 @@ def _shape(
         if options & _AFTER_LAST:
             for i in range(start, start + T):
                 longer[i] = mask[i]
+        raw, tokens = 0.0, T  # the scores that count, before they are clipped
+        if options & _SUMMED:
+            tokens = _count_between(mask, start, start + T)
         if options & _BY_TOKEN:
+            if options & _SUMMED:
+                raw = _sum_between(scores, mask, 1, start, start + T)
             for i in range(start, start + T):
                 score = scores[i]
                 if options & _CLIPPED:
                     score = min(max(score, -score_clip), score_clip) if score == score else score
                 rewards[i] += score if mask[i] != 0 else zero
-            continue
-        slot = start + T - 1
-        while slot >= start and mask[slot] == 0:
-            slot -= 1
-        if slot < start:
-            continue  # nothing counts, nor does the score
-        if options & _AFTER_LAST:
-            slot = min(slot + 1, start + T - 1)
-            longer[slot] = 1
-        score = scores[row]
-        if options & _CLIPPED:
-            score = min(max(score, -score_clip), score_clip) if score == score else score
-        rewards[slot] += score
+        else:
+            slot = start + T - 1
+            while slot >= start and mask[slot] == 0:
+                slot -= 1
+            if slot >= start:  # else nothing counts, nor does the score
+                if options & _AFTER_LAST:
+                    slot = min(slot + 1, start + T - 1)
+                    longer[slot] = 1
+                score = scores[row]
+                raw += score
+                if options & _CLIPPED:
+                    score = min(max(score, -score_clip), score_clip) if score == score else score
+                rewards[slot] += score
+        if options & _SUMMED:
+            at = row * 5
+            sums[at], sums[at + 1], sums[at + 4] = tokens > 0, tokens, raw
+            sums[at + 2] = _sum_between(kl, mask, 0, start, start + T)
+            sums[at + 3] = _sum_between(rewards, mask, 0, start, start + T)
 
 
 def _moments(
@@ -93,16 +126,8 @@ def _moments(
     N: int,
     masked: int,
 ) -> None:
-    total, count = 0.0, N
-    if masked:
-        count = 0
-        for i in range(N):
-            counted = mask[i] != 0
-            total += x[i] if counted else 0.0
-            count += counted
-    else:
-        for i in range(N):
-            total += x[i]
+    count = _count_between(mask, 0, N) if masked else N
+    total = _sum_between(x, mask, masked, 0, N)
     mean, squares = total / max(count, 1), 0.0
     if masked:
         for i in range(N):
@@ -133,36 +158,38 @@ def _scale(
             out[i] = (x[i] - mean) * scale + shift
 
 
-def _count(mask: Any, out: Any, N: int) -> None:
-    count = 0
-    for i in range(N):
-        count += mask[i] != 0
-    out[0] = count
-
-
-def _any(mask: Any, out: Any, rows: int, T: int) -> None:
-    for row in range(rows):
-        i, stop = row * T, row * T + T
-        while i < stop and mask[i] == 0:
-            i += 1
-        out[row] = i < stop
+def _scale_in_place(
+    x: Any,  # (N,)
+    mask: Any,
+    mean: float,
+    scale: float,
+    shift: float,
+    N: int,
+    masked: int,
+) -> None:
+    """_scale to x itself: LLVM vectorises only what it knows not to overlap."""
+    if masked:
+        for i in range(N):
+            x[i] = (x[i] - mean) * scale + shift if mask[i] != 0 else 0.0
+    else:
+        for i in range(N):
+            x[i] = (x[i] - mean) * scale + shift
 
 
 def _sum(x: Any, out: Any, N: int) -> None:
-    total = 0.0
-    for i in range(N):
-        total += x[i]
-    out[0] = total
+    out[0] = _sum_between(x, x, 0, 0, N)
 
 
 _FLOATS, _FLAGS, _DOUBLES = (types.CPointer(x) for x in (types.float32, types.uint8, types.float64))
 _SIGNATURES = {
-    "shape": (_shape, [_FLOATS, _FLOATS, _FLAGS, *[_FLOATS] * 3, _FLAGS, *[types.float32] * 3, *[types.int64] * 5]),
+    "shape": (
+        _shape,
+        [_FLOATS, _FLOATS, _FLAGS, *[_FLOATS] * 3, _FLAGS, _DOUBLES, *[types.float32] * 3, *[types.int64] * 5],
+    ),
     "moments": (_moments, [_FLOATS, _FLAGS, _DOUBLES, types.int64, types.int64]),
-    "count": (_count, [_FLAGS, _DOUBLES, types.int64]),
-    "any": (_any, [_FLAGS, _FLAGS, types.int64, types.int64]),
     "sum": (_sum, [_FLOATS, _DOUBLES, types.int64]),
     "scale": (_scale, [_FLOATS, _FLAGS, _FLOATS, *[types.float64] * 3, types.int64, types.int64]),
+    "scale in place": (_scale_in_place, [_FLOATS, _FLAGS, *[types.float64] * 3, types.int64, types.int64]),
 }
 
 
@@ -170,8 +197,7 @@ _SIGNATURES = {
 def _compiled(name: str) -> tuple[Callable[..., None], Any]:
     """The C function, and the numba object that keeps its machine code alive."""
     body, arguments = _SIGNATURES[name]
-    # NaN and infinity keep their meaning; sums are taken in another order than written, but always in the same
-    fastmath = {"contract", "reassoc", "nsz"} if name in ("moments", "sum") else {"contract"}
+    fastmath = _ANY_ORDER if name == "moments" else {"contract"}
     options = {"nopython": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         code = numba.cfunc(types.void(*arguments), cache=True, **options)(body)
@@ -207,16 +233,17 @@ def shape_rewards(
     score_clip: float | None,
     reward_at: str,
     clamp: float,
+    sums: Tensor | None = None,  # [B, len(SUMS)] fp64, to be written
 ) -> tuple[Tensor, ...]:
     """eager_advantages.shape_rewards for what `takes` allows."""
     rewards, kl = torch.empty_like(logprobs), torch.empty_like(logprobs)
     by_token = scores.ndim == mask.ndim
     longer = torch.empty_like(mask) if reward_at == "after_last" and not by_token else None
     options = (_BY_TOKEN if by_token else 0) | (0 if score_clip is None else _CLIPPED)
-    options |= 0 if longer is None else _AFTER_LAST
+    options |= (0 if longer is None else _AFTER_LAST) | (0 if sums is None else _SUMMED)
     T = mask.shape[-1]
     rows = mask.numel() // T
-    tensors = (logprobs, ref_logprobs, mask, scores, rewards, kl, longer)
+    tensors = (logprobs, ref_logprobs, mask, scores, rewards, kl, longer, sums)
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
     scalars = (float(kl_coef), score_clip or 0.0, clamp, T)
     function, _ = _compiled("shape")
@@ -255,35 +282,28 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
     return count, mean, m2
 
 
-def scaled(x: Tensor, mask: Tensor | None, *, mean: float, scale: float, shift: float) -> Tensor:
+def scaled(
+    x: Tensor, mask: Tensor | None, *, mean: float, scale: float, shift: float, in_place: bool = False
+) -> Tensor:
     """(x - mean) scale + shift where counted, 0 elsewhere."""
-    out = torch.empty_like(x)
-    function, _ = _compiled("scale")
-    begin = 0 if mask is None else mask.data_ptr()
+    out = x if in_place else torch.empty_like(x)
+    function, _ = _compiled("scale in place" if in_place else "scale")
+    start, begin, end = x.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr()
 
     def work(i: int) -> None:
-        flags, place = 0 if mask is None else begin + i * _PIECE, 4 * i * _PIECE
-        function(x.data_ptr() + place, flags, out.data_ptr() + place, mean, scale, shift, _size(x, i), mask is not None)
+        place = 4 * i * _PIECE
+        pointers = (start + place, 0 if mask is None else begin + i * _PIECE, end + place)
+        function(*pointers[: 2 if in_place else 3], mean, scale, shift, _size(x, i), mask is not None)
 
     in_threads(work, _pieces(x), x.numel() // _PER_THREAD)
     return out
 
 
-def sums(mask: Tensor, *others: Tensor) -> tuple[float, ...]:
-    """The number of counted elements, and the sum of each of the other tensors, which have the mask's size."""
-    out = (ctypes.c_double * (1 + len(others)))()
-    place, total = ctypes.addressof(out), _compiled("sum")[0]
-    _compiled("count")[0](mask.data_ptr(), place, mask.numel())
-    for k, x in enumerate(others, start=1):  # threads would wait for each other between such short calls
-        total(x.data_ptr(), place + 8 * k, x.numel())
-    return tuple(out)
-
-
-def any_of_row(mask: Tensor) -> Tensor:
-    """mask.any(-1), by far quicker."""
-    out = mask.new_empty(mask.shape[:-1])
-    _compiled("any")[0](mask.data_ptr(), out.data_ptr(), out.numel(), mask.shape[-1])
-    return out
+def total(x: Tensor) -> float:
+    """The sum of all elements, in fp64."""
+    out = ctypes.c_double()
+    _compiled("sum")[0](x.data_ptr(), ctypes.addressof(out), x.numel())
+    return out.value
 
 
 def _pieces(x: Tensor) -> int:

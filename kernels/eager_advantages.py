@@ -6,6 +6,7 @@ returns are data. Nothing waits for the device. On a CPU with numba, compiled lo
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -152,6 +153,7 @@ def _whiten_compiled(
     unbiased: bool,
     eps: float,
     group: dist.ProcessGroup | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_whiten` by compiled loops."""
     from ppo_fast.kernels import cpu_advantages
@@ -164,7 +166,8 @@ def _whiten_compiled(
     variance = m2 / max(count - int(unbiased), 1.0)
     spread = math.sqrt(variance + float(eps))
     scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread
-    whitened = cpu_advantages.scaled(x, mask, mean=mean, scale=scale, shift=0.0 if shift_mean else mean)
+    shift = 0.0 if shift_mean else mean
+    whitened = cpu_advantages.scaled(x, mask, mean=mean, scale=scale, shift=shift, in_place=in_place)
     return whitened, torch.tensor(mean), torch.tensor(math.sqrt(variance))
 
 
@@ -181,14 +184,6 @@ def masked_whiten(
     with torch.no_grad():
         x = _real(x, float_dtype(x))
         return _whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)[0]
-
-
-def _any_of_row(mask: Tensor) -> Tensor:
-    if not _compiled_loops_take(mask):
-        return mask.any(-1)
-    from ppo_fast.kernels import cpu_advantages
-
-    return cpu_advantages.any_of_row(mask)
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
@@ -217,38 +212,44 @@ def rlhf_advantages(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Advantages, returns, rewards, KL and statistics: shape_rewards, gae and masked_whiten in a row."""
-    dtype = float_dtype(scores, logprobs, ref_logprobs, values)
     shaping = {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "score_clip": score_clip, "reward_at": reward_at}
-    rewards, kl, *longer = shape_rewards(scores, logprobs, ref_logprobs, mask, **shaping)
+    whitening = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
+    compiled = _compiled_loops_take(scores, logprobs, ref_logprobs, values, mask)
+    if compiled:
+        from ppo_fast.kernels import cpu_advantages
+
+        sums = torch.empty(len(mask), len(cpu_advantages.SUMS), dtype=torch.float64)
+        rewards, kl, *longer = cpu_advantages.shape_rewards(
+            scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, sums=sums, **shaping
+        )
+    else:
+        rewards, kl, *longer = shape_rewards(scores, logprobs, ref_logprobs, mask, **shaping)
     steps = longer[0] if longer else mask
     advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
     with torch.no_grad():
-        options = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
-        whitened, mean, std = _whiten(advantages, mask, **options)
+        if compiled:
+            whitened, mean, std = _whiten_compiled(advantages, mask, in_place=whiten, **whitening)
+            means = _compiled_means(sums, returns, steps if longer else None)
+        else:
+            whitened, mean, std = _whiten(advantages, mask, **whitening)
+            rows, score = mask.any(-1), _real(scores, rewards.dtype)
+            score = torch.where(rows if score.ndim == 1 else mask, score, 0)
+            means = [_mean(score, rows), _mean(rewards, rows), _mean(kl, mask), _mean(returns, steps)]
         if not whiten:
             whitened = torch.where(mask, advantages, 0) if longer else advantages
-        score = _real(scores, dtype)
-        rows = _any_of_row(mask)
-        stats = {"score_mean": _mean(torch.where(rows if score.ndim == 1 else mask, score, 0), rows)}
-        stats |= _means(rewards, kl, returns, mask, steps, rows)
-        stats |= {"advantage_mean": mean, "advantage_std": std}
-    return whitened, returns, rewards, kl, stats
+    stats = dict(zip(("score_mean", "reward_mean", "kl_mean", "return_mean"), means, strict=True))
+    return whitened, returns, rewards, kl, {**stats, "advantage_mean": mean, "advantage_std": std}
 
 
-def _means(
-    rewards: Tensor, kl: Tensor, returns: Tensor, mask: Tensor, steps: Tensor, rows: Tensor
-) -> dict[str, Tensor]:
-    """Rewards per row, KL per token, returns per step; each tensor is 0 where nothing counts."""
-    if not _compiled_loops_take(rewards, kl, returns, mask, steps):
-        return {
-            "reward_mean": _mean(rewards, rows),
-            "kl_mean": _mean(kl, mask),
-            "return_mean": _mean(returns, steps),
-        }
+def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> Sequence[Tensor]:
+    """Scores and rewards per row, KL per token, returns per step; returns are 0 where nothing counts.
+
+    sums [B, 5] are those of cpu_advantages.shape_rewards; steps are those of the mask if not given.
+    """
     from ppo_fast.kernels import cpu_advantages
 
-    tokens, *totals = cpu_advantages.sums(mask, rewards, kl, returns)
-    counts = (rows.sum().item(), tokens, tokens if steps is mask else cpu_advantages.sums(steps)[0])
-    names = ("reward_mean", "kl_mean", "return_mean")
-    means = torch.tensor([total / max(count, 1) for total, count in zip(totals, counts, strict=True)])
-    return dict(zip(names, means.unbind(), strict=True))
+    rows, tokens, kl, rewards, scores = sums.sum(0).tolist()
+    count = tokens if steps is None else int(steps.sum())
+    total = cpu_advantages.total(returns)
+    parts = ((scores, rows), (rewards, rows), (kl, tokens), (total, count))
+    return torch.tensor([x / max(n, 1) for x, n in parts]).unbind()

@@ -102,22 +102,42 @@ def test_whitening_hides_what_pytorch_shows(monkeypatch, value, eps):
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
-@pytest.mark.parametrize("shape", [(3, 7), (4, 40_000)])
-def test_statistics_by_loops_are_others(monkeypatch, reward_at, shape):
+@pytest.mark.parametrize("shape", [(3, 7), (4, 40_000), (64, 17_000)])  # the last is worth a second thread
+def test_statistics_by_loops_are_others(monkeypatch, reward_at, shape, by_token, whiten):
     names, x = seen(monkeypatch), make(*shape)
     x["values"] = torch.randn(*shape)
+    if by_token:
+        x["scores"] = torch.where(x["mask"], torch.randn(*shape), torch.nan)
     if reward_at == "last":  # else the slot behind the last counted one has a value that counts
         x["values"] = torch.where(x["mask"], x["values"], torch.nan)
-    got = eager_advantages.rlhf_advantages(**x, reward_at=reward_at, kl_estimator="k3")
-    assert {"shape", "any", "moments", "scale", "count", "sum"} == set(names)
-    expected = by_torch(monkeypatch, eager_advantages.rlhf_advantages, **x, reward_at=reward_at, kl_estimator="k3")
+    x |= {"reward_at": reward_at, "kl_estimator": "k3", "score_clip": 0.5, "whiten": whiten}
+    got = eager_advantages.rlhf_advantages(**x)
+    assert {"shape", "moments", "scale in place" if whiten else "scale", "sum"} == set(names)
+    expected = by_torch(monkeypatch, eager_advantages.rlhf_advantages, **x)
     for a, b in zip(got[:4], expected[:4], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the operations sum in fp32
     assert set(got[4]) == set(expected[4])
     for name, value in got[4].items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected[4][name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_bits_of_statistics_depend_on_the_number_of_threads():
+    x, before = make(64, 17_000), torch.get_num_threads()
+    x["values"] = torch.where(x["mask"], torch.randn(64, 17_000), 0)
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(eager_advantages.rlhf_advantages(**x))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip([*results[0][:4], *results[0][4].values()], [*other[:4], *other[4].values()], strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 def test_loops_take_what_they_cannot_read():
