@@ -151,7 +151,7 @@ def summary(
         "last_100": statistics.fmean([total for _, total in episodes][-100:]) if episodes else None,
         "solved_at": first_time(episodes, zoo["solved"]),
         "evaluation": statistics.fmean(evaluation),
-        "episodes": episodes,
+        "episodes": [(at, round(total, 2)) for at, total in episodes],
     }
 
 
