@@ -86,4 +86,5 @@ class Log:
             print(f"evaluation, likeliest actions, {len(summary['eval_returns'])} episodes: ", end="")
             print(f"mean return {summary['eval_return']:.4g}, {low:.4g} to {high:.4g}")
         if c.out is not None:
-            print(f"metrics.jsonl, summary.json, checkpoints and tensorboard are in {c.out}")
+            names = ("metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "episode.gif", "frames")
+            print(f"{', '.join(name for name in names if (Path(c.out) / name).exists())} are in {c.out}")
