@@ -25,6 +25,7 @@ _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
 KINDS = ("k1", "k2", "k3", "abs")
 _BY_TOKEN, _CLIPPED, _AFTER_LAST, _SUMMED = (1 << bit for bit in range(4))
 SUMS = ("rows", "tokens", "kl", "rewards", "scores")  # of a row; the first is 1 if anything counts in it
+_PER_ROW = len(SUMS)
 _ANY_ORDER = {"contract", "reassoc", "nsz"}  # of a sum, but always the same; NaN and infinity keep their meaning
 
 
@@ -113,7 +114,7 @@ def _shape(
                     score = min(max(score, -score_clip), score_clip) if score == score else score
                 rewards[slot] += score
         if options & _SUMMED:
-            at = row * 5
+            at = row * _PER_ROW
             sums[at], sums[at + 1], sums[at + 4] = tokens > 0, tokens, raw
             sums[at + 2] = _sum_between(kl, mask, 0, start, start + T)
             sums[at + 3] = _sum_between(rewards, mask, 0, start, start + T)
@@ -167,7 +168,7 @@ def _scale_in_place(
     N: int,
     masked: int,
 ) -> None:
-    """_scale to x itself: LLVM vectorises only what it knows not to overlap."""
+    """_scale to x itself: LLVM vectorises only what it knows not to overlap, also behind a shared inlined function."""
     if masked:
         for i in range(N):
             x[i] = (x[i] - mean) * scale + shift if mask[i] != 0 else 0.0

@@ -244,7 +244,7 @@ def rlhf_advantages(
 def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> Sequence[Tensor]:
     """Scores and rewards per row, KL per token, returns per step; returns are 0 where nothing counts.
 
-    sums [B, 5] are those of cpu_advantages.shape_rewards; steps are those of the mask if not given.
+    sums [B, len(SUMS)] are those of cpu_advantages.shape_rewards; steps are those of the mask if not given.
     """
     from ppo_fast.kernels import cpu_advantages
 

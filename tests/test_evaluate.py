@@ -212,6 +212,11 @@ def test_the_page_of_an_evaluation_lacks_numbers_or_breaks_its_tables(tmp_path):
     assert (tmp_path / "eval" / "step-1.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_held_out_row_without_a_prompt_ends_in_a_traceback():
+    with pytest.raises(UserError, match="prompt 0: it must be a string or a list of messages, got NoneType"):
+        trainer_of(None, eval_rows=[{"question": "b", "base": 0}])
+
+
 def test_what_the_terminal_shows_is_cut_or_coloured_by_an_answer():
     trainer = trainer_of(None, eval_rows=[{"prompt": "[red]x[/red]", "base": 0}, *HELD_OUT])
     trainer.step()
