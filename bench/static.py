@@ -85,13 +85,9 @@ def variants(module: str) -> list[Variant]:
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
-    names = variant.kernel.arg_names
-    signature = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
-    source = ASTSource(variant.kernel, signature, variant.constexprs, aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    if variant.registers is not None and target.backend == "cuda":
-        options["maxnreg"] = variant.registers
+    signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
+    source = ASTSource(variant.kernel, signature, variant.constexprs)
+    options = {name: x for name, x in variant.options.items() if name != "maxnreg" or target.backend == "cuda"}
     return triton.compile(source, target=target, options=options)
 
 

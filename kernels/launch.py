@@ -1,35 +1,42 @@
 """What the Triton launchers share: no Triton code, and nothing that needs Triton to import."""
 
+import functools
 import os
 from typing import Any, NamedTuple
 
 import torch
 
+REGISTERS = 255  # the most that a thread of an NVIDIA GPU can have
+
 
 class Variant(NamedTuple):
-    """One way in which a launcher may start a kernel; the ahead-of-time gate compiles every one of them."""
+    """One compiled form of a kernel that a launcher may start.
+
+    No launch specialises on the value or the alignment of an argument, so types, constexprs and options determine the
+    compiled code. `python bench/static.py` compiles every variant, and a test compares the list with real launches.
+    """
 
     name: str
     kernel: Any  # the triton.JITFunction
-    types: dict[str, str]  # argument -> "*bf16", "fp32", "i64", in the kernel's order, constexprs left out
+    types: dict[str, str]  # argument -> "*bf16", "fp32", "i64", in the kernel's order, without constexprs
     constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-    aligned: tuple[str, ...] = ()  # arguments that Triton may specialise on divisibility by 16
-    registers: int | None = None  # what `at_most` was given, if anything
+    options: dict[str, Any]  # from launch_options
 
 
-REGISTERS = 255  # all that a thread of an NVIDIA GPU can have
+@functools.cache
+def launch_options(num_warps: int, registers: int | None = None) -> dict[str, Any]:
+    """Compile options of a launch. Do not change the result: it is shared.
 
-
-def at_most(registers: int) -> dict[str, int]:
-    """Options of a launch that may use so many registers, where a GPU has such a limit (AMD's takes none).
-
-    Left to itself ptxas aims at one more block on a multiprocessor, and for some kernels spills a few bytes for it.
+    enable_fp_fusion is off so that every compiler and GPU computes what the source says: a fused multiply-add appears
+    where the source calls tl.fma and nowhere else. `registers` is an upper bound for a thread, which only NVIDIA GPUs
+    have: without it ptxas aims at one more block on a multiprocessor and spills a few bytes in some kernels.
     """
-    return {} if torch.version.hip else {"maxnreg": registers}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    if registers is not None and not torch.version.hip:
+        options["maxnreg"] = registers
+    return options
 
 
 def interpreting() -> bool:
-    """True where Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1)."""
+    """True where kernels run on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
