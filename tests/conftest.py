@@ -1,14 +1,51 @@
-"""Settings that every test shares. Without a GPU, Triton kernels run in Triton's interpreter on CPU tensors."""
+"""Settings that every test shares.
+
+Without a GPU, Triton kernels run on CPU tensors as compiled code, in the PTX interpreter of tests/ptx. With
+TRITON_INTERPRET=1 they run in Triton's interpreter instead, which proves less.
+"""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any import of ours
+EMULATED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+if EMULATED:
+    from ptx.emulator import ARCHITECTURES, Emulator, poisoned_allocations
 
-_EMPTY = ("empty", "empty_like", "empty_strided")
+    _EMULATOR = pytest.StashKey[Emulator]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("compiled kernels")
+    group.addoption("--architecture", default="sm_90", help="architecture that kernels are compiled for")
+    group.addoption("--ptx-seed", type=int, default=0, help="seed of program order and approximate instructions")
+    group.addoption("--ptx-noise", type=float, default=1.0, help="share of the manual's error bounds that is used")
+
+
+@pytest.fixture(scope="session")
+def emulator(pytestconfig: pytest.Config) -> "Iterator[Emulator | None]":
+    """The interpreter of compiled kernels; None on a GPU and under TRITON_INTERPRET=1."""
+    if not EMULATED:
+        yield None
+        return
+    option = pytestconfig.getoption
+    with Emulator(option("architecture"), seed=option("ptx_seed"), amplitude=option("ptx_noise")).installed() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[None]:
+    """A test fails if a kernel that it launched reads, writes or synchronises wrongly."""
+    if emulator is None:
+        yield
+        return
+    emulator.issues.clear()
+    yield
+    if emulator.issues:
+        found = "\n".join(f"{count} times {issue}" for issue, count in emulator.issues.items())
+        pytest.fail(f"seed {emulator.seed}, {emulator.target}:\n{found}", pytrace=False)
 
 
 @pytest.fixture
@@ -16,9 +53,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_EMPTY = ("empty", "empty_like", "empty_strided")
+
+
 @pytest.fixture
-def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.empty gives NaN (floats) or a huge number (integers), so that an element nobody wrote cannot pass."""
+    if EMULATED:
+        with poisoned_allocations():
+            yield
+        return
 
     def poisoned(make):
         def empty(*args, **kwargs):
@@ -32,6 +76,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _EMPTY:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

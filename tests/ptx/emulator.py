@@ -1,0 +1,187 @@
+"""Launches of Triton kernels on CPU tensors, as compiled code.
+
+`Emulator` stands behind `JITFunction.run`: it lets Triton specialise the launch as it would on a GPU, compiles the
+kernel for one architecture, and runs the PTX. Triton's own cache keeps what was compiled.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from ptx.arithmetic import Approximations
+from ptx.machine import Issue, Kernel, Machine
+from ptx.memory import Segment
+from ptx.translate import POISON
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+ARCHITECTURES = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+_LARGEST_POISONED = 1 << 30  # bytes; filling more would take memory that nobody uses
+_ALLOCATORS = ("empty", "empty_like", "empty_strided")
+
+
+class Launch(NamedTuple):
+    """What determines the compiled code of a launch: one variant of a kernel."""
+
+    kernel: JITFunction
+    types: tuple[tuple[str, str], ...]  # argument and type, without constexprs
+    constexprs: tuple[tuple[str, Any], ...]
+    attributes: tuple[Any, ...]  # what Triton assumes of values and alignments
+    options: tuple[tuple[str, Any], ...]  # those that the launcher chose
+
+
+def bytes_of(tensor: torch.Tensor) -> tuple[int, np.ndarray]:
+    """Address and bytes of a CPU tensor's storage."""
+    storage = tensor.untyped_storage()
+    size, address = storage.nbytes(), storage.data_ptr()
+    if not size:
+        return address, np.empty(0, np.uint8)
+    return address, np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills the storage of a plain CPU tensor with a pattern that the interpreter recognises as never written."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":  # a FakeTensor has no memory
+        return tensor
+    if 0 < tensor.untyped_storage().nbytes() <= _LARGEST_POISONED:
+        _, data = bytes_of(tensor)
+        data[: len(data) // 4 * 4].view(np.uint32)[:] = POISON
+        data[len(data) // 4 * 4 :] = 0xAD
+    return tensor
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty and its relatives return poisoned memory."""
+
+    def wrap(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return functools.wraps(make)(lambda *args, **kwargs: poison(make(*args, **kwargs)))
+
+    owners = [(torch, name) for name in _ALLOCATORS] + [(torch.Tensor, "new_empty")]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in owners]
+    try:
+        for owner, name, make in originals:
+            setattr(owner, name, wrap(make))
+        yield
+    finally:
+        for owner, name, make in originals:
+            setattr(owner, name, make)
+
+
+class Emulator:
+    """Runs launches and keeps what they did wrong."""
+
+    def __init__(self, architecture: str = "sm_90", *, seed: int = 0, amplitude: float = 1.0) -> None:
+        """seed: of the order of programs and of the noise of approximate instructions, whose size is `amplitude`."""
+        self.target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
+        self.backend = make_backend(self.target)
+        self.seed = seed
+        self.approximate = Approximations(seed, amplitude)
+        self.issues: Counter[Issue] = Counter()
+        self.launches: Counter[Launch] = Counter()
+        self.contract = False
+        self.runs = True  # whether launches are executed, or only written down
+        self.rewrite: Callable[[str], str] = lambda ptx: ptx  # applied to PTX before it runs, for tests of detectors
+        self._binders: dict[JITFunction, Callable[..., Any]] = {}
+        self._kernels: dict[tuple[JITFunction, str], tuple[Launch, Any]] = {}
+        self._translations: dict[str, Kernel] = {}
+
+    def launch(self, function: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        """What JITFunction.run does on a GPU. (`function` is its self.)"""
+        binder = self._binders.get(function)
+        if binder is None:
+            binder = create_function_from_signature(function.signature, function.params, self.backend)
+            self._binders[function] = binder
+        bound, specialization, options = binder(*args, **kwargs)
+        key = function, str((specialization, options))
+        if key not in self._kernels:
+            self._kernels[key] = self.specialise(function, kwargs, bound, specialization, options), None
+        launch, compiled = self._kernels[key]
+        self.launches[launch] += 1
+        if not self.runs:
+            return
+        if compiled is None:
+            compiled = self.compile(launch)
+            self._kernels[key] = launch, compiled
+        size = grid(bound) if callable(grid) else grid
+        names = [name for name, _ in launch.types]
+        self.execute(compiled, [bound[name] for name in names], launch, (*size, 1, 1)[:3])
+
+    def specialise(
+        self, function: JITFunction, kwargs: dict[str, Any], bound: Any, specialization: Any, options: Any
+    ) -> Launch:
+        chosen = {name: x for name, x in kwargs.items() if name not in function.arg_names}
+        _, signature, constexprs, attributes = function._pack_args(self.backend, chosen, bound, specialization, options)
+        names = function.arg_names
+        fixed = {names[path[0]]: x for path, x in constexprs.items()}
+        assumed = tuple(sorted((names[path[0]], str(x)) for path, x in attributes.items() if x))
+        types = tuple((name, kind) for name, kind in signature.items() if kind != "constexpr")
+        return Launch(function, types, tuple(sorted(fixed.items())), assumed, tuple(sorted(chosen.items())))
+
+    def compile(self, launch: Launch) -> Any:
+        return compile_launch(launch, self.target)
+
+    def kernel(self, ptx: str) -> Kernel:
+        text = self.rewrite(ptx)
+        if text not in self._translations:
+            self._translations[text] = Kernel(text, contract=self.contract)
+        return self._translations[text]
+
+    def execute(self, compiled: Any, arguments: list[Any], launch: Launch, grid: tuple[int, int, int]) -> None:
+        kernel = self.kernel(compiled.asm["ptx"])
+        parameters: dict[str, Any] = {}
+        segments: dict[int, tuple[np.ndarray, list[str]]] = {}
+        declared = kernel.program.parameters
+        for (_, parameter), (name, kind), value in zip(declared, launch.types, arguments, strict=False):
+            if isinstance(value, torch.Tensor):
+                address, data = bytes_of(value)
+                segments.setdefault(address, (data, []))[1].append(name)
+                parameters[parameter] = np.uint64(value.data_ptr())
+            elif kind == "fp32":
+                parameters[parameter] = np.float32(value).view(np.uint32)
+            elif kind == "fp64":
+                parameters[parameter] = np.float64(value).view(np.uint64)
+            else:
+                width = 8 if kind in ("i1", "u1") else int(kind[1:])
+                parameters[parameter] = np.uint64(int(value) % 2**width)
+        for _, parameter in declared[len(arguments) :]:  # scratch memory that Triton adds; these kernels need none
+            parameters[parameter] = np.uint64(0)
+        memory = [Segment(address, data, "/".join(names)) for address, (data, names) in segments.items()]
+        machine = Machine(kernel, memory, compiled.metadata.shared)
+        machine.run(parameters, grid, self.approximate, self.seed + sum(self.launches.values()))
+        self.issues += machine.issues
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Emulator"]:
+        """Every launch of a Triton kernel runs here, and the launchers accept CPU tensors."""
+        from ppo_fast.kernels import launch as launchers
+
+        original, interpreting = JITFunction.run, launchers.interpreting
+        JITFunction.run = lambda function, *args, **kwargs: self.launch(function, *args, **kwargs)
+        launchers.interpreting = lambda: True
+        try:
+            yield self
+        finally:
+            JITFunction.run, launchers.interpreting = original, interpreting
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Triton's compiled kernel of a launch."""
+    function, types = launch.kernel, dict(launch.types)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name, _ in launch.attributes}
+    source = ASTSource(function, signature, dict(launch.constexprs), attributes)
+    options = {k: x for k, x in launch.options if k != "maxnreg" or target.backend == "cuda"}
+    return triton.compile(source, target=target, options=options)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise ImportError("TRITON_INTERPRET=1 is set: Triton then makes interpreted kernels, which cannot be compiled")
