@@ -1,25 +1,28 @@
 """A GPU for machines that have none: PyTorch says that it has CUDA, and everything runs on the CPU.
 
-    TRITON_INTERPRET=1 PYTHONPATH=bench PYTEST_ADDOPTS="-p pretend_cuda" bash bench/on_gpu.sh OUT PART COMMIT tiny
+    PYTHONPATH=bench:tests PYTEST_ADDOPTS="-p pretend_cuda" bash bench/on_gpu.sh OUT PART COMMIT tiny
 
 A pytest plugin for dry runs of the benchmarks: each line that is only for a GPU runs, on its own shapes and dtypes, so
-that no minute of a GPU is lost to a typo. The numbers mean nothing. What a real GPU would refuse is refused here, too:
-waiting inside a captured graph, replaying an empty one, reading an event before it has happened.
+that no minute of a GPU is lost to a typo. Kernels run compiled, in the PTX interpreter of tests/ptx. The numbers mean
+nothing. What a real GPU would reject is rejected here, too: waiting inside a captured graph, replaying an empty one,
+reading an event before it has happened.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import measure
 import pytest
 import torch
+from ptx.emulator import Emulator
 from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+_EMULATOR = pytest.StashKey[AbstractContextManager[Emulator]]()  # kept alive until the process ends
 
 
 class OnTheCPU(TorchFunctionMode):
@@ -123,6 +126,8 @@ STAND_INS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_EMULATOR] = Emulator().installed()
+    config.stash[_EMULATOR].__enter__()
     for name, stand_in in STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
     torch.profiler.profile = Profile  # PyTorch's own would complain of each operation

@@ -1,12 +1,14 @@
 """The ahead-of-time gate: compiles every variant of every Triton kernel for several GPUs, on a machine with none.
 
-    python bench/static.py [--write] [--quiet] [--arch sm_90 gfx942] [--jobs 2] [module ...]
+    python bench/static.py [--write] [--quiet] [--arch sm_90 gfx942] [--jobs 2] [--every 8] [kernel ...]
 
-A module of kernels/ takes part if it has variants() (kernels/launch.py). Prints registers, shared memory, spills, the
-widths of global loads and the instructions of the longest innermost loop, read from the binary (for AMD from the
-assembly), and exits with 1 if a variant spills, or if one whose name says `aligned` has no load of 16 bytes. --write
-keeps the numbers in bench/results/static/, a record for each version of Triton, and makes the page there anew, with the
-predictions of predict.py. Triton's own cache makes a second run quick; --page makes the page from the records alone.
+The variants are those of captured launches: the random calls of the test suite run without executing a kernel, and
+what Triton would specialise is compiled. Prints registers, shared memory (LDS on AMD), spills, the widths of global
+loads, and instructions and barriers of the longest innermost loop, read from the binary (for AMD from the assembly).
+Exits with 1 if a variant spills, if one whose name says `aligned` has no load of 16 bytes, or if a loop of time-major
+gae has a barrier. --every 8 takes each eighth variant. --write keeps the numbers in bench/results/static/, a record for
+each version of Triton, and makes the page there anew, with the predictions of predict.py. Triton's own cache makes a
+second run quick; --page makes the page from the records alone.
 
 For another Triton: python -m venv .venv-t36, .venv-t36/bin/pip install "torch>=2.11" "triton==3.6.0" "numpy<2.4", then
 the same command with .venv-t36/bin/python.
@@ -17,7 +19,6 @@ import collections
 import concurrent.futures
 import datetime
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -28,26 +29,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for a checkout that is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for a checkout that is not installed
 
 import predict  # noqa: E402
 
-from ppo_fast.kernels.launch import Variant, interpreting  # noqa: E402
+from ppo_fast.kernels.launch import interpreting  # noqa: E402
 
-KERNELS = ROOT / "ppo_fast" / "kernels"
 RESULTS = ROOT / "bench" / "results" / "static"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 WIDTHS = (128, 64, 32, 16, 8)  # bits of one load
 
 
@@ -59,39 +54,45 @@ class Report(NamedTuple):
     spills: int  # CUDA: bytes of stack and local memory; AMD: spilled vector registers and bytes of scratch
     loads: dict[str, int]  # bits -> number of global load instructions
     loop: int = 0  # instructions of the longest innermost loop; 0 without one, or where nobody looked
+    barriers: int = 0  # among them
 
 
-def is_aligned(variant: Variant) -> bool:
-    """Whether its name promises wide loads."""
-    return re.search(r"(?<!un)aligned", variant.name) is not None
+def is_aligned(name: str) -> bool:
+    """Whether the name of a variant promises wide loads."""
+    return re.search(r"(?<!un)aligned", name) is not None
 
 
-def problems(variant: Variant, arch: str, report: Report) -> list[str]:
+def problems(name: str, arch: str, report: Report) -> list[str]:
     """16 bytes a thread are due where 32 threads load together; AMD's 64 move as much with 8."""
     found = [f"spills {report.spills}"] if report.spills else []
     due = 64 if arch.startswith("gfx") else 128
-    narrow = is_aligned(variant) and not any(report.loads.get(str(bits)) for bits in WIDTHS if bits >= due)
-    return [*found, f"has no load of {due} bits"] if narrow else found
+    narrow = is_aligned(name) and not any(report.loads.get(str(bits)) for bits in WIDTHS if bits >= due)
+    found += [f"has no load of {due} bits"] if narrow else []
+    return found + (["has a barrier in its loop"] if "columns" in name and report.barriers else [])
 
 
-def modules() -> list[str]:
-    """Files of kernels/ that define variants(); the text is searched, since importing all of them is slow."""
-    return sorted(f.stem for f in KERNELS.glob("*.py") if re.search(r"^def variants\(", f.read_text(), re.MULTILINE))
+def pretend_hip() -> None:
+    """Makes the launchers choose what they choose on an AMD GPU, in a process that compiles for one."""
+    torch.version.hip = "pretended"
 
 
 @functools.cache
-def variants(module: str) -> list[Variant]:
-    return importlib.import_module(f"ppo_fast.kernels.{module}").variants()
+def launches() -> dict[str, Any]:
+    """Name of a variant -> its launch, in a fixed order."""
+    import variants
+
+    listed, found = variants.listed(64 if torch.version.hip else 32), variants.captured()
+    names = {key: listed[key].name if key in listed else variants.name(found[key].launch) for key in found}
+    return {names[key]: found[key].launch for key in sorted(found, key=lambda key: names[key])}
 
 
-def compile_variant(variant: Variant, target: GPUTarget) -> Any:
-    signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
-    source = ASTSource(variant.kernel, signature, variant.constexprs)
-    options = {name: x for name, x in variant.options.items() if name != "maxnreg" or target.backend == "cuda"}
-    return triton.compile(source, target=target, options=options)
+def compile_launch(launch: Any, target: GPUTarget) -> Any:
+    from ptx.emulator import compile_launch as compiled
+
+    return compiled(launch, target)
 
 
-def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
+def cuda_report(cubin: bytes, shared_bytes: int, *, disassemble: bool) -> Report:
     """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -107,26 +108,38 @@ def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
         parts = flags.split(".")
         width = next((bits for bits in WIDTHS if str(bits) in parts), None)
         loads[str(width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32))] += 1
-    return Report(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"], dict(loads), cuda_loop(sass))
+    first, last = cuda_loop(sass)
+    barriers = len(re.findall(r"\bBAR\.", "\n".join(line for at, line in addressed(sass) if first <= at <= last)))
+    loop = (last - first) // SASS_BYTES + 1 if last else 0
+    spills = numbers["STACK"] + numbers["LOCAL"]
+    return Report(numbers["REG"], shared_bytes, spills, dict(loads), loop, barriers)
 
 
 SASS_BYTES = 16  # of one instruction
 
 
-def cuda_loop(sass: str) -> int:
-    """A loop ends with a branch to an earlier address; an innermost one contains no other. A branch from behind the end
+def addressed(sass: str) -> list[tuple[int, str]]:
+    """Instructions with their addresses."""
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]+)\*/\s+([^/]+);", sass)]
+
+
+def cuda_loop(sass: str) -> tuple[int, int]:
+    """First and last address of the longest innermost loop; (0, 0) without one.
+
+    A loop ends with a branch to an earlier address; an innermost one contains no other. A branch from behind the end
     of the code (a rare case, put out of line) back into it is no loop: it jumps over an EXIT."""
     branch = r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d+\s+)?BRA\S*\s+(?:!?UP\d+,\s*)?0x([0-9a-f]+)"
     jumps = [(int(target, 16), int(at, 16)) for at, target in re.findall(branch, sass)]
     exits = [int(at, 16) for at in re.findall(r"/\*([0-9a-f]+)\*/\s+EXIT", sass)]
     loops = [(a, b) for a, b in jumps if a < b and not any(a < at < b for at in exits)]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max(((last - first) // SASS_BYTES + 1 for first, last in inner), default=0)
+    return max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
 
 
-def amd_loop(assembly: str) -> int:
-    """LLVM's comments say which block is the header of an innermost loop, and which blocks belong to it."""
-    counts: collections.Counter[str] = collections.Counter()
+def amd_loop(assembly: str) -> list[str]:
+    """Instructions of the longest innermost loop. LLVM's comments say which block is the header of an innermost loop,
+    and which blocks belong to it."""
+    bodies: dict[str, list[str]] = collections.defaultdict(list)
     inner, label, loop = set(), "", ""
     for line in assembly.splitlines():
         if block := re.match(r"\.L(BB\d+_\d+):|; %bb", line):
@@ -137,56 +150,73 @@ def amd_loop(assembly: str) -> int:
             loop = label
             inner.add(label)
         elif loop and re.match(r"\t[a-z]", line):
-            counts[loop] += 1
-    return max((counts[header] for header in inner), default=0)
+            bodies[loop].append(line.strip())
+    return max((bodies[header] for header in inner), key=len, default=[])
 
 
-def amd_report(assembly: str) -> Report:
+def amd_report(assembly: str, shared_bytes: int) -> Report:
     """Scalar registers spill to lanes of vector registers: that is no memory traffic, and is not counted."""
-    fields = ("vgpr_count", "group_segment_fixed_size", "vgpr_spill_count", "private_segment_fixed_size")
-    registers, shared, spilled, scratch = (int(re.findall(rf"\.{f}:\s+(\d+)", assembly)[0]) for f in fields)
+    fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    registers, spilled, scratch = (int(re.findall(rf"\.{f}:\s+(\d+)", assembly)[0]) for f in fields)
     loads: collections.Counter[str] = collections.Counter()
     for kind in re.findall(r"\b(?:global|buffer|flat)_load_(\w+)", assembly):
         size = re.match(r"(?:lds_)?(?:dwordx(\d)|(dword)|(u|s)?(short|b16)|)", kind)
         assert size is not None
         loads[str(32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8)] += 1
-    return Report(registers, shared, spilled + scratch, dict(loads), amd_loop(assembly))
+    loop = amd_loop(assembly)
+    barriers = sum("s_barrier" in line for line in loop)
+    return Report(registers, shared_bytes, spilled + scratch, dict(loads), len(loop), barriers)
 
 
-def report(job: tuple[str, int, str, bool]) -> Report:
-    module, index, arch, everything = job
-    variant = variants(module)[index]
-    compiled = compile_variant(variant, TARGETS[arch])
+def report(job: tuple[str, str, bool]) -> Report:
+    name, arch, everything = job
+    compiled = compile_launch(launches()[name], TARGETS[arch])
     if arch.startswith("gfx"):
-        return amd_report(compiled.asm["amdgcn"])
-    return cuda_report(compiled.asm["cubin"], disassemble=everything or is_aligned(variant))
+        return amd_report(compiled.asm["amdgcn"], compiled.metadata.shared)
+    disassemble = everything or is_aligned(name) or "columns" in name
+    return cuda_report(compiled.asm["cubin"], compiled.metadata.shared, disassemble=disassemble)
 
 
-def measure(names: list[str], archs: list[str], jobs: int, *, everything: bool) -> dict[str, dict[str, Report]]:
+def measure(
+    kernels: list[str], archs: list[str], jobs: int, *, everything: bool, every: int = 1
+) -> dict[str, dict[str, Report]]:
     """Variant name -> arch -> report. `everything` also reads the loads of variants that promise nothing."""
-    work = [(m, i, arch, everything) for m in names for i in range(len(variants(m))) for arch in archs]
     context = multiprocessing.get_context("spawn")  # Triton's and PyTorch's threads do not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        reports = list(pool.map(report, work, chunksize=4))
     found: dict[str, dict[str, Report]] = {}
-    for (m, i, arch, _), r in zip(work, reports, strict=True):
-        found.setdefault(variants(m)[i].name, {})[arch] = r
+    for hip, group in ((False, [a for a in archs if a != "gfx942"]), (True, [a for a in archs if a == "gfx942"])):
+        if not group:
+            continue
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, pretend_hip if hip else None) as pool:
+            names = [n for n in pool.submit(names_of_launches).result() if not kernels or any(k in n for k in kernels)]
+            work = [(name, arch, everything) for name in names[::every] for arch in group]
+            for (name, arch, _), r in zip(work, pool.map(report, work, chunksize=4), strict=True):
+                found.setdefault(name, {})[arch] = r
     return found
+
+
+def names_of_launches() -> list[str]:
+    return list(launches())
+
+
+def cell(r: Report) -> str:
+    """Registers, spills if there are any, and the loop if there is one."""
+    loop = f" / {r.loop}" if r.loop else ""
+    return f"{r.registers}" + (f" +{r.spills} spilled" if r.spills else "") + loop
 
 
 def table(reports: dict[str, dict[str, Report]]) -> str:
     """Markdown: registers (and what spills) and loop per arch; the rest on sm_90, or the only arch there is."""
     archs = list(next(iter(reports.values()), {}))
     shown = "sm_90" if "sm_90" in archs else archs[0]
-    lines = ["| " + " | ".join(["variant", *archs, "shared bytes", f"loads of {WIDTHS} bits"]) + " |"]
-    lines.append("|---" * (len(archs) + 3) + "|")
+    columns = ["variant", *archs, f"shared bytes, {shown}", *(["LDS, gfx942"] if "gfx942" in archs else [])]
+    lines = ["| " + " | ".join([*columns, f"loads of {WIDTHS} bits, {shown}"]) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for name, row in reports.items():
-        registers = [
-            f"{r.registers}" + (f" +{r.spills} spilled" if r.spills else "") + (f" / {r.loop}" if r.loop else "")
-            for r in row.values()
+        memory = [str(row[arch].shared_bytes) for arch in (shown, "gfx942") if arch in row][
+            : len(columns) - len(archs) - 1
         ]
         loads = "/".join(str(row[shown].loads.get(str(bits), 0)) for bits in WIDTHS)
-        lines.append("| " + " | ".join([name, *registers, str(row[shown].shared_bytes), loads]) + " |")
+        lines.append("| " + " | ".join([name, *(cell(row[arch]) for arch in archs), *memory, loads]) + " |")
     return "\n".join(lines)
 
 
@@ -234,8 +264,7 @@ def write_page() -> None:
         ),
         "",
         f"Registers per thread / instructions of the longest innermost loop, with triton {shown['triton']} (a kernel",
-        f"without a second number has no loop). On sm_90: shared memory, and the number of global loads of {widths}",
-        "bits.",
+        f"without a second number has no loop); shared memory, and the number of global loads of {widths} bits.",
         "",
         table({name: {arch: Report(*r) for arch, r in row.items()} for name, row in shown["variants"].items()}),
     ]
@@ -244,11 +273,12 @@ def write_page() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", help="files of kernels/, without .py (default: all that have variants)")
+    parser.add_argument("kernels", nargs="*", help="parts of the names of variants (default: all)")
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="keep the table in bench/results/static/")
     parser.add_argument("--page", action="store_true", help="make only the page there anew, compile nothing")
     parser.add_argument("--quiet", action="store_true", help="print problems only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile each Nth variant only")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
     if options.page:
@@ -256,18 +286,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if interpreting():
         parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled; unset it")
-    names = options.modules or modules()
-    if options.write and (options.modules or options.arch != list(TARGETS)):
-        parser.error("--write keeps the whole table: give neither modules nor --arch")
-    repeated = [n for n, c in collections.Counter(v.name for m in names for v in variants(m)).items() if c > 1]
-    if repeated:
-        parser.error(f"variants share a name, so one would hide the other: {repeated[:3]}")
-    reports = measure(names, options.arch, options.jobs, everything=options.write or not options.quiet)
+    if options.write and (options.kernels or options.every > 1 or options.arch != list(TARGETS)):
+        parser.error("--write keeps the whole table: give neither kernels, --every nor --arch")
+    everything = options.write or not options.quiet
+    reports = measure(options.kernels, options.arch, options.jobs, everything=everything, every=options.every)
     failures = [
-        f"{variant.name}, {arch}: {problem}"
-        for variant in (v for m in names for v in variants(m))
-        for arch, r in reports[variant.name].items()
-        for problem in problems(variant, arch, r)
+        f"{name}, {arch}: {problem}"
+        for name, row in reports.items()
+        for arch, r in row.items()
+        for problem in problems(name, arch, r)
     ]
     if not options.quiet:
         print(table(reports))

@@ -1,7 +1,7 @@
 """Settings that every test shares.
 
 Without a GPU, Triton kernels run on CPU tensors as compiled code, in the PTX interpreter of tests/ptx. With
-TRITON_INTERPRET=1 they run in Triton's interpreter instead, which proves less.
+TRITON_INTERPRET=1, which kernels of peers in tests/oracles need, they run in Triton's interpreter, which proves less.
 """
 
 import os
@@ -12,9 +12,12 @@ import torch
 
 EMULATED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if EMULATED:
-    from ptx.emulator import ARCHITECTURES, Emulator, poisoned_allocations
+    from ptx.emulator import Emulator, poisoned_allocations
 
-    _EMULATOR = pytest.StashKey[Emulator]()
+elif not torch.cuda.is_available():
+    import triton_interpreter
+
+    triton_interpreter.round_fma_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,5 +1,5 @@
-"""The benchmarks run before a GPU minute is spent on them: on a pretended GPU, kernels in the interpreter; and the
-report tells what a record holds, also where we lose."""
+"""Dry runs of the benchmarks on a pretended GPU, with compiled kernels in the PTX interpreter; and the report, which
+shows what a record holds, also where a baseline is better."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def parts() -> list[Any]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended")
 @pytest.mark.parametrize("part", parts())
 def test_dry_run_of_each_gpu_part_leaves_a_complete_record(tmp_path: Path, part: str):
-    pretended = {"TRITON_INTERPRET": "1", "PYTHONPATH": "bench", "PYTEST_ADDOPTS": "-p pretend_cuda"}
+    pretended = {"PYTHONPATH": f"bench{os.pathsep}tests", "PYTEST_ADDOPTS": "-p pretend_cuda"}
     done = on_gpu(tmp_path, part, "0123abc", "tiny", **pretended)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     record = json.loads((tmp_path / f"{part}.json").read_text())
@@ -198,7 +198,7 @@ def test_the_record_of_a_whole_program_is_refused_or_loses_its_medians(tmp_path:
     assert made(tmp_path, {"runs": runs} | {k: v for k, v in record.items() if k != "commit"})[0] == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the PTX interpreter")
 def test_launches_are_miscounted():
     """ppo_loss: two launches forward, one backward. A second call counts anew."""
     x, mask = torch.randn(6, 2, 5), torch.ones(2, 5, dtype=torch.bool)

@@ -90,6 +90,7 @@ class Emulator:
         self.contract = False
         self.runs = True  # whether launches are executed, or only written down
         self.rewrite: Callable[[str], str] = lambda ptx: ptx  # applied to PTX before it runs, for tests of detectors
+        self.short: str | None = None  # argument whose memory ends one element early, likewise
         self._binders: dict[JITFunction, Callable[..., Any]] = {}
         self._kernels: dict[tuple[JITFunction, str], tuple[Launch, Any]] = {}
         self._translations: dict[str, Kernel] = {}
@@ -143,6 +144,7 @@ class Emulator:
         for (_, parameter), (name, kind), value in zip(declared, launch.types, arguments, strict=False):
             if isinstance(value, torch.Tensor):
                 address, data = bytes_of(value)
+                data = data[: -value.element_size()] if name == self.short else data
                 segments.setdefault(address, (data, []))[1].append(name)
                 parameters[parameter] = np.uint64(value.data_ptr())
             elif kind == "fp32":

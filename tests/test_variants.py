@@ -1,0 +1,60 @@
+"""Every variant of every kernel: the launchers list exactly what launches ask for, and each one runs compiled."""
+
+import pytest
+import random_calls
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: it exists for Linux only")
+if torch.cuda.is_available():
+    pytest.skip(
+        "captures launches of CPU tensors; on a GPU the other tests launch these kernels", allow_module_level=True
+    )
+
+import variants
+
+LISTED = variants.listed()
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return variants.captured()
+
+
+def test_random_calls_launch_listed_variants_only(captured):
+    unknown = [variants.name(found.launch) for key, found in captured.items() if key not in LISTED]
+    assert not unknown, f"{len(unknown)} of {len(captured)} variants are not listed: {unknown[:5]}"
+
+
+def test_random_calls_launch_every_listed_variant(captured):
+    missing = [variant.name for key, variant in LISTED.items() if key not in captured]
+    assert not missing, f"{len(missing)} of {len(LISTED)} listed variants are never launched: {missing[:5]}"
+
+
+def test_no_launch_depends_on_values_or_alignments(captured):
+    """Liger #146, fla #669: a kernel that is compiled anew for other lengths, or for the integer 1."""
+    assert {found.launch.attributes for found in captured.values()} == {()}
+
+
+def test_names_of_variants_differ():
+    names = [variant.name for variant in LISTED.values()]
+    assert len(set(names)) == len(names)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """A few roundings of the result's dtype. Other tests compare errors with fp64."""
+    rounding = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(actual.dtype, 0)
+    scale = max(1.0, expected.double().nan_to_num().abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding * scale, equal_nan=True)
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("key", LISTED, ids=lambda key: LISTED[key].name)
+def test_a_compiled_variant_agrees_with_the_torch_backend(captured, emulator, key):
+    """The call that launches it, run in the PTX interpreter, which reports races, bounds and unwritten memory."""
+    _, call = random_calls.make_call(captured[key].call)
+    before = emulator.launches[captured[key].launch]
+    actual, expected = call("triton"), call("torch")
+    assert emulator.launches[captured[key].launch] > before
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e)
