@@ -208,7 +208,8 @@ def table(reports: dict[str, dict[str, Report]]) -> str:
     """Markdown: registers (and what spills) and loop per arch; the rest on sm_90, or the only arch there is."""
     archs = list(next(iter(reports.values()), {}))
     shown = "sm_90" if "sm_90" in archs else archs[0]
-    columns = ["variant", *archs, f"shared bytes, {shown}", *(["LDS, gfx942"] if "gfx942" in archs else [])]
+    lds = ["LDS bytes, gfx942"] if "gfx942" in archs and shown != "gfx942" else []
+    columns = ["variant", *archs, f"shared bytes, {shown}", *lds]
     lines = ["| " + " | ".join([*columns, f"loads of {WIDTHS} bits, {shown}"]) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name, row in reports.items():

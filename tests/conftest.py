@@ -5,14 +5,17 @@ TRITON_INTERPRET=1, which kernels of peers in tests/oracles need, they run in Tr
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 EMULATED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if EMULATED:
-    from ptx.emulator import Emulator, poisoned_allocations
+    from ptx import record
+    from ptx.emulator import Emulator, Launch, poisoned_allocations
 
 elif not torch.cuda.is_available():
     import triton_interpreter
@@ -25,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--architecture", default="sm_90", help="architecture that kernels are compiled for")
     group.addoption("--ptx-seed", type=int, default=0, help="seed of program order and approximate instructions")
     group.addoption("--ptx-noise", type=float, default=1.0, help="share of the manual's error bounds that is used")
+    group.addoption("--ptx-record", type=Path, help="folder for a count of tests and issues of each compiled variant")
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +40,12 @@ def emulator(pytestconfig: pytest.Config) -> "Iterator[Emulator | None]":
     option = pytestconfig.getoption
     with Emulator(option("architecture"), seed=option("ptx_seed"), amplitude=option("ptx_noise")).installed() as found:
         yield found
+    if option("ptx_record"):
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        record.write_counts(option("ptx_record") / f"{worker}.json", _CASES, found)
+
+
+_CASES: "Counter[Launch]" = Counter()  # tests that launched each variant
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,9 @@ def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[Non
         yield
         return
     emulator.issues.clear()
+    before = emulator.launches.copy()
     yield
+    _CASES.update(launch for launch, count in emulator.launches.items() if count > before[launch])
     if emulator.issues:
         found = "\n".join(f"{count} times {issue}" for issue, count in emulator.issues.items())
         pytest.fail(f"seed {emulator.seed}, {emulator.target}:\n{found}", pytrace=False)

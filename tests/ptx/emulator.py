@@ -87,6 +87,7 @@ class Emulator:
         self.approximate = Approximations(seed, amplitude)
         self.issues: Counter[Issue] = Counter()
         self.launches: Counter[Launch] = Counter()
+        self.faults: Counter[Launch] = Counter()  # issues of each variant
         self.contract = False
         self.runs = True  # whether launches are executed, or only written down
         self.rewrite: Callable[[str], str] = lambda ptx: ptx  # applied to PTX before it runs, for tests of detectors
@@ -160,6 +161,7 @@ class Emulator:
         machine = Machine(kernel, memory, compiled.metadata.shared)
         machine.run(parameters, grid, self.approximate, self.seed + sum(self.launches.values()))
         self.issues += machine.issues
+        self.faults[launch] += sum(machine.issues.values())
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Emulator"]:

@@ -45,6 +45,14 @@ def _integer_rules() -> dict[str, Rule]:
     return rules
 
 
+def _compare_numbers(rules: dict[str, Rule], name: str, expression: str) -> None:
+    """A comparison of fp16, fp32 and bf16; a bf16 is its bits, and is widened."""
+    for kind in ("f16", "f32"):
+        rules[f"{name}.{kind}"] = Rule("pred", (kind, kind), expression)
+    wide = expression.format("bf16_to_f32({0})", "bf16_to_f32({1})")
+    rules[f"{name}.bf16"] = Rule("pred", ("b16", "b16"), wide)
+
+
 def _comparison_rules() -> dict[str, Rule]:
     rules = {}
     symbols = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -55,12 +63,10 @@ def _comparison_rules() -> dict[str, Rule]:
         # NumPy's comparisons are false for NaN, like PTX's ordered ones, but for !=.
         ordered = "({0} < {1}) | ({0} > {1})" if name == "ne" else f"{{0}} {symbol} {{1}}"
         unordered = f"({{0}} {symbol} {{1}}) | np.isnan({{0}}) | np.isnan({{1}})"
-        for kind in ("f16", "f32"):
-            rules[f"setp.{name}.{kind}"] = Rule("pred", (kind, kind), ordered)
-            rules[f"setp.{name}u.{kind}"] = Rule("pred", (kind, kind), unordered)
-    for kind in ("f16", "f32"):
-        rules[f"setp.nan.{kind}"] = Rule("pred", (kind, kind), "np.isnan({0}) | np.isnan({1})")
-        rules[f"setp.num.{kind}"] = Rule("pred", (kind, kind), "~(np.isnan({0}) | np.isnan({1}))")
+        _compare_numbers(rules, f"setp.{name}", ordered)
+        _compare_numbers(rules, f"setp.{name}u", unordered)
+    _compare_numbers(rules, "setp.nan", "np.isnan({0}) | np.isnan({1})")
+    _compare_numbers(rules, "setp.num", "~(np.isnan({0}) | np.isnan({1}))")
     for kind in ("b16", "b32", "b64", "s32", "u32", "f32", "f64"):
         rules[f"selp.{kind}"] = Rule(kind, (kind, kind, "pred"), "np.where({2}, {0}, {1})")
     return rules

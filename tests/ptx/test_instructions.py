@@ -206,6 +206,11 @@ def f16(x: float) -> int:
     return int(np.float16(x).view(np.uint16))
 
 
+def bf16(x: float) -> int:
+    """Of numbers that bf16 holds exactly."""
+    return f32(x) >> 16
+
+
 def number(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<I", bits))[0]
 
@@ -223,7 +228,7 @@ NUMBERS = [0.0, -0.0, 1.0, -1.5, math.pi, 1e-3, 65504.0, 3e38, -3e38, 1e-40, mat
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparisons_of_numbers_are_false_for_nan_unless_they_are_unordered(name):
-    for kind, pack, unpack in (("f32", f32, number), ("f16", f16, half)):
+    for kind, pack, unpack in (("f32", f32, number), ("f16", f16, half), ("bf16", bf16, brain)):
         values = [pack(x) for x in (0.0, -0.0, 1.0, -2.0, math.inf, math.nan)]
         pairs = list(itertools.product(values, repeat=2))
 
