@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -129,7 +130,10 @@ class Emulator:
         return Launch(function, types, tuple(sorted(fixed.items())), assumed, tuple(sorted(chosen.items())))
 
     def compile(self, launch: Launch) -> Any:
-        return compile_launch(launch, self.target)
+        compiled = compile_launch(launch, self.target)
+        for line in arithmetic_on_bools(compiled.asm["source"]):
+            self.issues[Issue(launch.kernel.__name__, "integer arithmetic on bools, modulo 2", line, "")] += 1
+        return compiled
 
     def kernel(self, ptx: str) -> Kernel:
         text = self.rewrite(ptx)
@@ -185,6 +189,17 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     source = ASTSource(function, signature, dict(launch.constexprs), attributes)
     options = {k: x for k, x in launch.options if k != "maxnreg" or target.backend == "cuda"}
     return triton.compile(source, target=target, options=options)
+
+
+def arithmetic_on_bools(source: str) -> list[str]:
+    """Sums, differences and products of bools in the IR that Triton makes from the source of a kernel.
+
+    Flags that come out of a tuple are of type i1 there, so that True + True is False; Python's bools add as integers.
+    """
+    return [line.split(" loc(")[0].strip() for line in _BOOLS.findall(source)]
+
+
+_BOOLS = re.compile(r"^.*arith\.(?:addi|subi|muli) .*: (?:i1|tensor<[^>]*xi1(?:,[^>]*)?>).*$", re.MULTILINE)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
