@@ -91,7 +91,7 @@ def pretend_gpu() -> None:
 
 
 def operations() -> dict[str, tuple[Callable[[], Any], tuple[Any, ...]]]:
-    """Name -> (call, the tensors that its result is differentiated by). Small, as a CPU computes what is not stubbed."""
+    """Name -> (call, the tensors that its result is differentiated by). Small: a CPU computes what is not stubbed."""
     import torch
 
     from ppo_fast import ops
@@ -115,7 +115,7 @@ def operations() -> dict[str, tuple[Callable[[], Any], tuple[Any, ...]]]:
     return {
         "token_logprobs": (lambda: ops.token_logprobs(logits, tokens, mask), (logits,)),
         "token_logprobs, entropy": (
-            lambda: ops.token_logprobs(logits, tokens, mask, with_entropy=(logits,))[0],
+            lambda: ops.token_logprobs(logits, tokens, mask, with_entropy=True)[0],
             (logits,),
         ),
         "policy_loss": (lambda: ops.policy_loss(logprobs, old, advantages, mask).loss, (logprobs,)),
@@ -133,13 +133,11 @@ def operations() -> dict[str, tuple[Callable[[], Any], tuple[Any, ...]]]:
         "masked_whiten": (lambda: ops.masked_whiten(advantages, mask), ()),
         "rlhf_advantages": (lambda: ops.rlhf_advantages(scores, old, ref, old_values, mask), ()),
         "linear_logprobs, no gradient": (
-            lambda: ops.linear_logprobs(
-                hidden.detach(), weight.detach(), flat["tokens"], with_entropy=(hidden, weight)
-            ),
+            lambda: ops.linear_logprobs(hidden.detach(), weight.detach(), flat["tokens"], with_entropy=True),
             (),
         ),
         "linear_logprobs, mask": (
-            lambda: ops.linear_logprobs(hidden, weight, flat["tokens"], flat_mask, with_entropy=(hidden, weight))[0],
+            lambda: ops.linear_logprobs(hidden, weight, flat["tokens"], flat_mask, with_entropy=True)[0],
             (hidden, weight),
         ),
         "linear_ppo_loss": (lambda: ops.linear_ppo_loss(*linear).loss, (hidden, weight)),
