@@ -1,16 +1,17 @@
 """linear_logprobs and linear_ppo_loss in Triton: what happens to a chunk of logits between the matrix products.
 
-One program owns a row of the chunk. For reference.linear_ppo_loss it walks the row twice: an online softmax
-(softmax_rows.py) gives logp and entropy, the scalar loss (loss_terms.py) their gradients g and h, and the second walk
-writes d loss / d logits in the dtype of the products' operands. reference.linear_logprobs walks once for its values,
-and once more in its backward, over logits made again.
+One program owns a row of the chunk. For reference.linear_ppo_loss it reads the row twice: an online softmax
+(softmax_rows.py) gives logp and entropy, the scalar loss (loss_terms.py) their gradients g and h, and the second loop
+writes d loss / d logits in the dtype of the products' operands. reference.linear_logprobs has one loop for its values,
+and another in its backward, over logits that are computed again.
 
 Chunk buffers pad their rows to 128 bytes, so every load and store here is 16 bytes a thread, the last block's too.
 Bytes for a row: policy 2 V reads of logits and V writes of dlogits; score V reads; gradient V reads and V writes.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,26 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_fast.kernels import loss
-from ppo_fast.kernels.launch import Variant, at_most
+from ppo_fast.kernels.launch import Variant, device_guard, launch_options
 from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
+from ppo_fast.kernels.loss_launch import KL_ESTIMATORS
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors
-from ppo_fast.kernels.loss_terms import _kl, _surrogate
+from ppo_fast.kernels.loss_terms import kl_and_slope, surrogate
 from ppo_fast.kernels.softmax_rows import (
-    LN_2,
     add_block,
     expm1,
     finish_rows,
     logit_gradient,
     start_rows,
     target_gradient,
+    token_logprob,
+    warp_size,
 )
-
-BIAS_PAD = tl.constexpr(LINE // 4)
-_KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-# Only bias_ptr is specialised, on its alignment, which it always has. What else the code may assume is constexpr.
-NOT_SPECIALISED = tuple([i for i in range(count) if i != bias] for count, bias in ((11, 2), (30, 3), (17, 3)))
 
 
 @triton.jit
@@ -51,19 +49,15 @@ def _tanh(x):
 @triton.jit
 def _transform(
     x,  # (1, BLOCK) fp32: h W^T
-    column,  # (1, BLOCK)
-    inside,  # (1, BLOCK): whether the column may be read
-    bias_ptr,  # (V,) fp32, padded like the logits; if not has_bias, any address that starts a chunk
-    has_bias,
-    logit_scale,
-    softcap,  # 0 if there is none
+    bias,  # (1, BLOCK)
+    head,  # (bias_ptr, has_bias, logit_scale, softcap)
 ):
     """z temperature, and its derivative by x over logit_scale."""
-    bias = tl.load(bias_ptr + column, mask=inside & (has_bias != 0), other=0.0)
+    logit_scale, softcap = head[2], head[3]
     x = (x + bias) * logit_scale
     t = _tanh(x / tl.where(softcap > 0, softcap, 1.0))
     bent = tl.where(x == float("-inf"), x, softcap * t)
-    return tl.where(softcap > 0, bent, x), tl.where(softcap > 0, 1.0 - t * t, 1.0)
+    return tl.where(softcap > 0, bent, x), tl.where(softcap > 0, tl.fma(-t, t, 1.0), 1.0)
 
 
 @triton.jit
@@ -78,48 +72,53 @@ def _load(
     WHOLE: tl.constexpr,
 ):
     """(1, BLOCK) logits z temperature, -inf where the row has ended, their derivative, and their columns."""
-    column = first + tl.arange(0, BLOCK)[None, :]
+    lane = tl.arange(0, BLOCK)[None, :]
+    column = first + lane
     slope = 1.0
+    bias_ptr = tl.multiple_of(head[0] + first, 16)
+    has_bias = head[1] != 0
     if WHOLE:
         x = tl.load(row_ptr + column).to(tl.float32)
         if TRANSFORMED:
-            x, slope = _transform(x, column, column >= 0, head[0], head[1], head[2], head[3])
+            x, slope = _transform(x, tl.load(bias_ptr + lane, mask=has_bias, other=0.0), head)
     else:
-        inside = column < tl.cdiv(V, BIAS_PAD) * BIAS_PAD
         x = tl.load(row_ptr + column, mask=column < tl.cdiv(V, PAD) * PAD, other=0.0).to(tl.float32)
         if TRANSFORMED:
-            x, slope = _transform(x, column, inside, head[0], head[1], head[2], head[3])
+            inside = column < tl.cdiv(V, 32) * 32  # the bias is padded to 128 bytes, as the logits are
+            x, slope = _transform(x, tl.load(bias_ptr + lane, mask=inside & has_bias, other=0.0), head)
         x = tl.where(column < V, x, float("-inf"))
     return x, slope, column
 
 
 @triton.jit
-def _measure(
+def _row_statistics(
     row_ptr,  # (V,) logits
     token,  # int64
     V,
     head,  # (bias_ptr, has_bias, logit_scale, softcap)
-    scale,  # log2(e) / temperature, times logit_scale unless TRANSFORMED
+    z_scale,  # 1 / temperature, times logit_scale unless TRANSFORMED
+    scale,  # log2(e) z_scale
     TRANSFORMED: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
 ):
-    """(1,) each: top, log2 s, H, logp."""
-    top, sums, moments = start_rows(1, LANES)
+    """(1,) each: m, log2 s, H, logp."""
+    row_max, sums, moments = start_rows(1, LANES)
     for block in range(0, V // BLOCK):
         x, _, _ = _load(row_ptr, block * BLOCK, V, head, TRANSFORMED, PAD, BLOCK, True)
-        top, sums, moments = add_block(top, sums, moments, x, scale, 1, BLOCK, LANES)
+        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, 1, BLOCK, LANES, WITH_ENTROPY)
     if V % BLOCK > 0:
         x, _, _ = _load(row_ptr, V // BLOCK * BLOCK, V, head, TRANSFORMED, PAD, BLOCK, False)
-        top, sums, moments = add_block(top, sums, moments, x, scale, 1, BLOCK, LANES)
+        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, 1, BLOCK, LANES, WITH_ENTROPY)
     log_sum, entropy = finish_rows(sums, moments, 1, LANES)
     at = token + tl.zeros((1,), tl.int64)
     exists = (at >= 0) & (at < V)
     at_token = tl.load(row_ptr + at, mask=exists, other=float("nan")).to(tl.float32)
     if TRANSFORMED:
-        at_token, _ = _transform(at_token, at, exists, head[0], head[1], head[2], head[3])
-    return top, log_sum, entropy, (tl.fma(at_token, scale, -top) - log_sum) * LN_2
+        at_token, _ = _transform(at_token, tl.load(head[0] + at, mask=exists & (head[1] != 0), other=0.0), head)
+    return row_max, log_sum, entropy, token_logprob(at_token, row_max, log_sum, z_scale)
 
 
 @triton.jit
@@ -132,7 +131,7 @@ def _write_block(
     head,
     scale,
     gradients,  # (at_token, g, h), (1,) each
-    statistics,  # (top, log_sum, entropy), (1,) each
+    statistics,  # (m, log2 s, H), (1,) each
     TRANSFORMED: tl.constexpr,
     PAD: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -141,8 +140,8 @@ def _write_block(
 ):
     x, slope, column = _load(row_ptr, first, V, head, TRANSFORMED, PAD, BLOCK, WHOLE)
     at_token, g, h = gradients
-    top, log_sum, entropy = statistics
-    d = logit_gradient(x, column == token, at_token, g, h, top, log_sum, entropy, scale)
+    row_max, log_sum, entropy = statistics
+    d = logit_gradient(x, column == token, at_token, g, h, row_max, log_sum, entropy, scale, True)
     if TRANSFORMED:
         d = d * slope
     d = d.to(d_ptr.dtype.element_ty)
@@ -162,18 +161,19 @@ def _write(
     scale,
     factor,
     slopes,  # (g, h): d loss / d logp and H, (1,) each
-    statistics,  # (top, log_sum, entropy, logp), (1,) each
+    statistics,  # (m, log2 s, H, logp), (1,) each
     TRANSFORMED: tl.constexpr,
     PAD: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """d loss / d (h W^T) of the row."""
-    top, log_sum, entropy, logp = statistics
+    row_max, log_sum, entropy, logp = statistics
     g = tl.where(logp != logp, logp, slopes[0]) * factor
     h = slopes[1] * factor
     gradients = (target_gradient(g, h, logp, entropy), g, h)
-    known = (top, log_sum, entropy)
+    token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)  # int32: half the comparison
+    known = (row_max, log_sum, entropy)
     for block in range(0, V // BLOCK):
         first = block * BLOCK
         _write_block(
@@ -193,9 +193,9 @@ def _row(ptr, stride):
 
 
 @triton.jit
-def _put(statistics_ptr, stride, top, log_sum, entropy, logp):
+def _put(statistics_ptr, stride, row_max, log_sum, entropy, logp):
     at = statistics_ptr + tl.program_id(0) + tl.zeros((1,), tl.int64)
-    tl.store(at, top)
+    tl.store(at, row_max)
     tl.store(at + stride, log_sum)
     tl.store(at + stride * 2, entropy)
     tl.store(at + stride * 3, logp)
@@ -208,16 +208,17 @@ def _get(ptr, given, default):
     return tl.where(given != 0, tl.load(at, mask=given != 0, other=0.0).to(tl.float32), default)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALISED[0])
+@triton.jit(do_not_specialize=list(range(12)))
 def _linear_score_kernel(
     logits_ptr,  # (rows, V)
     tokens_ptr,  # (rows,) int64
-    bias_ptr,  # (V,) fp32, padded; the logits' address if not has_bias
-    statistics_ptr,  # (4, rows) fp32: top, log2 s, H, logp, see softmax_rows.py
+    bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
+    statistics_ptr,  # (4, rows) fp32: m, log2 s, H, logp, see softmax_rows.py
     has_bias: tl.int32,
     logit_scale: tl.float32,
     softcap: tl.float32,  # 0 if there is none
-    scale: tl.float32,  # log2(e) / temperature, times logit_scale unless TRANSFORMED
+    z_scale: tl.float32,  # 1 / temperature, times logit_scale unless TRANSFORMED
+    scale: tl.float32,  # log2(e) z_scale
     V: tl.int32,
     logits_stride: tl.int64,
     statistics_stride: tl.int64,
@@ -225,36 +226,29 @@ def _linear_score_kernel(
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
 ):
     token = tl.load(tokens_ptr + tl.program_id(0))
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
-    top, log_sum, entropy, logp = _measure(row_ptr, token, V, head, scale, TRANSFORMED, PAD, BLOCK, LANES)
-    _put(statistics_ptr, statistics_stride, top, log_sum, entropy, logp)
+    row_max, log_sum, entropy, logp = _row_statistics(
+        row_ptr, token, V, head, z_scale, scale, TRANSFORMED, PAD, BLOCK, LANES, WITH_ENTROPY
+    )
+    _put(statistics_ptr, statistics_stride, row_max, log_sum, entropy, logp)
 
 
-@triton.jit
-def _kl_slope(d, log_ratio_clamp, estimator):
-    """The derivative of reference.kl_estimate; the estimator is an index into _KL_ESTIMATORS."""
-    _, k1 = _kl(d, log_ratio_clamp, "k1")
-    _, k2 = _kl(d, log_ratio_clamp, "k2")
-    _, k3 = _kl(d, log_ratio_clamp, "k3")
-    _, other = _kl(d, log_ratio_clamp, "abs")
-    return tl.where(estimator == 0, k1, tl.where(estimator == 1, k2, tl.where(estimator == 2, k3, other)))
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED[1])
+@triton.jit(do_not_specialize=list(range(31)))
 def _linear_policy_kernel(
     logits_ptr,  # (rows, V)
     dlogits_ptr,  # (rows, V)
     tokens_ptr,  # (rows,) int64
-    bias_ptr,  # (V,) fp32, padded; the logits' address if not has_bias
+    bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     old_ptr,  # (rows,) fp32; this and the next four: any address if there is none
     advantages_ptr,  # (rows,) fp32, always there
     weights_ptr,  # (rows,) fp32
     ref_ptr,  # (rows,) fp32
     share_ptr,  # (rows,) fp32
-    statistics_ptr,  # (4, rows) fp32: top, log2 s, H, logp, see softmax_rows.py
+    statistics_ptr,  # (4, rows) fp32: m, log2 s, H, logp, see softmax_rows.py
     has_bias: tl.int32,
     has_old: tl.int32,
     has_weights: tl.int32,
@@ -262,7 +256,8 @@ def _linear_policy_kernel(
     has_share: tl.int32,
     logit_scale: tl.float32,
     softcap: tl.float32,  # 0 if there is none
-    scale: tl.float32,  # log2(e) / temperature, times logit_scale unless TRANSFORMED
+    z_scale: tl.float32,  # 1 / temperature, times logit_scale unless TRANSFORMED
+    scale: tl.float32,  # log2(e) z_scale
     factor: tl.float32,  # logit_scale / temperature
     low: tl.float32,  # the ratio is clipped to [low, high]
     high: tl.float32,
@@ -284,29 +279,31 @@ def _linear_policy_kernel(
     token = tl.load(tokens_ptr + tl.program_id(0))
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
-    top, log_sum, entropy, logp = _measure(row_ptr, token, V, head, scale, TRANSFORMED, PAD, BLOCK, LANES)
-    _put(statistics_ptr, statistics_stride, top, log_sum, entropy, logp)
+    row_max, log_sum, entropy, logp = _row_statistics(
+        row_ptr, token, V, head, z_scale, scale, TRANSFORMED, PAD, BLOCK, LANES, True
+    )
+    _put(statistics_ptr, statistics_stride, row_max, log_sum, entropy, logp)
     old = _get(old_ptr, has_old, logp)
     advantage = _get(advantages_ptr, 1, 0.0)
-    _, slope, _, _, _, _ = _surrogate(logp, old, advantage, low, high, dual_clip, log_ratio_clamp)
-    d = logp - _get(ref_ptr, has_ref, logp)
-    g = slope * _get(weights_ptr, has_weights, 1.0) + kl_coef * _kl_slope(d, log_ratio_clamp, kl_estimator)
+    _, slope, _, _, _, _ = surrogate(logp, old, advantage, low, high, dual_clip, log_ratio_clamp)
+    _, kl_slope = kl_and_slope(logp - _get(ref_ptr, has_ref, logp), log_ratio_clamp, kl_estimator)
+    g = slope * _get(weights_ptr, has_weights, 1.0) + kl_coef * kl_slope
     share = _get(share_ptr, has_share, 1.0)
     slopes = (g * share, -entropy_coef * share)
-    statistics = (top, log_sum, entropy, logp)
+    statistics = (row_max, log_sum, entropy, logp)
     d_ptr = _row(dlogits_ptr, dlogits_stride)
     _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALISED[2])
+@triton.jit(do_not_specialize=list(range(17)))
 def _linear_gradient_kernel(
     logits_ptr,  # (rows, V)
     dlogits_ptr,  # (rows, V)
     tokens_ptr,  # (rows,) int64
-    bias_ptr,  # (V,) fp32, padded; the logits' address if not has_bias
+    bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     g_ptr,  # (rows,) fp32: d loss / d logp
     h_ptr,  # (rows,) fp32: d loss / d H; any address if not has_h
-    statistics_ptr,  # (4, rows) fp32: top, log2 s, H, logp, see softmax_rows.py
+    statistics_ptr,  # (4, rows) fp32: m, log2 s, H, logp, see softmax_rows.py
     has_bias: tl.int32,
     has_h: tl.int32,
     logit_scale: tl.float32,
@@ -324,33 +321,43 @@ def _linear_gradient_kernel(
 ):
     token = tl.load(tokens_ptr + tl.program_id(0))
     head = (bias_ptr, has_bias, logit_scale, softcap)
-    top = _get(statistics_ptr, 1, 0.0)
+    row_max = _get(statistics_ptr, 1, 0.0)
     log_sum = _get(statistics_ptr + statistics_stride, 1, 0.0)
     entropy = _get(statistics_ptr + statistics_stride * 2, has_h, 0.0)
     logp = _get(statistics_ptr + statistics_stride * 3, 1, 0.0)
     slopes = (_get(g_ptr, 1, 0.0), _get(h_ptr, has_h, 0.0))
-    statistics = (top, log_sum, entropy, logp)
+    statistics = (row_max, log_sum, entropy, logp)
     row_ptr, d_ptr = _row(logits_ptr, logits_stride), _row(dlogits_ptr, dlogits_stride)
     _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
 
 
 class _Tile(NamedTuple):
     BLOCK: int
-    LANES: int  # partial sums kept per row
-    num_warps: int
+    LANES: int  # partial sums kept per row: those of one thread, whether 32 or 64 of them execute together
+    threads: int
 
 
 _POLICY_REGISTERS = 128  # two blocks of the larger tile on a multiprocessor
 # One for all V, so that a row's bits depend on nothing but the row. Smaller where tanh needs registers.
-_TILES = {False: _Tile(8192, 2048, 8), True: _Tile(2048, 1024, 4)}
+_TILES = {False: _Tile(8192, 2048, 256), True: _Tile(2048, 1024, 128)}
 
 
-def _config(kernel: triton.JITFunction, transformed: bool, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, int]:
-    """The constexprs of a launch, and its options."""
-    values = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
+@functools.cache
+def _config(
+    kernel: triton.JITFunction,
+    transformed: bool,
+    logits: torch.dtype,
+    dlogits: torch.dtype,
+    with_entropy: bool,
+    threads_per_warp: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constexprs of a launch and its options. Where tanh costs more, the entropy is always computed."""
+    values: dict[str, Any] = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
     values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
-    chosen = {name: values[name] for name in (*kernel.arg_names, "num_warps") if name in values}
-    return chosen | (at_most(_POLICY_REGISTERS) if kernel is _linear_policy_kernel else {})
+    values["WITH_ENTROPY"] = with_entropy or transformed
+    registers = _POLICY_REGISTERS if kernel is _linear_policy_kernel else None
+    options = launch_options(_TILES[transformed].threads // threads_per_warp, registers)
+    return {name: values[name] for name in kernel.arg_names if name in values}, options
 
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -359,38 +366,35 @@ _DTYPES = [(logits, low) for low in (torch.float16, torch.bfloat16) for logits i
 _DTYPES += [(torch.float32, torch.float32)]
 
 
-def variants() -> list[Variant]:
-    """Everything the launchers below may start, for the ahead-of-time gate."""
+def variants(threads_per_warp: int = 32) -> list[Variant]:
+    """Everything that the launchers below can start on a GPU with such warps."""
     found = []
     for transformed in (False, True):
         for logits, dlogits in _DTYPES:
-            name = f"{str(logits)[6:]} {str(dlogits)[6:]}{' transformed' if transformed else ''}"
+            name = f"aligned {str(logits)[6:]} {str(dlogits)[6:]}{' transformed' if transformed else ''}"
             for kind, kernel in (("policy", _linear_policy_kernel), ("gradient", _linear_gradient_kernel)):
-                found.append(_variant(f"linear {kind} aligned {name}", kernel, transformed, logits, dlogits))
+                config = _config(kernel, transformed, logits, dlogits, True, threads_per_warp)
+                found.append(Variant(f"linear {kind} {name}", kernel, _types(kernel, logits, dlogits), *config))
+        kernel = _linear_score_kernel
         for logits in _POINTERS:
-            name = f"linear score aligned {str(logits)[6:]}{' transformed' if transformed else ''}"
-            found.append(_variant(name, _linear_score_kernel, transformed, logits, logits))
+            for with_entropy in (True,) if transformed else (False, True):
+                name = f"linear score aligned {str(logits)[6:]}{' transformed' if transformed else ''}"
+                name += "" if with_entropy else " without entropy"
+                config = _config(kernel, transformed, logits, logits, with_entropy, threads_per_warp)
+                found.append(Variant(name, kernel, _types(kernel, logits, logits), *config))
     return found
 
 
-def _variant(
-    name: str, kernel: triton.JITFunction, transformed: bool, logits: torch.dtype, dlogits: torch.dtype
-) -> Variant:
+def _types(kernel: triton.JITFunction, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, str]:
+    """Argument -> type, from the kernel's own names."""
     special = {"logits_ptr": _POINTERS[logits], "dlogits_ptr": _POINTERS[dlogits], "tokens_ptr": "*i64"}
     types = {}
-    for argument in kernel.arg_names:
-        if argument.isupper() and argument != "V":
-            continue
-        if argument.endswith("_ptr"):
-            default = "*fp32"
-        elif argument.endswith("_stride"):
-            default = "i64"
-        else:
-            default = "i32" if argument.startswith("has_") or argument in ("V", "kl_estimator") else "fp32"
-        types[argument] = special.get(argument, default)
-    constexprs = _config(kernel, transformed, logits, dlogits)
-    options = constexprs.pop("num_warps"), constexprs.pop("maxnreg", None)
-    return Variant(name, kernel, types, constexprs, options[0], aligned=("bias_ptr",), registers=options[1])
+    for name in kernel.arg_names:
+        if name.islower() or name == "V":
+            is_integer = name.startswith("has_") or name in ("V", "kl_estimator")
+            default = "i64" if name.endswith("_stride") else "i32" if is_integer else "fp32"
+            types[name] = special.get(name, "*fp32" if name.endswith("_ptr") else default)
+    return types
 
 
 class _HeadScalars(NamedTuple):
@@ -401,40 +405,44 @@ class _HeadScalars(NamedTuple):
     has_bias: int
     logit_scale: float
     softcap: float
+    z_scale: float
     scale: float
     factor: float
 
 
 def _scalars(head: Head) -> _HeadScalars:
     transformed = head.bias is not None or head.softcap is not None or head.logit_scale <= 0
-    scale = math.log2(math.e) * (1.0 / head.temperature if transformed else head.factor)
+    z_scale = 1.0 / head.temperature if transformed else head.factor
     softcap = 0.0 if head.softcap is None else float(head.softcap)
-    return _HeadScalars(
-        transformed, head.bias, int(head.bias is not None), float(head.logit_scale), softcap, scale, head.factor
-    )
+    numbers = float(head.logit_scale), softcap, z_scale, math.log2(math.e) * z_scale, head.factor
+    return _HeadScalars(transformed, head.bias, int(head.bias is not None), *numbers)
 
 
 def _or(x: Tensor | None, address: Tensor) -> Tensor:
-    """A tensor, or an address that will not be read."""
+    """A tensor, or an address of the same type that will not be read."""
     return address if x is None else x
 
 
 def _score(logits: Tensor, tokens: Tensor, head: Head, statistics: Tensor, with_entropy: bool) -> None:
-    s, (rows, V) = _scalars(head), logits.shape
-    with torch.cuda.device_of(logits):
-        _linear_score_kernel[(rows,)](
+    s, (rows, V), dtype = _scalars(head), logits.shape, logits.dtype
+    kernel = _linear_score_kernel
+    constexprs, options = _config(kernel, s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
+    with device_guard(logits):
+        kernel[(rows,)](
             logits,
             tokens,
-            _or(s.bias, logits),
+            _or(s.bias, statistics),
             statistics,
             s.has_bias,
             s.logit_scale,
             s.softcap,
+            s.z_scale,
             s.scale,
             V,
             logits.stride(0),
             statistics.stride(0),
-            **_config(_linear_score_kernel, s.transformed, logits.dtype, logits.dtype),
+            **constexprs,
+            **options,
         )
 
 
@@ -450,12 +458,14 @@ def _policy(
 ) -> None:
     s, (rows, V) = _scalars(head), logits.shape
     with_kl = t.ref_logprobs is not None and o.kl_coef != 0
-    with torch.cuda.device_of(logits):
-        _linear_policy_kernel[(rows,)](
+    kernel = _linear_policy_kernel
+    constexprs, options = _config(kernel, s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    with device_guard(logits):
+        kernel[(rows,)](
             logits,
             dlogits,
             tokens,
-            _or(s.bias, logits),
+            _or(s.bias, statistics),
             _or(t.old_logprobs, statistics),
             t.advantages,
             _or(t.weights, statistics),
@@ -469,6 +479,7 @@ def _policy(
             int(share is not None),
             s.logit_scale,
             s.softcap,
+            s.z_scale,
             s.scale,
             s.factor,
             1.0 - o.clip_low,
@@ -477,12 +488,13 @@ def _policy(
             float(o.log_ratio_clamp),
             float(o.entropy_coef),
             float(o.kl_coef) if with_kl else 0.0,
-            _KL_ESTIMATORS.index(o.kl_estimator),
+            KL_ESTIMATORS.index(o.kl_estimator),
             V,
             logits.stride(0),
             dlogits.stride(0),
             statistics.stride(0),
-            **_config(_linear_policy_kernel, s.transformed, logits.dtype, dlogits.dtype),
+            **constexprs,
+            **options,
         )
 
 
@@ -496,12 +508,14 @@ def _gradient(
     statistics: Tensor,
 ) -> None:
     s, (rows, V) = _scalars(head), logits.shape
-    with torch.cuda.device_of(logits):
-        _linear_gradient_kernel[(rows,)](
+    kernel = _linear_gradient_kernel
+    constexprs, options = _config(kernel, s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    with device_guard(logits):
+        kernel[(rows,)](
             logits,
             dlogits,
             tokens,
-            _or(s.bias, logits),
+            _or(s.bias, statistics),
             g,
             _or(h, statistics),
             statistics,
@@ -515,7 +529,8 @@ def _gradient(
             logits.stride(0),
             dlogits.stride(0),
             statistics.stride(0),
-            **_config(_linear_gradient_kernel, s.transformed, logits.dtype, dlogits.dtype),
+            **constexprs,
+            **options,
         )
 
 

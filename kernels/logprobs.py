@@ -1,24 +1,24 @@
 """Log-probability of each token and entropy of its distribution, from logits: reference.token_logprobs in Triton.
 
-One program owns a few rows and walks them in blocks of columns with an online softmax (softmax_rows.py). At the end
-logp and H follow from top, s and w. Backward has a program per row and block of columns.
+One program owns a few rows and reads them in blocks of columns with an online softmax (softmax_rows.py). At the end
+logp and H follow from m, s and w. Backward has a program per row and block of columns.
 
-Saved for backward, per row: logsumexp as the pair top, log2 s (so that logits of 1e4 keep their digits), H and logp.
+Saved for backward, per row: logsumexp as the pair m, log2 s (so that logits of 1e4 keep their digits), H and logp.
 Bytes: forward reads the logits once; backward reads them once and writes the gradient once. A masked row is not read.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.kernels.launch import Variant
+from ppo_fast.kernels.launch import Variant, device_guard, launch_options
 from ppo_fast.kernels.logprobs_op import allocate, make_backend, run
 from ppo_fast.kernels.softmax_rows import (
-    LN_2,
     add_block,
     column_offset,
     finish_rows,
@@ -27,24 +27,23 @@ from ppo_fast.kernels.softmax_rows import (
     row_offset,
     start_rows,
     target_gradient,
+    token_logprob,
+    warp_size,
 )
 
-# No argument is specialised on its value or alignment: what the code may assume is said by the constexprs alone.
-_FORWARD_ARGUMENTS = list(range(19))
-_BACKWARD_ARGUMENTS = list(range(25))
 
-
-@triton.jit(do_not_specialize=_FORWARD_ARGUMENTS)
+@triton.jit(do_not_specialize=list(range(20)))
 def _token_logprobs_fwd_kernel(
     logits_ptr,  # (B, T, V), N = B T
     tokens_ptr,  # (B, T) int64
     mask_ptr,  # (B, T) bool; any address if not has_mask
     logprobs_ptr,  # (N,) fp32
     entropy_ptr,  # (N,) fp32; any address if not has_entropy
-    statistics_ptr,  # (4, N) fp32: top, log2 s, H, logp
+    statistics_ptr,  # (4, N) fp32: m, log2 s, H, logp
     has_mask: tl.int32,
     has_entropy: tl.int32,
     scale: tl.float32,  # log2(e) / temperature
+    inverse_temperature: tl.float32,
     N: tl.int32,
     T: tl.int32,
     V: tl.int32,
@@ -61,6 +60,7 @@ def _token_logprobs_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
 ):
     V = V // V_MULTIPLE * V_MULTIPLE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -71,7 +71,7 @@ def _token_logprobs_fwd_kernel(
     at_token = tl.load(row_ptr + token * logits_stride_v, mask=in_vocabulary, other=float("nan")).to(tl.float32)
 
     columns = tl.arange(0, BLOCK)[None, :]
-    top, sums, moments = start_rows(ROWS, LANES)
+    row_max, sums, moments = start_rows(ROWS, LANES)
     whole_blocks = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, V // BLOCK, 0)
     for block in range(0, whole_blocks):
         column_ptr = row_ptr[:, None] + column_offset(block * BLOCK + columns, logits_stride_v, UNIT)
@@ -79,25 +79,25 @@ def _token_logprobs_fwd_kernel(
             x = tl.load(column_ptr).to(tl.float32)
         else:
             x = tl.load(column_ptr, mask=counted[:, None], other=float("-inf")).to(tl.float32)
-        top, sums, moments = add_block(top, sums, moments, x, scale, ROWS, BLOCK, LANES)
+        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
     if V % BLOCK > 0:
         tail = V // BLOCK * BLOCK + columns
         column_ptr = row_ptr[:, None] + column_offset(tail, logits_stride_v, UNIT)
         x = tl.load(column_ptr, mask=counted[:, None] & (tail < V), other=float("-inf")).to(tl.float32)
-        top, sums, moments = add_block(top, sums, moments, x, scale, ROWS, BLOCK, LANES)
+        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
 
     log_sum, entropy = finish_rows(sums, moments, ROWS, LANES)
-    logprobs = (tl.fma(at_token, scale, -top) - log_sum) * LN_2
+    logprobs = token_logprob(at_token, row_max, log_sum, inverse_temperature)
     tl.store(logprobs_ptr + row, tl.where(counted, logprobs, 0.0), mask=row < N)
     tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0), mask=(row < N) & (has_entropy != 0))
     row = row.to(tl.int64)
-    tl.store(statistics_ptr + row, top, mask=counted)
+    tl.store(statistics_ptr + row, row_max, mask=counted)
     tl.store(statistics_ptr + row + N, log_sum, mask=counted)
     tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 2, entropy, mask=counted)
     tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 3, logprobs, mask=counted)
 
 
-@triton.jit(do_not_specialize=_BACKWARD_ARGUMENTS)
+@triton.jit(do_not_specialize=list(range(25)))
 def _token_logprobs_bwd_kernel(
     grad_logprobs_ptr,  # (N,) fp32; any address if not has_grad_logprobs
     grad_entropy_ptr,  # (N,) fp32; any address if not has_grad_entropy
@@ -105,7 +105,7 @@ def _token_logprobs_bwd_kernel(
     grad_ptr,  # (B, T, V); may be logits_ptr
     tokens_ptr,  # (B, T) int64
     mask_ptr,  # (B, T) bool; any address if not has_mask
-    statistics_ptr,  # (4, N) fp32: top, log2 s, H, logp
+    statistics_ptr,  # (4, N) fp32: m, log2 s, H, logp
     has_grad_logprobs: tl.int32,
     has_grad_entropy: tl.int32,
     has_mask: tl.int32,
@@ -130,6 +130,7 @@ def _token_logprobs_bwd_kernel(
     PEEL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
 ):
     V = V // V_MULTIPLE * V_MULTIPLE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -140,7 +141,7 @@ def _token_logprobs_bwd_kernel(
     out_of_vocabulary = (token < 0) | (token >= V)
     g = tl.where(out_of_vocabulary & (has_grad_logprobs != 0), float("nan"), g)
     statistic = statistics_ptr + row.to(tl.int64)
-    top = tl.load(statistic, mask=counted, other=0.0)
+    row_max = tl.load(statistic, mask=counted, other=0.0)
     log_sum = tl.load(statistic + N, mask=counted, other=0.0)
     entropy = tl.load(statistic + tl.cast(N, tl.int64) * 2, mask=counted, other=0.0)
     logprobs = tl.load(statistic + tl.cast(N, tl.int64) * 3, mask=counted, other=0.0)
@@ -161,19 +162,19 @@ def _token_logprobs_bwd_kernel(
     is_token = column == tl.where(out_of_vocabulary, -1, token).to(tl.int32)[:, None]  # int32: half the comparison
     if ROWS == 1 and (start >= PEEL - 1 and start + BLOCK <= V):
         x = tl.load(x_ptr, mask=counted[:, None], other=0.0).to(tl.float32)
-        d = logit_gradient(x, is_token, at_token, g, h, top, log_sum, entropy, scale)
+        d = logit_gradient(x, is_token, at_token, g, h, row_max, log_sum, entropy, scale, WITH_ENTROPY)
         tl.store(d_ptr, d.to(grad_ptr.dtype.element_ty))
     else:
         inside = (column >= 0) & (column < V) & (row < N)[:, None]
         x = tl.load(x_ptr, mask=inside & counted[:, None], other=0.0).to(tl.float32)
-        d = logit_gradient(x, is_token, at_token, g, h, top, log_sum, entropy, scale)
+        d = logit_gradient(x, is_token, at_token, g, h, row_max, log_sum, entropy, scale, WITH_ENTROPY)
         tl.store(d_ptr, d.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 class _Layout(NamedTuple):
     """What a launch may assume of addresses: constexprs of both kernels."""
 
-    UNIT: bool  # neighbouring columns are neighbours in memory
+    UNIT: bool  # the stride of columns is 1
     ALIGN: int  # bytes; every row starts at a multiple of it
     V_MULTIPLE: int  # V is a multiple of it
     PEEL: int = 1  # backward steps back to a multiple of so many elements, so that odd rows too move 16 bytes at a time
@@ -183,15 +184,16 @@ class _Tile(NamedTuple):
     ROWS: int
     BLOCK: int
     LANES: int  # partial sums kept per row
-    num_warps: int
+    threads: int
 
 
 # By the largest V: some rows of a tiny vocabulary to a program, or one row of a larger one, forward in a loop. Chosen
-# by V only, so that a row's bits do not depend on N. Each gives a thread of a warp of 32 at least 16 bytes to load.
+# by V only, so that a row's bits do not depend on N. Each gives a thread at least 16 bytes to load; partial sums that
+# are LANES apart then belong to one thread, whether 32 or 64 of them execute together.
 _TILES = {
-    64: _Tile(8, 64, 64, 2),
-    1024: _Tile(1, 1024, 512, 2),
-    2**31: _Tile(1, 4096, 1024, 4),
+    64: _Tile(8, 64, 64, 64),
+    1024: _Tile(1, 1024, 512, 64),
+    2**31: _Tile(1, 4096, 1024, 128),
 }
 
 
@@ -199,7 +201,8 @@ def _tile(V: int) -> _Tile:
     return next(tile for largest, tile in _TILES.items() if largest >= V)
 
 
-def _layouts(itemsize: int, tile: _Tile, *, backward: bool) -> dict[str, _Layout]:
+@functools.cache
+def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
     """Every layout that a launch with this tile may choose, by name."""
     vector = 16 // itemsize
     layouts = {"strided": _Layout(False, itemsize, 1), "aligned": _Layout(True, 16, vector)}
@@ -213,7 +216,7 @@ def _layouts(itemsize: int, tile: _Tile, *, backward: bool) -> dict[str, _Layout
 def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
     """The layout of logits and, in backward, their gradient, each with its row strides."""
     itemsize = operands[0][0].element_size()
-    layouts = _layouts(itemsize, tile, backward=len(operands) == 2)
+    layouts = _layouts(itemsize, tile, len(operands) == 2)
     if V > 1 and any(x.stride(-1) != 1 for x, _ in operands):
         return layouts["strided"]
     unit = layouts.get("unit", layouts["strided"])
@@ -225,31 +228,38 @@ def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]])
     return layouts.get("peeled_aligned", unit) if same_rows else unit
 
 
-_POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
-def variants() -> list[Variant]:
-    """Everything the launchers below may start, for the ahead-of-time gate."""
+@functools.cache
+def _config(
+    kernel: triton.JITFunction, tile: _Tile, layout: _Layout, with_entropy: bool, threads_per_warp: int
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The constexprs of a launch and its options. A row of one block always gets its entropy: it costs little there,
+    and every constexpr doubles the variants."""
+    values = tile._asdict() | layout._asdict() | {"WITH_ENTROPY": with_entropy or tile.BLOCK <= 1024}
+    constexprs = {name: values[name] for name in kernel.arg_names if name in values}
+    return constexprs, launch_options(tile.threads // threads_per_warp)
+
+
+def variants(threads_per_warp: int = 32) -> list[Variant]:
+    """Everything that the launchers below can start on a GPU with such warps."""
     found = []
     for dtype, pointer in _POINTERS.items():
-        itemsize = 4 if dtype == "float32" else 2
         for tile in _TILES.values():
             for kind, kernel in (("fwd", _token_logprobs_fwd_kernel), ("bwd", _token_logprobs_bwd_kernel)):
-                for name, layout in _layouts(itemsize, tile, backward=kind == "bwd").items():
-                    title = f"token_logprobs {kind} {dtype} {tile.ROWS}x{tile.BLOCK} {name}"
-                    constexprs, types = _constexprs(tile, layout, kernel), _types(kernel, pointer)
-                    found.append(Variant(title, kernel, types, constexprs, tile.num_warps))
+                for name, layout in _layouts(dtype.itemsize, tile, kind == "bwd").items():
+                    for with_entropy in (False, True) if tile.BLOCK > 1024 else (True,):
+                        title = f"token_logprobs {kind} {str(dtype)[6:]} {tile.ROWS}x{tile.BLOCK} {name}"
+                        title += "" if with_entropy else " without entropy"
+                        config = _config(kernel, tile, layout, with_entropy, threads_per_warp)
+                        found.append(Variant(title, kernel, _types(kernel, pointer), *config))
     return found
-
-
-def _constexprs(tile: _Tile, layout: _Layout, kernel: triton.JITFunction) -> dict[str, int]:
-    values = tile._asdict() | layout._asdict()
-    return {name: values[name] for name in kernel.arg_names if name in values}
 
 
 def _types(kernel: triton.JITFunction, logits_pointer: str) -> dict[str, str]:
     """Argument -> type, from the kernel's own names."""
-    special = {"logits_ptr": logits_pointer, "grad_ptr": logits_pointer, "tokens_ptr": "*i64", "mask_ptr": "*i1"}
+    special = {"logits_ptr": logits_pointer, "grad_ptr": logits_pointer, "tokens_ptr": "*i64", "mask_ptr": "*u1"}
     special |= {"scale": "fp32", "inverse_temperature": "fp32"}
     types = {}
     for name in kernel.arg_names:
@@ -260,7 +270,7 @@ def _types(kernel: triton.JITFunction, logits_pointer: str) -> dict[str, str]:
 
 
 class _Rows(NamedTuple):
-    """The operands of a launch, whose leading dimensions merge into two: [B, T]."""
+    """The operands of a launch, whose leading dimensions merge into two, [B, T]."""
 
     tensors: tuple[Tensor, ...]
     T: int
@@ -282,9 +292,23 @@ def _merge(shape: torch.Size, strides: list[tuple[int, ...]]) -> tuple[list[int]
     return sizes, merged
 
 
-def _rows(logits: Tensor, tokens: Tensor, mask: Tensor, *grad: Tensor) -> _Rows:
+@functools.cache
+def _no_mask(device: torch.device) -> Tensor:
+    """An address that will not be read."""
+    return torch.empty((), dtype=torch.bool, device=device)
+
+
+def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) -> _Rows:
     """A view of the operands as [B, T] rows. Only logits with three unmergeable leading dimensions are copied."""
-    tensors, copied = (logits, tokens, mask, *grad), 0
+    if tokens.dtype != torch.int64:
+        tokens = tokens.to(torch.int64)
+    flags = _no_mask(logits.device) if mask is None else mask
+    tensors, copied = (logits, tokens, flags, *grad), 0
+    if all(x.is_contiguous() for x in tensors):
+        V = logits.shape[-1]
+        return _Rows(tensors, tokens.numel(), [(0, V), (0, 1), (0, 1), (0, V)])
+    if mask is None:
+        tensors = (logits, tokens, flags.expand(tokens.shape), *grad)
     while True:
         sizes, merged = _merge(tokens.shape, [x.stride()[: tokens.ndim] for x in tensors])
         if len(sizes) <= 2:
@@ -295,11 +319,6 @@ def _rows(logits: Tensor, tokens: Tensor, mask: Tensor, *grad: Tensor) -> _Rows:
     return _Rows(tensors, sizes[1], list(zip(*merged, strict=True)))
 
 
-def _any_mask(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    """The mask, or an address that will not be read."""
-    return torch.empty((), dtype=torch.bool, device=tokens.device).expand(tokens.shape) if mask is None else mask
-
-
 def _forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,13 +326,15 @@ def _forward(
     N, V = tokens.numel(), logits.shape[-1]
     if N == 0:
         return logprobs, entropy, statistics
-    rows = _rows(logits, tokens.to(torch.int64), _any_mask(mask, tokens))
+    rows = _rows(logits, tokens, mask)
     logits, tokens, flags = rows.tensors
-    logits_strides, tokens_strides, mask_strides = rows.strides
+    logits_strides, tokens_strides, mask_strides, *_ = rows.strides
     tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides)])
-    with torch.cuda.device_of(logits):
-        _token_logprobs_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
+    kernel = _token_logprobs_fwd_kernel
+    constexprs, options = _config(kernel, tile, layout, with_entropy, warp_size(logits.device))
+    with device_guard(logits):
+        kernel[(triton.cdiv(N, tile.ROWS),)](
             logits,
             tokens,
             flags,
@@ -323,6 +344,7 @@ def _forward(
             int(mask is not None),
             int(with_entropy),
             math.log2(math.e) / temperature,
+            1 / temperature,
             N,
             rows.T,
             V,
@@ -330,9 +352,8 @@ def _forward(
             logits.stride(-1),
             *tokens_strides,
             *mask_strides,
-            **_constexprs(tile, layout, _token_logprobs_fwd_kernel),
-            num_warps=tile.num_warps,
-            num_stages=1,
+            **constexprs,
+            **options,
         )
     return logprobs, entropy, statistics
 
@@ -351,13 +372,15 @@ def _backward(
     N, V = tokens.numel(), logits.shape[-1]
     if grad.numel() == 0:
         return grad
-    rows = _rows(logits, tokens.to(torch.int64), _any_mask(mask, tokens), grad)
+    rows = _rows(logits, tokens, mask, grad)
     logits, tokens, flags, target = rows.tensors
     logits_strides, tokens_strides, mask_strides, grad_strides = rows.strides
     tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides), (target, grad_strides)])
-    with torch.cuda.device_of(logits):
-        _token_logprobs_bwd_kernel[(triton.cdiv(N, tile.ROWS), triton.cdiv(V + layout.PEEL - 1, tile.BLOCK))](
+    kernel = _token_logprobs_bwd_kernel
+    constexprs, options = _config(kernel, tile, layout, grad_entropy is not None, warp_size(logits.device))
+    with device_guard(logits):
+        kernel[(triton.cdiv(N, tile.ROWS), triton.cdiv(V + layout.PEEL - 1, tile.BLOCK))](
             statistics if grad_logprobs is None else grad_logprobs.contiguous(),
             statistics if grad_entropy is None else grad_entropy.contiguous(),
             logits,
@@ -379,9 +402,8 @@ def _backward(
             target.stride(-1),
             *tokens_strides,
             *mask_strides,
-            **_constexprs(tile, layout, _token_logprobs_bwd_kernel),
-            num_warps=tile.num_warps,
-            num_stages=1,
+            **constexprs,
+            **options,
         )
     return grad if target is grad else grad.copy_(target)
 

@@ -47,11 +47,14 @@ class _Loss(torch.autograd.Function):
         wanted = zip((logprobs, entropy, values), needs, strict=True)
         ctx.likes = [(x.shape, x.dtype) if need else None for x, need in wanted]
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 6
         (workspace,) = ctx.saved_tensors
         return *loss_launch.backward(workspace, grad_loss, ctx.likes), None, None, None
 

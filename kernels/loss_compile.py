@@ -60,8 +60,11 @@ def make_compiled(
         ctx.absent = [None] * (len(inputs) - 3)
         ctx.save_for_backward(output[2])
         ctx.mark_non_differentiable(output[1], output[2])
+        ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return None, None, None, *ctx.absent
         found = stored(ctx.saved_tensors[0], ctx.shapes)
         pairs = zip(found, ctx.dtypes, strict=True)
         made = [None if x is None else (x[0] * (grad_loss * x[1])).to(dtype) for x, dtype in pairs]

@@ -1,4 +1,4 @@
-"""The kernels of loss.py: forward by blocks of steps or by sequences, reduction, backward.
+"""The kernels of loss.py: forward by blocks of steps, of rows or by sequences, reduction, backward.
 
 loss_terms.py computes a block. Every forward program leaves one column of partial sums, which the reduction adds in a
 fixed order.
@@ -8,52 +8,36 @@ import triton
 import triton.language as tl
 
 from ppo_fast.kernels.loss_terms import (
-    APPROX_KL,
-    CLIPPED,
-    COLUMNS,
-    COUNT,
-    DUAL_CLIPPED,
-    ENTROPY,
-    ERROR,
-    KL,
-    PAD,
-    RATIO,
-    RATIO_MAX,
-    TERM,
-    VALUE_CLIPPED,
-    VALUE_COUNT,
     block_sums,
-    gradient_places,
+    column,
+    gradient_addresses,
+    gradient_stride,
+    has,
     merge,
+    num_columns,
+    padding,
     sequence_share,
+    write_optional,
 )
-
-PER_STEP = (
-    "logprobs",
-    "old_logprobs",
-    "advantages",
-    "weights",
-    "entropy",
-    "ref_logprobs",
-    "values",
-    "old_values",
-    "returns",
-    "mask",
-    "value_mask",
-)
-_INTEGERS = ["steps", "T", *(f"{name}_{axis}" for name in PER_STEP for axis in ("row", "step"))]
 
 
 @triton.jit
-def _store_sums(sums, workspace_ptr, steps, wanted):
-    gradients = (wanted[0] + wanted[1] + wanted[2]) * tl.cdiv(steps, PAD).to(tl.int64) * PAD
-    partials_ptr = workspace_ptr + PAD + gradients + tl.program_id(0)
-    tl.store(partials_ptr + tl.arange(0, COLUMNS) * tl.num_programs(0).to(tl.int64), sums)
+def _store_sums(sums, workspace_ptr, steps, given):
+    wanted = has(given, "d_logprobs").to(tl.int32) + has(given, "d_entropy").to(tl.int32)
+    wanted += has(given, "d_values").to(tl.int32)
+    partials_ptr = workspace_ptr + padding() + wanted * gradient_stride(steps) + tl.program_id(0)
+    tl.store(partials_ptr + tl.arange(0, num_columns()) * tl.num_programs(0).to(tl.int64), sums)
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit
+def _aligned(ptr, start):
+    """A tensor that begins at a multiple of 16 bytes, from a step on that is a multiple of BLOCK."""
+    return tl.multiple_of(ptr + start, 16), 0
+
+
+@triton.jit(do_not_specialize=list(range(23)))
 def _loss_flat_kernel(
-    logprobs_ptr,  # [steps]; so are the next ten
+    logprobs_ptr,  # [steps], at a multiple of 16 bytes; so are the next ten
     old_logprobs_ptr,
     advantages_ptr,
     weights_ptr,
@@ -64,49 +48,62 @@ def _loss_flat_kernel(
     returns_ptr,
     mask_ptr,
     value_mask_ptr,
-    workspace_ptr,  # scales [PAD], gradients [0 to 3, steps up to a multiple of PAD], partial sums [COLUMNS, programs]
-    low,
-    high,
-    dual_clip,
-    log_ratio_clamp,
-    entropy_coef,
-    kl_coef,
-    value_coef,
-    value_clip,
-    steps,
-    KL_ESTIMATOR: tl.constexpr,
-    D_LOGPROBS: tl.constexpr,  # which gradients to store
-    D_ENTROPY: tl.constexpr,
-    D_VALUES: tl.constexpr,
+    workspace_ptr,  # scales [padding], gradients [0 to 3, steps padded], partial sums [num_columns, programs]
+    low: tl.float32,
+    high: tl.float32,
+    dual_clip: tl.float32,  # infinite if there is none
+    log_ratio_clamp: tl.float32,
+    entropy_coef: tl.float32,
+    kl_coef: tl.float32,
+    value_coef: tl.float32,
+    value_clip: tl.float32,  # infinite if there is none
+    kl_estimator: tl.int32,
+    given: tl.int32,  # see loss_terms.bit
+    steps: tl.int64,
     BLOCK: tl.constexpr,
 ):
     """A program takes BLOCK steps. Strides have a kernel of their own, since every argument makes a launch slower."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     policy = (
-        (logprobs_ptr, None, None),
-        (old_logprobs_ptr, None, None),
-        (advantages_ptr, None, None),
-        (weights_ptr, None, None),
-        (entropy_ptr, None, None),
-        (ref_logprobs_ptr, None, None),
+        _aligned(logprobs_ptr, start),
+        _aligned(old_logprobs_ptr, start),
+        _aligned(advantages_ptr, start),
+        _aligned(weights_ptr, start),
+        _aligned(entropy_ptr, start),
+        _aligned(ref_logprobs_ptr, start),
     )
-    value = ((values_ptr, None, None), (old_values_ptr, None, None), (returns_ptr, None, None))
-    masks = ((mask_ptr, None, None), (value_mask_ptr, None, None))
-    scalars = ((low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef), (value_coef, value_clip))
-    wanted = (D_LOGPROBS, D_ENTROPY, D_VALUES)
-    at = gradient_places(workspace_ptr + start, lane, steps, wanted)
-    place = (start, lane, lane < steps - start)
+    value = (_aligned(values_ptr, start), _aligned(old_values_ptr, start), _aligned(returns_ptr, start))
+    masks = (_aligned(mask_ptr, start), _aligned(value_mask_ptr, start))
+    scalars = (
+        (low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef, kl_estimator),
+        (value_coef, value_clip),
+    )
+    stored_ptr = tl.multiple_of(workspace_ptr + start, 16)
+    gradients = gradient_addresses(stored_ptr, lane, steps, given)
+    position = (0, lane, lane < steps - start)
     if start + BLOCK <= steps:
-        sums = block_sums(policy, value, masks, scalars, place, (1.0, 1.0), at, wanted, KL_ESTIMATOR, True)
+        sums = block_sums(policy, value, masks, scalars, position, (1.0, 1.0), gradients, given, True)
     else:
-        sums = block_sums(policy, value, masks, scalars, place, (1.0, 1.0), at, wanted, KL_ESTIMATOR, False)
-    _store_sums(sums, workspace_ptr, steps, wanted)
+        sums = block_sums(policy, value, masks, scalars, position, (1.0, 1.0), gradients, given, False)
+    _store_sums(sums, workspace_ptr, steps, given)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
-def _loss_strided_kernel(
-    logprobs_ptr,  # [rows, T]; so are the next ten, each with its own two strides
+@triton.jit
+def _clear(gradients_ptr, first, last, step, steps, given, BLOCK: tl.constexpr):
+    """Zeros in the stored gradients of the steps from first to last, in every `step`-th block."""
+    for start in range(first, last, step):
+        index = start + tl.arange(0, BLOCK)
+        at = gradient_addresses(gradients_ptr, index, steps, given)
+        zero = tl.zeros((BLOCK,), tl.float32)
+        write_optional(at[0], zero, index < last, has(given, "d_logprobs"), False)
+        write_optional(at[1], zero, index < last, has(given, "d_entropy"), False)
+        write_optional(at[2], zero, index < last, has(given, "d_values"), False)
+
+
+@triton.jit(do_not_specialize=list(range(36)))
+def _loss_rows_kernel(
+    logprobs_ptr,  # [rows, T]; so are the next ten, each with a row stride of its own
     old_logprobs_ptr,
     advantages_ptr,
     weights_ptr,
@@ -118,205 +115,194 @@ def _loss_strided_kernel(
     mask_ptr,
     value_mask_ptr,
     workspace_ptr,  # as above
-    low,
-    high,
-    dual_clip,
-    log_ratio_clamp,
-    entropy_coef,
-    kl_coef,
-    value_coef,
-    value_clip,
-    steps,  # of all rows together
-    cu_seqlens_ptr,  # [S + 1], or None
-    T,
-    logprobs_row,  # strides; all None with cu_seqlens, and each step None where it is 1
-    logprobs_step,
-    old_logprobs_row,
-    old_logprobs_step,
-    advantages_row,
-    advantages_step,
-    weights_row,
-    weights_step,
-    entropy_row,
-    entropy_step,
-    ref_logprobs_row,
-    ref_logprobs_step,
-    values_row,
-    values_step,
-    old_values_row,
-    old_values_step,
-    returns_row,
-    returns_step,
-    mask_row,
-    mask_step,
-    value_mask_row,
-    value_mask_step,
-    KL_ESTIMATOR: tl.constexpr,
-    SEQUENCES: tl.constexpr,  # a program takes a sequence
-    MEAN: tl.constexpr,  # steps are weighted by 1 / length of their sequence
-    D_LOGPROBS: tl.constexpr,  # which gradients to store
-    D_ENTROPY: tl.constexpr,
-    D_VALUES: tl.constexpr,
+    low: tl.float32,
+    high: tl.float32,
+    dual_clip: tl.float32,
+    log_ratio_clamp: tl.float32,
+    entropy_coef: tl.float32,
+    kl_coef: tl.float32,
+    value_coef: tl.float32,
+    value_clip: tl.float32,
+    kl_estimator: tl.int32,
+    given: tl.int32,
+    steps: tl.int64,  # of all rows together
+    cu_seqlens_ptr,  # [programs + 1]
+    T: tl.int64,
+    logprobs_stride: tl.int64,
+    old_logprobs_stride: tl.int64,
+    advantages_stride: tl.int64,
+    weights_stride: tl.int64,
+    entropy_stride: tl.int64,
+    ref_logprobs_stride: tl.int64,
+    values_stride: tl.int64,
+    old_values_stride: tl.int64,
+    returns_stride: tl.int64,
+    mask_stride: tl.int64,
+    value_mask_stride: tl.int64,
+    SEQUENCES: tl.constexpr,  # a program takes a sequence, not a block of steps
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     policy = (
-        (logprobs_ptr, logprobs_row, logprobs_step),
-        (old_logprobs_ptr, old_logprobs_row, old_logprobs_step),
-        (advantages_ptr, advantages_row, advantages_step),
-        (weights_ptr, weights_row, weights_step),
-        (entropy_ptr, entropy_row, entropy_step),
-        (ref_logprobs_ptr, ref_logprobs_row, ref_logprobs_step),
+        (logprobs_ptr, logprobs_stride),
+        (old_logprobs_ptr, old_logprobs_stride),
+        (advantages_ptr, advantages_stride),
+        (weights_ptr, weights_stride),
+        (entropy_ptr, entropy_stride),
+        (ref_logprobs_ptr, ref_logprobs_stride),
     )
     value = (
-        (values_ptr, values_row, values_step),
-        (old_values_ptr, old_values_row, old_values_step),
-        (returns_ptr, returns_row, returns_step),
+        (values_ptr, values_stride),
+        (old_values_ptr, old_values_stride),
+        (returns_ptr, returns_stride),
     )
-    masks = ((mask_ptr, mask_row, mask_step), (value_mask_ptr, value_mask_row, value_mask_step))
-    scalars = ((low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef), (value_coef, value_clip))
-    wanted = (D_LOGPROBS, D_ENTROPY, D_VALUES)
+    masks = ((mask_ptr, mask_stride), (value_mask_ptr, value_mask_stride))
+    scalars = (
+        (low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef, kl_estimator),
+        (value_coef, value_clip),
+    )
     if SEQUENCES:
-        row, start, end = program, program * 0, program * 0 + T
-        if cu_seqlens_ptr is not None:
-            start = tl.maximum(tl.load(cu_seqlens_ptr + program).to(tl.int64), 0)
-            end = tl.minimum(tl.load(cu_seqlens_ptr + program + 1).to(tl.int64), steps)
-            row = program * 0
+        is_packed = has(given, "cu_seqlens")
+        row = tl.where(is_packed, 0, program)
+        # Boundaries from the device are not checked there: clamped, a wrong one leads to no address outside.
+        start = tl.load(cu_seqlens_ptr + program, mask=is_packed, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + program + 1, mask=is_packed, other=0).to(tl.int64)
+        start = tl.maximum(start, 0)
+        end = tl.where(is_packed, tl.minimum(end, steps), T)
         shares = (1.0, 1.0)
-        if MEAN:
-            policy_share = sequence_share(masks[0], row, start, end, BLOCK)
+        policy_share = tl.full((), 1.0, tl.float32)
+        value_share = policy_share
+        if has(given, "mean"):
+            policy_share = sequence_share(masks[0], row, start, end, has(given, "mask"), BLOCK)
             value_share = policy_share
-            if value_mask_ptr is not None:
-                value_share = sequence_share(masks[1], row, start, end, BLOCK)
-            shares = (policy_share, value_share)
-        sums = tl.zeros((COLUMNS,), tl.float32)
+            if has(given, "value_mask"):
+                value_share = sequence_share(masks[1], row, start, end, has(given, "value_mask"), BLOCK)
+        shares = (policy_share, value_share)
+        sums = tl.zeros((num_columns(),), tl.float32)
         for first in range(start, end, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            at = gradient_places(workspace_ptr, row * T + column, steps, wanted)
-            place = (row, column, column < end)
-            block = block_sums(policy, value, masks, scalars, place, shares, at, wanted, KL_ESTIMATOR, False)
-            sums = merge(sums, block, tl.arange(0, COLUMNS))
+            step = first + tl.arange(0, BLOCK)
+            gradients = gradient_addresses(workspace_ptr, row * T + step, steps, given)
+            position = (row, step, step < end)
+            block = block_sums(policy, value, masks, scalars, position, shares, gradients, given, False)
+            sums = merge(sums, block, tl.arange(0, num_columns()))
+        if is_packed:  # steps before the first and after the last sequence: no program has them
+            programs = tl.num_programs(0).to(tl.int64)
+            before = tl.minimum(tl.load(cu_seqlens_ptr).to(tl.int64), steps)
+            after = tl.maximum(tl.load(cu_seqlens_ptr + programs).to(tl.int64), 0)
+            _clear(workspace_ptr, program * BLOCK, before, programs * BLOCK, steps, given, BLOCK)
+            _clear(workspace_ptr, after + program * BLOCK, steps, programs * BLOCK, steps, given, BLOCK)
     else:
         index = program * BLOCK + tl.arange(0, BLOCK)
-        at = gradient_places(workspace_ptr, index, steps, wanted)
-        place = (index // T, index % T, index < steps)
-        sums = block_sums(policy, value, masks, scalars, place, (1.0, 1.0), at, wanted, KL_ESTIMATOR, False)
-    _store_sums(sums, workspace_ptr, steps, wanted)
+        gradients = gradient_addresses(workspace_ptr, index, steps, given)
+        position = (index // T, index % T, index < steps)
+        sums = block_sums(policy, value, masks, scalars, position, (1.0, 1.0), gradients, given, False)
+    _store_sums(sums, workspace_ptr, steps, given)
 
 
 @triton.jit
-def _get(sums, COLUMN: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, COLUMNS) == COLUMN, sums, 0.0))
+def _get(sums, NAME: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, num_columns()) == column(NAME), sums, 0.0))
 
 
-@triton.jit(do_not_specialize=["steps", "programs", "gradients"])
+@triton.jit(do_not_specialize=list(range(14)))
 def _loss_reduce_kernel(
     workspace_ptr,  # as above
     loss_ptr,  # []
-    stats_ptr,  # [STATS], in the order of stat_names with none left out
-    denominator_ptr,  # [], or None
-    denominator,
-    norm_length,
-    entropy_coef,
-    kl_coef,
-    value_coef,
-    steps,
-    programs,
-    gradients,  # how many are stored
-    COUNTS: tl.constexpr,  # what the loss is divided by: "steps", "sequences" or the given "denominator"
-    MEAN: tl.constexpr,
+    stats_ptr,  # [len(ALL_STATS)], in their order
+    denominator_ptr,  # []
+    denominator: tl.float32,
+    norm_length: tl.float32,
+    entropy_coef: tl.float32,
+    kl_coef: tl.float32,
+    value_coef: tl.float32,
+    steps: tl.int64,
+    programs: tl.int32,
+    gradients: tl.int32,  # how many are stored
+    divisor: tl.int32,  # of the loss: 0 the steps, 1 the sequences, 2 `denominator`, 3 what denominator_ptr points to
+    is_mean: tl.int32,  # a step is weighted by 1 / length of its sequence
     BLOCK: tl.constexpr,
 ):
-    column = tl.arange(0, COLUMNS)[:, None]
-    partials_ptr = workspace_ptr + PAD + gradients * tl.cdiv(steps, PAD).to(tl.int64) * PAD
-    totals = tl.zeros((COLUMNS, BLOCK), tl.float32)
-    shared = tl.zeros((COLUMNS, BLOCK), tl.float32)
+    index = tl.arange(0, num_columns())[:, None]
+    partials_ptr = workspace_ptr + padding() + gradients * gradient_stride(steps)
+    stride = programs.to(tl.int64)
+    totals = tl.zeros((num_columns(), BLOCK), tl.float32)
+    weighted = tl.zeros((num_columns(), BLOCK), tl.float32)
     sequences = tl.zeros((BLOCK,), tl.float32)
     value_sequences = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, programs, BLOCK):
-        program = first + tl.arange(0, BLOCK).to(tl.int64)
+        program = first + tl.arange(0, BLOCK)
         inside = program < programs
-        tile = tl.load(
-            partials_ptr + column * programs.to(tl.int64) + program[None, :], mask=inside[None, :], other=0.0
-        )
-        totals = merge(totals, tile, column)
-        if COUNTS == "sequences" or MEAN:
-            count = tl.load(partials_ptr + COUNT * programs.to(tl.int64) + program, mask=inside, other=0.0)
-            value_count = tl.load(partials_ptr + VALUE_COUNT * programs.to(tl.int64) + program, mask=inside, other=0.0)
-            sequences += (count > 0).to(tl.float32)
-            value_sequences += (value_count > 0).to(tl.float32)
-            if MEAN:
-                length = tl.where(column == ERROR, value_count[None, :], count[None, :])
-                shared += tile / tl.maximum(length, 1.0)
-    sums = tl.where(tl.arange(0, COLUMNS) == RATIO_MAX, tl.max(totals, 1), tl.sum(totals, 1))
-    terms = sums
-    if MEAN:
-        terms = tl.sum(shared, 1)
-    count = tl.maximum(_get(sums, COUNT), 1.0)
-    value_count = tl.maximum(_get(sums, VALUE_COUNT), 1.0)
-    normaliser, value_normaliser = count, value_count
-    if COUNTS == "sequences":
-        normaliser = tl.maximum(tl.sum(sequences), 1.0)
-        value_normaliser = tl.maximum(tl.sum(value_sequences), 1.0)
-    elif COUNTS == "denominator":
-        normaliser = denominator
-        if denominator_ptr is not None:
-            normaliser = tl.load(denominator_ptr).to(tl.float32)
-        value_normaliser = normaliser
-    normaliser, value_normaliser = normaliser * norm_length, value_normaliser * norm_length
-    scale = tl.arange(0, PAD)
+        tile = tl.load(partials_ptr + index * stride + program[None, :], mask=inside[None, :], other=0.0)
+        totals = merge(totals, tile, index)
+        count = tl.load(partials_ptr + column("COUNT") * stride + program, mask=inside, other=0.0)
+        value_count = tl.load(partials_ptr + column("VALUE_COUNT") * stride + program, mask=inside, other=0.0)
+        sequences += (count > 0).to(tl.float32)
+        value_sequences += (value_count > 0).to(tl.float32)
+        if is_mean != 0:
+            length = tl.where(index == column("ERROR"), value_count[None, :], count[None, :])
+            weighted += tile / tl.maximum(length, 1.0)
+    sums = tl.where(tl.arange(0, num_columns()) == column("RATIO_MAX"), tl.max(totals, 1), tl.sum(totals, 1))
+    terms = tl.where(is_mean != 0, tl.sum(weighted, 1), sums)
+    count = tl.maximum(_get(sums, "COUNT"), 1.0)
+    value_count = tl.maximum(_get(sums, "VALUE_COUNT"), 1.0)
+    from_device = tl.load(denominator_ptr, mask=divisor == 3, other=0).to(tl.float32)
+    own = tl.where(divisor == 3, from_device, denominator)
+    by_sequence = tl.maximum(tl.sum(sequences), 1.0), tl.maximum(tl.sum(value_sequences), 1.0)
+    normaliser = tl.where(divisor == 0, count, tl.where(divisor == 1, by_sequence[0], own)) * norm_length
+    value_normaliser = tl.where(divisor == 0, value_count, tl.where(divisor == 1, by_sequence[1], own)) * norm_length
+    scale = tl.arange(0, padding())
     tl.store(workspace_ptr + scale, 1.0 / tl.where(scale == 1, value_normaliser, normaliser))
-    policy = _get(terms, TERM) / normaliser
-    value = _get(terms, ERROR) / value_normaliser
-    companions = kl_coef * _get(terms, KL) - entropy_coef * _get(terms, ENTROPY)
+    policy = _get(terms, "TERM") / normaliser
+    value = _get(terms, "ERROR") / value_normaliser
+    companions = kl_coef * _get(terms, "KL") - entropy_coef * _get(terms, "ENTROPY")
     tl.store(loss_ptr, policy + companions / normaliser + value_coef * value)
-    ratio = _get(sums, RATIO)
+    ratio = _get(sums, "RATIO")
     tl.store(stats_ptr, policy)
-    tl.store(stats_ptr + 1, _get(sums, APPROX_KL) / count)
-    tl.store(stats_ptr + 2, _get(sums, CLIPPED) / count)
+    tl.store(stats_ptr + 1, _get(sums, "APPROX_KL") / count)
+    tl.store(stats_ptr + 2, _get(sums, "CLIPPED") / count)
     tl.store(stats_ptr + 3, ratio / count)
-    tl.store(stats_ptr + 4, tl.where(ratio == ratio, _get(sums, RATIO_MAX), ratio))  # maxima drop NaN, sums keep it
-    tl.store(stats_ptr + 5, _get(sums, DUAL_CLIPPED) / count)
-    tl.store(stats_ptr + 6, _get(sums, ENTROPY) / count)
-    tl.store(stats_ptr + 7, _get(sums, KL) / count)
+    tl.store(stats_ptr + 4, tl.where(ratio == ratio, _get(sums, "RATIO_MAX"), ratio))  # maxima drop NaN, sums keep it
+    tl.store(stats_ptr + 5, _get(sums, "DUAL_CLIPPED") / count)
+    tl.store(stats_ptr + 6, _get(sums, "ENTROPY") / count)
+    tl.store(stats_ptr + 7, _get(sums, "KL") / count)
     tl.store(stats_ptr + 8, value)
-    tl.store(stats_ptr + 9, _get(sums, VALUE_CLIPPED) / value_count)
+    tl.store(stats_ptr + 9, _get(sums, "VALUE_CLIPPED") / value_count)
 
 
 @triton.jit
-def _scale(from_at, to_at, scale, inside, WHOLE: tl.constexpr):
+def _scale(stored_at, to_ptr, start, lane, scale, inside, is_wanted, WHOLE: tl.constexpr):
+    at = tl.multiple_of(to_ptr + start, 16) + lane
     if WHOLE:
-        tl.store(to_at, tl.load(from_at) * scale)
+        x = tl.load(stored_at, mask=is_wanted, other=0.0)
     else:
-        tl.store(to_at, tl.load(from_at, mask=inside) * scale, mask=inside)
+        x = tl.load(stored_at, mask=inside & is_wanted, other=0.0)
+    write_optional(at, x * scale, inside, is_wanted, WHOLE)
 
 
-@triton.jit
-def _scale_all(stored, out, scales, index, inside, WHOLE: tl.constexpr):
-    for i in tl.static_range(3):
-        if out[i] is not None:
-            _scale(stored[i], out[i] + index, scales[i], inside, WHOLE)
-
-
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=list(range(7)))
 def _loss_bwd_kernel(
     workspace_ptr,  # as above
     grad_loss_ptr,  # []
-    d_logprobs_ptr,  # [steps], or None; so are the next two
+    d_logprobs_ptr,  # [steps]; so are the next two
     d_entropy_ptr,
     d_values_ptr,
-    steps,
+    given: tl.int32,
+    steps: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    index = program * BLOCK + tl.arange(0, BLOCK)
-    out = (d_logprobs_ptr, d_entropy_ptr, d_values_ptr)
-    wanted = (d_logprobs_ptr is not None, d_entropy_ptr is not None, d_values_ptr is not None)
-    stored = gradient_places(workspace_ptr, index, steps, wanted)
-    upstream = tl.load(grad_loss_ptr).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < steps - start
+    stored = gradient_addresses(tl.multiple_of(workspace_ptr + start, 16), lane, steps, given)
+    upstream = tl.load(grad_loss_ptr)
     scale = upstream * tl.load(workspace_ptr)
-    scales = (scale, scale, upstream * tl.load(workspace_ptr + 1))
-    if (program + 1) * BLOCK <= steps:
-        _scale_all(stored, out, scales, index, index < steps, True)
+    value_scale = upstream * tl.load(workspace_ptr + 1)
+    logprobs, entropy, values = has(given, "d_logprobs"), has(given, "d_entropy"), has(given, "d_values")
+    if start + BLOCK <= steps:
+        _scale(stored[0], d_logprobs_ptr, start, lane, scale, inside, logprobs, True)
+        _scale(stored[1], d_entropy_ptr, start, lane, scale, inside, entropy, True)
+        _scale(stored[2], d_values_ptr, start, lane, value_scale, inside, values, True)
     else:
-        _scale_all(stored, out, scales, index, index < steps, False)
+        _scale(stored[0], d_logprobs_ptr, start, lane, scale, inside, logprobs, False)
+        _scale(stored[1], d_entropy_ptr, start, lane, scale, inside, entropy, False)
+        _scale(stored[2], d_values_ptr, start, lane, value_scale, inside, values, False)

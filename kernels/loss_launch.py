@@ -1,10 +1,10 @@
 """The launches of loss.py: forward (two), backward (one), and every variant of them for the ahead-of-time gate.
 
-The workspace is one buffer of fp32: two scales, padded to PAD elements; up to three gradients, each padded to a
-multiple of PAD; one column of partial sums per program. The backward needs all but the last part.
+The workspace is one buffer of fp32: two scales, padded; up to three gradients, each padded; one column of partial sums
+per program. The backward needs all but the last part.
 """
 
-import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,50 +12,56 @@ import torch
 import triton
 from torch import Tensor
 
-from ppo_fast.kernels.launch import REGISTERS, Variant, at_most
+from ppo_fast.kernels.launch import REGISTERS, Variant, device_guard, launch_options
 from ppo_fast.kernels.loss_kernels import (
-    PER_STEP,
     _loss_bwd_kernel,
     _loss_flat_kernel,
     _loss_reduce_kernel,
-    _loss_strided_kernel,
+    _loss_rows_kernel,
 )
 from ppo_fast.kernels.loss_op import ALL_STATS, LossOptions, LossTensors
-from ppo_fast.kernels.loss_terms import COLUMNS, PAD
+from ppo_fast.kernels.loss_terms import bit, num_columns, padding
 
-# Steps of a program and its warps. A thread takes 16 bytes of each contiguous input; more than that, or
-# than 4 steps of strided rows, or than 2 of a sequence, spill registers on some architecture.
-_FLAT = {4: (512, 4), 2: (512, 2)}  # by the bytes of an element
-_STRIDED = (512, 4)
-_SEQUENCE = (512, 8)
-_SCALE = (1024, 4)
-_REDUCE = (256, 4)
-_GRADIENTS = ("D_LOGPROBS", "D_ENTROPY", "D_VALUES")
-_PAD, _COLUMNS = PAD.value, COLUMNS.value
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # by the number that the kernels take
+
+# Steps of a program and its warps. A thread takes 16 bytes of each contiguous input; more than that, or than 2 steps
+# of a sequence, spill registers on some architecture.
+_BLOCK, _SCALE_BLOCK, _REDUCE_BLOCK = 512, 1024, 256
+_FLAT = {4: launch_options(4), 2: launch_options(2)}  # by the bytes of an element
+_ROWS = {False: launch_options(4, REGISTERS), True: launch_options(8, REGISTERS)}  # by whether they are sequences
+_SCALE = launch_options(4)
+_REDUCE = launch_options(4)
+_PAD, _COLUMNS = padding(), num_columns()
+_WANTED = tuple(bit(name) for name in ("d_logprobs", "d_entropy", "d_values"))
+_POLICY, _VALUE = bit("policy"), bit("value")
+_MASK, _VALUE_MASK = bit("mask"), bit("value_mask")
+_WEIGHTS, _ENTROPY, _REF_LOGPROBS = bit("weights"), bit("entropy"), bit("ref_logprobs")
+_VALUE_CLIP, _CU_SEQLENS, _MEAN = bit("value_clip"), bit("cu_seqlens"), bit("mean")
+_BY_STEPS, _BY_SEQUENCES, _BY_NUMBER, _BY_TENSOR = range(4)  # what divides the loss
+
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_INDICES = {torch.int32: "*i32", torch.int64: "*i64"}
+_DENOMINATORS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
+# The dtype of values and old_values, and that of everything else. Other mixtures are converted to fp32.
+_DTYPES = [(x, x) for x in _POINTERS] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
 
 
 class _Plan(NamedTuple):
     """How an aggregation is computed."""
 
-    counts: str  # what divides the loss: "steps", "sequences" or the given "denominator"
+    divisor: int
     by_sequence: bool  # a program takes a sequence, not a block of steps
-    mean: bool  # a step weighs 1 / length of its sequence
-
-
-_PLANS = {
-    "given": _Plan("denominator", False, False),
-    "given mean": _Plan("denominator", True, True),
-    "steps": _Plan("steps", False, False),
-    "sequences": _Plan("sequences", True, False),
-    "sequences mean": _Plan("sequences", True, True),
-}
+    mean: bool  # a step is weighted by 1 / length of its sequence
 
 
 def _plan(o: LossOptions) -> _Plan:
-    mean = " mean" if o.aggregation == "seq-mean-token-mean" else ""
+    mean = o.aggregation == "seq-mean-token-mean"
     if o.aggregation == "token-sum" or o.denominator is not None:
-        return _PLANS["given" + mean]
-    return _PLANS["steps" if o.aggregation == "token-mean" else "sequences" + mean]
+        is_tensor = isinstance(o.denominator, Tensor) and o.aggregation != "token-sum"
+        return _Plan(_BY_TENSOR if is_tensor else _BY_NUMBER, mean, mean)
+    if o.aggregation == "token-mean":
+        return _Plan(_BY_STEPS, False, False)
+    return _Plan(_BY_SEQUENCES, True, mean)
 
 
 def _stride(steps: int) -> int:
@@ -68,28 +74,33 @@ def kept(steps: int, stored: int) -> int:
     return _PAD + stored * _stride(steps)
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device. torch.cuda.device takes microseconds, so only where that is another."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+@functools.cache
+def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An address of that type for an argument that will not be read."""
+    return torch.empty((), dtype=dtype, device=device)
 
 
-def _as_rows(
-    tensors: list[Tensor | None], T: int, by_sequence: bool, packed: bool
-) -> tuple[list[Tensor | None], list[int | None]]:
-    """Every tensor as [rows, T] and the strides of rows and steps; copies only what has no such view.
+def _in_listed_dtypes(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The per-step floats, those of the value term last but one, converted to fp32 unless _DTYPES has their mixture."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    if len(dtypes) > 1:
+        of_values = {x.dtype for x in tensors[6:8] if x is not None}
+        others = {x.dtype for i, x in enumerate(tensors) if x is not None and i not in (6, 7)}
+        if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
+            return tensors
+    elif dtypes <= _POINTERS.keys():
+        return tensors
+    return [None if x is None else x.to(torch.float32) for x in tensors]
 
-    Packed sequences are contiguous and need no strides. In a loop over a sequence a step stride is 1, given as None,
-    and what has another is copied: the offsets of the lanes for eleven different strides would spill registers there.
-    """
-    if packed:
-        return [None if x is None else x.contiguous() for x in tensors], [None, None] * len(tensors)
-    views = [None if x is None else x.reshape(-1, T) for x in tensors]
-    if not by_sequence:
-        return views, [stride for x in views for stride in ((0, 0) if x is None else x.stride())]
-    rows = [x if x is None or T == 1 or x.stride(1) == 1 else x.contiguous() for x in views]
-    return rows, [stride for x in rows for stride in (0 if x is None else x.stride(0), None)]
+
+def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
+    """A tensor whose rows of T steps are contiguous, and the stride of the rows; copied if it has no such view."""
+    if x.is_contiguous():
+        return x, T
+    rows = x if x.ndim == 2 else x.reshape(-1, T)
+    if T > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def _reduce(
@@ -98,7 +109,12 @@ def _reduce(
     """Loss and all statistics, whether they have inputs or not."""
     loss = torch.empty((), dtype=torch.float32, device=workspace.device)
     stats = torch.empty(len(ALL_STATS), dtype=torch.float32, device=workspace.device)
-    given = None if o.aggregation == "token-sum" else o.denominator
+    given, number = workspace, 1.0
+    if plan.divisor == _BY_TENSOR:
+        assert isinstance(o.denominator, Tensor)
+        given = o.denominator if o.denominator.dtype in _DENOMINATORS else o.denominator.float()
+    elif o.denominator is not None and o.aggregation != "token-sum":
+        number = float(o.denominator)
     norm = 1.0
     if o.aggregation == "seq-mean-token-sum-norm":
         norm = float(max(T, 1) if o.norm_length is None else o.norm_length)
@@ -106,8 +122,8 @@ def _reduce(
         workspace,
         loss,
         stats,
-        given if isinstance(given, Tensor) else None,
-        1.0 if given is None or isinstance(given, Tensor) else float(given),
+        given,
+        number,
         norm,
         float(o.entropy_coef),
         float(o.kl_coef),
@@ -115,25 +131,25 @@ def _reduce(
         steps,
         programs,
         stored,
-        COUNTS=plan.counts,
-        MEAN=plan.mean,
-        BLOCK=_REDUCE[0],
-        num_warps=_REDUCE[1],
+        plan.divisor,
+        int(plan.mean),
+        _REDUCE_BLOCK,
+        **_REDUCE,
     )
     return loss, stats
 
 
-def _scalars(o: LossOptions) -> tuple[float | None, ...]:
-    """As the kernels take them: never an int, which would be a constant of the kernel where it is 1."""
+def _scalars(o: LossOptions) -> tuple[float | int, ...]:
     return (
         1.0 - o.clip_low,
         1.0 + o.clip_high,
-        None if o.dual_clip is None else float(o.dual_clip),
+        math.inf if o.dual_clip is None else float(o.dual_clip),
         float(o.log_ratio_clamp),
         float(o.entropy_coef),
         float(o.kl_coef),
         float(o.value_coef),
-        None if o.value_clip is None else float(o.value_clip),
+        math.inf if o.value_clip is None else float(o.value_clip),
+        KL_ESTIMATORS.index(o.kl_estimator),
     )
 
 
@@ -148,27 +164,87 @@ def forward(
     """Loss, statistics (all of them, whether they have inputs or not) and the workspace, which the backward needs."""
     like = values if logprobs is None else logprobs
     assert like is not None
-    steps, T, plan = like.numel(), like.shape[-1], _plan(o)
-    tensors = [logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs]
-    tensors += [values, None if o.value_clip is None else t.old_values, t.returns, t.mask, t.value_mask]
-    packed = plan.by_sequence and t.cu_seqlens is not None
-    flat = not plan.by_sequence and all(x is None or x.is_contiguous() for x in tensors)
-    block, num_warps = _FLAT[like.element_size()] if flat else _SEQUENCE if plan.by_sequence else _STRIDED
-    programs = triton.cdiv(steps, block)
+    steps, T, plan, device = like.numel(), like.shape[-1], _plan(o), like.device
+    old_values = None if o.value_clip is None else t.old_values
+    tensors: list[Tensor | None] = [logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs]
+    tensors = _in_listed_dtypes([*tensors, values, old_values, t.returns])
+    given = sum(wanted for wanted, need in zip(_WANTED, needs, strict=True) if need)
+    for flag, x in (
+        (_POLICY, logprobs),
+        (_VALUE, values),
+        (_MASK, t.mask),
+        (_VALUE_MASK, t.value_mask),
+        (_WEIGHTS, t.weights),
+        (_ENTROPY, entropy),
+        (_REF_LOGPROBS, t.ref_logprobs),
+        (_VALUE_CLIP, old_values),
+    ):
+        if x is not None:
+            given |= flag
+    stored = sum(needs)
+    programs, packed = triton.cdiv(steps, _BLOCK), False
     if steps and plan.by_sequence:
+        packed = t.cu_seqlens is not None
         programs = len(t.cu_seqlens) - 1 if packed else steps // T
-    size = kept(steps, sum(needs)) + _COLUMNS * programs
-    workspace = torch.empty(size, dtype=torch.float32, device=like.device)
-    launch = dict(zip(_GRADIENTS, needs, strict=True), KL_ESTIMATOR=o.kl_estimator, BLOCK=block, num_warps=num_warps)
-    with _device_of(like):
-        if programs and flat:
-            _loss_flat_kernel[(programs,)](*tensors, workspace, *_scalars(o), steps, **launch)
-        elif programs:
-            cu_seqlens = t.cu_seqlens.contiguous() if packed else None
-            rows, strides = _as_rows(tensors, T, plan.by_sequence, packed)
-            launch |= {"SEQUENCES": plan.by_sequence, "MEAN": plan.mean, **at_most(REGISTERS)}
-            _loss_strided_kernel[(programs,)](*rows, workspace, *_scalars(o), steps, cu_seqlens, T, *strides, **launch)
-        return *_reduce(workspace, o, plan, T, steps, programs, sum(needs)), workspace
+    size = kept(steps, stored) + _COLUMNS * programs
+    # Without a sequence there is no program that could clear the gradients.
+    workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=device)
+    with device_guard(like):
+        if programs:
+            every = _with_stand_ins(tensors, t, device)
+            if not plan.by_sequence and _is_flat(every):
+                options = _FLAT[every[0].element_size()]
+                _loss_flat_kernel[(programs,)](*every, workspace, *_scalars(o), given, steps, _BLOCK, **options)
+            else:
+                _forward_rows(every, workspace, t, o, plan, given, steps, T, programs, packed)
+        return *_reduce(workspace, o, plan, T, steps, programs, stored), workspace
+
+
+def _with_stand_ins(tensors: list[Tensor | None], t: LossTensors, device: torch.device) -> list[Tensor]:
+    """What the kernels take first, with an address of the same type where an input is absent."""
+    other = tensors[8] if tensors[0] is None else tensors[0]
+    value = other if tensors[6] is None else tensors[6]
+    assert other is not None
+    assert value is not None
+    flag = _unread(torch.bool, device)
+    every = [(value if i in (6, 7) else other) if x is None else x for i, x in enumerate(tensors)]
+    return [*every, flag if t.mask is None else t.mask, flag if t.value_mask is None else t.value_mask]
+
+
+def _is_flat(tensors: list[Tensor]) -> bool:
+    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def _forward_rows(
+    tensors: list[Tensor],
+    workspace: Tensor,
+    t: LossTensors,
+    o: LossOptions,
+    plan: _Plan,
+    given: int,
+    steps: int,
+    T: int,
+    programs: int,
+    packed: bool,
+) -> None:
+    rows = [_as_rows(x, T) if x.ndim else (x, 0) for x in tensors]
+    cu_seqlens = _unread(torch.int32, workspace.device)
+    if packed:
+        given |= _CU_SEQLENS
+        cu_seqlens = t.cu_seqlens.contiguous()
+    _loss_rows_kernel[(programs,)](
+        *(x for x, _ in rows),
+        workspace,
+        *_scalars(o),
+        given | (_MEAN if plan.mean else 0),
+        steps,
+        cu_seqlens,
+        T,
+        *(stride for _, stride in rows),
+        plan.by_sequence,
+        _BLOCK,
+        **_ROWS[plan.by_sequence],
+    )
 
 
 def backward(
@@ -176,14 +252,32 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients that have a shape and a dtype in `likes`, for logprobs, entropy and values."""
     device = workspace.device
-    made = [None if like is None else torch.empty(like[0], dtype=like[1], device=device) for like in likes]
-    steps = next(x.numel() for x in made if x is not None)
+    dtypes = [None if like is None else like[1] for like in likes]
+    others = {x for x in dtypes[:2] if x is not None} or {dtypes[2]}
+    value = next(iter(others)) if dtypes[2] is None else dtypes[2]
+    listed = len(others) == 1 and (value, *others) in _DTYPES
+    made = [
+        None if like is None else torch.empty(like[0], dtype=like[1] if listed else torch.float32, device=device)
+        for like in likes
+    ]
+    given = sum(flag for flag, x in zip(_WANTED, made, strict=True) if x is not None)
+    d_logprobs, d_entropy, d_values = made
+    first = next(x for x in made if x is not None)
+    steps = first.numel()
     if steps:
-        block, num_warps = _SCALE
-        programs = (triton.cdiv(steps, block),)
-        with _device_of(workspace):
-            _loss_bwd_kernel[programs](workspace, grad_loss, *made, steps, BLOCK=block, num_warps=num_warps)
-    return made
+        with device_guard(workspace):
+            _loss_bwd_kernel[(triton.cdiv(steps, _SCALE_BLOCK),)](
+                workspace,
+                grad_loss,
+                first if d_logprobs is None else d_logprobs,
+                first if d_entropy is None else d_entropy,
+                first if d_values is None else d_values,
+                given,
+                steps,
+                _SCALE_BLOCK,
+                **_SCALE,
+            )
+    return made if listed else [None if x is None else x.to(like[1]) for x, like in zip(made, likes, strict=True)]
 
 
 def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
@@ -199,87 +293,45 @@ def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Ten
     return found
 
 
-_ROWS, _STEPS = tuple(f"{name}_row" for name in PER_STEP), tuple(f"{name}_step" for name in PER_STEP)
-_POLICY, _VALUE = PER_STEP[:6], PER_STEP[6:9]
-_OPTIONAL = ("weights", "entropy", "ref_logprobs", "mask", "value_mask", "dual_clip", "value_clip", "old_values")
-_LAYOUTS = {  # what is passed as None, SEQUENCES, MEAN
-    "flat": ((), False, False),
-    "strided": (("cu_seqlens",), False, False),
-    "rows": ((*_STEPS, "cu_seqlens"), True, False),
-    "rows mean": ((*_STEPS, "cu_seqlens"), True, True),
-    "packed": (_ROWS + _STEPS, True, False),
-    "packed mean": (_ROWS + _STEPS, True, True),
-}
+_INTEGERS = {"kl_estimator": "i32", "given": "i32", "programs": "i32", "gradients": "i32", "divisor": "i32"}
+_INTEGERS |= {"is_mean": "i32", "steps": "i64", "T": "i64"}
 
 
-def _variant(
-    kernel: triton.JITFunction,
-    title: str,
-    config: tuple[int, int],
-    constants: dict[str, Any],
-    types: dict[str, str],
-    absent: tuple[str, ...],
-    *,
-    aligned: bool,
-) -> Variant:
-    """Types go by an argument's name, except those in `types`; what is in `absent` is None."""
-    constants = {**constants, "BLOCK": config[0]}
-    gone = {name for name in kernel.arg_names if name in absent or name.removesuffix("_ptr") in absent}
-    found = {}
+def _types(kernel: triton.JITFunction, pointers: dict[str, str]) -> dict[str, str]:
+    """Argument -> type, from the kernel's own names and those of pointers that are not fp32."""
+    types = {}
     for name in kernel.arg_names:
-        is_integer = name in ("steps", "T", "programs", "gradients") or name.endswith(("_row", "_step"))
-        default = "*fp32" if name.endswith("_ptr") else "i32" if is_integer else "fp32"
-        if name not in gone and name not in constants:
-            found[name] = types.get(name, default)
-    pointers = tuple(name for name, kind in found.items() if kind.startswith("*"))
-    constants = dict.fromkeys(sorted(gone)) | constants
-    registers = REGISTERS if kernel is _loss_strided_kernel else None
-    return Variant(title, kernel, found, constants, config[1], aligned=pointers if aligned else (), registers=registers)
+        if name not in ("SEQUENCES", "BLOCK"):
+            default = "*fp32" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "fp32"
+            types[name] = pointers.get(name) or _INTEGERS.get(name, default)
+    return types
 
 
-def _forward_variant(
-    layout: str,
-    dtype: str = "fp32",
-    kl_estimator: str = "k3",
-    absent: tuple[str, ...] = (),
-    needs: tuple[bool, ...] = (True, True, True),
-) -> Variant:
-    title = f"loss forward {layout} {dtype} {kl_estimator} {sum(needs)} gradients"
-    title += f" without {' '.join(absent)}" if absent else ""
-    types = {f"{name}_ptr": f"*{dtype}" for name in PER_STEP}
-    types |= {"mask_ptr": "*i1", "value_mask_ptr": "*i1", "cu_seqlens_ptr": "*i32"}
-    constants: dict[str, Any] = dict(zip(_GRADIENTS, needs, strict=True), KL_ESTIMATOR=kl_estimator)
-    if layout == "flat":
-        config = _FLAT[4 if dtype == "fp32" else 2]
-        return _variant(_loss_flat_kernel, title, config, constants, types, absent, aligned=True)
-    more, by_sequence, mean = _LAYOUTS[layout]
-    constants |= {"SEQUENCES": by_sequence, "MEAN": mean}
-    config = _SEQUENCE if by_sequence else _STRIDED
-    return _variant(_loss_strided_kernel, title, config, constants, types, absent + more, aligned=False)
+def _dtype_name(of_values: torch.dtype, others: torch.dtype) -> str:
+    name = _POINTERS[others][1:]
+    return name if of_values == others else f"{name} values {_POINTERS[of_values][1:]}"
 
 
 def variants() -> list[Variant]:
-    """What the launchers above start. An absent input only removes code: each layout is here with everything present,
-    in every dtype and with every estimator, and with the least."""
+    """Everything that the launchers above can start."""
     found = []
-    for layout in _LAYOUTS:
-        found += [_forward_variant(layout, dtype) for dtype in ("fp32", "bf16", "fp16")]
-        found += [_forward_variant(layout, kl_estimator=kind) for kind in ("k1", "k2", "abs")]
-        found.append(_forward_variant(layout, needs=(False, False, False)))
-        found.append(_forward_variant(layout, absent=_OPTIONAL, needs=(True, False, True)))
-        found.append(_forward_variant(layout, absent=_OPTIONAL + _VALUE, needs=(True, False, False)))
-        found.append(_forward_variant(layout, absent=_OPTIONAL + _POLICY, needs=(False, False, True)))
-    for name, plan in _PLANS.items():
-        constants = {"COUNTS": plan.counts, "MEAN": plan.mean}
-        for kind in ("*fp32", "*fp64", "*i64", "*i32", "") if plan.counts == "denominator" else ("",):
-            title = f"loss reduce {name} denominator {kind or 'by value'}"
-            types: dict[str, str] = {"denominator_ptr": kind}
-            absent: tuple[str, ...] = () if kind else ("denominator_ptr",)
-            found.append(_variant(_loss_reduce_kernel, title, _REDUCE, constants, types, absent, aligned=False))
-    names = ("d_logprobs_ptr", "d_entropy_ptr", "d_values_ptr")
-    for dtype in ("fp32", "bf16", "fp16"):
-        for absent in ((), names[1:], names[:2], names[1:2]):
-            title = f"loss backward {dtype} {' '.join(name for name in names if name not in absent)}"
-            types = dict.fromkeys(names, f"*{dtype}")
-            found.append(_variant(_loss_bwd_kernel, title, _SCALE, {}, types, absent, aligned=True))
+    policy = ("logprobs", "old_logprobs", "advantages", "weights", "entropy", "ref_logprobs", "returns")
+    for of_values, others in _DTYPES:
+        name = _dtype_name(of_values, others)
+        pointers = {f"{x}_ptr": _POINTERS[others] for x in policy} | {"mask_ptr": "*u1", "value_mask_ptr": "*u1"}
+        pointers |= {f"{x}_ptr": _POINTERS[of_values] for x in ("values", "old_values")}
+        kernel, options = _loss_flat_kernel, _FLAT[others.itemsize]
+        found.append(Variant(f"loss forward flat {name}", kernel, _types(kernel, pointers), {"BLOCK": _BLOCK}, options))
+        for sequences, index in ((False, torch.int32), (True, torch.int32), (True, torch.int64)):
+            title = f"loss forward {f'sequences {_INDICES[index][1:]}' if sequences else 'rows'} {name}"
+            types = _types(_loss_rows_kernel, pointers | {"cu_seqlens_ptr": _INDICES[index]})
+            constexprs: dict[str, Any] = {"SEQUENCES": sequences, "BLOCK": _BLOCK}
+            found.append(Variant(title, _loss_rows_kernel, types, constexprs, _ROWS[sequences]))
+        pointers = {"d_logprobs_ptr": _POINTERS[others], "d_entropy_ptr": _POINTERS[others]}
+        types = _types(_loss_bwd_kernel, pointers | {"d_values_ptr": _POINTERS[of_values]})
+        found.append(Variant(f"loss backward {name}", _loss_bwd_kernel, types, {"BLOCK": _SCALE_BLOCK}, _SCALE))
+    for pointer in _DENOMINATORS.values():
+        types = _types(_loss_reduce_kernel, {"denominator_ptr": pointer})
+        title = f"loss reduce denominator {pointer[1:]}"
+        found.append(Variant(title, _loss_reduce_kernel, types, {"BLOCK": _REDUCE_BLOCK}, _REDUCE))
     return found

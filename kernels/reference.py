@@ -31,10 +31,15 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """logp = z[token] - logsumexp(z) and H = logsumexp(z) - sum_j p_j z_j with z = logits / temperature; 0 if masked.
 
-    A term with p_j = 0 adds nothing to H, also where z_j is -inf.
+    A term with p_j = 0 adds nothing to H, also where z_j is -inf. Any finite logit is fine, up to the largest number of
+    its dtype, since both results depend on differences only. V logits of -1e10, or of finfo.min, are a uniform
+    distribution: logp = -log V, H = log V. A single logit of 3e38 has p = 1, logp = 0 and H = 0; the others have p = 0,
+    logp = (z_j - 3e38) / temperature, which is -inf where fp32 cannot hold it, and gradients of 0. A row with NaN or
+    +inf, or with nothing but -inf, is NaN.
     """
     counted = _counted(mask, tokens)
-    z = torch.where(counted.unsqueeze(-1), logits, 0) / temperature
+    kept = torch.where(counted.unsqueeze(-1), logits, 0)
+    z = (kept - kept.detach().amax(-1, keepdim=True)) / temperature  # logsumexp(z) would round away what is below 1 ulp
     lse = torch.logsumexp(z, dim=-1)
     chosen = torch.where(counted, tokens, 0).long().unsqueeze(-1)
     logprobs = torch.where(counted, z.gather(-1, chosen).squeeze(-1) - lse, 0)

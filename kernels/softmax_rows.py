@@ -1,21 +1,43 @@
 """Device functions for rows of logits: the online softmax, entropy, gradient and addresses that kernels share.
 
-Everything is in base 2: `scale` is log2(e)/temperature, and a row is reduced to top, a number near its largest
-x scale, s = sum 2^u and w = sum 2^u u with u = x scale - top. One fma makes u, so that logits of 1e4 lose no digits
-whatever top was rounded to. top starts at the lowest finite number instead of -inf: a block of -inf needs no case of
-its own. All sums are trees over pairs of fixed columns: the bits of a row depend on its values and on the number of
-columns only, not on alignment, strides, other rows or how Triton lays the block out.
+With m the largest x of a row and scale = log2(e)/temperature, a row is reduced to m, s = sum 2^u and w = sum 2^u u with
+u = (x - m) scale. Subtracting first costs one instruction more than a fused multiply-add of x scale - m scale, but it
+is right for every finite x: near m the difference is exact, so logits of 1e4 lose no digits, and no product overflows
+or leaves a rounding residual, so that -1e10 or the lowest finite number may stand for -inf. m starts at the lowest
+finite number instead of -inf: a block of -inf needs no case of its own.
+
+All sums are trees over pairs of fixed columns: the bits of a row depend on its values and on the number of columns
+only, not on alignment, strides, other rows or how Triton lays the block out.
 
 A caller loops: state = start_rows(); state = add_block(*state, x); then finish_rows.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-LN_2 = tl.constexpr(0.6931471805599453)
-# 2^-200 is 0 in fp32, so an exponent may be clamped there: 0 * -inf, which is NaN, cannot arise.
-NO_MASS = tl.constexpr(-200.0)
+# Constants are written inside functions: Triton compares each global constant of a kernel again in every launch.
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads that execute together: 64 on AMD's data center GPUs, 32 elsewhere."""
+    if device.type != "cuda" or not torch.version.hip:
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
+
+
+@triton.jit
+def with_mass(u):
+    """u, but not below -200: 2^-200 is 0 in fp32, so nothing changes, and 0 * -inf, which is NaN, cannot arise."""
+    return tl.maximum(u, -200.0)
+
+
+@triton.jit
+def to_nats(x):
+    return x * 0.6931471805599453
 
 
 @triton.jit
@@ -52,9 +74,9 @@ def start_rows(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The state (top, sums, moments) of an online softmax that has seen nothing; sums and moments are partial."""
+    """The state (m, sums, moments) of an online softmax that has seen nothing; sums and moments are partial."""
     return (
-        tl.full((ROWS,), LOWEST, tl.float32),
+        tl.full((ROWS,), -3.4028234663852886e38, tl.float32),
         tl.zeros((ROWS, LANES), tl.float32),
         tl.zeros((ROWS, LANES), tl.float32),
     )
@@ -62,25 +84,26 @@ def start_rows(
 
 @triton.jit
 def add_block(
-    top,  # (ROWS,)
+    row_max,  # (ROWS,)
     sums,  # (ROWS, LANES)
-    moments,  # (ROWS, LANES)
+    moments,  # (ROWS, LANES); untouched unless WITH_ENTROPY
     x,  # (ROWS, BLOCK) fp32 logits, -inf where there is none
     scale,  # log2(e) / temperature
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
 ):
     """One step of the online softmax: the state after another block of columns."""
-    new_top = tl.maximum(top, tl.max(x, axis=1) * scale)
-    shift = tl.maximum(top - new_top, NO_MASS)[:, None]
+    new_max = tl.maximum(row_max, tl.max(x, axis=1))
+    shift = with_mass((row_max - new_max) * scale)[:, None]
     shrink = tl.exp2(shift)
-    u = tl.fma(x, scale, -new_top[:, None])
+    u = (x - new_max[:, None]) * scale
     e = tl.exp2(u)
-    eu = e * tl.maximum(u, NO_MASS)
-    moments = shrink * (moments + sums * shift) + fold_sum(eu, ROWS, BLOCK, LANES)
-    sums = shrink * sums + fold_sum(e, ROWS, BLOCK, LANES)
-    return new_top, sums, moments
+    if WITH_ENTROPY:
+        moments = tl.fma(shrink, tl.fma(sums, shift, moments), fold_sum(e * with_mass(u), ROWS, BLOCK, LANES))
+    sums = tl.fma(shrink, sums, fold_sum(e, ROWS, BLOCK, LANES))
+    return new_max, sums, moments
 
 
 @triton.jit
@@ -90,18 +113,30 @@ def finish_rows(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """log2 s and the entropy in nats."""
+    """log2 s, and the entropy in nats, which means nothing if the moments were left out."""
     total, moment = tree_sums(sums, moments, ROWS, LANES)
     log_sum = tl.log2(total)
-    return log_sum, (log_sum - moment / total) * LN_2
+    return log_sum, to_nats(log_sum - moment / total)
+
+
+@triton.jit
+def token_logprob(
+    x,  # (ROWS,) the logit of the token
+    row_max,  # (ROWS,)
+    log_sum,  # (ROWS,) log2 s
+    inverse_temperature,
+):
+    """z - log sum e^z in nats: a difference of 3e38 fits fp32 in nats, but not in base 2."""
+    return tl.fma(x - row_max, inverse_temperature, -to_nats(log_sum))
 
 
 @triton.jit
 def expm1(x):
     """e^x - 1 for x <= 0 without cancellation: the series near 0, where 1/9! ends it below fp32's resolution."""
-    series = 1.0 + x * (1 / 7) * (1.0 + x * (1 / 8))
-    series = 1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * series)
-    series = x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * series)))
+    series = tl.fma(x, 1 / 40320, 1 / 5040)
+    series = tl.fma(x, tl.fma(x, series, 1 / 720), 1 / 120)
+    series = tl.fma(x, tl.fma(x, series, 1 / 24), 1 / 6)
+    series = x * tl.fma(x, tl.fma(x, series, 1 / 2), 1.0)
     return tl.where(x > -0.5, series, tl.exp(x) - 1.0)
 
 
@@ -114,7 +149,7 @@ def target_gradient(
 ):
     """The gradient at the token itself, where p - 1 would cancel: g (1 - p) - h p (logp + H)."""
     p = tl.exp(logp)
-    return -g * expm1(logp) - h * p * (tl.maximum(logp, NO_MASS) + entropy)
+    return -g * expm1(logp) - h * p * (with_mass(logp) + entropy)
 
 
 @triton.jit
@@ -123,16 +158,20 @@ def logit_gradient(
     is_token,  # (ROWS, BLOCK)
     at_token,  # (ROWS,) from target_gradient
     g,  # (ROWS,) d loss / d logp, over temperature
-    h,  # (ROWS,) d loss / d H, over temperature
-    top,  # (ROWS,)
+    h,  # (ROWS,) d loss / d H, over temperature; 0 unless WITH_ENTROPY
+    row_max,  # (ROWS,)
     log_sum,  # (ROWS,) log2 s
     entropy,  # (ROWS,)
     scale,  # log2(e) / temperature
+    WITH_ENTROPY: tl.constexpr,
 ):
     """g (1[j = token] - p_j) - h p_j (log p_j + H); a term with p_j = 0 is 0, also for z_j = -inf."""
-    log2_p = tl.fma(x, scale, -top[:, None]) - log_sum[:, None]
-    slope, offset = h * LN_2, g + h * entropy
-    d = -tl.exp2(log2_p) * (tl.maximum(log2_p, NO_MASS) * slope[:, None] + offset[:, None])
+    log2_p = tl.fma(x - row_max[:, None], scale, -log_sum[:, None])
+    p = tl.exp2(log2_p)
+    if WITH_ENTROPY:
+        d = -p * tl.fma(with_mass(log2_p), to_nats(h)[:, None], tl.fma(h, entropy, g)[:, None])
+    else:
+        d = p * -g[:, None]
     return tl.where(is_token, at_token[:, None], d)
 
 

@@ -260,6 +260,62 @@ def test_nothing_counted_gives_no_graph_or_nan(kernels, device, shape):
     assert bool((hidden.grad == 0).all())
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 5.0}, {"temperature": 1.3}], ids=str)
+@pytest.mark.parametrize("value", [-1e10, -1e20, -1e38, LOWEST])
+def test_words_with_a_huge_negative_bias_have_no_probability(kernels, device, value, options):
+    """Finite numbers that are used instead of -inf, for a whole block of columns and more."""
+    x = make(4, V=2500, device=device)
+    x["bias"][:2100] = value
+    x["tokens"] = x["tokens"] % 300 + 2150
+    if "softcap" in options:  # which lets them through as -softcap
+        check_ppo(kernels, {n: x[n] for n in (*BASIC, "bias")}, entropy_coef=0.1, **options)
+        return
+    dropped = x["bias"].clone()
+    x["bias"][:2100] = -INF
+    truth = ppo(
+        reference.linear_ppo_loss, {n: x[n] for n in (*BASIC, "bias")}, torch.float64, entropy_coef=0.1, **options
+    )
+    x["bias"] = dropped
+    actual = ppo(
+        kernels.linear_ppo_loss, {n: x[n] for n in (*BASIC, "bias")}, torch.float32, entropy_coef=0.1, **options
+    )
+    for name, expected in truth.items():
+        torch.testing.assert_close(actual[name].double(), expected.double(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("value", [-1e10, -1e20, -1e38, LOWEST])
+def test_equal_huge_logits_are_a_uniform_distribution(kernels, device, value, with_bias):
+    """Logits of a product, and of a bias; in more than one block of columns."""
+    V, D = 8200, 4
+    hidden, weight = torch.zeros(2, D, device=device), torch.zeros(V, D, device=device)
+    hidden[:, 0] = 1
+    bias = torch.full((V,), value, device=device) if with_bias else None
+    weight[:, 0] = 0 if with_bias else value
+    hidden.requires_grad_()
+    tokens = torch.tensor([0, V - 1], device=device)
+    logp, entropy = kernels.linear_logprobs(hidden, weight, tokens, bias=bias, with_entropy=True)
+    torch.testing.assert_close(logp, torch.full_like(logp, -math.log(V)))
+    torch.testing.assert_close(entropy, torch.full_like(entropy, math.log(V)))
+    assert torch.autograd.grad(logp.sum() + entropy.sum(), hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_one_huge_logit_has_all_the_probability(kernels, device, with_bias):
+    V, D = 8200, 4
+    hidden, weight = torch.zeros(2, D, device=device), torch.zeros(V, D, device=device)
+    hidden[:, 0] = 1
+    bias = torch.zeros(V, device=device) if with_bias else None
+    (weight[:, 0] if bias is None else bias)[11] = 3e38
+    tokens = torch.tensor([11, 8199], device=device)
+    logp, entropy = kernels.linear_logprobs(hidden, weight, tokens, bias=bias, with_entropy=True)
+    torch.testing.assert_close(logp, torch.tensor([0.0, -3e38], device=device))
+    assert not entropy.any()
+
+
 def test_a_dropped_word_makes_nan(kernels, device):
     """A bias of -inf takes a word out of the vocabulary: no probability, no gradient, also behind a softcap."""
     for options in ({}, {"softcap": 5.0}):

@@ -459,13 +459,13 @@ class Recorder:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
 
     def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, num_warps: int, maxnreg: int | None = None, **constexprs) -> None:
+        def launch(*args, **constexprs_and_options) -> None:
             given = dict(zip(self.arg_names, args, strict=False))
-            assert given["bias_ptr"].data_ptr() % 16 == 0  # the one argument that is specialised on its alignment
-            dtypes = tuple(str(given[n].dtype) for n in ("logits_ptr", "dlogits_ptr") if n in given)
+            assert not given["has_bias"] or given["bias_ptr"].data_ptr() % 16 == 0
+            types = {name: str(x.dtype) for name, x in given.items() if isinstance(x, Tensor)}
             for name in ("statistics_ptr", "logits_ptr"):
                 given[name].zero_()
-            self.launches.add((self.name, dtypes, num_warps, maxnreg, *sorted(constexprs.items())))
+            self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
 
         return launch
 
@@ -473,13 +473,13 @@ class Recorder:
 KERNELS = ("_linear_score_kernel", "_linear_policy_kernel", "_linear_gradient_kernel")
 
 
-def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkeypatch, device):
-    pointers = {"*fp16": "torch.float16", "*bf16": "torch.bfloat16", "*fp32": "torch.float32"}
+def test_the_launches_are_the_variants_that_the_gate_compiles(monkeypatch, device):
+    pointers = {"*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32", "*i64": "int64"}
     gate = set()
     for v in linear.variants():
         assert list(v.types) + list(v.constexprs) == v.kernel.arg_names
-        dtypes = tuple(pointers[v.types[n]] for n in ("logits_ptr", "dlogits_ptr") if n in v.types)
-        gate.add((v.kernel.fn.__name__, dtypes, v.num_warps, v.registers, *sorted(v.constexprs.items())))
+        types = {name: f"torch.{pointers[t]}" for name, t in v.types.items() if t[0] == "*"}
+        gate.add((v.kernel.fn.__name__, *sorted(types.items()), *sorted((v.constexprs | v.options).items())))
     launches: set = set()
     for name in KERNELS:
         monkeypatch.setattr(linear, name, Recorder(getattr(linear, name), launches))
@@ -492,15 +492,8 @@ def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkey
                     own = {**options, "logits_dtype": logits_dtype}
                     linear.linear_ppo_loss(hidden, weight, *(x[n] for n in (*BASIC[2:], "mask")), **own)
                     linear.linear_logprobs(hidden, weight, x["tokens"], **own).sum().backward()
+                    linear.linear_logprobs(hidden, weight, x["tokens"], with_entropy=True, **own)
     assert launches == gate  # and nothing is compiled that no launch can choose
-
-
-def test_a_kernel_is_compiled_again_for_another_length_or_number():
-    """Nothing but bias_ptr's alignment, which never changes, is part of Triton's key. What is named so is an index."""
-    for kernel, frozen in zip((getattr(linear, n) for n in KERNELS), linear.NOT_SPECIALISED, strict=True):
-        runtime = [n for n in kernel.arg_names if n == "V" or not n.isupper()]
-        assert [n for i, n in enumerate(runtime) if i not in frozen] == ["bias_ptr"]
-        assert runtime == kernel.arg_names[: len(runtime)]
 
 
 def test_the_operators_break_a_rule_of_torch_library(device):

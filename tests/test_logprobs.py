@@ -15,6 +15,7 @@ pytestmark = [
 
 # Interpreted bf16 is not bf16, so the Triton kernels see it on a GPU only.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+HUGE_DTYPES = [torch.float32] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 # A block of columns is 64, 1024 or 4096 wide; rows of 8191 that start off a 16-byte boundary end in a third block.
 VOCABULARIES = [1, 2, 64, 65, 127, 129, 1024, 1025, 4096, 4099, 8191, 50257]
 INF, NAN = math.inf, math.nan
@@ -83,13 +84,57 @@ def test_entropy_is_nan_when_a_logit_is_minus_inf(token_logprobs, device, V):
     check(token_logprobs, logits, tokens, temperature=1.3)
 
 
-@pytest.mark.parametrize("value", [-INF, -1e38, torch.finfo(torch.float32).min])
+LOWEST = torch.finfo(torch.float32).min
+HUGE = [-1e4, -3e9, -1e10, -1e20, -1e30, -1e38, LOWEST]
+
+
+def huge(value: float, dtype: torch.dtype) -> float:
+    """The value, or the nearest one that the dtype holds."""
+    return max(value, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("value", [*HUGE, -INF])
 @pytest.mark.parametrize("columns", [slice(0, 4096), slice(4096, 8192), slice(8192, 9000), slice(1, 9000)])
-def test_a_whole_block_of_masked_vocabulary_makes_nan(token_logprobs, device, columns, value):
-    """-inf, or the finite numbers that are used in its place, from which log2(e) x overflows."""
+def test_a_masked_block_of_the_vocabulary_has_no_probability(token_logprobs, device, columns, value):
+    """-inf, or a finite number used instead, where log2(e) x overflows, or a product of 1e10 has a residual of 512."""
     logits, _ = make((2, 9000), device)
     logits[:, columns] = value
     check(token_logprobs, logits, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", HUGE_DTYPES, ids=str)
+@pytest.mark.parametrize("value", HUGE)
+@pytest.mark.parametrize("V", [50, 1000, 4500])
+def test_equal_huge_logits_are_a_uniform_distribution(token_logprobs, device, value, V, dtype):
+    logits = torch.full((2, V), huge(value, dtype), dtype=dtype, device=device)
+    tokens = torch.tensor([0, V - 1], device=device)
+    for temperature in (1.0, 0.7):
+        g, h = torch.ones(2, device=device), torch.ones(2, device=device)
+        logp, entropy, grad = differentiate(token_logprobs, logits, tokens, g=g, h=h, temperature=temperature)
+        torch.testing.assert_close(logp, torch.full_like(logp, -math.log(V)))
+        torch.testing.assert_close(entropy, torch.full_like(entropy, math.log(V)))
+        expected = (torch.nn.functional.one_hot(tokens, V) - 1 / V) / temperature
+        torch.testing.assert_close(
+            grad.float(), expected.float(), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", HUGE_DTYPES, ids=str)
+@pytest.mark.parametrize("others", [0.0, -1e10, LOWEST])
+@pytest.mark.parametrize("V", [50, 4500])
+def test_one_huge_logit_has_all_the_probability(token_logprobs, device, V, others, dtype):
+    logits, tokens = make((2, V), device)
+    logits, tokens = (logits + huge(others, dtype)).clamp(min=torch.finfo(dtype).min).to(dtype), tokens.fill_(V - 7)
+    top = huge(3e38, dtype) if dtype != torch.float16 else 6e4
+    logits[0, 11] = logits[1, V - 7] = top
+    g = torch.ones(2, device=device)
+    logp, entropy, grad = differentiate(token_logprobs, logits, tokens, g=g, h=g)
+    difference = logits[0, V - 7].double() - logits[0, 11].double()
+    torch.testing.assert_close(logp, torch.stack([difference.float(), torch.zeros_like(difference).float()]))
+    assert not entropy.any()
+    expected = torch.zeros_like(grad)
+    expected[0, V - 7], expected[0, 11] = 1, -1
+    assert torch.equal(grad, expected)
 
 
 def test_minus_inf_at_the_target_is_not_minus_inf_or_spoils_the_gradient(token_logprobs, device):

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ppo_fast.kernels import eager_logprobs, logprobs, reference
+from ppo_fast.kernels import eager_logprobs, linear, logprobs, reference
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -290,20 +290,24 @@ class Recorder:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
 
     def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, num_warps: int, num_stages: int, **constexprs) -> None:
+        def launch(*args, **constexprs_and_options) -> None:
             given = dict(zip(self.arg_names, args, strict=False))
             types = {name: f"*{x.dtype}" for name, x in given.items() if isinstance(x, Tensor)}
-            self.launches.add((self.name, num_warps, num_stages, *sorted(types.items()), *sorted(constexprs.items())))
+            self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
 
         return launch
 
 
-def record(monkeypatch, logits: Tensor, *args, **options) -> set:
+def entropy_of(*args, **options) -> Tensor:
+    return logprobs.token_logprobs(*args, with_entropy=True, **options)[1]
+
+
+def record(monkeypatch, logits: Tensor, *args, function=logprobs.token_logprobs, **options) -> set:
     """What a run of the Triton backend launches; nothing is started."""
     launches: set = set()
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(logprobs, name, Recorder(kernel, launches))
-    run(logprobs.token_logprobs, logits, *args, **options)
+    run(function, logits, *args, **options)
     return launches
 
 
@@ -320,15 +324,13 @@ def test_a_sliced_batch_is_copied_whole_before_the_kernel(monkeypatch, device):
         assert (traffic.read, traffic.written) == (0, 0)
 
 
-def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkeypatch, device):
+def test_the_launches_are_the_variants_that_the_gate_compiles(monkeypatch, device):
     monkeypatch.undo()  # poisoning is a traversal too
-    pointers = {"*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32", "*i64": "int64", "*i1": "bool"}
+    pointers = {"*fp16": "float16", "*bf16": "bfloat16", "*fp32": "float32", "*i64": "int64", "*u1": "bool"}
     gate = set()
     for v in logprobs.variants():
         types = {name: f"*torch.{pointers[t]}" for name, t in v.types.items() if t[0] == "*"}
-        gate.add(
-            (v.kernel.fn.__name__, v.num_warps, v.num_stages, *sorted(types.items()), *sorted(v.constexprs.items()))
-        )
+        gate.add((v.kernel.fn.__name__, *sorted(types.items()), *sorted((v.constexprs | v.options).items())))
     assert all(list(v.types) + list(v.constexprs) == v.kernel.arg_names for v in logprobs.variants())
     launches: set = set()
     for V in (1, 2, 7, 8, 64, 65, 72, 1000, 1024, 1025, 1032, 8192, 8196, 8198, 8200):
@@ -340,8 +342,27 @@ def test_the_launcher_starts_a_configuration_that_the_gate_never_compiled(monkey
                 tokens = torch.zeros(3, 4, dtype=torch.int64, device=device)
                 launches |= record(monkeypatch, view, tokens.int())
                 launches |= record(monkeypatch, view, tokens, inplace_backward=True)
+                launches |= record(monkeypatch, view, tokens, function=entropy_of)
+                launches |= record(monkeypatch, view, tokens, function=entropy_of, inplace_backward=True)
                 launches |= record(monkeypatch, view.transpose(0, 1), tokens.t())
     assert launches == gate  # and nothing is compiled that no launch can choose
+
+
+def test_entropy_is_computed_in_the_loop_only_where_it_is_asked_for(monkeypatch, device):
+    logits, tokens, _ = make(3, 5000, device=device)
+    for function, expected in ((logprobs.token_logprobs, False), (entropy_of, True)):
+        launches = record(monkeypatch, logits, tokens, function=function)
+        assert {dict(x for x in launch[1:])["WITH_ENTROPY"] for launch in launches} == {expected}
+
+
+@pytest.mark.parametrize("module", [logprobs, linear], ids=lambda module: module.__name__.split(".")[-1])
+def test_a_partial_sum_belongs_to_one_thread_whether_warps_have_32_or_64(module):
+    for threads_per_warp in (32, 64):
+        for v in module.variants(threads_per_warp):
+            threads = v.options["num_warps"] * threads_per_warp
+            if v.constexprs["BLOCK"] > 1024 and "LANES" in v.constexprs:
+                itemsize = 4 if v.types["logits_ptr"] == "*fp32" else 2
+                assert v.constexprs["LANES"] % (threads * 16 // itemsize) == 0, v.name
 
 
 def test_checkpointing_or_autocast_changes_the_result(token_logprobs, device):
