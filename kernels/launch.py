@@ -1,5 +1,6 @@
 """What the Triton launchers share: no Triton code, and nothing that needs Triton to import."""
 
+import contextlib
 import functools
 import os
 from typing import Any, NamedTuple
@@ -35,6 +36,13 @@ def launch_options(num_warps: int, registers: int | None = None) -> dict[str, An
     if registers is not None and not torch.version.hip:
         options["maxnreg"] = registers
     return options
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the device of x current, which is where Triton launches. Costs microseconds only where it is another."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 def interpreting() -> bool:
