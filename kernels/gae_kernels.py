@@ -1,64 +1,76 @@
-"""The device code of gae.py: reference.gae as a scan of affine maps, for rows of any length and for time-major columns.
+"""The device code of gae.py: reference.gae as a scan of affine maps, for rows, packed sequences and time-major columns.
 
-Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t, all that step t tells step t - 1:
+Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t, all that step t - 1 needs of step t:
 
     A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1} = b_t + a_t s_{t+1}.
 
-A masked step is the identity (a = 1, b = 0), so its neighbours see each other's value and trace at once; a terminated
-step takes 0 and a truncated one gamma final_values_t in place of s_{t+1}, and has a = 0. Where a is 0 nothing of the
-later step may come through, not even NaN, hence the selects.
+A masked step is the identity (a = 1, b = 0), so the counted steps before and after it are treated as adjacent. A
+terminated step uses 0, and a truncated one gamma final_values_t, instead of s_{t+1}, and has a = 0. Where a is 0 no
+later step may contribute, not even NaN, hence the selects.
 
-A row is cut in tiles (scanned at once) and spans of TILES tiles. A span's steps are first composed to one map, then
-applied to s behind the span. So the arithmetic of a row is the same whether one program walks all spans or several
-programs take one each, and its bits depend neither on the other rows nor on how many there are.
+A row is cut in spans, and a span in tiles of W steps. The maps of a span's steps are composed from its end on, and
+applied to s behind the span; s moves from span to span by the composed map. So the arithmetic of a row is the same
+whether one program processes all spans or each span has a program of its own, and its bits depend neither on the other
+rows nor on their number.
 """
 
 import triton
 import triton.language as tl
 
-TILES = tl.constexpr(4)  # tiles in a span
-CHAIN = tl.constexpr(16)  # maps of later spans that are read at once
-INTEGERS = ["rows", "T", "spans", "search", *(f"{x}_stride" for x in ("r", "v", "m", "e", "c", "f", "out"))]
-
-# What a launch does: walk all spans of its rows; or only compose its span; or apply its span, after all are composed.
-WALK = tl.constexpr(0)
-COMPOSE = tl.constexpr(1)
-APPLY = tl.constexpr(2)
-
 
 @triton.jit
-def then(a_later, b_later, a, b):
-    """The map of a step after that of the later ones, as associative_scan wants it (later ones first)."""
+def compose(a_later, b_later, a, b):
+    """The map of some steps after that of the later ones, in the order that associative_scan needs (later first)."""
     return a * a_later, tl.where(a == 0, b, tl.fma(a, b_later, b))
 
 
 @triton.jit
-def apply(a, b, s):
+def apply_map(a, b, s):
     return tl.where(a == 0, b, tl.fma(a, s, b))
 
 
 @triton.jit
-def _then_exclusive(a_later, b_later, x_later, y_later, a, b, x, y):
-    """`then` for maps (a, b), carrying along (x, y): the same without the earliest step of each side."""
-    full_a, full_b = then(a_later, b_later, a, b)
-    past_a, past_b = then(a_later, b_later, x, y)
-    return full_a, full_b, past_a, past_b
+def step_maps(td_error, values, counted, gamma, decay):
+    """(a, b) of each step. td_error includes what replaces s_{t+1} at a cut, where the caller sets a to 0."""
+    a = tl.where(counted, decay, 1.0)
+    b = tl.where(counted, tl.fma(decay, td_error, gamma * values), 0.0)
+    return a, b
 
 
 @triton.jit
-def step_maps(td_error, values, counted, terminated, truncated, final_values, gamma, decay):
-    """(a, b) of each step, whether it is cut, and what stands for s_{t+1} where it is. Flags may be None."""
-    end_value = tl.zeros_like(td_error)
-    cut = tl.zeros(td_error.shape, tl.int1)
-    if truncated is not None:
-        cut = truncated
-        end_value = tl.where(truncated, gamma * final_values, 0.0)
-    if terminated is not None:
-        cut = cut | terminated
-        end_value = tl.where(terminated, 0.0, end_value)
-    a = tl.where(counted, tl.where(cut, 0.0, decay), 1.0)
-    b = tl.where(counted, tl.fma(decay, td_error + end_value, gamma * values), 0.0)
-    return a, b, cut, end_value
+def cut_of(counted, terminated, truncated, final_values, gamma):
+    """Whether each step cuts the trace, and what replaces s_{t+1} where it does."""
+    end_value = tl.where(truncated & ~terminated, gamma * final_values, 0.0)
+    return counted & (terminated | truncated), end_value
+
+
+@triton.jit
+def is_given(present, BIT: tl.constexpr):
+    """Whether an optional tensor is given. The pointer of one that is not must be valid, and is never read."""
+    return ((present >> BIT) & 1) != 0
+
+
+@triton.jit
+def load_row_number(ptr, number, given, row, inside):
+    """One number for each row: read if `given`, else the same for all rows."""
+    x = tl.load(ptr + row, mask=inside & given, other=0.0)
+    return tl.where(given, x, number)
+
+
+@triton.jit
+def pointers(ptr, offset, ALIGNED: tl.constexpr):
+    """ptr + offset, where the first of neighbouring elements is at a multiple of 4 elements if ALIGNED."""
+    at = ptr + offset
+    if ALIGNED:
+        BYTES: tl.constexpr = (ptr.dtype.element_ty.primitive_bitwidth + 7) // 8
+        at = tl.multiple_of(at, 4 * BYTES)
+    return at
+
+
+@triton.jit
+def row_start(ptr, offset, ALIGNED: tl.constexpr):
+    """Pointers to the first step of each row, (R, 1)."""
+    return pointers(ptr, offset, ALIGNED)[:, None]
 
 
 @triton.jit
@@ -77,247 +89,373 @@ def row_tile(a, b, s, R: tl.constexpr, W: tl.constexpr):
     b02, b13 = tl.split(tl.reshape(b, [R, G, 2, 2]))
     b0, b2 = tl.split(b02)
     b1, b3 = tl.split(b13)
-    a23, b23 = then(a3, b3, a2, b2)
-    a123, b123 = then(a23, b23, a1, b1)
-    a_all, b_all = then(a123, b123, a0, b0)
-    a_all, b_all = tl.associative_scan((tl.gather(a_all, turned, 1), tl.gather(b_all, turned, 1)), 1, then)
-    s_first = apply(a_all, b_all, s[:, None])  # s at the first of the four steps, threads turned
+    a23, b23 = compose(a3, b3, a2, b2)
+    a123, b123 = compose(a23, b23, a1, b1)
+    a_all, b_all = compose(a123, b123, a0, b0)
+    a_all, b_all = tl.associative_scan((tl.gather(a_all, turned, 1), tl.gather(b_all, turned, 1)), 1, compose)
+    s_first = apply_map(a_all, b_all, s[:, None])  # s at the first of the four steps, threads turned
     behind = tl.gather(s_first, tl.broadcast_to(tl.maximum(G - 2 - thread, 0), [R, G]), 1)
     s4 = tl.where(thread == G - 1, s[:, None], behind)
-    s3 = apply(a3, b3, s4)
-    s2 = apply(a2, b2, s3)
-    s1 = apply(a1, b1, s2)
+    s3 = apply_map(a3, b3, s4)
+    s2 = apply_map(a2, b2, s3)
+    s1 = apply_map(a1, b1, s2)
     following = tl.reshape(tl.join(tl.join(s1, s3), tl.join(s2, s4)), [R, W])
     last = thread == G - 1
     return following, tl.sum(tl.where(last, a_all, 0.0), 1), tl.sum(tl.where(last, b_all, 0.0), 1)
 
 
 @triton.jit
-def _column_tile(a, b, s, U: tl.constexpr):
-    """row_tile for a tile (U, C) with the latest step first."""
-    ones = tl.full(a.shape, 1.0, tl.float32)
-    a_all, b_all, a_past, b_past = tl.associative_scan((a, b, ones, ones - 1.0), 0, _then_exclusive)
-    earliest = tl.arange(0, U)[:, None] == U - 1
-    following = apply(a_past, b_past, s[None, :])
-    return following, tl.sum(tl.where(earliest, a_all, 0.0), 0), tl.sum(tl.where(earliest, b_all, 0.0), 0)
+def chain(own_map, stride, plane, later, most, inside, s):
+    """s behind a span: the maps of all later spans of its row, the last one first, 16 reads at a time.
 
-
-@triton.jit
-def load_row_number(ptr, number, row, inside):
-    """A number per row: read, or the same for all rows where there is no pointer."""
-    if ptr is not None:
-        x = tl.load(ptr + row, mask=inside, other=0.0).to(tl.float32)
-    else:
-        x = tl.zeros(row.shape, tl.float32) + number
-    return x
-
-
-@triton.jit
-def wide(x, COLUMNS: tl.constexpr):
-    """One number per row in the shape of a tile: (R, W), or (W, R) for columns."""
-    if COLUMNS:
-        return x[None, :]
-    else:
-        return x[:, None]
-
-
-@triton.jit
-def place_of(stride, row, offset, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
-    """(offset of each row, step stride). stride: from row to row, or for columns from step to step.
-
-    A pointer that may be None stays with the caller: Triton 3.6 does not return None from a function.
+    own_map: pointers to a of the span's own map, (R,); stride: from span to span; plane: from a to b; later: the number
+    of later spans, of all rows or of each; most: the largest of them.
     """
-    if ALIGNED:
-        stride = stride // 4 * 4
-    if COLUMNS:
-        return row, stride
-    else:
-        return row * stride + offset, 1
-
-
-@triton.jit
-def load_step(tensor, t, inside, COLUMNS: tl.constexpr):
-    ptr, place = tensor
-    start, step = place
-    return tl.load(ptr + (wide(start, COLUMNS) + t * step), mask=inside, other=0)
-
-
-@triton.jit
-def _packed_place(cu_ptr, rows, slots, search, slot, SPAN: tl.constexpr):
-    """Which span of which packed row each slot is. Returns the same as _padded_place.
-
-    Row i has the slots from cu[i] // SPAN + i on: never fewer than it has spans, whatever the lengths.
-    """
-    low = tl.zeros(slot.shape, tl.int64)
-    high = low + rows - 1
-    for _ in range(search):
-        middle = (low + high + 1) // 2
-        begun = tl.load(cu_ptr + middle).to(tl.int64) // SPAN + middle <= slot
-        low = tl.where(begun, middle, low)
-        high = tl.where(begun, high, middle - 1)
-    start = tl.load(cu_ptr + low).to(tl.int64)
-    length = (tl.load(cu_ptr + low + 1).to(tl.int64) - start).to(tl.int32)
-    first_slot = start // SPAN + low
-    span = (slot - first_slot).to(tl.int32)
-    row_spans = tl.cdiv(length, SPAN)
-    inside = span < row_spans
-    steps = tl.max(tl.where(inside, length - span * SPAN, 0))
-    later = tl.where(inside, row_spans - 1 - span, 0)
-    return (low, start, length[:, None], span, inside, steps), (first_slot, 1, slots.to(tl.int64), later, tl.max(later))
-
-
-@triton.jit
-def _padded_place(rows, T, spans, row, SPAN: tl.constexpr):
-    """(row, offset of its first step, its length, the span, is there such a row, steps from the span on) and
-    (where its maps start, from span to span, from a to b, later spans, the most of them)."""
-    span = tl.program_id(1)
-    later = spans - 1 - span
-    place = row, tl.zeros(row.shape, tl.int64), T, span, row < rows, T - span * SPAN
-    return place, (row, rows, spans.to(tl.int64) * rows, tl.zeros(row.shape, tl.int32) + later, later)
-
-
-@triton.jit
-def chain(maps_ptr, maps, span, s):
-    """s behind a span: the maps of all later spans of its row, from the last one on, CHAIN reads at a time."""
-    first_map, stride, plane, later, most = maps
     done = 0
     while done < most:
-        for j in tl.static_range(CHAIN):
+        for j in tl.static_range(16):
             distance = later - done - j
-            there = distance > 0
-            at = maps_ptr + first_map + (span + distance).to(tl.int64) * stride
+            there = (distance > 0) & inside
+            at = own_map + distance.to(tl.int64) * stride
             a = tl.load(at, mask=there, other=1.0)
             b = tl.load(at + plane, mask=there, other=0.0)
-            s = tl.where(there, apply(a, b, s), s)
-        done += CHAIN
+            s = tl.where(there, apply_map(a, b, s), s)
+        done += 16
     return s
 
 
 @triton.jit
 def scan_span(
-    tensors,  # (pointer or None, place) of rewards, values, mask, terminated, truncated, final values, outputs
-    returns_ptr,
-    first,  # step of the span
-    length,  # of the row
-    inside,  # is there such a row
-    tiles,  # of the span that have steps in them
+    inputs,  # (R, 1) pointers to the first step of rewards, values, mask, terminated, truncated, final values
+    outputs,  # likewise of advantages and returns
+    first,  # step of the span, of all rows or (R, 1)
+    length,  # of all rows or (R, 1)
+    inside,  # (R,): whether the row exists
+    real,  # (R,): whether its steps count; others are written as 0
+    present,
+    tiles,  # of the span that have steps
     gamma,
     decay,
     s,  # behind the span
     WRITE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Composes a span of R rows, and where WRITE is set writes its advantages and returns. Returns the span's map."""
-    rewards, values, mask, terminations, truncations, finals, outputs = tensors
+    """Composes a span of R rows, and with WRITE writes its advantages and returns. Returns the span's map."""
+    rewards, values, mask, terminations, truncations, finals = inputs
+    has_mask, has_terminated, has_truncated = is_given(present, 0), is_given(present, 1), is_given(present, 2)
     span_a = tl.full([R], 1.0, tl.float32)
     span_b = tl.zeros([R], tl.float32)
     for j in range(tiles):
-        if COLUMNS:  # the latest step first
-            t = (first + (tiles - j) * W - 1 - tl.arange(0, W)).to(tl.int64)[:, None]
-        else:
-            t = tl.arange(0, W)[None, :] + (first + (tiles - 1 - j) * W)
-        here = wide(inside, COLUMNS) & (t < length)
-        r = load_step(rewards, t, here, COLUMNS).to(tl.float32)
-        v = load_step(values, t, here, COLUMNS).to(tl.float32)
-        counted, terminated, truncated, final_values = here, None, None, None
-        if mask[0] is not None:
-            counted = here & (load_step(mask, t, here, COLUMNS) != 0)
-        if terminations[0] is not None:
-            terminated = load_step(terminations, t, here, COLUMNS) != 0
-        if truncations[0] is not None:
-            truncated = load_step(truncations, t, here, COLUMNS) != 0
-            final_values = load_step(finals, t, here, COLUMNS).to(tl.float32)
+        t = tl.arange(0, W)[None, :] + (first + (tiles - 1 - j) * W)
+        here = inside[:, None] & (t < length)
+        read = real[:, None] & (t < length)
+        r = tl.load(rewards + t, mask=read, other=0.0).to(tl.float32)
+        v = tl.load(values + t, mask=read, other=0.0).to(tl.float32)
+        counted = read & (tl.load(mask + t, mask=read & has_mask, other=1) != 0)
+        terminated = tl.load(terminations + t, mask=read & has_terminated, other=0) != 0
+        truncated = tl.load(truncations + t, mask=read & has_truncated, other=0) != 0
+        final = tl.load(finals + t, mask=read & has_truncated, other=0.0).to(tl.float32)
+        cut, end_value = cut_of(counted, terminated, truncated, final, gamma[:, None])
         td_error = r - v
-        a, b, cut, end_value = step_maps(
-            td_error, v, counted, terminated, truncated, final_values, wide(gamma, COLUMNS), wide(decay, COLUMNS)
-        )
-        s_in = apply(span_a, span_b, s)
-        if COLUMNS:
-            following, tile_a, tile_b = _column_tile(a, b, s_in, W)
-        else:
-            following, tile_a, tile_b = row_tile(a, b, s_in, R, W)
+        a, b = step_maps(td_error + end_value, v, counted, gamma[:, None], decay[:, None])
+        a = tl.where(cut, 0.0, a)
+        following, tile_a, tile_b = row_tile(a, b, apply_map(span_a, span_b, s), R, W)
         if WRITE:
             following = tl.where(cut, end_value, following)
-            out_start, out_step = outputs[1]
-            at = wide(out_start, COLUMNS) + t * out_step
-            tl.store(outputs[0] + at, tl.where(counted, td_error + following, 0.0), mask=here)
-            tl.store(returns_ptr + at, tl.where(counted, r + following, 0.0), mask=here)
-        span_a, span_b = then(span_a, span_b, tile_a, tile_b)
+            tl.store(outputs[0] + t, tl.where(counted, td_error + following, 0.0), mask=here)
+            tl.store(outputs[1] + t, tl.where(counted, r + following, 0.0), mask=here)
+        span_a, span_b = compose(span_a, span_b, tile_a, tile_b)
     return span_a, span_b
 
 
-@triton.jit(do_not_specialize=["gamma", "lam", *INTEGERS])
-def _gae_kernel(
-    rewards_ptr,  # (rows, T), steps contiguous; (T, rows), rows contiguous; or (total,) with cu_seqlens
+@triton.jit(do_not_specialize=list(range(25)))
+def _gae_rows_kernel(
+    rewards_ptr,  # (rows, T), steps contiguous, as the next five
     values_ptr,
     mask_ptr,
     terminated_ptr,
     truncated_ptr,
     final_ptr,
-    bootstrap_ptr,  # (rows,)
-    gammas_ptr,  # (rows,)
-    lams_ptr,  # (rows,)
-    cu_ptr,  # (rows + 1,)
-    advantages_ptr,  # as rewards, without gaps
+    bootstrap_ptr,  # (rows,), as the next two
+    gammas_ptr,
+    lams_ptr,
+    advantages_ptr,  # (rows, T) without gaps
     returns_ptr,
-    maps_ptr,  # (2, spans, rows), or (2, slots) if packed: the map of each span
-    gamma,
-    lam,
-    rows,
-    T,
-    spans,  # of a row, or all slots if packed
-    search,  # halvings that find one of the packed rows
-    r_stride,  # strides of a row, or for columns of a step; 0 if packed
-    v_stride,
-    m_stride,
-    e_stride,
-    c_stride,
-    f_stride,
-    out_stride,
-    MODE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,  # T and all strides are multiples of 4
+    maps_ptr,  # (2, spans, rows): the map of each span, if there is more than one launch
+    present: tl.int32,  # bits 0 to 5: mask, terminated, truncated, bootstrap, gammas, lams are given
+    gamma: tl.float32,
+    lam: tl.float32,
+    rows: tl.int32,
+    T: tl.int32,
+    spans: tl.int32,
+    tiles: tl.int32,  # of a span
+    r_stride: tl.int64,  # from row to row
+    v_stride: tl.int64,
+    m_stride: tl.int64,
+    e_stride: tl.int64,
+    c_stride: tl.int64,
+    f_stride: tl.int64,
+    WRITE: tl.constexpr,  # False: only compose the maps of all spans but the first, one span in a program
+    ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    SPAN: tl.constexpr = TILES * W
-    slot = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     if ALIGNED:
         T = T // 4 * 4
-    if cu_ptr is not None:
-        place, maps = _packed_place(cu_ptr, rows, spans, search, slot, SPAN)
-    else:
-        place, maps = _padded_place(rows, T, spans, slot, SPAN)
-    row, offset, length, span, inside, steps = place
-    tensors = (
-        (rewards_ptr, place_of(r_stride, row, offset, ALIGNED, COLUMNS)),
-        (values_ptr, place_of(v_stride, row, offset, ALIGNED, COLUMNS)),
-        (mask_ptr, place_of(m_stride, row, offset, ALIGNED, COLUMNS)),
-        (terminated_ptr, place_of(e_stride, row, offset, ALIGNED, COLUMNS)),
-        (truncated_ptr, place_of(c_stride, row, offset, ALIGNED, COLUMNS)),
-        (final_ptr, place_of(f_stride, row, offset, ALIGNED, COLUMNS)),
-        (advantages_ptr, place_of(out_stride, row, offset, ALIGNED, COLUMNS)),
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < rows
+    inputs = (
+        row_start(rewards_ptr, row * r_stride, ALIGNED),
+        row_start(values_ptr, row * v_stride, ALIGNED),
+        row_start(mask_ptr, row * m_stride, ALIGNED),
+        row_start(terminated_ptr, row * e_stride, ALIGNED),
+        row_start(truncated_ptr, row * c_stride, ALIGNED),
+        row_start(final_ptr, row * f_stride, ALIGNED),
     )
-    g = load_row_number(gammas_ptr, gamma, row, inside)
-    decay = g * load_row_number(lams_ptr, lam, row, inside)
-    s = g * load_row_number(bootstrap_ptr, 0.0, row, inside)
-    if MODE == WALK:
-        for back in range(spans):
-            first = (spans - 1 - back) * SPAN
-            tiles = tl.minimum(tl.cdiv(T - first, W), TILES)
-            a, b = scan_span(tensors, returns_ptr, first, T, inside, tiles, g, decay, s, True, COLUMNS, R, W)
-            s = apply(a, b, s)
+    outputs = row_start(advantages_ptr, row * T, ALIGNED), row_start(returns_ptr, row * T, ALIGNED)
+    g = load_row_number(gammas_ptr, gamma, is_given(present, 4), row, inside)
+    decay = g * load_row_number(lams_ptr, lam, is_given(present, 5), row, inside)
+    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 3), row, inside)
+    plane = spans.to(tl.int64) * rows
+    if WRITE:
+        walks = tl.num_programs(1) == 1
+        last = tl.where(walks, spans - 1, tl.program_id(1))
+        later = spans - 1 - last
+        s = chain(maps_ptr + row + last.to(tl.int64) * rows, rows, plane, later, later, inside, s)
+        for back in range(tl.where(walks, spans, 1)):
+            first = (last - back) * tiles * W
+            here = tl.minimum(tl.cdiv(T - first, W), tiles)
+            a, b = scan_span(inputs, outputs, first, T, inside, inside, present, here, g, decay, s, True, R, W)
+            s = apply_map(a, b, s)
     else:
-        tiles = tl.minimum(tl.cdiv(steps, W), TILES)
-        first = span * SPAN
-        if cu_ptr is not None:
-            first = first[:, None]
-        if MODE == APPLY:
-            s = chain(maps_ptr, maps, span, s)
-        a, b = scan_span(tensors, returns_ptr, first, length, inside, tiles, g, decay, s, MODE == APPLY, COLUMNS, R, W)
-        if MODE == COMPOSE:
-            at = maps_ptr + maps[0] + span * maps[1]
-            tl.store(at, a, mask=inside)
-            tl.store(at + maps[2], b, mask=inside)
+        span = tl.program_id(1) + 1
+        first = span * tiles * W
+        here = tl.minimum(tl.cdiv(T - first, W), tiles)
+        a, b = scan_span(inputs, outputs, first, T, inside, inside, present, here, g, decay, s, False, R, W)
+        own_map = maps_ptr + row + span.to(tl.int64) * rows
+        tl.store(own_map, a, mask=inside)
+        tl.store(own_map + plane, b, mask=inside)
+
+
+@triton.jit
+def _boundary(cu_ptr, cu_stride, i, rows, total):
+    """Where the i-th of rows + 2 sequences starts: the first is what precedes cu_seqlens[0], the last what follows
+    cu_seqlens[-1], so that every step belongs to one; both are empty unless cu_seqlens is wrong. In [0, total]."""
+    x = tl.load(cu_ptr + (i - 1).to(tl.int64) * cu_stride, mask=(i > 0) & (i < rows + 2), other=0)
+    return tl.where(i > rows + 1, total, tl.minimum(tl.maximum(x, 0), total))
+
+
+@triton.jit(do_not_specialize=list(range(21)))
+def _gae_packed_kernel(
+    rewards_ptr,  # (total,), as the next five
+    values_ptr,
+    mask_ptr,
+    terminated_ptr,
+    truncated_ptr,
+    final_ptr,
+    bootstrap_ptr,  # (rows,), as the next two
+    gammas_ptr,
+    lams_ptr,
+    cu_ptr,  # (rows + 1,)
+    advantages_ptr,  # (total,)
+    returns_ptr,
+    maps_ptr,  # (2, slots): the map of each span
+    present: tl.int32,  # as for rows
+    gamma: tl.float32,
+    lam: tl.float32,
+    rows: tl.int32,
+    total: tl.int32,
+    tiles: tl.int32,  # of a span
+    search: tl.int32,  # halvings that find one of the sequences
+    cu_stride: tl.int32,
+    WRITE: tl.constexpr,  # False: only compose the maps of the spans
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """A program processes R slots. Sequence i of _boundary has the slots from start // span + i on: at least as many as
+    it has spans, whatever the lengths. cu_seqlens may have any content: no address depends on it without a bound."""
+    span_steps = tiles * W
+    slots = total // span_steps + rows + 2
+    slot = tl.program_id(0) * R + tl.arange(0, R)
+    low = tl.zeros([R], tl.int32)
+    high = low + rows + 1
+    for _ in range(search):
+        middle = (low + high + 1) // 2
+        begun = _boundary(cu_ptr, cu_stride, middle, rows, total) // span_steps + middle <= slot
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle - 1)
+    start = _boundary(cu_ptr, cu_stride, low, rows, total)
+    length = tl.maximum(_boundary(cu_ptr, cu_stride, low + 1, rows, total) - start, 0)
+    span = slot - (start // span_steps + low)
+    row_spans = tl.cdiv(length, span_steps)
+    inside = (slot < slots) & (span >= 0) & (span < row_spans)
+    real = inside & (low >= 1) & (low <= rows)
+    later = tl.where(inside, row_spans - 1 - span, 0)
+    first = tl.where(inside, span * span_steps, 0)
+    here = tl.minimum(tl.cdiv(tl.max(tl.where(inside, length - first, 0)), W), tiles)
+
+    inputs = (
+        row_start(rewards_ptr, start, False),
+        row_start(values_ptr, start, False),
+        row_start(mask_ptr, start, False),
+        row_start(terminated_ptr, start, False),
+        row_start(truncated_ptr, start, False),
+        row_start(final_ptr, start, False),
+    )
+    outputs = row_start(advantages_ptr, start, False), row_start(returns_ptr, start, False)
+    row = low - 1
+    g = load_row_number(gammas_ptr, gamma, is_given(present, 4), row, real)
+    decay = g * load_row_number(lams_ptr, lam, is_given(present, 5), row, real)
+    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 3), row, real)
+    own_map = maps_ptr + slot
+    if WRITE:
+        s = chain(own_map, 1, slots, later, tl.max(later), inside, s)
+    a, b = scan_span(
+        inputs, outputs, first[:, None], length[:, None], inside, real, present, here, g, decay, s, WRITE, R, W
+    )
+    if not WRITE:
+        tl.store(own_map, a, mask=inside)
+        tl.store(own_map + slots, b, mask=inside)
+
+
+@triton.jit
+def _load_columns(ptr, stride, t, column, mask, ALIGNED: tl.constexpr, other: tl.constexpr):
+    """Step t of each column, (C,)."""
+    return tl.load(pointers(ptr, t.to(tl.int64) * stride + column, ALIGNED), mask=mask, other=other)
+
+
+@triton.jit
+def _load_column_step(inputs, strides, t, column, inside, present, ALIGNED: tl.constexpr):
+    """Rewards, values, mask, terminated, truncated and final values of step t."""
+    rewards, values, mask, terminations, truncations, finals = inputs
+    r_stride, v_stride, m_stride, e_stride, c_stride, f_stride = strides
+    has_truncated = inside & is_given(present, 2)
+    return (
+        _load_columns(rewards, r_stride, t, column, inside, ALIGNED, 0.0),
+        _load_columns(values, v_stride, t, column, inside, ALIGNED, 0.0),
+        _load_columns(mask, m_stride, t, column, inside & is_given(present, 0), ALIGNED, 1),
+        _load_columns(terminations, e_stride, t, column, inside & is_given(present, 1), ALIGNED, 0),
+        _load_columns(truncations, c_stride, t, column, has_truncated, ALIGNED, 0),
+        _load_columns(finals, f_stride, t, column, has_truncated, ALIGNED, 0.0),
+    )
+
+
+@triton.jit
+def _scan_columns(
+    inputs,  # pointers of rewards, values, mask, terminated, truncated, final values
+    strides,  # from step to step, of the same
+    outputs,  # pointers of advantages and returns
+    out_stride,
+    column,
+    inside,
+    first,  # step of the span
+    T,
+    present,
+    tiles,  # of the span that have steps
+    gamma,
+    decay,
+    s,  # behind the span
+    WRITE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
+    """scan_span for C columns. A thread owns whole columns, so the steps follow each other without any exchange."""
+    a_all = tl.full([C], 1.0, tl.float32)
+    b_all = tl.zeros([C], tl.float32)
+    for j in range(tiles):
+        start = first + (tiles - 1 - j) * W
+        steps = ()
+        for i in tl.static_range(W):  # all reads of a tile before its first write, so that they wait together
+            t = start + W - 1 - i
+            step = _load_column_step(inputs, strides, t, column, inside & (t < T), present, ALIGNED)
+            steps = steps + (step,)  # noqa: RUF005 - Triton compiles no unpacking here
+        for i in tl.static_range(W):
+            t = start + W - 1 - i
+            here = inside & (t < T)
+            r, v = steps[i][0].to(tl.float32), steps[i][1].to(tl.float32)
+            counted = here & (steps[i][2] != 0)
+            final = steps[i][5].to(tl.float32)
+            cut, end_value = cut_of(counted, steps[i][3] != 0, steps[i][4] != 0, final, gamma)
+            td_error = r - v
+            a, b = step_maps(td_error + end_value, v, counted, gamma, decay)
+            a = tl.where(cut, 0.0, a)
+            if WRITE:
+                following = tl.where(cut, end_value, apply_map(a_all, b_all, s))
+                at = t.to(tl.int64) * out_stride + column
+                advantage = tl.where(counted, td_error + following, 0.0)
+                tl.store(pointers(outputs[0], at, ALIGNED), advantage, mask=here)
+                tl.store(pointers(outputs[1], at, ALIGNED), tl.where(counted, r + following, 0.0), mask=here)
+            a_all, b_all = compose(a_all, b_all, a, b)
+    return a_all, b_all
+
+
+@triton.jit(do_not_specialize=list(range(25)))
+def _gae_columns_kernel(
+    rewards_ptr,  # (T, columns), columns contiguous, as the next five
+    values_ptr,
+    mask_ptr,
+    terminated_ptr,
+    truncated_ptr,
+    final_ptr,
+    bootstrap_ptr,  # (columns,), as the next two
+    gammas_ptr,
+    lams_ptr,
+    advantages_ptr,  # (T, columns) without gaps
+    returns_ptr,
+    maps_ptr,  # (2, spans, columns): the map of each span, if there is more than one launch
+    present: tl.int32,  # as for rows
+    gamma: tl.float32,
+    lam: tl.float32,
+    columns: tl.int32,
+    T: tl.int32,
+    spans: tl.int32,
+    tiles: tl.int32,  # of a span
+    r_stride: tl.int64,  # from step to step
+    v_stride: tl.int64,
+    m_stride: tl.int64,
+    e_stride: tl.int64,
+    c_stride: tl.int64,
+    f_stride: tl.int64,
+    WRITE: tl.constexpr,  # False: only compose the maps of all spans but the first, one span in a program
+    ALIGNED: tl.constexpr,  # columns is a multiple of 4, and each step starts at a multiple of 4 elements
+    C: tl.constexpr,
+    W: tl.constexpr,
+):
+    if ALIGNED:
+        columns = columns // 4 * 4
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    inside = column < columns
+    inputs = rewards_ptr, values_ptr, mask_ptr, terminated_ptr, truncated_ptr, final_ptr
+    strides = r_stride, v_stride, m_stride, e_stride, c_stride, f_stride
+    outputs = advantages_ptr, returns_ptr
+    g = load_row_number(gammas_ptr, gamma, is_given(present, 4), column, inside)
+    decay = g * load_row_number(lams_ptr, lam, is_given(present, 5), column, inside)
+    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 3), column, inside)
+    plane = spans.to(tl.int64) * columns
+    if WRITE:
+        walks = tl.num_programs(1) == 1
+        last = tl.where(walks, spans - 1, tl.program_id(1))
+        later = spans - 1 - last
+        own_map = pointers(maps_ptr, last.to(tl.int64) * columns + column, ALIGNED)
+        s = chain(own_map, columns, plane, later, later, inside, s)
+        for back in range(tl.where(walks, spans, 1)):
+            first = (last - back) * tiles * W
+            here = tl.minimum(tl.cdiv(T - first, W), tiles)
+            a, b = _scan_columns(
+                inputs, strides, outputs, columns, column, inside, first, T, present, here, g, decay, s,
+                True, ALIGNED, C, W,
+            )  # fmt: skip
+            s = apply_map(a, b, s)
+    else:
+        span = tl.program_id(1) + 1
+        first = span * tiles * W
+        here = tl.minimum(tl.cdiv(T - first, W), tiles)
+        a, b = _scan_columns(
+            inputs, strides, outputs, columns, column, inside, first, T, present, here, g, decay, s,
+            False, ALIGNED, C, W,
+        )  # fmt: skip
+        own_map = pointers(maps_ptr, span.to(tl.int64) * columns + column, ALIGNED)
+        tl.store(own_map, a, mask=inside)
+        tl.store(own_map + plane, b, mask=inside)

@@ -8,8 +8,9 @@ would cancel in fp32.
 import triton
 import triton.language as tl
 
+from ppo_fast.kernels.gae_kernels import pointers
+
 MERGED = tl.constexpr(512)  # partial results that are merged at once
-WHITENING = ["eps", "bessel", "keep_mean", "rows", "T", "parts", "sum_parts", "x_stride", "m_stride"]
 
 
 @triton.jit
@@ -52,18 +53,13 @@ def _merged(moments_ptr, parts):
     return over_lanes(n, mean, m2)
 
 
-@triton.jit
-def _total(sums_ptr, parts):
-    lane = tl.arange(0, MERGED)
-    x = tl.zeros([MERGED], tl.float32)
-    for first in range(0, parts, MERGED):
-        x += tl.load(sums_ptr + first + lane, mask=first + lane < parts, other=0.0)
-    return tl.sum(x)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _merge_kernel(moments_ptr, parts, merged_ptr):
-    """One process's moments, for the others of its group."""
+@triton.jit(do_not_specialize=[0, 1, 2])
+def _merge_kernel(
+    moments_ptr,  # (3, parts), perhaps with more behind it
+    merged_ptr,  # (3,)
+    parts: tl.int32,
+):
+    """The moments of one process, for the others of its group."""
     n, mean, m2 = _merged(moments_ptr, parts)
     tl.store(merged_ptr, n)
     tl.store(merged_ptr + 1, mean)
@@ -73,38 +69,35 @@ def _merge_kernel(moments_ptr, parts, merged_ptr):
 @triton.jit
 def _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK: tl.constexpr):
     """Offsets of a tile's elements in x, the mask and a tensor without gaps, and which of them exist."""
-    row = tile // row_tiles
-    step = (tile % row_tiles) * BLOCK + tl.arange(0, BLOCK)
+    row = (tile // row_tiles).to(tl.int64)
+    step = (tile % row_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return row * x_stride + step, row * m_stride + step, row * T + step, step < T
 
 
-@triton.jit(do_not_specialize=["rows", "T", "x_stride", "m_stride"])
+@triton.jit(do_not_specialize=list(range(8)))
 def _moments_kernel(
     x_ptr,  # (rows, T)
-    mask_ptr,  # or None
+    mask_ptr,  # (rows, T); any address if not has_mask
     moments_ptr,  # (3, programs)
-    rows,
-    T,
-    x_stride,  # from row to row
-    m_stride,
-    ALIGNED: tl.constexpr,  # T and both strides are multiples of 4
+    has_mask: tl.int32,
+    rows: tl.int32,
+    T: tl.int64,
+    x_stride: tl.int64,  # from row to row
+    m_stride: tl.int64,
+    ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
         T = T // 4 * 4
-        x_stride = x_stride // 4 * 4
-        m_stride = m_stride // 4 * 4
     n = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
     m2 = tl.zeros([BLOCK], tl.float32)
-    row_tiles = tl.cdiv(T, BLOCK)
+    row_tiles = tl.cdiv(T, BLOCK).to(tl.int32)
     program = tl.program_id(0)
-    for tile in range(program.to(tl.int64), rows.to(tl.int64) * row_tiles, tl.num_programs(0)):
+    for tile in range(program, rows * row_tiles, tl.num_programs(0)):
         x_at, mask_at, _, here = _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK)
-        counted = here
-        if mask_ptr is not None:
-            counted = here & (tl.load(mask_ptr + mask_at, mask=here, other=0) != 0)
-        x = tl.load(x_ptr + x_at, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(pointers(x_ptr, x_at, ALIGNED), mask=here, other=0.0).to(tl.float32)
+        counted = here & (tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & (has_mask != 0), other=1) != 0)
         n, mean, m2 = add_elements(n, mean, m2, x, counted)
     n_all, mean_all, m2_all = over_lanes(n, mean, m2)
     tl.store(moments_ptr + program, n_all)
@@ -113,56 +106,58 @@ def _moments_kernel(
 
 
 @triton.jit
-def _store_statistics(stats_ptr, sums_ptr, parts, count, mean, std):
-    """Means over rows, counted tokens and steps, from the sums of the parts of this process."""
-    rows = tl.maximum(_total(sums_ptr + 8 * parts, parts), 1.0)
-    tokens = tl.maximum(_total(sums_ptr, parts), 1.0)
-    steps = tl.maximum(_total(sums_ptr + 6 * parts, parts), 1.0)
-    tl.store(stats_ptr, _total(sums_ptr + 7 * parts, parts) / rows)
-    tl.store(stats_ptr + 1, _total(sums_ptr + 3 * parts, parts) / rows)
-    tl.store(stats_ptr + 2, _total(sums_ptr + 4 * parts, parts) / tokens)
-    tl.store(stats_ptr + 3, _total(sums_ptr + 5 * parts, parts) / steps)
+def _store_statistics(stats_ptr, sums_ptr, parts, mean, std):
+    """Scores and rewards per row, KL per token, returns per step: sums of this process's parts, in one pass."""
+    statistic = tl.arange(0, 4)[:, None]
+    divisor = tl.where(statistic < 2, 7, tl.where(statistic == 2, 0, 8))  # the plane of rows, tokens or steps
+    lane = tl.arange(0, MERGED)[None, :]
+    x = tl.zeros([4, MERGED], tl.float32)
+    n = tl.zeros([4, MERGED], tl.float32)
+    for first in range(0, parts, MERGED):
+        at = sums_ptr + first + lane
+        there = first + lane < parts
+        x += tl.load(at + (3 + statistic) * parts, mask=there, other=0.0)
+        n += tl.load(at + divisor * parts, mask=there, other=0.0)
+    tl.store(stats_ptr + tl.arange(0, 4), tl.sum(x, 1) / tl.maximum(tl.sum(n, 1), 1.0))
     tl.store(stats_ptr + 4, mean)
     tl.store(stats_ptr + 5, std)
 
 
-@triton.jit(do_not_specialize=WHITENING)
+@triton.jit(do_not_specialize=list(range(17)))
 def _whiten_kernel(
     x_ptr,  # (rows, T); may be out
-    mask_ptr,  # or None
+    mask_ptr,  # (rows, T); any address if not has_mask
     out_ptr,  # (rows, T) without gaps
     moments_ptr,  # (3, parts)
-    sums_ptr,  # (9, sum_parts) from _advantages_kernel, or None
-    stats_ptr,  # (6,), or None
-    eps,
-    bessel,  # 1 if unbiased
-    keep_mean,  # 1 if only the spread is scaled
-    rows,  # 0 if only the statistics are wanted
-    T,
-    parts,
-    sum_parts,
-    x_stride,  # from row to row
-    m_stride,
+    sums_ptr,  # (9, sum_parts) from _advantages_kernel; any address if not has_statistics
+    stats_ptr,  # (6,); likewise
+    has_mask: tl.int32,
+    has_statistics: tl.int32,
+    unbiased: tl.int32,
+    shift_mean: tl.int32,
+    eps: tl.float32,
+    rows: tl.int32,  # 0 if only the statistics are wanted
+    T: tl.int64,
+    parts: tl.int32,
+    sum_parts: tl.int32,
+    x_stride: tl.int64,  # from row to row
+    m_stride: tl.int64,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
         T = T // 4 * 4
-        x_stride = x_stride // 4 * 4
-        m_stride = m_stride // 4 * 4
     count, mean, m2 = _merged(moments_ptr, parts)
-    variance = m2 / tl.maximum(count - bessel, 1.0)
+    variance = m2 / tl.maximum(count - tl.where(unbiased != 0, 1.0, 0.0), 1.0)
     scale = tl.where(count > 1, 1.0 / tl.sqrt(variance + eps), 1.0)
-    kept = tl.where(keep_mean != 0, mean, 0.0)
+    kept = tl.where(shift_mean != 0, 0.0, mean)
     program = tl.program_id(0)
-    if stats_ptr is not None:  # noqa: SIM102 - known when compiling, unlike the next
-        if program == 0:
-            _store_statistics(stats_ptr, sums_ptr, sum_parts, count, mean, tl.sqrt(variance))
-    row_tiles = tl.cdiv(T, BLOCK)
-    for tile in range(program.to(tl.int64), rows.to(tl.int64) * row_tiles, tl.num_programs(0)):
+    if (program == 0) & (has_statistics != 0):
+        _store_statistics(stats_ptr, sums_ptr, sum_parts, mean, tl.sqrt(variance))
+    row_tiles = tl.cdiv(T, BLOCK).to(tl.int32)
+    for tile in range(program, rows * row_tiles, tl.num_programs(0)):
         x_at, mask_at, out_at, here = _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK)
-        x = tl.load(x_ptr + x_at, mask=here, other=0.0).to(tl.float32)
-        whitened = (x - mean) * scale + kept
-        if mask_ptr is not None:
-            whitened = tl.where(tl.load(mask_ptr + mask_at, mask=here, other=0) != 0, whitened, 0.0)
-        tl.store(out_ptr + out_at, whitened, mask=here)
+        x = tl.load(pointers(x_ptr, x_at, ALIGNED), mask=here, other=0.0).to(tl.float32)
+        counted = tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & (has_mask != 0), other=1) != 0
+        whitened = tl.where(counted, tl.fma(x - mean, scale, kept), 0.0)
+        tl.store(pointers(out_ptr, out_at, ALIGNED), whitened, mask=here)

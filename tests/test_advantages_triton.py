@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_error_at_most_twice_eager as assert_close
+from test_gae import CAPTURE
+from test_static import evaluate
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -233,15 +235,52 @@ def test_more_launches_than_promised(device, launches):
     assert len(launches) == 1
 
 
-def test_launches_are_not_specialised_on_lengths_or_scalars():
-    from ppo_fast.kernels import advantages_kernels, whiten_kernels
+LAUNCHES = """
+from ppo_fast.kernels import advantages, advantages_launch
 
-    scan = {*advantages_kernels.SHAPING, *advantages_kernels.SCANNING, "MODE", "TOKEN_SCORES", "ALIGNED", "R", "W"}
-    whiten = {*whiten_kernels.WHITENING, "ALIGNED", "BLOCK"}
-    kernels = {advantages_kernels._advantages_kernel: scan, advantages_kernels._shape_kernel: scan}
-    kernels |= {whiten_kernels._whiten_kernel: whiten, whiten_kernels._moments_kernel: whiten}
-    for kernel, known in kernels.items():
-        assert {name for name in kernel.arg_names if not name.endswith("_ptr")} <= known
+dtypes = torch.float32, torch.float16, torch.bfloat16
+for rows, T, dtype, offset in itertools.product((1, 17), (1, 16, 33, 2052), dtypes, (0, 1)):
+    x = torch.zeros(4, rows, T + 4 * offset, dtype=dtype)[..., offset : offset + T]
+    mask, scores = x[0] == 0, x[0, :, 0] if T == 16 else x[0] if T == 33 else torch.zeros(rows)
+    kl_coef, place, kind = (1, "last", "k1") if T == 16 else (0.1, "after_last", "k3")
+    numbers = dict(gamma=1, lam=1.0) if rows == 1 else dict(gamma=torch.ones(rows), lam=torch.tensor(0.5))
+    shaping = dict(kl_coef=kl_coef, reward_at=place, kl_estimator=kind, score_clip=None if offset else 1)
+    advantages.shape_rewards(scores, x[1], x[2], mask, **shaping)
+    advantages.rlhf_advantages(scores, x[1], x[2], x[3], mask, whiten=rows == 1, **numbers, **shaping)
+    advantages.masked_whiten(x[0], mask if T == 16 else None, eps=T, unbiased=T == 1)
+listed = {describe(v.kernel, v.types, v.constexprs, v.options): v.name for v in advantages_launch.variants()}
+result = [sorted(launched - {*listed}), sorted(name for key, name in listed.items() if key not in launched)]
+"""
+
+
+def test_variants_are_exactly_what_is_launched():
+    """Sizes, strides, alignments, numbers and optional tensors compile nothing that variants() does not list."""
+    assert evaluate(CAPTURE + LAUNCHES) == [[], ["advantages merge"]]  # for which a process group is needed
+
+
+LOOPS = """
+variant = next(v for v in static.variants("advantages_launch") if v.name == "whiten float32 aligned")
+result = static.compile_variant(variant, static.TARGETS["sm_90"]).asm["ptx"].count("Inner Loop Header")
+"""
+
+
+def test_whitening_has_one_loop_each_for_moments_statistics_and_elements():
+    """The statistics are read in one pass, not in one for each of them."""
+    assert evaluate(LOOPS) == 3
+
+
+def test_statistics_of_more_programs_than_are_merged_at_once_are_right(device):
+    sums = torch.rand(9, 700, generator=torch.Generator().manual_seed(0))
+    sums[0] = (9 * sums[0]).round()  # counts
+    sums = sums.to(device)
+    x, stats = torch.zeros(1, device=device), torch.empty(6, device=device)
+    whitening = advantages_launch.Whitening(shift_mean=True, unbiased=True, eps=1e-8, group=None)
+    advantages_launch._apply_whitening(advantages_launch._flat(x, None), 0, x, sums, stats, whitening)
+    total = sums.double().sum(1)
+    expected = total[[3, 4, 5, 6]] / total[[7, 7, 0, 8]]
+    mean = (sums[0] * sums[1]).double().sum() / total[0]
+    torch.testing.assert_close(stats[:4].double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats[4].double(), mean, rtol=1e-5, atol=0)
 
 
 def test_the_option_backend_is_ignored(launches):

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from test_static import evaluate
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -17,10 +18,8 @@ CPU_ONLY = not torch.cuda.is_available()
 
 @pytest.fixture(params=["triton", "numba", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """The three implementations; in the interpreter, Triton's tile of columns is made narrow to be quick."""
+    """The three implementations."""
     if request.param == "triton":
-        if CPU_ONLY:
-            monkeypatch.setattr(gae, "_COLUMNS", gae.Config(R=4, W=16))
         return gae.gae
     if request.param == "numba":
         pytest.importorskip("numba", reason="numba is not installed")
@@ -90,7 +89,7 @@ def test_rows_longer_than_a_span_lose_what_comes_behind_it(backend):
 
 
 def test_many_rows_walked_by_one_program_each_are_wrong(backend, monkeypatch):
-    monkeypatch.setattr(gae, "_MANY_ROWS", 2)
+    monkeypatch.setattr(gae, "MANY_ROWS", 2)
     check(backend, **everything((2, 1100), 2), gamma=0.999, lam=0.99)
 
 
@@ -182,13 +181,99 @@ def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
         assert (actual.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
-def test_launches_are_not_specialised_on_lengths_or_scalars():
-    """Every number that may change from call to call is excluded from Triton's specialisation."""
-    from ppo_fast.kernels.gae_kernels import INTEGERS, _gae_kernel
+CAPTURE = """
+import itertools, torch
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    constexprs = {"MODE", "COLUMNS", "ALIGNED", "R", "W"}
-    numbers = {name for name in _gae_kernel.arg_names if not name.endswith("_ptr")} - constexprs
-    assert numbers == {"gamma", "lam", *INTEGERS}
+backend, launched = make_backend(static.TARGETS["sm_90"]), set()
+def describe(kernel, types, constexprs, options):
+    return f"{kernel.__name__} {sorted(types.items())} {sorted(constexprs.items())} {sorted(options.items())}"
+def run(kernel, *args, grid, warmup, **kwargs):  # replaces JITFunction.run, which asks a GPU for its backend
+    bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
+    options = {k: x for k, x in kwargs.items() if k not in kernel.arg_names}
+    _, types, constexprs, attributes = kernel._pack_args(backend, options, bound, specialization, {})
+    assert not any(attributes.values()), attributes
+    types = {name: t for name, t in types.items() if t != "constexpr"}
+    launched.add(describe(kernel, types, {kernel.arg_names[i]: x for (i,), x in constexprs.items()}, options))
+JITFunction.run = run
+"""
+LAUNCHES = """
+from ppo_fast.kernels import gae
+
+dtypes = torch.float32, torch.float16, torch.bfloat16
+for rows, T, dtype, offset in itertools.product((1, 4, 17), (1, 16, 33, 600, 2001), dtypes, (0, 1)):
+    x, f = torch.zeros(2, T, rows + 4 * offset, dtype=dtype)[..., offset : offset + rows], torch.zeros(T, rows) > 0
+    options = dict(terminated=f, truncated=f, final_values=x[0]) if rows == 4 else dict(mask=f) if T == 33 else {}
+    gae.gae(*x, gamma=1 if T == 16 else 0.9, lam=torch.ones(rows) if T == 1 else 1.0, time_major=True, **options)
+    y = {name: o.T.contiguous() for name, o in options.items()}
+    gae.gae(*x.mT.contiguous(), bootstrap=torch.zeros(rows, dtype=dtype) if T == 600 else None, **y)
+    cu_seqlens = torch.tensor([0, 1, T], dtype=torch.int32 if offset else torch.int64)
+    gae.gae(x[0, :, 0], x[1, :, 0], gamma=rows / 17, cu_seqlens=cu_seqlens)
+    gae.gae(torch.zeros(rows, T), torch.zeros(rows, T, dtype=dtype), gamma=torch.tensor(0.5))
+listed = {describe(v.kernel, v.types, v.constexprs, v.options) for v in gae.variants()}
+result = [sorted(launched - listed), sorted(listed - launched)]
+"""
+
+
+def test_variants_are_exactly_what_is_launched():
+    """Sizes, strides, alignments, numbers and optional tensors compile nothing that variants() does not list."""
+    assert evaluate(CAPTURE + LAUNCHES) == [[], []]
+
+
+COLUMNS = """
+result = {}
+for v in static.variants("gae"):
+    if v.name in ("gae columns float32 aligned", "gae columns compose float32 aligned"):
+        asm = static.compile_variant(v, static.TARGETS["sm_90"]).asm
+        result[v.name] = ["bar.sync" in asm["ptx"], static.cuda_report(asm["cubin"], disassemble=True).loads]
+"""
+
+
+def test_time_major_kernels_load_16_bytes_and_have_no_barrier():
+    found = evaluate(COLUMNS)
+    assert len(found) == 2
+    for name, (has_barrier, loads) in found.items():
+        assert not has_barrier, name
+        assert loads["128"] >= 3 * gae._COLUMNS.W, name  # rewards, values and final values of each step of a tile
+
+
+@pytest.mark.parametrize(("time_major", "rows", "T"), [(False, 3, 700), (True, 3, 136), (True, 130, 136)])
+def test_two_launches_give_the_bits_of_one(monkeypatch, time_major, rows, T):
+    """Also where rows do not fill the last program, whose other lanes must not read the maps of spans."""
+    shape = (T, rows) if time_major else (rows, T)
+    options = {**everything(shape, rows), "gamma": torch.rand(rows), "lam": 0.95, "time_major": time_major}
+    split = gae.gae(**options)
+    monkeypatch.setattr(gae, "_MANY_COLUMNS" if time_major else "MANY_ROWS", 1)
+    assert all(map(torch.equal, split, gae.gae(**options)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("inside", [[0, 5, 5, 140], [3, 140, 141], [0, 0], [7, 7]])
+def test_steps_outside_all_packed_sequences_are_zero(inside, dtype):
+    """On a GPU nobody reads cu_seqlens before the launch, so it may be short."""
+    total, rows = 200, len(inside) - 1
+    options = {**everything((total,), rows), "gamma": torch.rand(rows), "lam": 0.95}
+    actual = gae.gae(**options, cu_seqlens=torch.tensor(inside, dtype=dtype))
+    own = {k: x[inside[0] : inside[-1]] if len(x) == total else x for k, x in options.items() if k != "lam"}
+    shifted = torch.tensor(inside) - inside[0]
+    for x, truth in zip(actual, reference.gae(**double(own), lam=0.95, cu_seqlens=shifted), strict=True):
+        assert (x[inside[0] : inside[-1]].double() - truth).abs().max().nan_to_num() <= 1e-4 if len(truth) else True
+        assert not x[: inside[0]].any()
+        assert not x[inside[-1] :].any()
+
+
+@pytest.mark.parametrize("wrong", [[0, 10**9, 200], [-(10**9), 60, 200], [0, 150, 20, 200], [200, 0], [90, 80, 70, 60]])
+def test_wrong_packed_boundaries_are_bounded(wrong):
+    """Every address stays inside the tensors, whatever cu_seqlens contains."""
+    for x in gae.gae(**everything((200,), len(wrong) - 1), cu_seqlens=torch.tensor(wrong)):
+        assert x.shape == (200,)
+
+
+def test_packed_boundaries_beyond_the_end_stand_for_the_end():
+    options = everything((200,), 3)
+    beyond = gae.gae(**options, cu_seqlens=torch.tensor([0, 60, 10**9, 2 * 10**9]))
+    assert all(map(torch.equal, beyond, gae.gae(**options, cu_seqlens=torch.tensor([0, 60, 200, 200]))))
 
 
 @pytest.mark.gpu
