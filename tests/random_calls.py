@@ -5,10 +5,12 @@ A call is determined by its number, so that a call found in one process can be r
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -34,12 +36,13 @@ class Inputs:
 
     def strided(self, make: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         """A tensor with the strides of a slice, a transposition or an expansion, or without gaps."""
-        kind = self.choose(
-            "plain", "plain", "plain", "rows", "columns", "offset", "every other", "transposed", "expanded"
-        )
+        kinds = ("plain", "plain", "plain", "plain", "rows", "padded", "padded", "columns", "offset")
+        kind = self.choose(*kinds, "every other", "transposed", "expanded")
         *outer, last = shape
         if kind == "rows" and outer:
             return make((*outer[:-1], outer[-1] + 1, last))[..., 1:, :]
+        if kind == "padded":
+            return make((*outer, -(-last // 16) * 16))[..., :last]
         if kind == "columns":
             return make((*outer, last + 3))[..., :last]
         if kind == "offset":
@@ -86,15 +89,18 @@ def leaf(x: Tensor | None, needed: bool) -> Tensor | None:
 
 
 def token_logprobs(r: Inputs) -> Call:
-    V = r.choose(1, 5, 64, 100, 128, 1000, 1024, 2048, 4096, 4097, 5000, 8192, 9001)
+    V = r.choose(1, 5, 64, 100, 128, 1000, 1024, 2048, 4097, 4099, 6001, 8192, 9001)
     rows = r.choose((1,), (3,), (2, 2), (1, 3))
     logits = r.normal((*rows, V), r.choose(*FLOATS), 3.0)
     tokens, mask = r.tokens(rows, V), r.maybe_mask(rows)
     with_entropy, needed, uses = r.chance(0.5), r.chance(0.7), r.choose("both", "first", "second")
-    temperature, inplace = r.choose(1.0, 0.7, 2), r.chance(0.2) and logits.is_contiguous()
+    temperature, inplace = r.choose(1.0, 0.7, 2), r.chance(0.3) and 0 not in logits.stride()
 
     def call(backend: str) -> list[Tensor]:
-        x = leaf(logits.clone() if inplace else logits, needed)
+        x = logits
+        if inplace:  # the gradient overwrites the logits, so each backend gets its own, with the same strides
+            x = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits)
+        x = leaf(x, needed)
         out = ppo.token_logprobs(
             x, tokens, mask, temperature=temperature, with_entropy=with_entropy, inplace_backward=inplace,
             backend=backend,
@@ -110,7 +116,8 @@ def loss_options(r: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {"aggregation": r.choose(*AGGREGATIONS)}
     if options["aggregation"] != "token-sum" and r.chance(0.4):
         number = r.choose(3.0, 7, 11.5)
-        options["denominator"] = r.choose(number, torch.tensor(float(number)), torch.tensor(5))
+        dtype = r.choose(torch.float32, torch.float64, torch.int64, torch.int32)
+        options["denominator"] = r.choose(number, torch.tensor(number).to(dtype))
     if options["aggregation"] == "seq-mean-token-sum-norm":
         options["norm_length"] = r.choose(2.0, 9)
     if len(shape) == 1:
@@ -178,7 +185,7 @@ def gae(r: Inputs) -> Call:
     if layout == "packed":
         shape: tuple[int, ...] = (r.choose(1, 40, 700, 2100),)
     elif layout == "time-major":
-        shape = r.choose((1, 1), (20, 5), (70, 130), (3, 256), (17, 4), (130, 2, 4))
+        shape = r.choose((1, 1), (20, 5), (70, 130), (3, 256), (17, 4), (130, 2, 4), (130, 16), (300, 4))
     else:
         shape = r.choose((1, 1), (5, 20), (3, 32), (3, 33), (2, 600), (5, 2100), (2, 2, 64), (1, 1024))
     dtype = r.choose(*FLOATS)
@@ -208,7 +215,7 @@ def gae(r: Inputs) -> Call:
 
 def advantages(r: Inputs) -> Call:
     """shape_rewards and rlhf_advantages."""
-    B, T = r.choose((1, 1), (5, 20), (3, 32), (3, 64), (2, 600), (1, 2500), (3, 1024))
+    B, T = r.choose((1, 1), (5, 20), (3, 32), (3, 64), (2, 600), (1, 2500), (2, 3000), (3, 1024))
     dtype = r.choose(*FLOATS)
     other = r.choose(dtype, dtype, *FLOATS)
     logprobs, refs, values = (r.normal((B, T), d) for d in (dtype, r.choose(dtype, other), other))
@@ -235,11 +242,27 @@ def advantages(r: Inputs) -> Call:
     return call
 
 
+@contextmanager
+def single_process_group() -> Iterator[dist.ProcessGroup | None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 def masked_whiten(r: Inputs) -> Call:
     shape = r.choose((1,), (7,), (5, 20), (3, 1024), (2, 1500), (3, 4, 5), (2, 256))
     x, mask = r.normal(shape, r.choose(*FLOATS)), r.maybe_mask(shape)
     options = {"shift_mean": r.chance(0.7), "unbiased": r.chance(0.7)}
-    return lambda backend: [ppo.masked_whiten(x, mask, **options, backend=backend)]
+    grouped = r.chance(0.1)
+
+    def call(backend: str) -> list[Tensor]:
+        with single_process_group() if grouped else nullcontext() as group:
+            return [ppo.masked_whiten(x, mask, **options, group=group, backend=backend)]
+
+    return call
 
 
 def linear_inputs(r: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -292,7 +315,8 @@ def linear_ppo_loss(r: Inputs) -> Call:
     return call
 
 
-FAMILIES = (token_logprobs, losses, losses, gae, advantages, masked_whiten, linear_logprobs, linear_ppo_loss)
+FAMILIES = (token_logprobs, token_logprobs, token_logprobs, losses, losses, gae, gae, advantages, masked_whiten)
+FAMILIES += (linear_logprobs, linear_ppo_loss)
 
 
 @functools.cache

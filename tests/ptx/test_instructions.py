@@ -542,6 +542,11 @@ def test_matrices_go_to_the_lanes_that_the_manual_says():
     assert out[5, 0] == 9
 
 
+def test_a_barrier_of_a_warp_changes_nothing():
+    body = "bar.warp.sync -1;\nst.global.b32 [%rd99], %r90;"
+    assert execute(body, [bits_array([0], 32)], 4).view(np.uint32).tolist() == list(range(THREADS))
+
+
 def test_a_uniform_loop_runs_as_often_as_its_counter_says():
     body = """
     mov.u32 %r1, 0;

@@ -185,6 +185,8 @@ class Translator:
             self.emit("return" if mask is None else f"if machine.branches({mask}, {self.index}): return")
         elif opcode in ("bar.sync", "barrier.sync"):
             self.emit(f"machine.barrier({mask}, {self.index})")
+        elif opcode == "bar.warp.sync":
+            pass  # the lanes of a warp are in lockstep
         elif kind == "shfl":
             self.shuffle(instruction)
         elif opcode in ("redux.sync.max.s32", "redux.sync.min.s32", "redux.sync.add.s32", "redux.sync.max.f32"):
