@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import torch
 
 EMULATED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
