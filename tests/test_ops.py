@@ -7,6 +7,7 @@ import torch
 
 import ppo_fast as ppo
 from ppo_fast import config, data, ops
+from ppo_fast.kernels import launch
 
 F = torch.zeros(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -145,7 +146,7 @@ def test_bad_argument_is_named_with_what_was_expected(case):
 
 
 def test_triton_on_a_cpu_without_the_interpreter_says_what_to_do(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
     with pytest.raises(RuntimeError, match=r"needs CUDA tensors, got cpu; use backend='torch'"):
         ppo.token_logprobs(LOGITS, TOKENS, backend="triton")
 
