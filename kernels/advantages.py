@@ -28,11 +28,24 @@ def _refuse_group(group: dist.ProcessGroup | None) -> None:
 
 def _shape_operator() -> torch.library.CustomOpDef:
     """What torch.compile sees. Numbers are 0-dim CPU tensors, so that new values compile nothing."""
+
+    def launch(
+        scores: Tensor,
+        logprobs: Tensor,
+        refs: Tensor,
+        mask: Tensor,
+        kl_coef: Tensor,
+        clip: Tensor,
+        kind: str,
+        reward_at: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shaping = Shaping(kl_coef.item(), kind, clip.item(), reward_at)
+        rewards, kl, longer = launch_shape_rewards(scores, logprobs, refs, mask, shaping)
+        return rewards, kl, mask.new_empty(0) if longer is None else longer
+
     operator = torch.library.custom_op(
         "ppo_fast::shape_rewards_triton",
-        lambda scores, logprobs, refs, mask, kl_coef, clip, kind, reward_at: launch_shape_rewards(
-            scores, logprobs, refs, mask, Shaping(kl_coef.item(), kind, clip.item(), reward_at)
-        ),
+        launch,
         mutates_args=(),
         schema="(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, Tensor kl_coef, Tensor score_clip,"
         " str kl_estimator, str reward_at) -> (Tensor, Tensor, Tensor)",
@@ -117,12 +130,13 @@ def shape_rewards(
     reward_at: str = "last",
 ) -> tuple[Tensor, ...]:
     """reference.shape_rewards in one launch; fp32 out, without a graph."""
-    tensors = [x.detach() for x in (scores, logprobs, ref_logprobs, mask)]
     if torch.compiler.is_compiling():
+        tensors = [x.detach() for x in (scores, logprobs, ref_logprobs, mask)]
         clip = math.inf if score_clip is None else score_clip
         result = _SHAPE(*tensors, as_tensor(kl_coef), as_tensor(clip), kl_estimator, reward_at)
     else:
-        result = launch_shape_rewards(*tensors, Shaping(kl_coef, kl_estimator, score_clip, reward_at))
+        shaping = Shaping(kl_coef, kl_estimator, score_clip, reward_at)
+        result = launch_shape_rewards(scores, logprobs, ref_logprobs, mask, shaping)
     return result if reward_at == "after_last" else result[:2]
 
 
@@ -139,7 +153,7 @@ def masked_whiten(
     if torch.compiler.is_compiling():
         _refuse_group(group)
         return _WHITEN(x.detach(), mask, shift_mean, unbiased, as_tensor(eps))
-    return launch_masked_whiten(x.detach(), mask, Whitening(shift_mean, unbiased, eps, group))
+    return launch_masked_whiten(x, mask, Whitening(shift_mean, unbiased, eps, group))
 
 
 def rlhf_advantages(
@@ -163,14 +177,13 @@ def rlhf_advantages(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """reference.rlhf_advantages in two or three launches: advantages, returns, rewards, KL and statistics."""
-    scores, logprobs, ref_logprobs, values = (x.detach() for x in (scores, logprobs, ref_logprobs, values))
     tensors = scores, logprobs, ref_logprobs, values, mask
     if torch.compiler.is_compiling():
         _refuse_group(group)
         clip = math.inf if score_clip is None else score_clip
         numbers = [as_tensor(x) for x in (kl_coef, clip, gamma, lam, eps)]
         *outputs, stats = _ADVANTAGES(
-            *tensors, *numbers, bootstrap, kl_estimator, reward_at, whiten, shift_mean, unbiased
+            *(x.detach() for x in tensors), *numbers, bootstrap, kl_estimator, reward_at, whiten, shift_mean, unbiased
         )
     else:
         shaping = Shaping(kl_coef, kl_estimator, score_clip, reward_at)

@@ -13,7 +13,7 @@ from ppo_fast.kernels.gae_kernels import (
     chain,
     compose,
     is_given,
-    load_row_number,
+    row_numbers,
     row_start,
     row_tile,
     step_maps,
@@ -221,16 +221,14 @@ def _store_sums(sums_ptr, sums, row_scores, rows, slots_beyond):
     tl.store(at + 8 * plane, n_all + slots_beyond)  # steps: counted ones, and slots after the last of them
 
 
-@triton.jit(do_not_specialize=list(range(30)))
+@triton.jit(do_not_specialize=list(range(27)))
 def _advantages_kernel(
     logprobs_ptr,  # (rows, T), steps contiguous
     refs_ptr,
     values_ptr,
     mask_ptr,
     scores_ptr,  # (rows,), or (rows, T) per token
-    bootstrap_ptr,  # (rows,), as the next two; any address where not given
-    gammas_ptr,
-    lams_ptr,
+    numbers_ptr,  # (1 to 3, rows): those of bootstrap, gammas, lams that are given
     advantages_ptr,  # (rows, T) without gaps, as the next three
     returns_ptr,
     rewards_ptr,
@@ -246,7 +244,6 @@ def _advantages_kernel(
     behind: tl.int32,  # 1 if the score comes after the last counted step
     rows: tl.int32,
     T: tl.int32,
-    spans: tl.int32,
     tiles: tl.int32,  # of a span
     l_stride: tl.int64,  # from row to row
     ref_stride: tl.int64,
@@ -277,10 +274,9 @@ def _advantages_kernel(
         row_start(rewards_ptr, row * T, ALIGNED),
         row_start(kl_ptr, row * T, ALIGNED),
     )
-    g = load_row_number(gammas_ptr, gamma, is_given(present, 1), row, inside)
-    decay = g * load_row_number(lams_ptr, lam, is_given(present, 2), row, inside)
-    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 0), row, inside)
+    g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, 0)
     numbers = clip, kl_coef, kind
+    spans = tl.cdiv(T, tiles * W)
     plane = spans.to(tl.int64) * rows
     zeros, none = tl.zeros([R, W], tl.float32), tl.zeros([R, W // 4], tl.float32)
     n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, none, none, none, none

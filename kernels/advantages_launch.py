@@ -15,24 +15,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 
 from ppo_fast.kernels.advantages_kernels import _advantages_kernel, _shape_kernel
 from ppo_fast.kernels.gae import (
-    LONG,
+    LAYOUTS,
     MANY_ROWS,
     POINTERS,
-    SHORT,
-    aligned,
-    argument_types,
     as_rows,
     keywords,
     no_flags,
-    per_row,
-    plain,
-    row_config,
+    row_layout,
+    row_numbers,
     same_dtype,
+    variant,
 )
 from ppo_fast.kernels.launch import REGISTERS, Variant, device_guard, launch_options
 from ppo_fast.kernels.whiten_kernels import _merge_kernel, _moments_kernel, _whiten_kernel
@@ -69,46 +65,45 @@ class Shaping(NamedTuple):
         return float(self.kl_coef), clip, _KINDS[self.kl_estimator], int(self.reward_at == "after_last")
 
 
-def _inputs(floats: list[Tensor], mask: Tensor, scores: Tensor) -> tuple[list[Tensor], list[int], bool, bool]:
+def _inputs(floats: tuple[Tensor, ...], mask: Tensor, scores: Tensor) -> tuple[list[Tensor], list[int], bool, bool]:
     """The [B, T] floats, mask and scores with neighbouring steps, and their row strides. Then, whether four steps of
     all of them can be moved at once, and whether scores are per token."""
     B, T = mask.shape
-    scores = plain(scores.to(torch.float32))
+    if scores.dtype != torch.float32:
+        scores = scores.to(torch.float32)
     per_token = scores.ndim == 2
-    views = [as_rows(x, B, T) for x in (*same_dtype(floats), mask, *([scores] if per_token else []))]
-    tensors, strides = [x for x, _ in views], [stride for _, stride in views]
-    is_aligned = aligned(T, tensors, strides)
+    tensors, strides, is_aligned = as_rows([*same_dtype(*floats), mask, *([scores] if per_token else [])], B, T)
     if not per_token:
-        tensors.append(scores)
+        tensors.append(scores.resolve_neg())
         strides.append(scores.stride(0))
     return tensors, strides, is_aligned, per_token
 
 
 @functools.cache
 def _shape_keywords(is_aligned: bool) -> dict[str, Any]:
-    constexprs = {"ALIGNED": is_aligned, "R": LONG.R, "W": LONG.W, "TILES": LONG.tiles}
-    return constexprs | launch_options(LONG.num_warps, REGISTERS)
+    R, W, tiles, num_warps = LAYOUTS["long rows"]
+    return {"ALIGNED": is_aligned, "R": R, "W": W, "TILES": tiles} | launch_options(num_warps, REGISTERS)
 
 
 def launch_shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, shaping: Shaping
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, KL, and the longer mask (empty for "last")."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rewards, KL, and the longer mask (None for "last")."""
     B, T = mask.shape
-    device = mask.device
-    rewards = torch.empty((B, T), dtype=torch.float32, device=device)
-    kl = torch.empty((B, T), dtype=torch.float32, device=device)
+    rewards = torch.empty_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
+    kl = torch.empty_like(rewards)
     behind = shaping.reward_at == "after_last"
-    longer = torch.empty((B, T) if behind else (0,), dtype=torch.bool, device=device)
+    longer = torch.empty_like(mask, memory_format=torch.contiguous_format) if behind else None
     if B * T == 0:
         return rewards, kl, longer
-    tensors, strides, is_aligned, per_token = _inputs([logprobs, ref_logprobs], mask, scores)
+    tensors, strides, is_aligned, per_token = _inputs((logprobs, ref_logprobs), mask, scores)
+    R, W, tiles, _ = LAYOUTS["long rows"]
     with device_guard(mask):
-        _shape_kernel[-(-B // LONG.R), -(-T // LONG.span)](
+        _shape_kernel[-(-B // R), -(-T // (W * tiles))](
             *tensors,
             rewards,
             kl,
-            longer if behind else no_flags(device),
+            mask if longer is None else longer,
             *shaping.scalars(),
             int(per_token),
             B,
@@ -119,19 +114,22 @@ def launch_shape_rewards(
     return rewards, kl, longer
 
 
+@functools.cache
+def _tile_keywords(is_aligned: bool, block: int) -> dict[str, Any]:
+    """Of both launches of whitening."""
+    return {"ALIGNED": is_aligned, "BLOCK": block} | launch_options(NUM_WARPS, REGISTERS)
+
+
 class _Flat(NamedTuple):
     """x and mask as rows of neighbouring elements, as few and as long as possible: one if nothing has gaps."""
 
-    x: Tensor
-    mask: Tensor | None
+    tensors: list[Tensor]  # x and the mask, or any address
+    has_mask: int
     rows: int
     T: int
-    strides: tuple[int, int]  # from row to row, of x and mask
-    is_aligned: bool
-
-    @property
-    def programs(self) -> int:
-        return max(1, min(_PROGRAMS, self.rows * -(-self.T // BLOCK)))
+    strides: list[int]  # from row to row, of x and the mask
+    programs: int  # of a launch
+    keywords: dict[str, Any]
 
 
 def _flat(x: Tensor, mask: Tensor | None) -> _Flat:
@@ -141,17 +139,14 @@ def _flat(x: Tensor, mask: Tensor | None) -> _Flat:
     else:
         T = x.shape[-1] if x.ndim and x.shape[-1] >= BLOCK // 4 else size
         rows = size // T
-    (x,) = same_dtype([x])
-    x, x_stride = as_rows(x, rows, T)
-    mask, m_stride = (None, 0) if mask is None else as_rows(mask, rows, T)
-    tensors = [x] if mask is None else [x, mask]
-    return _Flat(x, mask, rows, T, (x_stride, m_stride), aligned(T, tensors, [x_stride, m_stride]))
-
-
-@functools.cache
-def _tile_keywords(is_aligned: bool, block: int) -> dict[str, Any]:
-    """Of both launches of whitening."""
-    return {"ALIGNED": is_aligned, "BLOCK": block} | launch_options(NUM_WARPS, REGISTERS)
+    if x.dtype not in POINTERS:
+        x = x.to(torch.float32)
+    tensors, strides, is_aligned = as_rows([x] if mask is None else [x, mask], rows, T)
+    if mask is None:
+        tensors.append(no_flags(x.device))
+        strides.append(0)
+    programs = max(1, min(_PROGRAMS, rows * -(-T // BLOCK)))
+    return _Flat(tensors, int(mask is not None), rows, T, strides, programs, _tile_keywords(is_aligned, BLOCK))
 
 
 def _apply_whitening(
@@ -163,51 +158,46 @@ def _apply_whitening(
     whitening: Whitening,
 ) -> None:
     """The last launch, and over a group, what comes before it."""
-    moments, parts = partial, partial.shape[1]
+    parts = partial.shape[1]
+    moments, moments_parts = partial, parts
     if whitening.group is not None:
         mine = partial.new_empty(3)
         _merge_kernel[(1,)](partial, mine, parts, **launch_options(NUM_WARPS))
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(whitening.group))]
         dist.all_gather(ranks, mine, group=whitening.group)
-        moments = torch.stack(ranks, dim=1)
+        moments, moments_parts = torch.stack(ranks, dim=1), len(ranks)
     _whiten_kernel[(flat.programs if rows else 1,)](
-        flat.x,
-        no_flags(out.device) if flat.mask is None else flat.mask,
+        *flat.tensors,
         out,
         moments,
         partial,
         partial if stats is None else stats,
-        int(flat.mask is not None),
-        int(stats is not None),
-        int(whitening.unbiased),
-        int(whitening.shift_mean),
+        flat.has_mask | (stats is not None) << 1 | whitening.unbiased << 2 | whitening.shift_mean << 3,
         float(whitening.eps),
         rows,
         flat.T,
-        moments.shape[1],
+        moments_parts,
         parts,
         *flat.strides,
-        **_tile_keywords(flat.is_aligned, BLOCK),
+        **flat.keywords,
     )
 
 
 def launch_masked_whiten(x: Tensor, mask: Tensor | None, whitening: Whitening) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     if x.numel() == 0 and whitening.group is None:
         return out
     flat = _flat(x, mask)
-    programs = flat.programs
-    partial = torch.empty((3, programs), dtype=torch.float32, device=x.device)
+    partial = out.new_empty((3, flat.programs))
     with device_guard(x):
-        _moments_kernel[(programs,)](
-            flat.x,
-            no_flags(x.device) if flat.mask is None else flat.mask,
+        _moments_kernel[(flat.programs,)](
+            *flat.tensors,
             partial,
-            int(flat.mask is not None),
+            flat.has_mask,
             flat.rows,
             flat.T,
             *flat.strides,
-            **_tile_keywords(flat.is_aligned, BLOCK),
+            **flat.keywords,
         )
         _apply_whitening(flat, flat.rows, out, partial, None, whitening)
     return out
@@ -222,38 +212,35 @@ def _scan(
     bootstrap: Tensor | None,
 ) -> Tensor:
     """One launch, or two where rows are long and few. Returns the moments and sums of the programs, (9, programs)."""
-    B, T = outputs[0].shape
+    scores, logprobs, refs, values, mask = tensors
+    B, T = mask.shape
     if B * T == 0:
         return outputs[0].new_zeros(_PLANES, 1)
-    scores, logprobs, refs, values, mask = tensors
-    inputs, strides, is_aligned, per_token = _inputs([logprobs, refs, values], mask, scores)
-    numbers = [per_row(x, B) for x in (bootstrap, gamma, lam)]
-    present = sum(1 << bit for bit, x in enumerate(numbers) if x is not None) + 8 * per_token
-    config = row_config(T)
-    spans = -(-T // config.span)
+    inputs, strides, is_aligned, per_token = _inputs((logprobs, refs, values), mask, scores)
+    layout, tiles = row_layout(T)
+    R, W, _, _ = LAYOUTS[layout]
+    spans, programs = -(-T // (W * tiles)), -(-B // R)
     walks = spans <= _WALKED_SPANS or B >= MANY_ROWS
-    programs = -(-B // config.R), 1 if walks else spans
-    partial = outputs[0].new_empty(_PLANES, programs[0] * programs[1])
+    partial = outputs[0].new_empty((_PLANES, programs if walks else programs * spans))
+    present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, B)
     arguments = (
         *inputs,
-        *(partial if x is None else x for x in numbers),
+        partial if numbers is None else numbers,
         *outputs,
         partial if walks else outputs[0].new_empty(2 * spans * B),
         partial,
-        present,
-        0.0 if isinstance(gamma, Tensor) else float(gamma),
-        0.0 if isinstance(lam, Tensor) else float(lam),
+        present | per_token << 3,
+        gamma,
+        lam,
         *shaping.scalars(),
         B,
         T,
-        spans,
-        config.tiles,
+        tiles,
         *strides,
     )
     if not walks:
-        keys = keywords(_advantages_kernel, config, is_aligned, False)
-        _advantages_kernel[programs[0], spans - 1](*arguments, **keys)
-    _advantages_kernel[programs](*arguments, **keywords(_advantages_kernel, config, is_aligned, True))
+        _advantages_kernel[programs, spans - 1](*arguments, **keywords(layout, is_aligned, False))
+    _advantages_kernel[programs, 1 if walks else spans](*arguments, **keywords(layout, is_aligned, True))
     return partial
 
 
@@ -268,38 +255,27 @@ def launch_rlhf_advantages(
 ) -> tuple[Tensor, ...]:
     """Advantages, returns, rewards, KL, and the statistics as one tensor."""
     mask = tensors[4]
-    shape, device = mask.shape, mask.device
-    outputs = tuple(torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4))
-    stats = torch.empty(len(STATISTICS), dtype=torch.float32, device=device)
+    advantages = torch.empty_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
+    outputs = advantages, *(torch.empty_like(advantages) for _ in range(3))
+    stats = advantages.new_empty(len(STATISTICS))
     with device_guard(mask):
         partial = _scan(tensors, outputs, shaping, gamma, lam, bootstrap)
-        flat = _flat(outputs[0], mask)
-        _apply_whitening(flat, flat.rows if whiten else 0, flat.x, partial, stats, whitening)
+        flat = _flat(advantages, mask)
+        _apply_whitening(flat, flat.rows if whiten else 0, advantages, partial, stats, whitening)
     return *outputs, stats
 
 
 def variants() -> list[Variant]:
     """Every variant that the launches above can start."""
-    found = []
-
-    def add(title: str, kernel: triton.JITFunction, keys: dict[str, Any], pointers: dict[str, str]) -> None:
-        constexprs = {name: x for name, x in keys.items() if name in kernel.arg_names}
-        options = {name: x for name, x in keys.items() if name not in kernel.arg_names}
-        types = argument_types(kernel, constexprs, {"mask_ptr": "*u1", "longer_ptr": "*u1"} | pointers)
-        found.append(Variant(title, kernel, types, constexprs, options))
-
-    add("advantages merge", _merge_kernel, launch_options(NUM_WARPS), {})
+    flags = {"mask_ptr": "*u1", "longer_ptr": "*u1"}
+    found = [variant("advantages merge", _merge_kernel, launch_options(NUM_WARPS), {})]
     for (dtype, pointer), is_aligned in itertools.product(POINTERS.items(), (False, True)):
         name = str(dtype)[6:] + (" aligned" if dtype == torch.float32 else " vector") * is_aligned
-        floats = dict.fromkeys(("logprobs_ptr", "refs_ptr", "values_ptr", "x_ptr"), pointer)
-        add(f"shape_rewards {name}", _shape_kernel, _shape_keywords(is_aligned), floats)
-        for title, config, write in (
-            ("short rows", SHORT, True),
-            ("long rows compose", LONG, False),
-            ("long rows", LONG, True),
-        ):
-            keys = keywords(_advantages_kernel, config, is_aligned, write)
-            add(f"rlhf_advantages {title} {name}", _advantages_kernel, keys, floats)
-        add(f"moments {name}", _moments_kernel, _tile_keywords(is_aligned, BLOCK), floats)
-        add(f"whiten {name}", _whiten_kernel, _tile_keywords(is_aligned, BLOCK), floats)
+        pointers = dict.fromkeys(("logprobs_ptr", "refs_ptr", "values_ptr", "x_ptr"), pointer) | flags
+        found.append(variant(f"shape_rewards {name}", _shape_kernel, _shape_keywords(is_aligned), pointers))
+        for layout, write in (("short rows", True), ("long rows", False), ("long rows", True)):
+            title = f"rlhf_advantages {layout}{'' if write else ' compose'} {name}"
+            found.append(variant(title, _advantages_kernel, keywords(layout, is_aligned, write), pointers))
+        for title, kernel in (("moments", _moments_kernel), ("whiten", _whiten_kernel)):
+            found.append(variant(f"{title} {name}", kernel, _tile_keywords(is_aligned, BLOCK), pointers))
     return found

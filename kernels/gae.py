@@ -11,7 +11,6 @@ level cache if they fit.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,53 +22,50 @@ from ppo_fast.kernels.gae_op import public_function
 from ppo_fast.kernels.launch import REGISTERS, Variant, device_guard, launch_options
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}  # of rewards and values
-_LARGEST = 2**31 - 1  # sizes are int32 in the kernels
-_GRID_Y = 65535  # the largest grid of a GPU in its second dimension, which has the spans
 MANY_ROWS = 2048  # rows that keep a GPU busy with one program for each four
 _MANY_COLUMNS = 16384  # columns that do, with one program for each 128
 _WALKED_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
+_LARGEST = 2**31 - 1  # sizes are int32 in the kernels
+_GRID_Y = 65535  # the largest grid of a GPU in its second dimension, which has the spans
 
 
-class Config(NamedTuple):
-    """How rows are cut."""
+class Layout(NamedTuple):
+    """How a program and its threads divide rows. What a row is cut into depends on T alone, as its bits must."""
 
     R: int  # rows in a program
     W: int  # steps in a tile
-    tiles: int  # in a span
+    tiles: int  # in a span, at least
     num_warps: int
 
-    @property
-    def span(self) -> int:
-        return self.W * self.tiles
+
+LAYOUTS = {
+    "short rows": Layout(R=16, W=32, tiles=4, num_warps=4),  # a warp has four rows at once
+    "long rows": Layout(R=4, W=128, tiles=4, num_warps=4),  # a warp has 128 steps of one row
+    "columns": Layout(R=128, W=8, tiles=2, num_warps=1),  # a thread has all steps of four columns
+    "packed": Layout(R=16, W=32, tiles=4, num_warps=4),
+}
 
 
-# Of rows, a warp has one row of 128 steps or four of 32. Of columns, it has 128, a thread four of them with all steps.
-SHORT, LONG = Config(R=16, W=32, tiles=4, num_warps=4), Config(R=4, W=128, tiles=4, num_warps=4)
-_COLUMNS = Config(R=128, W=8, tiles=2, num_warps=1)
+def row_layout(T: int) -> tuple[str, int]:
+    """For rows whose steps are neighbours in memory: the layout and the tiles in a span."""
+    layout = "short rows" if T <= LAYOUTS["short rows"].W else "long rows"
+    _, W, tiles, _ = LAYOUTS[layout]
+    return layout, max(tiles, -(-T // (W * _GRID_Y)))
 
 
-def row_config(T: int) -> Config:
-    """For rows whose steps are neighbours in memory. It depends on T alone, as bits must not depend on other rows."""
-    if T <= SHORT.W:
-        return SHORT
-    tiles = -(-T // (LONG.W * _GRID_Y))
-    return LONG if tiles <= LONG.tiles else LONG._replace(tiles=tiles)
-
-
-def column_config(T: int) -> Config:
-    """For columns: spans are so long that the chain of their maps is a small part of the work."""
-    tiles = math.isqrt(T // 32)
-    return _COLUMNS if tiles <= _COLUMNS.tiles else _COLUMNS._replace(tiles=tiles)
+def column_tiles(T: int) -> int:
+    """The tiles in a span of columns, so many that the chain of the spans' maps is a small part of the work."""
+    return max(LAYOUTS["columns"].tiles, math.isqrt(T // 32))
 
 
 @functools.cache
-def keywords(kernel: triton.JITFunction, config: Config, is_aligned: bool, write: bool) -> dict[str, Any]:
-    """Constexprs and options of a launch. The result is shared: do not change it."""
-    rows = "C" if kernel is _gae_columns_kernel else "R"
-    constexprs: dict[str, Any] = {"WRITE": write, rows: config.R, "W": config.W}
-    if kernel is not _gae_packed_kernel:
+def keywords(layout: str, is_aligned: bool, write: bool) -> dict[str, Any]:
+    """Constexprs and options of a launch. Do not change the result: it is shared."""
+    R, W, _, num_warps = LAYOUTS[layout]
+    constexprs = {"WRITE": write, "C" if layout == "columns" else "R": R, "W": W}
+    if layout != "packed":  # whose rows start anywhere
         constexprs["ALIGNED"] = is_aligned
-    return constexprs | launch_options(config.num_warps, REGISTERS)
+    return constexprs | launch_options(num_warps, REGISTERS)
 
 
 @functools.cache
@@ -78,45 +74,62 @@ def no_flags(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.bool, device=device)
 
 
-def plain(x: Tensor) -> Tensor:
-    """x without a pending negation, which a kernel would not see in memory."""
-    return x.resolve_neg() if x.is_neg() else x
-
-
-def as_rows(x: Tensor, rows: int, T: int) -> tuple[Tensor, int]:
-    """A tensor that has (rows, T) in memory with neighbouring steps, and its row stride. Copies what has no such view.
-
-    The shape of the tensor may be another one.
-    """
-    if x.is_contiguous():
-        return x, T
-    x = x.reshape(rows, T)
-    if T != 1 and x.stride(1) != 1:
-        x = x.contiguous()
-    return x, x.stride(0)
-
-
-def aligned(T: int, tensors: Sequence[Tensor], strides: Sequence[int]) -> bool:
-    """Whether four neighbouring steps of every tensor can be moved at once."""
-    if T % 4 or any(stride % 4 for stride in strides):
-        return False
-    return not any(x.data_ptr() % (4 * x.itemsize) for x in tensors)
-
-
-def per_row(x: float | Tensor | None, rows: int) -> Tensor | None:
-    """One fp32 number for each row as a contiguous tensor, or None where a scalar argument serves."""
-    if not isinstance(x, Tensor):
-        return None
-    x = plain(x.expand(rows) if x.ndim == 0 else x.reshape(rows))
-    return x.to(torch.float32).contiguous()
-
-
-def same_dtype(tensors: list[Tensor]) -> list[Tensor]:
+def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common dtype, or in fp32 if they have several or one that the kernels do not read."""
     dtype = tensors[0].dtype
-    if dtype not in POINTERS or any(x.dtype != dtype for x in tensors):
-        tensors = [x.to(torch.float32) for x in tensors]
-    return [plain(x) for x in tensors]
+    for x in tensors:
+        if x.dtype != dtype or dtype not in POINTERS:
+            return tuple(x.to(torch.float32) for x in tensors)
+    return tensors
+
+
+def row_numbers(
+    bootstrap: Tensor | None, gamma: float | Tensor, lam: float | Tensor, rows: int
+) -> tuple[int, Tensor | None, float, float]:
+    """What a kernel needs of them: which are tensors (bits 0 to 2), those as one of fp32, and gamma and lam if not."""
+    present, given = 0, []
+    for bit, x in enumerate((bootstrap, gamma, lam)):
+        if isinstance(x, Tensor):
+            present |= 1 << bit
+            x = x.expand(rows) if x.ndim == 0 else x.reshape(rows)
+            given.append(x.to(torch.float32).resolve_neg().contiguous())
+    numbers = None if not given else given[0] if len(given) == 1 else torch.stack(given)
+    return present, numbers, 0.0 if present & 2 else float(gamma), 0.0 if present & 4 else float(lam)
+
+
+def as_rows(tensors: list[Tensor], rows: int, T: int) -> tuple[list[Tensor], list[int], bool]:
+    """Tensors that have (rows, T) in memory with neighbouring steps, their row strides, and whether four neighbouring
+    steps of each can be moved at once. Copies what has no such view. The shape of a tensor may be another one."""
+    found, strides, multiple = [], [], T
+    for x in tensors:
+        if x.is_neg():
+            x = x.resolve_neg()  # a pending negation is not in memory
+        stride = T
+        if not x.is_contiguous():
+            x = x.reshape(rows, T)
+            if T != 1 and x.stride(1) != 1:
+                x = x.contiguous()
+            stride = x.stride(0)
+        found.append(x)
+        strides.append(stride)
+        multiple |= stride | (x.data_ptr() // x.itemsize)
+    return found, strides, multiple % 4 == 0
+
+
+def _flags(
+    mask: Tensor | None, terminated: Tensor | None, truncated: Tensor | None, rows: int, T: int, device: torch.device
+) -> tuple[list[Tensor], int, bool]:
+    """The flags with neighbouring steps, their common row stride, and whether four of them can be moved at once."""
+    given = [x for x in (mask, terminated, truncated) if x is not None]
+    if not given:
+        unused = no_flags(device)
+        return [unused, unused, unused], 0, True
+    tensors, strides, is_aligned = as_rows(given, rows, T)
+    if len(given) > 1 and any(stride != strides[0] for stride in strides):
+        tensors, strides, is_aligned = as_rows([x.contiguous() for x in given], rows, T)
+    rest = iter(tensors)
+    unused = tensors[0]
+    return [unused if x is None else next(rest) for x in (mask, terminated, truncated)], strides[0], is_aligned
 
 
 def _gae(
@@ -133,97 +146,89 @@ def _gae(
     time_major: bool,
 ) -> tuple[Tensor, Tensor]:
     """The launcher; what it returns is contiguous."""
-    shape, device = rewards.shape, rewards.device
-    outputs = tuple(torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    advantages = torch.empty_like(rewards, dtype=torch.float32, memory_format=torch.contiguous_format)
+    returns = torch.empty_like(advantages)
     total = rewards.numel()
     if total == 0:
-        return outputs
+        return advantages, returns
     packed = cu_seqlens is not None
-    rows = len(cu_seqlens) - 1 if packed else total // shape[0 if time_major else -1]
+    rows = len(cu_seqlens) - 1 if packed else total // rewards.shape[0 if time_major else -1]
     T = total if packed else total // rows
-    if max(rows, T) > _LARGEST:
+    if rows > _LARGEST or T > _LARGEST:
         raise ValueError(f"gae takes at most {_LARGEST} rows and steps of a row (all steps if packed), got {rows}, {T}")
-    unused = no_flags(device)
-    floats = [rewards, values] if truncated is None else [rewards, values, final_values]
-    rewards, values, *finals = same_dtype(floats)
-    flags = [unused if x is None else x for x in (mask, terminated, truncated)]
-    tensors = [rewards, values, *flags, *(finals or [values])]
-    numbers = [per_row(x, rows) for x in (bootstrap, gamma, lam)]
-    present = sum(1 << bit for bit, x in enumerate((mask, terminated, truncated, *numbers)) if x is not None)
-    scalars = (
-        present,
-        0.0 if isinstance(gamma, Tensor) else float(gamma),
-        0.0 if isinstance(lam, Tensor) else float(lam),
-    )
-    numbers = [outputs[0] if x is None else x for x in numbers]
+    if truncated is None:
+        rewards, values = same_dtype(rewards, values)
+        floats = [rewards, values]
+    else:
+        assert final_values is not None
+        floats = [*same_dtype(rewards, values, final_values)]
+
+    present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, rows)
+    present = present << 3 | (mask is not None) | (terminated is not None) << 1 | (truncated is not None) << 2
+    scalars = present, gamma, lam
+    shape = (1, T) if packed else (T, rows) if time_major else (rows, T)
+    floats, strides, floats_aligned = as_rows(floats, *shape)
+    flags, flag_stride, flags_aligned = _flags(mask, terminated, truncated, *shape, rewards.device)
+    if truncated is None:
+        floats.append(floats[1])
+        strides.append(0)
+    tensors = *floats, *flags, advantages if numbers is None else numbers
     with device_guard(rewards):
         if packed:
-            _launch_packed(tensors, numbers, cu_seqlens, outputs, scalars)
-        elif time_major:
-            _launch_rows(_gae_columns_kernel, column_config(T), tensors, numbers, outputs, scalars, rows, T)
+            _launch_packed(tensors, cu_seqlens, (advantages, returns), scalars)
         else:
-            _launch_rows(_gae_rows_kernel, row_config(T), tensors, numbers, outputs, scalars, rows, T)
-    return outputs
+            _launch_rows(
+                tensors, (advantages, returns), scalars, rows, T, (*strides, flag_stride),
+                columns=time_major, is_aligned=floats_aligned and flags_aligned,
+            )  # fmt: skip
+    return advantages, returns
 
 
 def _launch_rows(
-    kernel: triton.JITFunction,
-    config: Config,
-    tensors: list[Tensor],  # rewards, values, mask, terminated, truncated, final values
-    numbers: list[Tensor],  # bootstrap, gammas, lams
-    outputs: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],  # all inputs of the kernel
+    outputs: tuple[Tensor, Tensor],
     scalars: tuple[int, float, float],  # present, gamma, lam
     rows: int,
     T: int,
+    strides: tuple[int, ...],
+    *,
+    columns: bool,
+    is_aligned: bool,
 ) -> None:
     """One launch where programs that process whole rows fill the device, else two."""
-    columns = kernel is _gae_columns_kernel
-    outer, inner = (T, rows) if columns else (rows, T)
-    views, strides = zip(*[as_rows(x, outer, inner) for x in tensors], strict=True)
-    is_aligned = aligned(inner, views, strides)
-    spans = -(-T // config.span)
-    walks = spans == 1 or rows >= (_MANY_COLUMNS if columns else MANY_ROWS)
     if columns:
-        walks |= spans * config.tiles <= _WALKED_TILES
-    maps = outputs[0] if walks else torch.empty(2 * spans * rows, dtype=torch.float32, device=outputs[0].device)
-    arguments = (*views, *numbers, *outputs, maps, *scalars, rows, T, spans, config.tiles, *strides)
-    programs = -(-rows // config.R)
+        kernel, layout, tiles, many = _gae_columns_kernel, "columns", column_tiles(T), _MANY_COLUMNS
+    else:
+        layout, tiles = row_layout(T)
+        kernel, many = _gae_rows_kernel, MANY_ROWS
+    R, W, _, _ = LAYOUTS[layout]
+    spans, programs = -(-T // (W * tiles)), -(-rows // R)
+    walks = spans == 1 or rows >= many or (columns and spans * tiles <= _WALKED_TILES)
+    maps = outputs[0] if walks else outputs[0].new_empty(2 * spans * rows)
+    arguments = *tensors, *outputs, maps, *scalars, rows, T, tiles, *strides
     if not walks:
-        kernel[programs, spans - 1](*arguments, **keywords(kernel, config, is_aligned, False))
-    kernel[programs, 1 if walks else spans](*arguments, **keywords(kernel, config, is_aligned, True))
+        kernel[programs, spans - 1](*arguments, **keywords(layout, is_aligned, False))
+    kernel[programs, 1 if walks else spans](*arguments, **keywords(layout, is_aligned, True))
 
 
 def _launch_packed(
-    tensors: list[Tensor],
-    numbers: list[Tensor],
+    tensors: tuple[Tensor, ...],
     cu_seqlens: Tensor,
-    outputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, Tensor],
     scalars: tuple[int, float, float],
 ) -> None:
-    """Two launches: what has one span, too, as lengths are known to the device only."""
-    config, total, rows = SHORT, outputs[0].numel(), len(cu_seqlens) - 1
-    slots = total // config.span + rows + 2
+    """Two launches, also for what has one span, as only the device knows the lengths."""
+    R, W, tiles, _ = LAYOUTS["packed"]
+    total, rows = outputs[0].numel(), len(cu_seqlens) - 1
+    slots = total // (W * tiles) + rows + 2
+    cu_seqlens = cu_seqlens.contiguous()
+    if wide := cu_seqlens.dtype == torch.int64:
+        cu_seqlens = cu_seqlens.view(torch.int32)  # the lower halves, twice as far apart
     maps = outputs[0].new_empty(2 * slots)
-    boundaries = cu_seqlens.contiguous()
-    if boundaries.dtype == torch.int64:
-        boundaries = boundaries.view(torch.int32)  # the lower halves, twice as far apart
-    cu_stride = len(boundaries) // len(cu_seqlens)
-    arguments = (
-        *(x.contiguous() for x in tensors),
-        *numbers,
-        boundaries,
-        *outputs,
-        maps,
-        *scalars,
-        rows,
-        total,
-        config.tiles,
-        (rows + 1).bit_length(),
-        cu_stride,
-    )
-    programs = -(-slots // config.R)
-    for write in (False, True):
-        _gae_packed_kernel[programs,](*arguments, **keywords(_gae_packed_kernel, config, False, write))
+    arguments = *tensors, cu_seqlens, *outputs, maps, *scalars, rows, total, tiles, 1 + wide
+    programs = -(-slots // R)
+    _gae_packed_kernel[programs,](*arguments, **keywords("packed", False, False))
+    _gae_packed_kernel[programs,](*arguments, **keywords("packed", False, True))
 
 
 gae = public_function("triton", _gae)
@@ -236,26 +241,26 @@ def argument_types(kernel: triton.JITFunction, constexprs: dict[str, Any], point
     return {name: scalars.get(name) or pointers.get(name, "*fp32") for name in names}
 
 
+def variant(title: str, kernel: triton.JITFunction, keys: dict[str, Any], pointers: dict[str, str]) -> Variant:
+    """The variant that a launch with these keywords starts."""
+    constexprs = {name: x for name, x in keys.items() if name in kernel.arg_names}
+    options = {name: x for name, x in keys.items() if name not in kernel.arg_names}
+    return Variant(title, kernel, argument_types(kernel, constexprs, pointers), constexprs, options)
+
+
 def variants() -> list[Variant]:
     """Every variant that the launches above can start."""
-    layouts = {
-        "short rows": (_gae_rows_kernel, SHORT, (False, True)),
-        "long rows": (_gae_rows_kernel, LONG, (False, True)),
-        "columns": (_gae_columns_kernel, _COLUMNS, (False, True)),
-        "packed": (_gae_packed_kernel, SHORT, (False,)),
-    }
+    kernels = {"columns": _gae_columns_kernel, "packed": _gae_packed_kernel}
     flags = dict.fromkeys(("mask_ptr", "terminated_ptr", "truncated_ptr"), "*u1")
     found = []
-    for (layout, tiling), (dtype, pointer) in itertools.product(layouts.items(), POINTERS.items()):
-        kernel, config, alignments = tiling
+    for layout, (dtype, pointer), is_aligned, write in itertools.product(
+        LAYOUTS, POINTERS.items(), (False, True), (False, True)
+    ):
+        if (layout == "packed" and is_aligned) or (layout == "short rows" and not write):
+            continue  # packed rows start anywhere; a short row has one span
         pointers = dict.fromkeys(("rewards_ptr", "values_ptr", "final_ptr"), pointer) | flags | {"cu_ptr": "*i32"}
-        for is_aligned, write in itertools.product(alignments, (False, True)):
-            if layout == "short rows" and not write:
-                continue  # such a row has one span
-            wide = " aligned" if dtype == torch.float32 else " vector"
-            title = f"gae {layout}{'' if write else ' compose'} {str(dtype)[6:]}{wide * is_aligned}"
-            keys = keywords(kernel, config, is_aligned, write)
-            constexprs = {name: x for name, x in keys.items() if name in kernel.arg_names}
-            types = argument_types(kernel, constexprs, pointers)
-            found.append(Variant(title, kernel, types, constexprs, launch_options(config.num_warps, REGISTERS)))
+        wide = " aligned" if dtype == torch.float32 else " vector"
+        title = f"gae {layout}{'' if write else ' compose'} {str(dtype)[6:]}{wide * is_aligned}"
+        kernel = kernels.get(layout, _gae_rows_kernel)
+        found.append(variant(title, kernel, keywords(layout, is_aligned, write), pointers))
     return found

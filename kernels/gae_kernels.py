@@ -51,10 +51,17 @@ def is_given(present, BIT: tl.constexpr):
 
 
 @triton.jit
-def load_row_number(ptr, number, given, row, inside):
-    """One number for each row: read if `given`, else the same for all rows."""
-    x = tl.load(ptr + row, mask=inside & given, other=0.0)
-    return tl.where(given, x, number)
+def row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, FIRST: tl.constexpr):
+    """gamma, gamma lam and gamma bootstrap of each row. numbers_ptr has rows of those that are given, in the order
+    bootstrap, gammas, lams, as the bits of `present` from FIRST on say."""
+    has_bootstrap, has_gammas = is_given(present, FIRST), is_given(present, FIRST + 1)
+    has_lams = is_given(present, FIRST + 2)
+    bootstrap = tl.load(numbers_ptr + row, mask=inside & has_bootstrap, other=0.0)
+    at = numbers_ptr + tl.where(has_bootstrap, rows, 0) + row
+    g = tl.where(has_gammas, tl.load(at, mask=inside & has_gammas, other=0.0), gamma)
+    at += tl.where(has_gammas, rows, 0)
+    decay = g * tl.where(has_lams, tl.load(at, mask=inside & has_lams, other=0.0), lam)
+    return g, decay, g * bootstrap
 
 
 @triton.jit
@@ -126,7 +133,7 @@ def chain(own_map, stride, plane, later, most, inside, s):
 
 @triton.jit
 def scan_span(
-    inputs,  # (R, 1) pointers to the first step of rewards, values, mask, terminated, truncated, final values
+    inputs,  # (R, 1) pointers to the first step of rewards, values, final values, mask, terminated, truncated
     outputs,  # likewise of advantages and returns
     first,  # step of the span, of all rows or (R, 1)
     length,  # of all rows or (R, 1)
@@ -142,7 +149,7 @@ def scan_span(
     W: tl.constexpr,
 ):
     """Composes a span of R rows, and with WRITE writes its advantages and returns. Returns the span's map."""
-    rewards, values, mask, terminations, truncations, finals = inputs
+    rewards, values, finals, mask, terminations, truncations = inputs
     has_mask, has_terminated, has_truncated = is_given(present, 0), is_given(present, 1), is_given(present, 2)
     span_a = tl.full([R], 1.0, tl.float32)
     span_b = tl.zeros([R], tl.float32)
@@ -169,17 +176,15 @@ def scan_span(
     return span_a, span_b
 
 
-@triton.jit(do_not_specialize=list(range(25)))
+@triton.jit(do_not_specialize=list(range(20)))
 def _gae_rows_kernel(
     rewards_ptr,  # (rows, T), steps contiguous, as the next five
     values_ptr,
+    final_ptr,
     mask_ptr,
     terminated_ptr,
     truncated_ptr,
-    final_ptr,
-    bootstrap_ptr,  # (rows,), as the next two
-    gammas_ptr,
-    lams_ptr,
+    numbers_ptr,  # (1 to 3, rows): those of bootstrap, gammas, lams that are given
     advantages_ptr,  # (rows, T) without gaps
     returns_ptr,
     maps_ptr,  # (2, spans, rows): the map of each span, if there is more than one launch
@@ -188,14 +193,11 @@ def _gae_rows_kernel(
     lam: tl.float32,
     rows: tl.int32,
     T: tl.int32,
-    spans: tl.int32,
     tiles: tl.int32,  # of a span
     r_stride: tl.int64,  # from row to row
     v_stride: tl.int64,
-    m_stride: tl.int64,
-    e_stride: tl.int64,
-    c_stride: tl.int64,
     f_stride: tl.int64,
+    flag_stride: tl.int64,  # of mask, terminated and truncated
     WRITE: tl.constexpr,  # False: only compose the maps of all spans but the first, one span in a program
     ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
     R: tl.constexpr,
@@ -208,15 +210,14 @@ def _gae_rows_kernel(
     inputs = (
         row_start(rewards_ptr, row * r_stride, ALIGNED),
         row_start(values_ptr, row * v_stride, ALIGNED),
-        row_start(mask_ptr, row * m_stride, ALIGNED),
-        row_start(terminated_ptr, row * e_stride, ALIGNED),
-        row_start(truncated_ptr, row * c_stride, ALIGNED),
         row_start(final_ptr, row * f_stride, ALIGNED),
+        row_start(mask_ptr, row * flag_stride, ALIGNED),
+        row_start(terminated_ptr, row * flag_stride, ALIGNED),
+        row_start(truncated_ptr, row * flag_stride, ALIGNED),
     )
     outputs = row_start(advantages_ptr, row * T, ALIGNED), row_start(returns_ptr, row * T, ALIGNED)
-    g = load_row_number(gammas_ptr, gamma, is_given(present, 4), row, inside)
-    decay = g * load_row_number(lams_ptr, lam, is_given(present, 5), row, inside)
-    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 3), row, inside)
+    g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, 3)
+    spans = tl.cdiv(T, tiles * W)
     plane = spans.to(tl.int64) * rows
     if WRITE:
         walks = tl.num_programs(1) == 1
@@ -246,17 +247,15 @@ def _boundary(cu_ptr, cu_stride, i, rows, total):
     return tl.where(i > rows + 1, total, tl.minimum(tl.maximum(x, 0), total))
 
 
-@triton.jit(do_not_specialize=list(range(21)))
+@triton.jit(do_not_specialize=list(range(18)))
 def _gae_packed_kernel(
     rewards_ptr,  # (total,), as the next five
     values_ptr,
+    final_ptr,
     mask_ptr,
     terminated_ptr,
     truncated_ptr,
-    final_ptr,
-    bootstrap_ptr,  # (rows,), as the next two
-    gammas_ptr,
-    lams_ptr,
+    numbers_ptr,  # (1 to 3, rows): those of bootstrap, gammas, lams that are given
     cu_ptr,  # (rows + 1,)
     advantages_ptr,  # (total,)
     returns_ptr,
@@ -267,7 +266,6 @@ def _gae_packed_kernel(
     rows: tl.int32,
     total: tl.int32,
     tiles: tl.int32,  # of a span
-    search: tl.int32,  # halvings that find one of the sequences
     cu_stride: tl.int32,
     WRITE: tl.constexpr,  # False: only compose the maps of the spans
     R: tl.constexpr,
@@ -280,11 +278,13 @@ def _gae_packed_kernel(
     slot = tl.program_id(0) * R + tl.arange(0, R)
     low = tl.zeros([R], tl.int32)
     high = low + rows + 1
-    for _ in range(search):
+    halvings = rows + 1
+    while halvings > 0:
         middle = (low + high + 1) // 2
         begun = _boundary(cu_ptr, cu_stride, middle, rows, total) // span_steps + middle <= slot
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle - 1)
+        halvings //= 2
     start = _boundary(cu_ptr, cu_stride, low, rows, total)
     length = tl.maximum(_boundary(cu_ptr, cu_stride, low + 1, rows, total) - start, 0)
     span = slot - (start // span_steps + low)
@@ -298,16 +298,13 @@ def _gae_packed_kernel(
     inputs = (
         row_start(rewards_ptr, start, False),
         row_start(values_ptr, start, False),
+        row_start(final_ptr, start, False),
         row_start(mask_ptr, start, False),
         row_start(terminated_ptr, start, False),
         row_start(truncated_ptr, start, False),
-        row_start(final_ptr, start, False),
     )
     outputs = row_start(advantages_ptr, start, False), row_start(returns_ptr, start, False)
-    row = low - 1
-    g = load_row_number(gammas_ptr, gamma, is_given(present, 4), row, real)
-    decay = g * load_row_number(lams_ptr, lam, is_given(present, 5), row, real)
-    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 3), row, real)
+    g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, low - 1, real, 3)
     own_map = maps_ptr + slot
     if WRITE:
         s = chain(own_map, 1, slots, later, tl.max(later), inside, s)
@@ -327,24 +324,24 @@ def _load_columns(ptr, stride, t, column, mask, ALIGNED: tl.constexpr, other: tl
 
 @triton.jit
 def _load_column_step(inputs, strides, t, column, inside, present, ALIGNED: tl.constexpr):
-    """Rewards, values, mask, terminated, truncated and final values of step t."""
-    rewards, values, mask, terminations, truncations, finals = inputs
-    r_stride, v_stride, m_stride, e_stride, c_stride, f_stride = strides
+    """Rewards, values, final values, mask, terminated and truncated of step t."""
+    rewards, values, finals, mask, terminations, truncations = inputs
+    r_stride, v_stride, f_stride, flag_stride = strides
     has_truncated = inside & is_given(present, 2)
     return (
         _load_columns(rewards, r_stride, t, column, inside, ALIGNED, 0.0),
         _load_columns(values, v_stride, t, column, inside, ALIGNED, 0.0),
-        _load_columns(mask, m_stride, t, column, inside & is_given(present, 0), ALIGNED, 1),
-        _load_columns(terminations, e_stride, t, column, inside & is_given(present, 1), ALIGNED, 0),
-        _load_columns(truncations, c_stride, t, column, has_truncated, ALIGNED, 0),
         _load_columns(finals, f_stride, t, column, has_truncated, ALIGNED, 0.0),
+        _load_columns(mask, flag_stride, t, column, inside & is_given(present, 0), ALIGNED, 1),
+        _load_columns(terminations, flag_stride, t, column, inside & is_given(present, 1), ALIGNED, 0),
+        _load_columns(truncations, flag_stride, t, column, has_truncated, ALIGNED, 0),
     )
 
 
 @triton.jit
 def _scan_columns(
-    inputs,  # pointers of rewards, values, mask, terminated, truncated, final values
-    strides,  # from step to step, of the same
+    inputs,  # pointers of rewards, values, final values, mask, terminated, truncated
+    strides,  # from step to step, of rewards, values, final values and flags
     outputs,  # pointers of advantages and returns
     out_stride,
     column,
@@ -375,9 +372,9 @@ def _scan_columns(
             t = start + W - 1 - i
             here = inside & (t < T)
             r, v = steps[i][0].to(tl.float32), steps[i][1].to(tl.float32)
-            counted = here & (steps[i][2] != 0)
-            final = steps[i][5].to(tl.float32)
-            cut, end_value = cut_of(counted, steps[i][3] != 0, steps[i][4] != 0, final, gamma)
+            counted = here & (steps[i][3] != 0)
+            final = steps[i][2].to(tl.float32)
+            cut, end_value = cut_of(counted, steps[i][4] != 0, steps[i][5] != 0, final, gamma)
             td_error = r - v
             a, b = step_maps(td_error + end_value, v, counted, gamma, decay)
             a = tl.where(cut, 0.0, a)
@@ -391,17 +388,15 @@ def _scan_columns(
     return a_all, b_all
 
 
-@triton.jit(do_not_specialize=list(range(25)))
+@triton.jit(do_not_specialize=list(range(20)))
 def _gae_columns_kernel(
     rewards_ptr,  # (T, columns), columns contiguous, as the next five
     values_ptr,
+    final_ptr,
     mask_ptr,
     terminated_ptr,
     truncated_ptr,
-    final_ptr,
-    bootstrap_ptr,  # (columns,), as the next two
-    gammas_ptr,
-    lams_ptr,
+    numbers_ptr,  # (1 to 3, columns), as for rows
     advantages_ptr,  # (T, columns) without gaps
     returns_ptr,
     maps_ptr,  # (2, spans, columns): the map of each span, if there is more than one launch
@@ -410,14 +405,11 @@ def _gae_columns_kernel(
     lam: tl.float32,
     columns: tl.int32,
     T: tl.int32,
-    spans: tl.int32,
     tiles: tl.int32,  # of a span
     r_stride: tl.int64,  # from step to step
     v_stride: tl.int64,
-    m_stride: tl.int64,
-    e_stride: tl.int64,
-    c_stride: tl.int64,
     f_stride: tl.int64,
+    flag_stride: tl.int64,  # of mask, terminated and truncated
     WRITE: tl.constexpr,  # False: only compose the maps of all spans but the first, one span in a program
     ALIGNED: tl.constexpr,  # columns is a multiple of 4, and each step starts at a multiple of 4 elements
     C: tl.constexpr,
@@ -427,12 +419,11 @@ def _gae_columns_kernel(
         columns = columns // 4 * 4
     column = tl.program_id(0) * C + tl.arange(0, C)
     inside = column < columns
-    inputs = rewards_ptr, values_ptr, mask_ptr, terminated_ptr, truncated_ptr, final_ptr
-    strides = r_stride, v_stride, m_stride, e_stride, c_stride, f_stride
+    inputs = rewards_ptr, values_ptr, final_ptr, mask_ptr, terminated_ptr, truncated_ptr
+    strides = r_stride, v_stride, f_stride, flag_stride
     outputs = advantages_ptr, returns_ptr
-    g = load_row_number(gammas_ptr, gamma, is_given(present, 4), column, inside)
-    decay = g * load_row_number(lams_ptr, lam, is_given(present, 5), column, inside)
-    s = g * load_row_number(bootstrap_ptr, 0.0, is_given(present, 3), column, inside)
+    g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, columns, column, inside, 3)
+    spans = tl.cdiv(T, tiles * W)
     plane = spans.to(tl.int64) * columns
     if WRITE:
         walks = tl.num_programs(1) == 1

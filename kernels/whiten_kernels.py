@@ -8,7 +8,7 @@ would cancel in fp32.
 import triton
 import triton.language as tl
 
-from ppo_fast.kernels.gae_kernels import pointers
+from ppo_fast.kernels.gae_kernels import is_given, pointers
 
 MERGED = tl.constexpr(512)  # partial results that are merged at once
 
@@ -123,18 +123,15 @@ def _store_statistics(stats_ptr, sums_ptr, parts, mean, std):
     tl.store(stats_ptr + 5, std)
 
 
-@triton.jit(do_not_specialize=list(range(17)))
+@triton.jit(do_not_specialize=list(range(14)))
 def _whiten_kernel(
     x_ptr,  # (rows, T); may be out
-    mask_ptr,  # (rows, T); any address if not has_mask
+    mask_ptr,  # (rows, T); any address if not given
     out_ptr,  # (rows, T) without gaps
     moments_ptr,  # (3, parts)
-    sums_ptr,  # (9, sum_parts) from _advantages_kernel; any address if not has_statistics
+    sums_ptr,  # (9, sum_parts) from _advantages_kernel; any address without statistics
     stats_ptr,  # (6,); likewise
-    has_mask: tl.int32,
-    has_statistics: tl.int32,
-    unbiased: tl.int32,
-    shift_mean: tl.int32,
+    switches: tl.int32,  # bits 0 to 3: a mask is given, statistics are wanted, unbiased, shift_mean
     eps: tl.float32,
     rows: tl.int32,  # 0 if only the statistics are wanted
     T: tl.int64,
@@ -148,16 +145,16 @@ def _whiten_kernel(
     if ALIGNED:
         T = T // 4 * 4
     count, mean, m2 = _merged(moments_ptr, parts)
-    variance = m2 / tl.maximum(count - tl.where(unbiased != 0, 1.0, 0.0), 1.0)
+    variance = m2 / tl.maximum(count - tl.where(is_given(switches, 2), 1.0, 0.0), 1.0)
     scale = tl.where(count > 1, 1.0 / tl.sqrt(variance + eps), 1.0)
-    kept = tl.where(shift_mean != 0, 0.0, mean)
+    kept = tl.where(is_given(switches, 3), 0.0, mean)
     program = tl.program_id(0)
-    if (program == 0) & (has_statistics != 0):
+    if (program == 0) & is_given(switches, 1):
         _store_statistics(stats_ptr, sums_ptr, sum_parts, mean, tl.sqrt(variance))
     row_tiles = tl.cdiv(T, BLOCK).to(tl.int32)
     for tile in range(program, rows * row_tiles, tl.num_programs(0)):
         x_at, mask_at, out_at, here = _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK)
         x = tl.load(pointers(x_ptr, x_at, ALIGNED), mask=here, other=0.0).to(tl.float32)
-        counted = tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & (has_mask != 0), other=1) != 0
+        counted = tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & is_given(switches, 0), other=1) != 0
         whitened = tl.where(counted, tl.fma(x - mean, scale, kept), 0.0)
         tl.store(pointers(out_ptr, out_at, ALIGNED), whitened, mask=here)

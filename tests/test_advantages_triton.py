@@ -178,6 +178,16 @@ def test_views_are_read_wrongly(device):
     check(device, "rlhf_advantages", **views | {"scores": torch.ones(6, 3)[:, 1]})
 
 
+def test_negated_views_are_read_with_their_sign(device):
+    """PyTorch negates such a view lazily: its memory has the other sign."""
+    x = on(device, make(5, 70))
+    negated = {k: torch._neg_view(-y) for k, y in x.items() if k != "mask"}
+    *plain, _ = advantages.rlhf_advantages(**x)
+    assert all(map(torch.equal, advantages.rlhf_advantages(**x | negated)[:4], plain))
+    whitened = advantages.masked_whiten(x["values"], x["mask"])
+    assert torch.equal(advantages.masked_whiten(negated["values"], x["mask"]), whitened)
+
+
 def test_repeats_differ_in_their_bits(device):
     x = on(device, make(5, 70))
     *first, stats = advantages.rlhf_advantages(**x)

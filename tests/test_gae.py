@@ -84,7 +84,8 @@ def test_a_row_among_four_takes_a_neighbours_numbers(backend, rows, flags):
 
 def test_rows_longer_than_a_span_lose_what_comes_behind_it(backend):
     """Several spans, so that Triton composes them in one launch and applies them in another."""
-    assert gae.row_config(1500).span < 1500
+    assert gae.row_layout(1500) == ("long rows", 4)
+    assert gae.LAYOUTS["long rows"].W * 4 < 1500
     check(backend, **everything((2, 1500), 2), gamma=0.999, lam=0.99)
 
 
@@ -235,7 +236,9 @@ def test_time_major_kernels_load_16_bytes_and_have_no_barrier():
     assert len(found) == 2
     for name, (has_barrier, loads) in found.items():
         assert not has_barrier, name
-        assert loads["128"] >= 3 * gae._COLUMNS.W, name  # rewards, values and final values of each step of a tile
+        assert loads["128"] >= 3 * gae.LAYOUTS["columns"].W, (
+            name
+        )  # rewards, values and final values of each step of a tile
 
 
 @pytest.mark.parametrize(("time_major", "rows", "T"), [(False, 3, 700), (True, 3, 136), (True, 130, 136)])
@@ -246,6 +249,21 @@ def test_two_launches_give_the_bits_of_one(monkeypatch, time_major, rows, T):
     split = gae.gae(**options)
     monkeypatch.setattr(gae, "_MANY_COLUMNS" if time_major else "MANY_ROWS", 1)
     assert all(map(torch.equal, split, gae.gae(**options)))
+
+
+def test_triton_reads_negated_views_with_their_sign():
+    """PyTorch negates such a view lazily: its memory has the other sign."""
+    options = {**everything((3, 40), 3), "gamma": torch.rand(3), "lam": 0.9}
+    names = ("rewards", "values", "final_values", "bootstrap", "gamma")
+    negated = {name: torch._neg_view(-options[name]) for name in names}
+    assert all(map(torch.equal, gae.gae(**options | negated), gae.gae(**options)))
+
+
+def test_triton_reads_inputs_of_several_dtypes_and_strides():
+    options = {**everything((3, 41), 3), "gamma": torch.rand(3).double(), "lam": 0.9}
+    options = {name: x[:, :40] if isinstance(x, Tensor) and x.ndim == 2 else x for name, x in options.items()}
+    options |= {name: options[name].half() for name in ("values", "bootstrap")}
+    check(gae.gae, **options | {name: options[name].contiguous() for name in ("terminated", "final_values")})
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
