@@ -15,10 +15,15 @@ MERGED = tl.constexpr(512)  # partial results that are merged at once
 
 @triton.jit
 def add_elements(n, mean, m2, x, counted):
-    """Welford's update of each lane's moments by one element."""
+    """Welford's update of each lane's moments by one element.
+
+    The first element is its own mean: x / 1 in the approximate division of a GPU may be off by two roundings, which is
+    much for |mean| >> spread.
+    """
     n_new = tl.where(counted, n + 1.0, n)
     delta = x - mean
-    mean_new = tl.where(counted, mean + delta / tl.maximum(n_new, 1.0), mean)
+    updated = tl.where(n == 0, x, mean + delta / tl.maximum(n_new, 1.0))
+    mean_new = tl.where(counted, updated, mean)
     return n_new, mean_new, tl.where(counted, tl.fma(delta, x - mean_new, m2), m2)
 
 
@@ -46,7 +51,7 @@ def _merged(moments_ptr, parts):
         count = tl.load(at, mask=there, other=0.0)
         distance = tl.load(at + parts, mask=there, other=0.0) - mean
         squares = tl.load(at + 2 * parts, mask=there, other=0.0)
-        share = count / tl.maximum(n + count, 1.0)
+        share = tl.where(n == 0, 1.0, count / tl.maximum(n + count, 1.0))  # exact for the first part, as above
         m2 += tl.fma(distance * distance, n * share, squares)
         mean = tl.fma(distance, share, mean)
         n += count

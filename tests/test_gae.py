@@ -4,8 +4,9 @@ import itertools
 import threading
 
 import pytest
+import static
 import torch
-from test_static import evaluate
+import variants
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -182,63 +183,12 @@ def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
         assert (actual.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
-CAPTURE = """
-import itertools, torch
-from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
-
-backend, launched = make_backend(static.TARGETS["sm_90"]), set()
-def describe(kernel, types, constexprs, options):
-    return f"{kernel.__name__} {sorted(types.items())} {sorted(constexprs.items())} {sorted(options.items())}"
-def run(kernel, *args, grid, warmup, **kwargs):  # replaces JITFunction.run, which asks a GPU for its backend
-    bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
-    options = {k: x for k, x in kwargs.items() if k not in kernel.arg_names}
-    _, types, constexprs, attributes = kernel._pack_args(backend, options, bound, specialization, {})
-    assert not any(attributes.values()), attributes
-    types = {name: t for name, t in types.items() if t != "constexpr"}
-    launched.add(describe(kernel, types, {kernel.arg_names[i]: x for (i,), x in constexprs.items()}, options))
-JITFunction.run = run
-"""
-LAUNCHES = """
-from ppo_fast.kernels import gae
-
-dtypes = torch.float32, torch.float16, torch.bfloat16
-for rows, T, dtype, offset in itertools.product((1, 4, 17), (1, 16, 33, 600, 2001), dtypes, (0, 1)):
-    x, f = torch.zeros(2, T, rows + 4 * offset, dtype=dtype)[..., offset : offset + rows], torch.zeros(T, rows) > 0
-    options = dict(terminated=f, truncated=f, final_values=x[0]) if rows == 4 else dict(mask=f) if T == 33 else {}
-    gae.gae(*x, gamma=1 if T == 16 else 0.9, lam=torch.ones(rows) if T == 1 else 1.0, time_major=True, **options)
-    y = {name: o.T.contiguous() for name, o in options.items()}
-    gae.gae(*x.mT.contiguous(), bootstrap=torch.zeros(rows, dtype=dtype) if T == 600 else None, **y)
-    cu_seqlens = torch.tensor([0, 1, T], dtype=torch.int32 if offset else torch.int64)
-    gae.gae(x[0, :, 0], x[1, :, 0], gamma=rows / 17, cu_seqlens=cu_seqlens)
-    gae.gae(torch.zeros(rows, T), torch.zeros(rows, T, dtype=dtype), gamma=torch.tensor(0.5))
-listed = {describe(v.kernel, v.types, v.constexprs, v.options) for v in gae.variants()}
-result = [sorted(launched - listed), sorted(listed - launched)]
-"""
-
-
-def test_variants_are_exactly_what_is_launched():
-    """Sizes, strides, alignments, numbers and optional tensors compile nothing that variants() does not list."""
-    assert evaluate(CAPTURE + LAUNCHES) == [[], []]
-
-
-COLUMNS = """
-result = {}
-for v in static.variants("gae"):
-    if v.name in ("gae columns float32 aligned", "gae columns compose float32 aligned"):
-        asm = static.compile_variant(v, static.TARGETS["sm_90"]).asm
-        result[v.name] = ["bar.sync" in asm["ptx"], static.cuda_report(asm["cubin"], disassemble=True).loads]
-"""
-
-
-def test_time_major_kernels_load_16_bytes_and_have_no_barrier():
-    found = evaluate(COLUMNS)
-    assert len(found) == 2
-    for name, (has_barrier, loads) in found.items():
-        assert not has_barrier, name
-        assert loads["128"] >= 3 * gae.LAYOUTS["columns"].W, (
-            name
-        )  # rewards, values and final values of each step of a tile
+@pytest.mark.parametrize("name", ["gae columns float32 aligned", "gae columns compose float32 aligned"])
+def test_time_major_kernels_load_16_bytes_and_have_no_barrier(name):
+    kernel = variants.compiled(next(variant for variant in gae.variants() if variant.name == name))
+    assert "bar.sync" not in kernel.asm["ptx"]
+    loads = static.cuda_report(kernel.asm["cubin"], kernel.metadata.shared, disassemble=True).loads
+    assert loads["128"] >= 3 * gae.LAYOUTS["columns"].W  # rewards, values and final values of each step of a tile
 
 
 @pytest.mark.parametrize(("time_major", "rows", "T"), [(False, 3, 700), (True, 3, 136), (True, 130, 136)])
@@ -282,10 +232,13 @@ def test_steps_outside_all_packed_sequences_are_zero(inside, dtype):
 
 
 @pytest.mark.parametrize("wrong", [[0, 10**9, 200], [-(10**9), 60, 200], [0, 150, 20, 200], [200, 0], [90, 80, 70, 60]])
-def test_wrong_packed_boundaries_are_bounded(wrong):
+def test_wrong_packed_boundaries_are_bounded(emulator, wrong):
     """Every address stays inside the tensors, whatever cu_seqlens contains."""
     for x in gae.gae(**everything((200,), len(wrong) - 1), cu_seqlens=torch.tensor(wrong)):
         assert x.shape == (200,)
+    for issue in list(emulator.issues if emulator else ()):
+        if "another" in issue.message:  # sequences that overlap write some steps twice
+            del emulator.issues[issue]
 
 
 def test_packed_boundaries_beyond_the_end_stand_for_the_end():

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import random_calls
-from ptx.emulator import Emulator, Launch
+from ptx.emulator import ARCHITECTURES, Emulator, Launch, compile_launch
+from triton.backends.compiler import GPUTarget
 
 from ppo_fast.kernels.launch import Variant
 
@@ -68,3 +69,15 @@ def name(x: Variant | Launch) -> str:
     dtypes = sorted({kind[1:] for _, kind in dict(x.types).items() if kind in ("*fp32", "*bf16", "*fp16")} - {"fp32"})
     flags = [f"{k}={v}" for k, v in sorted(dict(x.constexprs).items())]
     return " ".join([x.kernel.__name__.strip("_"), *(dtypes or ["fp32"]), *flags])
+
+
+def compiled(x: Variant | Launch, architecture: str = "sm_90") -> Any:
+    """Triton's compiled kernel of a variant: asm["ttir"], asm["ptx"], asm["cubin"]."""
+    launch = x
+    if isinstance(x, Variant):
+        launch = Launch(x.kernel, tuple(x.types.items()), _items(x.constexprs), (), _items(x.options))
+    return compile_launch(launch, GPUTarget("cuda", ARCHITECTURES[architecture], 32))
+
+
+def _items(values: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(values.items()))

@@ -100,9 +100,12 @@ def shift_right(x: Value, amount: Value) -> Value:
 
 
 def bit_field(x: Value, position: Value, length: Value) -> Value:
-    """bfe.u32."""
-    mask = shift_left(U32(1), length) - U32(1)
-    return shift_right(x, position) & mask
+    """bfe: `length` bits of x from `position` on; a signed field repeats its highest bit."""
+    if x.dtype.kind == "u":
+        return shift_right(x, position) & (shift_left(U32(1), length) - U32(1))
+    unused = U32(32) - np.minimum(length, U32(32))
+    upper = shift_left(shift_right(x, position).view(U32), unused).view(np.int32)
+    return np.where(length == 0, np.int32(0), shift_right(upper, unused))
 
 
 def permute_bytes(a: Value, b: Value, selector: Value) -> Value:

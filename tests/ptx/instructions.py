@@ -40,7 +40,8 @@ def _integer_rules() -> dict[str, Rule]:
     for name, symbol in (("and", "&"), ("or", "|"), ("xor", "^")):
         rules[f"{name}.pred"] = Rule("pred", ("pred", "pred"), f"{{0}} {symbol} {{1}}")
     rules["not.pred"] = Rule("pred", ("pred",), "~{0}")
-    rules["bfe.u32"] = Rule("b32", ("b32", "b32", "b32"), "bit_field({0}, {1}, {2})")
+    for kind in ("u32", "s32"):
+        rules[f"bfe.{kind}"] = Rule(kind, (kind, "b32", "b32"), "bit_field({0}, {1}, {2})")
     rules["prmt.b32"] = Rule("b32", ("b32", "b32", "b32"), "permute_bytes({0}, {1}, {2})")
     return rules
 
