@@ -5,6 +5,7 @@ are tensors, and libdevice's rsqrt.
 """
 
 import copy
+import os
 from types import MethodType
 
 import pytest
@@ -36,7 +37,8 @@ IDS = torch.arange(14).view(2, 7) * 5 % 250
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """Floats become fp32 tensors, as a launch on a GPU makes them; rsqrt is Triton's own; and all is put back."""
+    """Restores what Liger replaces. In Triton's interpreter (TRITON_INTERPRET=1) floats become fp32 tensors, as in a
+    launch on a GPU, and rsqrt is Triton's own."""
     convert = interpreter._implicit_cvt
 
     def with_floats(argument):
@@ -44,8 +46,9 @@ def interpreted(monkeypatch):
             return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
         return convert(argument)
 
-    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
-    monkeypatch.setattr(liger_rms_norm, "rsqrt", lambda x: tl.rsqrt(x))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+        monkeypatch.setattr(liger_rms_norm, "rsqrt", lambda x: tl.rsqrt(x))
     for module, name in (
         (modeling_llama, "apply_rotary_pos_emb"),  # what Liger replaces for the whole process, for one model, too
         (modeling_llama, "LlamaRMSNorm"),

@@ -129,7 +129,7 @@ class Approximations:
     """Approximate instructions, perturbed within the accuracy that the PTX manual gives for them."""
 
     # Relative bounds. One fp32 ulp is at most 2^-23 of the number.
-    EX2, SQRT, RCP, DIV, TANH = 2.0**-22, 2.0**-23, 2.0**-23, 2.0**-22, 2.0**-11
+    EX2, SQRT, RSQRT, RCP, DIV, TANH = 2.0**-22, 2.0**-23, 2.0**-22.9, 2.0**-23, 2.0**-22, 2.0**-11
     LG2 = 2.0**-22  # relative, and absolute for operands in (0.5, 2)
 
     def __init__(self, seed: int = 0, amplitude: float = 1.0) -> None:
@@ -164,6 +164,9 @@ class Approximations:
 
     def sqrt(self, x: Value) -> Value:
         return self._relative(np.sqrt(x.astype(F64)), self.SQRT, x)
+
+    def rsqrt(self, x: Value) -> Value:
+        return self._relative(1.0 / np.sqrt(x.astype(F64)), self.RSQRT, x)
 
     def tanh(self, x: Value) -> Value:
         return self._relative(np.tanh(x.astype(F64)), self.TANH, x)

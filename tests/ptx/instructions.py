@@ -106,7 +106,7 @@ def _float_rules() -> dict[str, Rule]:
         if name != "mul":  # sm_100: the first source is widened
             rules[f"{name}.rn.f32.bf16"] = Rule("f32", ("b16", "f32"), f"bf16_to_f32({{0}}) {symbol} {{1}}")
             rules[f"{name}.rn.f32.f16"] = Rule("f32", ("f16", "f32"), f"{{0}}.astype(F32) {symbol} {{1}}")
-    for name in ("ex2", "lg2", "rcp", "sqrt", "tanh"):
+    for name in ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh"):
         rules[f"{name}.approx.f32"] = Rule("f32", ("f32",), f"approximate.{name}({{0}})")
         rules[f"{name}.approx.ftz.f32"] = Rule("f32", ("f32",), f"flush(approximate.{name}(flush({{0}})))")
     for name in ("full", "approx"):

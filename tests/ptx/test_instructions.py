@@ -409,7 +409,8 @@ def test_conversions_of_integers_extend_or_cut(source):
         check(f"cvt.{result}.{source}", columns, lambda x, size=2 ** int(result[1:]): value(x) % size)
 
 
-APPROXIMATE = {"ex2": lambda x: 2.0**x, "lg2": math.log2, "rcp": lambda x: 1 / x, "sqrt": math.sqrt, "tanh": math.tanh}
+APPROXIMATE = {"ex2": lambda x: 2.0**x, "lg2": math.log2, "rcp": lambda x: 1 / x, "sqrt": math.sqrt}
+APPROXIMATE |= {"rsqrt": lambda x: x**-0.5, "tanh": math.tanh}
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
