@@ -43,6 +43,7 @@ KERNELS = ROOT / "ppo_fast" / "kernels"
 RESULTS = ROOT / "bench" / "results" / "static"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
@@ -91,16 +92,19 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
-    """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
+def dump(cubin: bytes, option: str) -> str:
+    """What cuobjdump, which Triton includes, says about a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout if wanted else ""
-            for option, wanted in (("--dump-resource-usage", True), ("--dump-sass", disassemble))
-        )
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def cuda_report(cubin: bytes, *, disassemble: bool) -> Report:
+    """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
+    usage = dump(cubin, "--dump-resource-usage")
+    sass = dump(cubin, "--dump-sass") if disassemble else ""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     loads: collections.Counter[str] = collections.Counter()
     for flags in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", sass):
