@@ -1,67 +1,175 @@
-"""What a GPU should take: bytes and FLOPs by design over what datasheets promise, and beside it what was measured.
+"""What a GPU should take, by the resource that limits it, and beside it what was measured.
 
-    python bench/predict.py
+    python bench/predict.py [--write]
 
-A prediction is launches plus bytes over bandwidth plus FLOPs over throughput: in the linear operations products and row
-kernels follow each other. Of a datasheet's numbers this takes the shares that
-an H200 reached in October 2026 with a large copy (4.3 of 4.8 TB/s) and an 8192^3 bf16 product (788 of 989 TFLOP/s), on
-every machine: an assumption, for all but the H200.
+A kernel takes as long as the resource that it keeps busy longest:
+
+- memory: bytes by design over bandwidth;
+- issue slots: instructions of the inner loop over what the schedulers issue;
+- MUFU: special-function instructions of the inner loop (ex2, lg2, rcp, ...) over what their units compute;
+- latency: round trips to memory that wait for each other, where a launch is too small to hide them.
+
+Kernels of an operation follow each other, so their times are added, then FLOPs over the throughput of the tensor cores
+and a constant for each launch. The limit of an operation is what most of its time goes to.
+
+Instructions are counted in the binary that triton.compile makes for each GPU (loops.py), divided by the elements that
+a thread has in one pass of the loop. So every figure is falsifiable: `--write` counts anew and keeps the counts in
+bench/results/static/loops.json, where static.py, which makes the page, finds them.
+
+Of a datasheet's numbers this takes the shares that an H200 reached in October 2026 with a large copy (4.3 of 4.8 TB/s)
+and an 8192^3 bf16 product (788 of 989 TFLOP/s), on every machine: an assumption, for all but the H200.
 """
 
+import collections
+import datetime
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from loops import Loop, amd_loops, cuda_loops
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 BANDWIDTH_SHARE, GEMM_SHARE = 4.3 / 4.8, 788 / 989
 LAUNCH_US = 3.0  # of one kernel in a CUDA graph
+LATENCY_US = 0.7  # of a load that misses the caches, with the work on what it brings: assumed for every machine
 
 
 class Machine(NamedTuple):
     name: str
+    arch: str  # of the code that is counted
     tb_per_s: float
     tflop_per_s: float  # bf16, dense
+    units: int  # multiprocessors, or compute units
+    ghz: float
+    issue_lanes: int  # thread instructions that a unit issues in a clock
+    mufu_lanes: int  # special-function results of a unit in a clock
     source: str
 
 
+# A multiprocessor has 4 schedulers, each of which issues an instruction of 32 threads in a clock, and 16 lanes for
+# special functions (CUDA programming guide, throughput of native arithmetic instructions). Units of their own for fp32,
+# integers or addresses, which A100 has half as many of as of issue lanes, are not modelled. A CDNA3 compute unit has
+# 4 SIMDs of 16 lanes, and a quarter of that for transcendental functions. Clocks are those that the datasheets' TFLOP/s
+# imply.
 MACHINES = (
-    Machine("H100", 3.35, 989, "NVIDIA H100 datasheet, SXM5; half of the TFLOP/s with sparsity"),
-    Machine("H200", 4.8, 989, "NVIDIA H200 datasheet, SXM5; half of the TFLOP/s with sparsity"),
-    Machine("B200", 8.0, 2250, "NVIDIA HGX B200 datasheet, one GPU of eight; half of the TFLOP/s with sparsity"),
-    Machine("MI300X", 5.3, 1307, "AMD Instinct MI300X data sheet; without sparsity"),
+    Machine("H200", "sm_90", 4.8, 989, 132, 1.83, 128, 16, "NVIDIA H200 datasheet, SXM5; H100 whitepaper for the SM"),
+    Machine("B200", "sm_100", 8.0, 2250, 148, 1.85, 128, 16, "NVIDIA HGX B200 datasheet, one GPU of eight"),
+    Machine("A100", "sm_80", 2.039, 312, 108, 1.41, 128, 16, "NVIDIA A100 datasheet, SXM4 80 GB; A100 whitepaper"),
+    Machine("RTX 4090", "sm_89", 1.008, 165.2, 128, 2.52, 128, 16, "NVIDIA Ada whitepaper; bf16 with fp32 sums"),
+    Machine("MI300X", "gfx942", 5.3, 1307, 304, 2.1, 64, 16, "AMD Instinct MI300X data sheet; CDNA3 whitepaper"),
 )
+
+
+class Kernel(NamedTuple):
+    """Where the work on elements is in a variant's code."""
+
+    variant: str
+    loops: str  # "store": those that write global memory; "all"; "last" in the code; "none": the whole program
+    branches: int = 1  # versions of the code in it, of which a program runs one
+
+
+KERNELS = {
+    "token_logprobs forward": Kernel("token_logprobs fwd bfloat16 1x4096 aligned", "all"),
+    "token_logprobs backward": Kernel("token_logprobs bwd bfloat16 1x4096 aligned", "none", branches=2),
+    "linear policy": Kernel("linear policy aligned float32 bfloat16", "all"),
+    "linear score": Kernel("linear score aligned float32", "last"),
+    "loss forward": Kernel("loss forward flat fp32", "none"),
+    "loss backward": Kernel("loss backward fp32", "none"),
+    "gae rows": Kernel("gae long rows float32 aligned", "store"),
+    "gae rows compose": Kernel("gae long rows compose float32 aligned", "last"),
+    "gae columns": Kernel("gae columns float32 aligned", "store"),
+    "gae columns compose": Kernel("gae columns compose float32 aligned", "last"),
+    "rlhf_advantages": Kernel("rlhf_advantages long rows float32 aligned", "store"),
+    "rlhf_advantages compose": Kernel("rlhf_advantages long rows compose float32 aligned", "last"),
+    "shape_rewards": Kernel("shape_rewards float32 aligned", "store"),
+    "moments": Kernel("moments float32 aligned", "last"),
+    "whiten": Kernel("whiten float32 aligned", "store"),
+}
+
+
+class Cost(NamedTuple):
+    """Of one element."""
+
+    instructions: float
+    mufu: float
+
+
+Costs = dict[str, dict[str, Cost]]  # kernel -> arch -> cost
+
+
+class Part(NamedTuple):
+    """One kernel of an operation."""
+
+    kernel: str
+    bytes_each: float  # of one element, by design
+    round_trips: int = 0  # that wait for each other, in one program; 0 where a launch has enough programs to hide them
 
 
 class Task(NamedTuple):
     operation: str  # as in the records of `pytest bench`
     shape: str
     elements: int
-    bytes_each: float  # of one element, by design
     element: str
+    parts: tuple[Part, ...]
     flops: int = 0
     launches: int = 1
+
+    @property
+    def bytes_each(self) -> float:
+        return sum(part.bytes_each for part in self.parts)
+
+
+def _gae_tasks() -> Iterator[Task]:
+    """What a second launch reads again is in the second level cache."""
+    step = "step: 9 read, 8 written"
+    yield Task("gae", "B=4096 T=128", 4096 * 128, step, (Part("gae rows", 17, 1),))
+    for b, t in ((256, 2048), (8, 16384)):
+        spans = t // 512
+        first = Part("gae rows compose", 9 * (spans - 1) / spans, 4)
+        second = Part("gae rows", 8 + 9 / spans, math.ceil((spans - 1) / 16) + 4)
+        yield Task("gae", f"B={b} T={t}", b * t, step, (first, second), launches=2)
+    for t, n in ((128, 256), (128, 4096)):
+        yield Task("gae, time-major", f"T={t} N={n}", t * n, step, (Part("gae columns", 17, t // 8),))
+    first, second = Part("gae columns compose", 9 * 31 / 32, 8), Part("gae columns", 8 + 9 / 32, 2 + 8)
+    yield Task("gae, time-major", "T=2048 N=256", 2048 * 256, step, (first, second), launches=2)
+
+
+def _advantages_tasks() -> Iterator[Task]:
+    for b, t in ((64, 1024), (64, 4096)):
+        shape, n, whiten = f"B={b} T={t}", b * t, Part("whiten", 9, 2)
+        yield Task("shape_rewards", shape, n, "token: 9 read, 8 written", (Part("shape_rewards", 17, 2),))
+        yield Task("masked_whiten", shape, n, "element: 10 read, 4 written", (Part("moments", 5, 1), whiten), 0, 2)
+        token = "token: 13 read, 16 written, 9 to whiten"
+        if t == 1024:
+            parts: tuple[Part, ...] = (Part("rlhf_advantages", 29, 1 + 8), whiten)
+        else:
+            first = Part("rlhf_advantages compose", 13 * 7 / 8, 1 + 4)
+            parts = first, Part("rlhf_advantages", 16 + 13 / 8, 1 + 1 + 4), whiten
+        yield Task("rlhf_advantages", shape, n, token, parts, launches=len(parts))
 
 
 def tasks() -> Iterator[Task]:
     """The shapes that `pytest bench` runs on a GPU."""
     for v in (32000, 128256, 151936):
         n = 16384
-        shape = f"N={n} V={v}"
-        yield Task("token_logprobs and entropy, forward", shape, n * v, 2, "bf16 logit: read")
-        yield Task(
-            "token_logprobs and entropy, forward and backward", shape, n * v, 6, "bf16 logit: read, read, write", 0, 2
-        )
+        shape, forward = f"N={n} V={v}", Part("token_logprobs forward", 2)
+        yield Task("token_logprobs and entropy, forward", shape, n * v, "bf16 logit: read", (forward,))
+        both = forward, Part("token_logprobs backward", 4)
+        element = "bf16 logit: read, read, write"
+        yield Task("token_logprobs and entropy, forward and backward", shape, n * v, element, both, launches=2)
     for n, d, v in ((2048, 4096, 128256), (8192, 4096, 128256), (16384, 4096, 128256)):
         shape, chunks = f"N={n} D={d} V={v}", max(1, n // 4096)
         yield Task(
             "linear_ppo_loss, forward and backward",
             shape,
             n * v,
-            10,
             "fp32 logit read twice, bf16 dlogit written, by the row kernel",
+            (Part("linear policy", 10),),
             6 * n * d * v,
             6 * chunks,
         )
@@ -69,24 +177,45 @@ def tasks() -> Iterator[Task]:
             "linear_logprobs, forward without gradients",
             shape,
             n * v,
-            4,
             "fp32 logit read by the row kernel",
+            (Part("linear score", 4),),
             2 * n * d * v,
             2 * chunks,
         )
-    for b, t in ((4096, 128), (256, 2048), (8, 16384)):
-        launches = 1 if b >= 256 else 2
-        yield Task("gae", f"B={b} T={t}", b * t, 17, "step: 9 read, 8 written", 0, launches)
+    yield from _gae_tasks()
     for b, t in ((8, 2048), (8, 8192)):
-        yield Task("ppo_loss, forward and backward", f"B={b} T={t}", b * t, 49, "token: 33 read, 16 written", 0, 3)
-    for b, t in ((64, 1024), (64, 4096)):
-        yield Task("rlhf_advantages", f"B={b} T={t}", b * t, 41, "token: 13 read, 16 written, 12 to whiten", 0, 3)
+        parts = Part("loss forward", 33, 1), Part("loss backward", 16, 1)
+        yield Task("ppo_loss, forward and backward", f"B={b} T={t}", b * t, "token: 33 read, 16 written", parts, 0, 3)
+    yield from _advantages_tasks()
 
 
-def predicted_ms(task: Task, machine: Machine) -> float:
-    bytes_ms = task.elements * task.bytes_each / (machine.tb_per_s * BANDWIDTH_SHARE) / 1e9
-    flops_ms = task.flops / (machine.tflop_per_s * GEMM_SHARE) / 1e9
-    return bytes_ms + flops_ms + task.launches * LAUNCH_US / 1e3
+def part_ms(part: Part, elements: int, machine: Machine, costs: Costs) -> dict[str, float]:
+    """Milliseconds for which a kernel keeps each resource busy. Without counts, only those that need none."""
+    found = {
+        "memory": elements * part.bytes_each / (machine.tb_per_s * BANDWIDTH_SHARE) / 1e9,
+        "latency": part.round_trips * LATENCY_US / 1e3,
+    }
+    cost = costs.get(part.kernel, {}).get(machine.arch)
+    if cost is not None:
+        clocks_per_ms = machine.units * machine.ghz * 1e6
+        found["issue slots"] = elements * cost.instructions / (machine.issue_lanes * clocks_per_ms)
+        found["MUFU"] = elements * cost.mufu / (machine.mufu_lanes * clocks_per_ms)
+    return found
+
+
+def spent_ms(task: Task, machine: Machine, costs: Costs) -> dict[str, float]:
+    """Milliseconds that go to each resource; their sum is the predicted time."""
+    spent: dict[str, float] = collections.defaultdict(float)
+    for part in task.parts:
+        resource, ms = max(part_ms(part, task.elements, machine, costs).items(), key=lambda item: item[1])
+        spent[resource] += ms
+    spent["tensor cores"] += task.flops / (machine.tflop_per_s * GEMM_SHARE) / 1e9
+    spent["launches"] += task.launches * LAUNCH_US / 1e3
+    return dict(spent)
+
+
+def predicted_ms(task: Task, machine: Machine, costs: Costs | None = None) -> float:
+    return sum(spent_ms(task, machine, costs or {}).values())
 
 
 def measured_ms(results: Path) -> dict[tuple[str, str, str], float]:
@@ -104,23 +233,45 @@ def measured_ms(results: Path) -> dict[tuple[str, str, str], float]:
     return found
 
 
+def known_costs(results: Path) -> tuple[Costs, str]:
+    """The counts of the last --write, and what they were counted in."""
+    path = results / "static" / "loops.json"
+    if not path.exists():
+        return {}, "nothing: run `python bench/predict.py --write`"
+    record = json.loads(path.read_text())
+    costs = {k: {arch: Cost(*x) for arch, x in row.items()} for k, row in record["kernels"].items()}
+    return costs, f"triton {record['triton']}, commit {record['commit']}, {record['date']}"
+
+
 def shown(ms: float) -> str:
     return f"{1e3 * ms:.3g} us" if ms < 1 else f"{ms:.3g} ms"
+
+
+def cell(task: Task, machine: Machine, costs: Costs) -> str:
+    spent = spent_ms(task, machine, costs)
+    return f"{shown(sum(spent.values()))}, {max(spent, key=lambda resource: spent[resource])}"
 
 
 def page(results: Path) -> list[str]:
     """Markdown."""
     known = measured_ms(results)
+    costs, counted_in = known_costs(results)
     lines = [
-        "## Predicted times",
+        "## Predicted times and the resource that limits them",
         "",
-        "Bytes by design over bandwidth, plus FLOPs over throughput, plus 3 us for each launch (`bench/predict.py`).",
-        f"Taken are {100 * BANDWIDTH_SHARE:.0f} % of a datasheet's bandwidth and {100 * GEMM_SHARE:.0f} % of its dense",
+        "By `bench/predict.py`, which says how: bytes by design, instructions and special-function instructions (MUFU)",
+        f"of the inner loops, FLOPs, {LAUNCH_US:g} us for each launch, {LATENCY_US:g} us for each round trip to memory",
+        f"that has to wait for another. Taken are {100 * BANDWIDTH_SHARE:.0f} % of a datasheet's bandwidth and"
+        f" {100 * GEMM_SHARE:.0f} % of its dense",
         "bf16 TFLOP/s, which is what an H200 reached in a large copy and an 8192^3 product; for other machines that",
-        "is an assumption. Not in it: the latency of a walk over T, which binds gae where rows are few.",
+        f"is an assumption. Instructions were counted in: {counted_in}.",
         "",
     ]
-    lines += [f"- {m.name}: {m.tb_per_s:g} TB/s, {m.tflop_per_s:g} TFLOP/s ({m.source})" for m in MACHINES]
+    lines += [
+        f"- {m.name} ({m.arch}): {m.tb_per_s:g} TB/s, {m.tflop_per_s:g} TFLOP/s, {m.units} units at {m.ghz:g} GHz, each"
+        f" with {m.issue_lanes} lanes to issue and {m.mufu_lanes} for special functions ({m.source})"
+        for m in MACHINES
+    ]
     columns = ["operation", "shape", "bytes for each", "TFLOP", *(m.name for m in MACHINES), "measured"]
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for task in tasks():
@@ -132,15 +283,65 @@ def page(results: Path) -> list[str]:
         cells = [
             task.operation,
             task.shape,
-            f"{task.bytes_each:g} ({task.element})",
+            f"{task.bytes_each:.3g} ({task.element})",
             f"{task.flops / 1e12:.3g}" if task.flops else "",
-            *(shown(predicted_ms(task, machine)) for machine in MACHINES),
+            *(cell(task, machine, costs) for machine in MACHINES),
             ", ".join(found) or "not yet measured",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Instructions / MUFU instructions for each element:", ""] if costs else []
+    for kernel, row in costs.items():
+        counts = ", ".join(f"{arch} {x.instructions:.1f} / {x.mufu:.2f}" for arch, x in row.items())
+        lines.append(f"- {kernel} ({KERNELS[kernel].variant}): {counts}")
     return lines
 
 
+def cost_of(kernel: Kernel, whole: Loop, inner: list[Loop], elements: float) -> Cost:
+    """elements: of a thread in one pass of a loop, or in a whole program."""
+    stores = [loop for loop in inner if loop.stores]
+    chosen = {"none": [whole], "all": inner, "last": inner[-1:], "store": stores}[kernel.loops]
+    if not chosen:
+        raise ValueError(f"{kernel.variant} has no such loop: {kernel.loops}")
+    share = elements * kernel.branches
+    return Cost(sum(loop.instructions for loop in chosen) / share, sum(loop.mufu for loop in chosen) / share)
+
+
+def count() -> Costs:
+    """Compiles the kernels for every machine and counts."""
+    import static  # imports this file for its page
+
+    found: Costs = {}
+    for machine in MACHINES:
+        target = static.TARGETS[machine.arch]
+        listed = static.listed(target.warp_size)
+        for name, kernel in KERNELS.items():
+            variant = listed[kernel.variant]
+            sizes = [x for key, x in variant.constexprs.items() if key in ("R", "C", "ROWS", "W", "BLOCK")]
+            asm = static.compile_variant(variant, target).asm
+            if target.backend == "hip":
+                loops = amd_loops(asm["amdgcn"])
+            else:
+                loops = cuda_loops(static.dump(asm["cubin"], "--dump-sass"))
+            elements = math.prod(sizes) / (target.warp_size * variant.options["num_warps"])
+            found.setdefault(name, {})[machine.arch] = cost_of(kernel, *loops, elements)
+    return found
+
+
+def write(costs: Costs) -> None:
+    import static
+
+    facts = {
+        "triton": static.triton.__version__,
+        "commit": static.git("rev-parse", "--short", "HEAD")
+        + (", changed" if static.git("status", "--porcelain", "kernels") else ""),
+        "date": datetime.date.today().isoformat(),
+    }
+    rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in costs.items()]
+    text = json.dumps(facts)[:-1] + ', "kernels": {\n' + ",\n".join(rows) + "\n}}\n"
+    (RESULTS / "static" / "loops.json").write_text(text)
+
+
 if __name__ == "__main__":
-    print("\n".join(page(ROOT / "bench" / "results")))
-    sys.exit(0)
+    if "--write" in sys.argv[1:]:
+        write(count())
+    print("\n".join(page(RESULTS)))

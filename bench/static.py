@@ -37,8 +37,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for a checkout that is not installed
 
 import predict  # noqa: E402
+from loops import Loop, amd_loops, cuda_loops  # noqa: E402
 
-from ppo_fast.kernels.launch import interpreting  # noqa: E402
+from ppo_fast.kernels.launch import Variant, interpreting  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "static"
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
@@ -86,72 +87,46 @@ def launches() -> dict[str, Any]:
     return {names[key]: found[key].launch for key in sorted(found, key=lambda key: names[key])}
 
 
-def compile_launch(launch: Any, target: GPUTarget) -> Any:
-    from ptx.emulator import compile_launch as compiled
+def listed(threads_per_warp: int) -> dict[str, Variant]:
+    """What the launchers list, by name."""
+    import variants
 
-    return compiled(launch, target)
+    return {variant.name: variant for variant in variants.listed(threads_per_warp).values()}
 
 
-def cuda_report(cubin: bytes, shared_bytes: int, *, disassemble: bool) -> Report:
-    """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
+def compile_variant(variant: Any, target: GPUTarget) -> Any:
+    """Triton's compiled kernel of a listed variant or a captured launch."""
+    import variants
+
+    return variants.compile_for(variant, target)
+
+
+def dump(cubin: bytes, option: str) -> str:
+    """What cuobjdump, which Triton includes, says about a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout if wanted else ""
-            for option, wanted in (("--dump-resource-usage", True), ("--dump-sass", disassemble))
-        )
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def longest(loops: list[Loop]) -> Loop:
+    return max(loops, key=lambda loop: loop.instructions, default=Loop())
+
+
+def cuda_report(cubin: bytes, shared_bytes: int, *, disassemble: bool) -> Report:
+    """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
+    usage = dump(cubin, "--dump-resource-usage")
+    sass = dump(cubin, "--dump-sass") if disassemble else ""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     loads: collections.Counter[str] = collections.Counter()
     for flags in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", sass):
         parts = flags.split(".")
         width = next((bits for bits in WIDTHS if str(bits) in parts), None)
         loads[str(width or (8 if {"U8", "S8"} & {*parts} else 16 if {"U16", "S16"} & {*parts} else 32))] += 1
-    first, last = cuda_loop(sass)
-    barriers = len(re.findall(r"\bBAR\.", "\n".join(line for at, line in addressed(sass) if first <= at <= last)))
-    loop = (last - first) // SASS_BYTES + 1 if last else 0
+    loop = longest(cuda_loops(sass)[1])
     spills = numbers["STACK"] + numbers["LOCAL"]
-    return Report(numbers["REG"], shared_bytes, spills, dict(loads), loop, barriers)
-
-
-SASS_BYTES = 16  # of one instruction
-
-
-def addressed(sass: str) -> list[tuple[int, str]]:
-    """Instructions with their addresses."""
-    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]+)\*/\s+([^/]+);", sass)]
-
-
-def cuda_loop(sass: str) -> tuple[int, int]:
-    """First and last address of the longest innermost loop; (0, 0) without one.
-
-    A loop ends with a branch to an earlier address; an innermost one contains no other. A branch from behind the end
-    of the code (a rare case, put out of line) back into it is no loop: it jumps over an EXIT."""
-    branch = r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d+\s+)?BRA\S*\s+(?:!?UP\d+,\s*)?0x([0-9a-f]+)"
-    jumps = [(int(target, 16), int(at, 16)) for at, target in re.findall(branch, sass)]
-    exits = [int(at, 16) for at in re.findall(r"/\*([0-9a-f]+)\*/\s+EXIT", sass)]
-    loops = [(a, b) for a, b in jumps if a < b and not any(a < at < b for at in exits)]
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-
-
-def amd_loop(assembly: str) -> list[str]:
-    """Instructions of the longest innermost loop. LLVM's comments say which block is the header of an innermost loop,
-    and which blocks belong to it."""
-    bodies: dict[str, list[str]] = collections.defaultdict(list)
-    inner, label, loop = set(), "", ""
-    for line in assembly.splitlines():
-        if block := re.match(r"\.L(BB\d+_\d+):|; %bb", line):
-            label, loop = block[1] or "", ""
-        if member := re.search(r"in Loop: Header=(BB\d+_\d+)", line):
-            loop = member[1]
-        elif "Inner Loop Header" in line:
-            loop = label
-            inner.add(label)
-        elif loop and re.match(r"\t[a-z]", line):
-            bodies[loop].append(line.strip())
-    return max((bodies[header] for header in inner), key=len, default=[])
+    return Report(numbers["REG"], shared_bytes, spills, dict(loads), loop.instructions, loop.barriers)
 
 
 def amd_report(assembly: str, shared_bytes: int) -> Report:
@@ -163,14 +138,13 @@ def amd_report(assembly: str, shared_bytes: int) -> Report:
         size = re.match(r"(?:lds_)?(?:dwordx(\d)|(dword)|(u|s)?(short|b16)|)", kind)
         assert size is not None
         loads[str(32 * int(size[1]) if size[1] else 32 if size[2] else 16 if size[4] else 8)] += 1
-    loop = amd_loop(assembly)
-    barriers = sum("s_barrier" in line for line in loop)
-    return Report(registers, shared_bytes, spilled + scratch, dict(loads), len(loop), barriers)
+    loop = longest(amd_loops(assembly)[1])
+    return Report(registers, shared_bytes, spilled + scratch, dict(loads), loop.instructions, loop.barriers)
 
 
 def report(job: tuple[str, str, bool]) -> Report:
     name, arch, everything = job
-    compiled = compile_launch(launches()[name], TARGETS[arch])
+    compiled = compile_variant(launches()[name], TARGETS[arch])
     if arch.startswith("gfx"):
         return amd_report(compiled.asm["amdgcn"], compiled.metadata.shared)
     disassemble = everything or is_aligned(name) or "columns" in name

@@ -298,7 +298,7 @@ def _advantages_kernel(
         row_count = tl.sum(counts.to(tl.float32))
         slots_beyond = tl.sum((beyond & counts).to(tl.float32))
         later = spans - 1 - last_span
-        s = chain(maps_ptr + row + last_span.to(tl.int64) * rows, rows, plane, later, later, inside, s)
+        s = chain(maps_ptr + row + last_span.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
         for back in range(last_span - first_span + 1):
             first = (last_span - back) * tiles * W
             here = tl.minimum(tl.cdiv(T - first, W), tiles)

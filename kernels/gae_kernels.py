@@ -112,7 +112,7 @@ def row_tile(a, b, s, R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def chain(own_map, stride, plane, later, most, inside, s):
+def chain(own_map, stride, plane, later, most, inside, s, ALIGNED: tl.constexpr):
     """s behind a span: the maps of all later spans of its row, the last one first, 16 reads at a time.
 
     own_map: pointers to a of the span's own map, (R,); stride: from span to span; plane: from a to b; later: the number
@@ -123,9 +123,8 @@ def chain(own_map, stride, plane, later, most, inside, s):
         for j in tl.static_range(16):
             distance = later - done - j
             there = (distance > 0) & inside
-            at = own_map + distance.to(tl.int64) * stride
-            a = tl.load(at, mask=there, other=1.0)
-            b = tl.load(at + plane, mask=there, other=0.0)
+            a = tl.load(pointers(own_map, distance.to(tl.int64) * stride, ALIGNED), mask=there, other=1.0)
+            b = tl.load(pointers(own_map, distance.to(tl.int64) * stride + plane, ALIGNED), mask=there, other=0.0)
             s = tl.where(there, apply_map(a, b, s), s)
         done += 16
     return s
@@ -223,7 +222,7 @@ def _gae_rows_kernel(
         walks = tl.num_programs(1) == 1
         last = tl.where(walks, spans - 1, tl.program_id(1))
         later = spans - 1 - last
-        s = chain(maps_ptr + row + last.to(tl.int64) * rows, rows, plane, later, later, inside, s)
+        s = chain(maps_ptr + row + last.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
         for back in range(tl.where(walks, spans, 1)):
             first = (last - back) * tiles * W
             here = tl.minimum(tl.cdiv(T - first, W), tiles)
@@ -307,7 +306,7 @@ def _gae_packed_kernel(
     g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, low - 1, real, 3)
     own_map = maps_ptr + slot
     if WRITE:
-        s = chain(own_map, 1, slots, later, tl.max(later), inside, s)
+        s = chain(own_map, 1, slots, later, tl.max(later), inside, s, False)
     a, b = scan_span(
         inputs, outputs, first[:, None], length[:, None], inside, real, present, here, g, decay, s, WRITE, R, W
     )
@@ -429,8 +428,8 @@ def _gae_columns_kernel(
         walks = tl.num_programs(1) == 1
         last = tl.where(walks, spans - 1, tl.program_id(1))
         later = spans - 1 - last
-        own_map = pointers(maps_ptr, last.to(tl.int64) * columns + column, ALIGNED)
-        s = chain(own_map, columns, plane, later, later, inside, s)
+        own_map = maps_ptr + last.to(tl.int64) * columns + column
+        s = chain(own_map, columns, plane, later, later, inside, s, ALIGNED)
         for back in range(tl.where(walks, spans, 1)):
             first = (last - back) * tiles * W
             here = tl.minimum(tl.cdiv(T - first, W), tiles)
@@ -447,6 +446,6 @@ def _gae_columns_kernel(
             inputs, strides, outputs, columns, column, inside, first, T, present, here, g, decay, s,
             False, ALIGNED, C, W,
         )  # fmt: skip
-        own_map = pointers(maps_ptr, span.to(tl.int64) * columns + column, ALIGNED)
-        tl.store(own_map, a, mask=inside)
-        tl.store(own_map + plane, b, mask=inside)
+        own_map = maps_ptr + span.to(tl.int64) * columns + column
+        tl.store(pointers(own_map, 0, ALIGNED), a, mask=inside)
+        tl.store(pointers(own_map, plane, ALIGNED), b, mask=inside)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import loops
 import predict
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux only")
 
 import static
-from ptx.emulator import Emulator, compile_launch
+from ptx.emulator import Emulator
 
 from ppo_fast.kernels import logprobs
 
@@ -68,7 +69,7 @@ def test_the_gate_reports_spills_narrow_loads_and_barriers():
     """64 rows of a strided layout to a program of 64 threads spill, and their loads are not 16 bytes wide."""
     launch = next(launch for launch in backward_of_rows(63, offset=1) if "bwd" in launch.kernel.__name__)
     bad = launch._replace(constexprs=tuple(sorted((dict(launch.constexprs) | {"ROWS": 64}).items())))
-    compiled = compile_launch(bad, static.TARGETS["sm_90"])
+    compiled = static.compile_variant(bad, static.TARGETS["sm_90"])
     report = static.cuda_report(compiled.asm["cubin"], compiled.metadata.shared, disassemble=True)
     spills, narrow = static.problems("aligned", "sm_90", report)
     assert spills.startswith("spills")
@@ -101,7 +102,7 @@ def test_row_offsets_are_multiplied_in_64_bits():
     launches = {launch for offset in (0, 1) for V in (4100, 8192) for launch in backward_of_rows(V, offset=offset)}
     assert len(launches) >= 4
     for launch in launches:
-        ttir = compile_launch(launch, static.TARGETS["sm_90"]).asm["ttir"]
+        ttir = static.compile_variant(launch, static.TARGETS["sm_90"]).asm["ttir"]
         products = re.findall(r"arith\.muli .*%\w+_stride_\w+.*|arith\.muli %\w+, %\w+stride.*", ttir)
         strides = set(re.findall(r"%(\w+_stride_\w+): (\w+)", ttir))
         assert len(strides) >= 7
@@ -141,9 +142,9 @@ AMD = """
 
 def test_innermost_loops_are_found_and_rare_cases_behind_the_end_are_none():
     """In SASS loops of two (inside one of four) and four instructions; the jump from 0xa0 leaps over an EXIT."""
-    assert static.cuda_loop(SASS) == (0x40, 0x70)
-    assert static.cuda_loop("") == (0, 0)
-    assert len(static.amd_loop(AMD)) == 3
+    assert [loop.instructions for loop in loops.cuda_loops(SASS)[1]] == [2, 4]
+    assert static.longest(loops.cuda_loops("")[1]) == loops.Loop()
+    assert [loop.instructions for loop in loops.amd_loops(AMD)[1]] == [1]
 
 
 def test_a_prediction_has_its_measurement_beside_it(tmp_path: Path):
@@ -171,3 +172,53 @@ def test_predicted_times_match_the_hand_calculation():
         t for t in predict.tasks() if t.shape == "N=8192 D=4096 V=128256" and t.operation.startswith("linear_ppo")
     )
     assert predict.predicted_ms(task, h200) == pytest.approx(32.77 + 2.44 + 0.036, abs=0.02)
+
+
+def test_instructions_of_inner_loops_are_counted():
+    """SASS above: loops of two (0x10 to 0x20, inside another) and four instructions, one of which loads. AMD: the loop
+    has one vector instruction, since scalar ones are issued beside it."""
+    whole, inner = loops.cuda_loops(SASS.replace("FADD R4", "MUFU.EX2 R4"))
+    assert whole == loops.Loop(8, 1, 1)  # branches that only the padding has, too, are left out
+    assert inner == [loops.Loop(2), loops.Loop(4, 1, 1)]
+    body = "\tv_add_f32 v0, v0, v1\n\tv_exp_f32_e32 v1, v0\n\tglobal_store_dword v[0:1], v1, off"
+    whole, inner = loops.amd_loops(AMD.replace("\t.loc 1 2 3", body))
+    assert whole == loops.Loop(5, 1, 0, 1)
+    assert inner == [loops.Loop(4, 1, 0, 1)]
+
+
+def test_a_loops_instructions_are_shared_by_the_elements_of_its_tile():
+    """40 instructions for 4 elements of a thread are 10 for one; two branches of which one runs, 5."""
+    whole, inner = loops.Loop(100), [loops.Loop(30, 2, 4, 0), loops.Loop(40, 4, 4, 2)]
+    costs = {
+        (kind, branches): predict.cost_of(predict.Kernel("", kind, branches), whole, inner, 4)
+        for kind, branches in (("store", 1), ("store", 2), ("all", 1), ("last", 1), ("none", 1))
+    }
+    assert costs == {
+        ("store", 1): (10, 1),
+        ("store", 2): (5, 0.5),
+        ("all", 1): (17.5, 1.5),
+        ("last", 1): (10, 1),
+        ("none", 1): (25, 0),
+    }
+
+
+def test_the_busiest_resource_limits_a_kernel():
+    """Worked by hand for 1e9 elements of 2 bytes on an H200: 0.465 ms of memory at 4.3 TB/s; 10 instructions each are
+    1e10 / (132 * 128 * 1.83e9 per s) = 0.323 ms of issue slots; one special function 1e9 / (132 * 16 * 1.83e9 per s) =
+    0.259 ms."""
+    h200 = next(machine for machine in predict.MACHINES if machine.name == "H200")
+    task = predict.Task("", "", 10**9, "", (predict.Part("kernel", 2),))
+    expected = {(10, 1): ("memory", 0.465), (20, 1): ("issue slots", 0.647), (10, 3): ("MUFU", 0.776)}
+    for cost, (limit, ms) in expected.items():
+        costs = {"kernel": {"sm_90": predict.Cost(*cost)}}
+        spent = predict.spent_ms(task, h200, costs)
+        assert spent[limit] == pytest.approx(ms, abs=0.001)
+        assert predict.predicted_ms(task, h200, costs) == pytest.approx(ms + 0.003, abs=0.001)  # and a launch
+        assert predict.cell(task, h200, costs).endswith(f", {limit}")
+    small = predict.Task("", "", 1, "", (predict.Part("kernel", 2, round_trips=10),))
+    assert predict.cell(small, h200, {}) == "10 us, latency"  # 10 x 0.7 us, and a launch of 3 us
+
+
+def test_every_predicted_kernel_is_a_variant():
+    for threads_per_warp in (32, 64):
+        assert {kernel.variant for kernel in predict.KERNELS.values()} <= set(static.listed(threads_per_warp))

@@ -71,13 +71,15 @@ def name(x: Variant | Launch) -> str:
     return " ".join([x.kernel.__name__.strip("_"), *(dtypes or ["fp32"]), *flags])
 
 
-def compiled(x: Variant | Launch, architecture: str = "sm_90") -> Any:
-    """Triton's compiled kernel of a variant: asm["ttir"], asm["ptx"], asm["cubin"]."""
+def compile_for(x: Variant | Launch, target: GPUTarget) -> Any:
+    """Triton's compiled kernel of a variant: asm["ttir"], asm["ptx"], asm["cubin"]; for AMD asm["amdgcn"]."""
     launch = x
     if isinstance(x, Variant):
-        launch = Launch(x.kernel, tuple(x.types.items()), _items(x.constexprs), (), _items(x.options))
-    return compile_launch(launch, GPUTarget("cuda", ARCHITECTURES[architecture], 32))
+        constexprs, options = (tuple(sorted(values.items())) for values in (x.constexprs, x.options))
+        launch = Launch(x.kernel, tuple(x.types.items()), constexprs, (), options)
+    return compile_launch(launch, target)
 
 
-def _items(values: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(values.items()))
+def compiled(x: Variant | Launch, architecture: str = "sm_90") -> Any:
+    """The same for an NVIDIA GPU."""
+    return compile_for(x, GPUTarget("cuda", ARCHITECTURES[architecture], 32))
