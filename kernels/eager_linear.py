@@ -81,11 +81,15 @@ def _row_sum(x: Tensor) -> Tensor:
     return x.sum(-1) if len(x) > 1 else x.expand(2, -1).sum(-1)[:1]
 
 
-def _shift(block: _Block, head: Head, row_max: Tensor, out: Tensor) -> None:
-    """u = z - max z. A bias may be -inf, and 0 * -inf is NaN."""
+def _shift(block: _Block, row_max: Tensor, out: Tensor) -> None:
+    """u = z - max z."""
     torch.sub(block.x, row_max.unsqueeze(1), out=out)
+
+
+def _clamp(u: Tensor, head: Head) -> None:
+    """A bias may be -inf, and 0 * -inf is NaN."""
     if head.bias is not None:
-        out.clamp_(min=_NO_MASS)
+        u.clamp_(min=_NO_MASS)
 
 
 def _bend(d: Tensor, block: _Block) -> None:
@@ -122,8 +126,9 @@ def _measure(
         _finish_logits(block, head)
         torch.amax(block.x, -1, out=row_max[rows])
         u, e = (block.spare, block.x) if exponentials else (block.x, block.spare)
-        _shift(block, head, row_max[rows], u)
+        _shift(block, row_max[rows], u)
         at_token[rows] = _at_tokens(u, tokens[rows])
+        _clamp(u, head)
         torch.exp(u, out=e)
         total[rows] = _row_sum(e)
         if with_entropy:
@@ -157,7 +162,8 @@ def _gradient(
     in_place = logits.data_ptr() == dlogits.data_ptr()
     for block in _blocks(logits, head, copy=not in_place):
         _finish_logits(block, head)
-        _shift(block, head, statistics[0, block.part], block.x)
+        _shift(block, statistics[0, block.part], block.x)
+        _clamp(block.x, head)
         if h is None and in_place:
             torch.exp(block.x, out=block.x)
             _put_at_tokens(block.x, tokens[block.part], _less_sum(statistics[:, block.part]))

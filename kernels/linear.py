@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.kernels import loss
+from ppo_fast.kernels import loss, loss_launch
 from ppo_fast.kernels.launch import Variant, device_guard, launch_options
 from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
 from ppo_fast.kernels.loss_launch import KL_ESTIMATORS
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, stat_names
 from ppo_fast.kernels.loss_terms import kl_and_slope, surrogate
 from ppo_fast.kernels.softmax_rows import (
     add_block,
@@ -193,62 +193,82 @@ def _row(ptr, stride):
 
 
 @triton.jit
-def _put(statistics_ptr, stride, row_max, log_sum, entropy, logp):
-    at = statistics_ptr + tl.program_id(0) + tl.zeros((1,), tl.int64)
-    tl.store(at, row_max)
-    tl.store(at + stride, log_sum)
-    tl.store(at + stride * 2, entropy)
-    tl.store(at + stride * 3, logp)
+def _place(chosen_ptr, has_chosen, first):
+    """The program's place among the counted rows, and its token."""
+    row = first + tl.program_id(0)
+    token = tl.load(chosen_ptr + row, mask=has_chosen != 0, other=0)
+    return row, tl.where(has_chosen != 0, token, row)
 
 
 @triton.jit
-def _get(ptr, given, default):
-    """(1,) the row's number in a per-token tensor, or the default where none is given."""
-    at = ptr + tl.program_id(0) + tl.zeros((1,), tl.int64)
-    return tl.where(given != 0, tl.load(at, mask=given != 0, other=0.0).to(tl.float32), default)
+def _get(ptr, index, given, default):
+    """(1,) a number of a per-token tensor, or the default where none is given."""
+    at = ptr + index + tl.zeros((1,), tl.int64)
+    return tl.where(given != 0, tl.load(at, mask=given != 0, other=0.0), default)
 
 
-@triton.jit(do_not_specialize=list(range(12)))
+@triton.jit
+def _put(ptr, index, x, wanted):
+    tl.store(ptr + index + tl.zeros((1,), tl.int64), x, mask=wanted != 0)
+
+
+@triton.jit(do_not_specialize=list(range(19)))
 def _linear_score_kernel(
     logits_ptr,  # (rows, V)
-    tokens_ptr,  # (rows,) int64
+    tokens_ptr,  # (N,) int64
+    chosen_ptr,  # (n,) int64: the counted tokens; any address if not has_chosen, which means all
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
-    statistics_ptr,  # (4, rows) fp32: m, log2 s, H, logp, see softmax_rows.py
+    logprobs_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32; any address if not has_entropy
+    statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see softmax_rows.py; any address if not has_statistics
+    has_chosen: tl.int32,
     has_bias: tl.int32,
+    has_entropy: tl.int32,
+    has_statistics: tl.int32,
     logit_scale: tl.float32,
     softcap: tl.float32,  # 0 if there is none
     z_scale: tl.float32,  # 1 / temperature, times logit_scale unless TRANSFORMED
     scale: tl.float32,  # log2(e) z_scale
+    first: tl.int64,  # the place of the first row among the counted ones
+    n: tl.int64,
     V: tl.int32,
     logits_stride: tl.int64,
-    statistics_stride: tl.int64,
     TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    token = tl.load(tokens_ptr + tl.program_id(0))
+    row, index = _place(chosen_ptr, has_chosen, first)
+    token = tl.load(tokens_ptr + index)
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
     row_max, log_sum, entropy, logp = _row_statistics(
         row_ptr, token, V, head, z_scale, scale, TRANSFORMED, PAD, BLOCK, LANES, WITH_ENTROPY
     )
-    _put(statistics_ptr, statistics_stride, row_max, log_sum, entropy, logp)
+    _put(logprobs_ptr, index, logp, 1)
+    _put(entropy_ptr, index, entropy, has_entropy)
+    _put(statistics_ptr, row, row_max, has_statistics)
+    _put(statistics_ptr, row + n, log_sum, has_statistics)
+    _put(statistics_ptr, row + n * 2, entropy, has_statistics)
+    _put(statistics_ptr, row + n * 3, logp, has_statistics)
 
 
-@triton.jit(do_not_specialize=list(range(31)))
+@triton.jit(do_not_specialize=list(range(34)))
 def _linear_policy_kernel(
     logits_ptr,  # (rows, V)
     dlogits_ptr,  # (rows, V)
-    tokens_ptr,  # (rows,) int64
+    tokens_ptr,  # (N,) int64
+    chosen_ptr,  # (n,) int64: the counted tokens; any address if not has_chosen, which means all
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
-    old_ptr,  # (rows,) fp32; this and the next four: any address if there is none
-    advantages_ptr,  # (rows,) fp32, always there
-    weights_ptr,  # (rows,) fp32
-    ref_ptr,  # (rows,) fp32
-    share_ptr,  # (rows,) fp32
-    statistics_ptr,  # (4, rows) fp32: m, log2 s, H, logp, see softmax_rows.py
+    old_ptr,  # (N,) fp32; this and the next four: any address if there is none
+    advantages_ptr,  # (N,) fp32, always there
+    weights_ptr,  # (N,) fp32
+    ref_ptr,  # (N,) fp32
+    share_ptr,  # (N,) fp32
+    logprobs_ptr,  # (N,) fp32
+    entropy_ptr,  # (N,) fp32
+    has_chosen: tl.int32,
     has_bias: tl.int32,
     has_old: tl.int32,
     has_weights: tl.int32,
@@ -266,66 +286,73 @@ def _linear_policy_kernel(
     entropy_coef: tl.float32,
     kl_coef: tl.float32,
     kl_estimator: tl.int32,
+    first: tl.int64,  # the place of the first row among the counted ones
     V: tl.int32,
     logits_stride: tl.int64,
     dlogits_stride: tl.int64,
-    statistics_stride: tl.int64,
     TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     D_PAD: tl.constexpr,  # rows of dlogits
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    token = tl.load(tokens_ptr + tl.program_id(0))
+    _, index = _place(chosen_ptr, has_chosen, first)
+    token = tl.load(tokens_ptr + index)
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
     row_max, log_sum, entropy, logp = _row_statistics(
         row_ptr, token, V, head, z_scale, scale, TRANSFORMED, PAD, BLOCK, LANES, True
     )
-    _put(statistics_ptr, statistics_stride, row_max, log_sum, entropy, logp)
-    old = _get(old_ptr, has_old, logp)
-    advantage = _get(advantages_ptr, 1, 0.0)
+    _put(logprobs_ptr, index, logp, 1)
+    _put(entropy_ptr, index, entropy, 1)
+    old = _get(old_ptr, index, has_old, logp)
+    advantage = _get(advantages_ptr, index, 1, 0.0)
     _, slope, _, _, _, _ = surrogate(logp, old, advantage, low, high, dual_clip, log_ratio_clamp)
-    _, kl_slope = kl_and_slope(logp - _get(ref_ptr, has_ref, logp), log_ratio_clamp, kl_estimator)
-    g = slope * _get(weights_ptr, has_weights, 1.0) + kl_coef * kl_slope
-    share = _get(share_ptr, has_share, 1.0)
+    _, kl_slope = kl_and_slope(logp - _get(ref_ptr, index, has_ref, logp), log_ratio_clamp, kl_estimator)
+    g = slope * _get(weights_ptr, index, has_weights, 1.0) + kl_coef * kl_slope
+    share = _get(share_ptr, index, has_share, 1.0)
     slopes = (g * share, -entropy_coef * share)
     statistics = (row_max, log_sum, entropy, logp)
     d_ptr = _row(dlogits_ptr, dlogits_stride)
     _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
 
 
-@triton.jit(do_not_specialize=list(range(17)))
+@triton.jit(do_not_specialize=list(range(21)))
 def _linear_gradient_kernel(
     logits_ptr,  # (rows, V)
     dlogits_ptr,  # (rows, V)
-    tokens_ptr,  # (rows,) int64
+    tokens_ptr,  # (N,) int64
+    chosen_ptr,  # (n,) int64: the counted tokens; any address if not has_chosen, which means all
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
-    g_ptr,  # (rows,) fp32: d loss / d logp
-    h_ptr,  # (rows,) fp32: d loss / d H; any address if not has_h
-    statistics_ptr,  # (4, rows) fp32: m, log2 s, H, logp, see softmax_rows.py
+    g_ptr,  # (N,) fp32: d loss / d logp; any address if not has_g
+    h_ptr,  # (N,) fp32: d loss / d H; any address if not has_h
+    statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see softmax_rows.py
+    has_chosen: tl.int32,
     has_bias: tl.int32,
+    has_g: tl.int32,
     has_h: tl.int32,
     logit_scale: tl.float32,
     softcap: tl.float32,  # 0 if there is none
     scale: tl.float32,  # log2(e) / temperature, times logit_scale unless TRANSFORMED
     factor: tl.float32,  # logit_scale / temperature
+    first: tl.int64,  # the place of the first row among the counted ones
+    n: tl.int64,
     V: tl.int32,
     logits_stride: tl.int64,
     dlogits_stride: tl.int64,
-    statistics_stride: tl.int64,
     TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     D_PAD: tl.constexpr,  # rows of dlogits
     BLOCK: tl.constexpr,
 ):
-    token = tl.load(tokens_ptr + tl.program_id(0))
+    row, index = _place(chosen_ptr, has_chosen, first)
+    token = tl.load(tokens_ptr + index)
     head = (bias_ptr, has_bias, logit_scale, softcap)
-    row_max = _get(statistics_ptr, 1, 0.0)
-    log_sum = _get(statistics_ptr + statistics_stride, 1, 0.0)
-    entropy = _get(statistics_ptr + statistics_stride * 2, has_h, 0.0)
-    logp = _get(statistics_ptr + statistics_stride * 3, 1, 0.0)
-    slopes = (_get(g_ptr, 1, 0.0), _get(h_ptr, has_h, 0.0))
+    row_max = _get(statistics_ptr, row, 1, 0.0)
+    log_sum = _get(statistics_ptr, row + n, 1, 0.0)
+    entropy = _get(statistics_ptr, row + n * 2, has_h, 0.0)
+    logp = _get(statistics_ptr, row + n * 3, 1, 0.0)
+    slopes = (_get(g_ptr, index, has_g, 0.0), _get(h_ptr, index, has_h, 0.0))
     statistics = (row_max, log_sum, entropy, logp)
     row_ptr, d_ptr = _row(logits_ptr, logits_stride), _row(dlogits_ptr, dlogits_stride)
     _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
@@ -387,7 +414,8 @@ def variants(threads_per_warp: int = 32) -> list[Variant]:
 
 def _types(kernel: triton.JITFunction, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, str]:
     """Argument -> type, from the kernel's own names."""
-    special = {"logits_ptr": _POINTERS[logits], "dlogits_ptr": _POINTERS[dlogits], "tokens_ptr": "*i64"}
+    special = {"logits_ptr": _POINTERS[logits], "dlogits_ptr": _POINTERS[dlogits]}
+    special |= {"tokens_ptr": "*i64", "chosen_ptr": "*i64", "first": "i64", "n": "i64"}
     types = {}
     for name in kernel.arg_names:
         if name.islower() or name == "V":
@@ -423,24 +451,42 @@ def _or(x: Tensor | None, address: Tensor) -> Tensor:
     return address if x is None else x
 
 
-def _score(logits: Tensor, tokens: Tensor, head: Head, statistics: Tensor, with_entropy: bool) -> None:
-    s, (rows, V), dtype = _scalars(head), logits.shape, logits.dtype
-    kernel = _linear_score_kernel
+Where = tuple[Tensor | None, int]  # the counted tokens (None: all), and the place of a chunk's first row among them
+
+
+def _score(
+    logits: Tensor,
+    tokens: Tensor,
+    where: Where,
+    head: Head,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    statistics: Tensor | None,
+) -> None:
+    s, (rows, V), dtype, (chosen, first) = _scalars(head), logits.shape, logits.dtype, where
+    kernel, with_entropy = _linear_score_kernel, entropy is not None
     constexprs, options = _config(kernel, s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
     with device_guard(logits):
         kernel[(rows,)](
             logits,
             tokens,
-            _or(s.bias, statistics),
-            statistics,
+            _or(chosen, tokens),
+            _or(s.bias, logprobs),
+            logprobs,
+            _or(entropy, logprobs),
+            _or(statistics, logprobs),
+            int(chosen is not None),
             s.has_bias,
+            int(with_entropy),
+            int(statistics is not None),
             s.logit_scale,
             s.softcap,
             s.z_scale,
             s.scale,
+            first,
+            0 if statistics is None else statistics.stride(0),
             V,
             logits.stride(0),
-            statistics.stride(0),
             **constexprs,
             **options,
         )
@@ -449,15 +495,16 @@ def _score(logits: Tensor, tokens: Tensor, head: Head, statistics: Tensor, with_
 def _policy(
     logits: Tensor,
     dlogits: Tensor,
-    tokens: Tensor,
-    t: LossTensors,
-    share: Tensor | None,
+    per_token: tuple[Tensor | None, ...],  # tokens, old_logprobs, advantages, weights, ref_logprobs, share
+    where: Where,
     o: LossOptions,
     head: Head,
-    statistics: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
 ) -> None:
-    s, (rows, V) = _scalars(head), logits.shape
-    with_kl = t.ref_logprobs is not None and o.kl_coef != 0
+    s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
+    tokens, old, advantages, weights, ref, share = per_token
+    with_kl = ref is not None and o.kl_coef != 0
     kernel = _linear_policy_kernel
     constexprs, options = _config(kernel, s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
     with device_guard(logits):
@@ -465,16 +512,19 @@ def _policy(
             logits,
             dlogits,
             tokens,
-            _or(s.bias, statistics),
-            _or(t.old_logprobs, statistics),
-            t.advantages,
-            _or(t.weights, statistics),
-            _or(t.ref_logprobs, statistics),
-            _or(share, statistics),
-            statistics,
+            _or(chosen, tokens),
+            _or(s.bias, logprobs),
+            _or(old, logprobs),
+            advantages,
+            _or(weights, logprobs),
+            _or(ref, logprobs),
+            _or(share, logprobs),
+            logprobs,
+            entropy,
+            int(chosen is not None),
             s.has_bias,
-            int(t.old_logprobs is not None),
-            int(t.weights is not None),
+            int(old is not None),
+            int(weights is not None),
             int(with_kl),
             int(share is not None),
             s.logit_scale,
@@ -489,10 +539,10 @@ def _policy(
             float(o.entropy_coef),
             float(o.kl_coef) if with_kl else 0.0,
             KL_ESTIMATORS.index(o.kl_estimator),
+            first,
             V,
             logits.stride(0),
             dlogits.stride(0),
-            statistics.stride(0),
             **constexprs,
             **options,
         )
@@ -502,12 +552,13 @@ def _gradient(
     logits: Tensor,
     dlogits: Tensor,
     tokens: Tensor,
-    g: Tensor,  # d loss / d logp
+    where: Where,
+    g: Tensor | None,  # d loss / d logp
     h: Tensor | None,  # d loss / d H
     head: Head,
     statistics: Tensor,
 ) -> None:
-    s, (rows, V) = _scalars(head), logits.shape
+    s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
     kernel = _linear_gradient_kernel
     constexprs, options = _config(kernel, s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
     with device_guard(logits):
@@ -515,23 +566,37 @@ def _gradient(
             logits,
             dlogits,
             tokens,
+            _or(chosen, tokens),
             _or(s.bias, statistics),
-            g,
+            _or(g, statistics),
             _or(h, statistics),
             statistics,
+            int(chosen is not None),
             s.has_bias,
+            int(g is not None),
             int(h is not None),
             s.logit_scale,
             s.softcap,
             s.scale,
             s.factor,
+            first,
+            statistics.stride(0),
             V,
             logits.stride(0),
             dlogits.stride(0),
-            statistics.stride(0),
             **constexprs,
             **options,
         )
+
+
+def _loss(
+    logprobs: Tensor, entropy: Tensor, t: LossTensors, o: LossOptions
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss, statistics and 1 / divisor of the loss."""
+    if t.old_logprobs is None:
+        t = t._replace(old_logprobs=logprobs)
+    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False))
+    return loss, named_stats(stats, stat_names(True, True, False, t, o)), workspace[0]
 
 
 _MATH = RowMath(
@@ -543,6 +608,9 @@ _MATH = RowMath(
     policy=_policy,
     gradient=_gradient,
     policy_loss=loss.policy_loss,
+    indexed=True,
+    loss=_loss,
+    shares=loss_launch.token_shares,
 )
 
 linear_logprobs, linear_ppo_loss = public_functions(_MATH)

@@ -9,6 +9,7 @@ Elsewhere, on a CPU above all, it is the dtype of the arithmetic, and the weight
 vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -48,7 +49,7 @@ class Rows(NamedTuple):
     wrong: Tensor | None  # true if `num_counted` was not what the mask says; only where it could not be checked
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[...] -> [n], what stands at counted tokens."""
+        """[...] -> [n], the values at counted tokens."""
         flat = x.detach().reshape(-1)
         return (flat if self.chosen is None else flat.index_select(0, self.chosen)).to(dtype).contiguous()
 
@@ -113,25 +114,50 @@ def padded_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(_padded(len(x), dtype), dtype=dtype, device=x.device)[: len(x)].copy_(x)
 
 
-def _widens(device: torch.device) -> bool:
-    """Whether a product of fp16 or bf16 can be written in fp32."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
+@functools.cache
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype, *_switches: bool) -> bool:
+    """Tries products of fp16 or bf16 that are written in fp32: ROCm has none, and TunableOp and fp16 accumulation
+    reject them. A function of PyTorch's global switches, too."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.mm(a, a, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
+    except (RuntimeError, TypeError):  # TypeError: a PyTorch without out_dtype
+        return False
+    return True
+
+
+def product_path(device: torch.device, dtype: torch.dtype) -> str:
+    """How products of operands of `dtype` with fp32 results are computed on a device, for ppo_fast.doctor.
+
+    "exact": operands are fp32 or fp64 already. "widening": fp16 or bf16 operands, fp32 results. "converted": operands
+    are converted to fp32 first. "rounded": results are rounded to `dtype`, then converted.
+    """
+    if dtype not in _LOW:
+        return "exact"
+    if device.type == "cpu":
+        return "converted"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "rounded"
+    switches = torch.cuda.tunable.is_enabled(), bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
+    return "widening" if _multiplies_into_fp32(device, dtype, *switches) else "rounded"
 
 
 def _dtypes(
-    hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, native: bool
+    hidden: torch.dtype, weight: torch.dtype, logits_dtype: torch.dtype | None, native: bool, path: str
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Of the arithmetic, of the products' operands, and of the chunk's buffer."""
-    promoted = torch.promote_types(hidden.dtype, weight.dtype)
+    """Of the arithmetic, of the products' operands, and of the chunk's buffer; `path` is that of hidden's dtype."""
+    promoted = torch.promote_types(hidden, weight)
     arithmetic = torch.float64 if promoted == torch.float64 else torch.float32
-    native = native and hidden.dtype == weight.dtype and hidden.dtype in _LOW
+    native = native and hidden == weight and hidden in _LOW
     # Without such products the logits are rounded afterwards, which only a CPU does.
-    allowed = (None, arithmetic, hidden.dtype) if native or hidden.device.type == "cpu" else (None, arithmetic)
+    allowed = (None, arithmetic, hidden) if native or path == "converted" else (None, arithmetic)
     if logits_dtype not in allowed:
         raise ValueError(f"logits_dtype must be one of {allowed}, got {logits_dtype}")
-    if not native:
-        return arithmetic, arithmetic, arithmetic
-    return arithmetic, hidden.dtype, (logits_dtype or arithmetic) if _widens(hidden.device) else hidden.dtype
+    if not native or (path == "rounded" and logits_dtype == arithmetic):
+        return arithmetic, arithmetic, arithmetic  # slower, but the fp32 that was asked for
+    return arithmetic, hidden, hidden if path == "rounded" else logits_dtype or arithmetic
 
 
 def make_plan(
@@ -149,12 +175,37 @@ def make_plan(
     """Cuts the rows so that all memory beyond inputs and gradients fits `chunk_bytes`, but at least one row at a time.
 
     Only the fp32 accumulator of d weight comes on top, where there is more than one chunk and the weight is not fp32.
-    Left to itself the plan takes 4096 rows (on a CPU 64 MiB, or 256 rows), and all at once where that needs no more
+    By default the plan takes 4096 rows (on a CPU 64 MiB, or 256 rows), and all at once where that needs no more
     memory. It depends on shapes and dtypes only, and then not even on the gradients wanted: products of as many rows
     give the same bits, so log-probabilities scored without gradients are those that the loss computes.
     """
-    (V, D), n, cpu = weight.shape, rows.total, hidden.device.type == "cpu"
-    arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, native)
+    return _make_plan(
+        (*weight.shape, rows.total, rows.chosen is not None),
+        (hidden.dtype, weight.dtype, logits_dtype),
+        product_path(hidden.device, hidden.dtype),
+        (CPU_CHUNK_ROWS, CPU_CHUNK_BYTES) if hidden.device.type == "cpu" else (DEVICE_CHUNK_ROWS, 0),
+        native,
+        in_place,
+        chunk_bytes,
+        needs,
+        scratch_bytes,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _make_plan(
+    sizes: tuple[int, int, int, bool],  # V, D, n, whether the rows of hidden are gathered
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],  # of hidden, of weight, asked for logits
+    path: str,
+    least: tuple[int, int],  # rows of a chunk, and bytes of all rows
+    native: bool,
+    in_place: bool,
+    chunk_bytes: int | None,
+    needs: tuple[bool, ...],
+    scratch_bytes: int,
+) -> Plan:
+    (V, D, n, gathers), (hidden, weight, logits_dtype) = sizes, dtypes
+    arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, native, path)
     shares_memory = in_place and logits == operand
     separate = any(needs) and not shares_memory
     if chunk_bytes is None:
@@ -162,17 +213,19 @@ def make_plan(
     logits_row = _padded(V, logits) * logits.itemsize
     apart = any(needs) and not shares_memory
     other_row = _padded(V, operand) * operand.itemsize if apart else 0
-    if rows.chosen is not None or hidden.dtype != operand:
+    if gathers or hidden != operand:
         other_row += D * operand.itemsize
     if in_place and needs[1]:
         other_row += D * operand.itemsize  # rows of hidden times their factors
     fixed = scratch_bytes + n * (_VECTOR_BYTES + (D * (arithmetic.itemsize - hidden.itemsize) if needs[0] else 0))
-    gradient, accumulator = (V * D * x.itemsize if needs[1] else 0 for x in (weight.dtype, arithmetic))
+    gradient, accumulator = (V * D * x.itemsize if needs[1] else 0 for x in (weight, arithmetic))
+    if path == "rounded" and operand in _LOW:  # the product, before it is added to its accumulator
+        fixed += V * D * operand.itemsize if needs[1] else 0
+        other_row += D * operand.itemsize if needs[0] else 0
 
-    least = (CPU_CHUNK_ROWS if cpu else DEVICE_CHUNK_ROWS) * (logits_row + other_row)
-    budget = max(least, CPU_CHUNK_BYTES * cpu) + fixed if chunk_bytes is None else chunk_bytes
+    budget = max(least[0] * (logits_row + other_row), least[1]) + fixed if chunk_bytes is None else chunk_bytes
     tile = V
-    if weight.dtype != operand:
+    if weight != operand:
         tile = min(V, max(1, budget // 4 // max(1, D * operand.itemsize)))
         fixed += tile * D * operand.itemsize
     # Where dlogits have a buffer of their own, the only chunk's logits are gone before d weight is made.
@@ -184,23 +237,26 @@ def make_plan(
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a b, or out += a b. fp16 and bf16 go into fp32 without rounding in between where `_widens`."""
+    """out = a b, or out += a b; see product_path."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif a.device.type == "cpu" or not _widens(a.device):
-        wide = out.dtype if a.device.type == "cpu" else a.dtype
-        product = torch.mm(a.to(wide), b.to(wide))
-        out.add_(product) if add else out.copy_(product)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    path = product_path(a.device, a.dtype)
+    if path == "widening":
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    wide = out.dtype if path == "converted" else a.dtype
+    product = torch.mm(a.to(wide), b.to(wide))
+    out.add_(product) if add else out.copy_(product)
 
 
 def _tiles(weight: Tensor, plan: Plan) -> Iterator[tuple[slice, Tensor]]:
     """The weight in the operand's dtype, piece by piece where it has to be converted."""
     if weight.dtype == plan.operand:
-        yield slice(0, len(weight)), weight
+        yield slice(None), weight
         return
     buffer = torch.empty(plan.tile, weight.shape[1], dtype=plan.operand, device=weight.device)
     for start in range(0, len(weight), plan.tile):
@@ -208,13 +264,26 @@ def _tiles(weight: Tensor, plan: Plan) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + len(piece)), buffer[: len(piece)].copy_(piece)
 
 
+def _columns(x: Tensor, columns: slice) -> Tensor:
+    return x if columns.start is None else x[:, columns]
+
+
+def _rows_of(x: Tensor, part: slice) -> Tensor:
+    return x if part.start == 0 and part.stop == len(x) else x[part]
+
+
 def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor:
-    chunk = hidden[part] if rows.chosen is None else hidden.index_select(0, rows.chosen[part])
-    return chunk.to(plan.operand)
+    if rows.chosen is None:
+        chunk = _rows_of(hidden, part)
+    else:
+        chunk = hidden.index_select(0, _rows_of(rows.chosen, part))
+    return chunk if chunk.dtype == plan.operand else chunk.to(plan.operand)
 
 
 def _buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(plan.rows, _padded(V, dtype), dtype=dtype, device=device)[:, :V]
+    padded = _padded(V, dtype)
+    buffer = torch.empty(plan.rows, padded, dtype=dtype, device=device)
+    return buffer if padded == V else buffer[:, :V]
 
 
 def _parts(rows: Rows, plan: Plan) -> Iterator[slice]:
@@ -232,9 +301,9 @@ def for_each_chunk(
     """Logits, chunk by chunk; one product."""
     logits = _buffer(plan, len(head.weight), plan.logits, hidden.device) if rows.total else hidden
     for part in _parts(rows, plan):
-        chunk, h = logits[: part.stop - part.start], _hidden_chunk(hidden, rows, part, plan)
+        chunk, h = _rows_of(logits, slice(0, part.stop - part.start)), _hidden_chunk(hidden, rows, part, plan)
         for columns, tile in _tiles(head.weight, plan):
-            _mm(h, tile.T, chunk[:, columns])
+            _mm(h, tile.t(), _columns(chunk, columns))
         row_math(chunk, part)
 
 
@@ -246,41 +315,42 @@ def differentiate(
     needs: tuple[bool, ...],  # gradients wanted: of hidden, weight, bias
     row_math: Callable[[Tensor, Tensor, slice], Tensor | None],
 ) -> Gradients:
-    """Logits, chunk by chunk, and what their gradients say about hidden, weight and bias; up to three products.
+    """Logits, chunk by chunk, and the gradients of hidden, weight and bias from theirs; up to three products.
 
-    row_math(logits [rows, V], d, part) writes d loss / d logits to d, which may be the logits' own memory. A factor per
-    row that it left out is what it returns: multiplying hidden's rows is cheaper than multiplying the chunk's.
+    row_math(logits [rows, V], d, part) writes d loss / d logits to d, which may be the logits' own memory. It returns
+    a factor per row that is still missing, or None: multiplying hidden's rows is cheaper than multiplying the chunk's.
     """
-    (V, D), device = head.weight.shape, hidden.device
-    d_hidden = hidden.new_empty(rows.total, D, dtype=plan.arithmetic) if needs[0] else None
-    d_bias = hidden.new_zeros(V, dtype=plan.arithmetic) if needs[2] else None
-    d_weight = hidden.new_zeros(V, D, dtype=plan.arithmetic) if needs[1] and not rows.total else None
+    (V, D), device, wide = head.weight.shape, hidden.device, plan.arithmetic
+    d_hidden = torch.empty(rows.total, D, dtype=wide, device=device) if needs[0] else None
+    d_bias = torch.zeros(V, dtype=wide, device=device) if needs[2] else None
+    d_weight = torch.zeros(V, D, dtype=wide, device=device) if needs[1] and not rows.total else None
     if not rows.total:
         return Gradients(d_hidden, d_weight, d_bias)
     logits = _buffer(plan, V, plan.logits, device)
     dlogits = _buffer(plan, V, plan.operand, device) if plan.separate else logits
     for part in _parts(rows, plan):
-        size, h = part.stop - part.start, _hidden_chunk(hidden, rows, part, plan)
+        here, h = slice(0, part.stop - part.start), _hidden_chunk(hidden, rows, part, plan)
+        chunk, d = _rows_of(logits, here), _rows_of(dlogits, here)
         for columns, tile in _tiles(head.weight, plan):
-            _mm(h, tile.T, logits[:size, columns])
-        d = dlogits[:size]
-        factor = row_math(logits[:size], d, part)
+            _mm(h, tile.t(), _columns(chunk, columns))
+        factor = row_math(chunk, d, part)
         if part.stop == rows.total:
-            del logits  # the last chunk's logits are not needed any more, and d weight may still have to be made
+            del logits, chunk  # the last chunk's logits are not needed any more, and d weight may still have to be made
         if d_hidden is not None:
+            target = _rows_of(d_hidden, part)
             for columns, tile in _tiles(head.weight, plan):
-                _mm(d[:, columns], tile, d_hidden[part], add=columns.start > 0)
+                _mm(_columns(d, columns), tile, target, add=bool(columns.start))
             if factor is not None:
-                d_hidden[part].mul_(factor.unsqueeze(1))
+                target.mul_(factor.unsqueeze(1))
         if needs[1]:
             scaled_h = h if factor is None else h * factor.unsqueeze(1)
             if d_weight is None:
-                d_weight = hidden.new_empty(V, D, dtype=plan.arithmetic)
-                _mm(d.T, scaled_h, d_weight)
+                d_weight = torch.empty(V, D, dtype=wide, device=device)
+                _mm(d.t(), scaled_h, d_weight)
             else:
-                _mm(d.T, scaled_h, d_weight, add=True)
+                _mm(d.t(), scaled_h, d_weight, add=True)
         if d_bias is not None:
-            d_bias += d.sum(0, dtype=plan.arithmetic) if factor is None else d.T.mv(factor)
+            d_bias += d.sum(0, dtype=wide) if factor is None else d.t().mv(factor)
     return Gradients(d_hidden, d_weight, d_bias)
 
 

@@ -65,7 +65,7 @@ def logprobs_operator(math_: RowMath) -> Callable[..., tuple[Tensor, Tensor, Ten
         hidden, weight, bias, tokens, mask, scalars, with_entropy, needs, chunk_bytes, logits_dtype, num_counted
     ):
         s = _settings(scalars, chunk_bytes, logits_dtype, num_counted)
-        out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
+        out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy, keep_statistics=True)
         logprobs, entropy, statistics, rows = out
         if rows.chosen is not None:
             statistics = statistics.new_zeros(4, tokens.numel()).index_copy_(1, rows.chosen, statistics)
@@ -162,9 +162,12 @@ def ppo_operator(math_: RowMath) -> Callable[..., tuple[Tensor, ...]]:
         ctx.likes, ctx.needs = likes(*inputs[:3]), inputs[-4]
         ctx.save_for_backward(*output[4:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grad_loss, *_):
         refuse_double_backward("linear_ppo_loss")
+        if grad_loss is None:
+            return (None,) * 18
         *made, inverse = ctx.saved_tensors
         gradients = Gradients(*(x if need else None for x, need in zip(made, ctx.needs, strict=True)))
         return *scaled_all(gradients, grad_loss * inverse, None, ctx.likes), *[None] * 15
@@ -189,7 +192,3 @@ def pack_options(s: Settings, o: LossOptions) -> Tensor:
 
 def pack_settings(s: Settings) -> Tensor:
     return _pack([getattr(s, name) for name in _SETTINGS])
-
-
-def named_stats(stats: Tensor, names: list[str]) -> dict[str, Tensor]:
-    return {name: x for name, x in zip(_STATS, stats.unbind(), strict=True) if name in names}

@@ -9,9 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.linear_compiled import logprobs_operator, named_stats, pack_options, pack_settings, ppo_operator
-from ppo_fast.kernels.linear_steps import LinearLogprobs, LinearPPO, RowMath, Settings, logprobs_forward, ppo_forward
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors, stat_names
+from ppo_fast.kernels.linear_compiled import logprobs_operator, pack_options, pack_settings, ppo_operator
+from ppo_fast.kernels.linear_steps import (
+    LinearLogprobs,
+    LinearPPO,
+    PPOResult,
+    RowMath,
+    Settings,
+    logprobs_forward,
+    ppo_forward,
+)
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, stat_names
 
 
 def _refuse_distributed(name: str, **tensors: Tensor | None) -> None:
@@ -61,7 +69,7 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
         elif any(needs):
             return LinearLogprobs.apply(hidden, weight, bias, tokens, mask, s, with_entropy, math_)
         else:
-            out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy)
+            out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy, keep_statistics=False)
             logprobs, entropy = out[0], out[0] if out[1] is None else out[1]
         return (logprobs, entropy) if with_entropy else logprobs
 
@@ -111,16 +119,16 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
         )
         s = Settings(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted)
         needs = _needs(hidden, weight, bias)
-        names = stat_names(True, True, False, t, o)
         if torch.compiler.is_compiling():
             given = denominator if isinstance(denominator, Tensor) else None
             tensors = hidden, weight, bias, tokens, *t[:5], cu_seqlens, given, pack_options(s, o)
             loss, packed, logprobs, entropy, *_ = ppo_op(*tensors, kl_estimator, aggregation, list(needs), *s[3:])
-            return loss, named_stats(packed.detach(), names), logprobs.detach(), entropy.detach()
+            stats = named_stats(packed.detach(), stat_names(True, True, False, t, o))
+            return loss, stats, logprobs.detach(), entropy.detach()
         if any(needs):
-            out = LinearPPO.apply(hidden, weight, bias, tokens, t, o, s, needs, math_)
-            loss, logprobs, entropy, *stats = out
-            return loss, dict(zip(names, stats, strict=True)), logprobs, entropy
+            results: list[PPOResult] = []
+            loss = LinearPPO.apply(hidden, weight, bias, tokens, t, o, s, needs, math_, results)
+            return loss, results[0].stats, results[0].logprobs, results[0].entropy
         result = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
         return result.loss, result.stats, result.logprobs, result.entropy
 

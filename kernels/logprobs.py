@@ -334,7 +334,7 @@ def _forward(
     kernel = _token_logprobs_fwd_kernel
     constexprs, options = _config(kernel, tile, layout, with_entropy, warp_size(logits.device))
     with device_guard(logits):
-        kernel[(triton.cdiv(N, tile.ROWS),)](
+        kernel[(-(-N // tile.ROWS),)](
             logits,
             tokens,
             flags,
@@ -380,7 +380,7 @@ def _backward(
     kernel = _token_logprobs_bwd_kernel
     constexprs, options = _config(kernel, tile, layout, grad_entropy is not None, warp_size(logits.device))
     with device_guard(logits):
-        kernel[(triton.cdiv(N, tile.ROWS), triton.cdiv(V + layout.PEEL - 1, tile.BLOCK))](
+        kernel[(-(-N // tile.ROWS), -(-(V + layout.PEEL - 1) // tile.BLOCK))](
             statistics if grad_logprobs is None else grad_logprobs.contiguous(),
             statistics if grad_entropy is None else grad_entropy.contiguous(),
             logits,

@@ -20,9 +20,9 @@ from torch import Tensor
 from ppo_fast.kernels import loss_launch
 from ppo_fast.kernels.loss_compile import make_compiled
 from ppo_fast.kernels.loss_op import (
-    ALL_STATS,
     LossOptions,
     LossTensors,
+    named_stats,
     public_functions,
     refuse_double_backward,
     stat_names,
@@ -41,37 +41,40 @@ class _Loss(torch.autograd.Function):
         t: LossTensors,
         o: LossOptions,
         needs: tuple[bool, ...],
-    ) -> tuple[Tensor, Tensor]:
+        results: list[Tensor],  # gets the statistics: autograd takes a microsecond or two for each output
+    ) -> Tensor:
         loss, stats, workspace = loss_launch.forward(logprobs, entropy, values, t, o, needs)
         ctx.save_for_backward(workspace)
+        ctx.set_materialize_grads(False)
         wanted = zip((logprobs, entropy, values), needs, strict=True)
         ctx.likes = [(x.shape, x.dtype) if need else None for x, need in wanted]
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+        results.append(stats)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
-            return (None,) * 6
+            return (None,) * 7
         (workspace,) = ctx.saved_tensors
-        return *loss_launch.backward(workspace, grad_loss, ctx.likes), None, None, None
+        return *loss_launch.backward(workspace, grad_loss, ctx.likes), None, None, None, None
 
 
 def _loss(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (logprobs, entropy, values))
+    needs = (False, False, False)
+    if torch.is_grad_enabled():
+        needs = tuple(x is not None and x.requires_grad for x in (logprobs, entropy, values))
     if torch.compiler.is_compiling():
         loss, stats = _compiled(logprobs, entropy, values, t, o, needs)
-    elif any(needs):
-        loss, stats = _Loss.apply(logprobs, entropy, values, t, o, needs)
+    elif True in needs:
+        results: list[Tensor] = []
+        loss = _Loss.apply(logprobs, entropy, values, t, o, needs, results)
+        stats = results[0]
     else:
         loss, stats, _ = loss_launch.forward(logprobs, entropy, values, t, o, needs)
-    named = dict(zip(ALL_STATS, stats.unbind(), strict=True))
-    names = stat_names(logprobs is not None, entropy is not None, values is not None, t, o)
-    return loss, {name: named[name] for name in names}
+    return loss, named_stats(stats, stat_names(logprobs is not None, entropy is not None, values is not None, t, o))
 
 
 policy_loss, value_loss, ppo_loss = public_functions(_loss)

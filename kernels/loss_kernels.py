@@ -90,6 +90,16 @@ def _loss_flat_kernel(
 
 
 @triton.jit
+def _sequence(cu_seqlens_ptr, is_packed, steps, T):
+    """Row, first step and end of the program's sequence."""
+    program = tl.program_id(0).to(tl.int64)
+    # Boundaries from the device are not checked there: clamped, a wrong one leads to no address outside.
+    start = tl.maximum(tl.load(cu_seqlens_ptr + program, mask=is_packed, other=0).to(tl.int64), 0)
+    end = tl.minimum(tl.load(cu_seqlens_ptr + program + 1, mask=is_packed, other=0).to(tl.int64), steps)
+    return tl.where(is_packed, 0, program), start, tl.where(is_packed, end, T)
+
+
+@triton.jit
 def _clear(gradients_ptr, first, last, step, steps, given, BLOCK: tl.constexpr):
     """Zeros in the stored gradients of the steps from first to last, in every `step`-th block."""
     for start in range(first, last, step):
@@ -163,13 +173,7 @@ def _loss_rows_kernel(
     )
     if SEQUENCES:
         is_packed = has(given, "cu_seqlens")
-        row = tl.where(is_packed, 0, program)
-        # Boundaries from the device are not checked there: clamped, a wrong one leads to no address outside.
-        start = tl.load(cu_seqlens_ptr + program, mask=is_packed, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + program + 1, mask=is_packed, other=0).to(tl.int64)
-        start = tl.maximum(start, 0)
-        end = tl.where(is_packed, tl.minimum(end, steps), T)
-        shares = (1.0, 1.0)
+        row, start, end = _sequence(cu_seqlens_ptr, is_packed, steps, T)
         policy_share = tl.full((), 1.0, tl.float32)
         value_share = policy_share
         if has(given, "mean"):
@@ -197,6 +201,25 @@ def _loss_rows_kernel(
         position = (index // T, index % T, index < steps)
         sums = block_sums(policy, value, masks, scalars, position, (1.0, 1.0), gradients, given, False)
     _store_sums(sums, workspace_ptr, steps, given)
+
+
+@triton.jit(do_not_specialize=list(range(7)))
+def _shares_kernel(
+    mask_ptr,  # [rows, T]
+    cu_seqlens_ptr,  # [programs + 1]
+    shares_ptr,  # [steps]
+    given: tl.int32,
+    steps: tl.int64,
+    T: tl.int64,
+    mask_stride: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """For each step 1 / number of counted steps of its sequence; a program takes a sequence."""
+    row, start, end = _sequence(cu_seqlens_ptr, has(given, "cu_seqlens"), steps, T)
+    share = sequence_share((mask_ptr, mask_stride), row, start, end, has(given, "mask"), BLOCK)
+    for first in range(start, end, BLOCK):
+        step = first + tl.arange(0, BLOCK)
+        tl.store(shares_ptr + row * T + step, tl.zeros((BLOCK,), tl.float32) + share, mask=step < end)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ per program. The backward needs all but the last part.
 """
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ppo_fast.kernels.loss_kernels import (
     _loss_flat_kernel,
     _loss_reduce_kernel,
     _loss_rows_kernel,
+    _shares_kernel,
 )
 from ppo_fast.kernels.loss_op import ALL_STATS, LossOptions, LossTensors
 from ppo_fast.kernels.loss_terms import bit, num_columns, padding
@@ -30,13 +32,17 @@ _BLOCK, _SCALE_BLOCK, _REDUCE_BLOCK = 512, 1024, 256
 _FLAT = {4: launch_options(4), 2: launch_options(2)}  # by the bytes of an element
 _ROWS = {False: launch_options(4, REGISTERS), True: launch_options(8, REGISTERS)}  # by whether they are sequences
 _SCALE = launch_options(4)
+_SHARES = launch_options(4)
 _REDUCE = launch_options(4)
 _PAD, _COLUMNS = padding(), num_columns()
 _WANTED = tuple(bit(name) for name in ("d_logprobs", "d_entropy", "d_values"))
-_POLICY, _VALUE = bit("policy"), bit("value")
-_MASK, _VALUE_MASK = bit("mask"), bit("value_mask")
-_WEIGHTS, _ENTROPY, _REF_LOGPROBS = bit("weights"), bit("entropy"), bit("ref_logprobs")
-_VALUE_CLIP, _CU_SEQLENS, _MEAN = bit("value_clip"), bit("cu_seqlens"), bit("mean")
+_NEEDS = {  # which of the three gradients are wanted -> their bits, and how many they are
+    needs: (sum(flag for flag, need in zip(_WANTED, needs, strict=True) if need), sum(needs))
+    for needs in itertools.product((False, True), repeat=3)
+}
+_MASK, _VALUE_MASK, _CU_SEQLENS, _MEAN = (bit(name) for name in ("mask", "value_mask", "cu_seqlens", "mean"))
+# Of logprobs, old_logprobs, advantages, weights, entropy, ref_logprobs, values, old_values and returns.
+_FLAGS = (bit("policy"), 0, 0, bit("weights"), bit("entropy"), bit("ref_logprobs"), bit("value"), bit("value_clip"), 0)
 _BY_STEPS, _BY_SEQUENCES, _BY_NUMBER, _BY_TENSOR = range(4)  # what divides the loss
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -54,14 +60,20 @@ class _Plan(NamedTuple):
     mean: bool  # a step is weighted by 1 / length of its sequence
 
 
+_PLANS = {
+    "token-mean": _Plan(_BY_STEPS, False, False),
+    "token-sum": _Plan(_BY_NUMBER, False, False),
+    "seq-mean-token-sum": _Plan(_BY_SEQUENCES, True, False),
+    "seq-mean-token-mean": _Plan(_BY_SEQUENCES, True, True),
+    "seq-mean-token-sum-norm": _Plan(_BY_SEQUENCES, True, False),
+}
+
+
 def _plan(o: LossOptions) -> _Plan:
-    mean = o.aggregation == "seq-mean-token-mean"
-    if o.aggregation == "token-sum" or o.denominator is not None:
-        is_tensor = isinstance(o.denominator, Tensor) and o.aggregation != "token-sum"
-        return _Plan(_BY_TENSOR if is_tensor else _BY_NUMBER, mean, mean)
-    if o.aggregation == "token-mean":
-        return _Plan(_BY_STEPS, False, False)
-    return _Plan(_BY_SEQUENCES, True, mean)
+    plan = _PLANS[o.aggregation]
+    if o.denominator is None or plan.divisor == _BY_NUMBER:
+        return plan
+    return _Plan(_BY_TENSOR if isinstance(o.denominator, Tensor) else _BY_NUMBER, plan.mean, plan.mean)
 
 
 def _stride(steps: int) -> int:
@@ -80,17 +92,13 @@ def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty((), dtype=dtype, device=device)
 
 
-def _in_listed_dtypes(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """The per-step floats, those of the value term last but one, converted to fp32 unless _DTYPES has their mixture."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    if len(dtypes) > 1:
-        of_values = {x.dtype for x in tensors[6:8] if x is not None}
-        others = {x.dtype for i, x in enumerate(tensors) if x is not None and i not in (6, 7)}
-        if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
-            return tensors
-    elif dtypes <= _POINTERS.keys():
+def _in_listed_dtypes(tensors: list[Tensor], is_given: list[bool]) -> list[Tensor]:
+    """The per-step floats, converted to fp32 unless _DTYPES has their mixture; an absent one is replaced again."""
+    of_values = {tensors[i].dtype for i in (6, 7) if is_given[i]}
+    others = {tensors[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
+    if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
         return tensors
-    return [None if x is None else x.to(torch.float32) for x in tensors]
+    return [x.to(torch.float32) for x in tensors]
 
 
 def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
@@ -107,15 +115,14 @@ def _reduce(
     workspace: Tensor, o: LossOptions, plan: _Plan, T: int, steps: int, programs: int, stored: int
 ) -> tuple[Tensor, Tensor]:
     """Loss and all statistics, whether they have inputs or not."""
-    loss = torch.empty((), dtype=torch.float32, device=workspace.device)
-    stats = torch.empty(len(ALL_STATS), dtype=torch.float32, device=workspace.device)
-    given, number = workspace, 1.0
-    if plan.divisor == _BY_TENSOR:
-        assert isinstance(o.denominator, Tensor)
-        given = o.denominator if o.denominator.dtype in _DENOMINATORS else o.denominator.float()
-    elif o.denominator is not None and o.aggregation != "token-sum":
-        number = float(o.denominator)
-    norm = 1.0
+    device, given, number, norm = workspace.device, workspace, 1.0, 1.0
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    stats = torch.empty(len(ALL_STATS), dtype=torch.float32, device=device)
+    if o.denominator is not None:
+        if plan.divisor == _BY_TENSOR:
+            given = o.denominator if o.denominator.dtype in _DENOMINATORS else o.denominator.float()
+        elif o.aggregation != "token-sum":
+            number = float(o.denominator)
     if o.aggregation == "seq-mean-token-sum-norm":
         norm = float(max(T, 1) if o.norm_length is None else o.norm_length)
     _loss_reduce_kernel[(1,)](
@@ -165,50 +172,49 @@ def forward(
     like = values if logprobs is None else logprobs
     assert like is not None
     steps, T, plan, device = like.numel(), like.shape[-1], _plan(o), like.device
-    old_values = None if o.value_clip is None else t.old_values
-    tensors: list[Tensor | None] = [logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs]
-    tensors = _in_listed_dtypes([*tensors, values, old_values, t.returns])
-    given = sum(wanted for wanted, need in zip(_WANTED, needs, strict=True) if need)
-    for flag, x in (
-        (_POLICY, logprobs),
-        (_VALUE, values),
-        (_MASK, t.mask),
-        (_VALUE_MASK, t.value_mask),
-        (_WEIGHTS, t.weights),
-        (_ENTROPY, entropy),
-        (_REF_LOGPROBS, t.ref_logprobs),
-        (_VALUE_CLIP, old_values),
-    ):
-        if x is not None:
-            given |= flag
-    stored = sum(needs)
-    programs, packed = triton.cdiv(steps, _BLOCK), False
+    given, stored = _NEEDS[needs]
+    packed = plan.by_sequence and t.cu_seqlens is not None
+    programs = -(-steps // _BLOCK)
     if steps and plan.by_sequence:
-        packed = t.cu_seqlens is not None
         programs = len(t.cu_seqlens) - 1 if packed else steps // T
     size = kept(steps, stored) + _COLUMNS * programs
     # Without a sequence there is no program that could clear the gradients.
     workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=device)
     with device_guard(like):
         if programs:
-            every = _with_stand_ins(tensors, t, device)
-            if not plan.by_sequence and _is_flat(every):
-                options = _FLAT[every[0].element_size()]
-                _loss_flat_kernel[(programs,)](*every, workspace, *_scalars(o), given, steps, _BLOCK, **options)
+            present, tensors = _inputs(logprobs, entropy, values, t, o.value_clip is not None)
+            if not plan.by_sequence and _is_flat(tensors):
+                options = _FLAT[tensors[0].element_size()]
+                numbers = *_scalars(o), given | present, steps, _BLOCK
+                _loss_flat_kernel[(programs,)](*tensors, workspace, *numbers, **options)
             else:
-                _forward_rows(every, workspace, t, o, plan, given, steps, T, programs, packed)
+                _forward_rows(tensors, workspace, t, o, plan, given | present, steps, T, programs, packed)
         return *_reduce(workspace, o, plan, T, steps, programs, stored), workspace
 
 
-def _with_stand_ins(tensors: list[Tensor | None], t: LossTensors, device: torch.device) -> list[Tensor]:
-    """What the kernels take first, with an address of the same type where an input is absent."""
-    other = tensors[8] if tensors[0] is None else tensors[0]
-    value = other if tensors[6] is None else tensors[6]
+def _inputs(
+    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, has_clip: bool
+) -> tuple[int, list[Tensor]]:
+    """What the kernels take first, with an address of the same type where an input is absent, and what is present."""
+    policy = logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs
+    inputs = (*policy, values, t.old_values if has_clip else None, t.returns)
+    other = t.returns if logprobs is None else logprobs
     assert other is not None
-    assert value is not None
-    flag = _unread(torch.bool, device)
-    every = [(value if i in (6, 7) else other) if x is None else x for i, x in enumerate(tensors)]
-    return [*every, flag if t.mask is None else t.mask, flag if t.value_mask is None else t.value_mask]
+    of_values = other if values is None else values
+    present, same, tensors = 0, True, []
+    for x, flag, stand_in in zip(inputs, _FLAGS, (other,) * 6 + (of_values,) * 2 + (other,), strict=True):
+        if x is None:
+            x = stand_in
+        else:
+            present |= flag
+        same = same and x.dtype == other.dtype
+        tensors.append(x)
+    if not same or other.dtype not in _POINTERS:
+        tensors = _in_listed_dtypes(tensors, [x is not None for x in inputs])
+    for mask, flag in ((t.mask, _MASK), (t.value_mask, _VALUE_MASK)):
+        present |= 0 if mask is None else flag
+        tensors.append(_unread(torch.bool, other.device) if mask is None else mask)
+    return present, tensors
 
 
 def _is_flat(tensors: list[Tensor]) -> bool:
@@ -247,37 +253,60 @@ def _forward_rows(
     )
 
 
+def token_shares(like: Tensor, t: LossTensors) -> Tensor:
+    """For each step 1 / counted steps of its sequence, as in seq-mean-token-mean; 0 outside of all sequences."""
+    steps, T, device = like.numel(), like.shape[-1], like.device
+    cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
+    if t.mask is not None:
+        (mask, mask_stride), given = _as_rows(t.mask, T), _MASK
+    programs, packed = steps // max(T, 1), t.cu_seqlens is not None
+    if packed:
+        cu_seqlens, given = t.cu_seqlens.contiguous(), given | _CU_SEQLENS
+        programs = len(cu_seqlens) - 1
+    shares = (torch.zeros if packed else torch.empty)(like.shape, dtype=torch.float32, device=device)
+    if steps and programs:
+        with device_guard(like):
+            arguments = mask, cu_seqlens, shares, given, steps, T, mask_stride, _BLOCK
+            _shares_kernel[(programs,)](*arguments, **_SHARES)
+    return shares
+
+
 def backward(
     workspace: Tensor, grad_loss: Tensor, likes: list[tuple[torch.Size, torch.dtype] | None]
 ) -> list[Tensor | None]:
     """The gradients that have a shape and a dtype in `likes`, for logprobs, entropy and values."""
-    device = workspace.device
-    dtypes = [None if like is None else like[1] for like in likes]
-    others = {x for x in dtypes[:2] if x is not None} or {dtypes[2]}
-    value = next(iter(others)) if dtypes[2] is None else dtypes[2]
-    listed = len(others) == 1 and (value, *others) in _DTYPES
-    made = [
-        None if like is None else torch.empty(like[0], dtype=like[1] if listed else torch.float32, device=device)
-        for like in likes
-    ]
-    given = sum(flag for flag, x in zip(_WANTED, made, strict=True) if x is not None)
+    listed = _listed(*(None if like is None else like[1] for like in likes))
+    device, made, given = workspace.device, [], 0
+    for like, flag in zip(likes, _WANTED, strict=True):
+        x = None
+        if like is not None:
+            x = torch.empty(like[0], dtype=like[1] if listed else torch.float32, device=device)
+            given |= flag
+        made.append(x)
     d_logprobs, d_entropy, d_values = made
-    first = next(x for x in made if x is not None)
-    steps = first.numel()
+    other = d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy
+    steps = other.numel()
     if steps:
         with device_guard(workspace):
-            _loss_bwd_kernel[(triton.cdiv(steps, _SCALE_BLOCK),)](
+            _loss_bwd_kernel[(-(-steps // _SCALE_BLOCK),)](
                 workspace,
                 grad_loss,
-                first if d_logprobs is None else d_logprobs,
-                first if d_entropy is None else d_entropy,
-                first if d_values is None else d_values,
+                other,
+                other if d_entropy is None else d_entropy,
+                other if d_values is None else d_values,
                 given,
                 steps,
                 _SCALE_BLOCK,
                 **_SCALE,
             )
     return made if listed else [None if x is None else x.to(like[1]) for x, like in zip(made, likes, strict=True)]
+
+
+@functools.cache
+def _listed(logprobs: torch.dtype | None, entropy: torch.dtype | None, values: torch.dtype | None) -> bool:
+    """Whether _DTYPES has this mixture of gradients."""
+    others = {x for x in (logprobs, entropy) if x is not None} or {values}
+    return len(others) == 1 and (values or next(iter(others)), *others) in _DTYPES
 
 
 def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
@@ -330,6 +359,9 @@ def variants() -> list[Variant]:
         pointers = {"d_logprobs_ptr": _POINTERS[others], "d_entropy_ptr": _POINTERS[others]}
         types = _types(_loss_bwd_kernel, pointers | {"d_values_ptr": _POINTERS[of_values]})
         found.append(Variant(f"loss backward {name}", _loss_bwd_kernel, types, {"BLOCK": _SCALE_BLOCK}, _SCALE))
+    for pointer in _INDICES.values():
+        types = _types(_shares_kernel, {"mask_ptr": "*u1", "cu_seqlens_ptr": pointer})
+        found.append(Variant(f"loss shares {pointer[1:]}", _shares_kernel, types, {"BLOCK": _BLOCK}, _SHARES))
     for pointer in _DENOMINATORS.values():
         types = _types(_loss_reduce_kernel, {"denominator_ptr": pointer})
         title = f"loss reduce denominator {pointer[1:]}"

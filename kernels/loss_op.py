@@ -54,12 +54,30 @@ class LossOptions(NamedTuple):
     norm_length: float | None = None
 
 
+_INDICES = {name: i for i, name in enumerate(ALL_STATS)}
+_RATIOS = ALL_STATS[:5]
+
+
 def stat_names(policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions) -> list[str]:
     """The statistics that these inputs have, in the order in which both backends return them."""
-    ratios = (policy,) * 5
-    present = (*ratios, policy and o.dual_clip is not None, entropy, t.ref_logprobs is not None)
-    present += (value, value and o.value_clip is not None)
-    return [name for name, is_present in zip(ALL_STATS, present, strict=True) if is_present]
+    names = [*_RATIOS] if policy else []
+    if policy and o.dual_clip is not None:
+        names.append("dual_clip_fraction")
+    if entropy:
+        names.append("entropy")
+    if t.ref_logprobs is not None:
+        names.append("ref_kl")
+    if value:
+        names.append("value_loss")
+        if o.value_clip is not None:
+            names.append("value_clip_fraction")
+    return names
+
+
+def named_stats(stats: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The statistics with these names, from a tensor of the first or all of them."""
+    scalars = stats.unbind()
+    return {name: scalars[_INDICES[name]] for name in names}
 
 
 def refuse_double_backward() -> None:

@@ -205,7 +205,7 @@ def chunk_rows(N: int, *, dtype: torch.dtype, logits_dtype: torch.dtype, **optio
 
 
 def test_a_gpu_gets_chunks_that_reread_d_weight_too_often(monkeypatch):
-    monkeypatch.setattr(linear_chunks, "_widens", lambda device: True)
+    monkeypatch.setattr(linear_chunks, "product_path", lambda device, dtype: "widening")
     low, wide = torch.bfloat16, torch.float32
     assert chunk_rows(8192, dtype=low, logits_dtype=low) == 8192  # one chunk takes no more than two and d weight
     assert chunk_rows(8192, dtype=low, logits_dtype=wide) == 4096
@@ -216,6 +216,96 @@ def test_a_gpu_gets_chunks_that_reread_d_weight_too_often(monkeypatch):
     budget = 3 << 30
     rows = chunk_rows(8192, dtype=low, logits_dtype=wide, chunk_bytes=budget)
     assert 2048 <= rows <= budget // (128256 * 6)
+
+
+@pytest.fixture
+def without_widening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on ROCm, and with TunableOp: products of fp16 are rounded to fp16."""
+    monkeypatch.setattr(linear_chunks, "product_path", lambda device, dtype: "rounded")
+
+
+@pytest.mark.usefixtures("without_widening")
+def test_an_explicit_fp32_of_logits_is_honoured_where_no_product_widens(device):
+    x = make(6, V=50, device=device)
+    hidden, weight = x["hidden"].half(), x["weight"].half()
+    exact = reference.linear_logprobs(hidden.double(), weight.double(), x["tokens"])
+    wide = linear.linear_logprobs(hidden, weight, x["tokens"], logits_dtype=torch.float32)
+    torch.testing.assert_close(wide.double(), exact, rtol=0, atol=2e-6)
+    rounded = linear.linear_logprobs(hidden, weight, x["tokens"])
+    assert 1e-5 < (rounded - exact).abs().max() < 2e-2  # fp16 has 11 bits
+
+
+@pytest.mark.usefixtures("without_widening")
+def test_gradients_are_right_where_no_product_widens(device):
+    x = make(40, V=50, device=device)
+    hidden, weight = (x[n].half().requires_grad_() for n in ("hidden", "weight"))
+    linear.linear_logprobs(hidden, weight, x["tokens"], chunk_bytes=0).sum().backward()
+    h, w = (x[n].double().requires_grad_() for n in ("hidden", "weight"))
+    reference.linear_logprobs(h, w, x["tokens"]).sum().backward()
+    for actual, truth in ((hidden, h), (weight, w)):
+        assert (actual.grad - truth.grad).norm() < 5e-3 * truth.grad.norm()
+
+
+def test_the_plan_counts_the_rounded_product_of_d_weight(monkeypatch):
+    monkeypatch.setattr(linear_chunks, "product_path", lambda device, dtype: "rounded")
+    options = {"dtype": torch.bfloat16, "logits_dtype": None}
+    product = 128256 * 4096 * 2
+    rows = chunk_rows(8192, chunk_bytes=product + (1 << 30), **options)
+    assert 1 < rows <= (1 << 30) // (128256 * 4)
+    assert chunk_rows(8192, chunk_bytes=product, **options) == 1
+
+
+def test_a_device_without_widening_products_is_found_out():
+    """A CPU has none, in any form of the call."""
+    assert not linear_chunks._multiplies_into_fp32(torch.device("cpu"), torch.float16)
+    assert linear_chunks.product_path(torch.device("cpu"), torch.bfloat16) == "converted"
+    assert linear_chunks.product_path(torch.device("cpu"), torch.float32) == "exact"
+    assert linear_chunks.product_path(torch.device("meta"), torch.bfloat16) == "rounded"
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_fills_no_tensor(kernels, device):
+    hidden, weight, *rest = inputs(3, 4, V=50, device=device)
+    losses = kernels.linear_ppo_loss(hidden, weight, *rest)[0], kernels.linear_logprobs(hidden, weight, rest[0]).sum()
+    upstream = torch.ones((), device=device)
+    for loss in losses:
+        with Calls() as calls:
+            torch.autograd.grad(loss, (hidden, weight), upstream)
+        assert not [name for name in calls.names if "zero" in name or "ones" in name]
+
+
+def test_an_unused_loss_has_no_gradient(kernels, device):
+    hidden, weight, *rest = inputs(3, 4, V=50, device=device)
+    unused = kernels.linear_ppo_loss(hidden, weight, *rest)[0]
+    used = kernels.linear_ppo_loss(hidden, weight, *rest)[0]
+    torch.autograd.grad(used + unused.detach(), (hidden, weight))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.gpu
+def test_products_fall_back_with_tunable_op_or_fp16_accumulation(device):
+    x = make(6, V=50, D=64, device=device)
+    hidden, weight = x["hidden"].half(), x["weight"].half()
+    exact = reference.linear_logprobs(hidden.double(), weight.double(), x["tokens"])
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    torch.cuda.tunable.enable(True)
+    try:
+        logprobs = linear.linear_logprobs(hidden, weight, x["tokens"])
+    finally:
+        torch.cuda.tunable.enable(False)
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=5e-2)
 
 
 def gradients(loss: Tensor, *of: Tensor, **options) -> tuple[Tensor, ...]:
@@ -463,8 +553,9 @@ class Recorder:
             given = dict(zip(self.arg_names, args, strict=False))
             assert not given["has_bias"] or given["bias_ptr"].data_ptr() % 16 == 0
             types = {name: str(x.dtype) for name, x in given.items() if isinstance(x, Tensor)}
-            for name in ("statistics_ptr", "logits_ptr"):
-                given[name].zero_()
+            for name in ("logits_ptr", "logprobs_ptr", "entropy_ptr", "statistics_ptr"):
+                if name in given:
+                    given[name].zero_()
             self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
 
         return launch
