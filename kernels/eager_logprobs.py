@@ -165,7 +165,7 @@ def _forward(
         u.sub_(torch.amax(u, -1, keepdim=True, out=row_max))
         if temperature != 1:
             u.mul_(1 / temperature)
-        torch.gather(u, 1, chosen[chunk.rows], out=row_logp)
+        row_logp.copy_(u.gather(1, chosen[chunk.rows]))
         if with_entropy:
             e = torch.exp(u.clamp_(min=_NO_MASS), out=scratch[1][: chunk.size])
             _row_sum(e, log_sum)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 _Key = torch._C.DispatchKey
 _keys = torch._C._dispatch_keys
 _modes = torch._C._len_torch_dispatch_stack
-_tracer = torch._C._get_tracing_state
+jit_tracer = torch._C._get_tracing_state
 transforms_active = torch._C._are_functorch_transforms_active
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -31,7 +31,7 @@ def readable(first: Tensor, *others: Tensor | None) -> bool:
 
     Values of such tensors can also be looked at without waiting for a device.
     """
-    if not first.is_cpu or torch.compiler.is_compiling() or _modes() or _tracer() is not None:
+    if not first.is_cpu or torch.compiler.is_compiling() or _modes() or jit_tracer() is not None:
         return False
     for x in (first, *others):
         if x is None:
@@ -47,8 +47,10 @@ def readable(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """True if make_fx, jit.trace, functionalize or FakeTensorMode records or replaces what is computed."""
-    if _tracer() is not None or (_modes() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS)):
+    """True if make_fx, FakeTensorMode or a tensor's own dispatch records or replaces what is computed."""
+    if torch.compiler.is_compiling():
+        return False
+    if _modes() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
         return True
     return any(x is not None and type(x) not in PLAIN_TYPES and _keys(x).has(_Key.Python) for x in tensors)
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ppo_fast.kernels import memory
-from ppo_fast.kernels.memory import readable, transforms_active
+from ppo_fast.kernels.memory import jit_tracer, readable, transforms_active
 
 # Options that may be numbers in tensors. They are constants of the loss: no operation has a gradient for them.
 OPTIONS = frozenset(
@@ -53,9 +53,21 @@ def constants(operation: str, options: dict[str, Any]) -> None:
             )
 
 
+def compiled(operation: str, options: dict[str, Any]) -> None:
+    """What `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
+
+    Raises:
+        NotImplementedError: a level of forward-mode AD is open. Compiled code would lose the tangents.
+        TypeError: an option that requires a gradient.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{operation}: forward-mode AD is not supported: call backward")
+    constants(operation, options)
+
+
 def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     """True if no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
-    if transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active() or forward_ad._current_level >= 0 or jit_tracer() is not None:
         return False
     for x in args:
         if type(x) is Tensor or type(x) is Parameter:
@@ -76,10 +88,15 @@ def resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict
     """The arguments with every tensor made plain where that is possible.
 
     Raises:
-        NotImplementedError: a tensor belongs to a transform of torch.func, or has a tangent.
+        NotImplementedError: torch.jit.trace is active, a tensor belongs to a transform of torch.func or has a tangent.
         TypeError: a DTensor, or an option that requires a gradient.
     """
     bound, name = inspect.signature(operation).bind(*args, **options), operation.__name__
+    if jit_tracer() is not None:
+        raise NotImplementedError(
+            f"{name}: torch.jit.trace is not supported, since its graph would keep the lengths and the masks of this"
+            " call; use torch.compile or torch.export"
+        )
     for argument, x in bound.arguments.items():
         if isinstance(x, Tensor):
             memory.refuse_transformed(name, argument, x)

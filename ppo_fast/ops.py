@@ -6,9 +6,9 @@ also takes fp64) with any strides; arithmetic and results are fp32 (fp64 for fp6
 dtype. `backend` is "auto" (Triton for CUDA tensors, PyTorch elsewhere), "triton" or "torch". No operation waits for
 the device, except that linear_logprobs and linear_ppo_loss wait for the count of a mask unless num_counted gives it.
 
-Unusual tensors: a pending negation and efficient zeros are written out first. Where make_fx, jit.trace or
-FakeTensorMode records what happens, "auto" is the torch backend, and "triton" raises an error. Transforms of torch.func
-(vmap, grad, jvp, functionalize), forward-mode AD, DTensors, and options that require a gradient raise an error.
+Unusual tensors: a pending negation and efficient zeros are written out first. Under make_fx and FakeTensorMode "auto"
+is the torch backend, and "triton" raises an error. torch.jit.trace, transforms of torch.func (vmap, grad, jvp,
+functionalize), forward-mode AD, DTensors, and options that require a gradient raise an error.
 """
 
 import functools
@@ -29,7 +29,8 @@ KLEstimator = Literal["k1", "k2", "k3", "abs"]
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 _HAS_TRITON = find_spec("triton") is not None
-_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class LossOutput(NamedTuple):
@@ -64,17 +65,17 @@ def uses_triton(backend: Backend, first: Tensor, *others: Tensor | None) -> bool
         return False
     checks.one_of("backend", backend, ("auto", "triton", "torch"))
     double = first.dtype is torch.float64 or any(x is not None and x.dtype is torch.float64 for x in others)
-    recorded = not torch.compiler.is_compiling() and memory.traced(first, *others)
+    traced = memory.traced(first, *others)
     if backend == "auto":
-        return not double and not recorded
+        return not double and not traced
     if not _HAS_TRITON:
         raise RuntimeError("backend='triton' needs the triton package, which is not installed; use backend='torch'")
     if double:
         raise TypeError("backend='triton' computes in fp32 and takes no fp64 tensors; use backend='torch'")
-    if recorded:
+    if traced:
         raise RuntimeError(
-            "backend='triton' cannot run under make_fx, jit.trace, functionalize or FakeTensorMode, which do not record"
-            " the launch of a kernel; use backend='torch', or torch.compile"
+            "backend='triton' cannot run under make_fx or FakeTensorMode, which do not record the launch of a kernel;"
+            " use backend='torch', or torch.compile"
         )
     if not first.is_cuda:
         from ppo_fast.kernels import launch
@@ -93,7 +94,7 @@ def _operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
     @functools.wraps(function)
     def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if torch.compiler.is_compiling():
-            checks.constants(function.__name__, kwargs)
+            checks.compiled(function.__name__, kwargs)
         elif not checks.ordinary(args, kwargs):
             bound = checks.resolved(function, args, kwargs)
             return function(*bound.args, **bound.kwargs)
@@ -789,6 +790,11 @@ def _check_head(
     if logits_dtype is not None and logits_dtype not in (torch.float32, hidden.dtype):
         raise ValueError(
             f"logits_dtype must be torch.float32 or the dtype of hidden, {hidden.dtype}; got {logits_dtype}"
+        )
+    if mask is not None and memory.traced(hidden, mask):
+        raise NotImplementedError(
+            "mask is not supported under make_fx and FakeTensorMode, since the number of rows would depend on its"
+            " values; use torch.compile, or drop the masked rows first"
         )
     if num_counted is not None:
         if mask is None:
