@@ -27,7 +27,7 @@ def _numba_is_there() -> bool:
 
 
 def _compiled_loops_take(*tensors: Tensor | None) -> bool:
-    if not _numba_is_there():
+    if torch.compiler.is_compiling() or not _numba_is_there():
         return False
     from ppo_fast.kernels import cpu_advantages
 

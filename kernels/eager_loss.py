@@ -317,7 +317,7 @@ def _is_small(
 ) -> bool:
     """Whether one compiled loop can do it."""
     first = values if logprobs is None else logprobs
-    if first is None or not first.is_cpu or not _numba_is_there():
+    if first is None or not first.is_cpu or torch.compiler.is_compiling() or not _numba_is_there():
         return False
     from ppo_fast.kernels import cpu_loss
 

@@ -7,6 +7,7 @@ is put into words after it has failed.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,10 +88,17 @@ def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 def resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
     """The arguments with every tensor made plain where that is possible.
 
+    After a graph break torch.compile would trace this function on its own, and would not see tangents.
+
     Raises:
         NotImplementedError: torch.jit.trace is active, a tensor belongs to a transform of torch.func or has a tangent.
         TypeError: a DTensor, or an option that requires a gradient.
     """
+    resolve = torch.compiler.disable(_resolved) if "torch._dynamo" in sys.modules else _resolved
+    return resolve(operation, args, options)
+
+
+def _resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
     bound, name = inspect.signature(operation).bind(*args, **options), operation.__name__
     if jit_tracer() is not None:
         raise NotImplementedError(
