@@ -263,8 +263,10 @@ class _Loss(torch.autograd.Function):
         return loss, *ordered
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 7
         saved = ctx.saved_tensors
         out: list[Tensor | None] = [None, None, None]
         for i in range(3):
@@ -302,8 +304,10 @@ class _SmallLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 6
         return *(None if x is None else x * grad_loss for x in ctx.gradients), None, None, None
 
 
