@@ -4,7 +4,7 @@ Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t
 are C callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
 fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. Compiling takes about half a
 second, once per machine: the machine code is cached on disk where a cache directory can be written. The caller makes
-sure that every tensor may be read by address (memory.readable).
+sure that every tensor may be read by address (memory.addressable).
 
 Bytes: every input is read once and both outputs are written once.
 """

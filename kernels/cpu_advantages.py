@@ -19,7 +19,7 @@ from numba import types
 from torch import Tensor
 
 from ppo_fast.kernels.cpu import in_threads, shares
-from ppo_fast.kernels.memory import readable
+from ppo_fast.kernels.memory import addressable
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
@@ -216,7 +216,7 @@ def takes(*tensors: Tensor | None) -> bool:
             continue
         if x.dtype not in (torch.float32, torch.bool) or not x.is_contiguous() or x.numel() == 0:
             return False
-    return readable(*tensors)
+    return addressable(*tensors)
 
 
 def shape_rewards(

@@ -19,7 +19,7 @@ from numba import types
 from torch import Tensor
 
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors
-from ppo_fast.kernels.memory import readable
+from ppo_fast.kernels.memory import addressable
 
 _KINDS = ("k1", "k2", "k3", "abs")
 _POLICY, _VALUE, _MASK, _ENTROPY, _VALUE_CLIP = (1 << bit for bit in range(5))
@@ -225,7 +225,7 @@ def takes(
     for x in given:
         if not ((x.dtype is torch.float32 or x is t.mask) and x.is_contiguous()):
             return False
-    return readable(*given, o.denominator if isinstance(o.denominator, Tensor) else None)
+    return addressable(*given, o.denominator if isinstance(o.denominator, Tensor) else None)
 
 
 def _aggregation(o: LossOptions, T: int) -> tuple[float, float, int]:

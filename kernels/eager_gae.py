@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.kernels.gae_op import public_function
-from ppo_fast.kernels.memory import readable
+from ppo_fast.kernels.memory import addressable, readable
 
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
@@ -239,7 +239,7 @@ def _gae(
     options = mask, terminated, truncated, bootstrap, final_values, cu_seqlens
     rest = gamma, lam, *options, 0 if time_major else 1
     by_row = [x for x in (gamma, lam) if isinstance(x, Tensor)]
-    if _numba_is_there() and readable(rewards, values, *options, *by_row):
+    if _numba_is_there() and addressable(rewards, values, *options, *by_row):
         from ppo_fast.kernels import cpu
 
         cpu.gae(rewards, values, advantages, returns, *rest)

@@ -35,7 +35,7 @@ class _Chunk(NamedTuple):
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether Python may read values: without waiting for a device, and without fixing them in a recorded graph."""
+    """Whether Python may look at values, to skip rows that do not count."""
     return readable(x)
 
 

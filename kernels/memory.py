@@ -26,10 +26,10 @@ _TRANSFORMS = {
 _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FUNCTIONAL", "FAKE"))
 
 
-def readable(first: Tensor, *others: Tensor | None) -> bool:
+def addressable(first: Tensor, *others: Tensor | None) -> bool:
     """True if the memory of all tensors may be read by address: plain, strided, on the CPU, and not traced.
 
-    Values of such tensors can also be looked at without waiting for a device.
+    False in every dispatch mode: a mode that only observes would miss what is read and written here.
     """
     if not first.is_cpu or torch.compiler.is_compiling() or _modes() or jit_tracer() is not None:
         return False
@@ -53,6 +53,11 @@ def traced(*tensors: Tensor | None) -> bool:
     if _modes() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
         return True
     return any(x is not None and type(x) not in PLAIN_TYPES and _keys(x).has(_Key.Python) for x in tensors)
+
+
+def readable(x: Tensor) -> bool:
+    """True if Python may look at values: without waiting for a device, and without fixing them in a recorded graph."""
+    return x.is_cpu and not torch.compiler.is_compiling() and jit_tracer() is None and not traced(x)
 
 
 def refuse_transformed(operation: str, argument: str, x: Tensor) -> None:

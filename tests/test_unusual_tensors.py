@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ppo_fast as ppo
 from ppo_fast import checks, doctor
-from ppo_fast.kernels.memory import readable
+from ppo_fast.kernels.memory import addressable
 
 CPU = torch.device("cpu")
 ALL = list(doctor.CHECKS)
@@ -119,23 +119,23 @@ NOT_PLAIN = {
 
 @pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN.keys())
 def test_plain_tensors_may_be_read_by_address(make):
-    assert readable(make())
-    assert readable(torch.zeros(1), None, make())
+    assert addressable(make())
+    assert addressable(torch.zeros(1), None, make())
 
 
 @pytest.mark.parametrize("make", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_that_are_not_plain_are_left_to_pytorch(make):
     x = make()
-    assert not readable(x)
-    assert not readable(torch.zeros(1), x)
+    assert not addressable(x)
+    assert not addressable(torch.zeros(1), x)
 
 
 def test_nothing_is_read_by_address_while_it_is_traced_or_transformed():
     found = []
 
     def look(x):
-        found.append(readable(x))
+        found.append(addressable(x))
         return x + 1
 
     x = torch.randn(4)
