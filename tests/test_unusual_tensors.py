@@ -207,20 +207,6 @@ def test_logits_in_slices_need_no_helper_on_the_default_device():
         assert torch.equal(ppo.token_logprobs(logits, tokens), expected)
 
 
-def test_the_rollout_buffer_is_filled_whatever_the_default_device_is():
-    pytest.importorskip("stable_baselines3")
-    from gymnasium import spaces
-
-    from ppo_fast.integrations.sb3 import RolloutBuffer
-
-    buffer = RolloutBuffer(32, spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2), device="cpu", n_envs=16)
-    buffer.rewards[:] = 1
-    last = torch.zeros(16)
-    with default_device("meta"):
-        buffer.compute_returns_and_advantage(last, np.zeros(16))
-    assert np.isfinite(buffer.returns).all()
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_a_subclass_that_adds_nothing_counts_as_its_tensor(name):
     given = inputs()
