@@ -261,7 +261,7 @@ def forward(
     inputs = (logprobs, t.old_logprobs, t.advantages, t.weights, t.ref_logprobs, entropy)
     inputs += (values, t.old_values, t.returns)
     gradients = tuple(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
-    loss, stats = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((), num_stats))
+    loss, stats = first.new_empty(()), first.new_empty(num_stats)
     pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, t.mask)]
     scalars = (1 - o.clip_low, 1 + o.clip_high, o.log_ratio_clamp, o.dual_clip or 0.0, o.value_clip or 0.0)
     scalars += (o.value_coef, o.entropy_coef, o.kl_coef, denominator, norm)

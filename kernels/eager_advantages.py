@@ -74,8 +74,17 @@ def shape_rewards(
     if _compiled_loops_take(scores, logprobs, ref_logprobs, mask):
         from ppo_fast.kernels import cpu_advantages
 
-        options = {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "score_clip": score_clip, "reward_at": reward_at}
-        return cpu_advantages.shape_rewards(scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, **options)
+        return cpu_advantages.shape_rewards(
+            scores,
+            logprobs,
+            ref_logprobs,
+            mask,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            score_clip=score_clip,
+            reward_at=reward_at,
+            clamp=_LOG_RATIO_CLAMP,
+        )
     dtype = float_dtype(scores, logprobs, ref_logprobs)
     with torch.no_grad():
         kl = _kl(_real(logprobs, dtype), _real(ref_logprobs, dtype), kl_estimator)
