@@ -441,7 +441,7 @@ def gae(
     options, kept = 0, [rewards, values, advantages, returns]
     for place, bit, flag in ((2, _MASK, mask), (3, _TERMINATED, terminated), (4, _TRUNCATED, truncated)):
         if flag is not None:
-            x = flag if flag.element_size() == 1 else flag != 0
+            x = flag if flag.dtype is torch.bool else flag != 0
             options, pointers[place], strides[2 * place : 2 * place + 2] = options | bit, x.data_ptr(), x.stride()
             kept.append(x)
     if final_values is not None:
@@ -456,7 +456,7 @@ def gae(
     if cu_seqlens is not None:
         rows = len(cu_seqlens) - 1
     columns = rows > _FEW_ROWS and strides[-2] == 1 and cu_seqlens is None
-    double = values.dtype == torch.float64
+    double = values.dtype is torch.float64
     scan, _ = _compiled(columns, double)
     scalars = (0.0 if options & _GAMMAS else gamma, 0.0 if options & _LAMS else lam, T)
     parts = shares(rows, steps, cu_seqlens)

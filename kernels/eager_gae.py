@@ -215,11 +215,11 @@ def _gae(
     if steps == 0:
         return torch.empty_like(values, dtype=dtype), torch.empty_like(values, dtype=dtype)
     T = shape[0 if time_major else -1]
-    flat = (T, steps // T) if time_major else (steps // T, T)
     rows = steps // T if cu_seqlens is None else len(cu_seqlens) - 1
     if truncated is None:
         final_values = None
     if len(shape) != 2:
+        flat = (T, steps // T) if time_major else (steps // T, T)
         flags = (x if x is None else x.reshape(flat) for x in (mask, terminated, truncated, final_values))
         mask, terminated, truncated, final_values = flags
         rewards, values = rewards.reshape(flat), values.reshape(flat)

@@ -1,4 +1,4 @@
-"""token_logprobs in plain PyTorch, for a CPU and any device without Triton: reference.token_logprobs, lean.
+"""token_logprobs in plain PyTorch, for a CPU and any device without Triton: reference.token_logprobs.
 
 The rows of [..., V] are taken a chunk at a time into a scratch buffer that stays in cache, and all arithmetic happens
 there in place, in fp32 (fp64 for fp64). So the logits are read once forward and once backward, the gradient is written

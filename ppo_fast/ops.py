@@ -514,13 +514,18 @@ def gae(
         if time_major:
             raise ValueError("time_major and cu_seqlens exclude each other: packed tensors have one dimension")
         rows = (len(cu_seqlens) - 1,)
-    checks.discount("gamma", gamma, rows, place)
-    checks.discount("lam", lam, rows, place)
-    mask = checks.flag("mask", mask, shape, place, "rewards")
-    terminated = checks.flag("terminated", terminated, shape, place, "rewards")
-    truncated = checks.flag("truncated", truncated, shape, place, "rewards")
-    if truncated is not None and final_values is None:
-        raise ValueError("truncated needs final_values, the values of the observations before each reset")
+    if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
+        checks.discount("gamma", gamma, rows, place)
+    if isinstance(lam, Tensor) or not 0 <= lam <= 1:
+        checks.discount("lam", lam, rows, place)
+    if mask is not None:
+        mask = checks.flag("mask", mask, shape, place, "rewards")
+    if terminated is not None:
+        terminated = checks.flag("terminated", terminated, shape, place, "rewards")
+    if truncated is not None:
+        truncated = checks.flag("truncated", truncated, shape, place, "rewards")
+        if final_values is None:
+            raise ValueError("truncated needs final_values, the values of the observations before each reset")
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
@@ -712,8 +717,10 @@ def rlhf_advantages(
     counted = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
     checks.matching("values", values, logprobs, "logprobs")
     rows, place = scores.shape[:1], scores.device
-    checks.discount("gamma", gamma, rows, place)
-    checks.discount("lam", lam, rows, place)
+    if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
+        checks.discount("gamma", gamma, rows, place)
+    if isinstance(lam, Tensor) or not 0 <= lam <= 1:
+        checks.discount("lam", lam, rows, place)
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
