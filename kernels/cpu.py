@@ -3,7 +3,8 @@
 Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t (see eager_advantages.py). The kernels
 are C callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
 fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. Compiling takes about half a
-second, once per machine: the machine code is cached on disk where a cache directory can be written.
+second, once per machine: the machine code is cached on disk where a cache directory can be written. The caller makes
+sure that every tensor may be read by address (memory.addressable).
 
 Bytes: every input is read once and both outputs are written once.
 """
@@ -363,7 +364,7 @@ def shares(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thread: 
         return [0, rows]
     if cu_seqlens is None:
         return [rows * i // workers for i in range(workers + 1)]
-    wanted = torch.tensor([steps * i // workers for i in range(1, workers)])
+    wanted = torch.tensor([steps * i // workers for i in range(1, workers)], device="cpu")
     return [0, *torch.searchsorted(cu_seqlens[:-1], wanted).tolist(), rows]
 
 
@@ -409,7 +410,6 @@ def gae(
     values: Tensor,  # of the same dtype, as are all floating tensors here
     advantages: Tensor,  # outputs, with equal strides
     returns: Tensor,
-    *,
     gamma: float | Tensor,  # or [rows], contiguous
     lam: float | Tensor,
     mask: Tensor | None,  # bool or any 0/1 dtype, as the other flags
@@ -420,52 +420,52 @@ def gae(
     cu_seqlens: Tensor | None,  # [S + 1] int64, contiguous
     time: int,
 ) -> None:
-    """Write advantages and returns, as eager_gae.py describes them. Every tensor is on the CPU."""
+    """Writes advantages and returns, as eager_gae.py describes them."""
     rows, T = rewards.shape if time else reversed(rewards.shape)
     steps = rows * T
-    options, pointers, strides, kept = 0, [], [], [rewards, values, advantages, returns, final_values]
-    for bit, x in (
-        (0, rewards),
-        (0, values),
-        (_MASK, mask),
-        (_TERMINATED, terminated),
-        (_TRUNCATED, truncated),
-        (0, final_values),
-        (0, advantages),
-        (0, returns),
-    ):
-        if x is None:
-            pointers.append(0)
-            strides += (0, 0)
-            continue
-        if bit:
-            options |= bit
-            if x.element_size() != 1:
-                x = x != 0
+    pointers = [
+        rewards.data_ptr(),
+        values.data_ptr(),
+        0,
+        0,
+        0,
+        0,
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        0,
+        0,
+        0,
+        0,
+    ]
+    strides = [*rewards.stride(), *values.stride(), 0, 0, 0, 0, 0, 0, 0, 0, *advantages.stride()]
+    options, kept = 0, [rewards, values, advantages, returns]
+    for place, bit, flag in ((2, _MASK, mask), (3, _TERMINATED, terminated), (4, _TRUNCATED, truncated)):
+        if flag is not None:
+            x = flag if flag.dtype is torch.bool else flag != 0
+            options, pointers[place], strides[2 * place : 2 * place + 2] = options | bit, x.data_ptr(), x.stride()
             kept.append(x)
-        pointers.append(x.data_ptr())
-        strides += x.stride() if time else reversed(x.stride())
-    for bit, x in ((_BOOTSTRAP, bootstrap), (_GAMMAS, gamma), (_LAMS, lam), (_PACKED, cu_seqlens)):
+    if final_values is not None:
+        pointers[5], strides[10:12] = final_values.data_ptr(), final_values.stride()
+        kept.append(final_values)
+    for place, bit, x in ((8, _BOOTSTRAP, bootstrap), (9, _GAMMAS, gamma), (10, _LAMS, lam), (11, _PACKED, cu_seqlens)):
         if isinstance(x, Tensor):
-            options |= bit
-            pointers.append(x.data_ptr())
+            options, pointers[place] = options | bit, x.data_ptr()
             kept.append(x)
-        else:
-            pointers.append(0)
+    if not time:
+        strides[::2], strides[1::2] = strides[1::2], strides[::2]
     if cu_seqlens is not None:
         rows = len(cu_seqlens) - 1
     columns = rows > _FEW_ROWS and strides[-2] == 1 and cu_seqlens is None
-    double = values.dtype == torch.float64
+    double = values.dtype is torch.float64
     scan, _ = _compiled(columns, double)
     scalars = (0.0 if options & _GAMMAS else gamma, 0.0 if options & _LAMS else lam, T)
     parts = shares(rows, steps, cu_seqlens)
     workers, block_bytes = len(parts) - 1, _BLOCK * (8 if double else 4)
-    scratch = torch.empty(workers * 2 * block_bytes, dtype=torch.uint8) if columns else None
+    scratch = torch.empty(workers * 2 * block_bytes, dtype=torch.uint8, device="cpu") if columns else None
     scratch_ptr = 0 if scratch is None else scratch.data_ptr()
-    kept.append(scratch)
 
-    def work(share: int, _kept: list[object] = kept) -> None:  # an interrupted caller must not free what it reads
+    def work(share: int, _kept: object = (kept, scratch)) -> None:  # an interrupted caller must not free what it reads
         state = scratch_ptr + 2 * share * block_bytes
-        scan(*pointers, state, state + block_bytes, *scalars, parts[share], parts[share + 1], options, *strides[:-2])
+        scan(*pointers, state, state + block_bytes, *scalars, parts[share], parts[share + 1], options, *strides)
 
     in_threads(work, workers, workers)

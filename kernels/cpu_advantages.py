@@ -19,6 +19,7 @@ from numba import types
 from torch import Tensor
 
 from ppo_fast.kernels.cpu import in_threads, shares
+from ppo_fast.kernels.memory import addressable
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
@@ -209,18 +210,13 @@ def _compiled(name: str) -> tuple[Callable[..., None], Any]:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the loops can do it: plain contiguous fp32 tensors and bool masks on a CPU, with something in them."""
-    return all(
-        x is None
-        or (
-            type(x) in (Tensor, torch.nn.Parameter)  # not fake, not sharded
-            and x.is_cpu
-            and x.dtype in (torch.float32, torch.bool)
-            and x.is_contiguous()
-            and x.numel() > 0
-        )
-        for x in tensors
-    )
+    """Whether the loops can do it: contiguous fp32 tensors and bool masks, not empty, that may be read by address."""
+    for x in tensors:
+        if x is None:
+            continue
+        if x.dtype not in (torch.float32, torch.bool) or not x.is_contiguous() or x.numel() == 0:
+            return False
+    return addressable(*tensors)
 
 
 def shape_rewards(

@@ -18,7 +18,8 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors, stat_names
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors
+from ppo_fast.kernels.memory import addressable
 
 _KINDS = ("k1", "k2", "k3", "abs")
 _POLICY, _VALUE, _MASK, _ENTROPY, _VALUE_CLIP = (1 << bit for bit in range(5))
@@ -215,19 +216,16 @@ def _compiled() -> tuple[Callable[..., None], Any]:
 def takes(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
 ) -> bool:
-    """Whether `forward` can do it: small contiguous fp32 tensors on a CPU."""
+    """Whether `forward` can do it: small contiguous fp32 tensors that may be read by address."""
     first = values if logprobs is None else logprobs
     assert first is not None
-    if not first.is_cpu or not 0 < first.numel() <= MOST or t.value_mask is not None or t.cu_seqlens is not None:
+    if not 0 < first.numel() <= MOST or t.value_mask is not None or t.cu_seqlens is not None:
         return False
-    if isinstance(o.denominator, Tensor) and not (type(o.denominator) is Tensor and o.denominator.is_cpu):
-        return False
-    for x in (logprobs, entropy, values, *t):  # not fake, not sharded
-        if x is not None and not (type(x) in (Tensor, torch.nn.Parameter) and x.is_contiguous()):
+    given = [x for x in (logprobs, entropy, values, *t) if x is not None]
+    for x in given:
+        if not ((x.dtype is torch.float32 or x is t.mask) and x.is_contiguous()):
             return False
-        if x is not None and x.dtype is not torch.float32 and x is not t.mask:
-            return False
-    return True
+    return addressable(*given, o.denominator if isinstance(o.denominator, Tensor) else None)
 
 
 def _aggregation(o: LossOptions, T: int) -> tuple[float, float, int]:
@@ -250,6 +248,7 @@ def forward(
     values: Tensor | None,
     t: LossTensors,
     o: LossOptions,
+    num_stats: int,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """loss, statistics in the order of loss_op.stat_names, and the gradients by logprobs, entropy and values."""
     first = values if logprobs is None else logprobs
@@ -262,8 +261,7 @@ def forward(
     inputs = (logprobs, t.old_logprobs, t.advantages, t.weights, t.ref_logprobs, entropy)
     inputs += (values, t.old_values, t.returns)
     gradients = tuple(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
-    names = stat_names(logprobs is not None, entropy is not None, values is not None, t, o)
-    loss, stats = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((), len(names)))
+    loss, stats = first.new_empty(()), first.new_empty(num_stats)
     pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, t.mask)]
     scalars = (1 - o.clip_low, 1 + o.clip_high, o.log_ratio_clamp, o.dual_clip or 0.0, o.value_clip or 0.0)
     scalars += (o.value_coef, o.entropy_coef, o.kl_coef, denominator, norm)

@@ -18,6 +18,7 @@ from ppo_fast.kernels.eager_gae import float_dtype, gae
 __all__ = ["gae", "masked_whiten", "merge_over_group", "rlhf_advantages", "shape_rewards"]
 
 _LOG_RATIO_CLAMP = 20.0  # as in reference.kl_estimate
+_STATISTICS = ("score_mean", "reward_mean", "kl_mean", "return_mean", "advantage_mean", "advantage_std")
 
 
 @cache
@@ -73,8 +74,17 @@ def shape_rewards(
     if _compiled_loops_take(scores, logprobs, ref_logprobs, mask):
         from ppo_fast.kernels import cpu_advantages
 
-        options = {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "score_clip": score_clip, "reward_at": reward_at}
-        return cpu_advantages.shape_rewards(scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, **options)
+        return cpu_advantages.shape_rewards(
+            scores,
+            logprobs,
+            ref_logprobs,
+            mask,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            score_clip=score_clip,
+            reward_at=reward_at,
+            clamp=_LOG_RATIO_CLAMP,
+        )
     dtype = float_dtype(scores, logprobs, ref_logprobs)
     with torch.no_grad():
         kl = _kl(_real(logprobs, dtype), _real(ref_logprobs, dtype), kl_estimator)
@@ -134,8 +144,6 @@ def _whiten(
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whitened x, and mean and standard deviation (unbiased or not) of what came in."""
-    if _compiled_loops_take(x, mask):
-        return _whiten_compiled(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
     count, mean, m2, centred = _moments(x, mask, group)
     variance = m2 / (count - int(unbiased)).clamp(min=1)
     scale = torch.where(count > 1, torch.rsqrt(variance + float(eps)), 1).to(x.dtype)
@@ -154,21 +162,22 @@ def _whiten_compiled(
     eps: float,
     group: dist.ProcessGroup | None,
     in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_whiten` by compiled loops."""
+) -> tuple[Tensor, float, float]:
+    """`_whiten` by compiled loops, with mean and standard deviation as numbers."""
     from ppo_fast.kernels import cpu_advantages
 
     count, mean, m2 = cpu_advantages.moments(x, mask)
     if group is not None:
         count, mean, m2 = (
-            y.item() for y in merge_over_group(*torch.tensor((count, mean, m2), dtype=torch.float64), group)
+            y.item()
+            for y in merge_over_group(*torch.tensor((count, mean, m2), dtype=torch.float64, device="cpu"), group)
         )
     variance = m2 / max(count - int(unbiased), 1.0)
     spread = math.sqrt(variance + float(eps))
     scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread
     shift = 0.0 if shift_mean else mean
     whitened = cpu_advantages.scaled(x, mask, mean=mean, scale=scale, shift=shift, in_place=in_place)
-    return whitened, torch.tensor(mean), torch.tensor(math.sqrt(variance))
+    return whitened, mean, math.sqrt(variance)
 
 
 def masked_whiten(
@@ -181,9 +190,11 @@ def masked_whiten(
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """reference.masked_whiten without a graph; with `group`, count, mean and variance are those of all its ranks."""
+    how = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
+    if _compiled_loops_take(x, mask):
+        return _whiten_compiled(x, mask, **how)[0]
     with torch.no_grad():
-        x = _real(x, float_dtype(x))
-        return _whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)[0]
+        return _whiten(_real(x, float_dtype(x)), mask, **how)[0]
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
@@ -218,7 +229,7 @@ def rlhf_advantages(
     if compiled:
         from ppo_fast.kernels import cpu_advantages
 
-        sums = torch.empty(len(mask), len(cpu_advantages.SUMS), dtype=torch.float64)
+        sums = torch.empty(len(mask), len(cpu_advantages.SUMS), dtype=torch.float64, device="cpu")
         rewards, kl, *longer = cpu_advantages.shape_rewards(
             scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, sums=sums, **shaping
         )
@@ -226,22 +237,23 @@ def rlhf_advantages(
         rewards, kl, *longer = shape_rewards(scores, logprobs, ref_logprobs, mask, **shaping)
     steps = longer[0] if longer else mask
     advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
+    stats: Sequence[Tensor]
     with torch.no_grad():
         if compiled:
-            whitened, mean, std = _whiten_compiled(advantages, mask, in_place=whiten, **whitening)
+            whitened, *spread = _whiten_compiled(advantages, mask, in_place=whiten, **whitening)
             means = _compiled_means(sums, returns, steps if longer else None)
+            stats = torch.tensor((*means, *spread), dtype=torch.float32, device="cpu").unbind()
         else:
             whitened, mean, std = _whiten(advantages, mask, **whitening)
             rows, score = mask.any(-1), _real(scores, rewards.dtype)
             score = torch.where(rows if score.ndim == 1 else mask, score, 0)
-            means = [_mean(score, rows), _mean(rewards, rows), _mean(kl, mask), _mean(returns, steps)]
+            stats = _mean(score, rows), _mean(rewards, rows), _mean(kl, mask), _mean(returns, steps), mean, std
         if not whiten:
             whitened = torch.where(mask, advantages, 0) if longer else advantages
-    stats = dict(zip(("score_mean", "reward_mean", "kl_mean", "return_mean"), means, strict=True))
-    return whitened, returns, rewards, kl, {**stats, "advantage_mean": mean, "advantage_std": std}
+    return whitened, returns, rewards, kl, dict(zip(_STATISTICS, stats, strict=True))
 
 
-def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> Sequence[Tensor]:
+def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> list[float]:
     """Scores and rewards per row, KL per token, returns per step; returns are 0 where nothing counts.
 
     sums [B, len(SUMS)] are those of cpu_advantages.shape_rewards; steps are those of the mask if not given.
@@ -252,4 +264,4 @@ def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> Sequ
     count = tokens if steps is None else int(steps.sum())
     total = cpu_advantages.total(returns)
     parts = ((scores, rows), (rewards, rows), (kl, tokens), (total, count))
-    return torch.tensor([x / max(n, 1) for x, n in parts]).unbind()
+    return [x / max(n, 1) for x, n in parts]

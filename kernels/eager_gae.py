@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.kernels.gae_op import public_function
+from ppo_fast.kernels.memory import addressable, readable
 
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
@@ -134,7 +135,7 @@ def _gae_vectorised(
         gain += torch.where(cut, decay * end_value, 0)
     if cut is not None:
         decay.masked_fill_(cut, 0)
-    careful = not gain.is_cpu or not gain.sum().isfinite()
+    careful = not readable(gain) or not gain.sum().isfinite()
     following = _suffix_scan(decay, gain, behind_the_end, time=time, careful=careful)
     if end_value is not None:
         following = torch.where(cut, end_value, following)
@@ -147,10 +148,8 @@ def _gae_vectorised(
         returns.masked_fill_(~mask, 0)
 
 
-def _per_row(x: float | Tensor, rows: int, dtype: torch.dtype) -> float | Tensor:
-    """A Python float, or a contiguous [rows] tensor."""
-    if not isinstance(x, Tensor):
-        return float(x)
+def _per_row(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """A contiguous [rows] tensor from one number, or from one for each row."""
     x = x.detach().to(dtype)
     return (x.expand(rows) if x.ndim == 0 else x.reshape(rows)).contiguous()
 
@@ -160,7 +159,6 @@ def _gae_torch(
     values: Tensor,
     advantages: Tensor,
     returns: Tensor,
-    *,
     gamma: float | Tensor,
     lam: float | Tensor,
     mask: Tensor | None,
@@ -213,42 +211,41 @@ def _gae(
     time_major: bool,
 ) -> tuple[Tensor, Tensor]:
     shape, steps = values.shape, values.numel()
-    dtype = float_dtype(rewards, values)
+    dtype = values.dtype if values.dtype is rewards.dtype is torch.float32 else float_dtype(rewards, values)
     if steps == 0:
         return torch.empty_like(values, dtype=dtype), torch.empty_like(values, dtype=dtype)
     T = shape[0 if time_major else -1]
-    flat = (T, steps // T) if time_major else (steps // T, T)
     rows = steps // T if cu_seqlens is None else len(cu_seqlens) - 1
     if truncated is None:
         final_values = None
     if len(shape) != 2:
+        flat = (T, steps // T) if time_major else (steps // T, T)
         flags = (x if x is None else x.reshape(flat) for x in (mask, terminated, truncated, final_values))
         mask, terminated, truncated, final_values = flags
         rewards, values = rewards.reshape(flat), values.reshape(flat)
-
-    def real(x: Tensor) -> Tensor:
-        return x if x.dtype == dtype else x.detach().to(dtype)
-
-    rewards, values = real(rewards), real(values)
-    options = {
-        "gamma": _per_row(gamma, rows, dtype),
-        "lam": _per_row(lam, rows, dtype),
-        "mask": mask,
-        "terminated": terminated,
-        "truncated": truncated,
-        "bootstrap": None if bootstrap is None else _per_row(bootstrap, rows, dtype),
-        "final_values": None if final_values is None else real(final_values),
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long().contiguous(),
-        "time": 0 if time_major else 1,
-    }
+    if rewards.dtype is not dtype:
+        rewards = rewards.detach().to(dtype)
+    if values.dtype is not dtype:
+        values = values.detach().to(dtype)
+    if final_values is not None:
+        final_values = final_values.detach().to(dtype)
+    gamma = _per_row(gamma, rows, dtype) if isinstance(gamma, Tensor) else float(gamma)
+    lam = _per_row(lam, rows, dtype) if isinstance(lam, Tensor) else float(lam)
+    if bootstrap is not None:
+        bootstrap = _per_row(bootstrap, rows, dtype)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.long().contiguous()
     advantages, returns = torch.empty_like(values), torch.empty_like(values)  # with its strides: time-major stays so
-    if values.is_cpu and _numba_is_there():
+    options = mask, terminated, truncated, bootstrap, final_values, cu_seqlens
+    rest = gamma, lam, *options, 0 if time_major else 1
+    by_row = [x for x in (gamma, lam) if isinstance(x, Tensor)]
+    if _numba_is_there() and addressable(rewards, values, *options, *by_row):
         from ppo_fast.kernels import cpu
 
-        cpu.gae(rewards, values, advantages, returns, **options)
+        cpu.gae(rewards, values, advantages, returns, *rest)
     else:
         with torch.no_grad():
-            _gae_torch(rewards.detach(), values.detach(), advantages, returns, **options)
+            _gae_torch(rewards.detach(), values.detach(), advantages, returns, *rest)
     return (advantages, returns) if len(shape) == 2 else (advantages.reshape(shape), returns.reshape(shape))
 
 

@@ -1,4 +1,4 @@
-"""token_logprobs in plain PyTorch, for a CPU and any device without Triton: reference.token_logprobs, lean.
+"""token_logprobs in plain PyTorch, for a CPU and any device without Triton: reference.token_logprobs.
 
 The rows of [..., V] are taken a chunk at a time into a scratch buffer that stays in cache, and all arithmetic happens
 there in place, in fp32 (fp64 for fp64). So the logits are read once forward and once backward, the gradient is written
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.kernels.logprobs_op import allocate, compute_dtype, make_backend, run
+from ppo_fast.kernels.memory import readable
 
 # What a chunk may take; on a CPU so much per thread, since the two chunks of an entropy should stay in its cache.
 CHUNK_BYTES, CPU_CHUNK_BYTES = 8 << 20, 1 << 20
@@ -34,8 +35,8 @@ class _Chunk(NamedTuple):
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether Python may read values without waiting for a device."""
-    return x.device.type == "cpu"
+    """Whether Python may look at values, to skip rows that do not count."""
+    return readable(x)
 
 
 def _row_count(logits: Tensor) -> int:
@@ -53,6 +54,15 @@ def _mergeable(*tensors: Tensor) -> bool:
     return True
 
 
+def _unravelled(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The indices of an element of a tensor of that shape."""
+    indices = []
+    for size in reversed(shape):
+        place, index = divmod(place, size)
+        indices.append(index)
+    return tuple(reversed(indices))
+
+
 def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chunk]:
     """All rows that have to be looked at, chunk by chunk."""
     step, N = _row_count(logits), logits.shape[:-1].numel()
@@ -64,7 +74,7 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
     inner = 1 if logits.ndim < 2 else logits.shape[-2]
     if counted is None and not merged and 2 * inner >= min(step, N):  # a slice [:, a:b] has long runs of neighbours
         for first in range(0, N, inner):
-            outer = tuple(i.item() for i in torch.unravel_index(torch.tensor(first // inner), logits.shape[:-2]))
+            outer = _unravelled(first // inner, logits.shape[:-2])
             for start in range(0, inner, step):
                 size = min(step, inner - start)
                 rows = slice(first + start, first + start + size)
@@ -155,7 +165,7 @@ def _forward(
         u.sub_(torch.amax(u, -1, keepdim=True, out=row_max))
         if temperature != 1:
             u.mul_(1 / temperature)
-        torch.gather(u, 1, chosen[chunk.rows], out=row_logp)
+        row_logp.copy_(u.gather(1, chosen[chunk.rows]))
         if with_entropy:
             e = torch.exp(u.clamp_(min=_NO_MASS), out=scratch[1][: chunk.size])
             _row_sum(e, log_sum)

@@ -259,11 +259,14 @@ class _Loss(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, values)]
         ordered = [stats[name] for name in names]
         ctx.mark_non_differentiable(*ordered)
+        ctx.set_materialize_grads(False)
         return loss, *ordered
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 7
         saved = ctx.saved_tensors
         out: list[Tensor | None] = [None, None, None]
         for i in range(3):
@@ -291,17 +294,21 @@ class _SmallLoss(torch.autograd.Function):
         values: Tensor | None,
         t: LossTensors,
         o: LossOptions,
+        num_stats: int,
     ) -> tuple[Tensor, Tensor]:
         from ppo_fast.kernels import cpu_loss
 
-        loss, stats, ctx.gradients = cpu_loss.forward(logprobs, entropy, values, t, o)
+        loss, stats, ctx.gradients = cpu_loss.forward(logprobs, entropy, values, t, o, num_stats)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        return *(None if x is None else x * grad_loss for x in ctx.gradients), None, None
+        if grad_loss is None:
+            return (None,) * 6
+        return *(None if x is None else x * grad_loss for x in ctx.gradients), None, None, None
 
 
 @cache
@@ -326,7 +333,7 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     names = stat_names(logprobs is not None, entropy is not None, values is not None, t, o)
     if _is_small(logprobs, entropy, values, t, o):
-        loss, stats = _SmallLoss.apply(logprobs, entropy, values, t, o)
+        loss, stats = _SmallLoss.apply(logprobs, entropy, values, t, o, len(names))
         return loss, dict(zip(names, stats.unbind(), strict=True))
     if torch.compiler.is_compiling():
         o = _traceable(o, (values if logprobs is None else logprobs).device)

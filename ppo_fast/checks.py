@@ -1,16 +1,117 @@
-"""Argument checks of the public operations: every error names the argument, what was expected and what came.
+"""Argument checks of the public operations: every error names the argument, the expected and the actual value.
 
-Shapes, dtypes, devices and Python values are always checked. Values inside tensors are checked on a CPU only: on a GPU
-the check would have to wait for the device, and under torch.compile there are no values yet.
+Shapes, dtypes, devices and Python values are always checked. Values inside tensors are checked only where that costs
+nothing but a little time (`readable`): on a GPU the check would have to wait for the device, and while a graph is
+recorded there are no values yet. Valid arguments take the shortest way: a check is one condition, and what it expects
+is put into words after it has failed.
 """
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from ppo_fast.kernels import memory
+from ppo_fast.kernels.memory import jit_tracer, readable, transforms_active
+
+# Options that may be numbers in tensors. They are constants of the loss: no operation has a gradient for them.
+OPTIONS = frozenset(
+    [
+        "clip",
+        "clip_high",
+        "clip_low",
+        "denominator",
+        "dual_clip",
+        "entropy_coef",
+        "eps",
+        "gamma",
+        "kl_coef",
+        "lam",
+        "log_ratio_clamp",
+        "logit_scale",
+        "norm_length",
+        "score_clip",
+        "softcap",
+        "temperature",
+        "value_clip",
+        "value_coef",
+    ]
+)
 
 
-def readable(x: Tensor) -> bool:
-    """True where looking at a tensor's values costs nothing but a little time."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def constants(operation: str, options: dict[str, Any]) -> None:
+    """Raises TypeError for an option that requires a gradient, which it would not get."""
+    for name, x in options.items():
+        if isinstance(x, Tensor) and name in OPTIONS and x.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{operation}: {name} is a constant and gets no gradient, but the tensor requires one; pass"
+                f" {name}.detach() or a number"
+            )
+
+
+def compiled(operation: str, options: dict[str, Any]) -> None:
+    """What `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
+
+    Raises:
+        NotImplementedError: a level of forward-mode AD is open. Compiled code would lose the tangents.
+        TypeError: an option that requires a gradient.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{operation}: forward-mode AD is not supported: call backward")
+    constants(operation, options)
+
+
+def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """True if no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
+    if transforms_active() or forward_ad._current_level >= 0 or jit_tracer() is not None:
+        return False
+    for x in args:
+        if type(x) is Tensor or type(x) is Parameter:
+            if x.is_neg() or x._is_zerotensor():
+                return False
+        elif x is not None and isinstance(x, Tensor):
+            return False
+    for name, x in options.items():
+        if type(x) is Tensor or type(x) is Parameter:
+            if x.is_neg() or x._is_zerotensor() or (name in OPTIONS and x.requires_grad):
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return True
+
+
+def resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
+    """The arguments with every tensor made plain where that is possible.
+
+    After a graph break torch.compile would trace this function on its own, and would not see tangents.
+
+    Raises:
+        NotImplementedError: torch.jit.trace is active, a tensor belongs to a transform of torch.func or has a tangent.
+        TypeError: a DTensor, or an option that requires a gradient.
+    """
+    resolve = torch.compiler.disable(_resolved) if "torch._dynamo" in sys.modules else _resolved
+    return resolve(operation, args, options)
+
+
+def _resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
+    bound, name = inspect.signature(operation).bind(*args, **options), operation.__name__
+    if jit_tracer() is not None:
+        raise NotImplementedError(
+            f"{name}: torch.jit.trace is not supported, since its graph would keep the lengths and the masks of this"
+            " call; use torch.compile or torch.export"
+        )
+    for argument, x in bound.arguments.items():
+        if isinstance(x, Tensor):
+            memory.refuse_transformed(name, argument, x)
+            memory.refuse_distributed(name, argument, x)
+            bound.arguments[argument] = memory.plain(x)
+    constants(name, options)
+    return bound
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -20,7 +121,7 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be floating point (fp16, bf16, fp32 or fp64), got {x.dtype}")
 
 
-def shape(name: str, x: Tensor, expected: torch.Size, like: str) -> None:
+def shape(name: str, x: Tensor, expected: tuple[int, ...], like: str) -> None:
     if x.shape != expected:
         raise ValueError(f"{name} must have the shape of {like}, {tuple(expected)}; got {tuple(x.shape)}")
 
@@ -37,15 +138,27 @@ def matching(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
     device(name, x, like.device, like_name)
 
 
-def flag(name: str, x: Tensor | None, expected: torch.Size, like: Tensor, like_name: str) -> Tensor | None:
+def alike(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device, *tensors: Tensor | None) -> bool:
+    """True if all tensors are of that shape, dtype and device; `matching` says which one may not be used otherwise."""
+    for x in tensors:
+        if x is not None and not (
+            isinstance(x, Tensor) and x.dtype is dtype and x.shape == shape and x.device == place
+        ):
+            return False
+    return True
+
+
+def flag(name: str, x: Tensor | None, expected: tuple[int, ...], place: torch.device, like: str) -> Tensor | None:
     """A mask or another 0/1 tensor as bool; numbers are converted."""
     if x is None:
         return None
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a bool tensor, got {type(x).__name__}")
-    shape(name, x, expected, like_name)
-    device(name, x, like.device, like_name)
-    if x.dtype == torch.bool:
+    if x.shape != expected:
+        shape(name, x, expected, like)
+    if x.device != place:
+        device(name, x, place, like)
+    if x.dtype is torch.bool:
         return x
     if readable(x) and not bool(((x == 0) | (x == 1)).all()):
         raise ValueError(f"{name} must be bool, or hold only 0 and 1; got other values in a {x.dtype} tensor")
@@ -53,23 +166,26 @@ def flag(name: str, x: Tensor | None, expected: torch.Size, like: Tensor, like_n
 
 
 def token_ids(
-    tokens: Tensor, mask: Tensor | None, expected: torch.Size, like: Tensor, like_name: str, size: int
+    tokens: Tensor, mask: Tensor | None, expected: tuple[int, ...], place: torch.device, like: str, size: int
 ) -> None:
     """int32 or int64 ids of the given shape; on a CPU each counted one must lie in [0, size)."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+    if not isinstance(tokens, Tensor) or (tokens.dtype is not torch.int64 and tokens.dtype is not torch.int32):
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be an int32 or int64 tensor, got {got}")
-    shape("tokens", tokens, expected, like_name)
-    device("tokens", tokens, like.device, like_name)
-    if readable(tokens) and tokens.numel():
-        outside = (tokens < 0) | (tokens >= size)
-        if mask is not None:
-            outside = outside & mask
-        if outside.any():
-            raise IndexError(
-                f"tokens must lie in [0, {size}) wherever the mask counts, got {int(tokens[outside][0])}"
-                f" (and {int(outside.sum()) - 1} more)"
-            )
+    if tokens.shape != expected:
+        shape("tokens", tokens, expected, like)
+    if tokens.device != place:
+        device("tokens", tokens, place, like)
+    if not readable(tokens) or not tokens.numel():
+        return
+    outside = (tokens < 0) | (tokens >= size)
+    if mask is not None:
+        outside = outside & mask
+    if outside.any():
+        raise IndexError(
+            f"tokens must lie in [0, {size}) wherever the mask counts, got {int(tokens[outside][0])}"
+            f" (and {int(outside.sum()) - 1} more)"
+        )
 
 
 def positive(name: str, x: float) -> None:
@@ -87,13 +203,13 @@ def one_of(name: str, x: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {x!r}")
 
 
-def discount(name: str, x: float | Tensor, rows: torch.Size, like: Tensor) -> None:
+def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.device) -> None:
     """gamma or lam: a float in [0, 1], or a tensor of them, one for each row."""
     if isinstance(x, Tensor):
         floating(name, x)
         if x.ndim:
             shape(name, x, rows, "the rows")
-        device(name, x, like.device, "rewards")
+        device(name, x, place, "rewards")
         inside = not readable(x) or bool(((x >= 0) & (x <= 1)).all())
     else:
         inside = 0 <= x <= 1

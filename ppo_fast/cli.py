@@ -130,7 +130,9 @@ def build_parser() -> tuple[_Parser, _Parser]:
     recipe.add_argument("name", nargs="?", metavar="NAME", help="which; without it they are listed")
     recipe.add_argument("folder", nargs="?", metavar="FOLDER", help="where to (default: NAME)")
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
-    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
+    form = doctor.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the same as JSON, with a hash of each compiled kernel")
+    form.add_argument("--report", action="store_true", help="print a report for an issue, with these hashes")
     return parser, train
 
 
@@ -251,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "doctor":
         from ppo_fast import doctor
 
-        return doctor.main(as_json=arguments.json)
+        return doctor.main(as_json=arguments.json, report=arguments.report)
     if arguments.command in ("label", "recipe"):
         try:
             return (_label if arguments.command == "label" else _recipe)(arguments)

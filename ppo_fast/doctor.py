@@ -1,12 +1,15 @@
 """ppo-fast doctor: what this machine will run, and whether each operation is right on it.
 
-Every operation runs on this very machine and is compared, forward and gradients, with `kernels/reference.py` in fp64.
-Its error may be at most twice that of the reference in the same dtype, plus 1e-6 of the largest value for rounding
-where the reference happens to be exact.
+Every public operation runs on this machine, on every backend and in every dtype that it has, and is compared, forward
+and gradients, with `kernels/reference.py` in fp64. Its error may be at most twice that of the reference in the same
+dtype, plus 1e-6 of the largest value for rounding where the reference happens to be exact.
 """
 
+import hashlib
 import json
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,17 +23,27 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.kernels import reference
 
-PACKAGES = ("torch", "triton", "numba", "transformers", "flash-attn", "peft", "gymnasium")
+PACKAGES = ("ppo_fast", "torch", "triton", "numba", "transformers", "flash-attn", "peft", "gymnasium")
 SLACK = 1e-6
 
 Inputs = dict[str, Tensor]
 Operations = Any  # ppo_fast itself or the reference: both have the same functions
 
 
+class Kernel(NamedTuple):
+    """A compiled kernel: SHA-256 of its binary, in which the paths of the source files are, and of its PTX without."""
+
+    name: str
+    num_warps: int
+    binary: str
+    ptx: str
+
+
 class Check(NamedTuple):
     """One operation in one dtype: its largest error against fp64 over all results, and the bound for it."""
 
     operation: str
+    device: str
     backend: str
     dtype: str
     error: float
@@ -39,28 +52,30 @@ class Check(NamedTuple):
     note: str = ""
 
 
-def make_inputs(device: torch.device) -> Inputs:
+def make_inputs(device: torch.device, *, B: int = 5, T: int = 37, V: int = 1003, D: int = 48) -> Inputs:
     """Random tensors of awkward sizes in fp64, with a mask that has gaps and -inf in the logits."""
-    generator = torch.Generator().manual_seed(0)
-    B, T, V, D = 5, 37, 1003, 48
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
+
+    def flags(share: float) -> Tensor:
+        return (torch.rand(B, T, generator=generator, device="cpu") < share).to(device)
 
     logits = 3 * normal(B, T, V)
     logits[..., 7::100] = -torch.inf
-    mask = (torch.rand(B, T, generator=generator) < 0.8).to(device)
+    mask = flags(0.8)
     mask[1] = False
-    tokens = torch.randint(0, V // 100 * 100, (B, T), generator=generator).to(device)
+    tokens = torch.randint(0, V // 100 * 100, (B, T), generator=generator, device="cpu").to(device)
     tokens += tokens % 100 == 7
-    ends = (torch.rand(B, T, generator=generator) < 0.1).to(device)
+    ends = flags(0.1)
     logprobs = -normal(B, T).abs()
     return {
         "logits": logits,
         "tokens": tokens,
         "mask": mask,
         "ends": ends,
-        "cuts": (torch.rand(B, T, generator=generator) < 0.1).to(device),
+        "cuts": flags(0.1),
         "hidden": normal(B, T, D),
         "weight": normal(V, D) / D**0.5,
         "logprobs": logprobs,
@@ -75,7 +90,7 @@ def make_inputs(device: torch.device) -> Inputs:
         "scores": normal(B),
         "bootstrap": normal(B),
         "final_values": normal(B, T),
-        "cu_seqlens": torch.tensor([0, 40, 40, 100, B * T], device=device),
+        "cu_seqlens": torch.tensor([0, B * T // 5, B * T // 5, B * T // 2, B * T], device=device),
     }
 
 
@@ -163,7 +178,6 @@ CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "linear_logprobs": (_linear_logprobs, ("hidden", "weight")),
     "linear_ppo_loss": (_linear_ppo_loss, ("hidden", "weight")),
 }
-NO_KERNEL = ("shape_rewards", "masked_whiten", "rlhf_advantages")  # PyTorch on every device
 
 
 def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
@@ -174,8 +188,8 @@ def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **op
     outputs = list(run(ops, cast, **options))
     if not leaves:
         return outputs
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    generator = torch.Generator("cpu").manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y) for y in outputs]
     total = sum(
         ((w * y).sum() for w, y in zip(weights, outputs, strict=True)), start=torch.zeros_like(weights[0].sum())
     )
@@ -184,14 +198,14 @@ def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **op
 
 def check(name: str, inputs: Inputs, dtype: torch.dtype, backend: str) -> Check:
     """Runs one operation and compares it with the reference in fp64 on the same rounded inputs."""
-    label = str(dtype).removeprefix("torch.")
+    label, device = str(dtype).removeprefix("torch."), inputs["mask"].device.type
     rounded = {key: x.to(dtype).double() if x.is_floating_point() else x for key, x in inputs.items()}
     truth = results(name, reference, rounded, torch.float64)
     eager = results(name, reference, rounded, dtype)
     try:
         actual = results(name, ppo, rounded, dtype, backend=backend)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError) as failure:
-        return Check(name, backend, label, float("inf"), 0.0, False, f"{type(failure).__name__}: {failure}")
+    except Exception as failure:  # whatever a compiler or driver raises is a finding, and the others still run
+        return Check(name, device, backend, label, float("inf"), 0.0, False, f"{type(failure).__name__}: {failure}")
     worst, worst_bound, passed = 0.0, 0.0, True
     for a, e, t in zip(actual, eager, truth, strict=True):
         error = (a.double() - t).abs().max().item()
@@ -199,23 +213,57 @@ def check(name: str, inputs: Inputs, dtype: torch.dtype, backend: str) -> Check:
         passed = passed and error <= bound  # a NaN never passes
         if error / bound >= worst / max(worst_bound, 1e-300) or error != error:
             worst, worst_bound = error, bound
-    return Check(name, backend, label, worst, worst_bound, passed)
+    return Check(name, device, backend, label, worst, worst_bound, passed)
+
+
+def plan() -> list[tuple[str, str, torch.dtype]]:
+    """Device, backend and dtype of all checks: everything that this machine has."""
+    places = [("cpu", "torch")]
+    if torch.cuda.is_available():
+        places += [("cuda", "triton")] if find_spec("triton") else []
+        places += [("cuda", "torch")]
+    return [(*place, dtype) for place in places for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 def examine() -> list[Check]:
-    """Every operation in every dtype and backend that this machine has."""
-    cpu = make_inputs(torch.device("cpu"))
-    plan = [(cpu, torch.float32, "torch")]
-    if torch.cuda.is_available():
-        gpu = make_inputs(torch.device("cuda"))
-        plan += [(gpu, dtype, "triton") for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-        plan += [(gpu, torch.float32, "torch")]
-    return [
-        check(name, inputs, dtype, backend)
-        for inputs, dtype, backend in plan
-        for name in CHECKS
-        if not (backend == "triton" and name in NO_KERNEL)
-    ]
+    """Every operation on every device and backend and in every dtype that this machine has."""
+    planned = plan()
+    inputs = {device: make_inputs(torch.device(device)) for device, _, _ in planned}
+    return [check(name, inputs[device], dtype, backend) for device, backend, dtype in planned for name in CHECKS]
+
+
+def compiled_kernels() -> list[Kernel]:
+    """The kernels that this process has compiled for a GPU; none where Triton's interpreter runs them."""
+    if not find_spec("triton"):
+        return []
+    from triton.runtime.jit import JITFunction
+
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("ppo_fast.kernels.")]
+    functions = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
+    found = []
+    for function in functions.values():
+        for cache, *_ in function.device_caches.values():  # of each device: variants, then what launches need
+            for kernel in cache.values():
+                binary = kernel.asm.get("cubin") or kernel.asm.get("hsaco") or b""
+                ptx = kernel.asm.get("ptx") or kernel.asm.get("amdgcn") or ""
+                code = "\n".join(x for x in ptx.partition(".section")[0].splitlines() if not _names_a_file(x))
+                hashes = (hashlib.sha256(x).hexdigest() for x in (binary, code.encode()))
+                found.append(Kernel(kernel.metadata.name, kernel.metadata.num_warps, *hashes))
+    return sorted(found)
+
+
+def _names_a_file(line: str) -> bool:
+    """True for the lines of an assembly that depend on where the source files are."""
+    return line.lstrip().startswith((".file", ".loc", "//"))
+
+
+def _driver() -> str:
+    """Version of the GPU's driver."""
+    if not shutil.which("nvidia-smi"):
+        return "unknown (no nvidia-smi)"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    return found[0] if found else "unknown"
 
 
 def describe() -> dict[str, str]:
@@ -228,9 +276,10 @@ def describe() -> dict[str, str]:
             facts[package] = "not installed"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        facts["gpu"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, cc {properties.major}.{properties.minor}"
-        )
+        facts["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        architecture = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
+        facts["architecture"] = f"{architecture}, compute capability {properties.major}.{properties.minor}"
+        facts["driver"] = f"{_driver()}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
         facts["operations"] = "Triton kernels for CUDA tensors" if find_spec("triton") else "PyTorch (no triton)"
     else:
         facts["gpu"] = "none"
@@ -244,22 +293,53 @@ def describe() -> dict[str, str]:
     return facts
 
 
-def main(*, as_json: bool) -> int:
-    """Prints facts and checks; 1 if a check fails."""
+def _print_facts(facts: dict[str, str]) -> None:
+    for name, fact in facts.items():
+        print(f"{name:14} {fact}")
+
+
+def _print_checks(checks: list[Check], seconds: float) -> None:
+    print(f"\n{'operation':17} {'device':6} {'backend':8} {'dtype':9} {'error':>9} {'bound':>9}  verdict")
+    for c in checks:
+        verdict = "right" if c.passed else f"WRONG {c.note}"
+        print(f"{c.operation:17} {c.device:6} {c.backend:8} {c.dtype:9} {c.error:9.1e} {c.bound:9.1e}  {verdict}")
+    right = sum(c.passed for c in checks)
+    print(f"\n{right} of {len(checks)} checks are right ({seconds:.1f} s)")
+
+
+def _print_kernels(kernels: list[Kernel]) -> None:
+    """The first 16 digits of each hash."""
+    if not kernels:
+        print("\nno GPU: no compiled kernels")
+        return
+    print(f"\n{'kernel':32} {'warps':>5} {'SHA-256 of binary':18} and of its PTX")
+    for kernel in kernels:
+        print(f"{kernel.name:32} {kernel.num_warps:5} {kernel.binary[:16]:18} {kernel.ptx[:16]}")
+
+
+def main(*, as_json: bool, report: bool = False) -> int:
+    """Prints facts and checks; 1 if a check fails. A report has the compiled kernels too, and can be pasted."""
     start = time.perf_counter()
     facts, checks = describe(), examine()
     seconds = time.perf_counter() - start
-    failed = [c for c in checks if not c.passed]
+    kernels = compiled_kernels()
+    passed = all(c.passed for c in checks)
     if as_json:
-        record = {"machine": facts, "checks": [c._asdict() for c in checks], "seconds": seconds, "passed": not failed}
+        record = {
+            "machine": facts,
+            "checks": [c._asdict() for c in checks],
+            "kernels": [x._asdict() for x in kernels],
+            "seconds": seconds,
+            "passed": passed,
+        }
         json.dump(record, sys.stdout, indent=2)
         print()
-        return 1 if failed else 0
-    for name, fact in facts.items():
-        print(f"{name:14} {fact}")
-    print(f"\n{'operation':17} {'backend':8} {'dtype':9} {'error':>9} {'bound':>9}  verdict")
-    for c in checks:
-        verdict = "right" if c.passed else f"WRONG {c.note}"
-        print(f"{c.operation:17} {c.backend:8} {c.dtype:9} {c.error:9.1e} {c.bound:9.1e}  {verdict}")
-    print(f"\n{len(checks) - len(failed)} of {len(checks)} checks are right ({seconds:.1f} s)")
-    return 1 if failed else 0
+        return 0 if passed else 1
+    if report:
+        print("```")
+    _print_facts(facts)
+    _print_checks(checks, seconds)
+    if report:
+        _print_kernels(kernels)
+        print("```")
+    return 0 if passed else 1

@@ -1,20 +1,26 @@
-"""The public operations of ppo_fast: each checks its arguments, then hands them to one backend.
+"""The public operations of ppo_fast: each checks its arguments and calls one backend.
 
 Shared by all: B sequences, T steps, V vocabulary, N tokens, S packed sequences. `mask` is True where a step counts,
-and what stands elsewhere never reaches a result, not even NaN. Inputs are fp16, bf16, fp32 (the torch backend also
-takes fp64) with any strides; arithmetic and results are fp32 (fp64 for fp64), gradients come back in the input's
+and the value at a masked position never reaches a result, not even NaN. Inputs are fp16, bf16, fp32 (the torch backend
+also takes fp64) with any strides; arithmetic and results are fp32 (fp64 for fp64), gradients come back in the input's
 dtype. `backend` is "auto" (Triton for CUDA tensors, PyTorch elsewhere), "triton" or "torch". No operation waits for
-the device.
+the device, except that linear_logprobs and linear_ppo_loss wait for the count of a mask unless num_counted gives it.
+
+Unusual tensors: a pending negation and efficient zeros are written out first. Under make_fx and FakeTensorMode "auto"
+is the torch backend, and "triton" raises an error. torch.jit.trace, transforms of torch.func (vmap, grad, jvp,
+functionalize), forward-mode AD, DTensors, and options that require a gradient raise an error.
 """
 
+import functools
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ppo_fast import checks
-from ppo_fast.kernels import eager_advantages, eager_linear, eager_logprobs, eager_loss
+from ppo_fast.kernels import eager_advantages, eager_linear, eager_logprobs, eager_loss, memory
 
 Backend = Literal["auto", "triton", "torch"]
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -23,6 +29,8 @@ KLEstimator = Literal["k1", "k2", "k3", "abs"]
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 _HAS_TRITON = find_spec("triton") is not None
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 class LossOutput(NamedTuple):
@@ -51,30 +59,51 @@ class AdvantageOutput(NamedTuple):
     stats: dict[str, Tensor]
 
 
-def uses_triton(backend: Backend, *tensors: Tensor | None) -> bool:
-    """True if `backend` means the Triton kernels for these tensors; says why where it cannot."""
-    checks.one_of("backend", backend, ("auto", "triton", "torch"))
-    if backend == "torch":
+def uses_triton(backend: Backend, first: Tensor, *others: Tensor | None) -> bool:
+    """True if `backend` means the Triton kernels for these tensors; raises an error where it cannot."""
+    if backend == "torch" or (backend == "auto" and not (first.is_cuda and _HAS_TRITON)):
         return False
-    given = [x for x in tensors if x is not None]
-    double = any(x.dtype == torch.float64 for x in given)
+    checks.one_of("backend", backend, ("auto", "triton", "torch"))
+    double = first.dtype is torch.float64 or any(x is not None and x.dtype is torch.float64 for x in others)
+    traced = memory.traced(first, *others)
     if backend == "auto":
-        return _HAS_TRITON and given[0].is_cuda and not double
+        return not double and not traced
     if not _HAS_TRITON:
         raise RuntimeError("backend='triton' needs the triton package, which is not installed; use backend='torch'")
     if double:
         raise TypeError("backend='triton' computes in fp32 and takes no fp64 tensors; use backend='torch'")
-    if not given[0].is_cuda:
+    if traced:
+        raise RuntimeError(
+            "backend='triton' cannot run under make_fx or FakeTensorMode, which do not record the launch of a kernel;"
+            " use backend='torch', or torch.compile"
+        )
+    if not first.is_cuda:
         from ppo_fast.kernels import launch
 
         if not launch.interpreting():
             raise RuntimeError(
-                f"backend='triton' needs CUDA tensors, got {given[0].device}; use backend='torch', or set"
+                f"backend='triton' needs CUDA tensors, got {first.device}; use backend='torch', or set"
                 " TRITON_INTERPRET=1 before the first import to run the kernels slowly on a CPU"
             )
     return True
 
 
+def _operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A public operation, which receives plain tensors: see `checks.resolved`."""
+
+    @functools.wraps(function)
+    def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            checks.compiled(function.__name__, kwargs)
+        elif not checks.ordinary(args, kwargs):
+            bound = checks.resolved(function, args, kwargs)
+            return function(*bound.args, **bound.kwargs)
+        return function(*args, **kwargs)
+
+    return operation
+
+
+@_operation
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,
@@ -112,12 +141,14 @@ def token_logprobs(
     [-0.6931, -0.4076, 0.6931, 0.8324]
     """
     checks.floating("logits", logits)
-    if logits.ndim < 1 or not logits.shape[-1]:
-        raise ValueError(f"logits must have shape [..., V] with V > 0, got {tuple(logits.shape)}")
-    rows = logits.shape[:-1]
-    mask = checks.flag("mask", mask, rows, logits, "logits without its last dimension")
-    checks.token_ids(tokens, mask, rows, logits, "logits without its last dimension", logits.shape[-1])
-    checks.positive("temperature", temperature)
+    shape = logits.shape
+    if not shape or not shape[-1]:
+        raise ValueError(f"logits must have shape [..., V] with V > 0, got {tuple(shape)}")
+    rows, place = shape[:-1], logits.device
+    mask = checks.flag("mask", mask, rows, place, "logits without its last dimension")
+    checks.token_ids(tokens, mask, rows, place, "logits without its last dimension", shape[-1])
+    if not temperature > 0:
+        checks.positive("temperature", temperature)
     kernel = eager_logprobs
     if uses_triton(backend, logits):
         from ppo_fast.kernels import logprobs as kernel  # type: ignore[no-redef]
@@ -126,6 +157,7 @@ def token_logprobs(
     )
 
 
+@_operation
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -179,58 +211,59 @@ def policy_loss(
     (-1.1, 0.5)
     """
     checks.floating("logprobs", logprobs)
-    options = dict(
+    _check_policy(logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights, entropy_coef, kl_coef)
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
+    mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
+    kernel = eager_loss
+    if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
+    loss, stats = kernel.policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
         log_ratio_clamp=log_ratio_clamp,
+        entropy=entropy,
         entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
+        weights=weights,
         aggregation=aggregation,
         denominator=denominator,
         norm_length=norm_length,
         cu_seqlens=cu_seqlens,
     )
-    mask = _check_policy(logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights, **options)
-    kernel = eager_loss
-    if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
-        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
-    optional = dict(entropy=entropy, ref_logprobs=ref_logprobs, weights=weights)
-    return LossOutput(*kernel.policy_loss(logprobs, old_logprobs, advantages, mask, **optional, **options))
+    return LossOutput(loss, stats)
 
 
 def _check_policy(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    mask: Tensor | None,
     entropy: Tensor | None,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    log_ratio_clamp: float,
     entropy_coef: float,
     kl_coef: float,
-    kl_estimator: str,
-    **aggregation,
-) -> Tensor | None:
-    """Checks what all policy losses share; the mask as bool."""
-    checks.matching("old_logprobs", old_logprobs, logprobs, "logprobs")
-    checks.matching("advantages", advantages, logprobs, "logprobs")
-    for name, x in (("entropy", entropy), ("ref_logprobs", ref_logprobs), ("weights", weights)):
-        if x is not None:
-            checks.matching(name, x, logprobs, "logprobs")
-    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+) -> None:
+    """Checks the tensors of the policy loss, and that bonus and penalty have what they need."""
+    same = logprobs.shape, logprobs.dtype, logprobs.device
+    given = old_logprobs is not None and advantages is not None
+    if not given or not checks.alike(*same, old_logprobs, advantages, entropy, ref_logprobs, weights):
+        checks.matching("old_logprobs", old_logprobs, logprobs, "logprobs")
+        checks.matching("advantages", advantages, logprobs, "logprobs")
+        for name, x in (("entropy", entropy), ("ref_logprobs", ref_logprobs), ("weights", weights)):
+            if x is not None:
+                checks.matching(name, x, logprobs, "logprobs")
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy, which was not given")
     if ref_logprobs is None and kl_coef != 0:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
-    check_aggregation(logprobs, "logprobs", **aggregation)
-    return checks.flag("mask", mask, logprobs.shape, logprobs, "logprobs")
 
 
 def check_policy_options(
@@ -238,25 +271,30 @@ def check_policy_options(
 ) -> None:
     if not 0 <= clip_low <= 1:
         raise ValueError(f"clip_low must lie in [0, 1], got {clip_low}")
-    checks.not_negative("clip_high", clip_high)
+    if not clip_high >= 0:
+        checks.not_negative("clip_high", clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
-    checks.positive("log_ratio_clamp", log_ratio_clamp)
-    checks.one_of("kl_estimator", kl_estimator, _KL_ESTIMATORS)
+    if not log_ratio_clamp > 0:
+        checks.positive("log_ratio_clamp", log_ratio_clamp)
+    if kl_estimator not in _KL_ESTIMATORS:
+        checks.one_of("kl_estimator", kl_estimator, _KL_ESTIMATORS)
 
 
 def check_aggregation(
     x: Tensor,
     name: str,
-    *,
     aggregation: str,
     denominator: float | Tensor | None,
     norm_length: float | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    checks.one_of("aggregation", aggregation, _AGGREGATIONS)
-    checks.cu_seqlens(cu_seqlens, x, name)
-    checks.denominator(denominator, aggregation, x)
+    if aggregation not in _AGGREGATIONS:
+        checks.one_of("aggregation", aggregation, _AGGREGATIONS)
+    if cu_seqlens is not None:
+        checks.cu_seqlens(cu_seqlens, x, name)
+    if denominator is not None:
+        checks.denominator(denominator, aggregation, x)
     if norm_length is not None:
         checks.positive("norm_length", norm_length)
         if aggregation != "seq-mean-token-sum-norm":
@@ -267,6 +305,7 @@ def check_aggregation(
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
 
 
+@_operation
 def value_loss(
     values: Tensor,
     old_values: Tensor | None,
@@ -300,43 +339,38 @@ def value_loss(
     """
     checks.floating("values", values)
     _check_value(values, old_values, returns, clip)
-    check_aggregation(
+    check_aggregation(values, "values", aggregation, denominator, norm_length, cu_seqlens)
+    mask = checks.flag("mask", mask, values.shape, values.device, "values")
+    kernel = eager_loss
+    if uses_triton(backend, values, old_values, returns):
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
+    loss, stats = kernel.value_loss(
         values,
-        "values",
+        old_values,
+        returns,
+        mask,
+        clip=clip,
         aggregation=aggregation,
         denominator=denominator,
         norm_length=norm_length,
         cu_seqlens=cu_seqlens,
     )
-    mask = checks.flag("mask", mask, values.shape, values, "values")
-    kernel = eager_loss
-    if uses_triton(backend, values, old_values, returns):
-        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
-    return LossOutput(
-        *kernel.value_loss(
-            values,
-            old_values,
-            returns,
-            mask,
-            clip=clip,
-            aggregation=aggregation,
-            denominator=denominator,
-            norm_length=norm_length,
-            cu_seqlens=cu_seqlens,
-        )
-    )
+    return LossOutput(loss, stats)
 
 
 def _check_value(values: Tensor, old_values: Tensor | None, returns: Tensor, clip: float | None) -> None:
-    checks.matching("returns", returns, values, "values")
-    if old_values is not None:
-        checks.matching("old_values", old_values, values, "values")
+    if returns is None or not checks.alike(values.shape, values.dtype, values.device, returns, old_values):
+        checks.matching("returns", returns, values, "values")
+        if old_values is not None:
+            checks.matching("old_values", old_values, values, "values")
     if clip is not None:
-        checks.not_negative("the value clip", clip)
+        if not clip >= 0:
+            checks.not_negative("the value clip", clip)
         if old_values is None:
             raise ValueError(f"a value clip of {clip} needs old_values, which is None")
 
 
+@_operation
 def ppo_loss(
     logprobs: Tensor,
     values: Tensor,
@@ -386,47 +420,48 @@ def ppo_loss(
     (-1.0, 1.0)
     """
     checks.floating("logprobs", logprobs)
-    options = dict(
+    _check_policy(logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights, entropy_coef, kl_coef)
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
+    mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
+    checks.matching("values", values, logprobs, "logprobs")
+    _check_value(values, old_values, returns, value_clip)
+    if value_mask is not None:
+        value_mask = checks.flag("value_mask", value_mask, values.shape, values.device, "values")
+    others = (values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
+    kernel = eager_loss
+    if uses_triton(backend, logprobs, *others):
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
+    loss, stats = kernel.ppo_loss(
+        logprobs,
+        values,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        mask,
+        value_coef=value_coef,
+        value_clip=value_clip,
+        value_mask=value_mask,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
         log_ratio_clamp=log_ratio_clamp,
+        entropy=entropy,
         entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
+        weights=weights,
         aggregation=aggregation,
         denominator=denominator,
         norm_length=norm_length,
         cu_seqlens=cu_seqlens,
     )
-    mask = _check_policy(logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, weights, **options)
-    checks.matching("values", values, logprobs, "logprobs")
-    _check_value(values, old_values, returns, value_clip)
-    value_mask = checks.flag("value_mask", value_mask, values.shape, values, "values")
-    tensors = (logprobs, values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
-    kernel = eager_loss
-    if uses_triton(backend, *tensors):
-        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
-    return LossOutput(
-        *kernel.ppo_loss(
-            logprobs,
-            values,
-            old_logprobs,
-            old_values,
-            advantages,
-            returns,
-            mask,
-            value_coef=value_coef,
-            value_clip=value_clip,
-            value_mask=value_mask,
-            entropy=entropy,
-            ref_logprobs=ref_logprobs,
-            weights=weights,
-            **options,
-        )
-    )
+    return LossOutput(loss, stats)
 
 
+@_operation
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -466,28 +501,35 @@ def gae(
     ([[0.5, 0.5, 0.5]], [[1.0, 1.0, 1.0]])
     """
     checks.floating("rewards", rewards)
-    if rewards.ndim == 0:
+    shape, place = rewards.shape, rewards.device
+    if not shape:
         raise ValueError("rewards must have at least one dimension, got a scalar")
-    checks.matching("values", values, rewards, "rewards")
-    checks.cu_seqlens(cu_seqlens, rewards, "rewards")
-    if cu_seqlens is not None and time_major:
-        raise ValueError("time_major and cu_seqlens exclude each other: packed tensors have one dimension")
-    rows = rewards.shape[1:] if time_major else rewards.shape[:-1]
+    if values is None or not checks.alike(shape, rewards.dtype, place, values, final_values):
+        checks.matching("values", values, rewards, "rewards")
+        if final_values is not None:
+            checks.matching("final_values", final_values, rewards, "rewards")
+    rows: tuple[int, ...] = shape[1:] if time_major else shape[:-1]
     if cu_seqlens is not None:
-        rows = torch.Size((len(cu_seqlens) - 1,))
-    checks.discount("gamma", gamma, rows, rewards)
-    checks.discount("lam", lam, rows, rewards)
-    mask = checks.flag("mask", mask, rewards.shape, rewards, "rewards")
-    terminated = checks.flag("terminated", terminated, rewards.shape, rewards, "rewards")
-    truncated = checks.flag("truncated", truncated, rewards.shape, rewards, "rewards")
-    if truncated is not None and final_values is None:
-        raise ValueError("truncated needs final_values, the values of the observations before each reset")
-    if final_values is not None:
-        checks.matching("final_values", final_values, rewards, "rewards")
+        checks.cu_seqlens(cu_seqlens, rewards, "rewards")
+        if time_major:
+            raise ValueError("time_major and cu_seqlens exclude each other: packed tensors have one dimension")
+        rows = (len(cu_seqlens) - 1,)
+    if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
+        checks.discount("gamma", gamma, rows, place)
+    if isinstance(lam, Tensor) or not 0 <= lam <= 1:
+        checks.discount("lam", lam, rows, place)
+    if mask is not None:
+        mask = checks.flag("mask", mask, shape, place, "rewards")
+    if terminated is not None:
+        terminated = checks.flag("terminated", terminated, shape, place, "rewards")
+    if truncated is not None:
+        truncated = checks.flag("truncated", truncated, shape, place, "rewards")
+        if final_values is None:
+            raise ValueError("truncated needs final_values, the values of the observations before each reset")
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
-        checks.device("bootstrap", bootstrap, rewards.device, "rewards")
+        checks.device("bootstrap", bootstrap, place, "rewards")
     kernel = eager_advantages
     if uses_triton(backend, rewards, values, bootstrap, final_values):
         from ppo_fast.kernels import gae as kernel  # type: ignore[no-redef]
@@ -517,27 +559,33 @@ def _check_rewards(
 ) -> Tensor:
     """Checks what turns scores into rewards; the mask as bool."""
     checks.floating("logprobs", logprobs)
-    if logprobs.ndim != 2:
-        raise ValueError(f"logprobs must have shape [B, T], got {tuple(logprobs.shape)}")
-    checks.matching("ref_logprobs", ref_logprobs, logprobs, "logprobs")
+    shape, place = logprobs.shape, logprobs.device
+    if len(shape) != 2:
+        raise ValueError(f"logprobs must have shape [B, T], got {tuple(shape)}")
+    if ref_logprobs is None or not checks.alike(shape, logprobs.dtype, place, ref_logprobs):
+        checks.matching("ref_logprobs", ref_logprobs, logprobs, "logprobs")
     checks.floating("scores", scores)
-    if scores.shape != logprobs.shape and scores.shape != logprobs.shape[:1]:
+    if scores.shape != shape[:1] and scores.shape != shape:
         raise ValueError(
-            f"scores must have shape [B] or [B, T] with [B, T] = {tuple(logprobs.shape)}; got {tuple(scores.shape)}"
+            f"scores must have shape [B] or [B, T] with [B, T] = {tuple(shape)}; got {tuple(scores.shape)}"
         )
-    checks.device("scores", scores, logprobs.device, "logprobs")
-    checks.one_of("kl_estimator", kl_estimator, _KL_ESTIMATORS)
-    checks.one_of("reward_at", reward_at, ("last", "after_last"))
+    if scores.device != place:
+        checks.device("scores", scores, place, "logprobs")
+    if kl_estimator not in _KL_ESTIMATORS:
+        checks.one_of("kl_estimator", kl_estimator, _KL_ESTIMATORS)
+    if reward_at not in ("last", "after_last"):
+        checks.one_of("reward_at", reward_at, ("last", "after_last"))
     if reward_at == "after_last" and scores.ndim == 2:
         raise ValueError("reward_at='after_last' needs one score for each sequence, got scores [B, T]")
     if score_clip is not None:
         checks.not_negative("score_clip", score_clip)
-    counted = checks.flag("mask", mask, logprobs.shape, logprobs, "logprobs")
+    counted = checks.flag("mask", mask, shape, place, "logprobs")
     if counted is None:
         raise TypeError("mask must be a bool tensor [B, T], got None")
     return counted
 
 
+@_operation
 def shape_rewards(
     scores: Tensor,
     logprobs: Tensor,
@@ -588,6 +636,7 @@ def shape_rewards(
     )
 
 
+@_operation
 def masked_whiten(
     x: Tensor,
     mask: Tensor | None = None,
@@ -614,8 +663,9 @@ def masked_whiten(
     [-0.7071067690849304, 0.7071067690849304, 0.0]
     """
     checks.floating("x", x)
-    mask = checks.flag("mask", mask, x.shape, x, "x")
-    checks.not_negative("eps", eps)
+    mask = checks.flag("mask", mask, x.shape, x.device, "x")
+    if not eps >= 0:
+        checks.not_negative("eps", eps)
     kernel = eager_advantages
     if uses_triton(backend, x):
         from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
@@ -623,6 +673,7 @@ def masked_whiten(
     return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
 
 
+@_operation
 def rlhf_advantages(
     scores: Tensor,
     logprobs: Tensor,
@@ -665,17 +716,20 @@ def rlhf_advantages(
     """
     counted = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
     checks.matching("values", values, logprobs, "logprobs")
-    checks.discount("gamma", gamma, logprobs.shape[:1], logprobs)
-    checks.discount("lam", lam, logprobs.shape[:1], logprobs)
+    rows, place = scores.shape[:1], scores.device
+    if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
+        checks.discount("gamma", gamma, rows, place)
+    if isinstance(lam, Tensor) or not 0 <= lam <= 1:
+        checks.discount("lam", lam, rows, place)
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
-        checks.shape("bootstrap", bootstrap, logprobs.shape[:1], "the rows")
-        checks.device("bootstrap", bootstrap, logprobs.device, "logprobs")
-    checks.not_negative("eps", eps)
+        checks.shape("bootstrap", bootstrap, rows, "the rows")
+        checks.device("bootstrap", bootstrap, place, "logprobs")
+    if not eps >= 0:
+        checks.not_negative("eps", eps)
     kernel = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap):
         from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
-
     return AdvantageOutput(
         *kernel.rlhf_advantages(
             scores,
@@ -715,30 +769,39 @@ def _check_head(
     """Checks what the operations on hidden states share; the mask as bool."""
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
-    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+    shape, head = hidden.shape, weight.shape
+    if not shape or len(head) != 2 or head[1] != shape[-1] or not head[0]:
         raise ValueError(
-            f"hidden must have shape [..., D] and weight [V, D] with V > 0, got {tuple(hidden.shape)} and"
-            f" {tuple(weight.shape)}"
+            f"hidden must have shape [..., D] and weight [V, D] with V > 0, got {tuple(shape)} and {tuple(head)}"
         )
-    if hidden.dtype != weight.dtype:
+    if hidden.dtype is not weight.dtype:
         raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
-    checks.device("weight", weight, hidden.device, "hidden")
+    place = hidden.device
+    if weight.device != place:
+        checks.device("weight", weight, place, "hidden")
     if bias is not None:
         checks.floating("bias", bias)
-        checks.shape("bias", bias, weight.shape[:1], "weight's rows")
-        checks.device("bias", bias, hidden.device, "hidden")
-    rows = hidden.shape[:-1]
-    mask = checks.flag("mask", mask, rows, hidden, "hidden without its last dimension")
-    checks.token_ids(tokens, mask, rows, hidden, "hidden without its last dimension", weight.shape[0])
-    checks.positive("temperature", temperature)
+        checks.shape("bias", bias, head[:1], "weight's rows")
+        checks.device("bias", bias, place, "hidden")
+    rows = shape[:-1]
+    mask = checks.flag("mask", mask, rows, place, "hidden without its last dimension")
+    checks.token_ids(tokens, mask, rows, place, "hidden without its last dimension", head[0])
+    if not temperature > 0:
+        checks.positive("temperature", temperature)
     if softcap is not None:
         checks.positive("softcap", softcap)
-    checks.positive("logit_scale", logit_scale)
+    if not logit_scale > 0:
+        checks.positive("logit_scale", logit_scale)
     if chunk_bytes is not None:
         checks.positive("chunk_bytes", chunk_bytes)
     if logits_dtype is not None and logits_dtype not in (torch.float32, hidden.dtype):
         raise ValueError(
             f"logits_dtype must be torch.float32 or the dtype of hidden, {hidden.dtype}; got {logits_dtype}"
+        )
+    if mask is not None and memory.traced(hidden, mask):
+        raise NotImplementedError(
+            "mask is not supported under make_fx and FakeTensorMode, since the number of rows would depend on its"
+            " values; use torch.compile, or drop the masked rows first"
         )
     if num_counted is not None:
         if mask is None:
@@ -748,6 +811,7 @@ def _check_head(
     return mask
 
 
+@_operation
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -786,22 +850,28 @@ def linear_logprobs(
     >>> [round(x, 4) for x in logp.tolist()]
     [-0.5514, -0.2395]
     """
-    head = dict(
+    head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
+    mask = _check_head(hidden, weight, tokens, mask, *head)
+    kernel = eager_linear
+    if uses_triton(backend, hidden, weight, bias):
+        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
+    return kernel.linear_logprobs(
+        hidden,
+        weight,
+        tokens,
+        mask,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        with_entropy=with_entropy,
         chunk_bytes=chunk_bytes,
         logits_dtype=logits_dtype,
         num_counted=num_counted,
     )
-    mask = _check_head(hidden, weight, tokens, mask, **head)
-    kernel = eager_linear
-    if uses_triton(backend, hidden, weight, bias):
-        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
-    return kernel.linear_logprobs(hidden, weight, tokens, mask, with_entropy=with_entropy, **head)
 
 
+@_operation
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -852,27 +922,20 @@ def linear_ppo_loss(
     >>> out.stats["ratio_mean"].item(), round(out.entropy[0].item(), 4)
     (1.0, 1.0986)
     """
-    head = dict(
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_bytes=chunk_bytes,
-        logits_dtype=logits_dtype,
-        num_counted=num_counted,
-    )
-    mask = _check_head(hidden, weight, tokens, mask, **head)
+    head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
+    mask = _check_head(hidden, weight, tokens, mask, *head)
     checks.floating("advantages", advantages)
     checks.shape("advantages", advantages, tokens.shape, "tokens")
     checks.device("advantages", advantages, hidden.device, "hidden")
-    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("weights", weights)):
-        if x is not None:
-            checks.matching(name, x, advantages, "advantages")
-    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    same = advantages.shape, advantages.dtype, advantages.device
+    if not checks.alike(*same, old_logprobs, ref_logprobs, weights):
+        for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("weights", weights)):
+            if x is not None:
+                checks.matching(name, x, advantages, "advantages")
     if ref_logprobs is None and kl_coef != 0:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
-    sums = dict(aggregation=aggregation, denominator=denominator, norm_length=norm_length, cu_seqlens=cu_seqlens)
-    check_aggregation(advantages, "advantages", **sums)
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    check_aggregation(advantages, "advantages", aggregation, denominator, norm_length, cu_seqlens)
     kernel = eager_linear
     if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
         from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
@@ -893,7 +956,16 @@ def linear_ppo_loss(
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             weights=weights,
-            **sums,
-            **head,
+            aggregation=aggregation,
+            denominator=denominator,
+            norm_length=norm_length,
+            cu_seqlens=cu_seqlens,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            chunk_bytes=chunk_bytes,
+            logits_dtype=logits_dtype,
+            num_counted=num_counted,
         )
     )

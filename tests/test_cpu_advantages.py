@@ -140,8 +140,8 @@ def test_the_bits_of_statistics_depend_on_the_number_of_threads():
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
-def test_loops_take_what_they_cannot_read():
+def test_the_loops_take_only_contiguous_fp32_tensors_that_may_be_read_by_address():
     x, mask = torch.randn(4, 6), torch.ones(4, 6, dtype=torch.bool)
     assert cpu_advantages.takes(x, mask, None)
-    for other in (x.T, x[:, ::2], x.double(), x.half(), x[:0], x.to("meta")):
+    for other in (x.T, x[:, ::2], x.double(), x.half(), x[:0], x.to("meta"), torch._neg_view(x)):
         assert not cpu_advantages.takes(other)

@@ -1,9 +1,12 @@
-"""The doctor: right on a healthy machine, loud on a broken operation."""
+"""The doctor: right on a healthy machine, an error on a broken operation."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 
+import ppo_fast as ppo
 from ppo_fast import doctor, ops
 from ppo_fast.cli import main
 
@@ -13,8 +16,28 @@ def test_doctor_finds_every_operation_right_and_is_quick(capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["passed"]
     assert record["seconds"] < 30
-    assert {c["operation"] for c in record["checks"]} == set(doctor.CHECKS)
+    examined = {(c["operation"], c["device"], c["backend"], c["dtype"]) for c in record["checks"]}
+    assert examined == {
+        (name, device, backend, str(dtype).removeprefix("torch."))
+        for name in doctor.CHECKS
+        for device, backend, dtype in doctor.plan()
+    }
     assert record["machine"]["torch"] == torch.__version__
+
+
+def test_every_public_operation_is_checked():
+    public = {name for name in (*ppo.__all__, *vars(ops)) if hasattr(getattr(ops, name, None), "__wrapped__")}
+    assert public == {name for name in ppo.__all__ if name[0].islower()}
+    assert {name.partition(",")[0] for name in doctor.CHECKS} == public
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_every_backend_of_a_gpu_machine_is_planned(triton, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: triton or None)
+    dtypes = {torch.float32, torch.bfloat16, torch.float16}
+    places = {("cpu", "torch"), ("cuda", "torch")} | ({("cuda", "triton")} if triton else set())
+    assert set(doctor.plan()) == {(*place, dtype) for place in places for dtype in dtypes}
 
 
 def test_doctor_prints_a_table(capsys):
@@ -22,7 +45,51 @@ def test_doctor_prints_a_table(capsys):
     shown = capsys.readouterr().out
     assert "verdict" in shown
     assert "WRONG" not in shown
-    assert f"{len(doctor.CHECKS)} of {len(doctor.CHECKS)} checks are right" in shown or torch.cuda.is_available()
+    count = len(doctor.CHECKS) * len(doctor.plan())
+    assert f"{count} of {count} checks are right" in shown
+
+
+def test_the_report_can_be_pasted_and_says_what_was_compiled(capsys):
+    assert main(["doctor", "--report"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("```\n")
+    assert shown.endswith("```\n")
+    assert "ppo_fast" in shown
+    assert "bfloat16" in shown
+    assert "SHA-256" in shown if torch.cuda.is_available() else "no GPU: no compiled kernels" in shown
+
+
+def test_kernels_are_known_by_their_code_and_not_by_the_folder_of_the_source(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    from ppo_fast.kernels import memory
+
+    def variant(folder: str, code: str) -> SimpleNamespace:
+        ptx = f".version 8.7\n.visible .entry probe()\n{{\n\t.loc 1 3 0 // {folder}/a.py:3\n\t{code}\n}}\n"
+        ptx += f'\t.file 1 "{folder}/a.py"\n\t.section .debug_str {{ .b8 47 }}\n'
+        asm = {"cubin": ptx.encode(), "ptx": ptx}
+        return SimpleNamespace(asm=asm, metadata=SimpleNamespace(name="probe", num_warps=4))
+
+    def probe(x_ptr):
+        pass
+
+    variants = {"a": variant("/here", "ret;"), "b": variant("/there", "ret;"), "c": variant("/here", "exit;")}
+    function = JITFunction(probe)
+    function.device_caches = {0: (variants, {}, None, None, None)}
+    monkeypatch.setattr(memory, "probe", function, raising=False)
+    found = [kernel for kernel in doctor.compiled_kernels() if kernel.name == "probe"]
+    assert len(found) == 3
+    assert len({kernel.binary for kernel in found}) == 3
+    assert len({kernel.ptx for kernel in found}) == 2
+    assert all(len(kernel.binary) == 64 for kernel in found)
+
+
+def test_the_driver_is_named_by_nvidia_smi(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 570.86.10\necho 570.86.10\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._driver() == "570.86.10"
 
 
 def test_doctor_reports_a_wrong_operation_and_fails(monkeypatch, capsys):

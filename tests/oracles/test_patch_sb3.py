@@ -108,3 +108,15 @@ def test_training_with_our_buffer_goes_another_way():
         model.learn(256)
         weights.append(torch.cat([p.detach().flatten() for p in model.policy.parameters()]))
     assert torch.allclose(*weights, atol=1e-4)
+
+
+def test_the_buffer_is_on_the_cpu_whatever_the_default_device_is():
+    mine, last, dones = filled(sb3.RolloutBuffer, 32, 16, 0.99, 0.95)
+    mine.compute_returns_and_advantage(last, dones)
+    expected = mine.advantages
+    torch.set_default_device("meta")
+    try:
+        mine.compute_returns_and_advantage(last, dones)
+    finally:
+        torch.set_default_device(None)
+    assert np.array_equal(mine.advantages, expected)
