@@ -280,10 +280,15 @@ def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor
     return chunk if chunk.dtype == plan.operand else chunk.to(plan.operand)
 
 
-def _buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device, *, is_read: bool = False) -> Tensor:
+    """A chunk. is_read: row kernels load the padding of its rows, too, and ignore it; it must be written once."""
     padded = _padded(V, dtype)
     buffer = torch.empty(plan.rows, padded, dtype=dtype, device=device)
-    return buffer if padded == V else buffer[:, :V]
+    if padded == V:
+        return buffer
+    if is_read:
+        buffer[:, V:].zero_()
+    return buffer[:, :V]
 
 
 def _parts(rows: Rows, plan: Plan) -> Iterator[slice]:
@@ -299,7 +304,7 @@ def for_each_chunk(
     row_math: Callable[[Tensor, slice], None],  # of logits [rows, V], and which of the counted rows they are
 ) -> None:
     """Logits, chunk by chunk; one product."""
-    logits = _buffer(plan, len(head.weight), plan.logits, hidden.device) if rows.total else hidden
+    logits = _buffer(plan, len(head.weight), plan.logits, hidden.device, is_read=True) if rows.total else hidden
     for part in _parts(rows, plan):
         chunk, h = _rows_of(logits, slice(0, part.stop - part.start)), _hidden_chunk(hidden, rows, part, plan)
         for columns, tile in _tiles(head.weight, plan):
@@ -326,7 +331,7 @@ def differentiate(
     d_weight = torch.zeros(V, D, dtype=wide, device=device) if needs[1] and not rows.total else None
     if not rows.total:
         return Gradients(d_hidden, d_weight, d_bias)
-    logits = _buffer(plan, V, plan.logits, device)
+    logits = _buffer(plan, V, plan.logits, device, is_read=True)
     dlogits = _buffer(plan, V, plan.operand, device) if plan.separate else logits
     for part in _parts(rows, plan):
         here, h = slice(0, part.stop - part.start), _hidden_chunk(hidden, rows, part, plan)
