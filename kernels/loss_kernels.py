@@ -274,22 +274,23 @@ def _loss_reduce_kernel(
     normaliser = tl.where(divisor == 0, count, tl.where(divisor == 1, by_sequence[0], own)) * norm_length
     value_normaliser = tl.where(divisor == 0, value_count, tl.where(divisor == 1, by_sequence[1], own)) * norm_length
     scale = tl.arange(0, padding())
-    tl.store(workspace_ptr + scale, 1.0 / tl.where(scale == 1, value_normaliser, normaliser))
-    policy = _get(terms, "TERM") / normaliser
-    value = _get(terms, "ERROR") / value_normaliser
+    # div_rn: the mean of ratios of 1 is exactly 1, which a GPU's approximate division does not promise.
+    tl.store(workspace_ptr + scale, tl.div_rn(1.0, tl.where(scale == 1, value_normaliser, normaliser)))
+    policy = tl.div_rn(_get(terms, "TERM"), normaliser)
+    value = tl.div_rn(_get(terms, "ERROR"), value_normaliser)
     companions = kl_coef * _get(terms, "KL") - entropy_coef * _get(terms, "ENTROPY")
-    tl.store(loss_ptr, policy + companions / normaliser + value_coef * value)
+    tl.store(loss_ptr, policy + tl.div_rn(companions, normaliser) + value_coef * value)
     ratio = _get(sums, "RATIO")
     tl.store(stats_ptr, policy)
-    tl.store(stats_ptr + 1, _get(sums, "APPROX_KL") / count)
-    tl.store(stats_ptr + 2, _get(sums, "CLIPPED") / count)
-    tl.store(stats_ptr + 3, ratio / count)
+    tl.store(stats_ptr + 1, tl.div_rn(_get(sums, "APPROX_KL"), count))
+    tl.store(stats_ptr + 2, tl.div_rn(_get(sums, "CLIPPED"), count))
+    tl.store(stats_ptr + 3, tl.div_rn(ratio, count))
     tl.store(stats_ptr + 4, tl.where(ratio == ratio, _get(sums, "RATIO_MAX"), ratio))  # maxima drop NaN, sums keep it
-    tl.store(stats_ptr + 5, _get(sums, "DUAL_CLIPPED") / count)
-    tl.store(stats_ptr + 6, _get(sums, "ENTROPY") / count)
-    tl.store(stats_ptr + 7, _get(sums, "KL") / count)
+    tl.store(stats_ptr + 5, tl.div_rn(_get(sums, "DUAL_CLIPPED"), count))
+    tl.store(stats_ptr + 6, tl.div_rn(_get(sums, "ENTROPY"), count))
+    tl.store(stats_ptr + 7, tl.div_rn(_get(sums, "KL"), count))
     tl.store(stats_ptr + 8, value)
-    tl.store(stats_ptr + 9, _get(sums, "VALUE_CLIPPED") / value_count)
+    tl.store(stats_ptr + 9, tl.div_rn(_get(sums, "VALUE_CLIPPED"), value_count))
 
 
 @triton.jit
