@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from ppo_fast.kernels import memory
 from ppo_fast.kernels.memory import jit_tracer, readable, transforms_active
 
-# Options that may be numbers in tensors. They are constants of the loss: no operation has a gradient for them.
+# Options that may be numbers in tensors. They are constants: no operation has a gradient for them.
 OPTIONS = frozenset(
     [
         "clip",

@@ -277,7 +277,7 @@ def describe() -> dict[str, str]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        architecture = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
+        architecture = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
         facts["architecture"] = f"{architecture}, compute capability {properties.major}.{properties.minor}"
         facts["driver"] = f"{_driver()}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
         facts["operations"] = "Triton kernels for CUDA tensors" if find_spec("triton") else "PyTorch (no triton)"
