@@ -369,9 +369,13 @@ _POLICY_REGISTERS = 128  # two blocks of the larger tile on a multiprocessor
 _TILES = {False: _Tile(8192, 2048, 256), True: _Tile(2048, 1024, 128)}
 
 
+def _kernel(kind: str) -> triton.JITFunction:
+    return {"score": _linear_score_kernel, "policy": _linear_policy_kernel, "gradient": _linear_gradient_kernel}[kind]
+
+
 @functools.cache
 def _config(
-    kernel: triton.JITFunction,
+    kind: str,  # "score", "policy" or "gradient"
     transformed: bool,
     logits: torch.dtype,
     dlogits: torch.dtype,
@@ -379,10 +383,11 @@ def _config(
     threads_per_warp: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constexprs of a launch and its options. Where tanh costs more, the entropy is always computed."""
+    kernel = _kernel(kind)
     values: dict[str, Any] = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
     values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
     values["WITH_ENTROPY"] = with_entropy or transformed
-    registers = _POLICY_REGISTERS if kernel is _linear_policy_kernel else None
+    registers = _POLICY_REGISTERS if kind == "policy" else None
     options = launch_options(_TILES[transformed].threads // threads_per_warp, registers)
     return {name: values[name] for name in kernel.arg_names if name in values}, options
 
@@ -399,15 +404,16 @@ def variants(threads_per_warp: int = 32) -> list[Variant]:
     for transformed in (False, True):
         for logits, dlogits in _DTYPES:
             name = f"aligned {str(logits)[6:]} {str(dlogits)[6:]}{' transformed' if transformed else ''}"
-            for kind, kernel in (("policy", _linear_policy_kernel), ("gradient", _linear_gradient_kernel)):
-                config = _config(kernel, transformed, logits, dlogits, True, threads_per_warp)
-                found.append(Variant(f"linear {kind} {name}", kernel, _types(kernel, logits, dlogits), *config))
+            for kind in ("policy", "gradient"):
+                config = _config(kind, transformed, logits, dlogits, True, threads_per_warp)
+                types = _types(_kernel(kind), logits, dlogits)
+                found.append(Variant(f"linear {kind} {name}", _kernel(kind), types, *config))
         kernel = _linear_score_kernel
         for logits in _POINTERS:
             for with_entropy in (True,) if transformed else (False, True):
                 name = f"linear score aligned {str(logits)[6:]}{' transformed' if transformed else ''}"
                 name += "" if with_entropy else " without entropy"
-                config = _config(kernel, transformed, logits, logits, with_entropy, threads_per_warp)
+                config = _config("score", transformed, logits, logits, with_entropy, threads_per_warp)
                 found.append(Variant(name, kernel, _types(kernel, logits, logits), *config))
     return found
 
@@ -464,10 +470,10 @@ def _score(
     statistics: Tensor | None,
 ) -> None:
     s, (rows, V), dtype, (chosen, first) = _scalars(head), logits.shape, logits.dtype, where
-    kernel, with_entropy = _linear_score_kernel, entropy is not None
-    constexprs, options = _config(kernel, s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
+    with_entropy = entropy is not None
+    constexprs, options = _config("score", s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
     with device_guard(logits):
-        kernel[(rows,)](
+        _linear_score_kernel[(rows,)](
             logits,
             tokens,
             _or(chosen, tokens),
@@ -505,10 +511,9 @@ def _policy(
     s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
     tokens, old, advantages, weights, ref, share = per_token
     with_kl = ref is not None and o.kl_coef != 0
-    kernel = _linear_policy_kernel
-    constexprs, options = _config(kernel, s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    constexprs, options = _config("policy", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
     with device_guard(logits):
-        kernel[(rows,)](
+        _linear_policy_kernel[(rows,)](
             logits,
             dlogits,
             tokens,
@@ -559,10 +564,11 @@ def _gradient(
     statistics: Tensor,
 ) -> None:
     s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
-    kernel = _linear_gradient_kernel
-    constexprs, options = _config(kernel, s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    constexprs, options = _config(
+        "gradient", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device)
+    )
     with device_guard(logits):
-        kernel[(rows,)](
+        _linear_gradient_kernel[(rows,)](
             logits,
             dlogits,
             tokens,

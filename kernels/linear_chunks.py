@@ -366,7 +366,9 @@ def scaled(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x * scale
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    step = max(1, (1 << 20) // max(1, x[:1].numel())) if x.device.type == "cpu" else max(1, len(x))
+    step = max(1, (1 << 20) // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
+    if len(x) <= step:
+        return torch.mul(x, scale, out=out)
     for start in range(0, len(x), step):
         torch.mul(x[start : start + step], scale, out=out[start : start + step])
     return out

@@ -13,6 +13,8 @@ from ppo_fast.kernels.linear_compiled import logprobs_operator, pack_options, pa
 from ppo_fast.kernels.linear_steps import (
     LinearLogprobs,
     LinearPPO,
+    LogprobsCall,
+    PPOCall,
     PPOResult,
     RowMath,
     Settings,
@@ -67,7 +69,8 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
             inputs = hidden, weight, bias, tokens, mask, pack_settings(s), with_entropy, list(needs), *s[3:]
             logprobs, entropy = logprobs_op(*inputs)[:2]
         elif any(needs):
-            return LinearLogprobs.apply(hidden, weight, bias, tokens, mask, s, with_entropy, math_)
+            call = LogprobsCall(tokens, mask, s, with_entropy, math_)
+            return LinearLogprobs.apply(hidden, weight, bias, call)
         else:
             out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy, keep_statistics=False)
             logprobs, entropy = out[0], out[0] if out[1] is None else out[1]
@@ -127,7 +130,8 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
             return loss, stats, logprobs.detach(), entropy.detach()
         if any(needs):
             results: list[PPOResult] = []
-            loss = LinearPPO.apply(hidden, weight, bias, tokens, t, o, s, needs, math_, results)
+            call = PPOCall(tokens, t, o, s, needs, math_, results)
+            loss = LinearPPO.apply(hidden, weight, bias, call)
             return loss, results[0].stats, results[0].logprobs, results[0].entropy
         result = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
         return result.loss, result.stats, result.logprobs, result.entropy

@@ -299,7 +299,8 @@ def _hidden_gradient(
     d: Tensor, scale: Tensor | None, index: Tensor | None, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
     if index is None:
-        return scaled(d, scale, dtype).view(shape)
+        gradient = scaled(d, scale, dtype)
+        return gradient if gradient.shape == shape else gradient.view(shape)
     out = torch.zeros(shape, dtype=dtype, device=d.device)
     out.view(-1, shape[-1]).index_copy_(0, index, scaled(d, scale, dtype))
     return out
@@ -336,21 +337,22 @@ def in_given_dtypes(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+class PPOCall(NamedTuple):
+    """What LinearPPO needs besides the inputs with a gradient: every argument of an autograd function takes time."""
+
+    tokens: Tensor
+    tensors: LossTensors
+    options: LossOptions
+    settings: Settings
+    needs: tuple[bool, ...]
+    math_: RowMath
+    results: list[PPOResult]  # gets what has no graph: every output takes time, too, and gets a gradient of zeros
+
+
 class LinearPPO(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        t: LossTensors,
-        o: LossOptions,
-        s: Settings,
-        needs: tuple[bool, ...],
-        math_: RowMath,
-        results: list[PPOResult],  # gets what has no graph: autograd takes microseconds for each output
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: PPOCall) -> Tensor:
+        tokens, t, o, s, needs, math_, results = call
         out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
         ctx.save_for_backward(*out.gradients, out.inverse, out.chosen)
         ctx.set_materialize_grads(False)
@@ -362,9 +364,9 @@ class LinearPPO(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("linear_ppo_loss")
         if grad_loss is None:
-            return (None,) * 10
+            return None, None, None, None
         *gradients, inverse, index = ctx.saved_tensors
-        return *scaled_all(Gradients(*gradients), grad_loss * inverse, index, ctx.likes), *[None] * 7
+        return *scaled_all(Gradients(*gradients), grad_loss * inverse, index, ctx.likes), None
 
 
 def differentiate_logprobs(
@@ -434,19 +436,22 @@ def logprobs_forward(
         return rows.spread(statistics[3], tokens.shape), entropy, statistics, rows
 
 
+class LogprobsCall(NamedTuple):
+    """The same for LinearLogprobs."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    settings: Settings
+    with_entropy: bool
+    math_: RowMath
+
+
 class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        mask: Tensor | None,
-        s: Settings,
-        with_entropy: bool,
-        math_: RowMath,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LogprobsCall
     ) -> Tensor | tuple[Tensor, Tensor]:
+        tokens, mask, s, with_entropy, math_ = call
         out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy, keep_statistics=True)
         logprobs, entropy, statistics, rows = out
         ctx.save_for_backward(hidden, weight, bias, tokens, rows.chosen, rows.wrong, statistics)
@@ -457,9 +462,11 @@ class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> tuple:
         refuse_double_backward("linear_logprobs")
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
         hidden, weight, bias, tokens, index, wrong, statistics = ctx.saved_tensors
         s, math_, count = ctx.options
         rows, needs = Rows(index, count, wrong), tuple(ctx.needs_input_grad[:3])
-        upstream = grad_logprobs, grad_entropy
+        upstream = tuple(None if x is None else x.resolve_neg() for x in (grad_logprobs, grad_entropy))
         out = differentiate_logprobs(math_, upstream, hidden, weight, bias, tokens, rows, statistics, s, needs)
-        return *out, *[None] * 5
+        return *out, None

@@ -198,7 +198,10 @@ _TILES = {
 
 
 def _tile(V: int) -> _Tile:
-    return next(tile for largest, tile in _TILES.items() if largest >= V)
+    for largest, tile in _TILES.items():
+        if largest >= V:
+            return tile
+    raise ValueError(f"V must be at most 2^31, got {V}")
 
 
 @functools.cache
@@ -215,16 +218,20 @@ def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
 
 def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
     """The layout of logits and, in backward, their gradient, each with its row strides."""
-    itemsize = operands[0][0].element_size()
+    itemsize, row_strides = operands[0][0].element_size(), operands[0][1]
     layouts = _layouts(itemsize, tile, len(operands) == 2)
-    if V > 1 and any(x.stride(-1) != 1 for x, _ in operands):
-        return layouts["strided"]
+    starts_aligned = rows_aligned = same_rows = True
+    for x, strides in operands:
+        if V > 1 and x.stride(-1) != 1:
+            return layouts["strided"]
+        starts_aligned = starts_aligned and not x.data_ptr() & 15
+        rows_aligned = rows_aligned and not (strides[0] | strides[1]) * itemsize & 15
+        same_rows = same_rows and strides == row_strides
     unit = layouts.get("unit", layouts["strided"])
-    if any(x.data_ptr() % 16 for x, _ in operands):
+    if not starts_aligned:
         return unit
-    if all(stride * itemsize % 16 == 0 for _, strides in operands for stride in strides):
-        return layouts["aligned"] if V * itemsize % 16 == 0 else layouts.get("rows_aligned", unit)
-    same_rows = all(strides == operands[0][1] for _, strides in operands)
+    if rows_aligned:
+        return layouts["aligned"] if not V * itemsize & 15 else layouts.get("rows_aligned", unit)
     return layouts.get("peeled_aligned", unit) if same_rows else unit
 
 
@@ -233,10 +240,11 @@ _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*f
 
 @functools.cache
 def _config(
-    kernel: triton.JITFunction, tile: _Tile, layout: _Layout, with_entropy: bool, threads_per_warp: int
+    backward: bool, tile: _Tile, layout: _Layout, with_entropy: bool, threads_per_warp: int
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """The constexprs of a launch and its options. A row of one block always gets its entropy: it costs little there,
     and every constexpr doubles the variants."""
+    kernel = _token_logprobs_bwd_kernel if backward else _token_logprobs_fwd_kernel
     values = tile._asdict() | layout._asdict() | {"WITH_ENTROPY": with_entropy or tile.BLOCK <= 1024}
     constexprs = {name: values[name] for name in kernel.arg_names if name in values}
     return constexprs, launch_options(tile.threads // threads_per_warp)
@@ -252,7 +260,7 @@ def variants(threads_per_warp: int = 32) -> list[Variant]:
                     for with_entropy in (False, True) if tile.BLOCK > 1024 else (True,):
                         title = f"token_logprobs {kind} {str(dtype)[6:]} {tile.ROWS}x{tile.BLOCK} {name}"
                         title += "" if with_entropy else " without entropy"
-                        config = _config(kernel, tile, layout, with_entropy, threads_per_warp)
+                        config = _config(kind == "bwd", tile, layout, with_entropy, threads_per_warp)
                         found.append(Variant(title, kernel, _types(kernel, pointer), *config))
     return found
 
@@ -331,10 +339,9 @@ def _forward(
     logits_strides, tokens_strides, mask_strides, *_ = rows.strides
     tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides)])
-    kernel = _token_logprobs_fwd_kernel
-    constexprs, options = _config(kernel, tile, layout, with_entropy, warp_size(logits.device))
+    constexprs, options = _config(False, tile, layout, with_entropy, warp_size(logits.device))
     with device_guard(logits):
-        kernel[(-(-N // tile.ROWS),)](
+        _token_logprobs_fwd_kernel[(-(-N // tile.ROWS),)](
             logits,
             tokens,
             flags,
@@ -377,10 +384,9 @@ def _backward(
     logits_strides, tokens_strides, mask_strides, grad_strides = rows.strides
     tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides), (target, grad_strides)])
-    kernel = _token_logprobs_bwd_kernel
-    constexprs, options = _config(kernel, tile, layout, grad_entropy is not None, warp_size(logits.device))
+    constexprs, options = _config(True, tile, layout, grad_entropy is not None, warp_size(logits.device))
     with device_guard(logits):
-        kernel[(-(-N // tile.ROWS), -(-(V + layout.PEEL - 1) // tile.BLOCK))](
+        _token_logprobs_bwd_kernel[(-(-N // tile.ROWS), -(-(V + layout.PEEL - 1) // tile.BLOCK))](
             statistics if grad_logprobs is None else grad_logprobs.contiguous(),
             statistics if grad_entropy is None else grad_entropy.contiguous(),
             logits,

@@ -53,18 +53,21 @@ def _refuse_double_backward() -> None:
         )
 
 
+class _Call(NamedTuple):
+    """What the autograd function needs besides the logits: every argument of it takes time."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    temperature: float
+    with_entropy: bool
+    inplace_backward: bool
+    backend: Backend
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        tokens: Tensor,
-        mask: Tensor | None,
-        temperature: float,
-        with_entropy: bool,
-        inplace_backward: bool,
-        backend: Backend,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor | tuple[Tensor, Tensor]:
+        tokens, mask, temperature, with_entropy, inplace_backward, backend = call
         logprobs, entropy, statistics = backend.forward(logits, tokens, mask, temperature, with_entropy)
         ctx.save_for_backward(logits, tokens, mask, statistics)
         ctx.options = temperature, inplace_backward, backend
@@ -76,12 +79,14 @@ class _TokenLogprobs(torch.autograd.Function):
         _refuse_double_backward()
         logits, tokens, mask, statistics = ctx.saved_tensors
         temperature, inplace, backend = ctx.options
-        upstream = grad_logprobs, grad_entropy
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None
+        upstream = (None if x is None else x.resolve_neg() for x in (grad_logprobs, grad_entropy))
         grad = backend.backward(*upstream, logits.detach(), tokens, mask, statistics, temperature, inplace)
         if inplace:
             # Autograd now refuses whatever else has saved these logits, a second backward through here included.
             torch.autograd.graph.increment_version(logits)
-        return grad, None, None, None, None, None, None
+        return grad, None
 
 
 def make_backend(name: str, forward: Callable[..., tuple[Tensor, Tensor, Tensor]], backward: Callable) -> Backend:
@@ -152,5 +157,8 @@ def run(
         scalar = torch.zeros((), dtype=torch.float64, device="cpu") + temperature
         logprobs, entropy, _ = backend.operator(logits, tokens, mask, scalar, with_entropy)
         return (logprobs, entropy) if with_entropy else logprobs
-    options = float(temperature), with_entropy, inplace_backward, backend
-    return _TokenLogprobs.apply(logits, tokens, mask, *options)
+    call = _Call(tokens, mask, float(temperature), with_entropy, inplace_backward, backend)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        logprobs, entropy, _ = backend.forward(logits, tokens, mask, call.temperature, with_entropy)
+        return (logprobs, entropy) if with_entropy else logprobs
+    return _TokenLogprobs.apply(logits, call)

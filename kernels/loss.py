@@ -12,7 +12,7 @@ loss_launch.py the launches, loss_compile.py the operator for torch.compile.
 Bytes for N steps in fp32, ppo_loss with a mask: 25 N read and 8 N written forward, 8 N read and 8 N written backward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,33 +31,38 @@ from ppo_fast.kernels.loss_op import (
 _compiled = make_compiled("ppo_loss", loss_launch.forward, loss_launch.kept, loss_launch.stored)
 
 
+class _Call(NamedTuple):
+    """What the autograd function needs besides the inputs with a gradient: every argument of it takes time."""
+
+    tensors: LossTensors
+    options: LossOptions
+    needs: tuple[bool, ...]
+    results: list[Tensor]  # gets the statistics: every output takes time, too, and gets a gradient of zeros
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logprobs: Tensor | None,
-        entropy: Tensor | None,
-        values: Tensor | None,
-        t: LossTensors,
-        o: LossOptions,
-        needs: tuple[bool, ...],
-        results: list[Tensor],  # gets the statistics: autograd takes a microsecond or two for each output
+        ctx: Any, logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, call: _Call
     ) -> Tensor:
-        loss, stats, workspace = loss_launch.forward(logprobs, entropy, values, t, o, needs)
+        loss, stats, workspace = loss_launch.forward(logprobs, entropy, values, call.tensors, call.options, call.needs)
         ctx.save_for_backward(workspace)
         ctx.set_materialize_grads(False)
-        wanted = zip((logprobs, entropy, values), needs, strict=True)
+        wanted = zip((logprobs, entropy, values), call.needs, strict=True)
         ctx.likes = [(x.shape, x.dtype) if need else None for x, need in wanted]
-        results.append(stats)
+        call.results.append(stats)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
-            return (None,) * 7
-        (workspace,) = ctx.saved_tensors
-        return *loss_launch.backward(workspace, grad_loss, ctx.likes), None, None, None, None
+            return None, None, None, None
+        return *loss_launch.backward(*ctx.saved_tensors, grad_loss.resolve_neg(), ctx.likes), None
+
+
+def _requires_grad(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def _loss(
@@ -65,13 +70,13 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     needs = (False, False, False)
     if torch.is_grad_enabled():
-        needs = tuple(x is not None and x.requires_grad for x in (logprobs, entropy, values))
+        needs = _requires_grad(logprobs), _requires_grad(entropy), _requires_grad(values)
     if torch.compiler.is_compiling():
         loss, stats = _compiled(logprobs, entropy, values, t, o, needs)
     elif True in needs:
         results: list[Tensor] = []
-        loss = _Loss.apply(logprobs, entropy, values, t, o, needs, results)
-        stats = results[0]
+        loss = _Loss.apply(logprobs, entropy, values, _Call(t, o, needs, results))
+        (stats,) = results
     else:
         loss, stats, _ = loss_launch.forward(logprobs, entropy, values, t, o, needs)
     return loss, named_stats(stats, stat_names(logprobs is not None, entropy is not None, values is not None, t, o))

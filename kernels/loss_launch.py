@@ -42,7 +42,8 @@ _NEEDS = {  # which of the three gradients are wanted -> their bits, and how man
 }
 _MASK, _VALUE_MASK, _CU_SEQLENS, _MEAN = (bit(name) for name in ("mask", "value_mask", "cu_seqlens", "mean"))
 # Of logprobs, old_logprobs, advantages, weights, entropy, ref_logprobs, values, old_values and returns.
-_FLAGS = (bit("policy"), 0, 0, bit("weights"), bit("entropy"), bit("ref_logprobs"), bit("value"), bit("value_clip"), 0)
+_VALUE_CLIP = bit("value_clip")
+_FLAGS = (bit("policy"), 0, 0, bit("weights"), bit("entropy"), bit("ref_logprobs"), bit("value"), _VALUE_CLIP, 0)
 _BY_STEPS, _BY_SEQUENCES, _BY_NUMBER, _BY_TENSOR = range(4)  # what divides the loss
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -98,7 +99,8 @@ def _in_listed_dtypes(tensors: list[Tensor], is_given: list[bool]) -> list[Tenso
     others = {tensors[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
     if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
         return tensors
-    return [x.to(torch.float32) for x in tensors]
+    wide = {id(x): x.to(torch.float32) for x in tensors}  # one conversion for all places where an input stands in
+    return [wide[id(x)] for x in tensors]
 
 
 def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
@@ -182,43 +184,46 @@ def forward(
     workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=device)
     with device_guard(like):
         if programs:
-            present, tensors = _inputs(logprobs, entropy, values, t, o.value_clip is not None)
-            if not plan.by_sequence and _is_flat(tensors):
+            present, is_flat, tensors = _inputs(logprobs, entropy, values, t, o.value_clip is not None)
+            given |= present
+            if is_flat and not plan.by_sequence:
                 options = _FLAT[tensors[0].element_size()]
-                numbers = *_scalars(o), given | present, steps, _BLOCK
-                _loss_flat_kernel[(programs,)](*tensors, workspace, *numbers, **options)
+                _loss_flat_kernel[(programs,)](*tensors, workspace, *_scalars(o), given, steps, _BLOCK, **options)
             else:
-                _forward_rows(tensors, workspace, t, o, plan, given | present, steps, T, programs, packed)
+                _forward_rows(tensors, workspace, t, o, plan, given, steps, T, programs, packed)
         return *_reduce(workspace, o, plan, T, steps, programs, stored), workspace
 
 
 def _inputs(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, has_clip: bool
-) -> tuple[int, list[Tensor]]:
-    """What the kernels take first, with an address of the same type where an input is absent, and what is present."""
+) -> tuple[int, bool, list[Tensor]]:
+    """The bits of what is present, whether all of it is contiguous and aligned, and the first arguments of the kernels,
+    where an address of the same type replaces what is absent."""
     policy = logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs
     inputs = (*policy, values, t.old_values if has_clip else None, t.returns)
     other = t.returns if logprobs is None else logprobs
     assert other is not None
-    of_values = other if values is None else values
-    present, same, tensors = 0, True, []
-    for x, flag, stand_in in zip(inputs, _FLAGS, (other,) * 6 + (of_values,) * 2 + (other,), strict=True):
+    dtype = other.dtype
+    present, is_flat, is_listed, tensors = 0, True, dtype in _POINTERS, []
+    for x, flag in zip(inputs, _FLAGS, strict=True):
         if x is None:
-            x = stand_in
+            x = values if flag == _VALUE_CLIP and values is not None else other
         else:
             present |= flag
-        same = same and x.dtype == other.dtype
+            is_listed = is_listed and x.dtype == dtype
+            is_flat = is_flat and x.is_contiguous() and not x.data_ptr() & 15
         tensors.append(x)
-    if not same or other.dtype not in _POINTERS:
+    if not is_listed:
         tensors = _in_listed_dtypes(tensors, [x is not None for x in inputs])
+        is_flat = is_flat and not any(x.data_ptr() & 15 for x in tensors)
     for mask, flag in ((t.mask, _MASK), (t.value_mask, _VALUE_MASK)):
-        present |= 0 if mask is None else flag
-        tensors.append(_unread(torch.bool, other.device) if mask is None else mask)
-    return present, tensors
-
-
-def _is_flat(tensors: list[Tensor]) -> bool:
-    return all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors)
+        if mask is None:
+            tensors.append(_unread(torch.bool, other.device))
+        else:
+            present |= flag
+            is_flat = is_flat and mask.is_contiguous() and not mask.data_ptr() & 15
+            tensors.append(mask)
+    return present, is_flat, tensors
 
 
 def _forward_rows(
@@ -233,7 +238,8 @@ def _forward_rows(
     programs: int,
     packed: bool,
 ) -> None:
-    rows = [_as_rows(x, T) if x.ndim else (x, 0) for x in tensors]
+    views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
+    rows = [views[id(x)] for x in tensors]
     cu_seqlens = _unread(torch.int32, workspace.device)
     if packed:
         given |= _CU_SEQLENS

@@ -209,6 +209,15 @@ def test_all_tokens_get_the_upstream_gradient_of_the_first(token_logprobs, devic
     assert torch.equal(differentiate(token_logprobs, logits, tokens, g=constant)[2], unit)
 
 
+def test_a_lazily_negated_upstream_gradient_keeps_its_sign(token_logprobs, device):
+    logits, tokens = make((3, 5), device)
+    g = torch.arange(1.0, 4.0, device=device)
+    negated = torch.complex(g, -g).conj().imag  # memory holds -g
+    assert negated.is_neg()
+    expected = differentiate(token_logprobs, logits, tokens, g=g)[2]
+    assert torch.equal(differentiate(token_logprobs, logits, tokens, g=negated)[2], expected)
+
+
 @pytest.mark.parametrize("V", [5, 129, 4099])
 def test_the_gradient_of_one_output_needs_or_changes_the_other(token_logprobs, device, V):
     logits, tokens = make((3, V), device)

@@ -223,6 +223,16 @@ def test_a_backward_fills_no_tensor(device):
     assert not [name for name in calls.names if "zero" in name or "ones" in name]
 
 
+def test_a_lazily_negated_upstream_gradient_keeps_its_sign(backend, device):
+    x, mask = make((4, 20), device), make_mask((4, 20), device)
+    leaf = x["logprobs"].requires_grad_()
+    out, _ = backend.policy_loss(*(x[name] for name in POLICY), mask)
+    negated = torch.complex(torch.ones((), device=device), -torch.ones((), device=device)).conj().imag
+    assert negated.is_neg()
+    (found,) = torch.autograd.grad(out, leaf, negated, retain_graph=True)
+    assert torch.equal(found, torch.autograd.grad(out, leaf)[0])
+
+
 def test_an_unused_loss_has_no_gradient(backend, device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     leaf = x["logprobs"].requires_grad_()
