@@ -280,15 +280,11 @@ def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor
     return chunk if chunk.dtype == plan.operand else chunk.to(plan.operand)
 
 
-def _buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device, *, is_read: bool = False) -> Tensor:
-    """A chunk. is_read: row kernels load the padding of its rows, too, and ignore it; it must be written once."""
+def chunk_buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A chunk. Row kernels load the padding behind each of its rows, too, and ignore what is there."""
     padded = _padded(V, dtype)
     buffer = torch.empty(plan.rows, padded, dtype=dtype, device=device)
-    if padded == V:
-        return buffer
-    if is_read:
-        buffer[:, V:].zero_()
-    return buffer[:, :V]
+    return buffer if padded == V else buffer[:, :V]
 
 
 def _parts(rows: Rows, plan: Plan) -> Iterator[slice]:
@@ -304,7 +300,7 @@ def for_each_chunk(
     row_math: Callable[[Tensor, slice], None],  # of logits [rows, V], and which of the counted rows they are
 ) -> None:
     """Logits, chunk by chunk; one product."""
-    logits = _buffer(plan, len(head.weight), plan.logits, hidden.device, is_read=True) if rows.total else hidden
+    logits = chunk_buffer(plan, len(head.weight), plan.logits, hidden.device) if rows.total else hidden
     for part in _parts(rows, plan):
         chunk, h = _rows_of(logits, slice(0, part.stop - part.start)), _hidden_chunk(hidden, rows, part, plan)
         for columns, tile in _tiles(head.weight, plan):
@@ -331,8 +327,8 @@ def differentiate(
     d_weight = torch.zeros(V, D, dtype=wide, device=device) if needs[1] and not rows.total else None
     if not rows.total:
         return Gradients(d_hidden, d_weight, d_bias)
-    logits = _buffer(plan, V, plan.logits, device, is_read=True)
-    dlogits = _buffer(plan, V, plan.operand, device) if plan.separate else logits
+    logits = chunk_buffer(plan, V, plan.logits, device)
+    dlogits = chunk_buffer(plan, V, plan.operand, device) if plan.separate else logits
     for part in _parts(rows, plan):
         here, h = slice(0, part.stop - part.start), _hidden_chunk(hidden, rows, part, plan)
         chunk, d = _rows_of(logits, here), _rows_of(dlogits, here)

@@ -18,7 +18,7 @@ from ppo_fast.kernels import advantages, advantages_launch, eager_advantages, re
 pytestmark = pytest.mark.usefixtures("nan_empty")
 ROOT = Path(__file__).parent.parent
 KERNELS = ("_advantages_kernel", "_whiten_kernel", "_moments_kernel", "_merge_kernel", "_shape_kernel")
-DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+DTYPES = [torch.float16, torch.float32, torch.bfloat16]
 Inputs = dict[str, Tensor]
 
 

@@ -115,6 +115,7 @@ def test_num_counted_changes_the_result_or_a_wrong_one_is_believed(kernels, devi
         kernels.linear_logprobs(hidden, weight, rest[0], num_counted=20)
 
 
+@pytest.mark.usefixtures("programs_may_overlap")
 def test_a_wrong_num_counted_on_a_gpu_is_not_nan(kernels, device, monkeypatch):
     """There nobody can look. A CPU that does not look either stands in for it."""
 

@@ -29,7 +29,6 @@ from test_loss import backend as backend_fixture
 from torch import Tensor
 
 from ppo_fast.kernels import eager_loss, loss, reference
-from ppo_fast.kernels.launch import interpreting
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -386,7 +385,8 @@ def test_autocast_changes_the_arithmetic(backend, device):
 
 
 def test_a_repetition_gives_other_bits(backend, device):
-    shape, repeats = ((2, 300), 4) if interpreting() else ((5, 700), 100)
+    slow = backend is loss and device.type == "cpu"  # the PTX interpreter
+    shape, repeats = ((2, 300), 4) if slow else ((5, 700), 100)
     x, mask = make(shape, device), make_mask(shape, device)
     for aggregation in ("token-mean", "seq-mean-token-mean"):
         first = evaluate(backend, x, mask, aggregation=aggregation, **EVERYTHING)
@@ -509,10 +509,10 @@ def test_the_operator_for_torch_compile_lies_about_shapes_or_aliases(device):
 # On a GPU
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_bf16_errs_more_than_eager_pytorch(backend, device, aggregation):
-    x, mask = to(make((16, 1024), device), torch.bfloat16), make_mask((16, 1024), device)
+def test_bf16_errs_at_most_twice_as_much_as_eager_pytorch(backend, device, aggregation):
+    shape = (16, 1024) if device.type == "cuda" else (3, 600)
+    x, mask = to(make(shape, device), torch.bfloat16), make_mask(shape, device)
     check(backend, x, mask, aggregation=aggregation, **EVERYTHING)
 
 

@@ -169,16 +169,27 @@ class Emulator:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Emulator"]:
-        """Every launch of a Triton kernel runs here, and the launchers accept CPU tensors."""
-        from ppo_fast.kernels import launch as launchers
+        """Every launch of a Triton kernel runs here, and the launchers accept CPU tensors.
 
-        original, interpreting = JITFunction.run, launchers.interpreting
+        The padding of a chunk of logits, which row kernels load and must ignore, is written: with NaN.
+        """
+        from ppo_fast.kernels import launch, linear_chunks
+
+        originals = JITFunction.run, launch.interpreting, linear_chunks.chunk_buffer
+
+        def chunk_buffer(*args: Any, **kwargs: Any) -> torch.Tensor:
+            buffer = originals[2](*args, **kwargs)
+            rows, V = buffer.shape
+            if type(buffer) is torch.Tensor and buffer.stride(0) > V:
+                buffer.as_strided((rows, buffer.stride(0)), (buffer.stride(0), 1))[:, V:].fill_(torch.nan)
+            return buffer
+
         JITFunction.run = lambda function, *args, **kwargs: self.launch(function, *args, **kwargs)
-        launchers.interpreting = lambda: True
+        launch.interpreting, linear_chunks.chunk_buffer = (lambda: True), chunk_buffer
         try:
             yield self
         finally:
-            JITFunction.run, launchers.interpreting = original, interpreting
+            JITFunction.run, launch.interpreting, linear_chunks.chunk_buffer = originals
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
