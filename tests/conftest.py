@@ -42,7 +42,8 @@ def emulator(pytestconfig: pytest.Config) -> "Iterator[Emulator | None]":
         yield None
         return
     option = pytestconfig.getoption
-    with Emulator(option("architecture"), seed=option("ptx_seed"), amplitude=option("ptx_noise")).installed() as found:
+    noise = {"seed": option("ptx_seed"), "amplitude": option("ptx_noise")}
+    with Emulator(option("architecture"), **noise, modules="ppo_fast").installed() as found:
         yield found
     if option("ptx_record"):
         worker = os.environ.get("PYTEST_XDIST_WORKER", "main")

@@ -1,7 +1,7 @@
 """What the oracle tests share: ragged masks, inputs for both backends, and the comparison with a peer's numbers.
 
 Ours gets NaN at masked positions and the peer zeros there, since most peers multiply by the mask. The peer computes in
-fp64 where it can; ours in fp64 (torch backend) and fp32 (Triton, in the interpreter without a GPU).
+fp64 where it can; ours in fp64 (torch backend) and fp32 (Triton, compiled and emulated without a GPU).
 """
 
 from collections.abc import Callable

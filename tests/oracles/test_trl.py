@@ -73,9 +73,9 @@ def test_selected_logprobs_or_entropy_of_one_step_differ_from_trls(shape):
     assert_equal(entropy, trl_utils.entropy_from_logits(logits, chunk_size=2))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs TRL's kernel in Triton's interpreter, on CPU tensors")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs TRL's kernel on CPU tensors")
 def test_our_kernel_differs_from_trls_kernel():
-    """Both Triton kernels in the interpreter, fp32, V larger than TRL's block of 1024."""
+    """Both Triton kernels, fp32, V larger than TRL's block of 1024."""
     logits, tokens = draw(2, 3, 1100, seed=56, scale=3.0).float(), tokens_below(1100, 2, 3, seed=57)
     up = draw(2, 3, seed=58).float()
 
@@ -108,7 +108,7 @@ def test_entropy_of_a_masked_vocabulary_is_nan_as_in_trl(backend):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs TRL's kernel in Triton's interpreter, on CPU tensors")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs TRL's kernel on CPU tensors")
 def test_our_kernel_gives_nan_for_one_minus_infinity_as_trls_kernel_does():
     logits, tokens = draw(1, 2, 50, seed=59).float(), torch.tensor([[3, 4]])
     logits[0, 0, 7] = -torch.inf

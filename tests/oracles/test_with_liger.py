@@ -1,11 +1,6 @@
-"""A Llama with Liger's layer kernels under ppo_fast's loss: the numbers of the same Llama without them.
-
-Without a GPU the kernels run in Triton's interpreter, which needs help with two things that a GPU has: scalars that
-are tensors, and libdevice's rsqrt.
-"""
+"""A Llama with Liger's layer kernels under ppo_fast's loss: the numbers of the same Llama without them."""
 
 import copy
-import os
 from types import MethodType
 
 import pytest
@@ -15,15 +10,11 @@ from oracles.cases import assert_equal
 MISSING = "liger-kernel is not installed: pip install -c constraints.txt -r tests/oracles/peers.txt"
 pytest.importorskip("liger_kernel", reason=MISSING)
 
-import liger_kernel.ops.rms_norm as liger_rms_norm  # noqa: E402
 import liger_kernel.ops.swiglu as liger_swiglu  # noqa: E402
-import numpy as np  # noqa: E402
-import triton.language as tl  # noqa: E402
 from liger_kernel.transformers import apply_liger_kernel_to_llama  # noqa: E402
 from liger_kernel.transformers.model import llama as liger_llama  # noqa: E402
 from tiny import byte_tokenizer, tiny_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 import ppo_fast as ppo  # noqa: E402
 from ppo_fast.config import PPOConfig  # noqa: E402
@@ -31,24 +22,13 @@ from ppo_fast.examples import with_liger  # noqa: E402
 from ppo_fast.heads import probe  # noqa: E402
 from ppo_fast.trainer import PPOTrainer  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger in Triton's interpreter, on CPU tensors")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger on CPU tensors")
 IDS = torch.arange(14).view(2, 7) * 5 % 250
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Restores what Liger replaces. In Triton's interpreter (TRITON_INTERPRET=1) floats become fp32 tensors, as in a
-    launch on a GPU, and rsqrt is Triton's own."""
-    convert = interpreter._implicit_cvt
-
-    def with_floats(argument):
-        if isinstance(argument, float):
-            return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
-        return convert(argument)
-
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
-        monkeypatch.setattr(liger_rms_norm, "rsqrt", lambda x: tl.rsqrt(x))
+def restored(monkeypatch):
+    """Restores what Liger replaces in the whole process."""
     for module, name in (
         (modeling_llama, "apply_rotary_pos_emb"),  # what Liger replaces for the whole process, for one model, too
         (modeling_llama, "LlamaRMSNorm"),

@@ -80,8 +80,14 @@ def poisoned_allocations() -> Iterator[None]:
 class Emulator:
     """Runs launches and keeps what they did wrong."""
 
-    def __init__(self, architecture: str = "sm_90", *, seed: int = 0, amplitude: float = 1.0) -> None:
-        """seed: of the order of programs and of the noise of approximate instructions, whose size is `amplitude`."""
+    def __init__(
+        self, architecture: str = "sm_90", *, seed: int = 0, amplitude: float = 1.0, modules: str = ""
+    ) -> None:
+        """seed: of the order of programs and of the noise of approximate instructions, whose size is `amplitude`.
+
+        Issues are kept for kernels of modules whose names start with `modules`: kernels of peers run without being checked.
+        """
+        self.modules = modules
         self.target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
         self.backend = make_backend(self.target)
         self.seed = seed
@@ -164,8 +170,9 @@ class Emulator:
         memory = [Segment(address, data, "/".join(names)) for address, (data, names) in segments.items()]
         machine = Machine(kernel, memory, compiled.metadata.shared)
         machine.run(parameters, grid, self.approximate, self.seed + sum(self.launches.values()))
-        self.issues += machine.issues
-        self.faults[launch] += sum(machine.issues.values())
+        if launch.kernel.module.startswith(self.modules):
+            self.issues += machine.issues
+            self.faults[launch] += sum(machine.issues.values())
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Emulator"]:
