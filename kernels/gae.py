@@ -1,8 +1,9 @@
 """Generalised advantage estimation in Triton: reference.gae for padded, packed and time-major tensors.
 
-One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows, and
-packed ones, take two: every span is composed to one affine map by a program of its own, then every program chains the
-maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see gae_kernels.py.
+One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows or
+columns, and packed rows, take two: every span is composed to one affine map by a program of its own, then every program
+chains the maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see
+gae_kernels.py.
 
 Bytes for N steps in fp32 with one flag: 9 N read and 8 N written; with two launches another 9 N read, from the second
 level cache if they fit.
@@ -25,12 +26,12 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 MANY_ROWS = 2048  # rows that keep a GPU busy with one program for each four
 _MANY_COLUMNS = 16384  # columns that do, with one program for each 128
 _WALKED_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
-_LARGEST = 2**31 - 1  # sizes are int32 in the kernels
+_LARGEST = 2**30  # sizes, and sums of two, are int32 in the kernels
 LARGEST_GRID_Y = 65535  # of a GPU, in its second dimension, which has the spans
 
 
 class Layout(NamedTuple):
-    """How a program and its threads divide rows. What a row is cut into depends on T alone, as its bits must."""
+    """How a program divides rows. Spans depend on the layout and T alone, so that a row's bits do not on other rows."""
 
     R: int  # rows in a program
     W: int  # steps in a tile
