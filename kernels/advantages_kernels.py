@@ -221,7 +221,7 @@ def _store_sums(sums_ptr, sums, row_scores, rows, slots_beyond):
     tl.store(at + 8 * plane, n_all + slots_beyond)  # steps: counted ones, and slots after the last of them
 
 
-@triton.jit(do_not_specialize=list(range(27)))
+@triton.jit(do_not_specialize=list(range(26)))
 def _advantages_kernel(
     logprobs_ptr,  # (rows, T), steps contiguous
     refs_ptr,
@@ -244,7 +244,6 @@ def _advantages_kernel(
     behind: tl.int32,  # 1 if the score comes after the last counted step
     rows: tl.int32,
     T: tl.int32,
-    tiles: tl.int32,  # of a span
     l_stride: tl.int64,  # from row to row
     ref_stride: tl.int64,
     v_stride: tl.int64,
@@ -254,6 +253,7 @@ def _advantages_kernel(
     ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
     R: tl.constexpr,
     W: tl.constexpr,
+    TILES: tl.constexpr,  # of a span
 ):
     if ALIGNED:
         T = T // 4 * 4
@@ -276,7 +276,7 @@ def _advantages_kernel(
     )
     g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, 0)
     numbers = clip, kl_coef, kind
-    spans = tl.cdiv(T, tiles * W)
+    spans = tl.cdiv(T, TILES * W)
     plane = spans.to(tl.int64) * rows
     zeros, none = tl.zeros([R, W], tl.float32), tl.zeros([R, W // 4], tl.float32)
     n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, none, none, none, none
@@ -288,7 +288,7 @@ def _advantages_kernel(
         first_span = tl.program_id(1) + 1
         last_span = first_span
     slot, score, has_step, beyond = _score_slots(
-        mask, scores_ptr, score_stride, row, inside, T, first_span * tiles * W - 1, per_token, behind, W
+        mask, scores_ptr, score_stride, row, inside, T, first_span * TILES * W - 1, per_token, behind, W
     )
     clipped = _clipped(score, clip)
     if WRITE:
@@ -300,8 +300,8 @@ def _advantages_kernel(
         later = spans - 1 - last_span
         s = chain(maps_ptr + row + last_span.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
         for back in range(last_span - first_span + 1):
-            first = (last_span - back) * tiles * W
-            here = tl.minimum(tl.cdiv(T - first, W), tiles)
+            first = (last_span - back) * TILES * W
+            here = tl.minimum(tl.cdiv(T - first, W), TILES)
             sums = n, mean, m2, rewards, kls, returns, scores
             a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
                 inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decay, s, sums,
@@ -311,8 +311,8 @@ def _advantages_kernel(
         sums = n, mean, m2, rewards, kls, returns, scores
         _store_sums(sums_ptr, sums, row_score, row_count, slots_beyond)
     else:
-        first = first_span * tiles * W
-        here = tl.minimum(tl.cdiv(T - first, W), tiles)
+        first = first_span * TILES * W
+        here = tl.minimum(tl.cdiv(T - first, W), TILES)
         sums = n, mean, m2, rewards, kls, returns, scores
         a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
             inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decay, s, sums,

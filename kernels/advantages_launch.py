@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.advantages_kernels import _advantages_kernel, _shape_kernel
 from ppo_fast.kernels.gae import (
+    LARGEST_GRID_Y,
     LAYOUTS,
     MANY_ROWS,
     POINTERS,
@@ -158,26 +159,25 @@ def _apply_whitening(
     whitening: Whitening,
 ) -> None:
     """The last launch, and over a group, what comes before it."""
-    parts = partial.shape[1]
-    moments, moments_parts = partial, parts
+    moments, ranks = partial, 0
     if whitening.group is not None:
         mine = partial.new_empty(3)
-        _merge_kernel[(1,)](partial, mine, parts, **launch_options(NUM_WARPS))
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(whitening.group))]
-        dist.all_gather(ranks, mine, group=whitening.group)
-        moments, moments_parts = torch.stack(ranks, dim=1), len(ranks)
+        _merge_kernel[(1,)](partial, mine, partial.shape[1], **launch_options(NUM_WARPS))
+        ranks = dist.get_world_size(whitening.group)
+        gathered = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(gathered, mine, group=whitening.group)
+        moments = torch.stack(gathered, dim=1)
     _whiten_kernel[(flat.programs if rows else 1,)](
         *flat.tensors,
         out,
         moments,
         partial,
         partial if stats is None else stats,
-        flat.has_mask | (stats is not None) << 1 | whitening.unbiased << 2 | whitening.shift_mean << 3,
+        flat.has_mask | (stats is not None) << 1 | whitening.unbiased << 2 | whitening.shift_mean << 3 | ranks << 4,
         float(whitening.eps),
         rows,
         flat.T,
-        moments_parts,
-        parts,
+        partial.shape[1],
         *flat.strides,
         **flat.keywords,
     )
@@ -217,10 +217,10 @@ def _scan(
     if B * T == 0:
         return outputs[0].new_zeros(_PLANES, 1)
     inputs, strides, is_aligned, per_token = _inputs((logprobs, refs, values), mask, scores)
-    layout, tiles = row_layout(T)
-    R, W, _, _ = LAYOUTS[layout]
+    layout = row_layout(T)
+    R, W, tiles, _ = LAYOUTS[layout]
     spans, programs = -(-T // (W * tiles)), -(-B // R)
-    walks = spans <= _WALKED_SPANS or B >= MANY_ROWS
+    walks = spans <= _WALKED_SPANS or B >= MANY_ROWS or spans > LARGEST_GRID_Y
     partial = outputs[0].new_empty((_PLANES, programs if walks else programs * spans))
     present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, B)
     arguments = (
@@ -235,7 +235,6 @@ def _scan(
         *shaping.scalars(),
         B,
         T,
-        tiles,
         *strides,
     )
     if not walks:

@@ -1,8 +1,9 @@
 """Generalised advantage estimation in Triton: reference.gae for padded, packed and time-major tensors.
 
-One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows, and
-packed ones, take two: every span is composed to one affine map by a program of its own, then every program chains the
-maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see gae_kernels.py.
+One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows or
+columns, and packed rows, take two: every span is composed to one affine map by a program of its own, then every program
+chains the maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see
+gae_kernels.py.
 
 Bytes for N steps in fp32 with one flag: 9 N read and 8 N written; with two launches another 9 N read, from the second
 level cache if they fit.
@@ -25,16 +26,16 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 MANY_ROWS = 2048  # rows that keep a GPU busy with one program for each four
 _MANY_COLUMNS = 16384  # columns that do, with one program for each 128
 _WALKED_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
-_LARGEST = 2**31 - 1  # sizes are int32 in the kernels
-_GRID_Y = 65535  # the largest grid of a GPU in its second dimension, which has the spans
+_LARGEST = 2**30  # sizes, and sums of two, are int32 in the kernels
+LARGEST_GRID_Y = 65535  # of a GPU, in its second dimension, which has the spans
 
 
 class Layout(NamedTuple):
-    """How a program and its threads divide rows. What a row is cut into depends on T alone, as its bits must."""
+    """How a program divides rows. Spans depend on the layout and T alone, so that a row's bits do not on other rows."""
 
     R: int  # rows in a program
     W: int  # steps in a tile
-    tiles: int  # in a span, at least
+    tiles: int  # in a span; of columns, at least
     num_warps: int
 
 
@@ -46,11 +47,9 @@ LAYOUTS = {
 }
 
 
-def row_layout(T: int) -> tuple[str, int]:
-    """For rows whose steps are neighbours in memory: the layout and the tiles in a span."""
-    layout = "short rows" if T <= LAYOUTS["short rows"].W else "long rows"
-    _, W, tiles, _ = LAYOUTS[layout]
-    return layout, max(tiles, -(-T // (W * _GRID_Y)))
+def row_layout(T: int) -> str:
+    """For rows whose steps are neighbours in memory."""
+    return "short rows" if T <= LAYOUTS["short rows"].W else "long rows"
 
 
 def column_tiles(T: int) -> int:
@@ -61,8 +60,9 @@ def column_tiles(T: int) -> int:
 @functools.cache
 def keywords(layout: str, is_aligned: bool, write: bool) -> dict[str, Any]:
     """Constexprs and options of a launch. Do not change the result: it is shared."""
-    R, W, _, num_warps = LAYOUTS[layout]
-    constexprs = {"WRITE": write, "C" if layout == "columns" else "R": R, "W": W}
+    R, W, tiles, num_warps = LAYOUTS[layout]
+    constexprs = {"WRITE": write, "W": W}
+    constexprs |= {"C": R} if layout == "columns" else {"R": R, "TILES": tiles}
     if layout != "packed":  # whose rows start anywhere
         constexprs["ALIGNED"] = is_aligned
     return constexprs | launch_options(num_warps, REGISTERS)
@@ -169,16 +169,13 @@ def _gae(
     shape = (1, T) if packed else (T, rows) if time_major else (rows, T)
     floats, strides, floats_aligned = as_rows(floats, *shape)
     flags, flag_stride, flags_aligned = _flags(mask, terminated, truncated, *shape, rewards.device)
-    if truncated is None:
-        floats.append(floats[1])
-        strides.append(0)
-    tensors = *floats, *flags, advantages if numbers is None else numbers
+    tensors = *floats[:2], floats[-1], *flags, advantages if numbers is None else numbers
     with device_guard(rewards):
         if packed:
             _launch_packed(tensors, cu_seqlens, (advantages, returns), scalars)
         else:
             _launch_rows(
-                tensors, (advantages, returns), scalars, rows, T, (*strides, flag_stride),
+                tensors, (advantages, returns), scalars, rows, T, (*strides[:2], strides[-1], flag_stride),
                 columns=time_major, is_aligned=floats_aligned and flags_aligned,
             )  # fmt: skip
     return advantages, returns
@@ -196,16 +193,20 @@ def _launch_rows(
     is_aligned: bool,
 ) -> None:
     """One launch where programs that process whole rows fill the device, else two."""
+    layout = "columns" if columns else row_layout(T)
+    R, W, tiles, _ = LAYOUTS[layout]
     if columns:
-        kernel, layout, tiles, many = _gae_columns_kernel, "columns", column_tiles(T), _MANY_COLUMNS
+        kernel, tiles = _gae_columns_kernel, column_tiles(T)
+        spans = -(-T // (W * tiles))
+        walks = spans * tiles <= _WALKED_TILES or rows >= _MANY_COLUMNS
+        sizes: tuple[int, ...] = rows, T, tiles
     else:
-        layout, tiles = row_layout(T)
-        kernel, many = _gae_rows_kernel, MANY_ROWS
-    R, W, _, _ = LAYOUTS[layout]
-    spans, programs = -(-T // (W * tiles)), -(-rows // R)
-    walks = spans == 1 or rows >= many or (columns and spans * tiles <= _WALKED_TILES)
+        kernel, sizes = _gae_rows_kernel, (rows, T)
+        spans = -(-T // (W * tiles))
+        walks = spans == 1 or rows >= MANY_ROWS or spans > LARGEST_GRID_Y
     maps = outputs[0] if walks else outputs[0].new_empty(2 * spans * rows)
-    arguments = *tensors, *outputs, maps, *scalars, rows, T, tiles, *strides
+    arguments = *tensors, *outputs, maps, *scalars, *sizes, *strides
+    programs = -(-rows // R)
     if not walks:
         kernel[programs, spans - 1](*arguments, **keywords(layout, is_aligned, False))
     kernel[programs, 1 if walks else spans](*arguments, **keywords(layout, is_aligned, True))
@@ -222,10 +223,11 @@ def _launch_packed(
     total, rows = outputs[0].numel(), len(cu_seqlens) - 1
     slots = total // (W * tiles) + rows + 2
     cu_seqlens = cu_seqlens.contiguous()
-    if wide := cu_seqlens.dtype == torch.int64:
-        cu_seqlens = cu_seqlens.view(torch.int32)  # the lower halves, twice as far apart
+    present, gamma, lam = scalars
+    if cu_seqlens.dtype == torch.int64:
+        present, cu_seqlens = present | 1 << 6, cu_seqlens.view(torch.int32)
     maps = outputs[0].new_empty(2 * slots)
-    arguments = *tensors, cu_seqlens, *outputs, maps, *scalars, rows, total, tiles, 1 + wide
+    arguments = *tensors, cu_seqlens, *outputs, maps, present, gamma, lam, rows, total
     programs = -(-slots // R)
     _gae_packed_kernel[programs,](*arguments, **keywords("packed", False, False))
     _gae_packed_kernel[programs,](*arguments, **keywords("packed", False, True))

@@ -175,7 +175,7 @@ def scan_span(
     return span_a, span_b
 
 
-@triton.jit(do_not_specialize=list(range(20)))
+@triton.jit(do_not_specialize=list(range(19)))
 def _gae_rows_kernel(
     rewards_ptr,  # (rows, T), steps contiguous, as the next five
     values_ptr,
@@ -192,7 +192,6 @@ def _gae_rows_kernel(
     lam: tl.float32,
     rows: tl.int32,
     T: tl.int32,
-    tiles: tl.int32,  # of a span
     r_stride: tl.int64,  # from row to row
     v_stride: tl.int64,
     f_stride: tl.int64,
@@ -201,6 +200,7 @@ def _gae_rows_kernel(
     ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
     R: tl.constexpr,
     W: tl.constexpr,
+    TILES: tl.constexpr,  # of a span
 ):
     if ALIGNED:
         T = T // 4 * 4
@@ -216,7 +216,7 @@ def _gae_rows_kernel(
     )
     outputs = row_start(advantages_ptr, row * T, ALIGNED), row_start(returns_ptr, row * T, ALIGNED)
     g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, 3)
-    spans = tl.cdiv(T, tiles * W)
+    spans = tl.cdiv(T, TILES * W)
     plane = spans.to(tl.int64) * rows
     if WRITE:
         walks = tl.num_programs(1) == 1
@@ -224,14 +224,14 @@ def _gae_rows_kernel(
         later = spans - 1 - last
         s = chain(maps_ptr + row + last.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
         for back in range(tl.where(walks, spans, 1)):
-            first = (last - back) * tiles * W
-            here = tl.minimum(tl.cdiv(T - first, W), tiles)
+            first = (last - back) * TILES * W
+            here = tl.minimum(tl.cdiv(T - first, W), TILES)
             a, b = scan_span(inputs, outputs, first, T, inside, inside, present, here, g, decay, s, True, R, W)
             s = apply_map(a, b, s)
     else:
         span = tl.program_id(1) + 1
-        first = span * tiles * W
-        here = tl.minimum(tl.cdiv(T - first, W), tiles)
+        first = span * TILES * W
+        here = tl.minimum(tl.cdiv(T - first, W), TILES)
         a, b = scan_span(inputs, outputs, first, T, inside, inside, present, here, g, decay, s, False, R, W)
         own_map = maps_ptr + row + span.to(tl.int64) * rows
         tl.store(own_map, a, mask=inside)
@@ -246,7 +246,7 @@ def _boundary(cu_ptr, cu_stride, i, rows, total):
     return tl.where(i > rows + 1, total, tl.minimum(tl.maximum(x, 0), total))
 
 
-@triton.jit(do_not_specialize=list(range(18)))
+@triton.jit(do_not_specialize=list(range(16)))
 def _gae_packed_kernel(
     rewards_ptr,  # (total,), as the next five
     values_ptr,
@@ -259,40 +259,40 @@ def _gae_packed_kernel(
     advantages_ptr,  # (total,)
     returns_ptr,
     maps_ptr,  # (2, slots): the map of each span
-    present: tl.int32,  # as for rows
+    present: tl.int32,  # as for rows; bit 6: cu_ptr has int64 numbers, of which it reads the lower halves
     gamma: tl.float32,
     lam: tl.float32,
     rows: tl.int32,
     total: tl.int32,
-    tiles: tl.int32,  # of a span
-    cu_stride: tl.int32,
     WRITE: tl.constexpr,  # False: only compose the maps of the spans
     R: tl.constexpr,
     W: tl.constexpr,
+    TILES: tl.constexpr,  # of a span
 ):
     """A program processes R slots. Sequence i of _boundary has the slots from start // span + i on: at least as many as
     it has spans, whatever the lengths. cu_seqlens may have any content: no address depends on it without a bound."""
-    span_steps = tiles * W
-    slots = total // span_steps + rows + 2
+    SPAN: tl.constexpr = TILES * W
+    cu_stride = tl.where(is_given(present, 6), 2, 1)
+    slots = total // SPAN + rows + 2
     slot = tl.program_id(0) * R + tl.arange(0, R)
     low = tl.zeros([R], tl.int32)
     high = low + rows + 1
     halvings = rows + 1
     while halvings > 0:
         middle = (low + high + 1) // 2
-        begun = _boundary(cu_ptr, cu_stride, middle, rows, total) // span_steps + middle <= slot
+        begun = _boundary(cu_ptr, cu_stride, middle, rows, total) // SPAN + middle <= slot
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle - 1)
         halvings //= 2
     start = _boundary(cu_ptr, cu_stride, low, rows, total)
     length = tl.maximum(_boundary(cu_ptr, cu_stride, low + 1, rows, total) - start, 0)
-    span = slot - (start // span_steps + low)
-    row_spans = tl.cdiv(length, span_steps)
+    span = slot - (start // SPAN + low)
+    row_spans = tl.cdiv(length, SPAN)
     inside = (slot < slots) & (span >= 0) & (span < row_spans)
     real = inside & (low >= 1) & (low <= rows)
     later = tl.where(inside, row_spans - 1 - span, 0)
-    first = tl.where(inside, span * span_steps, 0)
-    here = tl.minimum(tl.cdiv(tl.max(tl.where(inside, length - first, 0)), W), tiles)
+    first = tl.where(inside, span * SPAN, 0)
+    here = tl.minimum(tl.cdiv(tl.max(tl.where(inside, length - first, 0)), W), TILES)
 
     inputs = (
         row_start(rewards_ptr, start, False),

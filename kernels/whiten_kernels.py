@@ -128,20 +128,19 @@ def _store_statistics(stats_ptr, sums_ptr, parts, mean, std):
     tl.store(stats_ptr + 5, std)
 
 
-@triton.jit(do_not_specialize=list(range(14)))
+@triton.jit(do_not_specialize=list(range(13)))
 def _whiten_kernel(
     x_ptr,  # (rows, T); may be out
     mask_ptr,  # (rows, T); any address if not given
     out_ptr,  # (rows, T) without gaps
-    moments_ptr,  # (3, parts)
-    sums_ptr,  # (9, sum_parts) from _advantages_kernel; any address without statistics
+    moments_ptr,  # (3, parts), or (3, ranks) of a group
+    sums_ptr,  # (9, parts) from _advantages_kernel; any address without statistics
     stats_ptr,  # (6,); likewise
-    switches: tl.int32,  # bits 0 to 3: a mask is given, statistics are wanted, unbiased, shift_mean
+    switches: tl.int32,  # bits 0 to 3: a mask is given, statistics are wanted, unbiased, shift_mean; from 4 on: ranks
     eps: tl.float32,
     rows: tl.int32,  # 0 if only the statistics are wanted
     T: tl.int64,
-    parts: tl.int32,
-    sum_parts: tl.int32,
+    parts: tl.int32,  # programs before this launch
     x_stride: tl.int64,  # from row to row
     m_stride: tl.int64,
     ALIGNED: tl.constexpr,
@@ -149,13 +148,14 @@ def _whiten_kernel(
 ):
     if ALIGNED:
         T = T // 4 * 4
-    count, mean, m2 = _merged(moments_ptr, parts)
+    ranks = switches >> 4
+    count, mean, m2 = _merged(moments_ptr, tl.where(ranks > 0, ranks, parts))
     variance = m2 / tl.maximum(count - tl.where(is_given(switches, 2), 1.0, 0.0), 1.0)
     scale = tl.where(count > 1, 1.0 / tl.sqrt(variance + eps), 1.0)
     kept = tl.where(is_given(switches, 3), 0.0, mean)
     program = tl.program_id(0)
     if (program == 0) & is_given(switches, 1):
-        _store_statistics(stats_ptr, sums_ptr, sum_parts, mean, tl.sqrt(variance))
+        _store_statistics(stats_ptr, sums_ptr, parts, mean, tl.sqrt(variance))
     row_tiles = tl.cdiv(T, BLOCK).to(tl.int32)
     for tile in range(program, rows * row_tiles, tl.num_programs(0)):
         x_at, mask_at, out_at, here = _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK)
