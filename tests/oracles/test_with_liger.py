@@ -10,6 +10,7 @@ from oracles.cases import assert_equal
 MISSING = "liger-kernel is not installed: pip install -c constraints.txt -r tests/oracles/peers.txt"
 pytest.importorskip("liger_kernel", reason=MISSING)
 
+import liger_kernel.ops.rms_norm as liger_rms_norm  # noqa: E402
 import liger_kernel.ops.swiglu as liger_swiglu  # noqa: E402
 from liger_kernel.transformers import apply_liger_kernel_to_llama  # noqa: E402
 from liger_kernel.transformers.model import llama as liger_llama  # noqa: E402

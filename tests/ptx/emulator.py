@@ -85,7 +85,7 @@ class Emulator:
     ) -> None:
         """seed: of the order of programs and of the noise of approximate instructions, whose size is `amplitude`.
 
-        Issues are kept for kernels of modules whose names start with `modules`: kernels of peers run without being checked.
+        Issues are kept for kernels of modules whose names start with `modules`; other kernels run unchecked.
         """
         self.modules = modules
         self.target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
