@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_fast.kernels import loss, loss_launch
-from ppo_fast.kernels.launch import Variant, device_guard, launch_options
+from ppo_fast.kernels.launch import REGISTERS, Variant, device_guard, launch_options
 from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
@@ -387,7 +387,7 @@ def _config(
     values: dict[str, Any] = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
     values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
     values["WITH_ENTROPY"] = with_entropy or transformed
-    registers = _POLICY_REGISTERS if kind == "policy" else None
+    registers = {"score": None, "policy": _POLICY_REGISTERS, "gradient": REGISTERS}[kind]
     options = launch_options(_TILES[transformed].threads // threads_per_warp, registers)
     return {name: values[name] for name in kernel.arg_names if name in values}, options
 

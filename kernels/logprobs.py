@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.kernels.launch import Variant, device_guard, launch_options
+from ppo_fast.kernels.launch import REGISTERS, Variant, device_guard, launch_options
 from ppo_fast.kernels.logprobs_op import allocate, make_backend, run
 from ppo_fast.kernels.softmax_rows import (
     add_block,
@@ -247,7 +247,7 @@ def _config(
     kernel = _token_logprobs_bwd_kernel if backward else _token_logprobs_fwd_kernel
     values = tile._asdict() | layout._asdict() | {"WITH_ENTROPY": with_entropy or tile.BLOCK <= 1024}
     constexprs = {name: values[name] for name in kernel.arg_names if name in values}
-    return constexprs, launch_options(tile.threads // threads_per_warp)
+    return constexprs, launch_options(tile.threads // threads_per_warp, REGISTERS if backward else None)
 
 
 def variants(threads_per_warp: int = 32) -> list[Variant]:
