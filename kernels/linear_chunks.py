@@ -180,7 +180,7 @@ def make_plan(
     give the same bits, so log-probabilities scored without gradients are those that the loss computes.
     """
     return _make_plan(
-        (*weight.shape, rows.total, rows.chosen is not None),
+        (int(weight.shape[0]), int(weight.shape[1]), int(rows.total), rows.chosen is not None),  # int: not symbolic
         (hidden.dtype, weight.dtype, logits_dtype),
         product_path(hidden.device, hidden.dtype),
         (CPU_CHUNK_ROWS, CPU_CHUNK_BYTES) if hidden.device.type == "cpu" else (DEVICE_CHUNK_ROWS, 0),

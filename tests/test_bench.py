@@ -24,6 +24,11 @@ import rows  # noqa: E402
 import ppo_fast as ppo  # noqa: E402
 
 
+def outside_xdist() -> dict[str, str]:
+    """The environment without pytest-xdist's variables, in which pytest-benchmark would measure nothing."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def on_gpu(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -32,7 +37,7 @@ def on_gpu(out: Path, *arguments: str, **environment: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env={**outside_xdist(), "PATH": path, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
@@ -89,7 +94,7 @@ def test_an_unknown_part_is_refused(tmp_path: Path):
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "--commit", "0123abc"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in outside_xdist().items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
