@@ -178,6 +178,20 @@ def test_a_register_that_nobody_has_written_is_reported():
     assert issue.instruction == "add.s32 %r1, %r7, 1"
 
 
+def test_an_undefined_half_of_a_pair_is_reported_only_if_it_is_stored():
+    """sm_100 adds single numbers as a half of a pair. The other half may be a register that no instruction writes."""
+    body = """
+    ld.global.b32 %r1, [%rd92];
+    mov.b64 %rd1, {%r1, %r7};
+    add.rn.f32x2 %rd2, %rd1, %rd1;
+    mov.b64 {%r2, _}, %rd2;
+    st.global.b32 [%rd93], %r2;
+    """
+    assert run(body) == []
+    stored = "mov.b64 {_, %r2}, %rd1;\nst.global.b32 [%rd93], %r2;"
+    only(run(body.partition("add")[0] + stored), "store of a register that was never written")
+
+
 def test_a_register_written_by_some_threads_is_reported_when_all_store_it():
     body = "setp.lt.u32 %p1, %r90, 5;\n@%p1 mov.u32 %r1, 3;\nst.global.b32 [%rd93], %r1;"
     only(run(body), "store of a register that was never written")

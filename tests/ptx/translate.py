@@ -65,6 +65,8 @@ class Translator:
         self.lines: list[str] = []
         self.line_of: list[int] = []
         self.instructions = [i for block in program.blocks for i in block.instructions]
+        writers = [i for i in self.instructions if i.operands and not i.opcode.startswith(("st", "bar"))]
+        self.written = {register for i in writers for register in re.findall(r"%\w+", i.operands[0])}
         self.index = 0
         self.contractions = 0
         # Register -> sources of the mul that may be fused, as expressions and as operands.
@@ -250,6 +252,8 @@ class Translator:
         else:
             parts = self.registers(source)
             size = width // len(parts)
+            # On sm_100 a single number is added in a pair whose other half is left undefined, and is not used.
+            self.initial |= {part for part in parts if part.startswith("%") and part not in self.written}
             shifted = (
                 f"({self.read(part, f'b{size}')}.astype(U{width}) << U{width}({size * i}))"
                 for i, part in enumerate(parts)
