@@ -100,12 +100,16 @@ def shift_right(x: Value, amount: Value) -> Value:
 
 
 def bit_field(x: Value, position: Value, length: Value) -> Value:
-    """bfe: `length` bits of x from `position` on; a signed field repeats its highest bit."""
+    """bfe: `length` bits of x from `position` on, both modulo 256; a signed field repeats its highest bit."""
+    position, length = position & U32(255), length & U32(255)
+    bits = x.dtype.str.replace("i", "u")
     if x.dtype.kind == "u":
-        return shift_right(x, position) & (shift_left(U32(1), length) - U32(1))
-    unused = U32(32) - np.minimum(length, U32(32))
-    upper = shift_left(shift_right(x, position).view(U32), unused).view(np.int32)
-    return np.where(length == 0, np.int32(0), shift_right(upper, unused))
+        one = x.dtype.type(1)
+        return shift_right(x, position) & (shift_left(one, length) - one)
+    width = U32(8 * x.dtype.itemsize)
+    unused = width - np.minimum(length, width)
+    upper = shift_left(shift_right(x, position).view(bits), unused).view(x.dtype)
+    return np.where(length == 0, x.dtype.type(0), shift_right(upper, unused))
 
 
 def permute_bytes(a: Value, b: Value, selector: Value) -> Value:
@@ -120,9 +124,24 @@ def permute_bytes(a: Value, b: Value, selector: Value) -> Value:
     return result
 
 
-def maximum_with_nan(a: Value, b: Value) -> Value:
-    """max.NaN: a NaN operand gives NaN."""
-    return np.maximum(a, b)
+def maximum(a: Value, b: Value) -> Value:
+    """max.f32: a NaN is dropped, and +0 is larger than -0."""
+    zeros = (a == 0) & (b == 0)
+    larger = np.fmax(a, b)
+    return np.where(zeros, a + b, larger) if np.count_nonzero(zeros) else larger
+
+
+def minimum(a: Value, b: Value) -> Value:
+    return -maximum(-a, -b)
+
+
+def maximum_or_nan(a: Value, b: Value) -> Value:
+    """max.NaN.f32: a NaN operand gives NaN."""
+    return np.where(np.isnan(a) | np.isnan(b), F32(np.nan), maximum(a, b))
+
+
+def minimum_or_nan(a: Value, b: Value) -> Value:
+    return -maximum_or_nan(-a, -b)
 
 
 class Approximations:
@@ -172,4 +191,10 @@ class Approximations:
         return self._relative(np.tanh(x.astype(F64)), self.TANH, x)
 
     def div(self, x: Value, y: Value) -> Value:
+        """div.full."""
         return self._relative(x.astype(F64) / y, self.DIV, x, y)
+
+    def div_approx(self, x: Value, y: Value) -> Value:
+        """div.approx: zero, or NaN for an infinite x, where the divisor is above 2^126."""
+        large = (np.abs(y) > F32(2.0**126)) & np.isfinite(y)
+        return np.where(large, x * F32(0) * np.sign(y), self.div(x, y))

@@ -54,8 +54,9 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     if 0 < tensor.untyped_storage().nbytes() <= _LARGEST_POISONED:
         _, data = bytes_of(tensor)
-        data[: len(data) // 4 * 4].view(np.uint32)[:] = POISON
-        data[len(data) // 4 * 4 :] = 0xAD
+        words = len(data) // 4 * 4
+        data[:words].view(np.uint32)[:] = POISON
+        data[words:] = np.frombuffer(np.uint32(POISON).tobytes(), np.uint8)[: len(data) - words]
     return tensor
 
 
@@ -150,13 +151,15 @@ class Emulator:
     def execute(self, compiled: Any, arguments: list[Any], launch: Launch, grid: tuple[int, int, int]) -> None:
         kernel = self.kernel(compiled.asm["ptx"])
         parameters: dict[str, Any] = {}
-        segments: dict[int, tuple[np.ndarray, list[str]]] = {}
+        segments: dict[int, tuple[np.ndarray, list[str], list[int]]] = {}
         declared = kernel.program.parameters
         for (_, parameter), (name, kind), value in zip(declared, launch.types, arguments, strict=False):
             if isinstance(value, torch.Tensor):
                 address, data = bytes_of(value)
                 data = data[: -value.element_size()] if name == self.short else data
-                segments.setdefault(address, (data, []))[1].append(name)
+                _, names, sizes = segments.setdefault(address, (data, [], []))
+                names.append(name)
+                sizes.append(value.element_size())
                 parameters[parameter] = np.uint64(value.data_ptr())
             elif kind == "fp32":
                 parameters[parameter] = np.float32(value).view(np.uint32)
@@ -167,7 +170,9 @@ class Emulator:
                 parameters[parameter] = np.uint64(int(value) % 2**width)
         for _, parameter in declared[len(arguments) :]:  # scratch memory that Triton adds; these kernels need none
             parameters[parameter] = np.uint64(0)
-        memory = [Segment(address, data, "/".join(names)) for address, (data, names) in segments.items()]
+        memory = [
+            Segment(address, data, "/".join(names), min(sizes)) for address, (data, names, sizes) in segments.items()
+        ]
         machine = Machine(kernel, memory, compiled.metadata.shared)
         machine.run(parameters, grid, self.approximate, self.seed + sum(self.launches.values()))
         if launch.kernel.module.startswith(self.modules):

@@ -1,6 +1,7 @@
 """What each PTX instruction computes, as a NumPy expression over its operands: {0} is the first source.
 
-An entry is opcode -> (kind of the result, kinds of the sources, expression). A kind is a PTX type: b32 and u32 are
+An entry is opcode -> (kind of the result, kinds of the sources, expression); "max.f32 of 3" is max.f32 with three
+sources. A kind is a PTX type: b32 and u32 are
 unsigned, s32 is signed, f32 a number, pred a bool; bf16 and f32x2 stay bits. Loads, stores, branches, barriers and
 instructions that exchange registers between threads are in translate.py.
 """
@@ -40,8 +41,8 @@ def _integer_rules() -> dict[str, Rule]:
     for name, symbol in (("and", "&"), ("or", "|"), ("xor", "^")):
         rules[f"{name}.pred"] = Rule("pred", ("pred", "pred"), f"{{0}} {symbol} {{1}}")
     rules["not.pred"] = Rule("pred", ("pred",), "~{0}")
-    for kind in ("u32", "s32"):
-        rules[f"bfe.{kind}"] = Rule(kind, (kind, "b32", "b32"), "bit_field({0}, {1}, {2})")
+    for kind in ("u32", "s32", "u64", "s64"):
+        rules[f"bfe.{kind}"] = Rule(kind, (kind, "u32", "u32"), "bit_field({0}, {1}, {2})")
     rules["prmt.b32"] = Rule("b32", ("b32", "b32", "b32"), "permute_bytes({0}, {1}, {2})")
     return rules
 
@@ -77,10 +78,6 @@ def _float_rules() -> dict[str, Rule]:
     rules = {
         "neg.f32": Rule("b32", ("b32",), "{0} ^ U32(0x80000000)"),
         "abs.f32": Rule("b32", ("b32",), "{0} & U32(0x7FFFFFFF)"),
-        "max.f32": Rule("f32", ("f32", "f32"), "np.fmax({0}, {1})"),
-        "min.f32": Rule("f32", ("f32", "f32"), "np.fmin({0}, {1})"),
-        "max.NaN.f32": Rule("f32", ("f32", "f32"), "np.maximum({0}, {1})"),
-        "min.NaN.f32": Rule("f32", ("f32", "f32"), "np.minimum({0}, {1})"),
         "fma.rn.f32": Rule("f32", ("f32", "f32", "f32"), "fma({0}, {1}, {2})"),
         "fma.rn.ftz.f32": Rule("f32", ("f32",) * 3, "flush(fma(flush({0}), flush({1}), flush({2})))"),
         "fma.rn.f32x2": Rule("f32x2", ("f32x2",) * 3, "pairs(fma, {0}, {1}, {2})"),
@@ -106,12 +103,17 @@ def _float_rules() -> dict[str, Rule]:
         if name != "mul":  # sm_100: the first source is widened
             rules[f"{name}.rn.f32.bf16"] = Rule("f32", ("b16", "f32"), f"bf16_to_f32({{0}}) {symbol} {{1}}")
             rules[f"{name}.rn.f32.f16"] = Rule("f32", ("f16", "f32"), f"{{0}}.astype(F32) {symbol} {{1}}")
+    for name, function in (("max", "maximum"), ("min", "minimum")):
+        for modifier, used in (("", function), (".NaN", f"{function}_or_nan")):
+            opcode = f"{name}{modifier}.f32"
+            rules[opcode] = Rule("f32", ("f32", "f32"), f"{used}({{0}}, {{1}})")
+            rules[f"{opcode} of 3"] = Rule("f32", ("f32",) * 3, f"{used}({used}({{0}}, {{1}}), {{2}})")  # sm_100
     for name in ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh"):
         rules[f"{name}.approx.f32"] = Rule("f32", ("f32",), f"approximate.{name}({{0}})")
         rules[f"{name}.approx.ftz.f32"] = Rule("f32", ("f32",), f"flush(approximate.{name}(flush({{0}})))")
-    for name in ("full", "approx"):
-        rules[f"div.{name}.f32"] = Rule("f32", ("f32", "f32"), "approximate.div({0}, {1})")
-        rules[f"div.{name}.ftz.f32"] = Rule("f32", ("f32", "f32"), "flush(approximate.div(flush({0}), flush({1})))")
+    for name, function in (("full", "approximate.div"), ("approx", "approximate.div_approx")):
+        rules[f"div.{name}.f32"] = Rule("f32", ("f32", "f32"), f"{function}({{0}}, {{1}})")
+        rules[f"div.{name}.ftz.f32"] = Rule("f32", ("f32", "f32"), f"flush({function}(flush({{0}}), flush({{1}})))")
     return rules
 
 

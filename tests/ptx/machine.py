@@ -98,11 +98,15 @@ class Machine:
         self.shared_memory.epoch += 1
         self.global_memory.epoch += 1
 
+    def whole_warps(self, members: Value, instruction: int) -> None:
+        if np.count_nonzero(members != np.uint32(0xFFFFFFFF)):
+            raise Abort("exchange between a part of a warp's lanes", instruction)
+
     def shuffle(self, mode: str, value: Value, distance: Value, clamp: Value) -> Value:
-        """shfl.sync in all threads: a thread gets the value of another lane of its warp, or keeps its own."""
+        """shfl.sync in whole warps: a thread gets the value of another lane of its warp, or keeps its own."""
         if np.ndim(value) == 0:
             return value
-        lane, distance, limits = self.lane, np.asarray(distance).astype(np.int64), int(np.ravel(clamp)[0])
+        lane, distance, limits = self.lane, np.asarray(distance).astype(np.int64) & 31, int(np.ravel(clamp)[0])
         segment, bound = (limits >> 8) & 31, limits & 31
         last = (lane & segment) | (bound & ~segment & 31)
         if mode == "bfly":
@@ -117,16 +121,18 @@ class Machine:
         return value[self.first_lane + np.where(valid, source, lane)]
 
     def reduce_warps(self, operation: np.ufunc, value: Value) -> Value:
-        """redux.sync in all threads."""
+        """redux.sync in whole warps."""
         if np.ndim(value) == 0 and operation is not np.add:
             return value
         rows = np.broadcast_to(value, self.threads).reshape(-1, 32)
         return np.repeat(operation.reduce(rows, axis=1), 32).astype(rows.dtype)
 
-    def matrix_address(self, rows: Value, matrix: int) -> Value:
+    def matrix_address(self, rows: Value, matrix: int, instruction: int) -> Value:
         """The address of each thread's two elements of a matrix. Lane 8 m + i has that of row i of matrix m."""
         addresses = np.broadcast_to(rows, self.threads)
         row = addresses[self.first_lane + 8 * matrix + self.lane // 4]
+        if np.count_nonzero(row & np.uint64(15)):
+            raise Abort("misaligned row of a matrix, which must be a multiple of 16 bytes", instruction)
         return row + (4 * (self.lane % 4)).astype(np.uint64)
 
     # The grid

@@ -25,10 +25,17 @@ class Segment(NamedTuple):
     start: int  # address
     data: np.ndarray  # uint8
     label: str  # names of the arguments that point into it
+    element: int = 4  # bytes of the smallest element of these tensors
 
     @property
     def end(self) -> int:
         return self.start + len(self.data)
+
+
+def poisoned(raw: np.ndarray, size: int) -> bool:
+    """Whether bytes hold POISON in one of their words, or in one of their halves if elements have `size` <= 2 bytes."""
+    kind, value = (np.uint16, POISON % 2**16) if size <= 2 else (np.uint32, POISON)
+    return bool(np.count_nonzero(np.ascontiguousarray(raw).view(kind) == value))
 
 
 class _Memory:
@@ -123,7 +130,9 @@ class GlobalMemory(_Memory):
             return [(whole, slice(None))]
         left, found = np.ones(len(addresses), bool), []
         for segment in self.segments:
-            inside = left & (addresses >= segment.start) & (addresses + np.uint64(size) <= segment.end)
+            if len(segment.data) < size:
+                continue
+            inside = left & (addresses >= segment.start) & (addresses <= segment.end - size)
             if inside.any():
                 found.append((segment, np.flatnonzero(inside)))
                 left &= ~inside
@@ -171,9 +180,9 @@ class GlobalMemory(_Memory):
         return np.ascontiguousarray(raw).view(_TYPES[width])
 
     def unwritten(self, segment: Segment, raw: np.ndarray, offsets: np.ndarray, width: int) -> bool:
-        """Whether a loaded word, or the word around a loaded half or byte, is POISON."""
-        if width >= 4:
-            return bool(np.count_nonzero(np.ascontiguousarray(raw).view(np.uint32) == POISON))
+        """Whether a loaded word or half, or the word around a loaded byte, is POISON."""
+        if width >= 2:
+            return poisoned(raw, min(width, segment.element))
         poison = np.frombuffer(np.uint32(POISON).tobytes(), np.uint8)
         suspicious = raw[:, 0] == poison[offsets % 4]
         for offset in offsets[suspicious]:
@@ -199,8 +208,6 @@ class GlobalMemory(_Memory):
         if len(rows) > len(active) == 1 and np.ndim(addresses) == 0:
             rows = rows if np.count_nonzero(rows != rows[0]) else rows[:1]
         active, rows = self.one_writer(active, rows, instruction)
-        if width >= 4 and np.count_nonzero(rows.view(np.uint32) == POISON):
-            self.report("store of a register that was never written", instruction)
         for segment, which in self.pieces(active, size, "store", instruction):
             here = active[which]
             threads = which if chosen is None else chosen[which]
@@ -209,6 +216,8 @@ class GlobalMemory(_Memory):
             )
             offsets = (here - np.uint64(segment.start)).astype(np.int64)
             raw = np.ascontiguousarray(rows[which]).view(np.uint8).reshape(len(offsets), size)
+            if width >= 2 and poisoned(raw, min(width, segment.element)):
+                self.report("store of a register that was never written", instruction)
             segment.data[offsets[:, None] + np.arange(size)] = raw
 
     def check(self) -> None:

@@ -78,6 +78,10 @@ def parse(ptx: str) -> Program:
             break
         elif label := re.fullmatch(r"(\$\w+):", code):
             blocks.append(Block(label[1], []))
+        elif code.startswith("{") and code != "{":
+            raise UnknownPTX(f"cannot parse {code!r}: a scope with instructions in one line")
+        elif code.startswith(_DIRECTIVES) and code.rstrip(";").count(";"):
+            raise UnknownPTX(f"cannot parse {code!r}: a directive and instructions in one line")
         elif code and not code.startswith((*_DIRECTIVES, "{")):
             for text in filter(None, (piece.strip() for piece in code.split(";"))):
                 found = _INSTRUCTION.fullmatch(text)

@@ -7,6 +7,7 @@ import pytest
 from ptx.arithmetic import Approximations
 from ptx.machine import Issue, Kernel, Machine
 from ptx.memory import Segment
+from ptx.program import UnknownPTX
 from ptx.translate import POISON
 
 THREADS = 64
@@ -23,13 +24,25 @@ PREAMBLE = """
 
 
 def run(
-    body: str, *, elements: int = THREADS, programs: int = 1, seed: int = 0, unwritten: bool = False
+    body: str,
+    *,
+    elements: int = THREADS,
+    programs: int = 1,
+    seed: int = 0,
+    unwritten: bool = False,
+    element: int = 4,
 ) -> list[Issue]:
-    """Issues of a kernel of 64 threads that reads `elements` numbers at %rd90 and writes at %rd91."""
+    """Issues of a kernel of 64 threads that reads `elements` numbers at %rd90 and writes at %rd91.
+
+    element: bytes of the elements of the tensors that own this memory.
+    """
     entry = f".visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1) .reqntid {THREADS} {{"
     data = np.full(elements, POISON, np.uint32) if unwritten else np.arange(elements, dtype=np.uint32)
     out = np.full(elements, POISON, np.uint32)
-    memory = [Segment(1 << 20, data.view(np.uint8), "data"), Segment(1 << 30, out.view(np.uint8), "out")]
+    memory = [
+        Segment(1 << 20, data.view(np.uint8), "data", element),
+        Segment(1 << 30, out.view(np.uint8), "out", element),
+    ]
     machine = Machine(Kernel("\n".join([entry, PREAMBLE, body, "ret;", "}"])), memory, 4 * THREADS)
     parameters = {"k_param_0": np.uint64(1 << 20), "k_param_1": np.uint64(1 << 30)}
     machine.run(parameters, (programs, 1, 1), Approximations(), seed)
@@ -114,6 +127,11 @@ def test_a_store_out_of_bounds_is_reported():
     only(run("st.global.b32 [%rd93 + 4], %r90;"), "store out of bounds by 4 bytes")
 
 
+def test_an_address_at_the_end_of_the_address_space_is_out_of_bounds():
+    body = "mov.b64 %rd1, -4;\nsetp.lt.u32 %p1, %r90, 1;\nselp.b64 %rd2, %rd1, %rd92, %p1;"
+    only(run(f"{body}\nld.global.b32 %r1, [%rd2];"), "load out of bounds")
+
+
 def test_shared_memory_has_bounds():
     only(run("st.shared.b32 [%r92 + 4], %r90;"), "store out of bounds of shared memory")
 
@@ -133,13 +151,45 @@ def test_unwritten_halves_and_bytes_are_reported(width):
     only(run(f"ld.global.b{width} %rs1, [%rd92];", unwritten=True), "bytes of data that nobody has written")
 
 
+def test_one_unwritten_half_of_a_word_is_reported_in_a_tensor_of_halves():
+    """Written by a store of 16 bits to every second half, then loaded as whole words."""
+    body = "cvt.u16.u32 %rs1, %r90;\nst.global.b16 [%rd93], %rs1;\nld.global.b32 %r1, [%rd93];"
+    only(run(body, element=2), "bytes of out that nobody has written")
+    assert run(f"{body.replace('ld.', 'st.global.b16 [%rd93 + 2], %rs1;ld.')}", element=2) == []
+
+
+def test_a_half_that_nobody_has_written_is_reported_when_it_is_stored_in_a_word():
+    body = """
+    setp.lt.u32 %p1, %r90, 5;
+    mov.b16 %rs2, 1;
+    @%p1 mov.b16 %rs1, 3;
+    mov.b32 %r1, {%rs2, %rs1};
+    st.global.b32 [%rd93], %r1;
+    """
+    only(run(body, element=2), "store of a register that was never written")
+
+
 def test_a_byte_that_looks_like_poison_by_chance_is_not_reported():
-    assert run("ld.global.b8 %rs1, [%rd92];", elements=256) == []  # 0xAD is among the numbers
+    assert run("ld.global.b8 %rs1, [%rd92];", elements=256) == []  # 0xBA is among the numbers
 
 
 def test_a_register_that_nobody_has_written_is_reported():
     issue = only(run("add.s32 %r1, %r7, 1;"), r"register %r7 is read before it is written")
     assert issue.instruction == "add.s32 %r1, %r7, 1"
+
+
+def test_an_undefined_half_of_a_pair_is_reported_only_if_it_is_stored():
+    """sm_100 adds single numbers as a half of a pair. The other half may be a register that no instruction writes."""
+    body = """
+    ld.global.b32 %r1, [%rd92];
+    mov.b64 %rd1, {%r1, %r7};
+    add.rn.f32x2 %rd2, %rd1, %rd1;
+    mov.b64 {%r2, _}, %rd2;
+    st.global.b32 [%rd93], %r2;
+    """
+    assert run(body) == []
+    stored = "mov.b64 {_, %r2}, %rd1;\nst.global.b32 [%rd93], %r2;"
+    only(run(body.partition("add")[0] + stored), "store of a register that was never written")
 
 
 def test_a_register_written_by_some_threads_is_reported_when_all_store_it():
@@ -158,15 +208,42 @@ def test_a_divergent_barrier_is_reported():
     only(run("setp.lt.u32 %p1, %r90, 32;\n@%p1 bar.sync 0;"), "divergent barrier, reached by 32 of 64 threads")
 
 
+@pytest.mark.parametrize("barrier", ["bar.sync 1, 32;", "bar.sync 1;", "bar.sync %r90;"])
+def test_a_barrier_of_a_part_of_the_block_is_an_error(barrier):
+    with pytest.raises(UnknownPTX, match="a barrier of a part of the threads"):
+        run(barrier)
+
+
+@pytest.mark.parametrize(
+    "line", ["shfl.sync.bfly.b32 %r1, %r90, 16, 31, 65535;", "redux.sync.add.s32 %r1, %r90, %r92;"]
+)
+def test_an_exchange_between_a_part_of_the_lanes_is_reported(line):
+    only(run(line), "a part of a warp's lanes")
+
+
+def test_a_row_of_a_matrix_must_be_aligned():
+    body = "mul.lo.s32 %r1, %r90, 4;\nst.shared.b32 [%r1], %r90;\nbar.sync 0;\nand.b32 %r2, %r90, 7;"
+    load = "\nmul.lo.s32 %r3, %r2, {};\nldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r4}}, [%r3];"
+    assert run(body + load.format(16)) == []
+    only(run(body + load.format(8)), "misaligned row of a matrix")
+
+
 def test_an_endless_loop_is_reported(monkeypatch):
     monkeypatch.setattr("ptx.machine.MAX_BRANCHES", 100)
     only(run("$L_1:\nbra.uni $L_2;\n$L_2:\nsetp.lt.u32 %p1, %r90, 500;\n@%p1 bra $L_1;"), "endless loop")
+    only(run("$L_1:\nadd.s32 %r1, %r90, 1;\nbra.uni $L_1;"), "endless loop")
 
 
 def test_different_values_at_one_address_are_reported():
     body = "ld.param.b64 %rd1, [k_param_1];\nst.global.b32 [%rd1], {};"
     only(run(body.format("%r90")), "threads store different values to one address")
     assert run(body.format("%r91")) == []
+
+
+def test_a_product_of_registers_that_changed_since_is_not_fused():
+    body = "mov.b32 %r2, 0f3F800000;\nmul.f32 %r1, %r2, %r2;\nmov.b32 %r2, 0f40000000;\nadd.f32 %r3, %r1, %r2;"
+    entry = f".visible .entry k(.param .u64 k_param_0, .param .u64 k_param_1) .reqntid {THREADS} {{"
+    assert Kernel("\n".join([entry, body, "ret;", "}"])).translation.contractions == 0
 
 
 def test_mul_and_add_without_rounding_run_fused_and_unfused():

@@ -94,7 +94,7 @@ def check(opcode: str, columns: list[tuple[int, ...]], expected: Callable[..., i
     TESTED.add(opcode)
     for start in range(0, len(columns), THREADS):
         part = columns[start : start + THREADS]
-        for column, actual in zip(part, compute(opcode, rule.result, rule.sources, part), strict=True):
+        for column, actual in zip(part, compute(opcode.split()[0], rule.result, rule.sources, part), strict=True):
             wanted = expected(*column)
             if wanted is not None:
                 size = 32 if rule.result == "pred" else width_of(rule.result)
@@ -186,7 +186,12 @@ def test_predicates_combine():
 
 def test_bit_fields_and_permuted_bytes_are_those_of_the_manual():
     fields = {(0xABCD1234, 8, 8): 0x12, (0xABCD1234, 0, 32): 0xABCD1234, (0xABCD1234, 28, 8): 0xA, (5, 3, 0): 0}
+    fields |= {(0xABCD1234, 256 + 8, 8): 0x12, (0xABCD1234, 8, 256 + 8): 0x12, (0xABCD1234, 40, 8): 0}
     check("bfe.u32", list(fields), lambda *key: fields[key])
+    wide = {(0x1234ABCD << 32, 48, 16): 0x1234, (2**64 - 1, 60, 16): 15, (5, 0, 64): 5, (5, 64, 3): 0}
+    check("bfe.u64", list(wide), lambda *key: wide[key])
+    wide_signed = {(0x8000 << 32, 40, 8): -128, (0x8000 << 32, 40, 9): 128, (2**63, 60, 16): -8}
+    check("bfe.s64", list(wide_signed), lambda *key: wide_signed[key])
     signed_fields = {(0b0110, 1, 2): -1, (0b0110, 1, 3): 3, (0xF0000000, 28, 1): -1, (7, 0, 0): 0}
     check("bfe.s32", list(signed_fields), lambda *key: signed_fields[key])
     # Selector 0x3340 of (0xA1, 0xB2): bytes 0, 4, 3, 3. A nibble from 8 on repeats the sign of its byte.
@@ -373,6 +378,22 @@ def test_a_maximum_drops_nan_unless_it_says_otherwise():
         assert all(math.isnan(number(x)) for x in bits)
 
 
+def test_plus_zero_is_larger_than_minus_zero():
+    zero, minus = f32(0.0), f32(-0.0)
+    pairs = [(zero, minus), (minus, zero), (zero, zero), (minus, minus)]
+    for modifier in ("", ".NaN"):
+        check(f"max{modifier}.f32", pairs, lambda a, b: a & b)
+        check(f"min{modifier}.f32", pairs, lambda a, b: a | b)
+
+
+def test_a_maximum_of_three_sources_is_that_of_two_pairs():
+    triples = [tuple(f32(x) for x in t) for t in ((1, 2, 3), (3, 1, 2), (2, 3, 1), (math.nan, 2, 1))]
+    for name, of_two in (("max", np.fmax), ("min", np.fmin)):
+        check(f"{name}.f32 of 3", triples, lambda *bits, f=of_two: f32(f.reduce([np.float32(number(x)) for x in bits])))
+        check(f"{name}.NaN.f32 of 3", triples[:3], lambda *bits, f=of_two: f32(f.reduce([number(x) for x in bits])))
+        assert math.isnan(number(compute(f"{name}.NaN.f32", "f32", ("f32",) * 3, triples[3:4])[0]))
+
+
 def test_division_and_roots_of_exact_form_round_once():
     check("div.rn.f32", [p for p in PAIRS if number(p[1]) != 0], same_or_nan(lambda a, b: a / b))
     squares = [(f32(x),) for x in (0.25, 2.0, 9.0, 1e30)]
@@ -439,6 +460,13 @@ def test_approximate_division_errs_within_two_ulp():
         assert 0 < max(errors) <= Approximations.DIV + 2.0**-23
 
 
+def test_a_quick_division_by_a_huge_number_is_zero():
+    huge = [(f32(1e38), f32(2.0**127)), (f32(-1e38), f32(3e38)), (f32(1e38), f32(2.0**126)), (f32(1.0), f32(math.inf))]
+    exact = dict(zip(huge, [0.0, -0.0, 1e38 / 2.0**126, 0.0], strict=True))
+    check("div.approx.f32", huge, lambda a, b: f32(exact[a, b]))
+    assert math.isnan(number(compute("div.approx.f32", "f32", ("f32", "f32"), [(f32(math.inf), f32(3e38))])[0]))
+
+
 # Instructions that move data
 
 
@@ -495,6 +523,7 @@ SHUFFLES = {
     ("up", 3, 0): lambda lane: lane - 3 if lane >= 3 else lane,
     ("down", 2, 31): lambda lane: lane + 2 if lane < 30 else lane,
     ("idx", 5, 31): lambda lane: 5,
+    ("bfly", 33, 31): lambda lane: lane ^ 1,  # modulo 32
     ("bfly", 8, 0x1807): lambda lane: lane ^ 8 if lane & 8 else lane,  # beyond the last lane of eight: its own
     ("idx", 3, 0x181F): lambda lane: lane // 8 * 8 + 3,
 }
@@ -566,6 +595,20 @@ $L__BB0_2:
     st.global.b32 [%rd99], %r2;
     """
     assert execute(body, [bits_array([0], 32)], 4).view(np.uint32)[0] == 10
+
+
+@pytest.mark.parametrize("line", ["{ mov.b32 %r1, 2; }", ".reg .b32 %r1; mov.b32 %r1, 1;", "max.f32 %r1, %r2;"])
+def test_text_that_would_be_skipped_raises_an_error(line):
+    with pytest.raises(UnknownPTX):
+        execute(line, [bits_array([0], 32)], 4)
+
+
+@pytest.mark.parametrize(
+    "line", ["@%p1 shfl.sync.bfly.b32 %r1, %r90, 1, 31, -1;", "@%p1 redux.sync.add.s32 %r1, %r90, -1;"]
+)
+def test_an_exchange_with_a_predicate_raises_an_error(line):
+    with pytest.raises(UnknownPTX, match="a predicate of"):
+        execute(f"setp.eq.s32 %p1, %r90, 0;\n{line}", [bits_array([0], 32)], 4)
 
 
 @pytest.mark.parametrize(

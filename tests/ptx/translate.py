@@ -15,11 +15,17 @@ from ptx import arithmetic
 from ptx.instructions import RULES
 from ptx.program import Instruction, Program, UnknownPTX
 
-POISON = 0x7FBADBAD  # what memory and registers hold before they are written; a NaN in fp32
+POISON = 0x7FBA7FBA  # what memory and registers hold before they are written; a NaN in fp32, fp16 and bf16
 _WIDTHS = {"p": 1, "rs": 16, "r": 32, "rd": 64, "f": 32, "fd": 64, "h": 16, "hh": 32}
 _DTYPES = {"b": "U", "u": "U", "s": "I", "f": "F"}
 _SPECIAL = {f"%{name}.{axis}": f"{name}_{axis}" for name in ("tid", "ctaid", "nctaid", "ntid") for axis in "xyz"}
 _SPECIAL["%laneid"] = "laneid"
+_REDUCTIONS = {  # redux.sync of a warp -> function of two operands
+    "redux.sync.max.s32": "np.maximum",
+    "redux.sync.min.s32": "np.minimum",
+    "redux.sync.add.s32": "np.add",
+    "redux.sync.max.f32": "np.fmax",
+}
 
 
 class Translation(NamedTuple):
@@ -59,9 +65,12 @@ class Translator:
         self.lines: list[str] = []
         self.line_of: list[int] = []
         self.instructions = [i for block in program.blocks for i in block.instructions]
+        writers = [i for i in self.instructions if i.operands and not i.opcode.startswith(("st", "bar"))]
+        self.written = {register for i in writers for register in re.findall(r"%\w+", i.operands[0])}
         self.index = 0
         self.contractions = 0
-        self.products: dict[str, tuple[str, str]] = {}  # register -> sources of the mul that may be fused
+        # Register -> sources of the mul that may be fused, as expressions and as operands.
+        self.products: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {}
 
     # Text
 
@@ -124,7 +133,11 @@ class Translator:
             wide = "I" if kind[0] == "s" else "U"
             kind, expression = f"{wide.lower().replace('i', 's')}{width}", f"({expression}).astype({wide}{width})"
         own = self.name(register, kind)
-        self.products.pop(register, None)
+        self.products = {  # a sum after this write is no longer one of these products
+            product: found
+            for product, found in self.products.items()
+            if register != product and register not in found[1]
+        }
         if mask is None:
             if register not in self.initial:
                 self.defined.add(register)
@@ -179,27 +192,32 @@ class Translator:
         elif kind in ("ldmatrix", "stmatrix"):
             self.matrix(instruction)
         elif kind == "bra":
+            back = targets[operands[0]] < following
             jump = f"block = {targets[operands[0]]}; continue"
-            self.emit(jump if mask is None else f"if machine.branches({mask}, {self.index}): {jump}")
+            self.emit(jump if mask is None and not back else f"if machine.branches({mask or True}, {self.index}): {jump}")
         elif kind in ("ret", "exit"):
             self.emit("return" if mask is None else f"if machine.branches({mask}, {self.index}): return")
         elif opcode in ("bar.sync", "barrier.sync"):
+            if operands not in (("0",), ("0", str(self.program.threads))):
+                raise UnknownPTX(f"a barrier of a part of the threads in {instruction.text!r}")
             self.emit(f"machine.barrier({mask}, {self.index})")
         elif opcode == "bar.warp.sync":
             pass  # the lanes of a warp are in lockstep
         elif kind == "shfl":
             self.shuffle(instruction)
-        elif opcode in ("redux.sync.max.s32", "redux.sync.min.s32", "redux.sync.add.s32", "redux.sync.max.f32"):
+        elif opcode in _REDUCTIONS:
+            self.whole_warps(instruction)
             number = opcode.rsplit(".", 1)[1]
-            function = {"max": "np.fmax" if number == "f32" else "np.maximum", "min": "np.minimum", "add": "np.add"}
-            arguments = f"{function[opcode.split('.')[2]]}, {self.read(operands[1], number)}"
-            self.write(operands[0], number, f"machine.reduce_warps({arguments})", mask)
+            arguments = f"{_REDUCTIONS[opcode]}, {self.read(operands[1], number)}"
+            self.write(operands[0], number, f"machine.reduce_warps({arguments})", None)
         else:
             raise UnknownPTX(f"unknown instruction {opcode!r} in {instruction.text!r}")
 
     def compute(self, instruction: Instruction, mask: str | None) -> None:
-        rule = RULES[instruction.opcode]
         result, *sources = instruction.operands
+        rule = RULES.get(f"{instruction.opcode} of {len(sources)}", RULES[instruction.opcode])
+        if len(sources) != len(rule.sources):
+            raise UnknownPTX(f"{len(sources)} sources in {instruction.text!r}")
         values = [self.read(text, kind) for text, kind in zip(sources, rule.sources, strict=True)]
         expression = rule.expression.format(*values)
         opcode = instruction.opcode
@@ -207,14 +225,14 @@ class Translator:
             self.contractions += 1
             expression = fused if self.contract else expression
         self.write(result, rule.result, expression, mask)
-        if opcode == "mul.f32" and mask is None:
-            self.products[result] = values[0], values[1]
+        if opcode == "mul.f32" and mask is None and result not in sources:
+            self.products[result] = (values[0], values[1]), tuple(sources)
 
     def fused(self, opcode: str, sources: list[str], values: list[str]) -> str | None:
         """a b + c, where one operand of an addition without a rounding modifier is such a product."""
         for product, other in ((0, 1), (1, 0)):
             if sources[product] in self.products:
-                a, b = self.products[sources[product]]
+                (a, b), _ = self.products[sources[product]]
                 c = values[other]
                 if opcode == "sub.f32":
                     a, c = (a, f"-{c}") if product == 0 else (f"-{a}", c)
@@ -234,6 +252,8 @@ class Translator:
         else:
             parts = self.registers(source)
             size = width // len(parts)
+            # On sm_100 a single number is added in a pair whose other half is left undefined, and is not used.
+            self.initial |= {part for part in parts if part.startswith("%") and part not in self.written}
             shifted = (
                 f"({self.read(part, f'b{size}')}.astype(U{width}) << U{width}({size * i}))"
                 for i, part in enumerate(parts)
@@ -266,20 +286,29 @@ class Translator:
         found = re.fullmatch(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x(\d)\.shared\.b16", instruction.opcode)
         if found is None:
             raise UnknownPTX(f"unknown instruction {instruction.opcode!r} in {instruction.text!r}")
+        if instruction.predicate is not None:
+            raise UnknownPTX(f"a predicate of {instruction.text!r}")
         address, registers = instruction.operands if found[1] == "st" else instruction.operands[::-1]
         self.emit(f"rows = {self.address(address)}")
         for i, register in enumerate(self.registers(registers)):
-            where = f"machine.matrix_address(rows, {i}), 4, 1, None, {self.index}"
+            where = f"machine.matrix_address(rows, {i}, {self.index}), 4, 1, None, {self.index}"
             if found[1] == "ld":
                 self.write(register, "b32", f"machine.shared_memory.load({where})[0]", None)
             else:
                 self.emit(f"machine.shared_memory.store({where}, ({self.read(register, 'b32')},))")
 
+    def whole_warps(self, instruction: Instruction) -> None:
+        """The last operand, which lanes take part, must be all of them."""
+        if instruction.predicate is not None:
+            raise UnknownPTX(f"a predicate of {instruction.text!r}")
+        self.emit(f"machine.whole_warps({self.read(instruction.operands[-1], 'b32')}, {self.index})")
+
     def shuffle(self, instruction: Instruction) -> None:
         mode = instruction.opcode.split(".")[2]
         result, value, distance, clamp, _ = instruction.operands
-        if instruction.predicate is not None or "|" in result or not instruction.opcode.endswith(".b32"):
+        if "|" in result or not instruction.opcode.endswith(".b32"):
             raise UnknownPTX(f"unknown form of shfl in {instruction.text!r}")
+        self.whole_warps(instruction)
         arguments = ", ".join(self.read(text, "b32") for text in (value, distance, clamp))
         self.write(result, "b32", f"machine.shuffle({mode!r}, {arguments})", None)
 
