@@ -22,6 +22,14 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.kernels import reference
+from ppo_fast.kernels.linear_chunks import product_path
+
+_PRODUCTS = {  # of the linear operations: see product_path
+    "exact": "as it is",
+    "widening": "into fp32",
+    "converted": "after conversion to fp32",
+    "rounded": "into the same dtype, and then to fp32",
+}
 
 PACKAGES = ("ppo_fast", "torch", "triton", "numba", "transformers", "flash-attn", "peft", "gymnasium")
 SLACK = 1e-6
@@ -284,6 +292,9 @@ def describe() -> dict[str, str]:
     else:
         facts["gpu"] = "none"
         facts["operations"] = "PyTorch on the CPU; gae by " + ("numba" if find_spec("numba") else "PyTorch (no numba)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = {dtype: product_path(device, dtype) for dtype in (torch.bfloat16, torch.float16)}
+    facts["products"] = ", ".join(f"{str(dtype)[6:]} {_PRODUCTS[path]}" for dtype, path in paths.items())
     if find_spec("flash_attn"):
         facts["attention"] = "flash-attn, variable length"
     elif torch.cuda.is_available() and find_spec("torch.nn.attention.varlen"):

@@ -114,3 +114,9 @@ def test_doctor_reports_nan_and_exceptions(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "RuntimeError: no kernel image" in shown
     assert shown.count("WRONG") >= 2
+
+
+def test_doctor_reports_how_low_precision_products_are_computed(monkeypatch):
+    assert doctor.describe()["products"].startswith("bfloat16 ")
+    monkeypatch.setattr(doctor, "product_path", lambda device, dtype: "rounded")
+    assert doctor.describe()["products"].count("into the same dtype, and then to fp32") == 2
