@@ -1,7 +1,7 @@
 """Settings that every test shares.
 
 Without a GPU, Triton kernels run on CPU tensors as compiled code, in the PTX interpreter of tests/ptx. With
-TRITON_INTERPRET=1, which kernels of peers in tests/oracles need, they run in Triton's interpreter, which proves less.
+TRITON_INTERPRET=1 they run in Triton's interpreter, which proves less.
 """
 
 import os
@@ -60,6 +60,7 @@ def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[Non
         yield
         return
     emulator.issues.clear()
+    emulator.number = 0
     before = emulator.launches.copy()
     yield
     _CASES.update(launch for launch, count in emulator.launches.items() if count > before[launch])
