@@ -3,8 +3,8 @@
     python bench/host_time.py [--against af7e9b2] [--rounds 7] [--write]
 
 Everything that the host does before a kernel starts is measured: argument checks, allocations, autograd, and Triton's
-own binding of arguments. Compilation and the driver are left out, and so are matrix products. Beside the time of each
-operation stands that of its bare launches: the same kernels with the same arguments, one `kernel[grid](...)` after the
+own binding of arguments. Compilation and the driver are left out, and so are matrix products. The table also has the
+time of the bare launches of each operation: the same kernels with the same arguments, one `kernel[grid](...)` after the
 other. --against measures another commit, too, in processes that alternate with those of this tree. --write keeps table
 and raw samples in bench/results/host/.
 """
@@ -30,7 +30,7 @@ CALLS = 300  # of one operation in one round; their median counts
 
 
 class Stubs:
-    """Stands behind JITFunction.run: binds the arguments as Triton does, and starts nothing."""
+    """Replaces JITFunction.run: binds the arguments as Triton does, and starts nothing."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget

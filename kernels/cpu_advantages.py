@@ -148,7 +148,7 @@ def _scale(
     out: Any,
     mean: float,
     scale: float,
-    shift: float,  # added at the end: the mean, if it shall stay
+    shift: float,  # added at the end: the mean, if it is kept
     N: int,
     masked: int,
 ) -> None:

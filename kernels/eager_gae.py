@@ -6,8 +6,8 @@ Backwards in time the scan carries one number per row: s_t = gamma V_t + gamma l
     A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1}    (s_T = gamma
     bootstrap).
 
-A masked step hands s on as it is, so its neighbours see each other's value and trace at once; a terminated step takes
-0 and a truncated one gamma final_values_t in place of s_{t+1}. On a CPU with numba, compiled loops do that (cpu.py).
+A masked step passes s on unchanged, so the steps before and after it are treated as adjacent; a terminated step takes
+0 and a truncated one gamma final_values_t instead of s_{t+1}. On a CPU with numba, compiled loops do that (cpu.py).
 Elsewhere the affine maps are scanned in chunks: all chunks side by side, then the carries between chunks likewise.
 
 Advantages and returns carry no graph: they are data.

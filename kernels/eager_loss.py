@@ -36,7 +36,7 @@ class _Parts(NamedTuple):
 
 
 def _selector(mask: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """x -> x where mask is True and 0 elsewhere, whatever stands there."""
+    """x -> x where mask is True and 0 elsewhere, whatever its value there."""
     if mask is None:
         return lambda x: x
     if mask.device.type != "cpu" or torch.compiler.is_compiling():

@@ -4,8 +4,8 @@ Naive on purpose: any float dtype, autograd for the gradients, a Python loop whe
 Speed and memory do not matter here; a reader must be able to check each line against its paper. Give fp64 tensors
 to get the truth, and a lower dtype to get what eager PyTorch would answer.
 
-Shapes: B sequences, T steps, V vocabulary, N tokens, S packed sequences. `mask` is True where a step counts, and what
-stands at a masked position never reaches a result, not even NaN.
+Shapes: B sequences, T steps, V vocabulary, N tokens, S packed sequences. `mask` is True where a step counts, and the
+value at a masked position never reaches a result, not even NaN.
 """
 
 import torch
@@ -287,8 +287,8 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards in time; advantages and returns.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, R_t = A_t + V_t. A masked step is skipped:
-    its neighbours see each other. terminated: V_{t+1} = 0 and A_{t+1} = 0. truncated: V_{t+1} = final_values_t and
-    A_{t+1} = 0.
+    the steps before and after it are treated as adjacent. terminated: V_{t+1} = 0 and A_{t+1} = 0. truncated:
+    V_{t+1} = final_values_t and A_{t+1} = 0.
     """
     if cu_seqlens is not None:
         return _gae_packed(

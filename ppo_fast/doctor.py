@@ -204,6 +204,18 @@ def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **op
     return [y.detach() for y in outputs] + list(torch.autograd.grad(total, leaves))
 
 
+def compare(actual: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> tuple[float, float, bool]:
+    """Error and bound of the result that is nearest to its bound, and whether every result is within its own."""
+    worst, worst_bound, passed = 0.0, 0.0, True
+    for a, e, t in zip(actual, eager, truth, strict=True):
+        error = (a.double() - t).abs().max().item()
+        bound = 2 * (e.double() - t).abs().max().item() + SLACK * max(1.0, t.abs().max().item())
+        passed = passed and error <= bound  # a NaN never passes
+        if error / bound >= worst / max(worst_bound, 1e-300) or error != error:
+            worst, worst_bound = error, bound
+    return worst, worst_bound, passed
+
+
 def check(name: str, inputs: Inputs, dtype: torch.dtype, backend: str) -> Check:
     """Runs one operation and compares it with the reference in fp64 on the same rounded inputs."""
     label, device = str(dtype).removeprefix("torch."), inputs["mask"].device.type
@@ -214,14 +226,7 @@ def check(name: str, inputs: Inputs, dtype: torch.dtype, backend: str) -> Check:
         actual = results(name, ppo, rounded, dtype, backend=backend)
     except Exception as failure:  # whatever a compiler or driver raises is a finding, and the others still run
         return Check(name, device, backend, label, float("inf"), 0.0, False, f"{type(failure).__name__}: {failure}")
-    worst, worst_bound, passed = 0.0, 0.0, True
-    for a, e, t in zip(actual, eager, truth, strict=True):
-        error = (a.double() - t).abs().max().item()
-        bound = 2 * (e.double() - t).abs().max().item() + SLACK * max(1.0, t.abs().max().item())
-        passed = passed and error <= bound  # a NaN never passes
-        if error / bound >= worst / max(worst_bound, 1e-300) or error != error:
-            worst, worst_bound = error, bound
-    return Check(name, device, backend, label, worst, worst_bound, passed)
+    return Check(name, device, backend, label, *compare(actual, eager, truth))
 
 
 def plan() -> list[tuple[str, str, torch.dtype]]:

@@ -122,7 +122,7 @@ def token_logprobs(
 
     Args:
         logits: [..., V], any strides.
-        tokens: [...], int32 or int64; anything may stand at masked positions.
+        tokens: [...], int32 or int64, of any value at masked positions.
         mask: [...], True where a token counts; the others get 0 and a zero gradient.
         temperature: the sampling temperature, greater than 0.
         with_entropy: also return the entropy, in nats; both can be differentiated.
@@ -485,7 +485,8 @@ def gae(
     Args:
         rewards, values: [..., T]; [T, N] if time_major, read in place; [total] with cu_seqlens.
         gamma, lam: floats in [0, 1], or tensors with one for each row ([B], [N] or [S]).
-        mask: True where a step counts. A masked step is skipped: its neighbours see each other, and it returns 0.
+        mask: True where a step counts. A masked step is skipped and returns 0: the steps before and after it are
+            treated as adjacent.
         terminated: the episode ended in this step: V_{t+1} is 0 and the trace is cut.
         truncated: the episode was cut here, but would have gone on: V_{t+1} is final_values_t and the trace is cut.
         bootstrap: one value for each row, V of the state after its last counted step; 0 if not given.

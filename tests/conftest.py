@@ -1,7 +1,7 @@
 """Settings that every test shares.
 
 Without a GPU, Triton kernels run on CPU tensors as compiled code, in the PTX interpreter of tests/ptx. With
-TRITON_INTERPRET=1, which kernels of peers in tests/oracles need, they run in Triton's interpreter, which proves less.
+TRITON_INTERPRET=1 they run in Triton's interpreter, which proves less.
 """
 
 import os
@@ -55,13 +55,15 @@ _CASES: "Counter[Launch]" = Counter()  # tests that launched each variant
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[None]:
-    """A test fails if a kernel that it launched reads, writes or synchronises wrongly."""
+    """A test fails if a kernel that it launched reads, writes or synchronises wrongly. New tensors are poisoned."""
     if emulator is None:
         yield
         return
     emulator.issues.clear()
+    emulator.number = 0
     before = emulator.launches.copy()
-    yield
+    with poisoned_allocations():
+        yield
     _CASES.update(launch for launch, count in emulator.launches.items() if count > before[launch])
     if emulator.issues:
         found = "\n".join(f"{count} times {issue}" for issue, count in emulator.issues.items())
@@ -89,9 +91,8 @@ _EMPTY = ("empty", "empty_like", "empty_strided")
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.empty gives NaN (floats) or a huge number (integers), so that an element nobody wrote cannot pass."""
-    if EMULATED:
-        with poisoned_allocations():
-            yield
+    if EMULATED:  # poisoned in every test
+        yield
         return
 
     def poisoned(make):

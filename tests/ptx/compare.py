@@ -2,9 +2,10 @@
 
     python tests/ptx/compare.py [--architecture sm_90] [--dtype float32 bfloat16 float16] [operation ...]
 
-Prints for each operation and dtype the largest error against fp64 in the interpreter and, on a machine with a GPU, on
-the GPU too, and the largest difference between the two. They may differ by rounding where the code uses approximate
-instructions (ex2, lg2, div, ...), whose bits only the hardware knows. Without --architecture it is that of the GPU.
+Prints for each operation and dtype the error against fp64 in the interpreter and, on a machine with a GPU, on the GPU
+too, with the bound that `ppo-fast doctor` has for it, and the largest difference between the two. They may differ by
+rounding where the code uses approximate instructions (ex2, lg2, div, ...), whose bits only the hardware knows. Exits
+with 1 if an error is above its bound or the interpreter reports an issue. Without --architecture it is that of the GPU.
 """
 
 import argparse
@@ -49,26 +50,32 @@ def main() -> int:
     own = "sm_{}{}".format(*torch.cuda.get_device_capability()) if gpu else "sm_90"
     architecture = options.architecture or (own if own in ARCHITECTURES else "sm_90")
     print(f"interpreted: {architecture}; GPU: {torch.cuda.get_device_name() if gpu else 'none'}")
-    print(f"{'operation':18} {'dtype':9} {'interpreted':>12} {'GPU':>12} {'difference':>12} {'issues':>7}")
-    worst = 0
+    columns = "".join(f"{column:>13}" for column in ("interpreted", "bound", "GPU", "difference"))
+    print(f"{'operation':18} {'dtype':9}{columns} {'issues':>7}")
+    failed = False
     for name in options.operations or doctor.CHECKS:
         for label in options.dtype:
             dtype = DTYPES[label]
             inputs = rounded(doctor.make_inputs(torch.device("cpu")), dtype)
             truth = doctor.results(name, reference, inputs, torch.float64)
+            eager = doctor.results(name, reference, inputs, dtype)
             emulator = Emulator(architecture)
             with emulator.installed(), poisoned_allocations():
                 found = doctor.results(name, doctor.ppo, inputs, dtype, backend="triton")
-            cells = [f"{difference(found, truth):12.2e}", f"{'-':>12}", f"{'-':>12}"]
+            error, bound, passed = doctor.compare(found, eager, truth)
+            cells = [f"{error:12.2e}", f"{bound:12.2e}", f"{'-':>12}", f"{'-':>12}"]
             if gpu:
                 moved = {key: x.cuda() for key, x in inputs.items()}
                 there = doctor.results(name, doctor.ppo, moved, dtype, backend="triton")
-                cells[1:] = [f"{difference(there, truth):12.2e}", f"{difference(there, found):12.2e}"]
-            print(f"{name:18} {label:9} {' '.join(cells)} {sum(emulator.issues.values()):7}")
+                error, _, right = doctor.compare([x.cpu() for x in there], eager, truth)
+                passed = passed and right
+                cells[2:] = [f"{error:12.2e}", f"{difference(there, found):12.2e}"]
+            verdict = "" if passed else "  WRONG"
+            print(f"{name:18} {label:9} {' '.join(cells)} {sum(emulator.issues.values()):7}{verdict}")
             for issue in emulator.issues:
                 print(f"    {issue}")
-            worst |= bool(emulator.issues)
-    return worst
+            failed = failed or bool(emulator.issues) or not passed
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Launches of Triton kernels on CPU tensors, as compiled code.
 
-`Emulator` stands behind `JITFunction.run`: it lets Triton specialise the launch as it would on a GPU, compiles the
+`Emulator` replaces `JITFunction.run`: it lets Triton specialise the launch as it would on a GPU, compiles the
 kernel for one architecture, and runs the PTX. Triton's own cache keeps what was compiled.
 """
 
@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 ARCHITECTURES = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 _LARGEST_POISONED = 1 << 30  # bytes; filling more would take memory that nobody uses
+_LARGEST_GRID = (2**31 - 1, 65535, 65535)  # of a GPU of NVIDIA
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 
 
@@ -96,6 +97,7 @@ class Emulator:
         self.issues: Counter[Issue] = Counter()
         self.launches: Counter[Launch] = Counter()
         self.faults: Counter[Launch] = Counter()  # issues of each variant
+        self.number = 0  # of launches since a test began: with the seed it determines the order of programs
         self.contract = False
         self.runs = True  # whether launches are executed, or only written down
         self.rewrite: Callable[[str], str] = lambda ptx: ptx  # applied to PTX before it runs, for tests of detectors
@@ -123,7 +125,10 @@ class Emulator:
             self._kernels[key] = launch, compiled
         size = grid(bound) if callable(grid) else grid
         names = [name for name, _ in launch.types]
-        self.execute(compiled, [bound[name] for name in names], launch, (*size, 1, 1)[:3])
+        size = (*size, 1, 1)[:3]
+        if any(n > largest for n, largest in zip(size, _LARGEST_GRID, strict=True)):
+            raise ValueError(f"{launch.kernel.__name__}: no GPU can run a grid of {size}")
+        self.execute(compiled, [bound[name] for name in names], launch, size)
 
     def specialise(
         self, function: JITFunction, kwargs: dict[str, Any], bound: Any, specialization: Any, options: Any
@@ -174,7 +179,8 @@ class Emulator:
             Segment(address, data, "/".join(names), min(sizes)) for address, (data, names, sizes) in segments.items()
         ]
         machine = Machine(kernel, memory, compiled.metadata.shared)
-        machine.run(parameters, grid, self.approximate, self.seed + sum(self.launches.values()))
+        self.number += 1
+        machine.run(parameters, grid, self.approximate, self.seed + self.number)
         if launch.kernel.module.startswith(self.modules):
             self.issues += machine.issues
             self.faults[launch] += sum(machine.issues.values())

@@ -68,6 +68,36 @@ def test_a_launch_is_specialised_as_on_a_gpu(own):
     assert dict(list(own.launches)[2].constexprs)["n"] == 1
 
 
+@triton.jit
+def _last_program_kernel(out_ptr):
+    tl.store(out_ptr, tl.program_id(0))
+
+
+def test_the_order_of_programs_depends_on_the_seed_and_the_number_of_the_launch():
+    """A test that starts at launch 0 sees the same order alone and after other tests."""
+
+    def last_programs(emulator):
+        emulator.number, found = 0, []
+        with emulator.installed():
+            for _ in range(3):
+                out = torch.zeros(1, dtype=torch.int32)
+                _last_program_kernel[(100,)](out)
+                found.append(out.item())
+        return found
+
+    one = Emulator(seed=1)
+    first = last_programs(one)
+    assert last_programs(one) == first
+    assert len(set(first)) > 1
+    assert last_programs(Emulator(seed=9)) != first
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536), (2**31,)])
+def test_a_grid_that_no_gpu_can_run_raises_an_error(own, grid):
+    with pytest.raises(ValueError, match="no GPU can run a grid"):
+        _last_program_kernel[grid](torch.zeros(1, dtype=torch.int32))
+
+
 def test_all_architectures_compute_the_same():
     x = torch.randn(64)
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):

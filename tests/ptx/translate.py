@@ -192,9 +192,10 @@ class Translator:
         elif kind in ("ldmatrix", "stmatrix"):
             self.matrix(instruction)
         elif kind == "bra":
-            back = targets[operands[0]] < following
-            jump = f"block = {targets[operands[0]]}; continue"
-            self.emit(jump if mask is None and not back else f"if machine.branches({mask or True}, {self.index}): {jump}")
+            target = targets[operands[0]]
+            jump = f"block = {target}; continue"
+            counted = mask is not None or target < following  # every branch back, so that an endless loop ends
+            self.emit(f"if machine.branches({mask or True}, {self.index}): {jump}" if counted else jump)
         elif kind in ("ret", "exit"):
             self.emit("return" if mask is None else f"if machine.branches({mask}, {self.index}): return")
         elif opcode in ("bar.sync", "barrier.sync"):
