@@ -24,7 +24,7 @@ from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
 from ppo_fast.kernels.loss_launch import KL_ESTIMATORS
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, stat_names
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, wanted_stats
 from ppo_fast.kernels.loss_terms import kl_and_slope, surrogate
 from ppo_fast.kernels.softmax_rows import (
     add_block,
@@ -601,8 +601,9 @@ def _loss(
     """Loss, statistics and 1 / divisor of the loss."""
     if t.old_logprobs is None:
         t = t._replace(old_logprobs=logprobs)
-    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False))
-    return loss, named_stats(stats, stat_names(True, True, False, t, o)), workspace[0]
+    wanted, names = wanted_stats(True, True, False, t, o)
+    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False), wanted)
+    return loss, named_stats(stats, names), workspace[0]
 
 
 _MATH = RowMath(
