@@ -49,7 +49,8 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(workspace)
         ctx.set_materialize_grads(False)
         like = values if logprobs is None else logprobs
-        ctx.like = like.shape, tuple([x.dtype if need else None for x, need in zip((logprobs, entropy, values), needs)])
+        wanted_gradients = zip((logprobs, entropy, values), needs, strict=True)
+        ctx.like = like.shape, tuple([x.dtype if need else None for x, need in wanted_gradients])
         results.append(stats)
         return loss
 

@@ -196,7 +196,7 @@ def forward(
                 arguments = *tensors, workspace, *_scalars(o), given, steps, _BLOCK
                 _loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **options)
             else:
-                _forward_rows(tensors, workspace, t, o, plan, given, steps, T, programs, packed)
+                _forward_rows(tensors, is_flat, workspace, t, o, plan, given, steps, T, programs, packed)
         loss, stats = _reduce(workspace, o, plan, T, steps, programs, stored, wanted)
     return loss, stats, workspace
 
@@ -217,7 +217,7 @@ def _inputs(
             x = values if flag == _VALUE_CLIP and values is not None else other
         else:
             present |= flag
-            is_listed = is_listed and x.dtype == dtype
+            is_listed = is_listed and x.dtype is dtype
             is_flat = is_flat and x.is_contiguous() and not x.data_ptr() & 15
         tensors.append(x)
     if not is_listed:
@@ -235,6 +235,7 @@ def _inputs(
 
 def _forward_rows(
     tensors: list[Tensor],
+    is_flat: bool,  # all that are read are contiguous
     workspace: Tensor,
     t: LossTensors,
     o: LossOptions,
@@ -245,21 +246,23 @@ def _forward_rows(
     programs: int,
     packed: bool,
 ) -> None:
-    views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
-    rows = [views[id(x)] for x in tensors]
+    strides = [T] * len(tensors)
+    if not is_flat:
+        views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
+        tensors, strides = [views[id(x)][0] for x in tensors], [views[id(x)][1] for x in tensors]
     cu_seqlens = _unread(torch.int32, workspace.device)
     if packed:
         given |= _CU_SEQLENS
         cu_seqlens = t.cu_seqlens.contiguous()
     _loss_rows_kernel.run(
-        *(x for x, _ in rows),
+        *tensors,
         workspace,
         *_scalars(o),
         given | (_MEAN if plan.mean else 0),
         steps,
         cu_seqlens,
         T,
-        *(stride for _, stride in rows),
+        *strides,
         plan.by_sequence,
         _BLOCK,
         grid=(programs,),
