@@ -100,7 +100,7 @@ def launch_shape_rewards(
     tensors, strides, is_aligned, per_token = _inputs((logprobs, ref_logprobs), mask, scores)
     R, W, tiles, _ = LAYOUTS["long rows"]
     with device_guard(mask):
-        _shape_kernel[-(-B // R), -(-T // (W * tiles))](
+        _shape_kernel.run(
             *tensors,
             rewards,
             kl,
@@ -110,6 +110,8 @@ def launch_shape_rewards(
             B,
             T,
             *strides,
+            grid=(-(-B // R), -(-T // (W * tiles))),
+            warmup=False,
             **_shape_keywords(is_aligned),
         )
     return rewards, kl, longer
@@ -162,12 +164,12 @@ def _apply_whitening(
     moments, ranks = partial, 0
     if whitening.group is not None:
         mine = partial.new_empty(3)
-        _merge_kernel[(1,)](partial, mine, partial.shape[1], **launch_options(NUM_WARPS))
+        _merge_kernel.run(partial, mine, partial.shape[1], grid=(1,), warmup=False, **launch_options(NUM_WARPS))
         ranks = dist.get_world_size(whitening.group)
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
         dist.all_gather(gathered, mine, group=whitening.group)
         moments = torch.stack(gathered, dim=1)
-    _whiten_kernel[(flat.programs if rows else 1,)](
+    _whiten_kernel.run(
         *flat.tensors,
         out,
         moments,
@@ -179,6 +181,8 @@ def _apply_whitening(
         flat.T,
         partial.shape[1],
         *flat.strides,
+        grid=(flat.programs if rows else 1,),
+        warmup=False,
         **flat.keywords,
     )
 
@@ -188,15 +192,17 @@ def launch_masked_whiten(x: Tensor, mask: Tensor | None, whitening: Whitening) -
     if x.numel() == 0 and whitening.group is None:
         return out
     flat = _flat(x, mask)
-    partial = out.new_empty((3, flat.programs))
+    partial = out.new_empty(3, flat.programs)
     with device_guard(x):
-        _moments_kernel[(flat.programs,)](
+        _moments_kernel.run(
             *flat.tensors,
             partial,
             flat.has_mask,
             flat.rows,
             flat.T,
             *flat.strides,
+            grid=(flat.programs,),
+            warmup=False,
             **flat.keywords,
         )
         _apply_whitening(flat, flat.rows, out, partial, None, whitening)
@@ -221,7 +227,7 @@ def _scan(
     R, W, tiles, _ = LAYOUTS[layout]
     spans, programs = -(-T // (W * tiles)), -(-B // R)
     walks = spans <= _WALKED_SPANS or B >= MANY_ROWS or spans > LARGEST_GRID_Y
-    partial = outputs[0].new_empty((_PLANES, programs if walks else programs * spans))
+    partial = outputs[0].new_empty(_PLANES, programs if walks else programs * spans)
     present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, B)
     arguments = (
         *inputs,
@@ -237,9 +243,10 @@ def _scan(
         T,
         *strides,
     )
+    kernel, grid = _advantages_kernel, (programs, 1 if walks else spans)
     if not walks:
-        _advantages_kernel[programs, spans - 1](*arguments, **keywords(layout, is_aligned, False))
-    _advantages_kernel[programs, 1 if walks else spans](*arguments, **keywords(layout, is_aligned, True))
+        kernel.run(*arguments, grid=(programs, spans - 1), warmup=False, **keywords(layout, is_aligned, False))
+    kernel.run(*arguments, grid=grid, warmup=False, **keywords(layout, is_aligned, True))
     return partial
 
 

@@ -144,7 +144,7 @@ def _scratch(like: Tensor, rows: int, V: int, count: int) -> list[Tensor]:
 
 def _forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     logprobs, entropy, statistics = allocate(logits, tokens, with_entropy)
     if tokens.numel() == 0:
         return logprobs, entropy, statistics
@@ -180,7 +180,7 @@ def _forward(
             statistics[:, chunk.rows] = results
     _mark_out_of_vocabulary(statistics[3], chosen, tokens, mask)
     logprobs.view(-1).copy_(statistics[3])
-    if with_entropy:
+    if entropy is not None:
         entropy.view(-1).copy_(statistics[2])
     return logprobs, entropy, statistics
 

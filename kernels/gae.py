@@ -87,6 +87,8 @@ def row_numbers(
     bootstrap: Tensor | None, gamma: float | Tensor, lam: float | Tensor, rows: int
 ) -> tuple[int, Tensor | None, float, float]:
     """What a kernel needs of them: which are tensors (bits 0 to 2), those as one of fp32, and gamma and lam if not."""
+    if bootstrap is None and type(gamma) is float and type(lam) is float:
+        return 0, None, gamma, lam
     present, given = 0, []
     for bit, x in enumerate((bootstrap, gamma, lam)):
         if isinstance(x, Tensor):
@@ -120,10 +122,9 @@ def _flags(
     mask: Tensor | None, terminated: Tensor | None, truncated: Tensor | None, rows: int, T: int, device: torch.device
 ) -> tuple[list[Tensor], int, bool]:
     """The flags with neighbouring steps, their common row stride, and whether four of them can be moved at once."""
+    if mask is None and terminated is None and truncated is None:
+        return [no_flags(device)] * 3, 0, True
     given = [x for x in (mask, terminated, truncated) if x is not None]
-    if not given:
-        unused = no_flags(device)
-        return [unused, unused, unused], 0, True
     tensors, strides, is_aligned = as_rows(given, rows, T)
     if len(given) > 1 and any(stride != strides[0] for stride in strides):
         tensors, strides, is_aligned = as_rows([x.contiguous() for x in given], rows, T)
@@ -152,7 +153,7 @@ def _gae(
     if total == 0:
         return advantages, returns
     packed = cu_seqlens is not None
-    rows = len(cu_seqlens) - 1 if packed else total // rewards.shape[0 if time_major else -1]
+    rows = cu_seqlens.shape[0] - 1 if packed else total // rewards.shape[0 if time_major else -1]
     T = total if packed else total // rows
     if rows > _LARGEST or T > _LARGEST:
         raise ValueError(f"gae takes at most {_LARGEST} rows and steps of a row (all steps if packed), got {rows}, {T}")
@@ -208,8 +209,9 @@ def _launch_rows(
     arguments = *tensors, *outputs, maps, *scalars, *sizes, *strides
     programs = -(-rows // R)
     if not walks:
-        kernel[programs, spans - 1](*arguments, **keywords(layout, is_aligned, False))
-    kernel[programs, 1 if walks else spans](*arguments, **keywords(layout, is_aligned, True))
+        kernel.run(*arguments, grid=(programs, spans - 1), warmup=False, **keywords(layout, is_aligned, False))
+    grid = programs, 1 if walks else spans
+    kernel.run(*arguments, grid=grid, warmup=False, **keywords(layout, is_aligned, True))
 
 
 def _launch_packed(
@@ -220,7 +222,7 @@ def _launch_packed(
 ) -> None:
     """Two launches, also for what has one span, as only the device knows the lengths."""
     R, W, tiles, _ = LAYOUTS["packed"]
-    total, rows = outputs[0].numel(), len(cu_seqlens) - 1
+    total, rows = outputs[0].numel(), cu_seqlens.shape[0] - 1
     slots = total // (W * tiles) + rows + 2
     cu_seqlens = cu_seqlens.contiguous()
     present, gamma, lam = scalars
@@ -228,9 +230,9 @@ def _launch_packed(
         present, cu_seqlens = present | 1 << 6, cu_seqlens.view(torch.int32)
     maps = outputs[0].new_empty(2 * slots)
     arguments = *tensors, cu_seqlens, *outputs, maps, present, gamma, lam, rows, total
-    programs = -(-slots // R)
-    _gae_packed_kernel[programs,](*arguments, **keywords("packed", False, False))
-    _gae_packed_kernel[programs,](*arguments, **keywords("packed", False, True))
+    grid = (-(-slots // R),)
+    _gae_packed_kernel.run(*arguments, grid=grid, warmup=False, **keywords("packed", False, False))
+    _gae_packed_kernel.run(*arguments, grid=grid, warmup=False, **keywords("packed", False, True))
 
 
 gae = public_function("triton", _gae)

@@ -38,11 +38,14 @@ def launch_options(num_warps: int, registers: int | None = None) -> dict[str, An
     return options
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the device of x current, which is where Triton launches. Costs microseconds only where it is another."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def interpreting() -> bool:

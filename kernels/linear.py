@@ -24,7 +24,7 @@ from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
 from ppo_fast.kernels.linear_steps import RowMath
 from ppo_fast.kernels.loss_launch import KL_ESTIMATORS
-from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, stat_names
+from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, wanted_stats
 from ppo_fast.kernels.loss_terms import kl_and_slope, surrogate
 from ppo_fast.kernels.softmax_rows import (
     add_block,
@@ -398,6 +398,13 @@ _DTYPES = [(logits, low) for low in (torch.float16, torch.bfloat16) for logits i
 _DTYPES += [(torch.float32, torch.float32)]
 
 
+@functools.cache
+def _keywords(*key: Any) -> dict[str, Any]:
+    """Both in one. Do not change the result: it is shared."""
+    constexprs, options = _config(*key)
+    return constexprs | options
+
+
 def variants(threads_per_warp: int = 32) -> list[Variant]:
     """Everything that the launchers below can start on a GPU with such warps."""
     found = []
@@ -471,9 +478,9 @@ def _score(
 ) -> None:
     s, (rows, V), dtype, (chosen, first) = _scalars(head), logits.shape, logits.dtype, where
     with_entropy = entropy is not None
-    constexprs, options = _config("score", s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
+    keywords = _keywords("score", s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
     with device_guard(logits):
-        _linear_score_kernel[(rows,)](
+        _linear_score_kernel.run(
             logits,
             tokens,
             _or(chosen, tokens),
@@ -493,8 +500,9 @@ def _score(
             0 if statistics is None else statistics.stride(0),
             V,
             logits.stride(0),
-            **constexprs,
-            **options,
+            grid=(rows,),
+            warmup=False,
+            **keywords,
         )
 
 
@@ -511,9 +519,9 @@ def _policy(
     s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
     tokens, old, advantages, weights, ref, share = per_token
     with_kl = ref is not None and o.kl_coef != 0
-    constexprs, options = _config("policy", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    keywords = _keywords("policy", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
     with device_guard(logits):
-        _linear_policy_kernel[(rows,)](
+        _linear_policy_kernel.run(
             logits,
             dlogits,
             tokens,
@@ -548,8 +556,9 @@ def _policy(
             V,
             logits.stride(0),
             dlogits.stride(0),
-            **constexprs,
-            **options,
+            grid=(rows,),
+            warmup=False,
+            **keywords,
         )
 
 
@@ -564,11 +573,9 @@ def _gradient(
     statistics: Tensor,
 ) -> None:
     s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
-    constexprs, options = _config(
-        "gradient", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device)
-    )
+    keywords = _keywords("gradient", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
     with device_guard(logits):
-        _linear_gradient_kernel[(rows,)](
+        _linear_gradient_kernel.run(
             logits,
             dlogits,
             tokens,
@@ -590,8 +597,9 @@ def _gradient(
             V,
             logits.stride(0),
             dlogits.stride(0),
-            **constexprs,
-            **options,
+            grid=(rows,),
+            warmup=False,
+            **keywords,
         )
 
 
@@ -601,8 +609,9 @@ def _loss(
     """Loss, statistics and 1 / divisor of the loss."""
     if t.old_logprobs is None:
         t = t._replace(old_logprobs=logprobs)
-    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False))
-    return loss, named_stats(stats, stat_names(True, True, False, t, o)), workspace[0]
+    wanted, names = wanted_stats(True, True, False, t, o)
+    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False), wanted)
+    return loss, named_stats(stats, names), workspace[0]
 
 
 _MATH = RowMath(

@@ -250,6 +250,13 @@ def _config(
     return constexprs, launch_options(tile.threads // threads_per_warp, REGISTERS if backward else None)
 
 
+@functools.cache
+def _keywords(*key: Any) -> dict[str, Any]:
+    """Both in one. Do not change the result: it is shared."""
+    constexprs, options = _config(*key)
+    return constexprs | options
+
+
 def variants(threads_per_warp: int = 32) -> list[Variant]:
     """Everything that the launchers below can start on a GPU with such warps."""
     found = []
@@ -312,7 +319,10 @@ def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) ->
         tokens = tokens.to(torch.int64)
     flags = _no_mask(logits.device) if mask is None else mask
     tensors, copied = (logits, tokens, flags, *grad), 0
-    if all(x.is_contiguous() for x in tensors):
+    for x in tensors:
+        if not x.is_contiguous():
+            break
+    else:
         V = logits.shape[-1]
         return _Rows(tensors, tokens.numel(), [(0, V), (0, 1), (0, 1), (0, V)])
     if mask is None:
@@ -329,7 +339,7 @@ def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) ->
 
 def _forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     logprobs, entropy, statistics = allocate(logits, tokens, with_entropy)
     N, V = tokens.numel(), logits.shape[-1]
     if N == 0:
@@ -339,14 +349,13 @@ def _forward(
     logits_strides, tokens_strides, mask_strides, *_ = rows.strides
     tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides)])
-    constexprs, options = _config(False, tile, layout, with_entropy, warp_size(logits.device))
     with device_guard(logits):
-        _token_logprobs_fwd_kernel[(-(-N // tile.ROWS),)](
+        _token_logprobs_fwd_kernel.run(
             logits,
             tokens,
             flags,
             logprobs,
-            entropy,
+            logprobs if entropy is None else entropy,
             statistics,
             int(mask is not None),
             int(with_entropy),
@@ -359,8 +368,9 @@ def _forward(
             logits.stride(-1),
             *tokens_strides,
             *mask_strides,
-            **constexprs,
-            **options,
+            grid=(-(-N // tile.ROWS),),
+            warmup=False,
+            **_keywords(False, tile, layout, with_entropy, warp_size(logits.device)),
         )
     return logprobs, entropy, statistics
 
@@ -384,9 +394,8 @@ def _backward(
     logits_strides, tokens_strides, mask_strides, grad_strides = rows.strides
     tile = _tile(V)
     layout = _layout(tile, V, [(logits, logits_strides), (target, grad_strides)])
-    constexprs, options = _config(True, tile, layout, grad_entropy is not None, warp_size(logits.device))
     with device_guard(logits):
-        _token_logprobs_bwd_kernel[(-(-N // tile.ROWS), -(-(V + layout.PEEL - 1) // tile.BLOCK))](
+        _token_logprobs_bwd_kernel.run(
             statistics if grad_logprobs is None else grad_logprobs.contiguous(),
             statistics if grad_entropy is None else grad_entropy.contiguous(),
             logits,
@@ -408,8 +417,9 @@ def _backward(
             target.stride(-1),
             *tokens_strides,
             *mask_strides,
-            **constexprs,
-            **options,
+            grid=(-(-N // tile.ROWS), -(-(V + layout.PEEL - 1) // tile.BLOCK)),
+            warmup=False,
+            **_keywords(True, tile, layout, grad_entropy is not None, warp_size(logits.device)),
         )
     return grad if target is grad else grad.copy_(target)
 

@@ -2,7 +2,7 @@
 
 A backend is two functions. forward(logits, tokens, mask, temperature, with_entropy) returns (logprobs, entropy,
 statistics); backward(grad_logprobs, grad_entropy, logits, tokens, mask, statistics, temperature, inplace) returns
-d loss / d logits. statistics is (4, N), private to the backend; without entropy that tensor is empty.
+d loss / d logits. statistics is (4, N), private to the backend; entropy is None where it is not wanted.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.autograd import direct_apply
+
 
 class Backend(NamedTuple):
     """The arithmetic of token_logprobs, eager and as two opaque operators that torch.compile can trace."""
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
     backward: Callable[..., Tensor]
-    operator: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    operator: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -25,14 +27,17 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def allocate(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def allocate(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Uninitialised (logprobs, entropy, statistics)."""
-    dtype, device = compute_dtype(logits), logits.device
-    return (
-        torch.empty(tokens.shape, dtype=dtype, device=device),
-        torch.empty(tokens.shape if with_entropy else (0,), dtype=dtype, device=device),
-        torch.empty((4, tokens.numel()), dtype=dtype, device=device),
-    )
+    dtype = compute_dtype(logits)
+    logprobs = torch.empty_like(tokens, dtype=dtype, memory_format=torch.contiguous_format)
+    entropy = torch.empty_like(logprobs) if with_entropy else None
+    return logprobs, entropy, torch.empty(4, tokens.numel(), dtype=dtype, device=logits.device)
+
+
+def _tensors(logprobs: Tensor, entropy: Tensor | None, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For operators, which return no None."""
+    return logprobs, logprobs.new_empty(0) if entropy is None else entropy, statistics
 
 
 def may_overlap(x: Tensor) -> bool:
@@ -53,26 +58,19 @@ def _refuse_double_backward() -> None:
         )
 
 
-class _Call(NamedTuple):
-    """What the autograd function needs besides the logits: every argument of it takes time."""
-
-    tokens: Tensor
-    mask: Tensor | None
-    temperature: float
-    with_entropy: bool
-    inplace_backward: bool
-    backend: Backend
-
-
 class _TokenLogprobs(torch.autograd.Function):
+    """Its last argument is all that it needs besides the logits: every argument takes time."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, call: tuple[Tensor, Tensor | None, float, bool, bool, Backend]
+    ) -> Tensor | tuple[Tensor, Tensor]:
         tokens, mask, temperature, with_entropy, inplace_backward, backend = call
         logprobs, entropy, statistics = backend.forward(logits, tokens, mask, temperature, with_entropy)
         ctx.save_for_backward(logits, tokens, mask, statistics)
         ctx.options = temperature, inplace_backward, backend
         ctx.set_materialize_grads(False)
-        return (logprobs, entropy) if with_entropy else logprobs
+        return logprobs if entropy is None else (logprobs, entropy)
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> tuple:
@@ -81,7 +79,11 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature, inplace, backend = ctx.options
         if grad_logprobs is None and grad_entropy is None:
             return None, None
-        upstream = (None if x is None else x.resolve_neg() for x in (grad_logprobs, grad_entropy))
+        if grad_logprobs is not None and grad_logprobs.is_neg():
+            grad_logprobs = grad_logprobs.resolve_neg()
+        if grad_entropy is not None and grad_entropy.is_neg():
+            grad_entropy = grad_entropy.resolve_neg()
+        upstream = grad_logprobs, grad_entropy
         grad = backend.backward(*upstream, logits.detach(), tokens, mask, statistics, temperature, inplace)
         if inplace:
             # Autograd now refuses whatever else has saved these logits, a second backward through here included.
@@ -89,12 +91,17 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad, None
 
 
-def make_backend(name: str, forward: Callable[..., tuple[Tensor, Tensor, Tensor]], backward: Callable) -> Backend:
+_apply = direct_apply(_TokenLogprobs)
+
+
+def make_backend(
+    name: str, forward: Callable[..., tuple[Tensor, Tensor | None, Tensor]], backward: Callable
+) -> Backend:
     """Registers ppo_fast::<name> and ppo_fast::<name>_backward. temperature is a 0-dim CPU tensor there: a float
     would be a constant of the graph, and each new value a compilation."""
 
     def run_forward(logits, tokens, mask, temperature, with_entropy):
-        return forward(logits, tokens, mask, temperature.item(), with_entropy)
+        return _tensors(*forward(logits, tokens, mask, temperature.item(), with_entropy))
 
     def run_backward(grad_logprobs, grad_entropy, logits, tokens, mask, statistics, temperature):
         upstream = grad_logprobs, grad_entropy
@@ -129,7 +136,7 @@ def make_backend(name: str, forward: Callable[..., tuple[Tensor, Tensor, Tensor]
         return operator_backward(*upstream, logits, tokens, mask, statistics, temperature), None, None, None, None
 
     operator.register_fake(
-        lambda logits, tokens, mask, temperature, with_entropy: allocate(logits, tokens, with_entropy)
+        lambda logits, tokens, mask, temperature, with_entropy: _tensors(*allocate(logits, tokens, with_entropy))
     )
     operator_backward.register_fake(lambda g, h, logits, *_: torch.empty_like(logits))
     operator.register_autograd(differentiate, setup_context=setup_context)
@@ -157,8 +164,7 @@ def run(
         scalar = torch.zeros((), dtype=torch.float64, device="cpu") + temperature
         logprobs, entropy, _ = backend.operator(logits, tokens, mask, scalar, with_entropy)
         return (logprobs, entropy) if with_entropy else logprobs
-    call = _Call(tokens, mask, float(temperature), with_entropy, inplace_backward, backend)
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        logprobs, entropy, _ = backend.forward(logits, tokens, mask, call.temperature, with_entropy)
-        return (logprobs, entropy) if with_entropy else logprobs
-    return _TokenLogprobs.apply(logits, call)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _apply(logits, (tokens, mask, float(temperature), with_entropy, inplace_backward, backend))
+    logprobs, entropy, _ = backend.forward(logits, tokens, mask, float(temperature), with_entropy)
+    return logprobs if entropy is None else (logprobs, entropy)

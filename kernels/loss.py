@@ -12,12 +12,13 @@ loss_launch.py the launches, loss_compile.py the operator for torch.compile.
 Bytes for N steps in fp32, ppo_loss with a mask: 25 N read and 8 N written forward, 8 N read and 8 N written backward.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast.kernels import loss_launch
+from ppo_fast.kernels.autograd import direct_apply
 from ppo_fast.kernels.loss_compile import make_compiled
 from ppo_fast.kernels.loss_op import (
     LossOptions,
@@ -25,32 +26,32 @@ from ppo_fast.kernels.loss_op import (
     named_stats,
     public_functions,
     refuse_double_backward,
-    stat_names,
+    wanted_stats,
 )
 
 _compiled = make_compiled("ppo_loss", loss_launch.forward, loss_launch.kept, loss_launch.stored)
 
 
-class _Call(NamedTuple):
-    """What the autograd function needs besides the inputs with a gradient: every argument of it takes time."""
-
-    tensors: LossTensors
-    options: LossOptions
-    needs: tuple[bool, ...]
-    results: list[Tensor]  # gets the statistics: every output takes time, too, and gets a gradient of zeros
-
-
 class _Loss(torch.autograd.Function):
+    """Its last argument is all that it needs besides the inputs with a gradient: every argument takes time. So does an
+    output, which gets a gradient of zeros, too: statistics go to a list."""
+
     @staticmethod
     def forward(
-        ctx: Any, logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, call: _Call
+        ctx: Any,
+        logprobs: Tensor | None,
+        entropy: Tensor | None,
+        values: Tensor | None,
+        call: tuple[LossTensors, LossOptions, tuple[bool, ...], int, list[Tensor]],
     ) -> Tensor:
-        loss, stats, workspace = loss_launch.forward(logprobs, entropy, values, call.tensors, call.options, call.needs)
+        t, o, needs, wanted, results = call
+        loss, stats, workspace = loss_launch.forward(logprobs, entropy, values, t, o, needs, wanted)
         ctx.save_for_backward(workspace)
         ctx.set_materialize_grads(False)
-        wanted = zip((logprobs, entropy, values), call.needs, strict=True)
-        ctx.likes = [(x.shape, x.dtype) if need else None for x, need in wanted]
-        call.results.append(stats)
+        like = values if logprobs is None else logprobs
+        wanted_gradients = zip((logprobs, entropy, values), needs, strict=True)
+        ctx.like = like.shape, tuple([x.dtype if need else None for x, need in wanted_gradients])
+        results.append(stats)
         return loss
 
     @staticmethod
@@ -58,11 +59,13 @@ class _Loss(torch.autograd.Function):
         refuse_double_backward()
         if grad_loss is None:
             return None, None, None, None
-        return *loss_launch.backward(*ctx.saved_tensors, grad_loss.resolve_neg(), ctx.likes), None
+        if grad_loss.is_neg():
+            grad_loss = grad_loss.resolve_neg()
+        (workspace,) = ctx.saved_tensors
+        return *loss_launch.backward(workspace, grad_loss, *ctx.like), None
 
 
-def _requires_grad(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad
+_apply = direct_apply(_Loss)
 
 
 def _loss(
@@ -70,16 +73,21 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     needs = (False, False, False)
     if torch.is_grad_enabled():
-        needs = _requires_grad(logprobs), _requires_grad(entropy), _requires_grad(values)
+        needs = (
+            logprobs is not None and logprobs.requires_grad,
+            entropy is not None and entropy.requires_grad,
+            values is not None and values.requires_grad,
+        )
+    wanted, names = wanted_stats(logprobs is not None, entropy is not None, values is not None, t, o)
     if torch.compiler.is_compiling():
         loss, stats = _compiled(logprobs, entropy, values, t, o, needs)
     elif True in needs:
         results: list[Tensor] = []
-        loss = _Loss.apply(logprobs, entropy, values, _Call(t, o, needs, results))
+        loss = _apply(logprobs, entropy, values, (t, o, needs, wanted, results))
         (stats,) = results
     else:
-        loss, stats, _ = loss_launch.forward(logprobs, entropy, values, t, o, needs)
-    return loss, named_stats(stats, stat_names(logprobs is not None, entropy is not None, values is not None, t, o))
+        loss, stats, _ = loss_launch.forward(logprobs, entropy, values, t, o, needs, wanted)
+    return loss, named_stats(stats, names)
 
 
 policy_loss, value_loss, ppo_loss = public_functions(_loss)

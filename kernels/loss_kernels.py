@@ -227,11 +227,19 @@ def _get(sums, NAME: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, num_columns()) == column(NAME), sums, 0.0))
 
 
-@triton.jit(do_not_specialize=list(range(14)))
+@triton.jit
+def _put_wanted(to_ptr, wanted, i, x):
+    """Stores the i-th statistic if it is wanted; the address of the next one."""
+    bit = (wanted >> i) & 1
+    tl.store(to_ptr, x, mask=bit != 0)
+    return to_ptr + bit
+
+
+@triton.jit(do_not_specialize=list(range(15)))
 def _loss_reduce_kernel(
     workspace_ptr,  # as above
     loss_ptr,  # []
-    stats_ptr,  # [len(ALL_STATS)], in their order
+    stats_ptr,  # the wanted statistics, in the order of ALL_STATS
     denominator_ptr,  # []
     denominator: tl.float32,
     norm_length: tl.float32,
@@ -243,6 +251,7 @@ def _loss_reduce_kernel(
     gradients: tl.int32,  # how many are stored
     divisor: tl.int32,  # of the loss: 0 the steps, 1 the sequences, 2 `denominator`, 3 what denominator_ptr points to
     is_mean: tl.int32,  # a step is weighted by 1 / length of its sequence
+    wanted: tl.int32,  # bits of ALL_STATS
     BLOCK: tl.constexpr,
 ):
     index = tl.arange(0, num_columns())[:, None]
@@ -281,16 +290,17 @@ def _loss_reduce_kernel(
     companions = kl_coef * _get(terms, "KL") - entropy_coef * _get(terms, "ENTROPY")
     tl.store(loss_ptr, policy + tl.div_rn(companions, normaliser) + value_coef * value)
     ratio = _get(sums, "RATIO")
-    tl.store(stats_ptr, policy)
-    tl.store(stats_ptr + 1, tl.div_rn(_get(sums, "APPROX_KL"), count))
-    tl.store(stats_ptr + 2, tl.div_rn(_get(sums, "CLIPPED"), count))
-    tl.store(stats_ptr + 3, tl.div_rn(ratio, count))
-    tl.store(stats_ptr + 4, tl.where(ratio == ratio, _get(sums, "RATIO_MAX"), ratio))  # maxima drop NaN, sums keep it
-    tl.store(stats_ptr + 5, tl.div_rn(_get(sums, "DUAL_CLIPPED"), count))
-    tl.store(stats_ptr + 6, tl.div_rn(_get(sums, "ENTROPY"), count))
-    tl.store(stats_ptr + 7, tl.div_rn(_get(sums, "KL"), count))
-    tl.store(stats_ptr + 8, value)
-    tl.store(stats_ptr + 9, tl.div_rn(_get(sums, "VALUE_CLIPPED"), value_count))
+    ratio_max = tl.where(ratio == ratio, _get(sums, "RATIO_MAX"), ratio)  # maxima drop NaN, sums keep it
+    to_ptr = _put_wanted(stats_ptr, wanted, 0, policy)
+    to_ptr = _put_wanted(to_ptr, wanted, 1, tl.div_rn(_get(sums, "APPROX_KL"), count))
+    to_ptr = _put_wanted(to_ptr, wanted, 2, tl.div_rn(_get(sums, "CLIPPED"), count))
+    to_ptr = _put_wanted(to_ptr, wanted, 3, tl.div_rn(ratio, count))
+    to_ptr = _put_wanted(to_ptr, wanted, 4, ratio_max)
+    to_ptr = _put_wanted(to_ptr, wanted, 5, tl.div_rn(_get(sums, "DUAL_CLIPPED"), count))
+    to_ptr = _put_wanted(to_ptr, wanted, 6, tl.div_rn(_get(sums, "ENTROPY"), count))
+    to_ptr = _put_wanted(to_ptr, wanted, 7, tl.div_rn(_get(sums, "KL"), count))
+    to_ptr = _put_wanted(to_ptr, wanted, 8, value)
+    _put_wanted(to_ptr, wanted, 9, tl.div_rn(_get(sums, "VALUE_CLIPPED"), value_count))
 
 
 @triton.jit

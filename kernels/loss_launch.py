@@ -35,6 +35,7 @@ _SCALE = launch_options(4)
 _SHARES = launch_options(4)
 _REDUCE = launch_options(4)
 _PAD, _COLUMNS = padding(), num_columns()
+_EVERY_STATISTIC = 2 ** len(ALL_STATS) - 1
 _WANTED = tuple(bit(name) for name in ("d_logprobs", "d_entropy", "d_values"))
 _NEEDS = {  # which of the three gradients are wanted -> their bits, and how many they are
     needs: (sum(flag for flag, need in zip(_WANTED, needs, strict=True) if need), sum(needs))
@@ -114,12 +115,12 @@ def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
 
 
 def _reduce(
-    workspace: Tensor, o: LossOptions, plan: _Plan, T: int, steps: int, programs: int, stored: int
+    workspace: Tensor, o: LossOptions, plan: _Plan, T: int, steps: int, programs: int, stored: int, wanted: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss and all statistics, whether they have inputs or not."""
-    device, given, number, norm = workspace.device, workspace, 1.0, 1.0
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    stats = torch.empty(len(ALL_STATS), dtype=torch.float32, device=device)
+    """Loss and the wanted statistics."""
+    given, number, norm = workspace, 1.0, 1.0
+    loss = torch.empty_strided((), (), dtype=torch.float32, device=workspace.device)  # quicker than torch.empty(())
+    stats = workspace.new_empty(wanted.bit_count())
     if o.denominator is not None:
         if plan.divisor == _BY_TENSOR:
             given = o.denominator if o.denominator.dtype in _DENOMINATORS else o.denominator.float()
@@ -127,7 +128,7 @@ def _reduce(
             number = float(o.denominator)
     if o.aggregation == "seq-mean-token-sum-norm":
         norm = float(max(T, 1) if o.norm_length is None else o.norm_length)
-    _loss_reduce_kernel[(1,)](
+    _loss_reduce_kernel.run(
         workspace,
         loss,
         stats,
@@ -142,7 +143,10 @@ def _reduce(
         stored,
         plan.divisor,
         int(plan.mean),
+        wanted,
         _REDUCE_BLOCK,
+        grid=(1,),
+        warmup=False,
         **_REDUCE,
     )
     return loss, stats
@@ -169,8 +173,9 @@ def forward(
     t: LossTensors,
     o: LossOptions,
     needs: tuple[bool, ...],  # gradients wanted: of logprobs, entropy, values
+    wanted: int = _EVERY_STATISTIC,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics (all of them, whether they have inputs or not) and the workspace, which the backward needs."""
+    """Loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace, which the backward needs."""
     like = values if logprobs is None else logprobs
     assert like is not None
     steps, T, plan, device = like.numel(), like.shape[-1], _plan(o), like.device
@@ -188,10 +193,12 @@ def forward(
             given |= present
             if is_flat and not plan.by_sequence:
                 options = _FLAT[tensors[0].element_size()]
-                _loss_flat_kernel[(programs,)](*tensors, workspace, *_scalars(o), given, steps, _BLOCK, **options)
+                arguments = *tensors, workspace, *_scalars(o), given, steps, _BLOCK
+                _loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **options)
             else:
-                _forward_rows(tensors, workspace, t, o, plan, given, steps, T, programs, packed)
-        return *_reduce(workspace, o, plan, T, steps, programs, stored), workspace
+                _forward_rows(tensors, is_flat, workspace, t, o, plan, given, steps, T, programs, packed)
+        loss, stats = _reduce(workspace, o, plan, T, steps, programs, stored, wanted)
+    return loss, stats, workspace
 
 
 def _inputs(
@@ -210,7 +217,7 @@ def _inputs(
             x = values if flag == _VALUE_CLIP and values is not None else other
         else:
             present |= flag
-            is_listed = is_listed and x.dtype == dtype
+            is_listed = is_listed and x.dtype is dtype
             is_flat = is_flat and x.is_contiguous() and not x.data_ptr() & 15
         tensors.append(x)
     if not is_listed:
@@ -228,6 +235,7 @@ def _inputs(
 
 def _forward_rows(
     tensors: list[Tensor],
+    is_flat: bool,  # all that are read are contiguous
     workspace: Tensor,
     t: LossTensors,
     o: LossOptions,
@@ -238,23 +246,27 @@ def _forward_rows(
     programs: int,
     packed: bool,
 ) -> None:
-    views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
-    rows = [views[id(x)] for x in tensors]
+    strides = [T] * len(tensors)
+    if not is_flat:
+        views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
+        tensors, strides = [views[id(x)][0] for x in tensors], [views[id(x)][1] for x in tensors]
     cu_seqlens = _unread(torch.int32, workspace.device)
     if packed:
         given |= _CU_SEQLENS
         cu_seqlens = t.cu_seqlens.contiguous()
-    _loss_rows_kernel[(programs,)](
-        *(x for x, _ in rows),
+    _loss_rows_kernel.run(
+        *tensors,
         workspace,
         *_scalars(o),
         given | (_MEAN if plan.mean else 0),
         steps,
         cu_seqlens,
         T,
-        *(stride for _, stride in rows),
+        *strides,
         plan.by_sequence,
         _BLOCK,
+        grid=(programs,),
+        warmup=False,
         **_ROWS[plan.by_sequence],
     )
 
@@ -273,28 +285,36 @@ def token_shares(like: Tensor, t: LossTensors) -> Tensor:
     if steps and programs:
         with device_guard(like):
             arguments = mask, cu_seqlens, shares, given, steps, T, mask_stride, _BLOCK
-            _shares_kernel[(programs,)](*arguments, **_SHARES)
+            _shares_kernel.run(*arguments, grid=(programs,), warmup=False, **_SHARES)
     return shares
 
 
+@functools.cache
+def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch.dtype | None, ...], bool]:
+    """The bits of the gradients that have a dtype, their dtypes in the kernel, and whether these are the same."""
+    given = sum(flag for flag, dtype in zip(_WANTED, dtypes, strict=True) if dtype is not None)
+    *policy, of_values = dtypes
+    others = {x for x in policy if x is not None} or {of_values}
+    if len(others) == 1 and (of_values or next(iter(others)), *others) in _DTYPES:
+        return given, dtypes, True
+    return given, tuple(None if x is None else torch.float32 for x in dtypes), False
+
+
 def backward(
-    workspace: Tensor, grad_loss: Tensor, likes: list[tuple[torch.Size, torch.dtype] | None]
+    workspace: Tensor, grad_loss: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype | None, ...]
 ) -> list[Tensor | None]:
-    """The gradients that have a shape and a dtype in `likes`, for logprobs, entropy and values."""
-    listed = _listed(*(None if like is None else like[1] for like in likes))
-    device, made, given = workspace.device, [], 0
-    for like, flag in zip(likes, _WANTED, strict=True):
-        x = None
-        if like is not None:
-            x = torch.empty(like[0], dtype=like[1] if listed else torch.float32, device=device)
-            given |= flag
-        made.append(x)
+    """The gradients of logprobs, entropy and values; None where there is no dtype."""
+    given, written, is_listed = _gradients(dtypes)
+    device = workspace.device
+    # With sizes one by one torch.empty takes half the time that it takes with a torch.Size.
+    made = [None if x is None else torch.empty(*shape, dtype=x, device=device) for x in written]
     d_logprobs, d_entropy, d_values = made
     other = d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy
+    assert other is not None
     steps = other.numel()
     if steps:
         with device_guard(workspace):
-            _loss_bwd_kernel[(-(-steps // _SCALE_BLOCK),)](
+            _loss_bwd_kernel.run(
                 workspace,
                 grad_loss,
                 other,
@@ -303,16 +323,11 @@ def backward(
                 given,
                 steps,
                 _SCALE_BLOCK,
+                grid=(-(-steps // _SCALE_BLOCK),),
+                warmup=False,
                 **_SCALE,
             )
-    return made if listed else [None if x is None else x.to(like[1]) for x, like in zip(made, likes, strict=True)]
-
-
-@functools.cache
-def _listed(logprobs: torch.dtype | None, entropy: torch.dtype | None, values: torch.dtype | None) -> bool:
-    """Whether _DTYPES has this mixture of gradients."""
-    others = {x for x in (logprobs, entropy) if x is not None} or {values}
-    return len(others) == 1 and (values or next(iter(others)), *others) in _DTYPES
+    return made if is_listed else [None if x is None else x.to(y) for x, y in zip(made, dtypes, strict=True)]
 
 
 def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
@@ -329,7 +344,7 @@ def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Ten
 
 
 _INTEGERS = {"kl_estimator": "i32", "given": "i32", "programs": "i32", "gradients": "i32", "divisor": "i32"}
-_INTEGERS |= {"is_mean": "i32", "steps": "i64", "T": "i64"}
+_INTEGERS |= {"is_mean": "i32", "wanted": "i32", "steps": "i64", "T": "i64"}
 
 
 def _types(kernel: triton.JITFunction, pointers: dict[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ value_loss and values for policy_loss; gradients flow to these three arguments o
 there is no second derivative. reference.py says what is computed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,30 +55,40 @@ class LossOptions(NamedTuple):
     norm_length: float | None = None
 
 
-_INDICES = {name: i for i, name in enumerate(ALL_STATS)}
-_RATIOS = ALL_STATS[:5]
+_BITS = {name: 1 << i for i, name in enumerate(ALL_STATS)}
 
 
-def stat_names(policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions) -> list[str]:
-    """The statistics that these inputs have, in the order in which both backends return them."""
-    names = [*_RATIOS] if policy else []
-    if policy and o.dual_clip is not None:
-        names.append("dual_clip_fraction")
-    if entropy:
-        names.append("entropy")
-    if t.ref_logprobs is not None:
-        names.append("ref_kl")
-    if value:
-        names.append("value_loss")
-        if o.value_clip is not None:
-            names.append("value_clip_fraction")
-    return names
+@functools.cache
+def _wanted(
+    policy: bool, dual_clip: bool, entropy: bool, ref: bool, value: bool, value_clip: bool
+) -> tuple[int, tuple[str, ...]]:
+    has = dict.fromkeys(ALL_STATS, policy)
+    has |= {"dual_clip_fraction": policy and dual_clip, "entropy": entropy, "ref_kl": ref}
+    has |= {"value_loss": value, "value_clip_fraction": value and value_clip}
+    names = tuple(name for name in ALL_STATS if has[name])
+    return sum(_BITS[name] for name in names), names
 
 
-def named_stats(stats: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """The statistics with these names, from a tensor of the first or all of them."""
+def wanted_stats(
+    policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions
+) -> tuple[int, tuple[str, ...]]:
+    """The statistics that these inputs have, as bits of ALL_STATS and by name, in its order."""
+    return _wanted(
+        policy, o.dual_clip is not None, entropy, t.ref_logprobs is not None, value, o.value_clip is not None
+    )
+
+
+def stat_names(policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions) -> tuple[str, ...]:
+    """The names alone."""
+    return wanted_stats(policy, entropy, value, t, o)[1]
+
+
+def named_stats(stats: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The statistics with these names, from a tensor of them alone, or of the first or all of ALL_STATS."""
     scalars = stats.unbind()
-    return {name: scalars[_INDICES[name]] for name in names}
+    if len(scalars) == len(names):
+        return dict(zip(names, scalars, strict=True))
+    return {name: scalars[ALL_STATS.index(name)] for name in names}
 
 
 def refuse_double_backward() -> None:

@@ -225,9 +225,10 @@ def cu_seqlens(x: Tensor | None, packed: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have one dimension when cu_seqlens is given, got shape {tuple(packed.shape)}")
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.ndim != 1 or len(x) < 1:
+    if x.ndim != 1 or not x.shape[0]:
         raise ValueError(f"cu_seqlens must have shape [S + 1], got {tuple(x.shape)}")
-    device("cu_seqlens", x, packed.device, name)
+    if x.device != packed.device:
+        device("cu_seqlens", x, packed.device, name)
     if readable(x):
         if int(x[0]) != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {int(x[0])}")

@@ -12,8 +12,10 @@ functionalize), forward-mode AD, DTensors, and options that require a gradient r
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -64,7 +66,9 @@ def uses_triton(backend: Backend, first: Tensor, *others: Tensor | None) -> bool
     if backend == "torch" or (backend == "auto" and not (first.is_cuda and _HAS_TRITON)):
         return False
     checks.one_of("backend", backend, ("auto", "triton", "torch"))
-    double = first.dtype is torch.float64 or any(x is not None and x.dtype is torch.float64 for x in others)
+    double = first.dtype is torch.float64
+    for x in others:
+        double = double or (x is not None and x.dtype is torch.float64)
     traced = memory.traced(first, *others)
     if backend == "auto":
         return not double and not traced
@@ -86,6 +90,12 @@ def uses_triton(backend: Backend, first: Tensor, *others: Tensor | None) -> bool
                 " TRITON_INTERPRET=1 before the first import to run the kernels slowly on a CPU"
             )
     return True
+
+
+@functools.cache
+def _triton_kernels(name: str) -> ModuleType:
+    """A module that needs Triton to import. A call of this takes a sixth of the time of an import statement."""
+    return importlib.import_module(f"ppo_fast.kernels.{name}")
 
 
 def _operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -149,9 +159,9 @@ def token_logprobs(
     checks.token_ids(tokens, mask, rows, place, "logits without its last dimension", shape[-1])
     if not temperature > 0:
         checks.positive("temperature", temperature)
-    kernel = eager_logprobs
+    kernel: ModuleType = eager_logprobs
     if uses_triton(backend, logits):
-        from ppo_fast.kernels import logprobs as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("logprobs")
     return kernel.token_logprobs(
         logits, tokens, mask, temperature=temperature, with_entropy=with_entropy, inplace_backward=inplace_backward
     )
@@ -215,9 +225,9 @@ def policy_loss(
     check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
     check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
     mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
-    kernel = eager_loss
+    kernel: ModuleType = eager_loss
     if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
-        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("loss")
     loss, stats = kernel.policy_loss(
         logprobs,
         old_logprobs,
@@ -341,9 +351,9 @@ def value_loss(
     _check_value(values, old_values, returns, clip)
     check_aggregation(values, "values", aggregation, denominator, norm_length, cu_seqlens)
     mask = checks.flag("mask", mask, values.shape, values.device, "values")
-    kernel = eager_loss
+    kernel: ModuleType = eager_loss
     if uses_triton(backend, values, old_values, returns):
-        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("loss")
     loss, stats = kernel.value_loss(
         values,
         old_values,
@@ -424,14 +434,15 @@ def ppo_loss(
     check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
     check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
     mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
-    checks.matching("values", values, logprobs, "logprobs")
+    if not checks.alike(logprobs.shape, logprobs.dtype, logprobs.device, values):
+        checks.matching("values", values, logprobs, "logprobs")
     _check_value(values, old_values, returns, value_clip)
     if value_mask is not None:
         value_mask = checks.flag("value_mask", value_mask, values.shape, values.device, "values")
     others = (values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
-    kernel = eager_loss
+    kernel: ModuleType = eager_loss
     if uses_triton(backend, logprobs, *others):
-        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("loss")
     loss, stats = kernel.ppo_loss(
         logprobs,
         values,
@@ -514,7 +525,7 @@ def gae(
         checks.cu_seqlens(cu_seqlens, rewards, "rewards")
         if time_major:
             raise ValueError("time_major and cu_seqlens exclude each other: packed tensors have one dimension")
-        rows = (len(cu_seqlens) - 1,)
+        rows = (cu_seqlens.shape[0] - 1,)
     if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
         checks.discount("gamma", gamma, rows, place)
     if isinstance(lam, Tensor) or not 0 <= lam <= 1:
@@ -531,9 +542,9 @@ def gae(
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
         checks.device("bootstrap", bootstrap, place, "rewards")
-    kernel = eager_advantages
+    kernel: ModuleType = eager_advantages
     if uses_triton(backend, rewards, values, bootstrap, final_values):
-        from ppo_fast.kernels import gae as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("gae")
     return kernel.gae(
         rewards,
         values,
@@ -621,9 +632,9 @@ def shape_rewards(
     [[0.0, 1.0, 0.0]]
     """
     mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
-    kernel = eager_advantages
+    kernel: ModuleType = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs):
-        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("advantages")
 
     return kernel.shape_rewards(
         scores,
@@ -667,9 +678,9 @@ def masked_whiten(
     mask = checks.flag("mask", mask, x.shape, x.device, "x")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    kernel = eager_advantages
+    kernel: ModuleType = eager_advantages
     if uses_triton(backend, x):
-        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("advantages")
 
     return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
 
@@ -728,9 +739,9 @@ def rlhf_advantages(
         checks.device("bootstrap", bootstrap, place, "logprobs")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    kernel = eager_advantages
+    kernel: ModuleType = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap):
-        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("advantages")
     return AdvantageOutput(
         *kernel.rlhf_advantages(
             scores,
@@ -853,9 +864,9 @@ def linear_logprobs(
     """
     head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
     mask = _check_head(hidden, weight, tokens, mask, *head)
-    kernel = eager_linear
+    kernel: ModuleType = eager_linear
     if uses_triton(backend, hidden, weight, bias):
-        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("linear")
     return kernel.linear_logprobs(
         hidden,
         weight,
@@ -937,9 +948,9 @@ def linear_ppo_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
     check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
     check_aggregation(advantages, "advantages", aggregation, denominator, norm_length, cu_seqlens)
-    kernel = eager_linear
+    kernel: ModuleType = eager_linear
     if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
-        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
+        kernel = _triton_kernels("linear")
     return LinearLossOutput(
         *kernel.linear_ppo_loss(
             hidden,

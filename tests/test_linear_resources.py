@@ -549,17 +549,14 @@ class Recorder:
     def __init__(self, kernel, launches: set) -> None:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
 
-    def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, **constexprs_and_options) -> None:
-            given = dict(zip(self.arg_names, args, strict=False))
-            assert not given["has_bias"] or given["bias_ptr"].data_ptr() % 16 == 0
-            types = {name: str(x.dtype) for name, x in given.items() if isinstance(x, Tensor)}
-            for name in ("logits_ptr", "logprobs_ptr", "entropy_ptr", "statistics_ptr"):
-                if name in given:
-                    given[name].zero_()
-            self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
-
-        return launch
+    def run(self, *args, grid: tuple[int, ...], warmup: bool, **constexprs_and_options) -> None:
+        given = dict(zip(self.arg_names, args, strict=False))
+        assert not given["has_bias"] or given["bias_ptr"].data_ptr() % 16 == 0
+        types = {name: str(x.dtype) for name, x in given.items() if isinstance(x, Tensor)}
+        for name in ("logits_ptr", "logprobs_ptr", "entropy_ptr", "statistics_ptr"):
+            if name in given:
+                given[name].zero_()
+        self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
 
 
 KERNELS = ("_linear_score_kernel", "_linear_policy_kernel", "_linear_gradient_kernel")

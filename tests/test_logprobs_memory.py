@@ -289,13 +289,10 @@ class Recorder:
     def __init__(self, kernel, launches: set) -> None:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
 
-    def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, **constexprs_and_options) -> None:
-            given = dict(zip(self.arg_names, args, strict=False))
-            types = {name: f"*{x.dtype}" for name, x in given.items() if isinstance(x, Tensor)}
-            self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
-
-        return launch
+    def run(self, *args, grid: tuple[int, ...], warmup: bool, **constexprs_and_options) -> None:
+        given = dict(zip(self.arg_names, args, strict=False))
+        types = {name: f"*{x.dtype}" for name, x in given.items() if isinstance(x, Tensor)}
+        self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
 
 
 def entropy_of(*args, **options) -> Tensor:
