@@ -49,6 +49,23 @@ def bytes_of(tensor: torch.Tensor) -> tuple[int, np.ndarray]:
     return address, np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
 
 
+def element_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of an element, with 4 for int8: by chance it holds one byte of the pattern of unwritten memory."""
+    size = tensor.element_size()
+    return size if size > 1 or tensor.dtype is torch.bool else 4
+
+
+def elements_inside(tensors: list[torch.Tensor]) -> np.ndarray | None:
+    """For each element of a storage, whether one of its tensors has it; None if one has all, or it is huge."""
+    storage, size = tensors[0].untyped_storage().nbytes(), tensors[0].element_size()
+    if storage > _LARGEST_POISONED or any(x.element_size() != size or x.numel() * size == storage for x in tensors):
+        return None
+    inside = torch.zeros(storage // size, dtype=torch.bool)
+    for x in tensors:
+        inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
+    return inside.numpy()
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills the storage of a plain CPU tensor with a pattern that the interpreter recognises as never written."""
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":  # a FakeTensor has no memory
@@ -156,15 +173,15 @@ class Emulator:
     def execute(self, compiled: Any, arguments: list[Any], launch: Launch, grid: tuple[int, int, int]) -> None:
         kernel = self.kernel(compiled.asm["ptx"])
         parameters: dict[str, Any] = {}
-        segments: dict[int, tuple[np.ndarray, list[str], list[int]]] = {}
+        segments: dict[int, tuple[np.ndarray, list[str], list[torch.Tensor]]] = {}
         declared = kernel.program.parameters
         for (_, parameter), (name, kind), value in zip(declared, launch.types, arguments, strict=False):
             if isinstance(value, torch.Tensor):
                 address, data = bytes_of(value)
                 data = data[: -value.element_size()] if name == self.short else data
-                _, names, sizes = segments.setdefault(address, (data, [], []))
+                _, names, tensors = segments.setdefault(address, (data, [], []))
                 names.append(name)
-                sizes.append(value.element_size())
+                tensors.append(value)
                 parameters[parameter] = np.uint64(value.data_ptr())
             elif kind == "fp32":
                 parameters[parameter] = np.float32(value).view(np.uint32)
@@ -176,7 +193,8 @@ class Emulator:
         for _, parameter in declared[len(arguments) :]:  # scratch memory that Triton adds; these kernels need none
             parameters[parameter] = np.uint64(0)
         memory = [
-            Segment(address, data, "/".join(names), min(sizes)) for address, (data, names, sizes) in segments.items()
+            Segment(address, data, "/".join(names), min(map(element_bytes, tensors)), elements_inside(tensors))
+            for address, (data, names, tensors) in segments.items()
         ]
         machine = Machine(kernel, memory, compiled.metadata.shared)
         self.number += 1
