@@ -114,6 +114,7 @@ class Emulator:
         self.issues: Counter[Issue] = Counter()
         self.launches: Counter[Launch] = Counter()
         self.faults: Counter[Launch] = Counter()  # issues of each variant
+        self.padded: set[tuple[int, int]] = set()  # address and bytes of the storages whose padding may be written
         self.number = 0  # of launches since a test began: with the seed it determines the order of programs
         self.contract = False
         self.runs = True  # whether launches are executed, or only written down
@@ -193,7 +194,13 @@ class Emulator:
         for _, parameter in declared[len(arguments) :]:  # scratch memory that Triton adds; these kernels need none
             parameters[parameter] = np.uint64(0)
         memory = [
-            Segment(address, data, "/".join(names), min(map(element_bytes, tensors)), elements_inside(tensors))
+            Segment(
+                address,
+                data,
+                "/".join(names),
+                min(map(element_bytes, tensors)),
+                None if (address, len(data)) in self.padded else elements_inside(tensors),
+            )
             for address, (data, names, tensors) in segments.items()
         ]
         machine = Machine(kernel, memory, compiled.metadata.shared)
@@ -207,7 +214,8 @@ class Emulator:
     def installed(self) -> Iterator["Emulator"]:
         """Every launch of a Triton kernel runs here, and the launchers accept CPU tensors.
 
-        The padding of a chunk of logits, which row kernels load and must ignore, is written: with NaN.
+        The padding of a chunk of logits belongs to the chunk: row kernels may store there, and must ignore what they load
+        from there. It is filled with NaN.
         """
         from ppo_fast.kernels import launch, linear_chunks
 
@@ -215,8 +223,11 @@ class Emulator:
 
         def chunk_buffer(*args: Any, **kwargs: Any) -> torch.Tensor:
             buffer = originals[2](*args, **kwargs)
+            if type(buffer) is not torch.Tensor:  # a FakeTensor has no memory
+                return buffer
             rows, V = buffer.shape
-            if type(buffer) is torch.Tensor and buffer.stride(0) > V:
+            self.padded.add((buffer.untyped_storage().data_ptr(), buffer.untyped_storage().nbytes()))
+            if buffer.stride(0) > V:
                 buffer.as_strided((rows, buffer.stride(0)), (buffer.stride(0), 1))[:, V:].fill_(torch.nan)
             return buffer
 
