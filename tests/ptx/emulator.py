@@ -214,8 +214,8 @@ class Emulator:
     def installed(self) -> Iterator["Emulator"]:
         """Every launch of a Triton kernel runs here, and the launchers accept CPU tensors.
 
-        The padding of a chunk of logits belongs to the chunk: row kernels may store there, and must ignore what they load
-        from there. It is filled with NaN.
+        Row kernels may store to the padding of a chunk of logits, and must ignore what they load from it: it is filled
+        with NaN.
         """
         from ppo_fast.kernels import launch, linear_chunks
 
