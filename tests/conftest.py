@@ -61,6 +61,7 @@ def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[Non
         return
     emulator.issues.clear()
     emulator.number = 0
+    emulator.padded.clear()
     before = emulator.launches.copy()
     with poisoned_allocations():
         yield

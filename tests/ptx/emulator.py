@@ -49,6 +49,23 @@ def bytes_of(tensor: torch.Tensor) -> tuple[int, np.ndarray]:
     return address, np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
 
 
+def element_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of an element, with 4 for int8: by chance it holds one byte of the pattern of unwritten memory."""
+    size = tensor.element_size()
+    return size if size > 1 or tensor.dtype is torch.bool else 4
+
+
+def elements_inside(tensors: list[torch.Tensor]) -> np.ndarray | None:
+    """For each element of a storage, whether one of its tensors has it; None if one has all, or it is huge."""
+    storage, size = tensors[0].untyped_storage().nbytes(), tensors[0].element_size()
+    if storage > _LARGEST_POISONED or any(x.element_size() != size or x.numel() * size == storage for x in tensors):
+        return None
+    inside = torch.zeros(storage // size, dtype=torch.bool)
+    for x in tensors:
+        inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
+    return inside.numpy()
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills the storage of a plain CPU tensor with a pattern that the interpreter recognises as never written."""
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":  # a FakeTensor has no memory
@@ -97,6 +114,7 @@ class Emulator:
         self.issues: Counter[Issue] = Counter()
         self.launches: Counter[Launch] = Counter()
         self.faults: Counter[Launch] = Counter()  # issues of each variant
+        self.padded: set[tuple[int, int]] = set()  # address and bytes of the storages whose padding may be written
         self.number = 0  # of launches since a test began: with the seed it determines the order of programs
         self.contract = False
         self.runs = True  # whether launches are executed, or only written down
@@ -156,15 +174,15 @@ class Emulator:
     def execute(self, compiled: Any, arguments: list[Any], launch: Launch, grid: tuple[int, int, int]) -> None:
         kernel = self.kernel(compiled.asm["ptx"])
         parameters: dict[str, Any] = {}
-        segments: dict[int, tuple[np.ndarray, list[str], list[int]]] = {}
+        segments: dict[int, tuple[np.ndarray, list[str], list[torch.Tensor]]] = {}
         declared = kernel.program.parameters
         for (_, parameter), (name, kind), value in zip(declared, launch.types, arguments, strict=False):
             if isinstance(value, torch.Tensor):
                 address, data = bytes_of(value)
                 data = data[: -value.element_size()] if name == self.short else data
-                _, names, sizes = segments.setdefault(address, (data, [], []))
+                _, names, tensors = segments.setdefault(address, (data, [], []))
                 names.append(name)
-                sizes.append(value.element_size())
+                tensors.append(value)
                 parameters[parameter] = np.uint64(value.data_ptr())
             elif kind == "fp32":
                 parameters[parameter] = np.float32(value).view(np.uint32)
@@ -176,7 +194,14 @@ class Emulator:
         for _, parameter in declared[len(arguments) :]:  # scratch memory that Triton adds; these kernels need none
             parameters[parameter] = np.uint64(0)
         memory = [
-            Segment(address, data, "/".join(names), min(sizes)) for address, (data, names, sizes) in segments.items()
+            Segment(
+                address,
+                data,
+                "/".join(names),
+                min(map(element_bytes, tensors)),
+                None if (address, len(data)) in self.padded else elements_inside(tensors),
+            )
+            for address, (data, names, tensors) in segments.items()
         ]
         machine = Machine(kernel, memory, compiled.metadata.shared)
         self.number += 1
@@ -189,7 +214,8 @@ class Emulator:
     def installed(self) -> Iterator["Emulator"]:
         """Every launch of a Triton kernel runs here, and the launchers accept CPU tensors.
 
-        The padding of a chunk of logits, which row kernels load and must ignore, is written: with NaN.
+        Row kernels may store to the padding of a chunk of logits, and must ignore what they load from it: it is filled
+        with NaN.
         """
         from ppo_fast.kernels import launch, linear_chunks
 
@@ -197,8 +223,11 @@ class Emulator:
 
         def chunk_buffer(*args: Any, **kwargs: Any) -> torch.Tensor:
             buffer = originals[2](*args, **kwargs)
+            if type(buffer) is not torch.Tensor:  # a FakeTensor has no memory
+                return buffer
             rows, V = buffer.shape
-            if type(buffer) is torch.Tensor and buffer.stride(0) > V:
+            self.padded.add((buffer.untyped_storage().data_ptr(), buffer.untyped_storage().nbytes()))
+            if buffer.stride(0) > V:
                 buffer.as_strided((rows, buffer.stride(0)), (buffer.stride(0), 1))[:, V:].fill_(torch.nan)
             return buffer
 

@@ -25,7 +25,8 @@ class Segment(NamedTuple):
     start: int  # address
     data: np.ndarray  # uint8
     label: str  # names of the arguments that point into it
-    element: int = 4  # bytes of the smallest element of these tensors
+    element: int = 4  # bytes of the smallest element of these tensors; 1 for bool only
+    inside: np.ndarray | None = None  # for each element, whether one of these tensors has it; None: each has all
 
     @property
     def end(self) -> int:
@@ -33,8 +34,11 @@ class Segment(NamedTuple):
 
 
 def poisoned(raw: np.ndarray, size: int) -> bool:
-    """Whether bytes hold POISON in one of their words, or in one of their halves if elements have `size` <= 2 bytes."""
-    kind, value = (np.uint16, POISON % 2**16) if size <= 2 else (np.uint32, POISON)
+    """Whether bytes hold POISON in one of their words, in one of their halves if elements have `size` 2, or, if they
+    are bools, in one of them."""
+    if size == 1:
+        return bool(np.isin(raw, np.frombuffer(np.uint32(POISON).tobytes(), np.uint8)).any())
+    kind, value = (np.uint16, POISON % 2**16) if size == 2 else (np.uint32, POISON)
     return bool(np.count_nonzero(np.ascontiguousarray(raw).view(kind) == value))
 
 
@@ -180,8 +184,8 @@ class GlobalMemory(_Memory):
         return np.ascontiguousarray(raw).view(_TYPES[width])
 
     def unwritten(self, segment: Segment, raw: np.ndarray, offsets: np.ndarray, width: int) -> bool:
-        """Whether a loaded word or half, or the word around a loaded byte, is POISON."""
-        if width >= 2:
+        """Whether a loaded word or half, a bool, or the word around another byte, is POISON."""
+        if width >= 2 or segment.element == 1:
             return poisoned(raw, min(width, segment.element))
         poison = np.frombuffer(np.uint32(POISON).tobytes(), np.uint8)
         suspicious = raw[:, 0] == poison[offsets % 4]
@@ -216,8 +220,15 @@ class GlobalMemory(_Memory):
             )
             offsets = (here - np.uint64(segment.start)).astype(np.int64)
             raw = np.ascontiguousarray(rows[which]).view(np.uint8).reshape(len(offsets), size)
-            if width >= 2 and poisoned(raw, min(width, segment.element)):
+            if (width >= 2 or segment.element == 1) and poisoned(raw, min(width, segment.element)):
                 self.report("store of a register that was never written", instruction)
+            if (
+                segment.inside is not None
+                and not segment.inside[
+                    offsets[:, None] // segment.element + np.arange(-(-size // segment.element))
+                ].all()
+            ):
+                self.report(f"store outside of the view {segment.label}", instruction)
             segment.data[offsets[:, None] + np.arange(size)] = raw
 
     def check(self) -> None:

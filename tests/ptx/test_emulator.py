@@ -153,6 +153,34 @@ def test_new_tensors_are_poisoned_inside_the_block_only():
     assert torch.empty is empty
 
 
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n, other=0), mask=at < n)
+
+
+def test_a_store_outside_of_a_view_is_reported(own):
+    """The storage has more elements than the view."""
+    for n, message in ((7, set()), (8, {"store outside of the view out_ptr"})):
+        _copy_kernel[(1,)](torch.ones(8), torch.empty(16)[:7], n, BLOCK=16)
+        assert {issue.message for issue in own.issues} == message
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.int64])
+def test_every_second_element_that_nobody_has_written_is_reported(own, dtype):
+    x = poison(torch.empty(64, dtype=dtype))
+    x[::2] = 1
+    _copy_kernel[(1,)](x, torch.empty_like(x), 64, BLOCK=64)
+    assert "load of bytes of x_ptr that nobody has written" in {issue.message for issue in own.issues}
+
+
+def test_every_value_of_int8_may_be_loaded(own):
+    x, out = torch.arange(-128, 128).to(torch.int8), torch.empty(256, dtype=torch.int8)
+    _copy_kernel[(1,)](x, out, 256, BLOCK=256)
+    assert torch.equal(x, out)
+    assert not own.issues
+
+
 def test_memory_with_large_strides_needs_no_shadow_memory(own):
     """An element 2^31 elements away; only the pages that are touched exist."""
     x = torch.empty(2**31 + 64)[:: 2**31][:2]
