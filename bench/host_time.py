@@ -4,9 +4,10 @@
 
 Everything that the host does before a kernel starts is measured: argument checks, allocations, autograd, and Triton's
 own binding of arguments. Compilation and the driver are left out, and so are matrix products. The table also has the
-time of the bare launches of each operation: the same kernels with the same arguments, one `kernel[grid](...)` after the
-other. --against measures another commit, too, in processes that alternate with those of this tree. --write keeps table
-and raw samples in bench/results/host/.
+time of the bare launches of each operation, the same kernels with the same arguments, one `kernel[grid](...)` after the
+other; and for a backward that of the engine: torch.autograd.grad through an autograd.Function for the same leaves that
+only returns tensors it has. --against measures another commit, too, in processes that alternate with those of this
+tree. --write keeps table and raw samples in bench/results/host/.
 """
 
 import argparse
@@ -183,6 +184,28 @@ def bare_us(found: list[tuple[Any, tuple, Any, dict[str, Any]]]) -> float:
     return median_us(call) if found else 0.0
 
 
+def engine_us(leaves: tuple[Any, ...]) -> float:
+    """Time of a backward that computes nothing: what PyTorch takes of every one with these leaves."""
+    import torch
+
+    ready = tuple(torch.zeros_like(x) for x in leaves)
+
+    class Ready(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *leaves: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(leaves[0])
+            ctx.set_materialize_grads(False)
+            return torch.empty(())
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            _ = ctx.saved_tensors
+            return ready
+
+    outputs, upstream = iter([Ready.apply(*leaves) for _ in range(CALLS)]), torch.ones(())
+    return median_us(lambda: torch.autograd.grad(next(outputs), leaves, upstream))
+
+
 def measure_here() -> dict[str, dict[str, float]]:
     """Operation and direction -> host time, launches, torch operations and the time of the bare launches."""
     import torch
@@ -222,6 +245,7 @@ def measure_here() -> dict[str, dict[str, float]]:
             backward()
         started = launches_of(stubs, backward)
         row = {"us": median_us(backward), "bare_us": bare_us(started), "launches": len(started)}
+        row["engine_us"] = engine_us(leaves)
         found[f"{name}, backward"] = row | {"torch": sum(n for op, n in count.found.items() if op not in FREE)}
     return found
 
@@ -258,18 +282,20 @@ def table(samples: dict[str, list[dict[str, dict[str, float]]]], against: str | 
     """Medians over the rounds."""
 
     def median(tree: str, name: str, what: str) -> float:
-        return statistics.median(round_[name][what] for round_ in samples[tree] if name in round_)
+        return statistics.median(round_[name].get(what, 0.0) for round_ in samples[tree] if name in round_)
 
-    columns = ["operation", "launches", "torch operations", "host us", "bare launches us", "ratio to bare"]
-    columns += [f"{against} us", f"ratio to {against}"] if against else []
+    columns = ["operation", "launches", "torch operations", "host us", "bare launches us", "ratio to bare", "engine us"]
+    columns += [f"{against} us", f"ratio to {against}", "ratio without engine"] if against else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in samples["this"][0]:
         us, bare = median("this", name, "us"), median("this", name, "bare_us")
         cells = [name, *(f"{median('this', name, what):.0f}" for what in ("launches", "torch"))]
-        cells += [f"{us:.1f}", f"{bare:.1f}", f"{us / bare:.2f}" if bare else "-"]
+        engine = median("this", name, "engine_us")
+        cells += [f"{us:.1f}", f"{bare:.1f}", f"{us / bare:.2f}" if bare else "-", f"{engine:.1f}" if engine else "-"]
         if against:
-            before = median(against, name, "us")
-            cells += [f"{before:.1f}", f"{us / before:.2f}"]
+            before, engine_before = median(against, name, "us"), median(against, name, "engine_us")
+            without = (us - engine) / (before - engine_before)
+            cells += [f"{before:.1f}", f"{us / before:.2f}", f"{without:.2f}" if engine else "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from ppo_fast.kernels import loss, loss_launch
 from ppo_fast.kernels.launch import REGISTERS, Variant, device_guard, launch_options
 from ppo_fast.kernels.linear_chunks import LINE, Head
 from ppo_fast.kernels.linear_op import public_functions
+from ppo_fast.kernels.linear_scale import scale_gradients
 from ppo_fast.kernels.linear_steps import RowMath
 from ppo_fast.kernels.loss_launch import KL_ESTIMATORS
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, wanted_stats
@@ -626,6 +627,7 @@ _MATH = RowMath(
     indexed=True,
     loss=_loss,
     shares=loss_launch.token_shares,
+    scale_gradients=scale_gradients,
 )
 
 linear_logprobs, linear_ppo_loss = public_functions(_MATH)

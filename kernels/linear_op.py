@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.autograd import direct_apply
 from ppo_fast.kernels.linear_compiled import logprobs_operator, pack_options, pack_settings, ppo_operator
 from ppo_fast.kernels.linear_steps import (
     LinearLogprobs,
@@ -22,6 +23,8 @@ from ppo_fast.kernels.linear_steps import (
     ppo_forward,
 )
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, stat_names
+
+_apply_logprobs, _apply_ppo = direct_apply(LinearLogprobs), direct_apply(LinearPPO)
 
 
 def _refuse_distributed(name: str, **tensors: Tensor | None) -> None:
@@ -39,7 +42,8 @@ def _refuse_distributed(name: str, **tensors: Tensor | None) -> None:
 
 def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
     """Which gradients are wanted."""
-    return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+    enabled = torch.is_grad_enabled()
+    return tuple([enabled and x is not None and x.requires_grad for x in tensors])
 
 
 def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
@@ -70,7 +74,7 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
             logprobs, entropy = logprobs_op(*inputs)[:2]
         elif any(needs):
             call = LogprobsCall(tokens, mask, s, with_entropy, math_)
-            return LinearLogprobs.apply(hidden, weight, bias, call)
+            return _apply_logprobs(hidden, weight, bias, call)
         else:
             out = logprobs_forward(math_, hidden, weight, bias, tokens, mask, s, with_entropy, keep_statistics=False)
             logprobs, entropy = out[0], out[0] if out[1] is None else out[1]
@@ -131,7 +135,7 @@ def public_functions(math_: RowMath) -> tuple[Callable, Callable]:
         if any(needs):
             results: list[PPOResult] = []
             call = PPOCall(tokens, t, o, s, needs, math_, results)
-            loss = LinearPPO.apply(hidden, weight, bias, call)
+            loss = _apply_ppo(hidden, weight, bias, call)
             return loss, results[0].stats, results[0].logprobs, results[0].entropy
         result = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
         return result.loss, result.stats, result.logprobs, result.entropy

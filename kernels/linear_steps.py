@@ -56,6 +56,8 @@ class RowMath(NamedTuple):
     loss: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]] | None = None
     # and (like, tensors) -> 1 / counted steps of its sequence for each step:
     shares: Callable[..., Tensor] | None = None
+    # scaled_all in one launch, or None for what it does not take:
+    scale_gradients: Callable[..., list[Tensor | None] | None] | None = None
 
 
 class Settings(NamedTuple):
@@ -319,6 +321,24 @@ def scaled_all(
     return out
 
 
+def _scaled_by_backend(
+    math_: RowMath,
+    d: Gradients,
+    upstream: Tensor | None,
+    scale: Tensor | None,
+    index: Tensor | None,
+    likes: list[tuple[torch.Size, torch.dtype]],
+) -> list[Tensor | None]:
+    """The same for upstream * scale, where None is 1, in one launch if the backend has one for these gradients."""
+    if math_.scale_gradients is not None:
+        made = math_.scale_gradients(d, upstream, scale, index, likes)
+        if made is not None:
+            return made
+    if upstream is not None:
+        scale = upstream if scale is None else upstream * scale
+    return scaled_all(d, scale, index, likes)
+
+
 def refuse_double_backward(name: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -356,7 +376,7 @@ class LinearPPO(torch.autograd.Function):
         out = ppo_forward(math_, hidden, weight, bias, tokens, t, o, s, needs)
         ctx.save_for_backward(*out.gradients, out.inverse, out.chosen)
         ctx.set_materialize_grads(False)
-        ctx.likes = likes(hidden, weight, bias)
+        ctx.rest = math_, likes(hidden, weight, bias)
         results.append(out._replace(gradients=Gradients(None, None, None), inverse=None, chosen=None))
         return out.loss
 
@@ -366,7 +386,10 @@ class LinearPPO(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         *gradients, inverse, index = ctx.saved_tensors
-        return *scaled_all(Gradients(*gradients), grad_loss * inverse, index, ctx.likes), None
+        if grad_loss.is_neg():
+            grad_loss = grad_loss.resolve_neg()
+        math_, shapes = ctx.rest
+        return *_scaled_by_backend(math_, Gradients(*gradients), grad_loss, inverse, index, shapes), None
 
 
 def differentiate_logprobs(
@@ -405,7 +428,7 @@ def differentiate_logprobs(
 
     with in_given_dtypes(hidden):
         gradients = differentiate(work.hidden, work.head, rows, work.plan, needs, row_math)
-    return scaled_all(gradients, scale, rows.chosen, likes(hidden, weight, bias))
+    return _scaled_by_backend(math_, gradients, None, scale, rows.chosen, likes(hidden, weight, bias))
 
 
 def logprobs_forward(

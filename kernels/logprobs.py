@@ -216,23 +216,31 @@ def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
     return layouts
 
 
-def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
-    """The layout of logits and, in backward, their gradient, each with its row strides."""
-    itemsize, row_strides = operands[0][0].element_size(), operands[0][1]
-    layouts = _layouts(itemsize, tile, len(operands) == 2)
-    starts_aligned = rows_aligned = same_rows = True
-    for x, strides in operands:
-        if V > 1 and x.stride(-1) != 1:
-            return layouts["strided"]
-        starts_aligned = starts_aligned and not x.data_ptr() & 15
-        rows_aligned = rows_aligned and not (strides[0] | strides[1]) * itemsize & 15
-        same_rows = same_rows and strides == row_strides
+def _choose_layout(
+    tile: _Tile, V: int, itemsize: int, backward: bool, starts_aligned: bool, rows_aligned: bool, same_rows: bool
+) -> _Layout:
+    """The layout for columns that are neighbours in memory."""
+    layouts = _layouts(itemsize, tile, backward)
     unit = layouts.get("unit", layouts["strided"])
     if not starts_aligned:
         return unit
     if rows_aligned:
         return layouts["aligned"] if not V * itemsize & 15 else layouts.get("rows_aligned", unit)
     return layouts.get("peeled_aligned", unit) if same_rows else unit
+
+
+def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
+    """The layout of logits and, in backward, their gradient, each with its row strides."""
+    itemsize, row_strides = operands[0][0].element_size(), operands[0][1]
+    backward = len(operands) == 2
+    starts_aligned = rows_aligned = same_rows = True
+    for x, strides in operands:
+        if V > 1 and x.stride(-1) != 1:
+            return _layouts(itemsize, tile, backward)["strided"]
+        starts_aligned = starts_aligned and not x.data_ptr() & 15
+        rows_aligned = rows_aligned and not (strides[0] | strides[1]) * itemsize & 15
+        same_rows = same_rows and strides == row_strides
+    return _choose_layout(tile, V, itemsize, backward, starts_aligned, rows_aligned, same_rows)
 
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -315,16 +323,8 @@ def _no_mask(device: torch.device) -> Tensor:
 
 def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) -> _Rows:
     """A view of the operands as [B, T] rows. Only logits with three unmergeable leading dimensions are copied."""
-    if tokens.dtype != torch.int64:
-        tokens = tokens.to(torch.int64)
     flags = _no_mask(logits.device) if mask is None else mask
     tensors, copied = (logits, tokens, flags, *grad), 0
-    for x in tensors:
-        if not x.is_contiguous():
-            break
-    else:
-        V = logits.shape[-1]
-        return _Rows(tensors, tokens.numel(), [(0, V), (0, 1), (0, 1), (0, V)])
     if mask is None:
         tensors = (logits, tokens, flags.expand(tokens.shape), *grad)
     while True:
@@ -337,6 +337,43 @@ def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) ->
     return _Rows(tensors, sizes[1], list(zip(*merged, strict=True)))
 
 
+@functools.lru_cache(maxsize=256)
+def _contiguous_setup(
+    backward: bool, V: int, itemsize: int, is_aligned: bool, with_entropy: bool, threads_per_warp: int
+) -> tuple[tuple[int, ...], _Tile, _Layout, dict[str, Any]]:
+    """Strides, tile, layout and keywords where nothing has gaps, which is the usual case and should take no time."""
+    tile = _tile(V)
+    layout = _choose_layout(tile, V, itemsize, backward, is_aligned, not V * itemsize & 15, True)
+    strides = (0, V, 1) * (1 + backward) + (0, 1) * 2
+    return strides, tile, layout, _keywords(backward, tile, layout, with_entropy, threads_per_warp)
+
+
+def _setup(
+    with_entropy: bool, logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor
+) -> tuple[tuple[Tensor, ...], int, tuple[int, ...], _Tile, _Layout, dict[str, Any]]:
+    """What a launch needs besides its outputs and scalars: logits, tokens, mask and gradient as the kernel takes them,
+    T, the kernel's strides, tile, layout, and keywords."""
+    V, device, backward = logits.shape[-1], logits.device, bool(grad)
+    if tokens.dtype is not torch.int64:
+        tokens = tokens.to(torch.int64)
+    if logits.is_contiguous() and tokens.is_contiguous():
+        flags = _no_mask(device) if mask is None else mask
+        address = logits.data_ptr() | (grad[0].data_ptr() if grad else 0)
+        if flags.is_contiguous() and (not grad or grad[0].is_contiguous()):
+            key = backward, V, logits.element_size(), not address & 15, with_entropy, warp_size(device)
+            return (logits, tokens, flags, *grad), tokens.numel(), *_contiguous_setup(*key)
+    rows = _rows(logits, tokens, mask, *grad)
+    columns: tuple[int, ...] = ()
+    logits, tile = rows.tensors[0], _tile(V)
+    of_logits, of_tokens, of_mask, *of_grad = rows.strides
+    operands = [(logits, of_logits), *zip(rows.tensors[3:], of_grad, strict=True)]
+    for x, strides in operands:
+        columns = *columns, *strides, x.stride(-1)
+    layout = _layout(tile, V, operands)
+    keywords = _keywords(backward, tile, layout, with_entropy, warp_size(device))
+    return rows.tensors, rows.T, (*columns, *of_tokens, *of_mask), tile, layout, keywords
+
+
 def _forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -344,16 +381,10 @@ def _forward(
     N, V = tokens.numel(), logits.shape[-1]
     if N == 0:
         return logprobs, entropy, statistics
-    rows = _rows(logits, tokens, mask)
-    logits, tokens, flags = rows.tensors
-    logits_strides, tokens_strides, mask_strides, *_ = rows.strides
-    tile = _tile(V)
-    layout = _layout(tile, V, [(logits, logits_strides)])
+    tensors, T, strides, tile, _, keywords = _setup(with_entropy, logits, tokens, mask)
     with device_guard(logits):
         _token_logprobs_fwd_kernel.run(
-            logits,
-            tokens,
-            flags,
+            *tensors,
             logprobs,
             logprobs if entropy is None else entropy,
             statistics,
@@ -362,15 +393,12 @@ def _forward(
             math.log2(math.e) / temperature,
             1 / temperature,
             N,
-            rows.T,
+            T,
             V,
-            *logits_strides,
-            logits.stride(-1),
-            *tokens_strides,
-            *mask_strides,
+            *strides,
             grid=(-(-N // tile.ROWS),),
             warmup=False,
-            **_keywords(False, tile, layout, with_entropy, warp_size(logits.device)),
+            **keywords,
         )
     return logprobs, entropy, statistics
 
@@ -389,11 +417,8 @@ def _backward(
     N, V = tokens.numel(), logits.shape[-1]
     if grad.numel() == 0:
         return grad
-    rows = _rows(logits, tokens, mask, grad)
-    logits, tokens, flags, target = rows.tensors
-    logits_strides, tokens_strides, mask_strides, grad_strides = rows.strides
-    tile = _tile(V)
-    layout = _layout(tile, V, [(logits, logits_strides), (target, grad_strides)])
+    tensors, T, strides, tile, layout, keywords = _setup(grad_entropy is not None, logits, tokens, mask, grad)
+    logits, tokens, flags, target = tensors
     with device_guard(logits):
         _token_logprobs_bwd_kernel.run(
             statistics if grad_logprobs is None else grad_logprobs.contiguous(),
@@ -409,17 +434,12 @@ def _backward(
             math.log2(math.e) / temperature,
             1 / temperature,
             N,
-            rows.T,
+            T,
             V,
-            *logits_strides,
-            logits.stride(-1),
-            *grad_strides,
-            target.stride(-1),
-            *tokens_strides,
-            *mask_strides,
+            *strides,
             grid=(-(-N // tile.ROWS), -(-(V + layout.PEEL - 1) // tile.BLOCK)),
             warmup=False,
-            **_keywords(True, tile, layout, grad_entropy is not None, warp_size(logits.device)),
+            **keywords,
         )
     return grad if target is grad else grad.copy_(target)
 

@@ -84,7 +84,8 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_entropy is not None and grad_entropy.is_neg():
             grad_entropy = grad_entropy.resolve_neg()
         upstream = grad_logprobs, grad_entropy
-        grad = backend.backward(*upstream, logits.detach(), tokens, mask, statistics, temperature, inplace)
+        memory = logits.detach() if inplace else logits
+        grad = backend.backward(*upstream, memory, tokens, mask, statistics, temperature, inplace)
         if inplace:
             # Autograd now refuses whatever else has saved these logits, a second backward through here included.
             torch.autograd.graph.increment_version(logits)

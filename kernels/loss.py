@@ -48,9 +48,13 @@ class _Loss(torch.autograd.Function):
         loss, stats, workspace = loss_launch.forward(logprobs, entropy, values, t, o, needs, wanted)
         ctx.save_for_backward(workspace)
         ctx.set_materialize_grads(False)
-        like = values if logprobs is None else logprobs
-        wanted_gradients = zip((logprobs, entropy, values), needs, strict=True)
-        ctx.like = like.shape, tuple([x.dtype if need else None for x, need in wanted_gradients])
+        shape = (values if logprobs is None else logprobs).shape
+        dtypes = (  # of the gradients that are wanted
+            logprobs.dtype if needs[0] else None,
+            entropy.dtype if needs[1] else None,
+            values.dtype if needs[2] else None,
+        )
+        ctx.like = shape, dtypes
         results.append(stats)
         return loss
 

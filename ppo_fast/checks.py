@@ -140,11 +140,12 @@ def matching(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
 
 def alike(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device, *tensors: Tensor | None) -> bool:
     """True if all tensors are of that shape, dtype and device; `matching` says which one may not be used otherwise."""
-    for x in tensors:
-        if x is not None and not (
-            isinstance(x, Tensor) and x.dtype is dtype and x.shape == shape and x.device == place
-        ):
-            return False
+    try:
+        for x in tensors:
+            if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == place):
+                return False
+    except AttributeError:  # not a tensor
+        return False
     return True
 
 

@@ -12,10 +12,8 @@ functionalize), forward-mode AD, DTensors, and options that require a gradient r
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -92,12 +90,6 @@ def uses_triton(backend: Backend, first: Tensor, *others: Tensor | None) -> bool
     return True
 
 
-@functools.cache
-def _triton_kernels(name: str) -> ModuleType:
-    """A module that needs Triton to import. A call of this takes a sixth of the time of an import statement."""
-    return importlib.import_module(f"ppo_fast.kernels.{name}")
-
-
 def _operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """A public operation, which receives plain tensors: see `checks.resolved`."""
 
@@ -159,9 +151,9 @@ def token_logprobs(
     checks.token_ids(tokens, mask, rows, place, "logits without its last dimension", shape[-1])
     if not temperature > 0:
         checks.positive("temperature", temperature)
-    kernel: ModuleType = eager_logprobs
+    kernel = eager_logprobs
     if uses_triton(backend, logits):
-        kernel = _triton_kernels("logprobs")
+        from ppo_fast.kernels import logprobs as kernel  # type: ignore[no-redef]
     return kernel.token_logprobs(
         logits, tokens, mask, temperature=temperature, with_entropy=with_entropy, inplace_backward=inplace_backward
     )
@@ -225,9 +217,9 @@ def policy_loss(
     check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
     check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
     mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
-    kernel: ModuleType = eager_loss
+    kernel = eager_loss
     if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
-        kernel = _triton_kernels("loss")
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
     loss, stats = kernel.policy_loss(
         logprobs,
         old_logprobs,
@@ -351,9 +343,9 @@ def value_loss(
     _check_value(values, old_values, returns, clip)
     check_aggregation(values, "values", aggregation, denominator, norm_length, cu_seqlens)
     mask = checks.flag("mask", mask, values.shape, values.device, "values")
-    kernel: ModuleType = eager_loss
+    kernel = eager_loss
     if uses_triton(backend, values, old_values, returns):
-        kernel = _triton_kernels("loss")
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
     loss, stats = kernel.value_loss(
         values,
         old_values,
@@ -440,9 +432,9 @@ def ppo_loss(
     if value_mask is not None:
         value_mask = checks.flag("value_mask", value_mask, values.shape, values.device, "values")
     others = (values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
-    kernel: ModuleType = eager_loss
+    kernel = eager_loss
     if uses_triton(backend, logprobs, *others):
-        kernel = _triton_kernels("loss")
+        from ppo_fast.kernels import loss as kernel  # type: ignore[no-redef]
     loss, stats = kernel.ppo_loss(
         logprobs,
         values,
@@ -542,9 +534,9 @@ def gae(
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
         checks.device("bootstrap", bootstrap, place, "rewards")
-    kernel: ModuleType = eager_advantages
+    kernel = eager_advantages
     if uses_triton(backend, rewards, values, bootstrap, final_values):
-        kernel = _triton_kernels("gae")
+        from ppo_fast.kernels import gae as kernel  # type: ignore[no-redef]
     return kernel.gae(
         rewards,
         values,
@@ -632,9 +624,9 @@ def shape_rewards(
     [[0.0, 1.0, 0.0]]
     """
     mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
-    kernel: ModuleType = eager_advantages
+    kernel = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs):
-        kernel = _triton_kernels("advantages")
+        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
 
     return kernel.shape_rewards(
         scores,
@@ -678,9 +670,9 @@ def masked_whiten(
     mask = checks.flag("mask", mask, x.shape, x.device, "x")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    kernel: ModuleType = eager_advantages
+    kernel = eager_advantages
     if uses_triton(backend, x):
-        kernel = _triton_kernels("advantages")
+        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
 
     return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
 
@@ -739,9 +731,9 @@ def rlhf_advantages(
         checks.device("bootstrap", bootstrap, place, "logprobs")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    kernel: ModuleType = eager_advantages
+    kernel = eager_advantages
     if uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap):
-        kernel = _triton_kernels("advantages")
+        from ppo_fast.kernels import advantages as kernel  # type: ignore[no-redef]
     return AdvantageOutput(
         *kernel.rlhf_advantages(
             scores,
@@ -864,9 +856,9 @@ def linear_logprobs(
     """
     head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
     mask = _check_head(hidden, weight, tokens, mask, *head)
-    kernel: ModuleType = eager_linear
+    kernel = eager_linear
     if uses_triton(backend, hidden, weight, bias):
-        kernel = _triton_kernels("linear")
+        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
     return kernel.linear_logprobs(
         hidden,
         weight,
@@ -948,9 +940,9 @@ def linear_ppo_loss(
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
     check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
     check_aggregation(advantages, "advantages", aggregation, denominator, norm_length, cu_seqlens)
-    kernel: ModuleType = eager_linear
+    kernel = eager_linear
     if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
-        kernel = _triton_kernels("linear")
+        from ppo_fast.kernels import linear as kernel  # type: ignore[no-redef]
     return LinearLossOutput(
         *kernel.linear_ppo_loss(
             hidden,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.kernels import eager_linear, linear, linear_chunks, linear_steps, reference
+from ppo_fast.kernels import eager_linear, linear, linear_chunks, linear_scale, linear_steps, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about lanes that nobody stores
 
@@ -135,6 +135,44 @@ def test_a_wrong_num_counted_on_a_gpu_is_not_nan(kernels, device, monkeypatch):
         assert loss.isnan()
         assert logprobs.isnan().all()
         assert all(bool(g.isnan().any()) for g in gradients)
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [None, [0], [5], [0, 1, 2, 3, 4, 5], [1, 2, 5], [0, 3]])
+@pytest.mark.parametrize("D", [8, 2056])
+def test_gradients_scaled_in_one_launch_have_the_bits_of_torch_operations(device, dtype, chosen, D):
+    index = None if chosen is None else torch.tensor(chosen, device=device)
+    n = 6 if chosen is None else len(chosen)
+    d = linear_chunks.Gradients(*(torch.randn(*s, device=device) for s in ((n, D), (5, D), (5,))))
+    shapes = [(torch.Size((2, 3, D)), dtype), (torch.Size((5, D)), dtype), (torch.Size((5,)), dtype)]
+    upstream, inverse = torch.tensor(-1.7, device=device), torch.tensor(0.3, device=device)
+    for given in (d, d._replace(hidden=None), d._replace(weight=None, bias=None)):
+        actual = linear_scale.scale_gradients(given, upstream, inverse, index, shapes)
+        expected = linear_steps.scaled_all(given, upstream * inverse, index, shapes)
+        for a, e in zip(actual, expected, strict=True):
+            assert (a is None and e is None) or (a.dtype == dtype and torch.equal(a, e))
+    if index is not None:  # no scale: rows and dtypes alone
+        actual = linear_scale.scale_gradients(d, None, None, index, shapes)
+        assert all(map(torch.equal, actual, linear_steps.scaled_all(d, None, index, shapes)))
+
+
+def test_scaled_gradients_are_nan_everywhere_if_their_rows_are_not_those_of_the_mask(device):
+    """num_counted was too large: zeros follow the rows, and their order is lost."""
+    d = linear_chunks.Gradients(torch.ones(4, 8, device=device), None, None)
+    index, nan = torch.tensor([2, 4, 0, 0], device=device), torch.tensor(math.nan, device=device)
+    shapes = [(torch.Size((6, 8)), torch.float32), None, None]
+    (hidden, *_) = linear_scale.scale_gradients(d, torch.ones((), device=device), nan, index, shapes)
+    assert hidden.isnan().all()
+
+
+def test_rows_that_start_anywhere_and_mixed_dtypes_are_left_to_torch_operations(device):
+    one = torch.ones((), device=device)
+    index = torch.tensor([0, 2], device=device)
+    for D, other in ((7, torch.float32), (8, torch.bfloat16)):
+        d = linear_chunks.Gradients(torch.ones(2, D, device=device), torch.ones(5, D, device=device), None)
+        shapes = [(torch.Size((3, D)), torch.float32), (torch.Size((5, D)), other), None]
+        assert linear_scale.scale_gradients(d, one, one, index, shapes) is None
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
