@@ -194,6 +194,13 @@ def positive(name: str, x: float) -> None:
         raise ValueError(f"{name} must be positive, got {x!r}")
 
 
+def temperature(x: float) -> None:
+    """A sampling temperature: positive, and such that it and its inverse are ordinary fp32 numbers."""
+    if not 1e-37 <= x <= 1e37:
+        positive("temperature", x)
+        raise ValueError(f"temperature must lie between 1e-37 and 1e37, got {x!r}")
+
+
 def not_negative(name: str, x: float) -> None:
     if not x >= 0:
         raise ValueError(f"{name} must not be negative, got {x!r}")

@@ -150,7 +150,7 @@ def token_logprobs(
     mask = checks.flag("mask", mask, rows, place, "logits without its last dimension")
     checks.token_ids(tokens, mask, rows, place, "logits without its last dimension", shape[-1])
     if not temperature > 0:
-        checks.positive("temperature", temperature)
+        checks.temperature(temperature)
     kernel = eager_logprobs
     if uses_triton(backend, logits):
         from ppo_fast.kernels import logprobs as kernel  # type: ignore[no-redef]
@@ -791,7 +791,7 @@ def _check_head(
     mask = checks.flag("mask", mask, rows, place, "hidden without its last dimension")
     checks.token_ids(tokens, mask, rows, place, "hidden without its last dimension", head[0])
     if not temperature > 0:
-        checks.positive("temperature", temperature)
+        checks.temperature(temperature)
     if softcap is not None:
         checks.positive("softcap", softcap)
     if not logit_scale > 0:

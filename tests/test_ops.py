@@ -1,6 +1,7 @@
 """The public operations: documented examples run, and each bad argument is named with what was expected."""
 
 import doctest
+import math
 
 import pytest
 import torch
@@ -162,3 +163,15 @@ def test_a_token_outside_the_vocabulary_is_allowed_where_masked():
     tokens = torch.tensor([[0, 1, -100], [2, -100, 99]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert ppo.token_logprobs(LOGITS, tokens, mask)[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, 1e60, 1e-39])
+def test_a_temperature_that_fp32_cannot_invert_is_rejected(temperature):
+    for call in (
+        lambda: ppo.token_logprobs(LOGITS, TOKENS, temperature=temperature),
+        lambda: ppo.linear_logprobs(
+            torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3).long(), temperature=temperature
+        ),
+    ):
+        with pytest.raises(ValueError, match="temperature must"):
+            call()
