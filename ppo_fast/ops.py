@@ -149,8 +149,7 @@ def token_logprobs(
     rows, place = shape[:-1], logits.device
     mask = checks.flag("mask", mask, rows, place, "logits without its last dimension")
     checks.token_ids(tokens, mask, rows, place, "logits without its last dimension", shape[-1])
-    if not temperature > 0:
-        checks.temperature(temperature)
+    checks.temperature(temperature)
     kernel = eager_logprobs
     if uses_triton(backend, logits):
         from ppo_fast.kernels import logprobs as kernel  # type: ignore[no-redef]
@@ -790,8 +789,7 @@ def _check_head(
     rows = shape[:-1]
     mask = checks.flag("mask", mask, rows, place, "hidden without its last dimension")
     checks.token_ids(tokens, mask, rows, place, "hidden without its last dimension", head[0])
-    if not temperature > 0:
-        checks.temperature(temperature)
+    checks.temperature(temperature)
     if softcap is not None:
         checks.positive("softcap", softcap)
     if not logit_scale > 0:
