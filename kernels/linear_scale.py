@@ -38,9 +38,12 @@ def _find(chosen_ptr, row, n, N):
 def _scale_block(from_ptr, to_ptr, scale, block, size, BLOCK: tl.constexpr):
     start = block.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    x = tl.load(tl.multiple_of(from_ptr + start, 16) + lane, mask=lane < size - start, other=0.0)
-    to_ptr = tl.multiple_of(to_ptr + start, 16)
-    tl.store(to_ptr + lane, (x * scale).to(to_ptr.dtype.element_ty), mask=lane < size - start)
+    from_ptr, to_ptr = tl.multiple_of(from_ptr + start, 16) + lane, tl.multiple_of(to_ptr + start, 16) + lane
+    if start + BLOCK <= size:  # without a mask, since a mask of any size would make 4 loads of one of 16 bytes
+        tl.store(to_ptr, (tl.load(from_ptr) * scale).to(to_ptr.dtype.element_ty))
+    else:
+        x = tl.load(from_ptr, mask=lane < size - start, other=0.0)
+        tl.store(to_ptr, (x * scale).to(to_ptr.dtype.element_ty), mask=lane < size - start)
 
 
 @triton.jit(do_not_specialize=list(range(18)))
@@ -81,7 +84,7 @@ def _linear_scale_kernel(
         place = _find(chosen_ptr, row, n, N)
         is_counted = tl.load(chosen_ptr + place) == row
         lane = tl.arange(0, BLOCK)
-        inside = lane < D - first
+        inside = lane < tl.multiple_of(D - first, 8)  # see _UNIT
         d_ptr = tl.multiple_of(d_hidden_ptr + place * D + first, 16)
         to_ptr = tl.multiple_of(to_hidden_ptr + row * D + first, 16)
         x = tl.load(d_ptr + lane, mask=inside & is_counted, other=0.0)

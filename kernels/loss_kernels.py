@@ -235,7 +235,7 @@ def _put_wanted(to_ptr, wanted, i, x):
     return to_ptr + bit
 
 
-@triton.jit(do_not_specialize=list(range(15)))
+@triton.jit(do_not_specialize=list(range(12)))
 def _loss_reduce_kernel(
     workspace_ptr,  # as above
     loss_ptr,  # []
@@ -248,12 +248,13 @@ def _loss_reduce_kernel(
     value_coef: tl.float32,
     steps: tl.int64,
     programs: tl.int32,
-    gradients: tl.int32,  # how many are stored
-    divisor: tl.int32,  # of the loss: 0 the steps, 1 the sequences, 2 `denominator`, 3 what denominator_ptr points to
-    is_mean: tl.int32,  # a step is weighted by 1 / length of its sequence
-    wanted: tl.int32,  # bits of ALL_STATS
+    modes: tl.int32,  # four numbers in one argument, as each takes time to launch
     BLOCK: tl.constexpr,
 ):
+    gradients = modes & 3  # how many are stored
+    divisor = (modes >> 2) & 3  # 0 the steps, 1 the sequences, 2 `denominator`, 3 what denominator_ptr points to
+    is_mean = (modes >> 4) & 1  # a step is weighted by 1 / length of its sequence
+    wanted = modes >> 5  # bits of ALL_STATS
     index = tl.arange(0, num_columns())[:, None]
     partials_ptr = workspace_ptr + padding() + gradients * gradient_stride(steps)
     stride = programs.to(tl.int64)

@@ -140,10 +140,7 @@ def _reduce(
         float(o.value_coef),
         steps,
         programs,
-        stored,
-        plan.divisor,
-        int(plan.mean),
-        wanted,
+        stored | plan.divisor << 2 | plan.mean << 4 | wanted << 5,
         _REDUCE_BLOCK,
         grid=(1,),
         warmup=False,
@@ -178,7 +175,7 @@ def forward(
     """Loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace, which the backward needs."""
     like = values if logprobs is None else logprobs
     assert like is not None
-    steps, T, plan, device = like.numel(), like.shape[-1], _plan(o), like.device
+    steps, T, plan = like.numel(), like.shape[-1], _plan(o)
     given, stored = _NEEDS[needs]
     packed = plan.by_sequence and t.cu_seqlens is not None
     programs = -(-steps // _BLOCK)
@@ -186,7 +183,7 @@ def forward(
         programs = len(t.cu_seqlens) - 1 if packed else steps // T
     size = kept(steps, stored) + _COLUMNS * programs
     # Without a sequence there is no program that could clear the gradients.
-    workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=device)
+    workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=like.device)
     with device_guard(like):
         if programs:
             present, is_flat, tensors = _inputs(logprobs, entropy, values, t, o.value_clip is not None)
@@ -211,26 +208,31 @@ def _inputs(
     other = t.returns if logprobs is None else logprobs
     assert other is not None
     dtype = other.dtype
-    present, is_flat, is_listed, tensors = 0, True, dtype in _POINTERS, []
+    present, is_flat, is_listed, addresses, tensors = 0, True, dtype in _POINTERS, 0, []
     for x, flag in zip(inputs, _FLAGS, strict=True):
         if x is None:
-            x = values if flag == _VALUE_CLIP and values is not None else other
-        else:
-            present |= flag
-            is_listed = is_listed and x.dtype is dtype
-            is_flat = is_flat and x.is_contiguous() and not x.data_ptr() & 15
+            tensors.append(values if flag == _VALUE_CLIP and values is not None else other)
+            continue
+        present |= flag
+        addresses |= x.data_ptr()
+        if x.dtype is not dtype:
+            is_listed = False
+        if not x.is_contiguous():
+            is_flat = False
         tensors.append(x)
     if not is_listed:
         tensors = _in_listed_dtypes(tensors, [x is not None for x in inputs])
-        is_flat = is_flat and not any(x.data_ptr() & 15 for x in tensors)
+        for x in tensors:
+            addresses |= x.data_ptr()
     for mask, flag in ((t.mask, _MASK), (t.value_mask, _VALUE_MASK)):
         if mask is None:
             tensors.append(_unread(torch.bool, other.device))
         else:
             present |= flag
-            is_flat = is_flat and mask.is_contiguous() and not mask.data_ptr() & 15
+            addresses |= mask.data_ptr()
+            is_flat = is_flat and mask.is_contiguous()
             tensors.append(mask)
-    return present, is_flat, tensors
+    return present, is_flat and not addresses & 15, tensors
 
 
 def _forward_rows(
@@ -343,8 +345,8 @@ def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Ten
     return found
 
 
-_INTEGERS = {"kl_estimator": "i32", "given": "i32", "programs": "i32", "gradients": "i32", "divisor": "i32"}
-_INTEGERS |= {"is_mean": "i32", "wanted": "i32", "steps": "i64", "T": "i64"}
+_INTEGERS = {"kl_estimator": "i32", "given": "i32", "programs": "i32", "modes": "i32"}
+_INTEGERS |= {"steps": "i64", "T": "i64"}
 
 
 def _types(kernel: triton.JITFunction, pointers: dict[str, str]) -> dict[str, str]:

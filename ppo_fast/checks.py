@@ -71,13 +71,15 @@ def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     if transforms_active() or forward_ad._current_level >= 0 or jit_tracer() is not None:
         return False
     for x in args:
-        if type(x) is Tensor or type(x) is Parameter:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
             if x.is_neg() or x._is_zerotensor():
                 return False
         elif x is not None and isinstance(x, Tensor):
             return False
     for name, x in options.items():
-        if type(x) is Tensor or type(x) is Parameter:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
             if x.is_neg() or x._is_zerotensor() or (name in OPTIONS and x.requires_grad):
                 return False
         elif isinstance(x, Tensor):
