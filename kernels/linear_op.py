@@ -23,21 +23,14 @@ from ppo_fast.kernels.linear_steps import (
     ppo_forward,
 )
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors, named_stats, stat_names
+from ppo_fast.kernels.memory import refuse_distributed
 
 _apply_logprobs, _apply_ppo = direct_apply(LinearLogprobs), direct_apply(LinearPPO)
 
 
 def _refuse_distributed(name: str, **tensors: Tensor | None) -> None:
     for argument, x in tensors.items():
-        placements = getattr(x, "placements", None)
-        if placements is not None:
-            sharded = any(p.is_shard() for p in placements)
-            kind = "vocabulary-parallel or otherwise sharded" if sharded and argument == "weight" else "distributed"
-            raise TypeError(
-                f"{name}: {argument} is a {kind} DTensor with placements {tuple(placements)}, but must be a plain"
-                f" tensor: call it in the forward of the FSDP2-wrapped module, where parameters are unsharded, or pass"
-                f" {argument}.full_tensor()"
-            )
+        refuse_distributed(name, argument, x)
 
 
 def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
