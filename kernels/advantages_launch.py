@@ -148,7 +148,7 @@ def _flat(x: Tensor, mask: Tensor | None) -> _Flat:
     if mask is None:
         tensors.append(no_flags(x.device))
         strides.append(0)
-    programs = max(1, min(_PROGRAMS, rows * -(-T // BLOCK)))
+    programs = min(_PROGRAMS, rows * -(-T // BLOCK)) or 1
     return _Flat(tensors, int(mask is not None), rows, T, strides, programs, _tile_keywords(is_aligned, BLOCK))
 
 
@@ -161,10 +161,10 @@ def _apply_whitening(
     whitening: Whitening,
 ) -> None:
     """The last launch, and over a group, what comes before it."""
-    moments, ranks = partial, 0
+    moments, ranks, parts = partial, 0, partial.shape[1]
     if whitening.group is not None:
         mine = partial.new_empty(3)
-        _merge_kernel.run(partial, mine, partial.shape[1], grid=(1,), warmup=False, **launch_options(NUM_WARPS))
+        _merge_kernel.run(partial, mine, parts, grid=(1,), warmup=False, **launch_options(NUM_WARPS))
         ranks = dist.get_world_size(whitening.group)
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
         dist.all_gather(gathered, mine, group=whitening.group)
@@ -179,7 +179,7 @@ def _apply_whitening(
         float(whitening.eps),
         rows,
         flat.T,
-        partial.shape[1],
+        parts,
         *flat.strides,
         grid=(flat.programs if rows else 1,),
         warmup=False,

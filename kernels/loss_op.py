@@ -55,6 +55,7 @@ class LossOptions(NamedTuple):
     norm_length: float | None = None
 
 
+_NO_POLICY = LossOptions()[: LossOptions._fields.index("value_clip")]
 _BITS = {name: 1 << i for i, name in enumerate(ALL_STATS)}
 
 
@@ -168,7 +169,7 @@ def public_functions(  # they build tuples by position, which takes half the tim
             None,
             values,
             LossTensors(None, None, mask, None, None, old_values, returns, None, cu_seqlens),
-            LossOptions(value_clip=clip, aggregation=aggregation, denominator=denominator, norm_length=norm_length),
+            LossOptions(*_NO_POLICY, clip, aggregation, denominator, norm_length),
         )
 
     def ppo_loss(
