@@ -93,6 +93,20 @@ def run(observer: Observer, operation: str, inputs: doctor.Inputs) -> list[torch
         return doctor.results(operation, doctor.ppo, inputs, torch.float32, backend="triton")
 
 
+def small_inputs() -> doctor.Inputs:
+    """The doctor's inputs with fewer rows and steps, as each fault needs a run."""
+    inputs = doctor.make_inputs(torch.device("cpu"))
+    B, T = inputs["mask"].shape
+    rows, steps = 3, 19
+    found = {"cu_seqlens": torch.tensor([0, 20, 20, 50, rows * steps])}
+    for name, x in inputs.items():
+        if x.shape[:2] == (B, T):
+            found[name] = x[:rows, :steps].contiguous()
+        elif name != "cu_seqlens":
+            found[name] = x[:rows] if x.shape == (B,) else x
+    return found
+
+
 def outcomes(
     operation: str,
     kinds: tuple[str, ...] = ("barrier", "mask", "element", "program"),
@@ -100,7 +114,7 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """Every fault of every kernel that an operation launches."""
     observer = Observer()
-    inputs = doctor.make_inputs(torch.device("cpu")) if inputs is None else inputs
+    inputs = small_inputs() if inputs is None else inputs
     right = run(observer, operation, inputs)
     assert not observer.issues, list(observer.issues)
     for kernel, (ptx, tensors, programs) in dict(observer.seen).items():
@@ -140,7 +154,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the table")
     options = parser.parse_args()
-    found = [outcome for operation in doctor.CHECKS for outcome in outcomes(operation)]
+    found: list[Outcome] = []
+    for operation in doctor.CHECKS:
+        found += outcomes(operation)
+        print(f"{operation}: {len(found)} faults so far", flush=True)
     print(table(found))
     for outcome in found:
         if outcome.result == "MISSED":
