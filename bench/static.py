@@ -75,6 +75,10 @@ def problems(name: str, arch: str, report: Report) -> list[str]:
 def pretend_hip() -> None:
     """Makes the launchers choose what they choose on an AMD GPU, in a process that compiles for one."""
     torch.version.hip = "pretended"
+    from ppo_fast.kernels import linear, logprobs
+
+    for module in (linear, logprobs):
+        module.warp_size = lambda device: TARGETS["gfx942"].warp_size
 
 
 @functools.cache
