@@ -60,10 +60,10 @@ def elements_inside(tensors: list[torch.Tensor]) -> np.ndarray | None:
     storage, size = tensors[0].untyped_storage().nbytes(), tensors[0].element_size()
     if storage > _LARGEST_POISONED or any(x.element_size() != size or x.numel() * size == storage for x in tensors):
         return None
-    inside = torch.zeros(storage // size, dtype=torch.bool)
+    inside = np.zeros(storage // size, bool)  # NumPy: a test may count the operations of PyTorch
     for x in tensors:
-        inside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
-    return inside.numpy()
+        np.lib.stride_tricks.as_strided(inside[x.storage_offset() :], x.shape, x.stride())[...] = True
+    return inside
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
