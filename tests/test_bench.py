@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_the_report_leaves_out_a_row_or_says_not_where_it_comes_from(tmp_path: P
     for name in set(names):
         assert page.count(f"| {name} |") == names.count(name)
     assert "commit 0123abc" in page
-    assert f"torch {torch.__version__}" in page
+    assert f"torch {version('torch')}" in page
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.png"))
     assert len(list(tmp_path.glob("*.png"))) == len({info["operation"] for info in found})
 
