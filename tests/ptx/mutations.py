@@ -157,7 +157,9 @@ def main() -> int:
     print(table(found))
     for outcome in found:
         if outcome.result == "wrong results":
-            print(f"wrong results without an issue: {outcome.operation}, {outcome.fault.kernel}, {outcome.fault.kind} {outcome.fault.number}")
+            print(
+                f"wrong results without an issue: {outcome.operation}, {outcome.fault.kernel}, {outcome.fault.kind} {outcome.fault.number}"
+            )
     if options.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         text = PAGE.format(provenance=provenance(), table=table(found))
