@@ -155,11 +155,9 @@ def main() -> int:
         found += outcomes(operation)
         print(f"{operation}: {len(found)} faults so far", flush=True)
     print(table(found))
-    for outcome in found:
-        if outcome.result == "wrong results":
-            print(
-                f"wrong results without an issue: {outcome.operation}, {outcome.fault.kernel}, {outcome.fault.kind} {outcome.fault.number}"
-            )
+    for operation, fault, result, _ in found:
+        if result == "wrong results":
+            print(f"wrong results without an issue: {operation}, {fault.kernel}, {fault.kind} {fault.number}")
     if options.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         text = PAGE.format(provenance=provenance(), table=table(found))
