@@ -119,7 +119,7 @@ def longest(loops: list[Loop]) -> Loop:
 
 
 def cuda_report(cubin: bytes, shared_bytes: int, *, disassemble: bool) -> Report:
-    """Disassembling takes as long as compiling, so it is left out where nobody looks at the loads."""
+    """Disassembling takes as long as compiling, so it is left out where the loads are not needed."""
     usage = dump(cubin, "--dump-resource-usage")
     sass = dump(cubin, "--dump-sass") if disassemble else ""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}

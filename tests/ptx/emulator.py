@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 ARCHITECTURES = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
-_LARGEST_POISONED = 1 << 30  # bytes; filling more would take memory that nobody uses
+_LARGEST_POISONED = 1 << 30  # bytes; filling more would take memory without a use
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)  # of a GPU of NVIDIA
 _ALLOCATORS = ("empty", "empty_like", "empty_strided")
 

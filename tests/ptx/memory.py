@@ -1,7 +1,7 @@
 """Global and shared memory of a launch, with checks of every access.
 
 Memory holds no shadow copy: accesses are written down and compared at barriers and at the end of a launch, so a tensor
-with a stride of 2^31 costs no more than a small one. Bytes that nobody has written are recognised by their value,
+with a stride of 2^31 costs no more than a small one. Bytes that have never been written are recognised by their value,
 POISON, which allocations are filled with.
 """
 
@@ -180,7 +180,7 @@ class GlobalMemory(_Memory):
         else:
             raw = segment.data[offsets[:, None] + np.arange(size)]
         if self.unwritten(segment, raw, offsets, width):
-            self.report(f"load of bytes of {segment.label} that nobody has written", instruction)
+            self.report(f"load of bytes of {segment.label} that have never been written", instruction)
         return np.ascontiguousarray(raw).view(_TYPES[width])
 
     def unwritten(self, segment: Segment, raw: np.ndarray, offsets: np.ndarray, width: int) -> bool:
@@ -281,7 +281,7 @@ class SharedMemory(_Memory):
         if self.aligned(active, size, instruction) and self.inside(active, size, "load", instruction):
             where = active.astype(np.int64)[:, None] + np.arange(size)
             if not self.written[where].all():
-                self.report("load of shared memory that nobody has written", instruction)
+                self.report("load of shared memory that was never written", instruction)
             out = self.data[where].view(_TYPES[width])
             self.log.append(self.access(False, instruction, active, size, chosen))
         return self.spread(out, chosen, scalar)

@@ -150,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the table")
     options = parser.parse_args()
+    source = provenance()  # of the code that is loaded now, not of the commit at the end
     found: list[Outcome] = []
     for operation in doctor.CHECKS:
         found += outcomes(operation)
@@ -160,7 +161,7 @@ def main() -> int:
             print(f"wrong results without an issue: {operation}, {fault.kernel}, {fault.kind} {fault.number}")
     if options.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        text = PAGE.format(provenance=provenance(), table=table(found))
+        text = PAGE.format(provenance=source, table=table(found))
         (RESULTS / "detectors.md").write_text(text, encoding="utf-8")
     return 1 if any(o.result == "wrong results" and o.fault.kind != "mask" for o in found) else 0
 

@@ -115,7 +115,7 @@ def test_bytes_that_one_program_writes_and_another_reads_are_reported(seed):
     @%p1 st.global.b32 [%rd93], %r1;
     @!%p1 ld.global.b32 %r2, [%rd93];
     """
-    issues = [i for i in run(body, programs=2, seed=seed) if "nobody has written" not in i.message]
+    issues = [i for i in run(body, programs=2, seed=seed) if "never been written" not in i.message]
     only(issues, "a program writes bytes of out that another program reads")
 
 
@@ -141,20 +141,20 @@ def test_a_misaligned_access_is_reported():
     only(run("add.s32 %r1, %r92, 2;\nst.shared.b32 [%r1 + -2], %r90;\nld.shared.b32 %r2, [%r1];"), "misaligned|out of")
 
 
-def test_bytes_that_nobody_has_written_are_reported():
-    only(run(LOAD, unwritten=True), "bytes of data that nobody has written")
-    only(run("ld.shared.b32 %r1, [%r92];"), "shared memory that nobody has written")
+def test_bytes_that_were_never_written_are_reported():
+    only(run(LOAD, unwritten=True), "bytes of data that have never been written")
+    only(run("ld.shared.b32 %r1, [%r92];"), "shared memory that was never written")
 
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_unwritten_halves_and_bytes_are_reported(width):
-    only(run(f"ld.global.b{width} %rs1, [%rd92];", unwritten=True), "bytes of data that nobody has written")
+    only(run(f"ld.global.b{width} %rs1, [%rd92];", unwritten=True), "bytes of data that have never been written")
 
 
 def test_one_unwritten_half_of_a_word_is_reported_in_a_tensor_of_halves():
     """Written by a store of 16 bits to every second half, then loaded as whole words."""
     body = "cvt.u16.u32 %rs1, %r90;\nst.global.b16 [%rd93], %rs1;\nld.global.b32 %r1, [%rd93];"
-    only(run(body, element=2), "bytes of out that nobody has written")
+    only(run(body, element=2), "bytes of out that have never been written")
     assert run(f"{body.replace('ld.', 'st.global.b16 [%rd93 + 2], %rs1;ld.')}", element=2) == []
 
 
@@ -173,7 +173,7 @@ def test_a_byte_that_looks_like_poison_by_chance_is_not_reported():
     assert run("ld.global.b8 %rs1, [%rd92];", elements=256) == []  # 0xBA is among the numbers
 
 
-def test_a_register_that_nobody_has_written_is_reported():
+def test_a_register_that_was_never_written_is_reported():
     issue = only(run("add.s32 %r1, %r7, 1;"), r"register %r7 is read before it is written")
     assert issue.instruction == "add.s32 %r1, %r7, 1"
 
