@@ -107,7 +107,7 @@ def write(folder: Path, text: str) -> dict[str, str]:
         (lambda f: {"gamma": "2"}, "gamma must lie in [0, 1], got 2.0"),
         (lambda f: {"reward": "ppo_fast.rewards:f1(reference=solution)"}, "no column 'solution', which a reward asks"),
         (lambda f: {"reward": "ppo_fast.rewards:f1"}, "no column 'reference', which the reward 'f1' asks for"),
-        (lambda f: {"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        (lambda f: {"device": "cuda:99"}, "device 'cuda:99'"),
         (lambda f: {"out": str(f / "prompts.jsonl" / "x")}, "cannot write to"),
     ],
 )
