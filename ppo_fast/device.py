@@ -4,9 +4,11 @@ Only this module asks PyTorch about a type of device; everything else asks it wi
 never about the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ppo_fast.errors import UserError
 from ppo_fast.ops import Backend, uses_triton
@@ -76,3 +78,37 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was launched."""
     if device.type != "cpu":
         device_module(device).synchronize(device)
+
+
+def get_rng_state(device: torch.device) -> Tensor | None:
+    """The state of the device's own default generator; None on a CPU, whose generator is PyTorch's global one."""
+    return None if device.type == "cpu" else device_module(device).get_rng_state(device)
+
+
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Restores what `get_rng_state` returned."""
+    device_module(device).set_rng_state(state, device)
+
+
+def seed(number: int, device: torch.device) -> None:
+    """Seeds the generators of the CPU and of this device, and of no other device."""
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        with device_module(device).device(device):
+            device_module(device).manual_seed(number)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, through pinned memory: the host does not wait for what the device has still to do."""
+    if device.type in ("cpu", "mps"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on the device with one copy: views of one buffer, in their shapes."""
+    if device.type == "cpu" or not tensors:
+        return list(tensors)
+    buffer = upload(torch.cat([x.flatten() for x in tensors]), device)
+    parts = buffer.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

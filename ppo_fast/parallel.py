@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.rollout import Rollout
+from ppo_fast.rollout import CPU, Rollout
 
 T = TypeVar("T")
 
@@ -73,6 +73,8 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
+        if self.size == 1:
+            return flag
         return bool(self.largest(torch.tensor(float(flag), device=self.device)))
 
     def gather(self, x: T) -> list[T]:
@@ -98,7 +100,7 @@ class World:
         """All processes' answers and their scores, in the order of the prompts."""
         if self.size == 1:
             return rollout, scores
-        found = self.gather((rollout.to(torch.device("cpu")), scores.cpu()))
+        found = self.gather((rollout.to(CPU), scores.cpu()))
         parts, theirs = [part for part, _ in found], [some for _, some in found]
         return join_rollouts(parts, pad).to(self.device), _join_scores(parts, theirs).to(self.device)
 
