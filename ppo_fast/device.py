@@ -46,11 +46,15 @@ def _check_exists(device: torch.device) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "finds no GPU or no driver" if built else "is built for the CPU only"
-        raise UserError(f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} {reason}; use --device cpu")
+        raise UserError(
+            f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} {reason}; use --device cpu"
+        )
     try:
         count = device_module(device).device_count()
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} does not support it") from error
+        raise UserError(
+            f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} does not support it"
+        ) from error
     if device.type != "cpu" and (device.index or 0) >= count:
         names = ", ".join(f"{device.type}:{i}" for i in range(count)) or "none"
         raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")

@@ -89,9 +89,7 @@ def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
     for (part, name), x in zip(fields, moved, strict=True):
         found[id(part)][name] = x.to(getattr(part, name).dtype)
     return [
-        dataclasses.replace(
-            pack, layout=dataclasses.replace(pack.layout, **found[id(pack.layout)]), **found[id(pack)]
-        )
+        dataclasses.replace(pack, layout=dataclasses.replace(pack.layout, **found[id(pack.layout)]), **found[id(pack)])
         for pack in packs
     ]
 

@@ -354,9 +354,9 @@ def build_models(
         model = frozen_copy(actor) if reference is None else prepare(reference, home)
         found = FrozenReference(model, head, config)
         if world.kind == "fsdp":
-            shard(found, world)
+            shard(found, world, config.dtype)
     policy = Policy(actor, critic, head, config)
-    world.wrap(policy, unused_parameters=config.critic_warmup_steps > 0)
+    world.wrap(policy, dtype=config.dtype, unused_parameters=config.critic_warmup_steps > 0)
     return policy, found
 
 
