@@ -43,18 +43,15 @@ def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") ->
 
 def _check_exists(device: torch.device) -> None:
     """Raises UserError with what this machine has instead."""
+    start = f"device {str(device)!r} cannot be used: PyTorch {torch.__version__}"
     if device.type == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "finds no GPU or no driver" if built else "is built for the CPU only"
-        raise UserError(
-            f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} {reason}; use --device cpu"
-        )
+        raise UserError(f"{start} {reason}; use --device cpu")
     try:
         count = device_module(device).device_count()
     except (RuntimeError, AttributeError) as error:
-        raise UserError(
-            f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} does not support it"
-        ) from error
+        raise UserError(f"{start} does not support it; use --device cpu") from error
     if device.type != "cpu" and (device.index or 0) >= count:
         names = ", ".join(f"{device.type}:{i}" for i in range(count)) or "none"
         raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")

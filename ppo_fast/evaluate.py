@@ -25,7 +25,7 @@ from ppo_fast import device as devices
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
 from ppo_fast.errors import UserError
-from ppo_fast.learn import Experience, Reference, cut_as, numbers, packed
+from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
 from ppo_fast.packing import make_pack
 from ppo_fast.parallel import ONE, World
@@ -154,7 +154,7 @@ class Evaluator:
             "ended": sum(rollout.ended) / len(rollout),
             "distinct_1": distinct(words, 1),
             "distinct_2": distinct(words, 2),
-            **numbers(judged.metrics),
+            **as_floats(judged.metrics),
         }
         kl = None if self.reference is None else judged.kl.sum(1).tolist()
         return Evaluation(step, {f"eval/{name}": x for name, x in metrics.items()}, rollout, kl, explained)

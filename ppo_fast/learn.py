@@ -235,7 +235,7 @@ def learn(
                 if train_actor:
                     stats["grad_norm"] = actor_optimizer.clip()
                 stats["critic_grad_norm"] = critic_optimizer.clip()
-                values = numbers(stats)
+                values = as_floats(stats)
                 _refuse_non_finite(values, epoch)
                 if train_actor and config.target_kl is not None and values["approx_kl"] > config.target_kl:
                     _forget(actor_optimizer, critic_optimizer)
@@ -247,7 +247,7 @@ def learn(
     return history
 
 
-def numbers(stats: dict[str, Tensor]) -> dict[str, float]:
+def as_floats(stats: dict[str, Tensor]) -> dict[str, float]:
     """0-dim tensors as numbers, with one copy for all of them."""
     return dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
     parts = [part for pack in packs for part in (pack, pack.layout)]
     fields = [(part, name) for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)]
     moved = upload_together([getattr(part, name).long() for part, name in fields], device)
-    found: dict[int, dict[str, Tensor]] = {id(part): {} for part in parts}
+    found: dict[int, dict[str, Any]] = {id(part): {} for part in parts}
     for (part, name), x in zip(fields, moved, strict=True):
         found[id(part)][name] = x.to(getattr(part, name).dtype)
     return [

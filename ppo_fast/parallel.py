@@ -201,8 +201,8 @@ def leave(status: int) -> None:
 def shard(model: nn.Module, world: World, dtype: str) -> None:
     """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module.
 
-    In bfloat16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather them in fp32
-    and keep its bfloat16 copies until backward, so that each process would hold the whole model.
+    In bfloat16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather them in
+    fp32 and keep its bfloat16 copies until backward, so that each process would hold the whole model.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)

@@ -22,7 +22,7 @@ from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import probe
 from ppo_fast.interrupt import Request, stop_requests
-from ppo_fast.learn import Experience, Optimizer, Reference, cut_as, evaluate, learn, numbers
+from ppo_fast.learn import Experience, Optimizer, Reference, as_floats, cut_as, evaluate, learn
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -190,7 +190,7 @@ class PPOTrainer:
                 train_actor=self.steps_done >= config.critic_warmup_steps,
                 world=world,
             )
-        metrics = numbers(experience.metrics)
+        metrics = as_floats(experience.metrics)
         self.entropy_controller.update(metrics["entropy"])
         self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
