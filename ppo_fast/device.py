@@ -4,9 +4,11 @@ Only this module asks PyTorch about a type of device; everything else asks it wi
 never about the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ppo_fast.errors import UserError
 from ppo_fast.ops import Backend, uses_triton
@@ -41,14 +43,15 @@ def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") ->
 
 def _check_exists(device: torch.device) -> None:
     """Raises UserError with what this machine has instead."""
+    start = f"device {str(device)!r} cannot be used: PyTorch {torch.__version__}"
     if device.type == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "finds no GPU or no driver" if built else "is built for the CPU only"
-        raise UserError(f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} {reason}; use --device cpu")
+        raise UserError(f"{start} {reason}; use --device cpu")
     try:
         count = device_module(device).device_count()
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"device {str(device)!r} cannot be used: PyTorch {torch.__version__} does not support it") from error
+        raise UserError(f"{start} does not support it; use --device cpu") from error
     if device.type != "cpu" and (device.index or 0) >= count:
         names = ", ".join(f"{device.type}:{i}" for i in range(count)) or "none"
         raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")
@@ -76,3 +79,37 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was launched."""
     if device.type != "cpu":
         device_module(device).synchronize(device)
+
+
+def get_rng_state(device: torch.device) -> Tensor | None:
+    """The state of the device's own default generator; None on a CPU, whose generator is PyTorch's global one."""
+    return None if device.type == "cpu" else device_module(device).get_rng_state(device)
+
+
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Restores what `get_rng_state` returned."""
+    device_module(device).set_rng_state(state, device)
+
+
+def seed(number: int, device: torch.device) -> None:
+    """Seeds the generators of the CPU and of this device, and of no other device."""
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        with device_module(device).device(device):
+            device_module(device).manual_seed(number)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, through pinned memory: the host does not wait for what the device has still to do."""
+    if device.type in ("cpu", "mps"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on the device with one copy: views of one buffer, in their shapes."""
+    if device.type == "cpu" or not tensors:
+        return list(tensors)
+    buffer = upload(torch.cat([x.flatten() for x in tensors]), device)
+    parts = buffer.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast import device as devices
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
 from ppo_fast.errors import UserError
-from ppo_fast.learn import Experience, Reference, cut_as, packed
+from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
 from ppo_fast.packing import make_pack
 from ppo_fast.parallel import ONE, World
@@ -73,19 +74,22 @@ def distinct(answers: list[list[int]], n: int) -> float:
 
 
 @contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """Inside this block torch, numpy and random start from `seed`; after it they go on as if it had not been."""
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside this block torch (on the CPU and on `device`), numpy and random start from `seed`; after it they are as
+    before."""
     python, array = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(array)
+    on_cpu, on_device = torch.get_rng_state(), devices.get_rng_state(device)
+    devices.seed(seed, device)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            devices.set_rng_state(on_device, device)
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @dataclass
@@ -134,7 +138,7 @@ class Evaluator:
         if config.eval_greedy:
             config = dataclasses.replace(config, top_k=1)  # which every sampler understands
         world = self.world
-        with own_random_state(config.seed):
+        with own_random_state(config.seed, self.device):
             mine = respond(self.sampler, self.tokenizer, world.share(self.rows), config, self.device)
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
         reward_means = world.mean(reward_means, len(mine))
@@ -144,13 +148,13 @@ class Evaluator:
         special = set(self.tokenizer.all_special_ids)
         words = [[i for i in ids if i not in special] for ids in rollout.completion_ids]
         metrics = {
-            "score": scores.sum().item() / len(rollout),
+            "score": sum(rollout.scores) / len(rollout),
             **reward_means,
             "answer_tokens": sum(rollout.answer_lengths) / len(rollout),
             "ended": sum(rollout.ended) / len(rollout),
             "distinct_1": distinct(words, 1),
             "distinct_2": distinct(words, 2),
-            **{name: x.item() for name, x in judged.metrics.items()},
+            **as_floats(judged.metrics),
         }
         kl = None if self.reference is None else judged.kl.sum(1).tolist()
         return Evaluation(step, {f"eval/{name}": x for name, x in metrics.items()}, rollout, kl, explained)

@@ -15,6 +15,7 @@ from transformers import get_scheduler
 import ppo_fast as ppo
 from ppo_fast.attention import packed_attention
 from ppo_fast.config import PPOConfig
+from ppo_fast.device import upload
 from ppo_fast.errors import NonFiniteError
 from ppo_fast.models import AdapterReference, recomputing
 from ppo_fast.packing import Pack, cut, make_pack
@@ -81,7 +82,7 @@ def evaluate(
                 continue
             for target, source in ((old, judged.logprobs), (entropy, judged.entropy), (values, judged.values)):
                 pack.put(target, source)
-            after[torch.tensor(pack.sequences, device=mask.device)] = judged.values_after
+            after[pack.sequence_rows] = judged.values_after
             if ref_logprobs is not None:
                 pack.put(ref, ref_logprobs)
     world.sum(judged_here)
@@ -99,7 +100,7 @@ def evaluate(
         score_clip=config.score_clip,
         gamma=config.gamma,
         lam=config.lam,
-        bootstrap=after * ~torch.tensor(rollout.ended, device=mask.device) if config.bootstrap_truncated else None,
+        bootstrap=after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None,
         whiten=config.whiten_advantages,
         backend=config.backend,
     )
@@ -113,14 +114,23 @@ def evaluate(
 
 
 def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
-    counted = returns[mask]
-    spread, error = counted.var(correction=0), (counted - values[mask]).var(correction=0)
+    spread, error = _variance(returns, mask), _variance(returns - values, mask)
     return {
-        "entropy": entropy.sum() / mask.sum(),
+        "entropy": _mean(entropy, mask),
         "explained_variance": torch.where(spread > 0, 1 - error / spread, 0),
-        "value": values[mask].mean(),
-        "return": counted.mean(),
+        "value": _mean(values, mask),
+        "return": _mean(returns, mask),
     }
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Of what the mask counts. Sums, not x[mask]: the host would wait for a GPU to learn that selection's size."""
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
+def _variance(x: Tensor, mask: Tensor) -> Tensor:
+    """The biased one."""
+    return _mean((x - _mean(x, mask)).square(), mask)
 
 
 def _importance(
@@ -128,7 +138,7 @@ def _importance(
 ) -> Tensor | None:
     """min(p_trainer / p_sampler, cap) for each token (Espeholt et al. 2018), and how far the two are apart."""
     gap = torch.where(mask, old - sampled, 0)
-    metrics["sampler_gap_mean"] = gap.abs().sum() / mask.sum()
+    metrics["sampler_gap_mean"] = _mean(gap.abs(), mask)
     metrics["sampler_gap_max"] = gap.abs().amax()
     if config.importance_cap is None:
         return None
@@ -161,7 +171,7 @@ class Optimizer:
             lr=lr,
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
-            fused=all(p.is_cuda for p in self.parameters),
+            fused=all(p.device.type not in ("cpu", "mps") for p in self.parameters),
         )
         updates = config.total_steps * config.epochs * config.minibatches
         self.schedule = get_scheduler(
@@ -225,7 +235,7 @@ def learn(
                 if train_actor:
                     stats["grad_norm"] = actor_optimizer.clip()
                 stats["critic_grad_norm"] = critic_optimizer.clip()
-                values = dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
+                values = as_floats(stats)
                 _refuse_non_finite(values, epoch)
                 if train_actor and config.target_kl is not None and values["approx_kl"] > config.target_kl:
                     _forget(actor_optimizer, critic_optimizer)
@@ -235,6 +245,11 @@ def learn(
                 critic_optimizer.step()
                 history.append({**values, "stopped": 0.0})
     return history
+
+
+def as_floats(stats: dict[str, Tensor]) -> dict[str, float]:
+    """0-dim tensors as numbers, with one copy for all of them."""
+    return dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
 
 
 def cut_as(rollout: Rollout, order: list[int], config: PPOConfig, world: World = ONE) -> list[list[Pack]]:

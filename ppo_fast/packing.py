@@ -1,12 +1,16 @@
 """Packs: sequences of a rollout side by side in one row, cut once per rollout by a budget of tokens."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast.attention import Layout
-from ppo_fast.rollout import Rollout
+from ppo_fast.device import upload_together
+from ppo_fast.rollout import CPU, Rollout
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Pack:
     rows: Tensor  # [n] int64: the rollout's row of each
     columns: Tensor  # [n] int64: its column in [B, T]
     sequences: list[int]  # the rollout's rows, in the order of the pack
+    sequence_rows: Tensor  # [S] int64: the same
     cu_answers: Tensor  # [S + 1] int64: the answers' boundaries in n
 
     @property
@@ -38,9 +43,18 @@ class Pack:
         per_token[self.rows, self.columns] = values.to(per_token.dtype)
 
 
+def make_packs(rollout: Rollout, groups: Sequence[Sequence[int]]) -> list[Pack]:
+    """A pack of each group of the rollout's rows. All of them go to the rollout's device with one copy."""
+    return _upload([_build(rollout, list(rows)) for rows in groups], rollout.device)
+
+
 def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
     """Packs the given rows of a rollout."""
-    device = rollout.tokens.device
+    return make_packs(rollout, [sequences])[0]
+
+
+def _build(rollout: Rollout, sequences: list[int]) -> Pack:
+    """A pack on the CPU."""
     prompts = torch.tensor([rollout.prompt_lengths[i] for i in sequences])
     answers = torch.tensor([rollout.answer_lengths[i] for i in sequences])
     lengths, rows = prompts + answers, torch.tensor(sequences)
@@ -51,21 +65,34 @@ def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
     cu_answers = torch.cat([answers.new_zeros(1), answers.cumsum(0)])
     column = torch.arange(int(cu_answers[-1])) - cu_answers[:-1].repeat_interleave(answers)
     answer_tokens = (starts + prompts).repeat_interleave(answers) + column
-    owner = rows.repeat_interleave(answers).to(device)
-    input_ids = rollout.tokens[rows.repeat_interleave(lengths).to(device), source.to(device)]
-    answer_tokens = answer_tokens.to(device)
+    input_ids = rollout.tokens[rows.repeat_interleave(lengths), source]
     return Pack(
         input_ids=input_ids.unsqueeze(0),
-        position_ids=position.to(device).unsqueeze(0),
-        layout=Layout.of(lengths.tolist(), device),
+        position_ids=position.unsqueeze(0),
+        layout=Layout.of(lengths.tolist(), CPU),
         states=answer_tokens - 1,
-        last=(starts + lengths - 1).to(device),
+        last=starts + lengths - 1,
         tokens=input_ids[answer_tokens],
-        rows=owner,
-        columns=column.to(device),
+        rows=rows.repeat_interleave(answers),
+        columns=column,
         sequences=sequences,
-        cu_answers=cu_answers.to(device),
+        sequence_rows=rows,
+        cu_answers=cu_answers,
     )
+
+
+def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
+    """The packs on the device: one copy for all their tensors, since each copy of its own would cost a launch."""
+    parts = [part for pack in packs for part in (pack, pack.layout)]
+    fields = [(part, name) for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)]
+    moved = upload_together([getattr(part, name).long() for part, name in fields], device)
+    found: dict[int, dict[str, Any]] = {id(part): {} for part in parts}
+    for (part, name), x in zip(fields, moved, strict=True):
+        found[id(part)][name] = x.to(getattr(part, name).dtype)
+    return [
+        dataclasses.replace(pack, layout=dataclasses.replace(pack.layout, **found[id(pack.layout)]), **found[id(pack)])
+        for pack in packs
+    ]
 
 
 def cut(
@@ -79,10 +106,9 @@ def cut(
     """
     parts = torch.tensor(order).tensor_split(minibatches)
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
-    return [
-        [make_pack(rollout, rows) for rows in balance(part.tolist(), lengths, max_tokens, multiple_of)]
-        for part in parts
-    ]
+    groups = [balance(part.tolist(), lengths, max_tokens, multiple_of) for part in parts]
+    packs = iter(make_packs(rollout, [rows for part in groups for rows in part]))
+    return [[next(packs) for _ in part] for part in groups]
 
 
 def balance(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.rollout import Rollout
+from ppo_fast.rollout import CPU, Rollout
 
 T = TypeVar("T")
 
@@ -73,6 +73,8 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
+        if self.size == 1:
+            return flag
         return bool(self.largest(torch.tensor(float(flag), device=self.device)))
 
     def gather(self, x: T) -> list[T]:
@@ -98,7 +100,7 @@ class World:
         """All processes' answers and their scores, in the order of the prompts."""
         if self.size == 1:
             return rollout, scores
-        found = self.gather((rollout.to(torch.device("cpu")), scores.cpu()))
+        found = self.gather((rollout.to(CPU), scores.cpu()))
         parts, theirs = [part for part, _ in found], [some for _, some in found]
         return join_rollouts(parts, pad).to(self.device), _join_scores(parts, theirs).to(self.device)
 
@@ -108,14 +110,17 @@ class World:
         total = sum(n for _, n in found)
         return {name: sum(m[name] * n for m, n in found) / total for name in means}
 
-    def wrap(self, policy: nn.Module, *, unused_parameters: bool) -> None:
+    def wrap(self, policy: nn.Module, *, dtype: str, unused_parameters: bool) -> None:
         """Makes the policy one of several. Collective; after it `module` is to be called, and `full` shows weights."""
         if self.kind == "ddp":
             self.wrapped = DistributedDataParallel(
-                policy, broadcast_buffers=False, find_unused_parameters=unused_parameters
+                policy,
+                broadcast_buffers=False,
+                find_unused_parameters=unused_parameters,
+                gradient_as_bucket_view=True,  # else the buckets are a second copy of all gradients
             )
         if self.kind == "fsdp":
-            shard(policy, self)
+            shard(policy, self, dtype)
             register_fsdp_forward_method(policy, "generate")
 
     def module(self, policy: nn.Module) -> nn.Module:
@@ -143,21 +148,37 @@ def start(config: PPOConfig) -> World:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
-            return World(0, 1, "one", pick_device(config.device, config.backend))  # type: ignore[arg-type]
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if config.device != "cpu" and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # before anything else: else each process would hold memory of the first GPU, too
-    device = pick_device(config.device, config.backend)  # type: ignore[arg-type]
-    if device.type == "cuda":
-        device = torch.device("cuda", local)
+            return World(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
+    rank, device = int(os.environ["RANK"]), _device_of_rank(config)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     if config.prompts_per_step < size:
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is less than the {size} processes, each of which answers"
             " some of them"
         )
     return World(rank, size, "ddp" if config.parallel == "auto" else config.parallel, device)
+
+
+def _device_of_rank(config: PPOConfig) -> torch.device:
+    """The GPU of this process's LOCAL_RANK, which becomes the current one; or the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    name = config.device
+    if name.startswith("cuda:"):
+        raise UserError(f"device = {name}, but under torchrun each process has a GPU of its own; use --device cuda")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{local}"
+        if 0 < torch.cuda.device_count() <= local:
+            raise UserError(
+                f"LOCAL_RANK = {local}, but this machine has {torch.cuda.device_count()} GPUs: start as many processes"
+                " with --nproc-per-node"
+            )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local)  # before anything else: else each process would hold memory of the first GPU
+    return pick_device(name, config.backend, config.dtype)  # type: ignore[arg-type]
 
 
 def lost_another(error: RuntimeError) -> bool:
@@ -177,12 +198,18 @@ def leave(status: int) -> None:
     dist.destroy_process_group()
 
 
-def shard(model: nn.Module, world: World) -> None:
-    """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module."""
+def shard(model: nn.Module, world: World, dtype: str) -> None:
+    """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module.
+
+    In bfloat16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather them in
+    fp32 and keep its bfloat16 copies until backward, so that each process would hold the whole model.
+    """
     mesh = init_device_mesh(world.device.type, (world.size,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    how: dict[str, Any] = {"mp_policy": half} if dtype == "bfloat16" else {}
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **how)
+    fully_shard(model, mesh=mesh)  # embeddings, norms and heads stay in fp32, as with DDP
 
 
 def full(x: Tensor) -> Tensor:

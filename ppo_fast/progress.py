@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ppo_fast.config import PPOConfig, write_yaml
 from ppo_fast.data import as_text
-from ppo_fast.device import pick_device
+from ppo_fast.device import device_module, pick_device
 from ppo_fast.errors import UserError
 from ppo_fast.rollout import Rollout
 
@@ -50,12 +50,16 @@ class Progress:
         prompts_left_out: int = 0,
         run_options: dict[str, Any] | None = None,
         steps_done: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        """`steps_done` > 0: the files go on after that step; what they hold of later ones is cut away."""
+        """Args:
+        steps_done: the files continue after that step; lines of later steps are removed.
+        device: the device whose memory is recorded; None: the one that `config` names.
+        """
         self.config = config
         self.steps_done = steps_done
         self.run_options = run_options or {}
-        self.device = pick_device(config.device)
+        self.device = pick_device(config.device) if device is None else device
         self.lines = 0
         self.console = Console(quiet=config.quiet, file=sys.stdout)
         self.bar = RichProgress(
@@ -180,9 +184,9 @@ def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """memory_mib: the most that PyTorch has held on a GPU, or the process in RAM; nothing where no one counts."""
-    if device.type == "cuda":
-        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    """memory_mib: the most that PyTorch has held on a GPU, or the process in RAM; nothing where this is not counted."""
+    if device.type not in ("cpu", "mps"):
+        return {"memory_mib": device_module(device).max_memory_allocated(device) / 2**20}
     if sys.platform == "win32":
         return {}
     import resource

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompt, columns
+from ppo_fast.device import upload
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.rewards.spec import arguments_of, check_columns
 from ppo_fast.rollout import Rollout
@@ -44,9 +45,8 @@ def score(
     weighted = [_weighted(values, (weights or {}).get(name, 1.0)) for name, values in results.items()]
     everything: list[Sequence[float | list[float]]] = [*weighted, penalties]
     rollout.scores = [sum(_total(values[row]) for values in everything) for row in range(len(rollout))]
-    device = rollout.tokens.device
     if all(isinstance(value, float) for values in everything for value in values):
-        return torch.tensor(everything, device=device).sum(0), means
+        return upload(torch.tensor(everything).sum(0), rollout.device), means
     scores = torch.zeros(len(rollout), rollout.answer_width)
     for values in everything:
         for row, value in enumerate(values):
@@ -54,7 +54,7 @@ def score(
                 scores[row, rollout.answer_lengths[row] - 1] += value
             else:
                 scores[row, : len(value)] += torch.tensor(value)
-    return scores.to(device), means
+    return upload(scores, rollout.device), means
 
 
 def call(function: RewardFunction, name: str, rollout: Rollout) -> list[float | list[float]]:

@@ -2,23 +2,32 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ppo_fast.device import upload
+
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Rollout:
-    """B prompts, padded on the left to P tokens, each followed by its answer, padded on the right to T tokens."""
+    """B prompts, padded on the left to P tokens, each followed by its answer, padded on the right to T tokens.
 
-    tokens: Tensor  # [B, P + T] int64
+    Tokens are kept on the CPU, where packs are built, so that reading them never waits for a GPU.
+    """
+
+    tokens: Tensor  # [B, P + T] int64, on the CPU
     prompt_lengths: list[int]  # B
     answer_lengths: list[int]  # B; the end token counts
     ended: list[bool]  # B; False: cut by max_new_tokens
     completions: list[str]  # B, without special tokens
     columns: dict[str, list]  # the data set's columns, "prompt" among them, B entries each
-    logprobs: Tensor | None = None  # [B, T], the sampler's own, where it tells them
+    logprobs: Tensor | None = None  # [B, T] fp32 on `device`, the sampler's own, where it tells them
     scores: list[float] = field(default_factory=list)  # B; filled by the reward step
+    device: torch.device = CPU  # of everything that is computed per token
 
     def __len__(self) -> int:
         return len(self.answer_lengths)
@@ -28,11 +37,11 @@ class Rollout:
         """T."""
         return max(self.answer_lengths)
 
-    @property
+    @cached_property
     def answer_mask(self) -> Tensor:
-        """[B, T], True at the tokens of the answer, its end token included."""
-        lengths = torch.tensor(self.answer_lengths, device=self.tokens.device)
-        return torch.arange(self.answer_width, device=self.tokens.device) < lengths.unsqueeze(1)
+        """[B, T] on `device`, True at the tokens of the answer, its end token included."""
+        lengths = torch.tensor(self.answer_lengths)
+        return upload(torch.arange(self.answer_width) < lengths.unsqueeze(1), self.device)
 
     @property
     def completion_ids(self) -> list[list[int]]:
@@ -41,6 +50,6 @@ class Rollout:
         return [ids[:length] for ids, length in zip(answers, self.answer_lengths, strict=True)]
 
     def to(self, device: torch.device) -> "Rollout":
-        """The same rollout with its tensors on a device."""
+        """The same rollout for another device."""
         logprobs = None if self.logprobs is None else self.logprobs.to(device)
-        return dataclasses.replace(self, tokens=self.tokens.to(device), logprobs=logprobs)
+        return dataclasses.replace(self, logprobs=logprobs, device=device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.checkpoint import Checkpoint
+from ppo_fast.device import get_rng_state, set_rng_state
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
 from ppo_fast.parallel import copy_full, full, like
@@ -41,7 +42,7 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
         for key, value in optimizer.adamw.state.get(p, {}).items()
     }
     randoms = {"order": trainer.generator.get_state()}
-    states = trainer.world.gather(random_state())
+    states = trainer.world.gather(random_state(trainer.device))
     for rank, (tensors, _) in enumerate(states):
         randoms |= {f"{name}-of-{rank}": x for name, x in tensors.items()}
     state = {
@@ -57,11 +58,12 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
     return {"weights": weights, "optimizers": moments, "random": randoms}, state
 
 
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This process's generators: torch's as tensors, Python's and numpy's as JSON."""
+def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This process's generators: torch's as tensors, also that of `device`; Python's and numpy's as JSON."""
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    state = get_rng_state(device)
+    if state is not None:
+        tensors[device.type] = state
     kind, keys, *rest = np.random.get_state()
     return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
@@ -86,7 +88,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
     trainer.generator.set_state(checkpoint.tensors["random"]["order"])
     here, there = made_with(trainer), state["made_with"]
     if here["processes"] == there["processes"]:
-        _restore_random(checkpoint, trainer.world.rank)
+        _restore_random(checkpoint, trainer.world.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
         transformers.set_seed(trainer.config.seed + 1_000_003 * trainer.steps_done + trainer.world.rank)
     return _differences(here, there)
@@ -116,9 +118,12 @@ def digest(model: nn.Module) -> str:
     """A short name for the values of all parameters: the same on every device, in any order of summation."""
     found = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, p in model.named_parameters():
-        bits = p.detach().contiguous().view(integers[p.element_size()])
-        found.update(f"{name} {tuple(p.shape)} {p.dtype} {bits.sum(dtype=torch.int64).item()}\n".encode())
+    parameters = dict(model.named_parameters())
+    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters.values()]
+    home = bits[0].device  # where all sums are collected: one copy to the host instead of one for each parameter
+    sums = torch.stack([x.sum(dtype=torch.int64).to(home) for x in bits]).tolist()
+    for (name, p), total in zip(parameters.items(), sums, strict=True):
+        found.update(f"{name} {tuple(p.shape)} {p.dtype} {total}\n".encode())
     return found.hexdigest()[:16]
 
 
@@ -191,11 +196,11 @@ def _restore_schedule(optimizer: Optimizer, updates: int) -> None:
         group["lr"] = rate
 
 
-def _restore_random(checkpoint: Checkpoint, rank: int) -> None:
+def _restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
     saved, state = checkpoint.tensors["random"], checkpoint.state["random"][rank]
     torch.set_rng_state(saved[f"torch-of-{rank}"])
-    if torch.cuda.is_available() and f"cuda-of-{rank}" in saved:
-        torch.cuda.set_rng_state(saved[f"cuda-of-{rank}"])
+    if (name := f"{device.type}-of-{rank}") in saved:
+        set_rng_state(saved[name], device)
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, words, *rest = state["numpy"]

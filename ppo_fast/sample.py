@@ -16,6 +16,7 @@ from transformers import (
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import check_rows, columns, prompt_ids
+from ppo_fast.device import upload
 from ppo_fast.errors import UserError
 from ppo_fast.heads import bare
 from ppo_fast.models import compute_in, end_tokens
@@ -64,15 +65,16 @@ def respond(
     ]
     logprobs = None
     if answers.logprobs is not None:
-        logprobs = torch.tensor([row + [0.0] * (T - len(row)) for row in answers.logprobs], device=device)
+        logprobs = upload(torch.tensor([row + [0.0] * (T - len(row)) for row in answers.logprobs]), device)
     return Rollout(
-        tokens=torch.tensor(padded, device=device),
+        tokens=torch.tensor(padded),
         prompt_lengths=list(map(len, prompts)),
         answer_lengths=list(map(len, answers.ids)),
         ended=answers.ended,
         completions=tokenizer.batch_decode(answers.ids, skip_special_tokens=True),
         columns=columns_,
         logprobs=logprobs,
+        device=device,
     )
 
 

@@ -16,12 +16,13 @@ from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts, with_all_fields
+from ppo_fast.device import synchronize
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import probe
 from ppo_fast.interrupt import Request, stop_requests
-from ppo_fast.learn import Experience, Optimizer, Reference, cut_as, evaluate, learn
+from ppo_fast.learn import Experience, Optimizer, Reference, as_floats, cut_as, evaluate, learn
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -160,21 +161,21 @@ class PPOTrainer:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds."""
         config, world = self.config, self.world
         seconds: dict[str, float] = {}
-        with _timed(seconds, "sample"):
+        with _timed(seconds, self.device, "sample"):
             rows = world.share(self.prompts.take(config.prompts_per_step))
             mine = respond(self.sampler, self.tokenizer, rows, config, self.device)
-        with _timed(seconds, "reward"):
+        with _timed(seconds, self.device, "reward"):
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
             reward_means = world.mean(reward_means, len(mine))
             rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
-        with _timed(seconds, "advantages"):
+        with _timed(seconds, self.device, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
             minibatches, kl_coef = cut_as(rollout, order, config, world), self.kl_controller.coef
             experience = evaluate(
                 self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
             )
         entropy_coef = self.entropy_controller.coef
-        with _timed(seconds, "learn"):
+        with _timed(seconds, self.device, "learn"):
             history = learn(
                 self.policy,
                 rollout,
@@ -189,14 +190,14 @@ class PPOTrainer:
                 train_actor=self.steps_done >= config.critic_warmup_steps,
                 world=world,
             )
-        metrics = {name: x.item() for name, x in experience.metrics.items()}
+        metrics = as_floats(experience.metrics)
         self.entropy_controller.update(metrics["entropy"])
         self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
         self.last_rollout, self.last_experience = rollout, experience
         return {
             "step": self.steps_done,
-            "score": scores.sum().item() / len(rollout),
+            "score": sum(rollout.scores) / len(rollout),
             **reward_means,
             "answer_tokens": sum(rollout.answer_lengths) / len(rollout),
             "ended": sum(rollout.ended) / len(rollout),
@@ -276,7 +277,7 @@ class PPOTrainer:
         config = self.config
         if not self.world.first:
             config = dataclasses.replace(config, quiet=True, out=None)
-        progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done)
+        progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
         for note in self.notes:
             progress.say(note)
         return progress
@@ -311,11 +312,11 @@ class PPOTrainer:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], device: torch.device, name: str) -> Iterator[None]:
+    """Adds the time of a phase, until the device has finished it: the trainer waits here on purpose, once per phase."""
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     seconds[name] = time.perf_counter() - start
 
 
@@ -353,9 +354,9 @@ def build_models(
         model = frozen_copy(actor) if reference is None else prepare(reference, home)
         found = FrozenReference(model, head, config)
         if world.kind == "fsdp":
-            shard(found, world)
+            shard(found, world, config.dtype)
     policy = Policy(actor, critic, head, config)
-    world.wrap(policy, unused_parameters=config.critic_warmup_steps > 0)
+    world.wrap(policy, dtype=config.dtype, unused_parameters=config.critic_warmup_steps > 0)
     return policy, found
 
 

@@ -95,10 +95,10 @@ def test_the_random_state_is_another_after_the_block():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with own_random_state(7):
+    with own_random_state(7, torch.device("cpu")):
         inside = torch.rand(3)
     assert torch.equal(torch.rand(3), expected)
-    with own_random_state(7):
+    with own_random_state(7, torch.device("cpu")):
         assert torch.equal(torch.rand(3), inside)
 
 
