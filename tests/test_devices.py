@@ -15,6 +15,8 @@ from ppo_fast import device as devices
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.export import copy_on_cpu
+from ppo_fast.kernels import linear_chunks
+from ppo_fast.kernels.linear_chunks import Rows, make_plan
 from ppo_fast.policy import with_chunk_bytes
 from ppo_fast.trainer import PPOTrainer
 
@@ -78,11 +80,25 @@ def trainer(**options) -> PPOTrainer:
     )
 
 
-def test_the_first_ratio_is_one_when_chunks_of_logits_are_small():
-    """Log-probabilities without gradients use the same chunks as the loss: other chunks would round differently."""
-    made = trainer(chunk_bytes=40_000, epochs=1, minibatches=1)
-    (metrics,) = made.train()
-    assert metrics["learn/ratio_max"] == 1.0
+@pytest.mark.parametrize("chunk_bytes", [None, 40_000, 400_000])
+def test_scoring_and_the_loss_use_the_same_chunks(chunk_bytes):
+    """Chunks of another size may round differently, and the first ratio would not be exactly 1."""
+
+    def rows(*, gradients: bool) -> int:
+        hidden, weight = torch.empty(512, 32), torch.empty(258, 32)
+        options = dict(native=False, in_place=False, logits_dtype=None, scratch_bytes=0, chunk_bytes=chunk_bytes)
+        return make_plan(hidden, weight, Rows(None, 512, None), needs=(gradients,) * 3, **options).rows
+
+    assert rows(gradients=True) == rows(gradients=False)
+    assert chunk_bytes is None or rows(gradients=True) < 512
+
+
+def test_the_trainer_passes_chunk_bytes_on(monkeypatch):
+    asked: list[int | None] = []
+    plan = linear_chunks._make_plan
+    monkeypatch.setattr(linear_chunks, "_make_plan", lambda *args: asked.append(args[6]) or plan(*args))
+    trainer(chunk_bytes=40_000, kl_coef=0.0).step()
+    assert set(asked) == {40_000}
 
 
 def test_tf32_is_switched_on_by_its_option_only():
