@@ -176,7 +176,7 @@ def make_plan(
 
     Only the fp32 accumulator of d weight comes on top, where there is more than one chunk and the weight is not fp32.
     By default the plan takes 4096 rows (on a CPU 64 MiB, or 256 rows), and all at once where that needs no more
-    memory. It depends on shapes and dtypes only, and then not even on the gradients wanted: products of as many rows
+    memory. It depends on shapes, dtypes and chunk_bytes only, not on the gradients wanted: products of as many rows
     give the same bits, so log-probabilities scored without gradients are those that the loss computes.
     """
     return _make_plan(
@@ -208,8 +208,7 @@ def _make_plan(
     arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, native, path)
     shares_memory = in_place and logits == operand
     separate = any(needs) and not shares_memory
-    if chunk_bytes is None:
-        needs = (True, True, True)
+    needs = (True, True, True)
     logits_row = _padded(V, logits) * logits.itemsize
     apart = any(needs) and not shares_memory
     other_row = _padded(V, operand) * operand.itemsize if apart else 0

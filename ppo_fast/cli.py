@@ -181,8 +181,16 @@ def _reward_names(specs: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
 
 
+def _let_segments_grow() -> None:
+    """Asks PyTorch's allocator for segments that grow, unless the user chose: packs differ in size from step to step,
+    and segments of fixed sizes leave gaps. The allocator reads this at its first use."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
     """Reads what the options name, trains, and says where the results are; the exit status."""
+    _let_segments_grow()
     if arguments.resume and config.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     used = config.out is not None and (Path(config.out) / "metrics.jsonl").exists()
@@ -193,6 +201,10 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         )
     from ppo_fast.data import read_prompts
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ppo_fast.parallel import start
+
+        start(config)  # first: rewards and models that ask for "cuda" must find this process's own GPU
     rows, held_out = (
         None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
         for path in (run["prompts"], run["eval_prompts"])
@@ -206,15 +218,16 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     if len(weights) != len(names):
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
     # transformers takes seconds to import: bad input is reported before
-    from ppo_fast.device import pick_device
     from ppo_fast.models import Critic, load_actor, load_reward_model
+    from ppo_fast.parallel import start
     from ppo_fast.reward import RewardModel
     from ppo_fast.trainer import PPOTrainer
 
+    world = start(config)  # before models are loaded: a device that does not exist is reported at once
     actor, tokenizer = load_actor(run["model"], pad_token=run["pad_token"], trust_remote_code=run["trust_remote_code"])
     for folder in run["reward_model"]:
         model, its_tokenizer = load_reward_model(folder)
-        rewards[folder] = RewardModel(model, its_tokenizer, device=pick_device(config.device))
+        rewards[folder] = RewardModel(model, its_tokenizer, device=world.device)
     critic = None
     if run["critic_model"] is not None:
         critic = Critic.from_reward_model(load_reward_model(run["critic_model"])[0])

@@ -137,6 +137,13 @@ class PPOConfig:
         choices=("auto", "ddp", "fsdp"),
     )
     backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
+    tf32: bool = setting(False, "multiply fp32 matrices in TF32 on a GPU: faster, with 10 bits of mantissa")
+    chunk_bytes: int | None = setting(
+        None,
+        "memory for the logits of one chunk and their gradients, in bytes; none: for 4096 tokens, and on a GPU at most"
+        " a sixteenth of its memory",
+        1,
+    )
     out: str | None = setting(None, "folder for metrics, TensorBoard events, samples and the model")
     tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
     save_every: int = setting(

@@ -75,6 +75,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return capability is None or capability >= (8, 0)
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory on a GPU, also what is in use; None for devices that share the memory of the CPU."""
+    if device.type in ("cpu", "mps"):
+        return None
+    return device_module(device).get_device_properties(device).total_memory
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was launched."""
     if device.type != "cpu":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import ppo_fast
@@ -73,8 +73,23 @@ def save_model(
 
 
 def merged(actor: Any) -> Any:
-    """The actor with its adapters in its weights, a copy; one without adapters is given back as it is."""
-    return copy.deepcopy(actor).merge_and_unload() if is_adapted(actor) else actor
+    """A copy of the actor on the CPU with its adapters in its weights; an actor without adapters is returned as it is.
+
+    The copy is made on the CPU, because a GPU that is full of the training has no room for a second model.
+    """
+    return copy_on_cpu(actor).merge_and_unload() if is_adapted(actor) else actor
+
+
+def copy_on_cpu(model: nn.Module) -> Any:
+    """A copy of the model on the CPU, which needs no memory on the model's own device. Tied weights stay tied."""
+    there = [*model.parameters(), *model.buffers()]
+    copies = {
+        id(x): nn.Parameter(x.detach().to("cpu", copy=True), x.requires_grad)
+        if isinstance(x, nn.Parameter)
+        else x.to("cpu", copy=True)
+        for x in there
+    }
+    return copy.deepcopy(model, copies)
 
 
 def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ log-probabilities and the loss go through the same code, and a pack that does no
 ratio is exactly 1.
 """
 
+import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,24 @@ class Targets:
     denominator: float  # tokens, or sequences, of the minibatch
     kl_coef: float
     entropy_coef: float
+
+
+CHUNK_TOKENS = 4096  # of a chunk of logits on a GPU, unless memory is short: see kernels/linear_chunks.py
+
+
+def with_chunk_bytes(config: PPOConfig, vocabulary: int, memory: int | None) -> PPOConfig:
+    """The configuration with `chunk_bytes` decided, once for the whole run: a run's bits depend on it.
+
+    Args:
+        config: if it names `chunk_bytes`, nothing changes.
+        vocabulary: V.
+        memory: bytes of the device, or None on a CPU, where the default of the operations is small enough.
+    """
+    if config.chunk_bytes is not None or memory is None:
+        return config
+    at_most = memory // 16
+    logits_and_gradients = 2 * 4 * vocabulary * CHUNK_TOKENS  # both fp32
+    return config if logits_and_gradients <= at_most else dataclasses.replace(config, chunk_bytes=at_most)
 
 
 class Policy(nn.Module):
@@ -129,6 +148,7 @@ class Policy(nn.Module):
                 temperature=config.temperature,
                 softcap=self.head.softcap,
                 logit_scale=self.head.logit_scale,
+                chunk_bytes=config.chunk_bytes,
                 **options,
             )
             return out.loss, out.stats
@@ -183,6 +203,7 @@ def logprobs_of(
         bias=layer.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        chunk_bytes=config.chunk_bytes,
         **options,
     )
 

@@ -133,6 +133,7 @@ def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
         "processes": trainer.world.size,
         "threads": torch.get_num_threads(),
         "device": trainer.device.type,
+        "chunk_bytes": trainer.policy.config.chunk_bytes,
         "machine": platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

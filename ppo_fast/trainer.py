@@ -15,14 +15,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
-from ppo_fast.data import Prompts, with_all_fields
-from ppo_fast.device import synchronize
+from ppo_fast.data import Prompts, prompt_ids, with_all_fields
+from ppo_fast.device import synchronize, total_memory
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import probe
 from ppo_fast.interrupt import Request, stop_requests
-from ppo_fast.learn import Experience, Optimizer, Reference, as_floats, cut_as, evaluate, learn
+from ppo_fast.learn import (
+    Experience,
+    Optimizer,
+    Reference,
+    accumulate_gradients,
+    as_floats,
+    cut_as,
+    evaluate,
+    filler_of,
+    learn,
+    packed,
+)
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -31,9 +42,10 @@ from ppo_fast.models import (
     frozen_copy,
     is_adapted,
     prepare,
+    recomputing,
 )
 from ppo_fast.parallel import ONE, World, shard, start, whole_state
-from ppo_fast.policy import FrozenReference, Policy
+from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
 from ppo_fast.rollout import Rollout
@@ -78,6 +90,8 @@ class PPOTrainer:
         check_tokenizer(tokenizer, actor)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         self.config = config
+        if config.tf32:
+            torch.set_float32_matmul_precision("high")
         self.world = start(config)
         self.start_digest = digest(actor) if config.out is not None else ""  # a checkpoint knows what it began with
         self.tokenizer = tokenizer
@@ -93,6 +107,9 @@ class PPOTrainer:
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
         check_rewards(self.rewards, kept)
+        for function in self.rewards.values():
+            if (place := getattr(function, "place", None)) is not None:  # a model of its own, with no device named
+                place(self.device)
         self.reward_weights = check_weights(reward_weights, self.rewards)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
@@ -100,6 +117,7 @@ class PPOTrainer:
         self.entropy_controller = EntropyController(config)
         self.generator = torch.Generator().manual_seed(config.seed)  # the order within minibatches
         self.steps_done = 0
+        self.warm = False
         self.last_rollout: Rollout | None = None
         self.last_experience: Experience | None = None
         self.evaluator = self._evaluator(eval_rows)
@@ -160,6 +178,8 @@ class PPOTrainer:
     def step(self) -> dict[str, float]:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds."""
         config, world = self.config, self.world
+        if not self.warm and self.device.type != "cpu":
+            self._warm_up()
         seconds: dict[str, float] = {}
         with _timed(seconds, self.device, "sample"):
             rows = world.share(self.prompts.take(config.prompts_per_step))
@@ -210,6 +230,34 @@ class PPOTrainer:
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
         }
+
+    def _warm_up(self) -> None:
+        """Passes one short sequence through all that learning computes, and drops its gradients.
+
+        Triton compiles its kernels here. In the first step that time would be counted as the step's own.
+        """
+        self.warm = True
+        config, policy = dataclasses.replace(self.config, minibatches=1), self.policy
+        (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
+        answer = [self.tokenizer.pad_token_id] * 2
+        tokens = torch.tensor([prompt + answer])
+        rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
+        minibatches = cut_as(rollout, [0], config, self.world)
+        experience = evaluate(
+            policy, self.reference, rollout, torch.zeros(1, device=self.device), minibatches, config, world=self.world
+        )
+        with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
+            accumulate_gradients(
+                policy,
+                minibatches[0],
+                experience,
+                config,
+                kl_coef=config.kl_coef,
+                world=self.world,
+                filler=filler_of(rollout),
+            )
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            optimizer.adamw.zero_grad()
 
     def _evaluator(self, rows: list[dict[str, Any]] | None) -> Evaluator | None:
         if not rows:
@@ -346,6 +394,7 @@ def build_models(
     home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
     prepare(actor, home)
     prepare(critic, home)
+    config = with_chunk_bytes(config, actor.get_input_embeddings().weight.shape[0], total_memory(device))
     head = probe(actor, strict=config.strict)
     found: Reference = None
     if reference is None and config.kl_coef > 0 and is_adapted(actor):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import ppo_fast as ppo
+from ppo_fast.device import upload
 from ppo_fast.errors import UserError
 
 
@@ -22,7 +23,8 @@ class Fluency:
         same_tokens: the model has the actor's tokenizer, and judges the very tokens that the actor wrote, its end token
             included; else the answer's text is turned into the model's own tokens.
         batch_size: answers judged at once.
-        device: where it runs; None: where it is.
+        device: where it runs. None: a model stays where it is; one loaded from a folder goes to the trainer's device,
+            and is on the CPU without a trainer.
 
     Source: the perplexity of a text under a language model (Jelinek et al. 1977), as its negative logarithm.
 
@@ -40,6 +42,7 @@ class Fluency:
         batch_size: int = 32,
         device: torch.device | str | None = None,
     ) -> None:
+        self.follows_trainer = isinstance(model, str | Path) and device is None
         if isinstance(model, str | Path):
             from ppo_fast.models import load_actor
 
@@ -52,7 +55,13 @@ class Fluency:
         self.tokenizer = tokenizer
         self.same_tokens = same_tokens
         self.batch_size = batch_size
+        self.head: Any = None  # how its logits are computed, once it is known where
         self.__name__ = "fluency"
+
+    def place(self, device: torch.device) -> None:
+        """Moves a model that was loaded from a folder to the trainer's device; the trainer calls this at its start."""
+        if self.follows_trainer:
+            self.model = self.model.to(device)
 
     @torch.no_grad()
     def __call__(
@@ -97,8 +106,31 @@ class Fluency:
         for row, (asked, answer) in enumerate(pairs):
             ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
             mask[row, len(asked) : len(asked) + len(answer)] = True
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)[:, 1:]
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]  # causal: padding on the right is not seen
-        logprobs = ppo.token_logprobs(logits, ids[:, 1:], mask)
-        assert isinstance(logprobs, torch.Tensor)
+        device = self.model.device
+        ids, mask = upload(ids, device), upload(mask, device)[:, 1:]
+        logprobs = self._logprobs(ids, mask)
         return (logprobs.sum(1) / mask.sum(1)).tolist()
+
+    def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
+        from ppo_fast.heads import decoder_of, head_of, probe
+
+        if self.head is None:
+            self.head = probe(self.model)
+        if not self.head.linear:
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            found = ppo.token_logprobs(logits, ids[:, 1:], mask)
+        else:
+            hidden = decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            layer = head_of(self.model)
+            found = ppo.linear_logprobs(
+                hidden,
+                layer.weight,
+                ids[:, 1:],
+                mask,
+                bias=layer.bias,
+                softcap=self.head.softcap,
+                logit_scale=self.head.logit_scale,
+            )
+        assert isinstance(found, torch.Tensor)
+        return found
