@@ -11,6 +11,7 @@ import torch
 from accelerator import build, stand_ins, waits
 
 NAME = "testgpu"
+TOTAL_MEMORY = 80 << 30  # bytes that each device claims to have, an H100's; nothing is checked against them
 
 
 def register() -> None:
@@ -111,6 +112,9 @@ def device_module(extension: types.ModuleType) -> types.ModuleType:
         "max_memory_allocated": lambda device=None: memory_stats(device)["allocated_bytes.all.peak"],
         "reset_peak_memory_stats": lambda device=None: extension.reset_peak_memory(index_of(device)),
         "empty_cache": lambda: None,
+        "get_device_name": lambda device=None: NAME,
+        "get_device_properties": lambda device=None: types.SimpleNamespace(name=NAME, total_memory=TOTAL_MEMORY),
+        "mem_get_info": lambda device=None: (TOTAL_MEMORY - extension.memory(index_of(device))[0], TOTAL_MEMORY),
     }
     for name, function in functions.items():
         setattr(module, name, function)
