@@ -185,7 +185,7 @@ class _HalfCache(DynamicCache):
 
 def _cache_options(actor: Any, config: PPOConfig) -> dict[str, Any]:
     """The argument of `generate` for a cache in the compute dtype; none where the model brings a cache of its own."""
-    model = bare(actor)
+    model: Any = bare(actor)
     own = "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache()
     adapters = getattr(actor, "peft_config", {})
     own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
