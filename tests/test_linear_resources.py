@@ -369,8 +369,7 @@ def test_an_unused_loss_has_no_gradient(kernels, device):
     torch.autograd.grad(used + unused.detach(), (hidden, weight))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 def test_products_fall_back_with_tunable_op_or_fp16_accumulation(device):
     x = make(6, V=50, D=64, device=device)
     hidden, weight = x["hidden"].half(), x["weight"].half()
