@@ -20,12 +20,12 @@ import torch
 pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install "ppo_fast[train]"')
 pytest.importorskip("tensorboard", reason='tensorboard is not installed: pip install "ppo_fast[train]"')
 
-from matplotlib.figure import Figure  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-from tiny import save_tiny_model  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
 
-from ppo_fast.cli import main  # noqa: E402
+from ppo_fast.cli import main
 
 STEPS = 5
 SERVER = multiprocessing.get_context("forkserver")
