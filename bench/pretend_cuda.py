@@ -3,9 +3,9 @@
     python bench/pretend_cuda.py [-m] SCRIPT_OR_MODULE ARGUMENTS
 
 For dry runs (`bash bench/on_gpu.sh OUT PART COMMIT dry`): each line that is only for a GPU runs, on its own shapes and
-dtypes, so that no minute of a GPU is lost to a typo. Kernels run compiled, in the PTX interpreter of tests/ptx. The numbers mean
-nothing. What a real GPU would reject is rejected here, too: waiting inside a captured graph, replaying an empty one,
-reading an event before it has happened.
+dtypes, so that no minute of a GPU is lost to a typo. Kernels run compiled, in the PTX interpreter of tests/ptx. The
+numbers mean nothing. What a real GPU would reject is rejected here, too: waiting inside a captured graph, replaying an
+empty one, reading an event before it has happened.
 """
 
 import runpy
