@@ -143,6 +143,7 @@ class PPOConfig:
         "memory for the logits of one chunk and their gradients, in bytes; none: for 4096 tokens, and on a GPU at most"
         " a sixteenth of its memory",
         1,
+    )
     cudnn_attention: bool = setting(
         False, "PyTorch may use cuDNN for attention, which plans anew for each shape (only bench/on_gpu.sh needs it)"
     )

@@ -166,7 +166,7 @@ class _Recorder(LogitsProcessor):
             self.chosen.append(self.last.gather(1, tokens.unsqueeze(1)).squeeze(1))
 
 
-class _HalfCache(DynamicCache):
+class HalfCache(DynamicCache):
     """A KV cache in autocast's dtype.
 
     Rotary embeddings give fp32 keys under autocast. Attention rounds them anyway: kept as they are they take twice the
@@ -193,7 +193,7 @@ def _cache_options(actor: Any, config: PPOConfig) -> dict[str, Any]:
     own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
     if config.dtype != "bfloat16" or own:
         return {}
-    return {"past_key_values": _HalfCache(model, torch.bfloat16)}
+    return {"past_key_values": HalfCache(model, torch.bfloat16)}
 
 
 @torch.no_grad()
