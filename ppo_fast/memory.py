@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
@@ -34,6 +35,7 @@ from ppo_fast.policy import with_chunk_bytes
 from ppo_fast.sample import cache_options
 
 NAME = "ppo_fast_memory"
+HALF = (torch.float16, torch.bfloat16)
 LAYERS = (2, 4)  # of the models that are run: an even number, since layers with and without a window may alternate
 ADAM = 8  # bytes of AdamW's two moments of a weight
 SAMPLED_LOGITS = 5  # fp32 copies of a step's logits [B, V] while sampling: the model's, generate's, the recorder's
@@ -122,6 +124,31 @@ class Allocations(TorchDispatchMode):
         before, self.name = self.name, name
         yield
         self.name = before
+
+
+# Operations of layers that autocast computes in fp32 on a GPU; a CPU's autocast leaves them as they are
+_FP32_ON_GPU = {
+    "cumsum",
+    "exp",
+    "layer_norm",
+    "log",
+    "log_softmax",
+    "norm",
+    "pow",
+    "rsqrt",
+    "softmax",
+    "softplus",
+    "sum",
+}
+
+
+class _GpuAutocast(TorchFunctionMode):
+    """Autocast on the CPU with the fp32 operations of a GPU's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").strip("_") in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args = tuple(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Flash(torch.autograd.Function):
@@ -399,7 +426,7 @@ def _lengthen(layer: Any, tokens: int) -> None:
 
 def _phases(model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes) -> dict[str, dict[str, int]]:
     models = _build(model_config, config)
-    with FakeTensorMode():
+    with FakeTensorMode(), _GpuAutocast():
         _make_fake(models)
         static = _static(models)
         for module in models.modules():
