@@ -16,6 +16,7 @@ from accelerator.runs import (
     off_device,
     reward_model,
     trainer,
+    unallocated,
     untouched,
     vowels,
     weights,
@@ -60,7 +61,8 @@ def test_a_run_on_the_second_device_gives_the_numbers_of_the_cpu(
 ) -> None:
     on_cpu = trainer("cpu", rewards=rewards_for(name, "cpu"), **SETTINGS[name])
     expected = on_cpu.train()
-    on_device = trainer(second_testgpu, rewards=rewards_for(name, second_testgpu), **SETTINGS[name])
+    with unallocated(testgpu):
+        on_device = trainer(second_testgpu, rewards=rewards_for(name, second_testgpu), **SETTINGS[name])
     with untouched(testgpu):
         found = on_device.train()
     assert on_device.last_rollout.completion_ids == on_cpu.last_rollout.completion_ids
