@@ -11,10 +11,14 @@ Amdahl: each row also has the times of its parts, each measured alone (head and 
 the backbones' forward and backward are taken away). A part with the share s of a step can make it at most 1 / (1 - s)
 times as fast.
 
+A row whose memory, by calculation, exceeds what the GPU has free is skipped with both numbers, and so is the comparison
+with the eager step's loss; so each GPU gets the rows that fit it.
+
 Needs transformers, which the other benchmarks do not.
 """
 
 import dataclasses
+import gc
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,23 +30,29 @@ from peers import peer
 from torch import Tensor
 
 SHAPES = {  # layers, width, heads, groups, inner width, V, sequences, longest prompt, longest answer
-    ("cpu", "tiny"): (2, 32, 4, 2, 64, 300, 4, 6, 8),
-    ("cpu", "small"): (2, 64, 4, 2, 256, 2048, 8, 16, 32),
-    ("cpu", "default"): (4, 128, 4, 4, 512, 4096, 16, 32, 64),
-    ("cpu", "all"): (4, 256, 4, 4, 1024, 32000, 32, 64, 128),
-    ("cuda", "tiny"): (1, 32, 4, 2, 64, 130, 2, 4, 4),
-    ("cuda", "small"): (4, 512, 8, 4, 2048, 32000, 16, 64, 128),
-    ("cuda", "default"): (16, 2048, 32, 8, 8192, 128256, 12, 256, 512),  # Llama-3.2-1B; eager takes about 95 GiB
-    ("cuda", "all"): (16, 2048, 32, 8, 8192, 128256, 16, 256, 512),
+    ("cpu", "tiny"): [(2, 32, 4, 2, 64, 300, 4, 6, 8)],
+    ("cpu", "small"): [(2, 64, 4, 2, 256, 2048, 8, 16, 32)],
+    ("cpu", "default"): [(4, 128, 4, 4, 512, 4096, 16, 32, 64)],
+    ("cpu", "all"): [(4, 256, 4, 4, 1024, 32000, 32, 64, 128)],
+    ("cuda", "tiny"): [(1, 32, 4, 2, 64, 130, 2, 4, 4)],
+    ("cuda", "small"): [(4, 512, 8, 4, 2048, 32000, 16, 64, 128)],
+    ("cuda", "default"): [
+        (8, 1024, 16, 8, 4096, 128256, 8, 128, 256),  # most rows fit 24 GiB
+        (16, 2048, 32, 8, 8192, 128256, 12, 256, 512),  # Llama-3.2-1B; eager takes about 95 GiB
+    ],
+    ("cuda", "all"): [(16, 2048, 32, 8, 8192, 128256, 16, 256, 512)],
 }
+EAGER = "eager in TRL's manner"
 PROVIDERS = {  # and what is switched off
     "ppo_fast": (),
     "ppo_fast without packing": ("packing",),
     "ppo_fast without the linear loss": ("linear loss",),
     "ppo_fast without fused advantages": ("fused advantages",),
     "ppo_fast without all three": ("packing", "linear loss", "fused advantages"),
-    "eager in TRL's manner": (),
+    EAGER: (),
 }
+OPERATION = "learn step of actor and critic"
+MICRO_BATCH_TOKENS = 16384
 LONG_BEFORE = 0.05  # how far old log-probabilities are from the present ones
 
 
@@ -82,7 +92,7 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
         minibatches=1,
         epochs=1,
         max_new_tokens=answer,
-        micro_batch_tokens=16384,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
         entropy_coef=0.01,
         kl_coef=0.0,
         dtype="bfloat16" if device.type == "cuda" else "float32",
@@ -113,6 +123,59 @@ def flops_of(shape: tuple[int, ...], rollout: Any) -> int:
     weights = layers * (attention + 3 * width * inner)
     scores = layers * sum(2 * width * n * n for n in lengths)  # q k^T and p v, half of each
     return 2 * (6 * weights * sum(lengths) + 3 * scores) + 6 * sum(rollout.answer_lengths) * width * V
+
+
+def needed_bytes(shape: tuple[int, ...], provider: str) -> int:
+    """An estimate of the peak of a step in bf16 over fp32 weights, within about 20 %: what fits is then tried.
+
+    Weights, gradients and AdamW's two moments, and the bf16 copies of autocast, for actor and critic; activations of
+    both; logits and their gradients. Eager holds the logits of every padded position, and fp32 copies of those of the
+    answers in log_softmax, p, p log p and their gradients.
+    """
+    layers, width, heads, groups, inner, V, sequences, prompt, answer = shape
+    off = PROVIDERS[provider]
+    parameters = V * width + layers * (width * (2 * width + 2 * width * groups // heads) + 3 * width * inner)
+    full = provider == EAGER or "packing" in off  # padded rows; else about three quarters of each prompt and answer
+    tokens = sequences * (prompt + answer) if full else sequences * (3 * prompt + 3 * answer) // 4
+    answers = sequences * answer if provider == EAGER else sequences * 5 * answer // 8
+    activations = 2 * layers * min(tokens, MICRO_BATCH_TOKENS) * (30 * width + 8 * inner)
+    if provider == EAGER:
+        logits = tokens * V * 4 + answers * V * 24
+    elif "linear loss" in off:
+        logits = tokens * V * 4 + answers * V * 12
+    else:
+        logits = min(answers, 4096) * V * 8 + V * width * 4
+    return 2 * parameters * 18 + activations + logits
+
+
+def why_not(shape: tuple[int, ...], provider: str, free: int) -> str | None:
+    """Why a row cannot be measured with `free` bytes; None if it is tried."""
+    needed = needed_bytes(shape, provider)
+    if needed <= free:
+        return None
+    return f"{provider} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a GPU has left; None elsewhere."""
+    gc.collect()
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def loss_of_eager(task: Task, shape: tuple[int, ...], free: int | None, info: dict[str, Any]) -> list[Tensor] | None:
+    """The loss of the eager step, so that a row that does other work shows; None, with the reason, if it cannot fit."""
+    reason = None if free is None else why_not(shape, EAGER, free)
+    if reason is None:
+        plain = eager(task)
+        try:
+            return [plain.gradients(plain.advantages())]
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+    info["not_compared"] = reason
+    return None
 
 
 def fused_advantages(task: Task) -> Callable[[], Any]:
@@ -237,15 +300,51 @@ def show(provider: str, step_ms: float, parts_ms: dict[str, float]) -> None:
         print(f"    {name:24}{ms:10.4g} ms {100 * ms / whole:5.1f} %   {gain}")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = SHAPES[kind, metafunc.config.getoption("--size")]
+    names = [f"layers{layers}-D{width}-V{V}" for layers, width, _, _, _, V, *_ in shapes]
+    metafunc.parametrize("shape", shapes, ids=names)
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_learn(compare, benchmark, capsys, device: torch.device, backend: str, request, provider: str) -> None:
-    size = request.config.getoption("--size")
-    shape = SHAPES[device.type, size]
+def test_learn(
+    compare: Callable[..., None],
+    row: Any,
+    capsys: pytest.CaptureFixture[str],
+    device: torch.device,
+    backend: str,
+    provider: str,
+    shape: tuple[int, ...],
+) -> None:
+    free = free_bytes(device)
+    reason = None if free is None else why_not(shape, provider, free)
+    if reason is not None:
+        row.extra_info.update(operation=OPERATION, provider=provider, shape=str(shape), skipped=reason)
+        pytest.skip(reason)
+    try:
+        measure_step(compare, row.extra_info, capsys, device, backend, provider, shape, free)
+    except torch.OutOfMemoryError as error:
+        row.extra_info.update(operation=OPERATION, provider=provider, out_of_memory=str(error).splitlines()[0])
+        pytest.skip(f"{provider} runs out of memory at {shape}")
+
+
+def measure_step(
+    compare: Callable[..., None],
+    info: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    device: torch.device,
+    backend: str,
+    provider: str,
+    shape: tuple[int, ...],
+    free: int | None,
+) -> None:
+    """One row: the step, then its parts, each measured alone."""
     task = make(shape, device, backend)
     from ppo_fast.learn import Optimizer
 
     rollout, options = task.rollout, task.options
-    parts = eager(task) if provider.startswith("eager") else ours(task, PROVIDERS[provider])
+    parts = eager(task) if provider == EAGER else ours(task, PROVIDERS[provider])
     optimizers = [Optimizer(m, 1e-6, options) for m in (task.policy.actor, task.policy.critic)]
 
     def optimise() -> None:
@@ -263,14 +362,13 @@ def test_learn(compare, benchmark, capsys, device: torch.device, backend: str, r
         forget()
         return loss
 
-    plain = eager(task)
-    truth = plain.gradients(plain.advantages())  # in the same precision: a row that does other work shows
+    truth = loss_of_eager(task, shape, free, info)
     forget()
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
     layers, width, _, _, inner, V, sequences, *_ = shape
     compare(
         run,
-        operation="learn step of actor and critic",
+        operation=OPERATION,
         provider=provider,
         shape=f"layers={layers} D={width} V={V} sequences={sequences} tokens={sum(lengths)}",
         dtype=options.dtype,
@@ -278,9 +376,8 @@ def test_learn(compare, benchmark, capsys, device: torch.device, backend: str, r
         flops=flops_of(shape, rollout),
         gemm=(sum(lengths), inner, width),
         results=lambda: [parts.gradients(parts.advantages())],
-        truth=[truth],
+        truth=truth,
     )
-    info = benchmark.extra_info
     step_ms = statistics.median(info["samples_ms"])
     info["answer_tokens"] = sum(rollout.answer_lengths)
     info["tokens_per_s"] = 1e3 * sum(lengths) / step_ms

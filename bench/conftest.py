@@ -1,19 +1,22 @@
-"""Options, record format and the one fixture of the benchmarks.
+"""Options, record format and fixtures of the benchmarks.
 
-    pytest bench [--size tiny|small|default|all] [--commit HASH] [--benchmark-json RECORD.json]
+    pytest bench [--size tiny|small|default|all] [--commit HASH] [--record RECORD.jsonl]
 
-A record is pytest-benchmark's JSON; this file adds versions and device to its machine_info, and to each row in
-extra_info: provider, shape, dtype, raw samples, bytes and FLOPs by design, the two ceilings measured in this process
-and the floor that follows from them, peak extra memory, launches, and error against fp64. README.md explains them.
+A record has a header with machine, versions and commit, and a line for each row, written as soon as it is measured.
+(Or it is pytest-benchmark's JSON, written at the end: --benchmark-json; that package is needed for nothing else.) A row
+has provider, shape, dtype, raw samples, bytes and FLOPs by design, the two ceilings measured in this process and the
+floor that follows from them, peak extra memory, launches, and error against fp64. README.md explains them.
 """
 
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import json_lines
 import measure
 import pytest
 import torch
@@ -21,33 +24,23 @@ from torch import Tensor
 
 from ppo_fast.kernels import launch
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "numba",
-    "transformers",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "verl",
-    "openrlhf",
-    "torchrl",
-    "stable-baselines3",
-    "rl-triton",
-)
 SECONDS = {"tiny": 0.01, "small": 0.1, "default": 0.2, "all": 1.0}  # of sampling, for one row
 STARTED = pytest.StashKey[float]()
+RECORD = pytest.StashKey[json_lines.Writer | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--size", choices=SECONDS, default="default", help="which shapes to run")
     parser.addoption("--commit", default=None, help="commit to record where there is no git")
+    parser.addoption("--record", type=Path, default=None, help="file for a line of JSON for each row")
     parser.addoption("--budget", type=float, default=None, help="seconds after which the remaining rows are skipped")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[STARTED] = time.monotonic()
+    path = session.config.getoption("--record")
+    commit = session.config.getoption("--commit") or "unknown"
+    session.config.stash[RECORD] = None if path is None else json_lines.Writer(path, commit)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -80,37 +73,33 @@ def gemm_tflop_per_s(device: torch.device) -> Callable[[torch.dtype, int, int, i
     return functools.cache(functools.partial(measure.gemm_tflop_per_s, device))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["versions"] = {}
-    for package in PACKAGES:
-        try:
-            machine_info["versions"][package] = version(package)
-        except PackageNotFoundError:
-            machine_info["versions"][package] = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        machine_info["gpu"] = {
-            "name": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda or torch.version.hip,
-        }
+    machine_info |= json_lines.machine()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
     if config.getoption("--commit"):
         commit_info["id"] = config.getoption("--commit")
 
 
 @pytest.fixture
+def row(request: pytest.FixtureRequest) -> Any:
+    """What keeps a row: pytest-benchmark's fixture, or a substitute for it where that package does not take part."""
+    if request.config.pluginmanager.hasplugin("benchmark"):
+        return request.getfixturevalue("benchmark")
+    return SimpleNamespace(extra_info={}, group="", stats=None, pedantic=lambda function, rounds: function())
+
+
+@pytest.fixture
 def compare(
-    benchmark,
+    row: Any,
     device: torch.device,
     copy_gb_per_s: float,
     gemm_tflop_per_s: Callable[[torch.dtype, int, int, int], float],
     request: pytest.FixtureRequest,
-) -> Callable[..., None]:
+) -> Iterator[Callable[..., None]]:
     """compare(run, operation=..., provider=..., ...): measures one row and keeps it."""
 
     def measured(
@@ -129,8 +118,8 @@ def compare(
         small: bool = False,  # on a GPU also the host's time of a call
         replay: bool = False,  # ... and the time in a CUDA graph
     ) -> None:
-        benchmark.group = f"{operation} {shape} {dtype}"
-        info = benchmark.extra_info
+        row.group = f"{operation} {shape} {dtype}"
+        info = row.extra_info
         info.update(operation=operation, provider=provider, shape=shape, dtype=dtype, bytes=bytes, flops=flops)
         info["copy_gb_per_s"] = copy_gb_per_s
         info["floor_ms"] = bytes / copy_gb_per_s / 1e6
@@ -145,6 +134,7 @@ def compare(
             info["max_error"] = max_error(results(), truth) if compared else None
             measure_row(run, leaves, warm=compared)
         except torch.OutOfMemoryError:
+            info["out_of_memory"] = True
             pytest.skip(f"{provider} runs out of memory at {shape}")
         if device.type == "cuda" and (small or replay):
             info["call_us"] = measure.call_us(run)
@@ -152,28 +142,29 @@ def compare(
             measure_replay(run)
 
     def measure_row(run: Callable[[], Any], leaves: Sequence[Tensor], *, warm: bool) -> None:
-        info, samples = benchmark.extra_info, []
+        info, samples = row.extra_info, []
         seconds = SECONDS[request.config.getoption("--size")]
-        benchmark.pedantic(
-            lambda: samples.extend(measure.samples_ms(run, device, seconds=seconds, warm=warm)), rounds=1
-        )
+        row.pedantic(lambda: samples.extend(measure.samples_ms(run, device, seconds=seconds, warm=warm)), rounds=1)
         info["samples_ms"] = rounded(samples)
-        if benchmark.stats is not None:  # None with --benchmark-disable
-            benchmark.stats.stats.data[:] = [ms / 1e3 for ms in samples]  # its own table then shows these samples
+        if row.stats is not None:  # None with --benchmark-disable
+            row.stats.stats.data[:] = [ms / 1e3 for ms in samples]  # its own table then shows these samples
         info["l2"] = measure.FLUSHED if device.type == "cuda" else "as it comes"
         info["share_of_floor"] = info["floor_ms"] / statistics.median(samples)
         info["peak_extra_bytes"] = measure.peak_extra_bytes(run, device, leaves)
         info["launches"] = measure.launches(run, device)
 
     def measure_replay(run: Callable[[], Any]) -> None:
-        info = benchmark.extra_info
+        info = row.extra_info
         try:
             info["replay_ms"] = rounded(measure.replay_ms(run, device))
             info["share_of_floor_in_replay"] = info["floor_ms"] / statistics.median(info["replay_ms"])
         except RuntimeError as error:  # what cannot be captured still has its other numbers
             info["replay_failed"] = str(error).splitlines()[0]
 
-    return measured
+    yield measured
+    writer = request.config.stash[RECORD]
+    if writer is not None and row.extra_info:
+        writer.add(row.extra_info)
 
 
 def rounded(samples: list[float]) -> list[float]:

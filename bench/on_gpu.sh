@@ -3,19 +3,34 @@
 #
 #     bash bench/on_gpu.sh OUT [part [commit [size]]]
 #
-# Parts, each cut off before nine minutes: tests, rows (log-probabilities and losses), advantages, linear, learn. Without
-# a part all run. Needs torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark; learn needs transformers, too. Rivals
-# in a folder of PYTHONPATH take part. OUT gets a log and a JSON record for each part (rows for which no time is left are
-# skipped by name, so that the record is written); a failing part is kept and the next one runs; the exit status is that
-# of the worst. Sizes are small, default, all, and tiny for a dry run without a GPU: see bench/pretend_cuda.py.
+# Parts, in this order: first (the most important answers in about two minutes), tests (those that can run on a GPU),
+# choices (what only a GPU can decide), learn (a learn step), linear, rows (log-probabilities and losses), advantages.
+# Without a part all run, each cut off before nine minutes. Needs torch >= 2.11, triton >= 3.6, transformers and pytest;
+# what else is missing is skipped by name. Peers in a folder of PYTHONPATH take part.
+#
+# OUT gets a log and a record of each part: JSON Lines, a line written as soon as it is known, so that a record is
+# complete up to the moment at which its part ends, whatever ends it. A row for which memory or time is short is recorded
+# as such, and the next one runs. A failing part is kept and the next part runs; the exit status is that of the worst.
+# `tests` continues where an earlier run into the same OUT was cut off.
+#
+# Sizes are small, default, all, and dry: the smallest, on a machine without a GPU (see bench/pretend_cuda.py).
 set -uo pipefail
 out=${1:?usage: bash bench/on_gpu.sh OUT [part [commit [size]]]}
 only=${2:-all}
 commit=${3:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 size=${4:-default}
 mkdir -p "$out"
-export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH=".:tests:bench${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 worst=0
+python=(python3)
+scale=()
+tests=(tests)
+if [ "$size" = dry ]; then
+    python=(python3 bench/pretend_cuda.py)
+    scale=(--tiny)
+    tests=(tests/test_trainer_on_device.py -k "two_steps or probe")
+    size=tiny
+fi
 
 part() { # name, command...
     local name=$1
@@ -31,20 +46,23 @@ part() { # name, command...
 bench() { # name, files...
     local name=$1
     shift
-    part "$name" python3 -m pytest "$@" -q -p no:cacheprovider --size "$size" --commit "$commit" \
-        --budget 480 --benchmark-json "$out/$name.json" --benchmark-columns=median,iqr
+    part "$name" "${python[@]}" -m pytest "$@" -q -rs -p no:cacheprovider -p no:benchmark --size "$size" \
+        --commit "$commit" --budget 480 --record "$out/$name.jsonl"
 }
 
 case $only in
-all | tests | rows | advantages | linear | learn) ;;
+all | first | tests | choices | learn | linear | rows | advantages) ;;
 *)
-    echo "unknown part '$only'; the parts are tests, rows, advantages, linear, learn" >&2
+    echo "unknown part '$only'; the parts are first, tests, choices, learn, linear, rows, advantages" >&2
     exit 2
     ;;
 esac
-part tests python3 -m pytest tests -q -m gpu -p no:cacheprovider --continue-on-collection-errors
+part first "${python[@]}" bench/first_minutes.py "$out/first.jsonl" --commit "$commit" "${scale[@]}"
+part tests python3 -m pytest "${tests[@]}" -q -m gpu -p no:cacheprovider --continue-on-collection-errors \
+    -p outcomes --outcomes "$out/tests.jsonl" --seconds 480
+part choices "${python[@]}" bench/choices.py "$out/choices.jsonl" --commit "$commit" --budget 480 "${scale[@]}"
+bench learn bench/bench_learn.py
+bench linear bench/bench_linear.py
 bench rows bench/bench_logprobs.py bench/bench_loss.py
 bench advantages bench/bench_gae.py bench/bench_advantages.py
-bench linear bench/bench_linear.py
-bench learn bench/bench_learn.py
 exit "$worst"

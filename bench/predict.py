@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import json_lines
 from loops import Loop, amd_loops, cuda_loops
 
 ROOT = Path(__file__).parent.parent
@@ -221,8 +222,8 @@ def predicted_ms(task: Task, machine: Machine, costs: Costs | None = None) -> fl
 def measured_ms(results: Path) -> dict[tuple[str, str, str], float]:
     """(machine, operation, shape) -> our median on a GPU; a small operation's is that of its CUDA graph."""
     found: dict[tuple[str, str, str], float] = {}
-    for path in sorted(results.glob("*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((*results.glob("*/*.json"), *results.glob("*/*.jsonl"))):
+        record = json_lines.read(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
         gpu = (record.get("machine_info") or {}).get("gpu")
         names = [m.name for m in MACHINES if gpu and m.name in gpu["name"]]
         for row in record.get("benchmarks", []) if names else []:

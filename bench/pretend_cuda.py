@@ -1,28 +1,29 @@
 """A GPU for machines that have none: PyTorch says that it has CUDA, and everything runs on the CPU.
 
-    PYTHONPATH=bench:tests PYTEST_ADDOPTS="-p pretend_cuda" bash bench/on_gpu.sh OUT PART COMMIT tiny
+    python bench/pretend_cuda.py [-m] SCRIPT_OR_MODULE ARGUMENTS
 
-A pytest plugin for dry runs of the benchmarks: each line that is only for a GPU runs, on its own shapes and dtypes, so
-that no minute of a GPU is lost to a typo. Kernels run compiled, in the PTX interpreter of tests/ptx. The numbers mean
-nothing. What a real GPU would reject is rejected here, too: waiting inside a captured graph, replaying an empty one,
-reading an event before it has happened.
+For dry runs (`bash bench/on_gpu.sh OUT PART COMMIT dry`): each line that is only for a GPU runs, on its own shapes and
+dtypes, so that no minute of a GPU is lost to a typo. Kernels run compiled, in the PTX interpreter of tests/ptx. The
+numbers mean nothing. What a real GPU would reject is rejected here, too: waiting inside a captured graph, replaying an
+empty one, reading an event before it has happened.
 """
 
+import runpy
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import measure
-import pytest
 import torch
+import torch.nn.attention.varlen
 from ptx.emulator import Emulator
 from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-_EMULATOR = pytest.StashKey[AbstractContextManager[Emulator]]()  # kept alive until the process ends
 
 
 class OnTheCPU(TorchFunctionMode):
@@ -84,7 +85,7 @@ def capture(graph: Graph) -> Iterator[None]:
     Machine.capturing, graph.captured = False, True
 
 
-def wait() -> None:
+def wait(device: object = None) -> None:
     if Machine.capturing:
         raise RuntimeError("operation not permitted when stream is capturing")
     Machine.waits += 1
@@ -107,6 +108,35 @@ class Profile:
         return SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
 
 
+def varlen_attn(
+    query: torch.Tensor,  # [total, heads, d]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch.nn.attention.varlen, sequence by sequence, with what it asks of its arguments."""
+    assert {x.dtype for x in (query, key, value)} in ({torch.bfloat16}, {torch.float16}), "wants fp16 or bf16"
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert type(max_q) is int
+    assert window_size[1] == 0, "everything here is causal"
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    outputs = []
+    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1).float() for x in (query, key, value))
+        band = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        band = band if window_size[0] < 0 else band.triu(-window_size[0])
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outputs.append(attend(q, k, v, attn_mask=band, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(outputs).to(query.dtype)
+
+
 PROPERTIES = SimpleNamespace(name="no GPU: a dry run", total_memory=2**30, multi_processor_count=1, major=9, minor=0)
 STAND_INS = {
     "is_available": lambda: True,
@@ -118,21 +148,42 @@ STAND_INS = {
     "CUDAGraph": Graph,
     "graph": capture,
     "empty_cache": lambda: None,
-    "reset_peak_memory_stats": lambda: None,
-    "memory_allocated": lambda: 0,
-    "max_memory_allocated": lambda: 1,
+    "reset_peak_memory_stats": lambda device=None: None,
+    "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 1,
+    "mem_get_info": lambda device=None: (2**28, 2**30),
+    "device_count": lambda: 1,
+    "get_device_capability": lambda device=None: (9, 0),
     "get_device_properties": lambda index: PROPERTIES,
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_EMULATOR] = Emulator().installed()
-    config.stash[_EMULATOR].__enter__()
+@contextmanager
+def pretending() -> Iterator[None]:
+    """PyTorch has CUDA, and Triton's kernels run in the interpreter, until the block ends; stand-ins stay."""
     for name, stand_in in STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
+    torch.nn.attention.varlen.varlen_attn = varlen_attn
+    torch.cuda.tunable.is_enabled = lambda: False
     torch.profiler.profile = Profile  # PyTorch's own would complain of each operation
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
     torch.cuda.nvtx.range = lambda message: nullcontext()
     measure.L2_BYTES, measure.COPIED_BYTES = 2**10, {"cuda": 2**20}
     measure.WARM_UP_SECONDS, measure.WARM_UP_CALLS, measure.LEAST_SAMPLES, measure.CALLS = 0.0, 1, 2, 1
-    OnTheCPU().__enter__()
+    with Emulator().installed(), OnTheCPU():
+        yield
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs a script, or with -m a module, as python would."""
+    module, target = arguments[0] == "-m", arguments[arguments[0] == "-m"]
+    sys.argv = [target, *arguments[1 + module :]]
+    with pretending():
+        if module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

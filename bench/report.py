@@ -1,7 +1,7 @@
 """Tables and pictures from the records of the benchmarks.
 
-    pytest bench --benchmark-json bench/results/MACHINE/NAME.json
-    python bench/report.py bench/results/MACHINE/*.json
+    pytest bench --record bench/results/MACHINE/NAME.jsonl
+    python bench/report.py bench/results/MACHINE/*.json*
 
 writes README.md and the pictures into the folder of the records. A record without machine, versions and commit is
 refused. The shortest time of a group is bold, whoever's it is, and the page begins with the cells in which we are
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import json_lines
 from plots import picture_of
 from rows import CEILINGS, OURS, Groups, Row, groups_of, has_floor, is_rival, memory_mib, shown, shown_number, spread
 
@@ -44,7 +45,7 @@ class Record(NamedTuple):
 def read(path: Path) -> list[Record]:
     """The record of a file; several where it holds a whole program's for several tasks."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json_lines.read(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise TypeError("not an object")
         if "runs" in record:
@@ -52,7 +53,7 @@ def read(path: Path) -> list[Record]:
         if record and all(isinstance(x, dict) and "runs" in x for x in record.values()):
             return [program(path, f"{path.stem}, {name}", x) for name, x in record.items()]
         return [benchmarks(path, record)]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadRecord(f"{path} is no record of these benchmarks: {error!r}") from error
 
 
@@ -243,7 +244,9 @@ def page(records: list[Record], folder: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", nargs="+", type=Path, help="JSON records, all in one folder: one machine")
+    parser.add_argument(
+        "records", nargs="+", type=Path, help="records (JSON, JSON Lines), all in one folder: one machine"
+    )
     options = parser.parse_args(arguments)
     folders = {path.parent for path in options.records}
     if len(folders) > 1:

@@ -27,6 +27,12 @@ CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 20, 32 << 20
 _NO_MASS = -1000.0
 
 
+def _in_place(logits: Tensor, dlogits: Tensor, statistics: Tensor) -> bool:
+    """Whether a chunk can hold all steps up to d loss / d logits. One of fp16 or bf16, as products give it where they
+    cannot widen, cannot: e^u summed over a vocabulary exceeds fp16, and out= takes no other dtype."""
+    return logits.data_ptr() == dlogits.data_ptr() and logits.dtype == statistics.dtype
+
+
 def _block_rows(V: int, device: torch.device, itemsize: int) -> int:
     return max(2, (CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // (V * itemsize))
 
@@ -159,7 +165,7 @@ def _gradient(
     statistics: Tensor,
 ) -> Tensor | None:
     """d loss / d logits from logits, with statistics that are known."""
-    in_place = logits.data_ptr() == dlogits.data_ptr()
+    in_place = _in_place(logits, dlogits, statistics)
     for block in _blocks(logits, head, copy=not in_place):
         _finish_logits(block, head)
         _shift(block, statistics[0, block.part], block.x)
@@ -229,7 +235,7 @@ def _policy(
     statistics: Tensor,
 ) -> Tensor | None:
     """Statistics and d loss / d logits, from one read of the logits where there is no entropy bonus."""
-    in_place, bonus = logits.data_ptr() == dlogits.data_ptr(), o.entropy_coef != 0
+    in_place, bonus = _in_place(logits, dlogits, statistics), o.entropy_coef != 0
     how = {"copy": not in_place, "exponentials": in_place and not bonus}
     _measure(logits, tokens, head, statistics, with_entropy=True, **how)
     g, h = _policy_slopes(statistics[3], statistics[2], t, share, o)

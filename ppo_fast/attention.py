@@ -5,13 +5,12 @@ the name ppo_fast_packed; outside it the model has the implementation it came wi
 padding mask and a cache, never meets it. Where the sequences lie travels as keyword arguments through the model, not
 in a global: gradient checkpointing runs the forward again on another thread.
 
-On a GPU in fp16 or bf16 FlashAttention takes the row as it is: the flash-attn package through transformers where it is
-installed, else PyTorch's torch.nn.attention.varlen. Elsewhere (CPU, fp32, softcap, attention sinks) sequences of
-similar length are attended to in one batch by SDPA, with the arithmetic of an unpadded model.
+On an NVIDIA GPU in fp16 or bf16 FlashAttention takes the row as it is; `flash.decide` tells which implementation, and
+why none. Elsewhere (CPU, fp32, attention sinks) sequences of similar length are attended to in one batch by SDPA, with
+the arithmetic of an unpadded model.
 """
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available
+
+from ppo_fast import device as devices
+from ppo_fast import flash
 
 NAME = "ppo_fast_packed"
+
+# Softcap and sinks keep at least two such matrices of each layer for backward: at this size a model of 26 layers
+# (Gemma 2 2B) keeps 13 GiB of them, half of a GPU with 24.
+SCORES_LIMIT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,22 @@ class Layout:
 
 
 @contextmanager
-def packed_attention(*models: nn.Module) -> Iterator[None]:
+def cudnn_attention(*, enabled: bool) -> Iterator[None]:
+    """SDPA may use cuDNN inside this block, or may not.
+
+    On GPUs of compute capability 9 and 10 PyTorch prefers cuDNN in half precision, which builds a plan for each new
+    shape; lengths change with every pack and with every sampled token. Elsewhere cuDNN is the last choice anyway.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and enabled)  # who has switched it off wants it off
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def packed_attention(*models: nn.Module, cudnn: bool = False) -> Iterator[None]:
     """Models attend to packed rows inside this block; backward passes that recompute a forward belong inside, too."""
     AttentionInterface.register(NAME, _attend)
     configs = {id(c): c for model in models for c in _configs(model)}
@@ -88,7 +107,8 @@ def packed_attention(*models: nn.Module) -> Iterator[None]:
     for config in configs.values():
         config._attn_implementation_internal = NAME
     try:
-        yield
+        with cudnn_attention(enabled=cudnn):
+            yield
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
@@ -133,44 +153,49 @@ def _attend(
         raise ValueError(f"packed attention met a cache: {key.shape[2]} keys for {query.shape[2]} queries")
     if getattr(module, "is_causal", True) is not True:
         raise ValueError("packed attention is causal, but this layer is not")
-    plain = softcap is None and s_aux is None
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        if is_flash_attn_2_available() and s_aux is None:
-            function = ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
-            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-            return function(module, query, key, value, None, dropout=dropout, **options, **kwargs)
-        if plain:
-            return _varlen(query, key, value, packed_layout, scaling, sliding_window).unsqueeze(0), None
-    out = _by_buckets(
-        query,
-        key,
-        value,
-        packed_layout,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+    query, key, value = (x.to(_compute_dtype(query)) for x in (query, key, value))
+    request = flash.Request(
+        device=query.device,
+        dtype=query.dtype,
+        head_size=query.shape[-1],
+        value_size=value.shape[-1],
+        grouped=query.shape[1] != key.shape[1],
+        window=sliding_window is not None,
+        softcap=softcap is not None,
+        sinks=s_aux is not None,
     )
-    return out.unsqueeze(0), None
+    decision = flash.decide_and_warn(request)
+    if decision.path == flash.BUCKETS:
+        out = _by_buckets(
+            query,
+            key,
+            value,
+            packed_layout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        return out.unsqueeze(0), None
+    if sliding_window is not None and sliding_window >= packed_layout.longest:
+        sliding_window = None  # the kernels without a window are faster
+    rows = flash.Rows(
+        query=query[0].transpose(0, 1),
+        key=key[0].transpose(0, 1),
+        value=value[0].transpose(0, 1),
+        cu_seqlens=packed_layout.cu_seqlens,
+        longest=packed_layout.longest,
+        scaling=scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return flash.attend(decision, rows).unsqueeze(0), None
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
-) -> Tensor:
-    """[total, H, d] by PyTorch's own FlashAttention. Earlier ones want as many heads of keys as of queries."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    ends, longest = layout.cu_seqlens, layout.longest
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
-    assert isinstance(out, Tensor)  # a pair only where the logsumexp is asked for
-    return out
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, as SDPA would: rotary embeddings turn queries and keys, but not values, to fp32."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _ToSlots(torch.autograd.Function):
@@ -233,10 +258,13 @@ def _causal(
         band = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
     if softcap is None and sinks is None:
         gqa = q.shape[1] != k.shape[1]
+        if gqa and repeats_heads(q, v, masked=band is not None):
+            k, v, gqa = _repeat(k, q.shape[1]), _repeat(v, q.shape[1]), False
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=gqa
         )
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    _warn_of_scores(q, "attention sinks" if softcap is None else "a softcap")
+    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -246,3 +274,37 @@ def _causal(
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)], -1)
     p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return (p if sinks is None else p[..., :-1]) @ v
+
+
+def repeats_heads(q: Tensor, v: Tensor, *, masked: bool) -> bool:
+    """Whether keys and values get repeated for grouped queries [S, H, L, d] in SDPA.
+
+    On a GPU only its flash kernel is sure to take grouped queries as they are: half precision, no mask, compute
+    capability 8.0, one head size up to 256. For others PyTorch falls back to the math kernel, which holds all scores
+    [S, H, L, L], where the memory-efficient kernel needs only the repeated keys and values.
+    """
+    if q.device.type == "cpu":
+        return False
+    capability = devices.compute_capability(q.device)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    flash_takes_it = half and not masked and q.shape[-1] == v.shape[-1] <= flash.MAX_HEAD_SIZE
+    return not flash_takes_it or (capability is not None and capability < (8, 0))
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """[S, G, L, d] -> [S, heads, L, d]"""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _warn_of_scores(q: Tensor, feature: str) -> None:
+    S, H, L, _ = q.shape
+    size = S * H * L * L * 4  # softmax in fp32
+    if size > SCORES_LIMIT_BYTES:
+        remedy = "lower micro_batch_tokens or max_new_tokens, or use --gradient-checkpointing"
+        if feature == "a softcap" and q.device.type != "cpu":
+            remedy += ", or install flash-attn 2.6 or newer"
+        flash.warn_once(
+            f"attention with {feature} holds all scores: {size / 2**30:.1f} GiB for each matrix of each layer"
+            f" ({S} sequences of {L} tokens, {H} heads); {remedy}",
+            key=f"scores with {feature}",
+        )

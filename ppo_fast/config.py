@@ -144,6 +144,9 @@ class PPOConfig:
         " a sixteenth of its memory",
         1,
     )
+    cudnn_attention: bool = setting(
+        False, "PyTorch may use cuDNN for attention, which plans anew for each shape (only bench/on_gpu.sh needs it)"
+    )
     out: str | None = setting(None, "folder for metrics, TensorBoard events, samples and the model")
     tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
     save_every: int = setting(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast as ppo
+from ppo_fast import flash
 from ppo_fast.kernels import reference
 from ppo_fast.kernels.linear_chunks import product_path
 
@@ -31,8 +32,9 @@ _PRODUCTS = {  # of the linear operations: see product_path
     "rounded": "into the same dtype, and then to fp32",
 }
 
-PACKAGES = ("ppo_fast", "torch", "triton", "numba", "transformers", "flash-attn", "peft", "gymnasium")
+PACKAGES = ("ppo_fast", "torch", "triton", "numba", "transformers", "flash-attn", "flash_attn_3", "peft", "gymnasium")
 SLACK = 1e-6
+HEAD_SIZE = 128
 
 Inputs = dict[str, Tensor]
 Operations = Any  # ppo_fast itself or the reference: both have the same functions
@@ -279,6 +281,20 @@ def _driver() -> str:
     return found[0] if found else "unknown"
 
 
+def _attention(device: torch.device) -> dict[str, str]:
+    """The attention of a run on packed rows, by compute dtype, for layers of HEAD_SIZE as Llama's and Qwen's."""
+    if device.type != "cpu":
+        device = torch.device(device.type, device.index or 0)
+    facts = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        request = flash.Request(device=device, dtype=dtype, head_size=HEAD_SIZE, value_size=HEAD_SIZE, grouped=True)
+        decision = flash.decide(request)
+        name = str(dtype).removeprefix("torch.")
+        half = dtype != torch.float32 and decision.reason is not None
+        facts[f"attention {name}"] = decision.label + (f" ({decision.reason})" if half else "")
+    return facts
+
+
 def describe() -> dict[str, str]:
     """What this machine has, and what will run on it."""
     facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
@@ -300,18 +316,13 @@ def describe() -> dict[str, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = {dtype: product_path(device, dtype) for dtype in (torch.bfloat16, torch.float16)}
     facts["products"] = ", ".join(f"{str(dtype)[6:]} {_PRODUCTS[path]}" for dtype, path in paths.items())
-    if find_spec("flash_attn"):
-        facts["attention"] = "flash-attn, variable length"
-    elif torch.cuda.is_available() and find_spec("torch.nn.attention.varlen"):
-        facts["attention"] = "torch.nn.attention.varlen (fp16 and bf16)"
-    else:
-        facts["attention"] = "PyTorch's scaled_dot_product_attention"
+    facts.update(_attention(device))
     return facts
 
 
 def _print_facts(facts: dict[str, str]) -> None:
     for name, fact in facts.items():
-        print(f"{name:14} {fact}")
+        print(f"{name:18} {fact}")
 
 
 def _print_checks(checks: list[Check], seconds: float) -> None:

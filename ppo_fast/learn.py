@@ -5,7 +5,7 @@ and the same code: its first ratio is exactly 1. Later epochs are cut anew.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 import ppo_fast as ppo
-from ppo_fast.attention import packed_attention
+from ppo_fast.attention import cudnn_attention, packed_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import upload
 from ppo_fast.errors import NonFiniteError
@@ -46,7 +46,8 @@ Reference = FrozenReference | AdapterReference | None
 def packed(policy: Policy, reference: Reference = None) -> Iterator[None]:
     """Actor, critic and reference take packed rows inside this block, if they can."""
     models = [policy, *([reference] if isinstance(reference, nn.Module) else [])]
-    with packed_attention(*models) if policy.head.packed else nullcontext():
+    cudnn = policy.config.cudnn_attention
+    with packed_attention(*models, cudnn=cudnn) if policy.head.packed else cudnn_attention(enabled=cudnn):
         yield
 
 

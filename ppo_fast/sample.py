@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
 )
 
+from ppo_fast.attention import cudnn_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import check_rows, columns, prompt_ids
 from ppo_fast.device import upload
@@ -164,6 +166,36 @@ class _Recorder(LogitsProcessor):
             self.chosen.append(self.last.gather(1, tokens.unsqueeze(1)).squeeze(1))
 
 
+class HalfCache(DynamicCache):
+    """A KV cache in autocast's dtype.
+
+    Rotary embeddings give fp32 keys under autocast. Attention rounds them anyway: kept as they are they take twice the
+    memory, and the whole cache is cast again for each layer and token.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self.compute_dtype = dtype
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds keys and values [B, G, n, d] of new tokens, and returns those of all."""
+        keys, values = (x.to(self.compute_dtype) for x in (key_states, value_states))
+        return super().update(keys, values, layer_idx, *args, **options)
+
+
+def _cache_options(actor: Any, config: PPOConfig) -> dict[str, Any]:
+    """The argument of `generate` for a cache in the compute dtype; none where the model brings a cache of its own."""
+    model: Any = bare(actor)
+    own = "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache()
+    adapters = getattr(actor, "peft_config", {})
+    own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
+    if config.dtype != "bfloat16" or own:
+        return {}
+    return {"past_key_values": HalfCache(model, torch.bfloat16)}
+
+
 @torch.no_grad()
 def generate(
     actor: Any,
@@ -198,13 +230,18 @@ def generate(
         **how,
     )
     recorder = _Recorder(config.temperature)
-    with _generation_config(actor, generation), compute_in(config.dtype, actor.device):
+    with (
+        _generation_config(actor, generation),
+        compute_in(config.dtype, actor.device),
+        cudnn_attention(enabled=config.cudnn_attention),
+    ):
         sequences = (call or actor.generate)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([recorder]),
             tokenizer=tokenizer if config.stop else None,
             synced_gpus=synced_gpus,
+            **_cache_options(actor, config),
         )
     recorder.note(sequences[:, -1])
     logprobs = torch.stack(recorder.chosen, 1).tolist()

@@ -111,9 +111,12 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """Marks every test that can run on a GPU; those that need one are skipped where there is none."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        needs = item.get_closest_marker("needs_gpu") is not None
+        if needs or "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        if needs and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

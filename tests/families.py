@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+
+pytest.importorskip("transformers", reason='transformers is not installed: pip install "ppo_fast[train]"')
+
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,

@@ -354,7 +354,7 @@ def test_two_processes_whiten_otherwise_than_one(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
 
 
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
 def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
     x = on(device, make(*shape))

@@ -10,19 +10,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bench_learn
+import choices
+import first_minutes
+import json_lines
+import measure
+import outcomes
+import peers
+import plots
+import predict
 import pytest
+import report
+import rows
 import torch
 
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+import ppo_fast as ppo
+
 ROOT = Path(__file__).parent.parent
-
-import measure  # noqa: E402
-import peers  # noqa: E402
-import plots  # noqa: E402
-import report  # noqa: E402
-import rows  # noqa: E402
-
-import ppo_fast as ppo  # noqa: E402
 
 
 def outside_xdist() -> dict[str, str]:
@@ -42,23 +46,24 @@ def on_gpu(out: Path, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
-def parts() -> list[Any]:
-    lines = (ROOT / "bench" / "on_gpu.sh").read_text().splitlines()
-    names = [line.split()[1] for line in lines if line.startswith("bench ")]
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name == "learn")) for name in names]
+DRY = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU need not be pretended")
-@pytest.mark.parametrize("part", parts())
-def test_dry_run_of_each_gpu_part_leaves_a_complete_record(tmp_path: Path, part: str):
-    pretended = {"PYTHONPATH": f"bench{os.pathsep}tests", "PYTEST_ADDOPTS": "-p pretend_cuda"}
-    done = on_gpu(tmp_path, part, "0123abc", "tiny", **pretended)
+def dry_run(folder: Path, part: str) -> dict[str, Any]:
+    """The record of a part on a pretended GPU."""
+    done = on_gpu(folder, part, "0123abc", "dry")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    record = json.loads((tmp_path / f"{part}.json").read_text())
+    record = json_lines.read(folder / f"{part}.jsonl")
     assert record["commit_info"]["id"] == "0123abc"
     assert record["machine_info"]["versions"]["torch"]
     assert record["machine_info"]["gpu"]["name"]
-    infos = [row["extra_info"] for row in record["benchmarks"]]
+    return record
+
+
+@DRY
+@pytest.mark.parametrize("part", ["rows", "advantages", "linear", pytest.param("learn", marks=pytest.mark.slow)])
+def test_dry_run_of_each_benchmark_leaves_a_complete_record(tmp_path: Path, part: str):
+    infos = [row["extra_info"] for row in dry_run(tmp_path, part)["benchmarks"]]
     ours = [info for info in infos if info["provider"].startswith("ppo_fast")]
     assert ours
     for info in infos:
@@ -81,6 +86,61 @@ def test_dry_run_of_each_gpu_part_leaves_a_complete_record(tmp_path: Path, part:
             assert set(info["parts_ms"]) == {"advantages", "backbones", "head and loss", "clipping and AdamW"}
 
 
+@DRY
+@pytest.mark.slow
+def test_dry_run_of_the_first_minutes_answers_every_question_in_order(tmp_path: Path):
+    answers = [row["extra_info"] for row in dry_run(tmp_path, "first")["benchmarks"]]
+    questions = list(dict.fromkeys(answer["question"] for answer in answers))
+    assert [question.split()[0:4] for question in questions] == [
+        ["what", "does", "this", "machine"],
+        ["is", "the", "operation", "right?"],
+        ["do", "two", "steps", "of"],
+        ["is", "packed", "attention", "exact?"],
+        ["is", "the", "kernel", "right"],
+    ]
+    steps = {(x["family"], x["dtype"]) for x in answers if x["question"] == questions[2]}
+    assert steps == {(family, dtype) for family in ("llama", "gpt2") for dtype in ("float32", "bfloat16")}
+    assert {x["function"] for x in answers if x["question"] == questions[3]} == set(first_minutes.libraries())
+    assert all(x.get("passed", "machine" in x or "skipped" in x) is True for x in answers)
+
+
+@DRY
+def test_dry_run_of_the_choices_measures_each_alternative(tmp_path: Path):
+    found = [row["extra_info"] for row in dry_run(tmp_path, "choices")["benchmarks"]]
+    assert not [row for row in found if "error" in row or "skipped" in row]
+    assert {row["choice"] for row in found} == {"cudnn", "grouped", "precision", "probe", "chunks"}
+
+    def alternatives(choice: str, name: str) -> set[Any]:
+        return {row[name] for row in found if row["choice"] == choice}
+
+    assert alternatives("cudnn", "cudnn") == {"allowed", "not allowed"}
+    assert alternatives("cudnn", "case") == {"learning", "sampling"}
+    assert alternatives("grouped", "keys") == {"as they are", "repeated"}
+    assert alternatives("precision", "float32_matmul_precision") == {"highest", "high"}
+    assert alternatives("probe", "kind") == {"float32", "bfloat16 autocast", "bfloat16 weights"}
+    assert alternatives("chunks", "chunk_bytes") == set(choices.TINY.chunks)
+    assert all(0 <= row["eps_of_packed"] < 64 for row in found if row["choice"] == "probe")
+    assert all(row["median_ms"] > 0 for row in found if row["choice"] in ("grouped", "chunks"))
+
+
+@DRY
+@pytest.mark.slow
+def test_the_tests_part_runs_each_test_once_and_continues_what_was_cut_off(tmp_path: Path):
+    for _ in range(2):
+        done = on_gpu(tmp_path, "tests", "0123abc", "dry")
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    lines = (tmp_path / "tests.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["test"] for line in lines}) >= 4
+    assert {json.loads(line)["outcome"] for line in lines} == {"passed"}
+
+
+def test_every_part_of_the_script_has_a_dry_run():
+    lines = (ROOT / "bench" / "on_gpu.sh").read_text().splitlines()
+    names = [line.split()[1] for line in lines if line.startswith(("part ", "bench "))]
+    assert names == ["first", "tests", "choices", "learn", "linear", "rows", "advantages"]
+    assert names == next(line for line in lines if line.startswith("all | ")).rstrip(") ;").split(" | ")[1:]
+
+
 def test_a_failing_part_is_kept_and_told_by_the_exit_status(tmp_path: Path):
     done = on_gpu(tmp_path, "rows", "0123abc", "no such size")
     assert done.returncode != 0
@@ -90,7 +150,117 @@ def test_a_failing_part_is_kept_and_told_by_the_exit_status(tmp_path: Path):
 def test_an_unknown_part_is_refused(tmp_path: Path):
     done = on_gpu(tmp_path, "everything")
     assert done.returncode == 2
-    assert "the parts are tests, rows" in done.stderr
+    assert "the parts are first, tests, choices" in done.stderr
+
+
+# Records
+
+
+def test_a_record_holds_failed_rows_and_rows_without_memory_or_time(tmp_path: Path, capsys):
+    def no_memory() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("no kernel image")
+
+    writer = json_lines.Writer(tmp_path / "x.jsonl", "0123abc", budget=1e9)
+    writer.measure({"row": 1}, lambda: {"passed": True})
+    writer.measure({"row": 2}, no_memory)
+    writer.measure({"row": 3}, broken)
+    writer.measure({"row": 4}, lambda: {"passed": False})
+    writer.budget = 0
+    writer.measure({"row": 5}, lambda: {"passed": True})
+    found = {row["extra_info"].pop("row"): row["extra_info"] for row in json_lines.read(writer.path)["benchmarks"]}
+    assert found[1].pop("seconds") >= 0
+    assert found[1] == {"passed": True}
+    assert found[2]["out_of_memory"] == "CUDA out of memory."
+    assert found[3]["error"] == "RuntimeError: no kernel image"
+    assert found[5] == {"skipped": "the budget of 0 s is spent"}
+    assert writer.failed == 2
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_a_record_that_was_cut_off_keeps_its_complete_lines(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    writer = json_lines.Writer(path, "0123abc")
+    writer.add({"a": 1})
+    writer.add({"a": 2})
+    path.write_text(path.read_text()[:-3])
+    assert json_lines.read(path)["benchmarks"] == [{"extra_info": {"a": 1}}]
+    path.write_text(path.read_text() + "\n{}\n")
+    with pytest.raises(json.JSONDecodeError):
+        json_lines.read(path)
+
+
+def test_a_measurement_on_a_gpu_is_found_in_json_lines(tmp_path: Path):
+    task = next(task for task in predict.tasks() if task.operation == "gae")
+    info = {"operation": "gae", "shape": task.shape, "provider": "ppo_fast", "samples_ms": [9.0], "replay_ms": [0.011]}
+    (tmp_path / "h200").mkdir()
+    lines = [{"machine_info": {"gpu": {"name": "NVIDIA H200"}}}, info]
+    (tmp_path / "h200" / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert predict.measured_ms(tmp_path) == {("H200", "gae", task.shape): 0.011}
+
+
+@pytest.mark.parametrize(
+    ("gib", "kept"),
+    [
+        (23, {(1024, "ppo_fast"), (1024, bench_learn.EAGER)}),
+        (79, {(1024, "ppo_fast"), (1024, bench_learn.EAGER), (2048, "ppo_fast")}),
+        (139, {(width, name) for width in (1024, 2048) for name in ("ppo_fast", bench_learn.EAGER)}),
+    ],
+)
+def test_each_gpu_measures_the_learn_steps_that_fit_it(gib: int, kept: set[tuple[int, str]]):
+    """GPUs of 24, 80 and 141 GB, with what PyTorch itself takes off."""
+    shapes = bench_learn.SHAPES["cuda", "default"]
+    names = ("ppo_fast", bench_learn.EAGER)
+    reasons = {(s[1], name): bench_learn.why_not(s, name, gib * 2**30) for s in shapes for name in names}
+    assert {key for key, reason in reasons.items() if reason is None} == kept
+    assert all(f"and {gib:.1f} GiB are free" in reason for reason in reasons.values() if reason is not None)
+
+
+def test_the_memory_of_the_eager_step_is_that_of_its_comment():
+    """About 95 GiB, as bench_learn.SHAPES says of Llama-3.2-1B."""
+    assert 85 < bench_learn.needed_bytes(bench_learn.SHAPES["cuda", "default"][1], bench_learn.EAGER) / 2**30 < 105
+
+
+THREE_TESTS = """
+import pathlib, pytest
+
+def test_a():
+    pass
+
+def test_b():
+    assert pathlib.Path({flag!r}).exists(), "no flag"
+
+@pytest.mark.skip(reason="no third one")
+def test_c():
+    pass
+"""
+
+
+def with_outcomes(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**outside_xdist(), "PYTHONPATH": str(ROOT / "bench")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "outcomes"]
+    command += ["--outcomes", str(folder / "o.jsonl"), "test_three.py", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_outcomes_are_written_at_once_and_only_what_is_left_runs_again(tmp_path: Path):
+    flag = tmp_path / "flag"
+    (tmp_path / "test_three.py").write_text(THREE_TESTS.format(flag=str(flag)))
+
+    def known() -> dict[str, str]:
+        return {name.split("::")[1]: outcome for name, outcome in outcomes.known(tmp_path / "o.jsonl").items()}
+
+    assert with_outcomes(tmp_path, "--seconds", "0").returncode == 0
+    assert set(known().values()) == {"left"}
+    assert with_outcomes(tmp_path).returncode == 1
+    assert known() == {"test_a": "passed", "test_b": "failed", "test_c": "skipped"}
+    assert "no flag" in (tmp_path / "o.jsonl").read_text()
+    flag.touch()
+    assert "1 passed, 2 deselected" in with_outcomes(tmp_path).stdout
+    assert with_outcomes(tmp_path).returncode == 0
+    assert known() == {"test_a": "passed", "test_b": "passed", "test_c": "skipped"}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,17 +271,32 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def gae_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("bench") / "gae.json"
+    path = tmp_path_factory.mktemp("bench") / "gae.jsonl"
+    done = bench("bench/bench_gae.py", "--size", "tiny", "--record", str(path))
+    assert done.returncode == 0, done.stdout[-2000:]
+    return json_lines.read(path)
+
+
+def test_pytest_benchmark_writes_the_same_rows(tmp_path: Path, gae_record: dict[str, Any]):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (the extra ppo_fast[bench])")
+    path = tmp_path / "gae.json"
     done = bench("bench/bench_gae.py", "--size", "tiny", "--benchmark-json", str(path))
     assert done.returncode == 0, done.stdout[-2000:]
-    return json.loads(path.read_text())
+    record = json.loads(path.read_text())
+    assert record["commit_info"]["id"] == gae_record["commit_info"]["id"] == "0123abc"
+    names = [
+        [(r["extra_info"]["provider"], sorted(r["extra_info"])) for r in x["benchmarks"]] for x in (record, gae_record)
+    ]
+    assert names[0] == names[1]
+    assert made(tmp_path, record)[0] == 0
 
 
 def test_rows_beyond_the_budget_run_on_or_cost_the_record(tmp_path: Path):
-    path = tmp_path / "gae.json"
-    done = bench("bench/bench_gae.py", "--size", "tiny", "--budget", "0", "--benchmark-json", str(path), "-rs")
+    path = tmp_path / "gae.jsonl"
+    done = bench("bench/bench_gae.py", "--size", "tiny", "--budget", "0", "--record", str(path), "-rs")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "the budget of 0 s is spent" in done.stdout
+    assert json_lines.read(path)["benchmarks"] == []
 
 
 def made(folder: Path, record: dict[str, Any]) -> tuple[int, str]:
@@ -126,7 +311,7 @@ def test_the_report_leaves_out_a_row_or_says_not_where_it_comes_from(tmp_path: P
     status, page = made(tmp_path, gae_record)
     assert status == 0
     found = [row["extra_info"] for row in gae_record["benchmarks"]]
-    assert page.count("| ppo_fast |") == len({row["group"] for row in gae_record["benchmarks"]})
+    assert page.count("| ppo_fast |") == len({(x["operation"], x["shape"], x["dtype"]) for x in found})
     names = [info["provider"] for info in found]
     for name in set(names):
         assert page.count(f"| {name} |") == names.count(name)

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install "ppo_fast[train]"')
+pytest.importorskip("tensorboard", reason='tensorboard is not installed: pip install "ppo_fast[train]"')
+
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import save_tiny_model

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections.abc import Iterator
 
 import pytest
 import static
@@ -15,6 +16,16 @@ from ppo_fast.kernels import eager_gae, gae, reference
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 CPU_ONLY = not torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_device(device: torch.device) -> Iterator[None]:
+    """On a GPU every tensor of a test is made there."""
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
 
 
 @pytest.fixture(params=["triton", "numba", "torch"])
@@ -45,7 +56,7 @@ def check(function, bound: float = 1e-5, **options) -> None:
 
 def everything(shape: tuple[int, ...], rows: int, seed: int = 0) -> dict:
     """Inputs with a mask that has gaps, ends, cuts and a bootstrap; NaN and flags stand where they must not be read."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rewards, values, final_values = torch.randn(3, *shape, generator=g)
     mask = torch.rand(shape, generator=g) < 0.7
     flags = torch.rand(2, *shape, generator=g) < 0.15
@@ -244,7 +255,7 @@ def test_packed_boundaries_beyond_the_end_stand_for_the_end():
     assert all(map(torch.equal, beyond, gae.gae(**options, cu_seqlens=torch.tensor([0, 60, 200, 200]))))
 
 
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
 def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
     options = {k: x.to(device) for k, x in everything(shape, shape[0]).items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import NOT_INTERPRETED, launched_by
 from loss_cases import (
     AGGREGATIONS,
     EVERYTHING,
@@ -516,28 +517,21 @@ def test_bf16_errs_at_most_twice_as_much_as_eager_pytorch(backend, device, aggre
     check(backend, x, mask, aggregation=aggregation, **EVERYTHING)
 
 
-@pytest.mark.gpu
+@NOT_INTERPRETED
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_a_forward_takes_more_than_two_launches_or_a_backward_more_than_one(device, aggregation):
-    x, mask = make((16, 1024), device), make_mask((16, 1024), device)
+def test_a_forward_takes_two_launches_and_a_backward_one(monkeypatch, device, aggregation):
+    monkeypatch.undo()  # poisoning an empty tensor is one more launch
+    shape = (16, 1024) if device.type == "cuda" else (3, 40)
+    x, mask = make(shape, device), make_mask(shape, device)
     inputs = [x[name].requires_grad_(name in GRADIENTS) for name in PPO]
-
-    def launches(run: Callable) -> tuple[int, Any]:
-        run()
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            result = run()
-            torch.cuda.synchronize()
-        return sum(event.count for event in profile.key_averages() if event.self_device_time_total > 0), result
-
-    count, (out, _) = launches(lambda: loss.ppo_loss(*inputs, mask, aggregation=aggregation))
-    assert count <= 2
+    names, (out, _) = launched_by(lambda: loss.ppo_loss(*inputs, mask, aggregation=aggregation), device)
+    assert 1 <= len(names) <= 2, names
     one = torch.ones((), device=device)
-    count, _ = launches(lambda: torch.autograd.grad(out, inputs[:2], one, retain_graph=True))
-    assert count <= 1
+    names, _ = launched_by(lambda: torch.autograd.grad(out, inputs[:2], one, retain_graph=True), device)
+    assert len(names) == 1, names
 
 
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 def test_the_host_waits_for_the_device(backend, device):
     x, mask = make((16, 1024), device), make_mask((16, 1024), device)
     denominator = mask.sum()
@@ -552,7 +546,7 @@ def test_the_host_waits_for_the_device(backend, device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 def test_a_cuda_graph_cannot_capture_it(backend, device):
     x, mask = make((16, 1024), device), make_mask((16, 1024), device)
     inputs = [x[name].requires_grad_(name in GRADIENTS) for name in PPO]

@@ -230,7 +230,7 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "window"), [((4, 4), None), ((8, 2), None), ((4, 2), 5)])
 def test_flash_attention_on_a_gpu_differs_from_attention_sequence_by_sequence(dtype, heads, window):

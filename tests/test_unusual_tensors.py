@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ppo_fast as ppo
 from ppo_fast import checks, doctor
-from ppo_fast.kernels import cpu, cpu_advantages, cpu_loss, eager_gae
+from ppo_fast.kernels import eager_gae
 from ppo_fast.kernels.memory import addressable
 
 CPU = torch.device("cpu")
@@ -152,6 +152,9 @@ def test_nothing_is_read_by_address_while_it_is_traced_or_transformed():
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_compiled_loop_is_given_memory_that_may_not_be_read_by_address(name, monkeypatch):
+    cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
+    from ppo_fast.kernels import cpu_advantages, cpu_loss
+
     for module in (eager_gae, cpu_loss, cpu_advantages):
         monkeypatch.setattr(module, "addressable", lambda *_: False)
     for module in (cpu, cpu_loss, cpu_advantages):

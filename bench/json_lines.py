@@ -1,0 +1,110 @@
+"""Records that are complete at every moment: JSON Lines, each line written as soon as it is known.
+
+The first line is the header: machine, versions, commit, date. Each further line is a row. A run that is killed leaves
+a record of everything that it measured.
+"""
+
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "numba",
+    "transformers",
+    "flash-attn",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "verl",
+    "openrlhf",
+    "torchrl",
+    "stable-baselines3",
+    "rl-triton",
+)
+
+
+def machine() -> dict[str, Any]:
+    """Versions, threads and the GPU."""
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "versions": {}}
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = version(package)
+        except PackageNotFoundError:
+            found["versions"][package] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    return found
+
+
+class Writer:
+    """Starts a record; counts the rows that failed and keeps a budget of time."""
+
+    def __init__(self, path: Path, commit: str, budget: float | None = None) -> None:
+        self.path = path
+        self.budget = budget
+        self.failed = 0
+        self.started = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = {
+            "python_version": platform.python_version(),
+            "cpu": {"brand_raw": platform.processor() or platform.machine()},
+            **machine(),
+        }
+        date = datetime.datetime.now(datetime.UTC).isoformat()
+        path.write_text(json.dumps({"machine_info": place, "commit_info": {"id": commit}, "datetime": date}) + "\n")
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def measure(self, about: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
+        """Adds `about` and what the call finds; a row for which there is no memory or time is recorded as such.
+
+        A row with "passed" false, or whose call raises another error, counts as failed.
+        """
+        start = time.monotonic()
+        row = dict(about)
+        if self.budget is not None and start - self.started > self.budget:
+            row["skipped"] = f"the budget of {self.budget:g} s is spent"
+        else:
+            try:
+                row |= call()
+            except torch.OutOfMemoryError as error:
+                row["out_of_memory"] = str(error).splitlines()[0]
+            except Exception as error:  # whatever a compiler, driver or library raises is a result, and others follow
+                row |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
+            row["seconds"] = round(time.monotonic() - start, 3)
+        self.failed += row.get("passed") is False
+        self.add(row)
+        print(json.dumps(row), flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record in the form of pytest-benchmark's JSON. The last line may be cut off."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header, rows = json.loads(lines[0]), []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return {**header, "benchmarks": [{"extra_info": row} for row in rows]}

@@ -1,0 +1,449 @@
+"""The peak memory of a PPO step on a GPU, calculated before the first step.
+
+The models run on PyTorch's fake tensors, which have shapes and no data, and every storage that they would allocate is
+counted. This follows each family of models, LoRA and gradient checkpointing without a formula for each. Models of two
+and of four layers are run, and the rest is extrapolated, since layers are alike.
+
+Attention counts as FlashAttention does (queries, keys, values, the output and one number for each query and head), and
+the head as the Triton backend cuts it into chunks. Not counted: the CUDA context (about 0.5 GiB), workspaces of
+libraries, and gaps between allocations.
+"""
+
+import copy
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.errors import UserError
+from ppo_fast.heads import bare, decoder_of
+from ppo_fast.kernels.linear_chunks import DEVICE_CHUNK_ROWS, Plan, _make_plan
+from ppo_fast.models import Critic, add_lora, recomputing
+from ppo_fast.sample import HalfCache
+
+NAME = "ppo_fast_memory"
+LAYERS = (2, 4)  # of the models that are run: an even number, since layers with and without a window may alternate
+ADAM = 8  # bytes of AdamW's two moments of a weight
+SAMPLED_LOGITS = 5  # fp32 copies of a step's logits [B, V] while sampling: the model's, generate's, the recorder's
+FILTERED_LOGITS = 10  # with top-k, top-p or min-p, which sort them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by phase of a step and, within a phase, by part, at the phase's peak."""
+
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak(self) -> int:
+        """Of the whole step."""
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    def __str__(self) -> str:
+        """A table in GiB."""
+        names = list(dict.fromkeys(name for parts in self.phases.values() for name in parts))
+        lines = ["| GiB | " + " | ".join(self.phases) + " |", "|---|" + "---:|" * len(self.phases)]
+        for name in names:
+            cells = (f"{parts.get(name, 0) / 2**30:.2f}" for parts in self.phases.values())
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        sums = (f"{sum(parts.values()) / 2**30:.2f}" for parts in self.phases.values())
+        return "\n".join([*lines, "| sum | " + " | ".join(sums) + " |"])
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all storages that are made inside this block and still alive, by category, and their peak."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights = {x.untyped_storage()._cdata for x in weights}
+        self.name = "activations"  # the present category
+        self.current: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        category = self.name
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
+            category = "weights in bfloat16"
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage(), category)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, category: str) -> None:
+        key = storage._cdata
+        if key in self._alive or key in self.weights:
+            return
+        self._alive.add(key)
+        size = -(-storage.nbytes() // 512) * 512  # PyTorch's allocator rounds up to this
+        self.current[category] += size
+        weakref.finalize(storage, self._release, key, size, category)
+        if self.current.total() > self.peak.total():
+            self.peak = self.current.copy()
+
+    def _release(self, key: int, size: int, category: str) -> None:
+        self._alive.discard(key)
+        self.current[category] -= size
+
+    def reset_peak(self) -> dict[str, int]:
+        """The peak since the last call, by category."""
+        peak, self.peak = self.peak, self.current.copy()
+        return dict(peak)
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """What is made inside this block has this name."""
+        before, self.name = self.name, name
+        yield
+        self.name = before
+
+
+class _Flash(torch.autograd.Function):
+    """The memory of FlashAttention: what it saves, and what its backward allocates."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        _accumulator = torch.empty_like(q, dtype=torch.float32)  # of dq, over blocks of keys
+        return tuple(torch.empty_like(x) for x in (q, k, v))
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention signature."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+    return _Flash.apply(query, key, value), None
+
+
+class _Head(torch.autograd.Function):
+    """The memory of `linear_ppo_loss`: a chunk of logits at a time, and gradients that are made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: Plan, trains_weight: bool) -> Tensor:
+        V, D = weight.shape
+        d_hidden = hidden.new_empty(hidden.shape)
+        d_weight = weight.new_empty(V, D) if trains_weight else None
+        logits = hidden.new_empty(min(plan.rows, len(hidden)), V, dtype=plan.logits)
+        _dlogits = torch.empty_like(logits, dtype=plan.operand) if plan.separate else None
+        _accumulator = weight.new_empty(V, D, dtype=plan.arithmetic) if weight.dtype != plan.arithmetic else None
+        ctx.gradients = d_hidden, d_weight
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.gradients, None, None
+
+
+@contextmanager
+def _counted_attention(*models: nn.Module) -> Iterator[None]:
+    AttentionInterface.register(NAME, _attend)
+    for model in models:
+        for module in model.modules():
+            if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+                config._attn_implementation_internal = NAME
+    yield
+
+
+@dataclass
+class _Models:
+    """Fake models of few layers."""
+
+    actor: Any
+    critic: Critic
+    reference: Any | None
+
+    def modules(self) -> list[nn.Module]:
+        return [x for x in (self.actor, self.critic, self.reference) if x is not None]
+
+
+def _shallow(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same model with fewer layers."""
+    config = copy.deepcopy(model_config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _build(model_config: PreTrainedConfig, config: PPOConfig) -> _Models:
+    """The models of a run on the meta device."""
+
+    def with_lora(model: Any, *, language_model: bool) -> Any:
+        if not config.lora_rank:
+            return model
+        options = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
+        return add_lora(model, **options, language_model=language_model)
+
+    with torch.device("meta"):
+        actor = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
+        if critic.backbone is not None:
+            critic.backbone = with_lora(critic.backbone, language_model=False)
+        separate = config.kl_coef > 0 and not config.lora_rank
+        reference = copy.deepcopy(actor).requires_grad_(False) if separate else None
+        return _Models(with_lora(actor, language_model=True), critic, reference)
+
+
+def _make_fake(models: _Models) -> None:
+    """Replaces meta tensors by the current mode's fake ones, which autocast knows. Tied weights stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in (m for model in models.modules() for m in model.modules()):
+        for named in (module._parameters, module._buffers):
+            for name, x in named.items():
+                if x is None:
+                    continue
+                if id(x) not in made:
+                    fake = torch.empty(x.shape, dtype=x.dtype)
+                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+                named[name] = made[id(x)]  # type: ignore[assignment]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+def _static(models: _Models) -> dict[str, int]:
+    """Weights and what AdamW keeps, from the first update on."""
+    tensors = [x for module in models.modules() for x in (*module.parameters(), *module.buffers())]
+    trained = [p for module in (models.actor, models.critic) for p in module.parameters() if p.requires_grad]
+    return {"weights": _bytes(tensors), "optimizer": ADAM * sum(p.numel() for p in trained)}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a step."""
+
+    prompt: int  # longest prompt, tokens
+    answer: int  # longest answer, tokens
+    batch: int  # answers that are generated at once
+    tokens: int  # of the largest pack
+    answers: int  # answer tokens of that pack
+
+    @classmethod
+    def of(cls, config: PPOConfig, prompt: int) -> "_Sizes":
+        whole = prompt + config.max_new_tokens
+        rollout = config.prompts_per_step * config.samples_per_prompt
+        in_minibatch = -(-rollout // config.minibatches) * whole
+        tokens = max(whole, min(config.micro_batch_tokens, in_minibatch) // whole * whole)
+        answers = tokens // whole * config.max_new_tokens
+        return cls(prompt, config.max_new_tokens, min(rollout, config.sample_batch_size), tokens, answers)
+
+
+def _autocast(config: PPOConfig) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def _hidden(model: nn.Module, tokens: int) -> Tensor:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    return model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state[0]
+
+
+def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
+    """A pack that is not the first: gradients are there already."""
+    weight = models.actor.get_output_embeddings().weight
+    both = nn.ModuleList([models.actor, models.critic])
+    with counted.category("gradients"):
+        for p in both.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+    found = {}
+    embeddings = [x.get_input_embeddings() for x in (models.actor, models.critic.backbone) if x is not None]
+    hooks = [x.register_forward_hook(lambda *args: _at_gradient(args[-1], found, counted)) for x in embeddings]
+    with recomputing(both, enabled=config.gradient_checkpointing):
+        with _autocast(config):
+            hidden = _hidden(decoder_of(models.actor), sizes.tokens)
+            chosen = hidden[: sizes.answers].clone()
+            with counted.category("logits"):
+                loss = _Head.apply(chosen, weight, _plan(chosen, weight, config), weight.requires_grad)
+            found["loss"] = counted.reset_peak()
+            states = hidden if models.critic.backbone is None else _hidden(models.critic.backbone, sizes.tokens)
+            loss = loss + models.critic(states[: sizes.answers].clone()).sum()
+            del hidden, states, chosen
+        loss.backward()
+    del loss
+    for hook in hooks:
+        hook.remove()
+    found["backward/end"] = counted.reset_peak()
+    found["update"] = counted.reset_peak()
+    return found
+
+
+def _at_gradient(embedded: Tensor, found: dict[str, dict[str, int]], counted: Allocations) -> None:
+    """Ends a part of the backward when the gradient reaches the embeddings: the gradient of their weight follows, which
+    does not grow with the number of layers."""
+    if embedded.requires_grad:
+        embedded.register_hook(lambda _: found.update({f"backward/{len(found)}": counted.reset_peak()}))
+
+
+def _plan(hidden: Tensor, weight: Tensor, config: PPOConfig) -> Plan:
+    """That of a GPU, whose products of half precision accumulate in fp32."""
+    return _make_plan(
+        (weight.shape[0], weight.shape[1], len(hidden), False),
+        (hidden.dtype, weight.dtype, None),
+        "widening",
+        (DEVICE_CHUNK_ROWS, 0),
+        True,
+        config.backend == "torch",
+        config.chunk_bytes,
+        (True, True, True),
+        0,
+    )
+
+
+def _score(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
+    weight = models.actor.get_output_embeddings().weight
+    backbones = [decoder_of(models.actor)]
+    backbones += [models.critic.backbone] if models.critic.backbone is not None else []
+    backbones += [decoder_of(models.reference)] if models.reference is not None else []
+    with torch.no_grad(), _autocast(config):
+        for backbone in backbones:
+            hidden = _hidden(backbone, sizes.tokens)[: sizes.answers].clone()
+            with counted.category("logits"):
+                plan = _plan(hidden, weight, config)
+                _logits = hidden.new_empty(plan.rows, len(weight), dtype=plan.logits)
+            del _logits
+    return {"score": counted.reset_peak()}
+
+
+def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
+    """All tokens of the prompts at once, and the last token of the answers, for which the cache is largest."""
+    V = models.actor.get_input_embeddings().weight.shape[0]
+    copies = FILTERED_LOGITS if config.top_k or config.top_p < 1 or config.min_p else SAMPLED_LOGITS
+    ids = torch.zeros(sizes.batch, sizes.prompt, dtype=torch.int64)
+    cache = HalfCache(bare(models.actor), torch.bfloat16) if config.dtype == "bfloat16" else DynamicCache(config=models.actor.config)
+    add = cache.update
+
+    def update(*args: Any, **options: Any) -> Any:
+        with counted.category("key-value cache"):
+            return add(*args, **options)
+
+    cache.update = update  # type: ignore[method-assign]
+    found = {}
+    with torch.no_grad(), _autocast(config):
+        models.actor(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found["prompts"] = counted.reset_peak()
+        with counted.category("key-value cache"):
+            for layer in cache.layers:
+                _lengthen(layer, sizes.answer - 2)
+        with counted.category("logits"):
+            _logits = torch.empty(copies, sizes.batch, V)
+        counted.reset_peak()
+        models.actor(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found["last token"] = counted.reset_peak()
+    return found
+
+
+def _lengthen(layer: Any, tokens: int) -> None:
+    """Gives a layer's cache room for more tokens, up to its window."""
+    length = layer.keys.shape[2] + tokens
+    if getattr(layer, "is_sliding", False):
+        length = min(length, layer.sliding_window - 1)
+    for name in ("keys", "values"):
+        x = getattr(layer, name)
+        setattr(layer, name, x.new_empty(*x.shape[:2], length, x.shape[3]))
+
+
+def _phases(model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes) -> dict[str, dict[str, int]]:
+    models = _build(model_config, config)
+    with FakeTensorMode():
+        _make_fake(models)
+        static = _static(models)
+        for module in models.modules():
+            module.eval()
+        weights = [x for module in models.modules() for x in (*module.parameters(), *module.buffers())]
+        found: dict[str, dict[str, int]] = {}
+        with _counted_attention(*models.modules()):
+            for phase in (_sample, _score, _learn):
+                with Allocations(weights) as counted:
+                    found |= phase(models, config, sizes, counted)
+    return {name: {**static, **parts} for name, parts in found.items()}
+
+
+def estimate(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, *, processes: int = 1) -> Estimate:
+    """Calculates the peak memory of each phase of a step, in bytes.
+
+    Args:
+        model_config: of the actor, with which the critic and the reference start, too.
+        config: the run's options; `chunk_bytes` as it is used on the GPU (`policy.with_chunk_bytes`).
+        prompt_tokens: the longest prompt.
+        processes: FSDP2 divides weights, gradients and the optimizer's state among so many GPUs.
+
+    >>> from transformers import LlamaConfig
+    >>> found = estimate(LlamaConfig(num_hidden_layers=16, hidden_size=256), PPOConfig(), prompt_tokens=100)
+    >>> sorted(found.phases)
+    ['learn', 'sample', 'score', 'update']
+    """
+    sizes, depth = _Sizes.of(config, prompt_tokens), model_config.num_hidden_layers
+    few, more = (_phases(_shallow(model_config, layers), config, sizes) for layers in LAYERS)
+    whole: dict[str, dict[str, int]] = {}
+    for name in few:
+        parts = {}
+        for part in dict.fromkeys([*few[name], *more[name]]):
+            a, b = few[name].get(part, 0), more[name].get(part, 0)
+            size = max(0, a + (b - a) * (depth - LAYERS[0]) // (LAYERS[1] - LAYERS[0]))
+            parts[part] = size // processes if part in ("weights", "gradients", "optimizer") else size
+        phase = name.partition("/")[0]
+        if sum(parts.values()) >= sum(whole.get(phase, {}).values()):
+            whole[phase] = parts
+    return Estimate(whole)
+
+
+def check_fits(
+    model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, memory: int, processes: int = 1
+) -> None:
+    """Raises UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
+    found = estimate(model_config, config, prompt_tokens, processes=processes)
+    if found.peak <= memory:
+        return
+    tried = []
+    for text, changed in _smaller(config):
+        needed = estimate(model_config, changed, prompt_tokens, processes=processes).peak
+        tried.append(f"{text} ({needed / 2**30:.1f} GiB)")
+        if needed <= memory:
+            break
+    raise UserError(
+        f"a step needs {found.peak / 2**30:.1f} GiB by calculation (most in {found.largest_phase!r}), and the GPU has"
+        f" {memory / 2**30:.1f} GiB; options that reduce it, each added to those before: {', '.join(tried)}"
+    )
+
+
+def _smaller(config: PPOConfig) -> list[tuple[str, PPOConfig]]:
+    """Options that reduce memory, each added to those before it."""
+    steps: list[tuple[str, bool, dict[str, Any]]] = [
+        ("--dtype bfloat16", config.dtype != "bfloat16", {"dtype": "bfloat16"}),
+        ("--gradient-checkpointing", not config.gradient_checkpointing, {"gradient_checkpointing": True}),
+        ("--micro-batch-tokens 1024", config.micro_batch_tokens > 1024, {"micro_batch_tokens": 1024}),
+        ("--critic shared", config.critic != "shared", {"critic": "shared"}),
+        ("--lora-rank 16", not config.lora_rank, {"lora_rank": 16}),
+    ]
+    found = []
+    for text, applies, change in steps:
+        if applies:
+            config = dataclasses.replace(config, **change)
+            found.append((text, config))
+    return found
