@@ -21,6 +21,7 @@ from accelerator.runs import (
     vowels,
     weights,
 )
+from accelerator.stand_ins import varlen_calls
 from accelerator.waits import record_waits
 from tiny import byte_tokenizer, tiny_llama
 
@@ -106,6 +107,7 @@ def test_a_run_in_bf16_gives_the_numbers_of_fp32_to_the_precision_of_bf16(
         found = on_device.train()
     assert_same_metrics(found, expected, rtol=BF16_RTOL, atol=BF16_ATOL)
     assert metrics(found[0]) != metrics(expected[0]), "autocast was off"
+    assert varlen_calls, "packed rows did not reach FlashAttention"
     assert {x.dtype for x in on_device.policy.parameters()} == {torch.float32}
     assert not off_device(on_device)
 
@@ -120,6 +122,7 @@ def test_gradient_checkpointing_in_bf16_changes_nothing(critic: str, as_cuda: to
     for run in runs:
         torch.manual_seed(7)
         histories.append(list(map(metrics, run.train())))
+    assert varlen_calls
     assert histories[0] == histories[1]
     for name, x in weights(runs[0]).items():
         assert torch.equal(x, weights(runs[1])[name]), name
