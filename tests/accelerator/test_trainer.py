@@ -23,6 +23,7 @@ from accelerator.runs import (
 )
 from accelerator.stand_ins import varlen_calls
 from accelerator.waits import record_waits
+from flash_attn_stand_in import machine
 from tiny import byte_tokenizer, tiny_llama
 
 from ppo_fast.models import Critic, add_lora
@@ -266,3 +267,19 @@ def test_a_device_that_does_not_exist_is_rejected_with_those_that_do(testgpu: to
 
     with pytest.raises(UserError, match=r"'testgpu:3' does not exist; this machine has testgpu:0, testgpu:1"):
         trainer("testgpu:3")
+
+
+@pytest.mark.parametrize("version", ["2.8.3", "3.0.0"])
+def test_a_run_with_the_flash_attn_package_gives_the_numbers_of_pytorchs_own(
+    version: str, as_cuda: torch.device, second_testgpu: torch.device, tmp_path: Path
+) -> None:
+    given = {"sampler": FixedAnswers()}
+    expected = trainer(second_testgpu, given=given, total_steps=1, dtype="bfloat16").train()
+    assert varlen_calls
+    varlen_calls.clear()
+    with machine(tmp_path, version) as calls, untouched(as_cuda):
+        found = trainer(second_testgpu, given=given, total_steps=1, dtype="bfloat16").train()
+        assert {arguments["q"].device for _, arguments in calls} == {second_testgpu}
+    assert not varlen_calls
+    # Both are exact attention, rounded to bf16 at its end; sums in another order can round to its neighbour.
+    assert_same_metrics(found, expected, rtol=BF16_RTOL, atol=BF16_ATOL)
