@@ -62,7 +62,7 @@ def exact(
         scores = q[start:end].float().transpose(0, 1) @ keys.transpose(1, 2) * scale
         if softcap > 0:
             scores = torch.tanh(scores / softcap) * softcap
-        place = torch.arange(end - start)
+        place = torch.arange(end - start, device=q.device)
         distance = place.unsqueeze(1) - place  # from a query back to a key
         seen = torch.ones_like(distance, dtype=torch.bool)
         if window[0] >= 0:

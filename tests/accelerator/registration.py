@@ -1,5 +1,6 @@
 """Registers the device "testgpu" with PyTorch, at the first use in a process. Nothing can unregister it."""
 
+import contextlib
 import functools
 import re
 import types
@@ -91,7 +92,15 @@ def device_module(extension: types.ModuleType) -> types.ModuleType:
             "allocation.all.allocated": allocations,
         }
 
+    def stream(device: Any = None, priority: int = 0) -> torch.Stream:
+        """There is one stream, and it is always idle."""
+        return torch.Stream(device=torch.device(NAME, index_of(device)))
+
     functions = {
+        "Stream": stream,
+        "current_stream": stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Event": lambda *args, **options: torch.Event(NAME),
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_is_in_bad_fork": lambda: False,

@@ -54,6 +54,7 @@ class FixedAnswers:
 def config(device: torch.device | str, **options: Any) -> PPOConfig:
     small = dict(total_steps=2, prompts_per_step=6, max_new_tokens=7, minibatches=2, micro_batch_tokens=40, epochs=2)
     quick = dict(lr=1e-3, critic_lr=1e-3, quiet=True, device=str(device), backend="torch", save_every=0)
+    quick["adam_eps"] = 1e-3  # a gradient that is nearly 0 must not decide a whole update
     return PPOConfig(**{**small, **quick, "tensorboard": False, **options})
 
 
@@ -104,11 +105,48 @@ def off_device(made: PPOTrainer) -> set[str]:
 
 
 @contextmanager
-def untouched(device: torch.device) -> Iterator[None]:
-    """Nothing inside is allocated on this device or takes a random number from it."""
+def unallocated(device: torch.device) -> Iterator[None]:
+    """Nothing inside is allocated on this device."""
     module = torch.get_device_module(device)
     allocations = module.memory_stats(device)["allocation.all.allocated"]
-    state = module.get_rng_state(device)
     yield
     assert module.memory_stats(device)["allocation.all.allocated"] == allocations, f"memory of {device} was allocated"
-    assert torch.equal(module.get_rng_state(device), state), f"the generator of {device} was used"
+
+
+@contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Nor is a random number taken from its generator. (`transformers.set_seed` seeds those of all devices.)"""
+    state = torch.get_device_module(device).get_rng_state(device)
+    with unallocated(device):
+        yield
+    found = torch.get_device_module(device).get_rng_state(device)
+    assert torch.equal(found, state), f"the generator of {device} was used"
+
+
+PARALLEL: dict[str, dict[str, Any]] = {
+    "ddp": dict(parallel="ddp"),
+    "fsdp": dict(parallel="fsdp"),
+    "fsdp, shared critic, gradient checkpointing": dict(
+        parallel="fsdp", critic="shared", gradient_checkpointing=True, kl_in="loss"
+    ),
+    "fsdp, bf16": dict(parallel="fsdp", dtype="bfloat16"),
+}
+
+
+def parallel_run(device: torch.device, given: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    """The history of one of two processes, which leaves the device of the other alone."""
+    other = torch.device(device.type, 1 - device.index)
+    with unallocated(other):
+        made = trainer(device.type, given=given, micro_batch_tokens=24, **options)
+    assert made.device == device
+    with untouched(other):
+        history = made.train()
+    assert not off_device(made)
+    return history
+
+
+def parallel_runs(device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """All runs with fixed answers, which do not depend on the number of processes, and one with the actor's own."""
+    fixed = {"sampler": FixedAnswers()}
+    found = {name: parallel_run(device, fixed, **PARALLEL[name]) for name in PARALLEL}
+    return {**found, "fsdp, own samples": parallel_run(device, {}, parallel="fsdp", total_steps=1)}

@@ -16,11 +16,14 @@ from accelerator.runs import (
     off_device,
     reward_model,
     trainer,
+    unallocated,
     untouched,
     vowels,
     weights,
 )
+from accelerator.stand_ins import varlen_calls
 from accelerator.waits import record_waits
+from flash_attn_stand_in import machine
 from tiny import byte_tokenizer, tiny_llama
 
 from ppo_fast.models import Critic, add_lora
@@ -60,7 +63,8 @@ def test_a_run_on_the_second_device_gives_the_numbers_of_the_cpu(
 ) -> None:
     on_cpu = trainer("cpu", rewards=rewards_for(name, "cpu"), **SETTINGS[name])
     expected = on_cpu.train()
-    on_device = trainer(second_testgpu, rewards=rewards_for(name, second_testgpu), **SETTINGS[name])
+    with unallocated(testgpu):
+        on_device = trainer(second_testgpu, rewards=rewards_for(name, second_testgpu), **SETTINGS[name])
     with untouched(testgpu):
         found = on_device.train()
     assert on_device.last_rollout.completion_ids == on_cpu.last_rollout.completion_ids
@@ -104,6 +108,7 @@ def test_a_run_in_bf16_gives_the_numbers_of_fp32_to_the_precision_of_bf16(
         found = on_device.train()
     assert_same_metrics(found, expected, rtol=BF16_RTOL, atol=BF16_ATOL)
     assert metrics(found[0]) != metrics(expected[0]), "autocast was off"
+    assert varlen_calls, "packed rows did not reach FlashAttention"
     assert {x.dtype for x in on_device.policy.parameters()} == {torch.float32}
     assert not off_device(on_device)
 
@@ -118,6 +123,7 @@ def test_gradient_checkpointing_in_bf16_changes_nothing(critic: str, as_cuda: to
     for run in runs:
         torch.manual_seed(7)
         histories.append(list(map(metrics, run.train())))
+    assert varlen_calls
     assert histories[0] == histories[1]
     for name, x in weights(runs[0]).items():
         assert torch.equal(x, weights(runs[1])[name]), name
@@ -261,3 +267,19 @@ def test_a_device_that_does_not_exist_is_rejected_with_those_that_do(testgpu: to
 
     with pytest.raises(UserError, match=r"'testgpu:3' does not exist; this machine has testgpu:0, testgpu:1"):
         trainer("testgpu:3")
+
+
+@pytest.mark.parametrize("version", ["2.8.3", "3.0.0"])
+def test_a_run_with_the_flash_attn_package_gives_the_numbers_of_pytorchs_own(
+    version: str, as_cuda: torch.device, second_testgpu: torch.device, tmp_path: Path
+) -> None:
+    given = {"sampler": FixedAnswers()}
+    expected = trainer(second_testgpu, given=given, total_steps=1, dtype="bfloat16").train()
+    assert varlen_calls
+    varlen_calls.clear()
+    with machine(tmp_path, version) as calls, untouched(as_cuda):
+        found = trainer(second_testgpu, given=given, total_steps=1, dtype="bfloat16").train()
+        assert {arguments["q"].device for _, arguments in calls} == {second_testgpu}
+    assert not varlen_calls
+    # Both are exact attention, rounded to bf16 at its end; sums in another order can round to its neighbour.
+    assert_same_metrics(found, expected, rtol=BF16_RTOL, atol=BF16_ATOL)
