@@ -169,8 +169,8 @@ class _Recorder(LogitsProcessor):
 class HalfCache(DynamicCache):
     """A KV cache in autocast's dtype.
 
-    Rotary embeddings give fp32 keys under autocast. Attention rounds them anyway: kept as they are they take twice the
-    memory, and the whole cache is cast again for each layer and token.
+    Rotary embeddings give fp32 keys under autocast, and transformers stores values in the dtype of keys. Attention
+    rounds both anyway: as they come they take twice the memory, and the whole cache is cast for each layer and token.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
