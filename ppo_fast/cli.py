@@ -263,12 +263,15 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None or not trainer.world.first:
         return 0
-    from ppo_fast.plots import draw_learning_curves, read_metrics
+    from ppo_fast.plots import can_draw, draw_learning_curves, read_metrics
 
-    history = read_metrics(Path(config.out) / "metrics.jsonl")
-    draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(run['prompts']).name}")
+    left = ["model", "metrics.jsonl", "samples.jsonl", *["tensorboard"] * config.tensorboard]
+    if can_draw():
+        history = read_metrics(Path(config.out) / "metrics.jsonl")
+        draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(run['prompts']).name}")
+        left.append("learning_curves.png")
     if not config.quiet:
-        print(f"model, metrics.jsonl, samples.jsonl, tensorboard and learning_curves.png are in {config.out}")
+        print(f"{', '.join(left[:-1])} and {left[-1]} are in {config.out}")
     return 0
 
 

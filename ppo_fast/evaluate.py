@@ -29,7 +29,7 @@ from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
 from ppo_fast.packing import make_pack
 from ppo_fast.parallel import ONE, World
-from ppo_fast.plots import draw_tokens
+from ppo_fast.plots import can_draw, draw_tokens
 from ppo_fast.policy import Judgement, Policy
 from ppo_fast.progress import SAMPLES_SHOWN, printable, shortened
 from ppo_fast.reward import RewardFunction, score
@@ -284,7 +284,7 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
         lines = [json.dumps(row, ensure_ascii=False) for row in samples(evaluation)]
         name.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         name.with_suffix(".md").write_text(markdown(evaluation), encoding="utf-8")
-        if evaluation.explained is not None:
+        if evaluation.explained is not None and can_draw():
             e = evaluation.explained
             title = f"step {evaluation.step}, score {e.score:.4g}: {shortened(e.prompt, 100)}"
             draw_tokens(e.tokens, e.numbers, name.with_suffix(".png"), title, clip=(config.clip_low, config.clip_high))

@@ -17,7 +17,7 @@ from ppo_fast.checkpoint import UNFINISHED, replace
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.models import is_adapted, no_loading_bars
-from ppo_fast.plots import draw_learning_curves
+from ppo_fast.plots import can_draw, draw_learning_curves
 
 SHOWN = {
     "eval/score": "score on held-out prompts",
@@ -63,7 +63,7 @@ def save_model(
             tokenizer.save_pretrained(new)
         for name, text in (texts or {}).items():
             (new / name).write_text(text, encoding="utf-8")
-        if history:
+        if history and can_draw():
             draw_learning_curves(history, new / "learning_curves.png", "PPO")
         replace(new, folder)
     except OSError as error:
@@ -107,13 +107,14 @@ def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping
         if getattr(config, option.name) != option.default and option.name != "out"
     }
     versions = {"ppo_fast": ppo_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    picture = ["![learning curves](learning_curves.png)"] if can_draw() else []
     answers = config.prompts_per_step * config.samples_per_prompt
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- ppo\n- rlhf\n- ppo_fast\n---",
         "# A language model trained with PPO",
         f"Trained for {history[-1]['step'] if history else 0} steps of {answers}"
         " answers with proximal policy optimisation (Schulman et al. 2017), by ppo_fast.",
-        *(["## What came out", _results(history), "![learning curves](learning_curves.png)"] if history else []),
+        *(["## What came out", _results(history), *picture] if history else []),
         "## How it was made",
         _table(("", ""), [*named.items(), *((k, str(v)) for k, v in changed.items())]),
         "Every other option has its default. Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ CURVES = {
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The rows of a metrics.jsonl, one for each step, and with evaluation one before the first."""
     return [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed; runs without it leave out their pictures."""
+    return find_spec("matplotlib") is not None
 
 
 def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:

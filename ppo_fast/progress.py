@@ -89,7 +89,10 @@ class Progress:
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
         if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from error
 
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve

@@ -46,6 +46,7 @@ from ppo_fast.models import (
     recomputing,
 )
 from ppo_fast.parallel import ONE, World, shard, start, whole_state
+from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
@@ -99,6 +100,8 @@ class PPOTrainer:
         self.device = self.world.device
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
         self.notes: list[str] = []  # to be said at the start
+        if config.out is not None and not can_draw():
+            self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self._check_memory(actor, kept)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
         self.actor: Any = self.policy.actor
@@ -413,13 +416,16 @@ def build_models(
     prepare(actor, home)
     prepare(critic, home)
     config = with_chunk_bytes(config, actor.get_input_embeddings().weight.shape[0], total_memory(device))
-    head = probe(actor, strict=config.strict)
-    found: Reference = None
-    if reference is None and config.kl_coef > 0 and is_adapted(actor):
-        found = AdapterReference(actor)
-    elif reference is not None or config.kl_coef > 0:
-        model = frozen_copy(actor) if reference is None else prepare(reference, home)
-        found = FrozenReference(model, head, config)
+    adapters = reference is None and config.kl_coef > 0 and is_adapted(actor)
+    frozen = None
+    if reference is not None:
+        frozen = prepare(reference, home)
+    elif config.kl_coef > 0 and not adapters:
+        frozen = frozen_copy(actor)
+    head = probe(actor, critic.backbone, frozen, strict=config.strict, dtype=config.dtype, device=device)
+    found: Reference = AdapterReference(actor) if adapters else None
+    if frozen is not None:
+        found = FrozenReference(frozen, head, config)
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
     policy = Policy(actor, critic, head, config)

@@ -232,3 +232,14 @@ print("trained")
         check=False,
     )
     assert "trained" in done.stdout, done.stderr
+
+
+def test_a_run_without_matplotlib_leaves_a_model_without_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppo_fast.plots.find_spec", lambda name: None)
+    made = trainer(out=str(tmp_path), save_every=0)
+    made.train()
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in names
+    assert "learning_curves.png" not in names
+    assert "learning_curves.png" not in (tmp_path / "model" / "README.md").read_text()
+    assert any("matplotlib is not installed" in note for note in made.notes)
