@@ -154,17 +154,8 @@ def _attend(
     if getattr(module, "is_causal", True) is not True:
         raise ValueError("packed attention is causal, but this layer is not")
     query, key, value = (x.to(_compute_dtype(query)) for x in (query, key, value))
-    request = flash.Request(
-        device=query.device,
-        dtype=query.dtype,
-        head_size=query.shape[-1],
-        value_size=value.shape[-1],
-        grouped=query.shape[1] != key.shape[1],
-        window=sliding_window is not None,
-        softcap=softcap is not None,
-        sinks=s_aux is not None,
-    )
-    decision = flash.decide_and_warn(request)
+    needs = {"window": sliding_window is not None, "softcap": softcap is not None, "sinks": s_aux is not None}
+    decision = flash.decide_and_warn(_request(query, key, value, **needs))
     if decision.path == flash.BUCKETS:
         out = _by_buckets(
             query,
@@ -190,6 +181,17 @@ def _attend(
         softcap=softcap,
     )
     return flash.attend(decision, rows).unsqueeze(0), None
+
+
+def _request(query: Tensor, key: Tensor, value: Tensor, **needs: bool) -> flash.Request:
+    return flash.Request(
+        device=query.device,
+        dtype=query.dtype,
+        head_size=query.shape[-1],
+        value_size=value.shape[-1],
+        grouped=query.shape[1] != key.shape[1],
+        **needs,
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -27,12 +27,8 @@ HALF = (torch.float16, torch.bfloat16)
 BUCKETS = "buckets"
 BUCKETS_LABEL = "PyTorch's SDPA by buckets"
 MAX_HEAD_SIZE = 256  # of flash-attn 2 and 3, and of the copy in PyTorch
-LOADING_ERRORS = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    AttributeError,
-)  # a library for another PyTorch raises any of them
+# a library that was built for another PyTorch or CUDA raises any of them
+LOADING_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def _package(name: str, distribution: str, module: str) -> _Package:
     except PackageNotFoundError:
         package = _Package(name, problem=f"{name} is not installed")
     else:
-        label = f"{distribution} {installed}"
+        label = f"{distribution} {installed}".replace("_", "-")
         try:
             function = importlib.import_module(module).flash_attn_varlen_func
             package = _Package(label, function, _numbers(installed))
@@ -134,11 +130,8 @@ def _torch_varlen() -> _Package:
         return _Package(label, problem=f"PyTorch has no torch.nn.attention.varlen ({first_line(error)})")
 
 
-_PACKAGES = {
-    "flash-attn 3": _flash_attn_3,
-    "flash-attn 2": _flash_attn_2,
-    "torch varlen": _torch_varlen,
-}  # fastest first
+# the fastest first
+_PACKAGES = {"flash-attn 3": _flash_attn_3, "flash-attn 2": _flash_attn_2, "torch varlen": _torch_varlen}
 
 
 def _why_none(request: Request, capability: tuple[int, int] | None) -> str | None:
@@ -151,14 +144,11 @@ def _why_none(request: Request, capability: tuple[int, int] | None) -> str | Non
         return f"FlashAttention needs compute capability 8.0, and {request.device} has {capability[0]}.{capability[1]}"
     if request.sinks:
         return "FlashAttention has no attention sinks"
-    if request.head_size != request.value_size:
-        return (
-            f"FlashAttention needs one head size, not {request.head_size} for keys and {request.value_size} for values"
-        )
-    if request.head_size > MAX_HEAD_SIZE or request.head_size % 8:
-        return (
-            f"FlashAttention needs a head size that is a multiple of 8 up to {MAX_HEAD_SIZE}, not {request.head_size}"
-        )
+    size, value_size = request.head_size, request.value_size
+    if size != value_size:
+        return f"FlashAttention needs one head size, not {size} for keys and {value_size} for values"
+    if size > MAX_HEAD_SIZE or size % 8:
+        return f"FlashAttention needs a head size that is a multiple of 8 up to {MAX_HEAD_SIZE}, not {size}"
     return None
 
 
@@ -220,7 +210,7 @@ def _trial_result(path: str, package: _Package, request: Request, deterministic:
     """Why the implementation fails here; None if it works. Each trial runs once."""
     key = (path, request, deterministic)
     if key not in _found.rejected:
-        # a new thread has no autocast, no_grad or hooks of saved tensors, whatever the layer that asks is inside of
+        # a new thread has no autocast, no_grad or hooks of saved tensors, unlike the layer that asks
         with ThreadPoolExecutor(1) as thread:
             problem = thread.submit(trial, path, package.function, request).result()
         where = f"for head size {request.head_size} in {str(request.dtype).removeprefix('torch.')} on {request.device}"

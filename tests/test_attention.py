@@ -87,7 +87,7 @@ def test_the_fastest_installed_path_is_taken(versions, capability, expected, dty
         ({"head_size": 192, "value_size": 128}, ["2.8.3"], (9, 0), "not 192 for keys and 128 for values"),
         ({"sinks": True}, ["2.8.3", "3.0.0"], (9, 0), "no attention sinks"),
         ({"softcap": True}, [], (9, 0), "flash-attn is not installed; torch.nn.attention.varlen has no softcap"),
-        ({"softcap": True}, ["2.5.9"], (9, 0), "a softcap needs flash-attn 2.6, and flash_attn 2.5.9 is older"),
+        ({"softcap": True}, ["2.5.9"], (9, 0), "a softcap needs flash-attn 2.6, and flash-attn 2.5.9 is older"),
     ],
 )
 def test_buckets_are_taken_for_a_reason(changes, versions, capability, reason, tmp_path):

@@ -130,7 +130,7 @@ def test_doctor_reports_the_attention_that_a_run_takes(tmp_path):
     with stand_in.machine(tmp_path, "2.8.3"):
         facts = doctor.describe()
         assert facts["attention float32"] == "PyTorch's SDPA by buckets"
-        assert facts["attention bfloat16"] == facts["attention float16"] == "flash_attn 2.8.3"
+        assert facts["attention bfloat16"] == facts["attention float16"] == "flash-attn 2.8.3"
     with stand_in.machine(tmp_path / "old", "2.8.3", capability=(7, 5)):
         facts = doctor.describe()
     assert "buckets (FlashAttention needs compute capability 8.0" in facts["attention bfloat16"]
@@ -140,7 +140,7 @@ def test_doctor_reports_the_attention_that_a_run_takes(tmp_path):
 def test_doctor_reports_flash_attn_that_is_installed_but_does_not_work(fault, tmp_path):
     with stand_in.machine(tmp_path, "2.8.3", varlen=stand_in.torch_2_12), stand_in.fault(fault):
         fact = doctor.describe()["attention bfloat16"]
-    assert "flash_attn 2.8.3 cannot be used for head size 128 in bfloat16" in fact
+    assert "flash-attn 2.8.3 cannot be used for head size 128 in bfloat16" in fact
 
 
 def test_doctor_reports_flash_attn_that_cannot_be_imported(tmp_path):
@@ -148,4 +148,4 @@ def test_doctor_reports_flash_attn_that_cannot_be_imported(tmp_path):
     with stand_in.machine(tmp_path, varlen=stand_in.torch_2_12):
         fact = doctor.describe()["attention bfloat16"]
     assert fact.startswith("torch.nn.attention.varlen of PyTorch")
-    assert "flash_attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in fact
+    assert "flash-attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in fact

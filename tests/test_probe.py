@@ -78,7 +78,7 @@ def test_a_fast_path_that_fails_in_the_model_gives_way_to_buckets(name, precisio
     assert head == TAKEN
     assert paths == {flash.BUCKETS}
     assert len(said) == 1
-    assert "flash_attn 2.8.3 cannot be used" in said[0]
+    assert "flash-attn 2.8.3 cannot be used" in said[0]
 
 
 def test_the_next_fast_path_takes_over_before_buckets_do(tmp_path):
@@ -121,7 +121,7 @@ def test_flash_attn_that_cannot_be_imported_is_announced_at_load(tmp_path):
     with stand_in.machine(tmp_path, varlen=stand_in.torch_2_12), messages() as said:
         assert probe(families.load("llama", tmp_path / "model"), dtype="bfloat16", strict=True) == TAKEN
     assert len(said) == 1
-    assert "flash_attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in said[0]
+    assert "flash-attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in said[0]
 
 
 def test_the_device_of_the_run_is_asked_for_a_model_that_is_not_there_yet(tmp_path, monkeypatch):
