@@ -10,6 +10,7 @@ empty one, reading an event before it has happened.
 
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -170,6 +171,13 @@ def pretending() -> Iterator[None]:
     torch.cuda.nvtx.range = lambda message: nullcontext()
     measure.L2_BYTES, measure.COPIED_BYTES = 2**10, {"cuda": 2**20}
     measure.WARM_UP_SECONDS, measure.WARM_UP_CALLS, measure.LEAST_SAMPLES, measure.CALLS = 0.0, 1, 2, 1
+    run = threading.Thread.run
+
+    def run_on_the_cpu(thread: threading.Thread) -> None:  # a mode is that of one thread
+        with OnTheCPU():
+            run(thread)
+
+    threading.Thread.run = run_on_the_cpu
     with Emulator().installed(), OnTheCPU():
         yield
 

@@ -129,6 +129,24 @@ def build_parser() -> tuple[_Parser, _Parser]:
     recipe = commands.add_parser("recipe", help="copy a configuration and a few prompts for a common task")
     recipe.add_argument("name", nargs="?", metavar="NAME", help="which; without it they are listed")
     recipe.add_argument("folder", nargs="?", metavar="FOLDER", help="where to (default: NAME)")
+    memory = commands.add_parser(
+        "memory",
+        help="calculate the peak GPU memory of a run, by phase and part",
+        description="Calculate the peak GPU memory of a run, by phase and part. All options of the trainer are taken.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    memory.add_argument(
+        "--model", metavar="DIR", required=True, help="folder with the model's config.json; weights are not read"
+    )
+    memory.add_argument(
+        "--prompt-tokens", type=int, default=256, metavar="INT", help="longest prompt, in tokens (default: 256)"
+    )
+    memory.add_argument(
+        "--gpu-gib", type=float, default=None, metavar="FLOAT", help="memory of the GPU in GiB (default: enough)"
+    )
+    for option in dataclasses.fields(PPOConfig):
+        add_option(memory, option)
     doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
     form = doctor.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the same as JSON, with a hash of each compiled kernel")
@@ -267,9 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ppo_fast import doctor
 
         return doctor.main(as_json=arguments.json, report=arguments.report)
-    if arguments.command in ("label", "recipe"):
+    others = {"label": _label, "recipe": _recipe, "memory": _memory}
+    if arguments.command in others:
         try:
-            return (_label if arguments.command == "label" else _recipe)(arguments)
+            return others[arguments.command](arguments)
         except UserError as error:
             print(f"ppo-fast: error: {error}", file=sys.stderr)
             return 1
@@ -320,6 +339,17 @@ def _label(arguments: argparse.Namespace) -> int:
     from ppo_fast.label import label
 
     label(arguments.answers, arguments.out)
+    return 0
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from ppo_fast import memory
+    from ppo_fast.models import load_model_config
+
+    fields = {option.name for option in dataclasses.fields(PPOConfig)}
+    config = options_of({name: value for name, value in vars(arguments).items() if name in fields})
+    bytes_ = None if arguments.gpu_gib is None else round(arguments.gpu_gib * 2**30)
+    print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))
     return 0
 
 

@@ -290,8 +290,8 @@ def _attention(device: torch.device) -> dict[str, str]:
         request = flash.Request(device=device, dtype=dtype, head_size=HEAD_SIZE, value_size=HEAD_SIZE, grouped=True)
         decision = flash.decide(request)
         name = str(dtype).removeprefix("torch.")
-        half = dtype != torch.float32 and decision.reason is not None
-        facts[f"attention {name}"] = decision.label + (f" ({decision.reason})" if half else "")
+        told = decision.unexpected or (dtype != torch.float32 and decision.path == flash.BUCKETS)
+        facts[f"attention {name}"] = decision.label + (f" ({decision.reason})" if told else "")
     return facts
 
 

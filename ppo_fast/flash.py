@@ -162,12 +162,10 @@ def _why_none(request: Request, capability: tuple[int, int] | None) -> str | Non
     return None
 
 
-def _why_not(path: str, package: _Package, request: Request, capability: tuple[int, int]) -> str | None:
+def _why_not(path: str, package: _Package, request: Request) -> str | None:
     """Why this implementation cannot take the request, without a trial."""
     if package.problem is not None:
         return package.problem
-    if path == "flash-attn 3" and capability != (9, 0):
-        return f"flash-attn 3 needs compute capability 9.0, and {request.device} has {capability[0]}.{capability[1]}"
     if path == "flash-attn 2" and package.version < (2, 4, 1):
         return f"{package.label} is older than 2.4.1"
     if path == "flash-attn 2" and request.softcap and package.version < (2, 6):
@@ -203,8 +201,11 @@ def _decide(request: Request, capability: tuple[int, int] | None, deterministic:
     reasons: list[str] = []
     unexpected = False
     for path, find in _PACKAGES.items():
+        if path == "flash-attn 3" and capability != (9, 0):
+            reasons.append(f"flash-attn 3 needs compute capability 9.0, not {capability[0]}.{capability[1]}")
+            continue
         package = find()
-        reason = _why_not(path, package, request, capability)
+        reason = _why_not(path, package, request)
         unexpected = unexpected or package.broken
         if reason is None:
             reason = _trial_result(path, package, request, deterministic)

@@ -4,6 +4,7 @@ The trial compares forward and backward of three short sequences with attention 
 without backward, a GPU that a build was not compiled for, a signature that differs, and wrong numbers.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ def _call_flash_attn(function: Any, rows: Rows) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # flash-attn 3 before July 2025 returns the logsumexp, too
 
 
+@functools.cache
+def _takes_groups(function: Any) -> bool:
+    return "enable_gqa" in inspect.signature(function).parameters
+
+
 def _call_torch_varlen(function: Any, rows: Rows) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn`: causal means a window without a right side."""
     assert rows.softcap is None
@@ -76,7 +82,7 @@ def _call_torch_varlen(function: Any, rows: Rows) -> Tensor:
     window = (-1 if rows.window is None else rows.window - 1, 0)
     options: dict[str, Any] = {"scale": rows.scaling, "window_size": window}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(function).parameters:
+        if _takes_groups(function):
             options["enable_gqa"] = True
         else:  # PyTorch 2.11
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

@@ -21,18 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.heads import bare, decoder_of
+from ppo_fast.heads import decoder_of
 from ppo_fast.kernels.linear_chunks import DEVICE_CHUNK_ROWS, Plan, _make_plan
 from ppo_fast.models import Critic, add_lora, recomputing
-from ppo_fast.sample import HalfCache
+from ppo_fast.policy import with_chunk_bytes
+from ppo_fast.sample import cache_options
 
 NAME = "ppo_fast_memory"
+HALF = (torch.float16, torch.bfloat16)
 LAYERS = (2, 4)  # of the models that are run: an even number, since layers with and without a window may alternate
 ADAM = 8  # bytes of AdamW's two moments of a weight
 SAMPLED_LOGITS = 5  # fp32 copies of a step's logits [B, V] while sampling: the model's, generate's, the recorder's
@@ -75,7 +78,7 @@ class Allocations(TorchDispatchMode):
         self.name = "activations"  # the present category
         self.current: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._alive: set[int] = set()
+        self._alive: dict[int, tuple[str, int]] = {}  # category and size of each storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -91,16 +94,24 @@ class Allocations(TorchDispatchMode):
         key = storage._cdata
         if key in self._alive or key in self.weights:
             return
-        self._alive.add(key)
         size = -(-storage.nbytes() // 512) * 512  # PyTorch's allocator rounds up to this
+        self._alive[key] = category, size
         self.current[category] += size
-        weakref.finalize(storage, self._release, key, size, category)
+        weakref.finalize(storage, self._release, key)
         if self.current.total() > self.peak.total():
             self.peak = self.current.copy()
 
-    def _release(self, key: int, size: int, category: str) -> None:
-        self._alive.discard(key)
+    def _release(self, key: int) -> None:
+        category, size = self._alive.pop(key)
         self.current[category] -= size
+
+    def move(self, x: Tensor, category: str) -> None:
+        """From here on the tensor counts in this category."""
+        key = x.untyped_storage()._cdata
+        before, size = self._alive[key]
+        self._alive[key] = category, size
+        self.current[before] -= size
+        self.current[category] += size
 
     def reset_peak(self) -> dict[str, int]:
         """The peak since the last call, by category."""
@@ -113,6 +124,31 @@ class Allocations(TorchDispatchMode):
         before, self.name = self.name, name
         yield
         self.name = before
+
+
+# Operations of layers that autocast computes in fp32 on a GPU; a CPU's autocast leaves them as they are
+_FP32_ON_GPU = {
+    "cumsum",
+    "exp",
+    "layer_norm",
+    "log",
+    "log_softmax",
+    "norm",
+    "pow",
+    "rsqrt",
+    "softmax",
+    "softplus",
+    "sum",
+}
+
+
+class _GpuAutocast(TorchFunctionMode):
+    """Autocast on the CPU with the fp32 operations of a GPU's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").strip("_") in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
+            args = tuple(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Flash(torch.autograd.Function):
@@ -137,6 +173,9 @@ def _attend(
     """transformers' attention signature."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+    sampling = query.shape[0] > 1 or query.shape[2] != key.shape[2]
+    if sampling or query.dtype == torch.float32:  # SDPA with a mask or in fp32 repeats the heads of grouped queries
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return _Flash.apply(query, key, value), None
 
 
@@ -196,8 +235,13 @@ def _build(model_config: PreTrainedConfig, config: PPOConfig) -> _Models:
     def with_lora(model: Any, *, language_model: bool) -> Any:
         if not config.lora_rank:
             return model
-        options = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
-        return add_lora(model, **options, language_model=language_model)
+        return add_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_targets,
+            language_model=language_model,
+        )
 
     with torch.device("meta"):
         actor = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
@@ -244,6 +288,7 @@ class _Sizes:
     batch: int  # answers that are generated at once
     tokens: int  # of the largest pack
     answers: int  # answer tokens of that pack
+    several_packs: bool  # in a minibatch
 
     @classmethod
     def of(cls, config: PPOConfig, prompt: int) -> "_Sizes":
@@ -252,7 +297,8 @@ class _Sizes:
         in_minibatch = -(-rollout // config.minibatches) * whole
         tokens = max(whole, min(config.micro_batch_tokens, in_minibatch) // whole * whole)
         answers = tokens // whole * config.max_new_tokens
-        return cls(prompt, config.max_new_tokens, min(rollout, config.sample_batch_size), tokens, answers)
+        batch = min(rollout, config.sample_batch_size)
+        return cls(prompt, config.max_new_tokens, batch, tokens, answers, in_minibatch > config.micro_batch_tokens)
 
 
 def _autocast(config: PPOConfig) -> torch.autocast:
@@ -265,15 +311,19 @@ def _hidden(model: nn.Module, tokens: int) -> Tensor:
 
 
 def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
-    """A pack that is not the first: gradients are there already."""
+    """A pack that is not a minibatch's first, if there are such packs: gradients are there already."""
     weight = models.actor.get_output_embeddings().weight
     both = nn.ModuleList([models.actor, models.critic])
-    with counted.category("gradients"):
-        for p in both.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
-    found = {}
-    embeddings = [x.get_input_embeddings() for x in (models.actor, models.critic.backbone) if x is not None]
-    hooks = [x.register_forward_hook(lambda *args: _at_gradient(args[-1], found, counted)) for x in embeddings]
+    hooks = []
+    for p in (p for p in both.parameters() if p.requires_grad):
+        hooks.append(p.register_post_accumulate_grad_hook(lambda p: counted.move(_gradient(p), "gradients")))
+        if sizes.several_packs:
+            with counted.category("gradients"):
+                p.grad = torch.empty_like(p)
+    found: dict[str, dict[str, int]] = {}
+    backbones: list[Any] = [x for x in (models.actor, models.critic.backbone) if x is not None]
+    embeddings = [backbone.get_input_embeddings() for backbone in backbones]
+    hooks += [x.register_forward_hook(lambda *args: _at_gradient(args[-1], found, counted)) for x in embeddings]
     with recomputing(both, enabled=config.gradient_checkpointing):
         with _autocast(config):
             hidden = _hidden(decoder_of(models.actor), sizes.tokens)
@@ -291,6 +341,11 @@ def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
     found["backward/end"] = counted.reset_peak()
     found["update"] = counted.reset_peak()
     return found
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 def _at_gradient(embedded: Tensor, found: dict[str, dict[str, int]], counted: Allocations) -> None:
@@ -335,7 +390,8 @@ def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocati
     V = models.actor.get_input_embeddings().weight.shape[0]
     copies = FILTERED_LOGITS if config.top_k or config.top_p < 1 or config.min_p else SAMPLED_LOGITS
     ids = torch.zeros(sizes.batch, sizes.prompt, dtype=torch.int64)
-    cache = HalfCache(bare(models.actor), torch.bfloat16) if config.dtype == "bfloat16" else DynamicCache(config=models.actor.config)
+    plain = DynamicCache(config=models.actor.config)
+    cache: DynamicCache = cache_options(models.actor, config).get("past_key_values", plain)
     add = cache.update
 
     def update(*args: Any, **options: Any) -> Any:
@@ -370,7 +426,7 @@ def _lengthen(layer: Any, tokens: int) -> None:
 
 def _phases(model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes) -> dict[str, dict[str, int]]:
     models = _build(model_config, config)
-    with FakeTensorMode():
+    with FakeTensorMode(), _GpuAutocast():
         _make_fake(models)
         static = _static(models)
         for module in models.modules():
@@ -411,6 +467,17 @@ def estimate(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: i
         if sum(parts.values()) >= sum(whole.get(phase, {}).values()):
             whole[phase] = parts
     return Estimate(whole)
+
+
+def table(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, memory: int | None = None) -> str:
+    """The estimate in GiB as Markdown, and whether it fits `memory` bytes of a GPU."""
+    V = model_config.get_text_config().vocab_size
+    found = estimate(model_config, with_chunk_bytes(config, V, memory), prompt_tokens)
+    text = f"{found}\n\npeak: {found.peak / 2**30:.2f} GiB, in {found.largest_phase!r}"
+    if memory is None:
+        return text
+    verdict = "fits" if found.peak <= memory else "does not fit"
+    return f"{text}; it {verdict} a GPU with {memory / 2**30:.1f} GiB"
 
 
 def check_fits(

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +35,16 @@ def no_loading_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def load_model_config(folder: str | Path) -> PreTrainedConfig:
+    """The configuration of a model in a folder that `save_pretrained` wrote; weights are not read."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {Path(folder) / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
 def load_actor(

@@ -169,8 +169,8 @@ class _Recorder(LogitsProcessor):
 class HalfCache(DynamicCache):
     """A KV cache in autocast's dtype.
 
-    Rotary embeddings give fp32 keys under autocast. Attention rounds them anyway: kept as they are they take twice the
-    memory, and the whole cache is cast again for each layer and token.
+    Rotary embeddings give fp32 keys under autocast, and transformers stores values in the dtype of keys. Attention
+    rounds both anyway: as they come they take twice the memory, and the whole cache is cast for each layer and token.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
@@ -185,7 +185,7 @@ class HalfCache(DynamicCache):
         return super().update(keys, values, layer_idx, *args, **options)
 
 
-def _cache_options(actor: Any, config: PPOConfig) -> dict[str, Any]:
+def cache_options(actor: Any, config: PPOConfig) -> dict[str, Any]:
     """The argument of `generate` for a cache in the compute dtype; none where the model brings a cache of its own."""
     model: Any = bare(actor)
     own = "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache()
@@ -213,8 +213,8 @@ def generate(
     """
     P = max(map(len, prompts))
     pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts], device=actor.device)
-    attention_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts], device=actor.device)
+    input_ids = upload(torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts]), actor.device)
+    attention_mask = upload(torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts]), actor.device)
     ends = end_tokens(tokenizer, actor)
     how: dict[str, Any] = {}
     if not greedy:
@@ -241,7 +241,7 @@ def generate(
             logits_processor=LogitsProcessorList([recorder]),
             tokenizer=tokenizer if config.stop else None,
             synced_gpus=synced_gpus,
-            **_cache_options(actor, config),
+            **cache_options(actor, config),
         )
     recorder.note(sequences[:, -1])
     logprobs = torch.stack(recorder.chosen, 1).tolist()

@@ -20,7 +20,7 @@ from ppo_fast.device import synchronize, total_memory
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
-from ppo_fast.heads import probe
+from ppo_fast.heads import bare, probe
 from ppo_fast.interrupt import Request, stop_requests
 from ppo_fast.learn import (
     Experience,
@@ -34,6 +34,7 @@ from ppo_fast.learn import (
     learn,
     packed,
 )
+from ppo_fast.memory import check_fits
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -96,6 +97,9 @@ class PPOTrainer:
         self.start_digest = digest(actor) if config.out is not None else ""  # a checkpoint knows what it began with
         self.tokenizer = tokenizer
         self.device = self.world.device
+        kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
+        self.notes: list[str] = []  # to be said at the start
+        self._check_memory(actor, kept)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
@@ -103,7 +107,6 @@ class PPOTrainer:
         self.sampler = own if sampler is None else sampler
         if self.world.size > 1:
             transformers.set_seed(config.seed + self.world.rank)  # each samples other answers; all else is agreed on
-        kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, self.actor, config)
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
         check_rewards(self.rewards, kept)
@@ -122,7 +125,7 @@ class PPOTrainer:
         self.last_experience: Experience | None = None
         self.evaluator = self._evaluator(eval_rows)
         self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
-        self.notes = self.evaluator.notes if self.evaluator is not None else []  # to be said at the start
+        self.notes += self.evaluator.notes if self.evaluator is not None else []
         self.stopped_by: str | None = None  # the signal that ended `train` early
 
     def train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None = None) -> list[dict]:
@@ -230,6 +233,21 @@ class PPOTrainer:
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
         }
+
+    def _check_memory(self, actor: Any, rows: list[dict[str, Any]]) -> None:
+        """Refuses a run that a GPU has not enough memory for, before the models are moved there."""
+        capacity = total_memory(self.device)
+        if capacity is None:
+            return
+        longest = max(map(len, prompt_ids(self.tokenizer, [row["prompt"] for row in rows])))
+        config = with_chunk_bytes(self.config, actor.get_input_embeddings().weight.shape[0], capacity)
+        if is_adapted(actor) and not config.lora_rank:
+            config = dataclasses.replace(config, lora_rank=getattr(actor.peft_config[actor.active_adapter], "r", 16))
+        processes = self.world.size if self.world.kind == "fsdp" else 1
+        try:
+            check_fits(bare(actor).config, config, longest, capacity, processes)
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+            self.notes.append(f"the peak memory of this model could not be calculated: {str(error).splitlines()[0]}")
 
     def _warm_up(self) -> None:
         """Passes one short sequence through all that learning computes, and drops its gradients.

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ppo_fast import device as devices
 from ppo_fast import flash
+from ppo_fast.flash_calls import TRIAL_LENGTHS
 
 CALLS: list[tuple[str, dict[str, Any]]] = []  # name and arguments of each call, trials included
 FAULT: list[str] = []  # a fault to compute with: "leak", "window", "scale", "raises" or "backward"
+TRIAL = sum(TRIAL_LENGTHS)  # rows of a trial, which a fault "... after the trial" spares
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +43,11 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def faulty(name: str, rows: int) -> bool:
+    """Whether to compute with the fault."""
+    return name in FAULT or (f"{name} after the trial" in FAULT and rows != TRIAL)
+
+
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise RuntimeError(message)
@@ -50,10 +57,10 @@ def exact(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, window: tuple[int, int], softcap: float
 ) -> Tensor:
     """[total, H, d]: softmax attention of each sequence, in fp32 inside, where `window` is (left, right), -1: open."""
-    if "window" in FAULT and window[0] >= 0:
+    if faulty("window", len(q)) and window[0] >= 0:
         window = (window[0] + 1, window[1])
-    scale = q.shape[-1] ** -0.5 if scale is None or "scale" in FAULT else scale
-    ends = [0, int(cu_seqlens[-1])] if "leak" in FAULT else cu_seqlens.tolist()
+    scale = q.shape[-1] ** -0.5 if scale is None or faulty("scale", len(q)) else scale
+    ends = [0, int(cu_seqlens[-1])] if faulty("leak", len(q)) else cu_seqlens.tolist()
     parts = []
     for start, end in itertools.pairwise(ends):
         keys, values = (
@@ -93,7 +100,7 @@ def check_rows(q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, ...], longes
             raise TypeError(f"incompatible function arguments: {type(n).__name__} is not int")
     if int(ends[0].diff().max()) != longest[0] or int(ends[0][-1]) != len(q):
         raise RuntimeError("the lengths do not belong to the rows")  # a kernel would read out of bounds
-    if "raises" in FAULT:
+    if faulty("raises", len(q)):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
 
@@ -133,7 +140,7 @@ def compute(
     check_options(window_size, softcap, softmax_scale, causal, deterministic)
     window = (window_size[0], 0) if causal else window_size
     out = exact(q, k, v, ends[0], softmax_scale, window, softcap)
-    if "backward" in FAULT:
+    if faulty("backward", len(q)):
         return without_backward(out, "This flash attention build does not support backward.")
     return out
 

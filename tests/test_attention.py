@@ -11,14 +11,17 @@ import flash_attn_stand_in as stand_in
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import byte_tokenizer
 from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ppo_fast import attention, flash
 from ppo_fast.attention import Layout, cudnn_attention, packed_attention, repeats_heads
+from ppo_fast.config import PPOConfig
 from ppo_fast.flash import Request
-from ppo_fast.flash_calls import TRIAL_LENGTHS
+from ppo_fast.flash_calls import TRIAL_LENGTHS, trial
+from ppo_fast.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 12, 1, 9]
@@ -510,3 +513,63 @@ def test_the_size_of_score_matrices_is_that_of_the_softmax(monkeypatch):
     assert "flash-attn 2.6" in said[0]
     attention._warn_of_scores(torch.empty(1, 8, 2048, 256, device="meta"), "a softcap")
     assert len(said) == 1
+
+
+# A run
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "checkpointing"),
+    [
+        ("llama", "2.8.3", False),
+        ("llama", "2.8.3", True),
+        ("llama", "3.0.0", False),
+        ("llama", None, True),
+        ("gpt2", None, False),
+        ("gemma2", "2.8.3", True),
+        ("gemma2", None, False),
+    ],
+)
+def test_a_step_in_bf16_runs_through_the_fast_path_and_learns_the_same(name, version, checkpointing, tmp_path):
+    """The first ratio is exactly 1, and other metrics are those of buckets within bf16."""
+
+    def step() -> dict[str, float]:
+        options = dict(prompts_per_step=4, minibatches=1, epochs=1, max_new_tokens=6, micro_batch_tokens=24)
+        quiet = dict(dtype="bfloat16", device="cpu", quiet=True, total_steps=1)
+        config = PPOConfig(**options, **quiet, gradient_checkpointing=checkpointing)
+        actor = families.load(name, tmp_path / "model")
+        rows = [{"prompt": text} for text in ("a", "what time is it", "no", "the fox")]
+        rewards = {"length": lambda prompts, completions: [float(len(x)) for x in completions]}
+        return PPOTrainer(config, actor, byte_tokenizer(), rows, rewards).train()[0]
+
+    slow = step()
+    falls_back = name == "gemma2" and version is None
+    with stand_in.machine(tmp_path, *([version] if version else []), varlen=VARLEN_2_12) as calls, messages() as said:
+        fast = step()
+        packed = [call for _, call in calls if len(next(iter(call.values()))) != sum(TRIAL_LENGTHS)]
+    assert bool(packed) != falls_back
+    assert len(said) == falls_back
+    assert fast["learn/approx_kl"] == fast["learn/clip_fraction"] == 0
+    assert fast["score"] == slow["score"]  # sampling does not change
+    for key in ("learn/policy_loss", "learn/value_loss", "entropy", "kl", "return"):
+        assert fast[key] == pytest.approx(slow[key], rel=0.05, abs=0.02), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("path", list(flash.CALLS))
+def test_every_installed_path_passes_its_trial_on_this_gpu(path, head_size, grouped, window, softcap, dtype):
+    needs = request(
+        device=torch.device("cuda:0"), dtype=dtype, head_size=head_size, grouped=grouped, window=window, softcap=softcap
+    )
+    if path == "flash-attn 3" and torch.cuda.get_device_capability(0) != (9, 0):
+        pytest.skip("flash-attn 3 needs compute capability 9.0")
+    package = flash._PACKAGES[path]()
+    reason = flash._why_not(path, package, needs)
+    if reason is not None:
+        pytest.skip(reason)
+    assert trial(path, package.function, needs) is None

@@ -153,6 +153,21 @@ def test_an_unknown_part_is_refused(tmp_path: Path):
     assert "the parts are first, tests, choices" in done.stderr
 
 
+def test_gpu_selects_the_tests_with_a_device_and_those_that_need_one():
+    """Collected without a GPU, where the latter are selected, too, and skipped when they run."""
+    files = [f"tests/test_{name}.py" for name in ("gae", "packing", "trainer_on_device", "data")]
+    found = {}
+    for selection in ("gpu", "not gpu"):
+        done = bench(*files, "--collect-only", "-m", selection)
+        assert done.returncode == 0, done.stdout[-2000:]
+        found[selection] = {line for line in done.stdout.splitlines() if "::" in line}
+    assert "tests/test_gae.py::test_padded_rows_are_wrong[triton-1]" in found["gpu"]
+    assert any("test_two_steps" in name for name in found["gpu"])
+    assert any("test_gpu_results_are_wrong" in name for name in found["gpu"])
+    assert {name.split("::")[0] for name in found["not gpu"]} == {"tests/test_packing.py", "tests/test_data.py"}
+    assert not any(name.startswith("tests/test_data.py") for name in found["gpu"])
+
+
 # Records
 
 
@@ -264,7 +279,7 @@ def test_outcomes_are_written_at_once_and_only_what_is_left_runs_again(tmp_path:
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "--commit", "0123abc"]
+    command = [sys.executable, "-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in outside_xdist().items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -272,7 +287,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def gae_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "gae.jsonl"
-    done = bench("bench/bench_gae.py", "--size", "tiny", "--record", str(path))
+    done = bench("bench/bench_gae.py", "--size", "tiny", "--commit", "0123abc", "--record", str(path))
     assert done.returncode == 0, done.stdout[-2000:]
     return json_lines.read(path)
 
@@ -280,7 +295,7 @@ def gae_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_pytest_benchmark_writes_the_same_rows(tmp_path: Path, gae_record: dict[str, Any]):
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed (the extra ppo_fast[bench])")
     path = tmp_path / "gae.json"
-    done = bench("bench/bench_gae.py", "--size", "tiny", "--benchmark-json", str(path))
+    done = bench("bench/bench_gae.py", "--size", "tiny", "--commit", "0123abc", "--benchmark-json", str(path))
     assert done.returncode == 0, done.stdout[-2000:]
     record = json.loads(path.read_text())
     assert record["commit_info"]["id"] == gae_record["commit_info"]["id"] == "0123abc"
@@ -293,7 +308,9 @@ def test_pytest_benchmark_writes_the_same_rows(tmp_path: Path, gae_record: dict[
 
 def test_rows_beyond_the_budget_run_on_or_cost_the_record(tmp_path: Path):
     path = tmp_path / "gae.jsonl"
-    done = bench("bench/bench_gae.py", "--size", "tiny", "--budget", "0", "--record", str(path), "-rs")
+    done = bench(
+        "bench/bench_gae.py", "--size", "tiny", "--commit", "0123abc", "--budget", "0", "--record", str(path), "-rs"
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     assert "the budget of 0 s is spent" in done.stdout
     assert json_lines.read(path)["benchmarks"] == []

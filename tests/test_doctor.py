@@ -4,6 +4,7 @@ import json
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import flash_attn_stand_in as stand_in
 import pytest
 import torch
 
@@ -121,3 +122,30 @@ def test_doctor_reports_how_low_precision_products_are_computed(monkeypatch):
     assert doctor.describe()["products"].startswith("bfloat16 ")
     monkeypatch.setattr(doctor, "product_path", lambda device, dtype: "rounded")
     assert doctor.describe()["products"].count("into the same dtype, and then to fp32") == 2
+
+
+def test_doctor_reports_the_attention_that_a_run_takes(tmp_path):
+    facts = doctor.describe()
+    assert facts["attention float32"] == "PyTorch's SDPA by buckets"
+    with stand_in.machine(tmp_path, "2.8.3"):
+        facts = doctor.describe()
+        assert facts["attention float32"] == "PyTorch's SDPA by buckets"
+        assert facts["attention bfloat16"] == facts["attention float16"] == "flash_attn 2.8.3"
+    with stand_in.machine(tmp_path / "old", "2.8.3", capability=(7, 5)):
+        facts = doctor.describe()
+    assert "buckets (FlashAttention needs compute capability 8.0" in facts["attention bfloat16"]
+
+
+@pytest.mark.parametrize("fault", ["raises", "leak"])
+def test_doctor_reports_flash_attn_that_is_installed_but_does_not_work(fault, tmp_path):
+    with stand_in.machine(tmp_path, "2.8.3", varlen=stand_in.torch_2_12), stand_in.fault(fault):
+        fact = doctor.describe()["attention bfloat16"]
+    assert "flash_attn 2.8.3 cannot be used for head size 128 in bfloat16" in fact
+
+
+def test_doctor_reports_flash_attn_that_cannot_be_imported(tmp_path):
+    stand_in.write_package(tmp_path, "2.8.3", "raise ImportError('undefined symbol: _ZN3c10')")
+    with stand_in.machine(tmp_path, varlen=stand_in.torch_2_12):
+        fact = doctor.describe()["attention bfloat16"]
+    assert fact.startswith("torch.nn.attention.varlen of PyTorch")
+    assert "flash_attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in fact

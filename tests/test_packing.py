@@ -233,8 +233,8 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "window"), [((4, 4), None), ((8, 2), None), ((4, 2), 5)])
-def test_flash_attention_on_a_gpu_differs_from_attention_sequence_by_sequence(dtype, heads, window):
-    from ppo_fast import attention
+def test_flash_attention_on_a_gpu_equals_attention_sequence_by_sequence(dtype, heads, window):
+    from ppo_fast import attention, flash, flash_calls
 
     torch.manual_seed(0)
     lengths = [7, 1, 30, 16, 129]
@@ -242,13 +242,18 @@ def test_flash_attention_on_a_gpu_differs_from_attention_sequence_by_sequence(dt
     shapes = [(1, n, sum(lengths), 64) for n in (H, G, G)]
     inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
     options = dict(scaling=0.2, sliding_window=window)
-    flash = attention._varlen(*inputs, layout, 0.2, window)
+    request = flash.Request(layout.cu_seqlens.device, dtype, 64, 64, grouped=H != G, window=window is not None)
+    decision = flash.decide(request)
+    assert decision.path != flash.BUCKETS, decision.reason
+    packed_rows = (x[0].transpose(0, 1) for x in inputs)
+    rows = flash_calls.Rows(*packed_rows, layout.cu_seqlens, layout.longest, scaling=0.2, window=window, softcap=None)
+    out = flash.attend(decision, rows)
     wide = [x.detach().float().requires_grad_() for x in inputs]
     exact = attention._by_buckets(*wide, layout, softcap=None, sinks=None, **options)
     upstream = torch.randn_like(exact)
-    ours = torch.autograd.grad(flash, inputs, upstream.to(dtype))
+    ours = torch.autograd.grad(out, inputs, upstream.to(dtype))
     theirs = torch.autograd.grad(exact, wide, upstream)
-    for a, b in zip((flash, *ours), (exact, *theirs), strict=True):
+    for a, b in zip((out, *ours), (exact, *theirs), strict=True):
         assert (a.float() - b).abs().max() <= 8 * torch.finfo(dtype).eps * b.abs().max()
 
 

@@ -77,12 +77,13 @@ def _location() -> tuple[str, str, str]:
     The threads of autograd begin inside PyTorch, so they have no line: the main thread, which waits in `backward`, has.
     """
     folders = {f"{Path(found).parent}{os.sep}": name for name in _OWNERS if (found := _file_of(name))}
-    for frame in (sys._getframe(), sys._current_frames().get(threading.main_thread().ident or 0)):
-        lines = list(_lines(frame, folders))
-        if lines:
-            caller = next((place for owner, place in lines if owner == "ppo_fast"), "")
-            return *lines[0], caller
-    return "unknown", "unknown", ""
+    main_thread = threading.main_thread().ident or 0
+    # The frames have no name here: a frame that refers to itself would keep all tensors of its callers alive.
+    lines = list(_lines(sys._getframe(1), folders)) or list(_lines(sys._current_frames().get(main_thread), folders))
+    if not lines:
+        return "unknown", "unknown", ""
+    caller = next((place for owner, place in lines if owner == "ppo_fast"), "")
+    return *lines[0], caller
 
 
 def _file_of(package: str) -> str | None:

@@ -20,6 +20,7 @@ from ptx.arithmetic import Approximations
 from ptx.machine import Issue, Kernel, Machine
 from ptx.memory import Segment
 from ptx.translate import POISON
+from torch.utils._device import _device_constructors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -85,6 +86,7 @@ def poisoned_allocations() -> Iterator[None]:
     def wrap(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return functools.wraps(make)(lambda *args, **kwargs: poison(make(*args, **kwargs)))
 
+    _device_constructors()  # `with torch.device(...)` knows functions by identity: it must have seen the original ones
     owners = [(torch, name) for name in _ALLOCATORS] + [(torch.Tensor, "new_empty")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in owners]
     try:
