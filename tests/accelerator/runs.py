@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tiny import byte_tokenizer, tiny_llama
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.reward import RewardModel
@@ -38,6 +38,16 @@ def reward_model(device: torch.device | str) -> RewardModel:
     return RewardModel(classifier(), byte_tokenizer(), device=torch.device(device))
 
 
+def llama(*, seed: int = 0) -> PreTrainedModel:
+    """tiny_llama with larger weights: its logits are almost equal, so that wrong attention would hardly show."""
+    model = tiny_llama(258, seed=seed)
+    with torch.no_grad():
+        for x in model.parameters():
+            if x.ndim > 1:
+                x.mul_(4.0)
+    return model
+
+
 class FixedAnswers:
     """Answers that depend on the prompt only, so that rounding in the actor changes no token."""
 
@@ -67,7 +77,7 @@ def trainer(
     **options: Any,
 ) -> PPOTrainer:
     """`given` are further arguments of PPOTrainer; `options` are those of PPOConfig."""
-    actor = tiny_llama(258) if actor is None else actor
+    actor = llama() if actor is None else actor
     rewards = vowels if rewards is None else rewards
     made = PPOTrainer(config(device, **options), actor, byte_tokenizer(), ROWS, rewards, **(given or {}))
     torch.manual_seed(7)  # all generators: a CPU's has made the critic before, that of a device has not

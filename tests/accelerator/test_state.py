@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator.runs import HELD_OUT, metrics, off_device, trainer, untouched, weights
+from accelerator.runs import HELD_OUT, llama, metrics, off_device, trainer, untouched, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -99,11 +99,10 @@ def test_a_saved_model_computes_the_logits_of_the_trained_one(
 
 def test_saved_adapters_compute_the_logits_of_the_trained_ones(second_testgpu: torch.device, tmp_path: Path) -> None:
     from peft import PeftModel
-    from tiny import tiny_llama
 
     made = run(second_testgpu, tmp_path, save_every=0, total_steps=1, lora_rank=4)
     made.train()
-    loaded = PeftModel.from_pretrained(tiny_llama(258), tmp_path / "model").eval()
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "model").eval()
     torch.testing.assert_close(
         logits_of(loaded, "cpu"), logits_of(made.actor.eval(), second_testgpu), rtol=1e-4, atol=1e-5
     )

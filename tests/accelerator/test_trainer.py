@@ -11,6 +11,7 @@ from accelerator.runs import (
     FixedAnswers,
     assert_same_metrics,
     config,
+    llama,
     metrics,
     of_each_token,
     off_device,
@@ -24,15 +25,14 @@ from accelerator.runs import (
 from accelerator.stand_ins import varlen_calls
 from accelerator.waits import record_waits
 from flash_attn_stand_in import machine
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer
 
 from ppo_fast.models import Critic, add_lora
 from ppo_fast.trainer import PPOTrainer
 
 # The orders of sums differ: attention takes SDPA's math path here and a fused one on a CPU, and the chunks of logits
-# have other sizes. Each is off by a few 2^-24, and Adam's first updates, lr * sign(gradient), can turn that into a
-# change of the whole update where a gradient is almost 0.
-RTOL, ATOL = 1e-4, 1e-5
+# have other sizes. Each is off by a few 2^-24, and two steps of training add up some.
+RTOL, ATOL = 1e-5, 2e-6
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "own critic": {},
@@ -93,8 +93,9 @@ def test_only_the_trainers_device_is_synchronised(testgpu: torch.device, second_
     assert synchronised == {"testgpu:1"}
 
 
-# bf16 has 8 bits: each product is off by 2^-9, and a loss that is a difference of such numbers by more.
-BF16_RTOL, BF16_ATOL = 0.05, 0.02
+# bf16 has 8 bits: each product is off by 2^-9, and a loss that is a difference of such numbers by more. A clip fraction
+# changes by 1/44 when one of 44 ratios lies on the other side of the clip.
+BF16_RTOL, BF16_ATOL = 0.05, 0.03
 
 
 @pytest.mark.parametrize("name", ["own critic", "shared critic", "lora", "kl in the loss"])
@@ -166,8 +167,8 @@ def test_models_are_moved_to_the_trainers_device_from_wherever_they_are(
 ) -> None:
     expected = trainer(second_testgpu).train()
     for start in ("testgpu:0", "testgpu:1"):
-        actor = tiny_llama(258).to(start)
-        made = trainer(second_testgpu, actor=actor, given={"reference": tiny_llama(258)})
+        actor = llama().to(start)
+        made = trainer(second_testgpu, actor=actor, given={"reference": llama()})
         assert not off_device(made)
         assert list(map(metrics, made.train())) == list(map(metrics, expected)), start
 
@@ -196,7 +197,7 @@ def test_a_reward_model_may_be_on_another_device(testgpu: torch.device, second_t
 
 
 def trained_adapters() -> torch.nn.Module:
-    actor = add_lora(tiny_llama(258), rank=4, alpha=8, targets="all-linear", language_model=True)
+    actor = add_lora(llama(), rank=4, alpha=8, targets="all-linear", language_model=True)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, x in actor.named_parameters():
@@ -206,7 +207,7 @@ def trained_adapters() -> torch.nn.Module:
 
 
 def tied_embeddings() -> torch.nn.Module:
-    actor = tiny_llama(258)
+    actor = llama()
     actor.config.tie_word_embeddings = True
     actor.tie_weights()
     return actor
@@ -218,7 +219,7 @@ def own_head() -> torch.nn.Module:
     class Head(torch.nn.Linear):
         pass
 
-    actor = tiny_llama(258)
+    actor = llama()
     head = Head(32, 258, bias=False)
     head.load_state_dict(actor.lm_head.state_dict())
     actor.lm_head = head
@@ -256,7 +257,7 @@ def test_padded_rows_give_the_numbers_of_packed_rows(second_testgpu: torch.devic
 
 def test_the_current_device_is_used_by_a_name_without_an_index(second_testgpu: torch.device) -> None:
     with torch.testgpu.device(second_testgpu):
-        made = PPOTrainer(config("testgpu", total_steps=1), tiny_llama(258), byte_tokenizer(), ROWS, vowels)
+        made = PPOTrainer(config("testgpu", total_steps=1), llama(), byte_tokenizer(), ROWS, vowels)
     assert made.device == second_testgpu
     made.train()  # while the first is the current one
     assert not off_device(made)
