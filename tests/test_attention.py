@@ -555,7 +555,7 @@ def test_a_step_in_bf16_runs_through_the_fast_path_and_learns_the_same(name, ver
         assert fast[key] == pytest.approx(slow[key], rel=0.05, abs=0.02), key
 
 
-@pytest.mark.gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize("window", [False, True])
