@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -247,28 +247,49 @@ def hidden_states(decoder: nn.Module, pack: Pack, *, packed: bool) -> Tensor:
     """[total, D]: the decoder's last hidden states of a pack's tokens. Packed: inside `packed_attention` only."""
     if packed:
         return _run(decoder, pack).last_hidden_state[0]
-    ids, positions, mask = padded(pack)
-    out = decoder(input_ids=ids, position_ids=positions, attention_mask=mask.long(), use_cache=False)
-    return out.last_hidden_state[mask]
+    rows = padded(pack)
+    out = decoder(**rows.inputs())
+    return out.last_hidden_state.flatten(0, 1).index_select(0, rows.tokens)
 
 
 def own_logits(model: nn.Module, pack: Pack, *, packed: bool) -> Tensor:
     """[n, V]: the logits from which the pack's answer tokens are drawn, by the model's own forward."""
     if packed:
         return _run(model, pack).logits[0, pack.states]
-    ids, positions, mask = padded(pack)
-    out = model(input_ids=ids, position_ids=positions, attention_mask=mask.long(), use_cache=False)
-    return out.logits[mask][pack.states]
+    rows = padded(pack)
+    logits = model(**rows.inputs()).logits
+    return logits.flatten(0, 1).index_select(0, rows.tokens[pack.states])
 
 
 def _run(model: nn.Module, pack: Pack) -> Any:
     return model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **pack.layout.arguments())
 
 
-def padded(pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
-    """A pack's tokens and positions, each sequence in a row of its own, padded on the right; and where tokens are."""
-    lengths = pack.layout.cu_seqlens.diff()
-    column = torch.arange(pack.layout.longest, device=lengths.device)
-    mask = column < lengths.unsqueeze(1)
-    ids = pack.input_ids.new_zeros(mask.shape).masked_scatter(mask, pack.input_ids)
-    return ids, torch.where(mask, column, 0), mask
+class PaddedRows(NamedTuple):
+    """A pack's sequences, each in a row of its own, padded on the right to the longest, L."""
+
+    input_ids: Tensor  # [S, L] int64
+    position_ids: Tensor  # [S, L] int64, 0 in the padding
+    attention_mask: Tensor  # [S, L] bool
+    tokens: Tensor  # [total] int64: where each of the pack's tokens is in the flattened rows
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of a model."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask.long(),
+            "use_cache": False,
+        }
+
+
+def padded(pack: Pack) -> PaddedRows:
+    """The pack as padded rows. Its sizes are known on the host, so nothing here waits for a GPU."""
+    ends, L = pack.layout.cu_seqlens, pack.layout.longest
+    column = torch.arange(L, device=ends.device)
+    mask = column < ends.diff().unsqueeze(1)
+    row = torch.arange(len(ends) - 1, device=ends.device)
+    row = row.repeat_interleave(ends.diff(), output_size=pack.input_ids.shape[1])
+    tokens = row * L + pack.position_ids[0]
+    ids = pack.input_ids.new_zeros(mask.numel()).index_copy_(0, tokens, pack.input_ids[0]).view(mask.shape)
+    return PaddedRows(ids, torch.where(mask, column, 0), mask, tokens)
