@@ -1,8 +1,8 @@
 """The peak memory of a PPO step on a GPU, calculated before the first step.
 
 The models run on PyTorch's fake tensors, which have shapes and no data, and every storage that they would allocate is
-counted. This follows each family of models, LoRA and gradient checkpointing without a formula for each. Models of two
-and of four layers are run, and the rest is extrapolated, since layers are alike.
+counted. This follows each family of models, LoRA and gradient checkpointing without a formula for each. Two models of few
+layers are run, and the rest is extrapolated, since layers are alike.
 
 Attention counts as FlashAttention does (queries, keys, values, the output and one number for each query and head), and
 the head as the Triton backend cuts it into chunks. Not counted: the CUDA context (about 0.5 GiB), workspaces of
@@ -36,7 +36,7 @@ from ppo_fast.sample import cache_options
 
 NAME = "ppo_fast_memory"
 HALF = (torch.float16, torch.bfloat16)
-LAYERS = (2, 4)  # of the models that are run: an even number, since layers with and without a window may alternate
+LAYERS = (2, 4, 8, 16)  # of the models that are run: even numbers, since layers with and without a window may alternate
 ADAM = 8  # bytes of AdamW's two moments of a weight
 SAMPLED_LOGITS = 5  # fp32 copies of a step's logits [B, V] while sampling: the model's, generate's, the recorder's
 FILTERED_LOGITS = 10  # with top-k, top-p or min-p, which sort them
@@ -455,18 +455,27 @@ def estimate(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: i
     ['learn', 'sample', 'score', 'update']
     """
     sizes, depth = _Sizes.of(config, prompt_tokens), model_config.num_hidden_layers
-    few, more = (_phases(_shallow(model_config, layers), config, sizes) for layers in LAYERS)
+    lower, few = LAYERS[0], _phases(_shallow(model_config, LAYERS[0]), config, sizes)
+    for upper in LAYERS[1:]:
+        more = _phases(_shallow(model_config, upper), config, sizes)
+        if depth <= upper or all(few[name].get(part, 0) <= more[name].get(part, 0) for name, part in _parts(few)):
+            break
+        lower, few = upper, more  # a part has become smaller: the peaks are at different moments of the phase
     whole: dict[str, dict[str, int]] = {}
-    for name in few:
+    for name in more:
         parts = {}
         for part in dict.fromkeys([*few[name], *more[name]]):
             a, b = few[name].get(part, 0), more[name].get(part, 0)
-            size = max(0, a + (b - a) * (depth - LAYERS[0]) // (LAYERS[1] - LAYERS[0]))
+            size = max(0, a + (b - a) * (depth - lower) // (upper - lower))
             parts[part] = size // processes if part in ("weights", "gradients", "optimizer") else size
         phase = name.partition("/")[0]
         if sum(parts.values()) >= sum(whole.get(phase, {}).values()):
             whole[phase] = parts
     return Estimate(whole)
+
+
+def _parts(phases: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    return [(name, part) for name, parts in phases.items() for part in parts]
 
 
 def table(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, memory: int | None = None) -> str:
