@@ -116,13 +116,14 @@ def write(made: dict[tuple[str, str], dict[int, Estimate]], text: str, about: di
     page = f"""# Peak memory of a PPO step, by calculation
 
 Made by `{about["command"]}`. Commit {about["commit"]}, {versions}, {about["date"]}. Calculated by
-`ppo_fast/memory.py`, not measured; `tests/accelerator/test_memory.py` compares the calculation with what tensors hold at
-small sizes (within 10 %).
+`ppo_fast/memory.py`, not measured; `tests/accelerator/test_memory.py` compares the calculation with what tensors hold
+at small sizes (within 10 %).
 
 `--dtype bfloat16` (autocast on fp32 weights), 64 prompts of up to {PROMPT} tokens, answers of up to 512, packs of 4096
 tokens, a critic of its own unless shared, and a reference (with LoRA the actor without its adapters). GiB, at the peak
 of the step on the largest GPU; the KV cache is full at the end of sampling, which is not the peak. A GB is 10^9 bytes.
-The CUDA context (about 0.5 GiB), workspaces and fragmentation come on top. On a smaller GPU chunks of logits are smaller.
+The CUDA context (about 0.5 GiB), workspaces and fragmentation come on top. On a smaller GPU chunks of logits are
+smaller.
 
 {text}
 """

@@ -1,8 +1,8 @@
 """The peak memory of a PPO step on a GPU, calculated before the first step.
 
 The models run on PyTorch's fake tensors, which have shapes and no data, and every storage that they would allocate is
-counted. This follows each family of models, LoRA and gradient checkpointing without a formula for each. Two models of few
-layers are run, and the rest is extrapolated, since layers are alike.
+counted. This follows each family of models, LoRA and gradient checkpointing without a formula for each. Two models of
+few layers are run, and the rest is extrapolated, since layers are alike.
 
 Attention counts as FlashAttention does (queries, keys, values, the output and one number for each query and head), and
 the head as the Triton backend cuts it into chunks. Not counted: the CUDA context (about 0.5 GiB), workspaces of
