@@ -489,10 +489,38 @@ def table(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int,
     return f"{text}; it {verdict} a GPU with {memory / 2**30:.1f} GiB"
 
 
+def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, parameters: int) -> int:
+    """Bytes that a step does not exceed, in microseconds: one and a half to four times the estimate.
+
+    Args:
+        model_config: of the actor.
+        config: the run's options.
+        prompt_tokens: the longest prompt.
+        parameters: of the actor.
+    """
+    sizes, text = _Sizes.of(config, prompt_tokens), model_config.get_text_config()
+    width, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    models = 40 * parameters  # actor and critic with gradients, moments and copies in bfloat16, and the reference
+    activations = 2 * layers * sizes.tokens * (80 * width + 20 * inner)
+    head = 8 * DEVICE_CHUNK_ROWS * V + 4 * V * width + 8 * sizes.tokens * width
+    cache = 8 * layers * sizes.batch * (sizes.prompt + sizes.answer) * width
+    sampling = 4 * FILTERED_LOGITS * sizes.batch * V + 16 * sizes.batch * sizes.prompt * (2 * width + inner)
+    return models + activations + head + cache + sampling
+
+
 def check_fits(
-    model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, memory: int, processes: int = 1
+    model_config: PreTrainedConfig,
+    config: PPOConfig,
+    prompt_tokens: int,
+    memory: int,
+    *,
+    parameters: int,
+    processes: int = 1,
 ) -> None:
     """Raises UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
+    if processes == 1 and at_most(model_config, config, prompt_tokens, parameters) <= memory:
+        return  # the estimate would take seconds
     found = estimate(model_config, config, prompt_tokens, processes=processes)
     if found.peak <= memory:
         return

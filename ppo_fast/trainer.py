@@ -248,7 +248,8 @@ class PPOTrainer:
             config = dataclasses.replace(config, lora_rank=getattr(actor.peft_config[actor.active_adapter], "r", 16))
         processes = self.world.size if self.world.kind == "fsdp" else 1
         try:
-            check_fits(bare(actor).config, config, longest, capacity, processes)
+            size = sum(p.numel() for p in actor.parameters())
+            check_fits(bare(actor).config, config, longest, capacity, parameters=size, processes=processes)
         except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
             self.notes.append(f"the peak memory of this model could not be calculated: {str(error).splitlines()[0]}")
 

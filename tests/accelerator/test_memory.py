@@ -91,8 +91,22 @@ def test_the_calculated_peak_is_within_a_tenth_of_what_the_device_held(
     calculated = {name: sum(parts.values()) for name, parts in found.phases.items()}
     ratios = {phase: max(calculated[n] for n in names) / held[phase] for phase, names in PHASES.items()}
     assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+    assert found.peak <= memory.at_most(model_config, options, PROMPT, parameters)
     learn = found.phases["update"]
     assert held["between"] == pytest.approx(learn["weights"] + learn["optimizer"], rel=0.01)
+
+
+def test_the_quick_bound_is_above_the_estimate_at_a_real_size():
+    shape = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
+    heads = dict(num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)
+    model_config = Qwen2Config(**shape, **heads)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+    for changes in ({}, {"dtype": "float32"}, {"micro_batch_tokens": 16384}, {"prompts_per_step": 256, "top_p": 0.9}):
+        options = config(**{"max_new_tokens": 512, "prompts_per_step": 64, "micro_batch_tokens": 4096, **changes})
+        found = memory.estimate(model_config, options, 256).peak
+        assert found <= memory.at_most(model_config, options, 256, parameters) <= 4 * found
 
 
 def test_nothing_of_a_step_stays_on_the_device(as_cuda):
