@@ -351,7 +351,10 @@ def _memory(arguments: argparse.Namespace) -> int:
 
     fields = {option.name for option in dataclasses.fields(PPOConfig)}
     config = options_of({name: value for name, value in vars(arguments).items() if name in fields})
-    bytes_ = None if arguments.gpu_gib is None else round(arguments.gpu_gib * 2**30)
+    gib = arguments.gpu_gib
+    if gib is not None and not 0 < gib < float("inf"):
+        raise UserError(f"--gpu-gib must be a number above 0, got {gib}")
+    bytes_ = None if gib is None else round(gib * 2**30)
     print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))
     return 0
 
