@@ -272,7 +272,7 @@ class PPOTrainer:
         self.warm = True
         config, policy = dataclasses.replace(self.config, minibatches=1), self.policy
         (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
-        answer = [self.tokenizer.pad_token_id] * 2
+        answer = [self.tokenizer.pad_token_id] * min(2, config.max_new_tokens)
         tokens = torch.tensor([prompt + answer])
         rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
         minibatches = cut_as(rollout, [0], config, self.world)

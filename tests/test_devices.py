@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
 
 from ppo_fast import cli, parallel
 from ppo_fast import device as devices
@@ -112,6 +112,15 @@ def test_tf32_is_switched_on_by_its_option_only():
         torch.set_float32_matmul_precision(before)
 
 
+def test_the_warm_up_stays_within_the_positions_of_the_model():
+    """The longest prompt leaves room for max_new_tokens; a GPU would stop with an assertion of the device."""
+    options = dict(total_steps=1, prompts_per_step=1, max_new_tokens=1, minibatches=1, quiet=True, device="cpu")
+    actor, rows = tiny_gpt2(positions=8), [{"prompt": "seven b"}]
+    made = PPOTrainer(PPOConfig(**options), actor, byte_tokenizer(), rows, distinct)
+    made._warm_up()
+    assert made.step()["answer_tokens"] == 1
+
+
 def test_the_warm_up_changes_no_number():
     def metrics(*, warm_up: bool) -> dict[str, float]:
         made = trainer(epochs=2)
@@ -204,7 +213,7 @@ def test_a_run_on_the_cpu_calls_nothing_of_cuda(tmp_path):
     """With a GPU present, and functions of torch.cuda that would open a context replaced by an error."""
     program = """
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
 from ppo_fast.config import PPOConfig
 from ppo_fast.trainer import PPOTrainer
 
