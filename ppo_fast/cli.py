@@ -202,7 +202,7 @@ def _reward_names(specs: Sequence[str]) -> list[str]:
 def _let_segments_grow() -> None:
     """Asks PyTorch's allocator for segments that grow, unless the user chose: packs differ in size from step to step,
     and segments of fixed sizes leave gaps. The allocator reads this at its first use."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -544,6 +544,17 @@ def table(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int,
     return f"{text}; it {verdict} a GPU with {memory / 2**30:.1f} GiB"
 
 
+def with_adapters_of(actor: Any, config: PPOConfig) -> PPOConfig:
+    """The options that give a model adapters as large as those of this PeftModel."""
+    adapters = actor.peft_config[actor.active_adapter]
+    targets = getattr(adapters, "target_modules", None)
+    return dataclasses.replace(
+        config,
+        lora_rank=getattr(adapters, "r", 16),
+        lora_targets=",".join(sorted(targets)) if isinstance(targets, set | list) else config.lora_targets,
+    )
+
+
 def why_unknown(actor: nn.Module) -> str | None:
     """Why the memory of an actor does not follow from its configuration; None if it does."""
     if getattr(bare(actor).config, "quantization_config", None) is not None:

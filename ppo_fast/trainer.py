@@ -34,7 +34,7 @@ from ppo_fast.learn import (
     learn,
     packed,
 )
-from ppo_fast.memory import CannotEstimate, check_fits, why_unknown
+from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -255,8 +255,8 @@ class PPOTrainer:
         config = with_chunk_bytes(self.config, weight.shape[0], capacity)
         config = config if critic is None else dataclasses.replace(config, critic="shared")
         config = config if reference is None else dataclasses.replace(config, kl_coef=0.0)
-        if is_adapted(actor) and not config.lora_rank:
-            config = dataclasses.replace(config, lora_rank=getattr(actor.peft_config[actor.active_adapter], "r", 16))
+        if is_adapted(actor):
+            config = with_adapters_of(actor, config)
         longest = max(map(len, prompt_ids(self.tokenizer, [row["prompt"] for row in rows])))
         processes = self.world.size if self.world.kind == "fsdp" else 1
         try:

@@ -21,6 +21,7 @@ from ppo_fast.policy import with_chunk_bytes
 from ppo_fast.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 @pytest.fixture
@@ -197,9 +198,9 @@ def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypat
     assert "set_device 1" in rank_one[:-1]
 
 
-@pytest.mark.parametrize("chosen", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+@pytest.mark.parametrize("chosen", [None, *ALLOCATOR])
 def test_the_allocator_may_grow_segments_unless_the_user_chose(chosen, monkeypatch):
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+    for name in ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     if chosen is not None:
         monkeypatch.setenv(chosen, "max_split_size_mb:64")

@@ -20,7 +20,7 @@ from ppo_fast import memory
 from ppo_fast import trainer as trainer_module
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.models import Critic
+from ppo_fast.models import Critic, add_lora
 from ppo_fast.trainer import PPOTrainer
 
 QWEN2 = Qwen2Config(
@@ -188,3 +188,25 @@ def test_actors_whose_memory_is_unknown_are_trained_with_a_note(kind, as_cuda, m
         actor.config.quantization_config = {"load_in_4bit": True}
     made = PPOTrainer(config(), actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
     assert any("the peak memory is not calculated" in note and kind in note for note in made.notes)
+
+
+def test_a_part_that_is_smaller_in_each_deeper_model_is_extrapolated_from_the_deepest(monkeypatch):
+    def phases(shallow: Any, *_: Any) -> dict[str, dict[str, int]]:
+        layers = shallow.num_hidden_layers
+        return {"update": {"weights": 100 * layers, "logits": 100 - layers}}
+
+    monkeypatch.setattr(memory, "_phases", phases)
+    deep = Qwen2Config(**{**QWEN2.to_dict(), "num_hidden_layers": 32, "layer_types": None})
+    assert memory.estimate(deep, config(), PROMPT).phases == {"update": {"weights": 3200, "logits": 68}}
+
+
+def test_adapters_that_the_actor_brings_are_calculated_as_they_are():
+    options = config(lora_rank=4, lora_targets="q_proj,v_proj")
+    adapters = dict(rank=4, alpha=8, language_model=True)
+    actor = add_lora(AutoModelForCausalLM.from_config(QWEN2), targets="v_proj,q_proj", **adapters)
+    assert memory.with_adapters_of(actor, config()) == options
+    every = add_lora(AutoModelForCausalLM.from_config(QWEN2), targets="all-linear", **adapters)
+    found, expected = (
+        memory.estimate(QWEN2, x, PROMPT) for x in (memory.with_adapters_of(every, config()), config(lora_rank=4))
+    )
+    assert found == expected
