@@ -202,7 +202,7 @@ def _reward_names(specs: Sequence[str]) -> list[str]:
 def _let_segments_grow() -> None:
     """Asks PyTorch's allocator for segments that grow, unless the user chose: packs differ in size from step to step,
     and segments of fixed sizes leave gaps. The allocator reads this at its first use."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
@@ -351,7 +351,10 @@ def _memory(arguments: argparse.Namespace) -> int:
 
     fields = {option.name for option in dataclasses.fields(PPOConfig)}
     config = options_of({name: value for name, value in vars(arguments).items() if name in fields})
-    bytes_ = None if arguments.gpu_gib is None else round(arguments.gpu_gib * 2**30)
+    gib = arguments.gpu_gib
+    if gib is not None and not 0 < gib < float("inf"):
+        raise UserError(f"--gpu-gib must be a number above 0, got {gib}")
+    bytes_ = None if gib is None else round(gib * 2**30)
     print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))
     return 0
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ppo_fast import flash
 from ppo_fast.attention import Layout, packed_attention
 from ppo_fast.errors import UserError
+from ppo_fast.flash_calls import first_line
 from ppo_fast.packing import Pack
 
 PROBE_LENGTHS = (5, 3, 1)
@@ -103,13 +104,27 @@ def _exact_products() -> Iterator[None]:
     """fp32 products without TF32 or bf16, whatever the user has set: the comparison is of fp32 with fp32."""
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
     before = [x.fp32_precision for x in settings]
+    # PyTorch has two interfaces to this setting, and raises an error where one is read that differs from the other
+    older = _older_precision()
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
     for x in settings:
         x.fp32_precision = "ieee"
     try:
         yield
     finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
         for x, precision in zip(settings, before, strict=True):
             x.fp32_precision = precision
+
+
+def _older_precision() -> str | None:
+    """What the older interface has been set to; None if only the newer one has been used."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _complain(reason: str, strict: bool) -> None:
@@ -183,7 +198,7 @@ def _why_not_linear(
         hidden = torch.cat([decoder_of(model)(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
         logits = head(hidden).float() * scale
     except CALL_ERRORS as error:
-        return f"the hidden states of this {name} do not fit its LM head ({str(error).splitlines()[0]})"
+        return f"the hidden states of this {name} do not fit its LM head ({first_line(error)})"
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if logits.shape != own.shape or _differ(logits.to(own.dtype), own, bound):
@@ -217,7 +232,7 @@ def _autocast_differs(model: Any, ids: Tensor, rows: list[Tensor]) -> str | None
         with flash.buckets_only():
             slow = _run_packed(model, ids)
     except CALL_ERRORS as error:
-        return f"this {_name(model)} does not take packed rows under autocast ({str(error).splitlines()[0]})"
+        return f"this {_name(model)} does not take packed rows under autocast ({first_line(error)})"
     reason = _packed_differs(model, ids, slow, bound)
     while reason is not None and flash.reject(reason):
         reason = _packed_differs(model, ids, slow, bound)
@@ -228,7 +243,7 @@ def _packed_differs(model: nn.Module, ids: Tensor, expected: Tensor, bound: floa
     try:
         out = _run_packed(model, ids)
     except CALL_ERRORS as error:
-        return f"this {_name(model)} does not take packed rows ({str(error).splitlines()[0]})"
+        return f"this {_name(model)} does not take packed rows ({first_line(error)})"
     if _differ(out, expected, bound):
         what = "hidden states" if head_of(model) is None else "logits"
         return f"this {_name(model)} gives other {what} on packed rows than one by one"

@@ -11,6 +11,8 @@ libraries, and gaps between allocations.
 
 import copy
 import dataclasses
+import logging
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -28,18 +30,23 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.heads import decoder_of
+from ppo_fast.flash_calls import first_line
+from ppo_fast.heads import bare, decoder_of
 from ppo_fast.kernels.linear_chunks import DEVICE_CHUNK_ROWS, Plan, _make_plan
-from ppo_fast.models import Critic, add_lora, recomputing
+from ppo_fast.models import Critic, add_lora, is_adapted, recomputing
 from ppo_fast.policy import with_chunk_bytes
 from ppo_fast.sample import cache_options
 
 NAME = "ppo_fast_memory"
 HALF = (torch.float16, torch.bfloat16)
 LAYERS = (2, 4, 8, 16)  # of the models that are run: even numbers, since layers with and without a window may alternate
-ADAM = 8  # bytes of AdamW's two moments of a weight
+MOMENTS = 2  # that AdamW keeps of a weight, in its dtype
 SAMPLED_LOGITS = 5  # fp32 copies of a step's logits [B, V] while sampling: the model's, generate's, the recorder's
 FILTERED_LOGITS = 10  # with top-k, top-p or min-p, which sort them
+
+
+class CannotEstimate(UserError):
+    """The peak memory of a model cannot be calculated; the message tells why."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def _shallow(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-def _build(model_config: PreTrainedConfig, config: PPOConfig) -> _Models:
+def _build(model_config: PreTrainedConfig, config: PPOConfig, dtype: torch.dtype) -> _Models:
     """The models of a run on the meta device."""
 
     def with_lora(model: Any, *, language_model: bool) -> Any:
@@ -244,7 +251,7 @@ def _build(model_config: PreTrainedConfig, config: PPOConfig) -> _Models:
         )
 
     with torch.device("meta"):
-        actor = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        actor = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
         if critic.backbone is not None:
             critic.backbone = with_lora(critic.backbone, language_model=False)
@@ -276,7 +283,7 @@ def _static(models: _Models) -> dict[str, int]:
     """Weights and what AdamW keeps, from the first update on."""
     tensors = [x for module in models.modules() for x in (*module.parameters(), *module.buffers())]
     trained = [p for module in (models.actor, models.critic) for p in module.parameters() if p.requires_grad]
-    return {"weights": _bytes(tensors), "optimizer": ADAM * sum(p.numel() for p in trained)}
+    return {"weights": _bytes(tensors), "optimizer": MOMENTS * sum(p.nbytes for p in trained)}
 
 
 @dataclass(frozen=True)
@@ -424,8 +431,10 @@ def _lengthen(layer: Any, tokens: int) -> None:
         setattr(layer, name, x.new_empty(*x.shape[:2], length, x.shape[3]))
 
 
-def _phases(model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes) -> dict[str, dict[str, int]]:
-    models = _build(model_config, config)
+def _phases(
+    model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes, dtype: torch.dtype
+) -> dict[str, dict[str, int]]:
+    models = _build(model_config, config, dtype)
     with FakeTensorMode(), _GpuAutocast():
         _make_fake(models)
         static = _static(models)
@@ -440,7 +449,43 @@ def _phases(model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes) ->
     return {name: {**static, **parts} for name, parts in found.items()}
 
 
-def estimate(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, *, processes: int = 1) -> Estimate:
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """PyTorch logs a traceback of each operation that fake tensors cannot run; the error tells enough."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _of_layers(
+    layers: int, model_config: PreTrainedConfig, config: PPOConfig, sizes: _Sizes, dtype: torch.dtype
+) -> dict[str, dict[str, int]]:
+    """The phases of the same model with so many layers."""
+    try:
+        with _without_logs():
+            return _phases(_shallow(model_config, layers), config, sizes, dtype)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model's own code raises on tensors without data
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CannotEstimate(f"the peak memory of {_name(model_config)} cannot be calculated ({reason})") from error
+
+
+def _name(model_config: PreTrainedConfig) -> str:
+    return f"a model of type {model_config.model_type!r}"
+
+
+def estimate(
+    model_config: PreTrainedConfig,
+    config: PPOConfig,
+    prompt_tokens: int,
+    *,
+    processes: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Estimate:
     """Calculates the peak memory of each phase of a step, in bytes.
 
     Args:
@@ -448,19 +493,28 @@ def estimate(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: i
         config: the run's options; `chunk_bytes` as it is used on the GPU (`policy.with_chunk_bytes`).
         prompt_tokens: the longest prompt.
         processes: FSDP2 divides weights, gradients and the optimizer's state among so many GPUs.
+        dtype: of the weights, as they are loaded.
+
+    Raises:
+        CannotEstimate: the model is not a causal language model of transformers, or does not run without data.
 
     >>> from transformers import LlamaConfig
     >>> found = estimate(LlamaConfig(num_hidden_layers=16, hidden_size=256), PPOConfig(), prompt_tokens=100)
     >>> sorted(found.phases)
     ['learn', 'sample', 'score', 'update']
     """
-    sizes, depth = _Sizes.of(config, prompt_tokens), model_config.num_hidden_layers
-    lower, few = LAYERS[0], _phases(_shallow(model_config, LAYERS[0]), config, sizes)
-    for upper in LAYERS[1:]:
-        more = _phases(_shallow(model_config, upper), config, sizes)
+    if prompt_tokens < 1:
+        raise UserError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
+    depth = getattr(model_config, "num_hidden_layers", None)
+    if depth is None:
+        raise CannotEstimate(f"the peak memory of {_name(model_config)} cannot be calculated: it has no layers")
+    sizes = _Sizes.of(config, prompt_tokens)
+    upper, more = LAYERS[0], _of_layers(LAYERS[0], model_config, config, sizes, dtype)
+    for layers in LAYERS[1:]:
+        (lower, few), upper = (upper, more), layers
+        more = _of_layers(layers, model_config, config, sizes, dtype)
         if depth <= upper or all(few[name].get(part, 0) <= more[name].get(part, 0) for name, part in _parts(few)):
-            break
-        lower, few = upper, more  # a part has become smaller: the peaks are at different moments of the phase
+            break  # else a part has become smaller: the peaks are at different moments of the phase
     whole: dict[str, dict[str, int]] = {}
     for name in more:
         parts = {}
@@ -480,7 +534,9 @@ def _parts(phases: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
 
 def table(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, memory: int | None = None) -> str:
     """The estimate in GiB as Markdown, and whether it fits `memory` bytes of a GPU."""
-    V = model_config.get_text_config().vocab_size
+    V = getattr(model_config.get_text_config(), "vocab_size", None)
+    if V is None:
+        raise CannotEstimate(f"the peak memory of {_name(model_config)} cannot be calculated: it has no vocabulary")
     found = estimate(model_config, with_chunk_bytes(config, V, memory), prompt_tokens)
     text = f"{found}\n\npeak: {found.peak / 2**30:.2f} GiB, in {found.largest_phase!r}"
     if memory is None:
@@ -490,7 +546,7 @@ def table(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int,
 
 
 def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: int, parameters: int) -> int:
-    """Bytes that a step does not exceed, in microseconds: one and a half to four times the estimate.
+    """Bytes that a step does not exceed, without the seconds that `estimate` takes: up to four times as many.
 
     Args:
         model_config: of the actor.
@@ -499,7 +555,10 @@ def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: in
         parameters: of the actor.
     """
     sizes, text = _Sizes.of(config, prompt_tokens), model_config.get_text_config()
-    width, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    shape: list[Any] = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    if None in shape:
+        return sys.maxsize
+    width, layers, V = shape
     inner = getattr(text, "intermediate_size", None) or 4 * width
     models = 40 * parameters  # actor and critic with gradients, moments and copies in bfloat16, and the reference
     activations = 2 * layers * sizes.tokens * (80 * width + 20 * inner)
@@ -507,6 +566,26 @@ def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: in
     cache = 8 * layers * sizes.batch * (sizes.prompt + sizes.answer) * width
     sampling = 4 * FILTERED_LOGITS * sizes.batch * V + 16 * sizes.batch * sizes.prompt * (2 * width + inner)
     return models + activations + head + cache + sampling
+
+
+def with_adapters_of(actor: Any, config: PPOConfig) -> PPOConfig:
+    """The options that give a model adapters as large as those of this PeftModel."""
+    adapters = actor.peft_config[actor.active_adapter]
+    targets = getattr(adapters, "target_modules", None)
+    return dataclasses.replace(
+        config,
+        lora_rank=getattr(adapters, "r", 16),
+        lora_targets=",".join(sorted(targets)) if isinstance(targets, set | list) else config.lora_targets,
+    )
+
+
+def why_unknown(actor: nn.Module) -> str | None:
+    """Why the memory of an actor does not follow from its configuration; None if it does."""
+    if getattr(bare(actor).config, "quantization_config", None) is not None:
+        return "its weights are quantised"
+    if not is_adapted(actor) and not all(p.requires_grad for p in actor.parameters()):
+        return "some of its weights are frozen"
+    return None
 
 
 def check_fits(
@@ -517,16 +596,18 @@ def check_fits(
     *,
     parameters: int,
     processes: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Raises UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
     if processes == 1 and at_most(model_config, config, prompt_tokens, parameters) <= memory:
         return  # the estimate would take seconds
-    found = estimate(model_config, config, prompt_tokens, processes=processes)
+    options: dict[str, Any] = {"processes": processes, "dtype": dtype}
+    found = estimate(model_config, config, prompt_tokens, **options)
     if found.peak <= memory:
         return
     tried = []
     for text, changed in _smaller(config):
-        needed = estimate(model_config, changed, prompt_tokens, processes=processes).peak
+        needed = estimate(model_config, changed, prompt_tokens, **options).peak
         tried.append(f"{text} ({needed / 2**30:.1f} GiB)")
         if needed <= memory:
             break

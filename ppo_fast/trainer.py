@@ -34,7 +34,7 @@ from ppo_fast.learn import (
     learn,
     packed,
 )
-from ppo_fast.memory import check_fits
+from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
     AdapterReference,
     Critic,
@@ -102,7 +102,7 @@ class PPOTrainer:
         self.notes: list[str] = []  # to be said at the start
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
-        self._check_memory(actor, kept)
+        self._check_memory(actor, kept, critic, reference)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
@@ -237,21 +237,40 @@ class PPOTrainer:
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
         }
 
-    def _check_memory(self, actor: Any, rows: list[dict[str, Any]]) -> None:
-        """Refuses a run that a GPU has not enough memory for, before the models are moved there."""
+    def _check_memory(
+        self, actor: Any, rows: list[dict[str, Any]], critic: Critic | None, reference: PreTrainedModel | None
+    ) -> None:
+        """Refuses a run that a GPU has not enough memory for, before the models are moved there.
+
+        A critic or reference that is given, which may be of any size, is not counted.
+        """
         capacity = total_memory(self.device)
         if capacity is None:
             return
+        reason = why_unknown(actor)
+        if reason is not None:
+            self.notes.append(f"the peak memory is not calculated: {reason}")
+            return
+        weight = actor.get_input_embeddings().weight
+        config = with_chunk_bytes(self.config, weight.shape[0], capacity)
+        config = config if critic is None else dataclasses.replace(config, critic="shared")
+        config = config if reference is None else dataclasses.replace(config, kl_coef=0.0)
+        if is_adapted(actor):
+            config = with_adapters_of(actor, config)
         longest = max(map(len, prompt_ids(self.tokenizer, [row["prompt"] for row in rows])))
-        config = with_chunk_bytes(self.config, actor.get_input_embeddings().weight.shape[0], capacity)
-        if is_adapted(actor) and not config.lora_rank:
-            config = dataclasses.replace(config, lora_rank=getattr(actor.peft_config[actor.active_adapter], "r", 16))
         processes = self.world.size if self.world.kind == "fsdp" else 1
         try:
-            size = sum(p.numel() for p in actor.parameters())
-            check_fits(bare(actor).config, config, longest, capacity, parameters=size, processes=processes)
-        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
-            self.notes.append(f"the peak memory of this model could not be calculated: {str(error).splitlines()[0]}")
+            check_fits(
+                bare(actor).config,
+                config,
+                longest,
+                capacity,
+                parameters=sum(p.numel() for p in actor.parameters()),
+                processes=processes,
+                dtype=weight.dtype,
+            )
+        except CannotEstimate as error:
+            self.notes.append(str(error))
 
     def _warm_up(self) -> None:
         """Passes one short sequence through all that learning computes, and drops its gradients.
@@ -261,7 +280,7 @@ class PPOTrainer:
         self.warm = True
         config, policy = dataclasses.replace(self.config, minibatches=1), self.policy
         (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
-        answer = [self.tokenizer.pad_token_id] * 2
+        answer = [self.tokenizer.pad_token_id] * min(2, config.max_new_tokens)
         tokens = torch.tensor([prompt + answer])
         rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
         minibatches = cut_as(rollout, [0], config, self.world)

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MixtralConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from ppo_fast.cli import main
 
@@ -180,3 +187,53 @@ def test_help_explains_every_option_with_its_default(capsys):
     for option in ("--total-steps", "--kl-coef", "--missing-eos-penalty", "--clip-high", "--no-whiten-advantages"):
         assert option in shown
     assert "default: 0.05" in shown
+
+
+def test_memory_prints_a_table_and_whether_it_fits(folder, capsys):
+    model = str(folder / "model")
+    assert main(["memory", "--model", model, "--gpu-gib", "24", "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "| GiB | prompts | last token | score | loss | backward | update |" in shown
+    assert "it fits a GPU with 24.0 GiB" in shown
+    assert main(["memory", "--model", model, "--gpu-gib", "1e-6"]) == 0
+    assert "it does not fit a GPU with 0.0 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt-tokens", "0"], "prompt_tokens must be at least 1, got 0"),
+        (["--prompt-tokens", "-1"], "prompt_tokens must be at least 1, got -1"),
+        (["--gpu-gib", "0"], "--gpu-gib must be a number above 0, got 0.0"),
+        (["--gpu-gib", "nan"], "--gpu-gib must be a number above 0, got nan"),
+    ],
+)
+def test_memory_rejects_impossible_sizes(options, message, folder, capsys):
+    assert main(["memory", "--model", str(folder / "model"), *options]) == 1
+    assert capsys.readouterr().err == f"ppo-fast: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "model_config",
+    [
+        T5Config(vocab_size=99, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8),
+        ViTConfig(),
+        MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2),
+        MixtralConfig(
+            vocab_size=99,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        ),
+    ],
+    ids=lambda x: x.model_type,
+)
+def test_memory_names_a_model_that_it_cannot_calculate(model_config, tmp_path, caplog, capsys):
+    model_config.save_pretrained(tmp_path)
+    assert main(["memory", "--model", str(tmp_path)]) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ppo-fast")]
+    assert f"the peak memory of a model of type {model_config.model_type!r} cannot be calculated" in line
+    assert not [x for x in caplog.records if x.name.startswith("torch")]

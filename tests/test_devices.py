@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
 
 from ppo_fast import cli, parallel
 from ppo_fast import device as devices
@@ -21,6 +21,7 @@ from ppo_fast.policy import with_chunk_bytes
 from ppo_fast.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 @pytest.fixture
@@ -112,6 +113,15 @@ def test_tf32_is_switched_on_by_its_option_only():
         torch.set_float32_matmul_precision(before)
 
 
+def test_the_warm_up_stays_within_the_positions_of_the_model():
+    """The longest prompt leaves room for max_new_tokens; a GPU would stop with an assertion of the device."""
+    options = dict(total_steps=1, prompts_per_step=1, max_new_tokens=1, minibatches=1, quiet=True, device="cpu")
+    actor, rows = tiny_gpt2(positions=8), [{"prompt": "seven b"}]
+    made = PPOTrainer(PPOConfig(**options), actor, byte_tokenizer(), rows, distinct)
+    made._warm_up()
+    assert made.step()["answer_tokens"] == 1
+
+
 def test_the_warm_up_changes_no_number():
     def metrics(*, warm_up: bool) -> dict[str, float]:
         made = trainer(epochs=2)
@@ -188,9 +198,9 @@ def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypat
     assert "set_device 1" in rank_one[:-1]
 
 
-@pytest.mark.parametrize("chosen", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+@pytest.mark.parametrize("chosen", [None, *ALLOCATOR])
 def test_the_allocator_may_grow_segments_unless_the_user_chose(chosen, monkeypatch):
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+    for name in ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     if chosen is not None:
         monkeypatch.setenv(chosen, "max_split_size_mb:64")
@@ -204,7 +214,7 @@ def test_a_run_on_the_cpu_calls_nothing_of_cuda(tmp_path):
     """With a GPU present, and functions of torch.cuda that would open a context replaced by an error."""
     program = """
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
 from ppo_fast.config import PPOConfig
 from ppo_fast.trainer import PPOTrainer
 

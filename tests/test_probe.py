@@ -227,6 +227,8 @@ def test_products_are_exact_while_the_probe_compares_and_as_before_afterwards(pr
 
     def note(*_: Any) -> None:
         seen.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        # both interfaces to the setting: PyTorch raises an error if they differ
+        seen.add((torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32))
 
     hook = model.lm_head.register_forward_pre_hook(note)
     torch.set_float32_matmul_precision(precision)
@@ -237,7 +239,38 @@ def test_products_are_exact_while_the_probe_compares_and_as_before_afterwards(pr
     finally:
         torch.set_float32_matmul_precision("highest")
         hook.remove()
-    assert seen == {("ieee", "ieee")}
+    assert seen == {("ieee", "ieee"), ("highest", False)}
+
+
+def test_a_precision_set_by_the_newer_interface_is_as_before_after_the_probe(tmp_path):
+    model, matmul = families.load("llama", tmp_path), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        probe(model)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError
+
+
+def test_an_error_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
+    model = families.load("llama", tmp_path)
+    monkeypatch.setattr(model, "get_decoder", lambda: refuse)
+    with messages() as said:
+        probe(model)
+    assert "do not fit its LM head (NotImplementedError)" in said[0]
+
+
+def test_an_error_of_packed_rows_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
+    model = families.load("llama", tmp_path)
+    monkeypatch.setattr(heads, "_run_packed", refuse)
+    with messages() as said:
+        assert not probe(model).packed
+    assert "does not take packed rows (NotImplementedError)" in said[0]
 
 
 def test_an_error_in_the_model_restores_the_precision_of_products(tmp_path):

@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from ppo_fast import memory
 from ppo_fast import trainer as trainer_module
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
+from ppo_fast.models import Critic, add_lora
 from ppo_fast.trainer import PPOTrainer
 
 QWEN2 = Qwen2Config(
@@ -132,3 +140,88 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_moved_with_options_th
     with pytest.raises(UserError, match=r"needs 0\.0 GiB by calculation .* --gradient-checkpointing \(0\.0 GiB\)"):
         PPOTrainer(config(), actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
     assert module.memory_allocated() == before
+
+
+class OwnConfig(LlamaConfig):
+    """A configuration that transformers does not know, as a user's own model has."""
+
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def give_memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
+    monkeypatch.setattr(trainer_module, "total_memory", lambda device: round(mib * 2**20))
+
+
+def test_a_model_that_transformers_does_not_know_is_trained_with_a_note(as_cuda, monkeypatch):
+    give_memory(monkeypatch, 1.0)
+    shape = {k: v for k, v in tiny_llama(258).config.to_dict().items() if k != "model_type"}
+    actor = OwnModel(OwnConfig(**shape))
+    made = PPOTrainer(config(), actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
+    assert any("the peak memory of a model of type 'own' cannot be calculated" in note for note in made.notes)
+
+
+def test_an_actor_in_half_precision_is_calculated_with_its_own_dtype(as_cuda, monkeypatch):
+    options = config(max_new_tokens=1, prompts_per_step=1, minibatches=1)
+    half, whole = (
+        memory.estimate(QWEN2, options, PROMPT, dtype=dtype).phases["update"]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert half["weights"] == pytest.approx(whole["weights"] / 2, rel=0.01)
+    assert half["optimizer"] == pytest.approx(whole["optimizer"] / 2, rel=0.01)
+    assert half["gradients"] == pytest.approx(whole["gradients"] / 2, rel=0.02)  # 512 bytes of each small one
+    needed = sum(whole.values()) / 2**20
+    give_memory(monkeypatch, 0.9 * needed)
+    actor = AutoModelForCausalLM.from_config(QWEN2).bfloat16()
+    made = PPOTrainer(options, actor, byte_tokenizer(), ROWS[:1], lambda prompts, completions: [1.0] * len(prompts))
+    assert made.actor.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("given", ["critic", "reference"])
+def test_models_that_are_given_do_not_count_as_large_as_the_actor(given, as_cuda, monkeypatch):
+    options = config(max_new_tokens=1, prompts_per_step=1, minibatches=1)
+    small = tiny_llama(258, hidden=8)
+    argument: Any = {"critic": Critic(small.model, 8), "reference": small}[given]
+    give_memory(monkeypatch, 0.9 * memory.estimate(QWEN2, options, PROMPT).peak / 2**20)
+    actor, reward = AutoModelForCausalLM.from_config(QWEN2), lambda prompts, completions: [1.0] * len(prompts)
+    made = PPOTrainer(options, actor, byte_tokenizer(), ROWS[:1], reward, **{given: argument})
+    assert not [note for note in made.notes if "memory" in note]
+    with pytest.raises(UserError, match="by calculation"):
+        PPOTrainer(options, AutoModelForCausalLM.from_config(QWEN2), byte_tokenizer(), ROWS[:1], reward)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "quantised"])
+def test_actors_whose_memory_is_unknown_are_trained_with_a_note(kind, as_cuda, monkeypatch):
+    give_memory(monkeypatch, 2**-10)
+    actor = AutoModelForCausalLM.from_config(QWEN2)
+    if kind == "frozen":
+        actor.get_input_embeddings().requires_grad_(False)
+    else:
+        actor.config.quantization_config = {"load_in_4bit": True}
+    made = PPOTrainer(config(), actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
+    assert any("the peak memory is not calculated" in note and kind in note for note in made.notes)
+
+
+def test_a_part_that_is_smaller_in_each_deeper_model_is_extrapolated_from_the_deepest(monkeypatch):
+    def phases(shallow: Any, *_: Any) -> dict[str, dict[str, int]]:
+        layers = shallow.num_hidden_layers
+        return {"update": {"weights": 100 * layers, "logits": 100 - layers}}
+
+    monkeypatch.setattr(memory, "_phases", phases)
+    deep = Qwen2Config(**{**QWEN2.to_dict(), "num_hidden_layers": 32, "layer_types": None})
+    assert memory.estimate(deep, config(), PROMPT).phases == {"update": {"weights": 3200, "logits": 68}}
+
+
+def test_adapters_that_the_actor_brings_are_calculated_as_they_are():
+    options = config(lora_rank=4, lora_targets="q_proj,v_proj")
+    adapters = dict(rank=4, alpha=8, language_model=True)
+    actor = add_lora(AutoModelForCausalLM.from_config(QWEN2), targets="v_proj,q_proj", **adapters)
+    assert memory.with_adapters_of(actor, config()) == options
+    every = add_lora(AutoModelForCausalLM.from_config(QWEN2), targets="all-linear", **adapters)
+    found, expected = (
+        memory.estimate(QWEN2, x, PROMPT) for x in (memory.with_adapters_of(every, config()), config(lora_rank=4))
+    )
+    assert found == expected
