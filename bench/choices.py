@@ -6,8 +6,8 @@
   and packs and key lengths of sampling have new shapes all the time.
 - grouped: SDPA with grouped queries in fp32, or with a window in bf16, as they are or with keys and values repeated.
 - precision: fp32 products with float32_matmul_precision "highest" and "high", and whether the probe accepts a model.
-- probe: logits of packed rows and of rows one by one, and how far they are apart, in eps of the largest logit, at
-  depths from 2 to 32. The bound of the probe must lie above.
+- probe: logits of packed rows and of rows one by one, and how far they are apart, as a share of the probe's bound, at
+  depths from 2 to 32. A share above 1 means that the bound is too low for this GPU.
 - chunks: time and memory of the linear loss against its chunk_bytes.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.attention import Layout, packed_attention
-from ppo_fast.heads import PROBE_LENGTHS, decoder_of, head_of, probe
+from ppo_fast.heads import PROBE_LENGTHS, decoder_of, head_of, probe, rounding_bound
 from ppo_fast.models import compute_in
 
 MIB = 2**20
@@ -197,9 +197,9 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def eps_apart(a: Tensor, b: Tensor) -> float:
-    """As the probe measures it: the largest difference in eps of 1 + the largest logit."""
-    return ((a.float() - b.float()).abs().max() / (torch.finfo(a.dtype).eps * (1 + b.float().abs().max()))).item()
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference."""
+    return (a.float() - b.float()).abs().max().item()
 
 
 @torch.no_grad()
@@ -213,7 +213,10 @@ def noise(model: Any, device: torch.device) -> dict[str, float]:
     layout = Layout.of(list(PROBE_LENGTHS), device).arguments()
     with packed_attention(model):
         packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **layout).logits[0]
-    return {"eps_of_linear": eps_apart(head_of(model)(states), own), "eps_of_packed": eps_apart(packed, own)}
+    bound, eps = rounding_bound(model, rows, own), torch.finfo(own.dtype).eps * own.float().abs().max().item()
+    found = {"linear": apart(head_of(model)(states), own), "packed": apart(packed, own)}
+    shares = {f"share_of_bound_{name}": x / bound for name, x in found.items()}
+    return {**shares, **{f"eps_of_{name}": x / eps for name, x in found.items()}}
 
 
 def probe_noise(sizes: Sizes, depth: int, width: int, kind: str, device: torch.device) -> dict[str, float]:

@@ -5,6 +5,7 @@ never about the current device. A run on the CPU calls nothing of CUDA, and so o
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ def synchronize(device: torch.device) -> None:
         device_module(device).synchronize(device)
 
 
+def made_current(device: torch.device) -> AbstractContextManager:
+    """The device is the current one inside this block, as libraries expect that launch kernels from Python."""
+    return nullcontext() if device.type == "cpu" else device_module(device).device(device)
+
+
 def get_rng_state(device: torch.device) -> Tensor | None:
     """The state of the device's own default generator; None on a CPU, whose generator is PyTorch's global one."""
     return None if device.type == "cpu" else device_module(device).get_rng_state(device)
@@ -102,7 +108,7 @@ def seed(number: int, device: torch.device) -> None:
     """Seeds the generators of the CPU and of this device, and of no other device."""
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
-        with device_module(device).device(device):
+        with made_current(device):
             device_module(device).manual_seed(number)
 
 

@@ -212,10 +212,15 @@ def _trial_result(path: str, package: _Package, request: Request, deterministic:
     if key not in _found.rejected:
         # a new thread has no autocast, no_grad or hooks of saved tensors, unlike the layer that asks
         with ThreadPoolExecutor(1) as thread:
-            problem = thread.submit(trial, path, package.function, request).result()
+            problem = thread.submit(_try, path, package.function, request).result()
         where = f"for head size {request.head_size} in {str(request.dtype).removeprefix('torch.')} on {request.device}"
         _found.rejected[key] = None if problem is None else f"{package.label} cannot be used {where} ({problem})"
     return _found.rejected[key]
+
+
+def _try(path: str, function: Any, request: Request) -> str | None:
+    with devices.made_current(request.device):  # that of a new thread is the first
+        return trial(path, function, request)
 
 
 def clear_decisions() -> None:

@@ -89,7 +89,7 @@ def probe(
     with _exact_products():
         _, rows = _probe_input(model)
         own = _one_by_one(model, rows)
-        bound = _bound(model, rows, own)
+        bound = rounding_bound(model, rows, own)
         head = _linear_head(model, rows, own, bound, strict)
         for each in (model, *(x for x in others if x is not None)):
             reason = _why_not_packed(each, torch.bfloat16 if dtype == "bfloat16" else None, device)
@@ -161,7 +161,7 @@ def _one_by_one(model: nn.Module, rows: list[Tensor]) -> Tensor:
     return torch.cat([_read(model(input_ids=row, use_cache=False)) for row in rows])
 
 
-def _bound(model: Any, rows: list[Tensor], own: Tensor) -> float:
+def rounding_bound(model: Any, rows: list[Tensor], own: Tensor) -> float:
     """How far two orders of summation may take the model's output apart: see FP32_BOUND.
 
     Products of 9 rows and of 5, 3 and 1 run through different kernels, and each layer passes on the rounding of those
@@ -211,7 +211,7 @@ def _why_not_packed(model: Any, autocast: torch.dtype | None, device: torch.devi
     flash.clear_decisions()
     ids, rows = _probe_input(model)
     own = _one_by_one(model, rows)
-    bound = _bound(model, rows, own)
+    bound = rounding_bound(model, rows, own)
     reason = _packed_differs(model, ids, own, bound)
     while reason is not None and flash.reject(reason):
         reason = _packed_differs(model, ids, own, bound)
@@ -227,7 +227,7 @@ def _why_not_packed(model: Any, autocast: torch.dtype | None, device: torch.devi
 
 def _autocast_differs(model: Any, ids: Tensor, rows: list[Tensor]) -> str | None:
     """Compares the fast path with buckets, inside autocast; None if it, or the one that takes over, is right."""
-    bound = _bound(model, rows, _one_by_one(model, rows))
+    bound = rounding_bound(model, rows, _one_by_one(model, rows))
     try:
         with flash.buckets_only():
             slow = _run_packed(model, ids)

@@ -27,6 +27,7 @@ from accelerator.waits import record_waits
 from flash_attn_stand_in import machine
 from tiny import byte_tokenizer
 
+from ppo_fast import flash
 from ppo_fast.models import Critic, add_lora
 from ppo_fast.trainer import PPOTrainer
 
@@ -284,3 +285,23 @@ def test_a_run_with_the_flash_attn_package_gives_the_numbers_of_pytorchs_own(
     assert not varlen_calls
     # Both are exact attention, rounded to bf16 at its end; sums in another order can round to its neighbour.
     assert_same_metrics(found, expected, rtol=BF16_RTOL, atol=BF16_ATOL)
+
+
+def test_the_trial_of_a_fast_path_makes_its_device_the_current_one(
+    as_cuda: torch.device, second_testgpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that launches kernels from Python launches them on the current device."""
+    current = []
+    attend = torch.nn.attention.varlen.varlen_attn
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        current.append(torch.testgpu.current_device())
+        return attend(*args, **options)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", noted)
+    flash.reset()
+    request = flash.Request(device=second_testgpu, dtype=torch.bfloat16, head_size=8, value_size=8)
+    assert flash.decide(request).path == "torch varlen"
+    assert current == [1]
+    assert torch.testgpu.current_device() == 0
+    flash.reset()
