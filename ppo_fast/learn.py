@@ -90,7 +90,30 @@ def evaluate(
     world.sum(after)
     if reference is None:
         ref = old
-    out = ppo.rlhf_advantages(
+    bootstrap = after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None
+    out = advantages_of(scores, old, ref, values, mask, config, kl_coef=kl_coef, bootstrap=bootstrap)
+    metrics = _metrics(rollout, mask, values, entropy, out.returns)
+    if reference is not None:
+        metrics |= {"kl": out.kl.sum() / mask.sum(), "kl_per_answer": out.kl.sum() / len(rollout)}
+    weights = None
+    if rollout.logprobs is not None:
+        weights = _importance(rollout.logprobs, old, mask, config, metrics)
+    return Experience(old, ref, values, out.rewards, out.kl, out.advantages, out.returns, weights, metrics)
+
+
+def advantages_of(
+    scores: Tensor,  # [B] or [B, T]
+    old: Tensor,  # [B, T] log-probabilities of the actor, and of the reference
+    ref: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    config: PPOConfig,
+    *,
+    kl_coef: float,
+    bootstrap: Tensor | None,  # [B], V after the answers
+) -> ppo.AdvantageOutput:
+    """Rewards, KL, advantages and returns as the options say."""
+    return ppo.rlhf_advantages(
         scores,
         old,
         ref,
@@ -101,17 +124,10 @@ def evaluate(
         score_clip=config.score_clip,
         gamma=config.gamma,
         lam=config.lam,
-        bootstrap=after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None,
+        bootstrap=bootstrap,
         whiten=config.whiten_advantages,
         backend=config.backend,
     )
-    metrics = _metrics(rollout, mask, values, entropy, out.returns)
-    if reference is not None:
-        metrics |= {"kl": out.kl.sum() / mask.sum(), "kl_per_answer": out.kl.sum() / len(rollout)}
-    weights = None
-    if rollout.logprobs is not None:
-        weights = _importance(rollout.logprobs, old, mask, config, metrics)
-    return Experience(old, ref, values, out.rewards, out.kl, out.advantages, out.returns, weights, metrics)
 
 
 def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:

@@ -68,12 +68,14 @@ class Estimate:
     def __str__(self) -> str:
         """A table in GiB."""
         names = list(dict.fromkeys(name for parts in self.phases.values() for name in parts))
-        lines = ["| GiB | " + " | ".join(self.phases) + " |", "|---|" + "---:|" * len(self.phases)]
+        sums = {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+        rows = [["GiB", *self.phases], ["---", *("---:" for _ in self.phases)]]
         for name in names:
-            cells = (f"{parts.get(name, 0) / 2**30:.2f}" for parts in self.phases.values())
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        sums = (f"{sum(parts.values()) / 2**30:.2f}" for parts in self.phases.values())
-        return "\n".join([*lines, "| sum | " + " | ".join(sums) + " |"])
+            rows.append([name, *(f"{parts.get(name, 0) / 2**30:.2f}" for parts in self.phases.values())])
+        rows.append(["sum", *(f"{x / 2**30:.2f}" for x in sums.values())])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 class Allocations(TorchDispatchMode):

@@ -27,6 +27,7 @@ from ppo_fast.learn import (
     Optimizer,
     Reference,
     accumulate_gradients,
+    advantages_of,
     as_floats,
     cut_as,
     evaluate,
@@ -299,6 +300,10 @@ class PPOTrainer:
             )
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             optimizer.adamw.zero_grad()
+        for width in {config.max_new_tokens, max(1, config.max_new_tokens - 1)}:  # rows that are aligned, and not
+            rows = torch.zeros(config.prompts_per_step * config.samples_per_prompt, width, device=self.device)
+            bootstrap = rows[:, 0].contiguous() if config.bootstrap_truncated else None
+            advantages_of(rows[:, 0], rows, rows, rows, rows == 0, config, kl_coef=config.kl_coef, bootstrap=bootstrap)
 
     def _evaluator(self, rows: list[dict[str, Any]] | None) -> Evaluator | None:
         if not rows:

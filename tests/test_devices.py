@@ -253,3 +253,31 @@ def test_a_run_without_matplotlib_leaves_a_model_without_a_picture(tmp_path, mon
     assert "learning_curves.png" not in names
     assert "learning_curves.png" not in (tmp_path / "model" / "README.md").read_text()
     assert any("matplotlib is not installed" in note for note in made.notes)
+
+
+def test_gradients_of_ddp_are_views_of_its_buckets(tmp_path):
+    """With memory of their own they would take 4 bytes more for each parameter."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        world = parallel.World(0, 2, "ddp", CPU)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        world.wrap(model, dtype="float32", unused_parameters=False)
+        for _ in range(2):  # buckets are ordered anew after the first backward
+            model.zero_grad()
+            world.module(model)(torch.ones(1, 3)).sum().backward()
+        storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+        assert len(storages) == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_first_step_compiles_no_kernel_after_the_warm_up(emulator):
+    if emulator is None:
+        pytest.skip("launches are counted where kernels are emulated")
+    made = trainer(backend="triton", entropy_coef=0.01)
+    before = emulator.launches.copy()
+    made._warm_up()
+    warm = emulator.launches - before
+    made.step()
+    assert warm
+    assert not {str(launch) for launch in emulator.launches - before} - {str(launch) for launch in warm}

@@ -225,3 +225,16 @@ def test_adapters_that_the_actor_brings_are_calculated_as_they_are():
         memory.estimate(QWEN2, x, PROMPT) for x in (memory.with_adapters_of(every, config()), config(lora_rank=4))
     )
     assert found == expected
+
+
+def test_merging_adapters_takes_no_memory_of_the_device(testgpu: torch.device):
+    from ppo_fast.export import merged
+    from ppo_fast.models import add_lora
+
+    actor = add_lora(tiny_llama(258), rank=4, alpha=8, targets="all-linear", language_model=True).to(testgpu)
+    module = torch.get_device_module(testgpu)
+    module.reset_peak_memory_stats()
+    before = module.memory_allocated()
+    found = merged(actor)
+    assert module.max_memory_allocated() == before
+    assert {p.device.type for p in found.parameters()} == {"cpu"}
