@@ -107,7 +107,7 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         tokens[row, P - p : P + a] = torch.randint(1, V, (p + a,))
     texts = [""] * sequences
-    rollout = Rollout(tokens.to(device), prompts, answers, [True] * sequences, texts, {"prompt": texts})
+    rollout = Rollout(tokens, prompts, answers, [True] * sequences, texts, {"prompt": texts}, device=device)
     packs = cut(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
     scores = torch.randn(sequences, device=device)
     experience = evaluate(policy, None, rollout, scores, packs, options)
@@ -251,13 +251,14 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
 def eager(task: Task) -> Parts:
     """The step of TRL's PPOTrainer, written anew: padded rows, and logits of every position, prompt included."""
     policy, rollout, options = task.policy, task.rollout, task.options
-    device, mask = rollout.tokens.device, rollout.answer_mask
+    device, mask = rollout.device, rollout.answer_mask
+    tokens = rollout.tokens.to(device)
     P = rollout.tokens.shape[1] - rollout.answer_width
     lengths = torch.tensor([rollout.prompt_lengths, rollout.answer_lengths], device=device).unsqueeze(-1)
     column = torch.arange(rollout.tokens.shape[1], device=device) - P
     attended = (column >= -lengths[0]) & (column < lengths[1])
     inputs = {
-        "input_ids": rollout.tokens,
+        "input_ids": tokens,
         "attention_mask": attended.long(),
         "position_ids": (column + lengths[0]).clamp(min=0),
         "use_cache": False,
@@ -272,7 +273,7 @@ def eager(task: Task) -> Parts:
             states = policy.critic.backbone(**inputs).last_hidden_state
             values = policy.critic(states)[:, P - 1 : -1]
         logp = torch.log_softmax(logits.float(), -1)
-        chosen = logp.gather(-1, rollout.tokens[:, P:].unsqueeze(-1)).squeeze(-1)
+        chosen = logp.gather(-1, tokens[:, P:].unsqueeze(-1)).squeeze(-1)
         entropy = -(logp.exp() * logp).sum(-1)
         ratio = torch.exp(torch.where(mask, chosen - experience.logprobs, 0))
         clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast import attention, doctor
+from ppo_fast import device as devices
 
 LENGTHS = (7, 1, 30, 16, 129)
 HEAD_SIZE, SCALE = 64, 0.2
@@ -99,6 +100,8 @@ def by_library(
     function: Callable[..., Any], names: dict[str, str], q: Tensor, k: Tensor, v: Tensor, window: int | None
 ) -> Tensor:
     """A variable-length function called directly, without this project between; `names` are those of its options."""
+    if "same heads" in names:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     rows = [x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v)]
     ends = torch.tensor([0, *LENGTHS], device=q.device).cumsum(0).to(torch.int32)
     options: dict[str, Any] = {names["window"]: (-1 if window is None else window - 1, 0), names["scale"]: SCALE}
@@ -167,13 +170,18 @@ def libraries() -> dict[str, Callable[..., Tensor] | str]:
             continue
         if "enable_gqa" in inspect.signature(call).parameters:
             names = {**names, "grouped": "enable_gqa"}
+        elif function == "varlen_attn":  # of PyTorch 2.11
+            names = {**names, "same heads": ""}
         found[name] = functools.partial(by_library, call, names)
     return found
 
 
 def ask_attention(writer: json_lines.Writer, device: torch.device) -> None:
+    old = (devices.compute_capability(device) or (0, 0)) < (8, 0)
     for name, function in libraries().items():
         about = {"question": "is packed attention exact?", "function": name}
+        if old and function is not packed:
+            function = f"{name} needs compute capability 8.0"
         if isinstance(function, str):
             writer.measure(about, lambda reason=function: {"skipped": reason})
             continue

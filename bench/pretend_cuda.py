@@ -146,6 +146,7 @@ STAND_INS = {
     "Stream": Stream,
     "stream": lambda stream: nullcontext(),
     "current_stream": Stream,
+    "device": lambda device: nullcontext(),
     "CUDAGraph": Graph,
     "graph": capture,
     "empty_cache": lambda: None,

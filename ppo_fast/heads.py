@@ -86,17 +86,24 @@ def probe(
         device: where the run computes, if the models are not there yet.
     """
     flash.reset()
+    head = probe_head(model, strict=strict)
     with _exact_products():
-        _, rows = _probe_input(model)
-        own = _one_by_one(model, rows)
-        bound = rounding_bound(model, rows, own)
-        head = _linear_head(model, rows, own, bound, strict)
         for each in (model, *(x for x in others if x is not None)):
             reason = _why_not_packed(each, torch.bfloat16 if dtype == "bfloat16" else None, device)
             if reason is not None:
                 _complain(f"{reason}: it learns from padded rows, which takes more time", strict)
-                return dataclasses.replace(head, packed=False)
-    return head
+                return head
+    return dataclasses.replace(head, packed=True)
+
+
+@torch.no_grad()
+def probe_head(model: Any, *, strict: bool = False) -> Head:
+    """Finds out how the model's logits can be computed, for rows that are not packed: attention is not asked for, and
+    what `probe` found of a run's attention stays."""
+    with _exact_products():
+        _, rows = _probe_input(model)
+        own = _one_by_one(model, rows)
+        return _linear_head(model, rows, own, rounding_bound(model, rows, own), strict)
 
 
 @contextmanager
@@ -140,9 +147,9 @@ def _linear_head(model: Any, rows: list[Tensor], own: Tensor, bound: float, stri
     scale = 1 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
     reason = _why_not_linear(model, rows, own, bound, softcap, scale)
     if reason is None:
-        return Head(linear=True, packed=True, softcap=softcap, logit_scale=scale)
+        return Head(linear=True, packed=False, softcap=softcap, logit_scale=scale)
     _complain(f"{reason}: log-probabilities come from the model's own logits, which takes more memory", strict)
-    return Head(linear=False, packed=True)
+    return Head(linear=False, packed=False)
 
 
 def _probe_input(model: Any) -> tuple[Tensor, list[Tensor]]:

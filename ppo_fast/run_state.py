@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.checkpoint import Checkpoint
+from ppo_fast.config import PPOConfig
 from ppo_fast.device import get_rng_state, set_rng_state
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
@@ -141,11 +142,12 @@ def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
 
 
 def _refuse_another_run(here: dict[str, Any], there: dict[str, Any], checkpoint: Checkpoint) -> None:
-    options, saved = here["config"], there["config"]
+    # an option that is newer than the checkpoint had its default
+    options, saved = here["config"], {**json.loads(json.dumps(dataclasses.asdict(PPOConfig()))), **there["config"]}
     free = FREE | ({"total_steps"} if options["lr_schedule"] == "constant" else set())
-    changed = [name for name in options if name not in free and options[name] != saved.get(name)]
+    changed = [name for name in options if name not in free and options[name] != saved[name]]
     if changed:
-        named = ", ".join(f"{name} was {saved.get(name)} and is {options[name]}" for name in changed)
+        named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
         raise UserError(
             f"{checkpoint.folder} belongs to a run with other options: {named}; take those of its config.yaml"
         )

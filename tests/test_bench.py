@@ -104,6 +104,35 @@ def test_dry_run_of_the_first_minutes_answers_every_question_in_order(tmp_path: 
     assert all(x.get("passed", "machine" in x or "skipped" in x) is True for x in answers)
 
 
+@pytest.mark.parametrize("heads", first_minutes.HEADS.values(), ids=first_minutes.HEADS)
+@pytest.mark.parametrize("version", ["torch_2_11", "torch_2_12"])
+def test_pytorchs_attention_is_called_directly_in_each_version(version, heads, monkeypatch):
+    import flash_attn_stand_in as stand_in
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", getattr(stand_in, version))
+    function = first_minutes.libraries()["PyTorch's varlen_attn"]
+    assert callable(function)
+    q, k, v = (
+        torch.randn(1, n, sum(first_minutes.LENGTHS), first_minutes.HEAD_SIZE, dtype=torch.bfloat16)
+        for n in (heads[0], heads[1], heads[1])
+    )
+    for window in (None, 5):
+        exact = first_minutes.by_definition(q.double(), k.double(), v.double(), window)
+        assert torch.allclose(function(q, k, v, window).double(), exact, atol=0.02)
+
+
+def test_libraries_that_need_a_newer_gpu_are_skipped_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("ppo_fast.device.compute_capability", lambda device: (7, 5))
+    monkeypatch.setattr(first_minutes, "compare_attention", lambda *_: {"passed": True})
+    writer = json_lines.Writer(tmp_path / "record.jsonl", "0123abc")
+    first_minutes.ask_attention(writer, torch.device("cpu"))
+    rows = [row["extra_info"] for row in json_lines.read(tmp_path / "record.jsonl")["benchmarks"]]
+    assert {row["function"] for row in rows if "skipped" in row} == set(first_minutes.libraries()) - {
+        "the trainer's path"
+    }
+    assert {row["function"] for row in rows if "passed" in row} == {"the trainer's path"}
+
+
 @DRY
 def test_dry_run_of_the_choices_measures_each_alternative(tmp_path: Path):
     found = [row["extra_info"] for row in dry_run(tmp_path, "choices")["benchmarks"]]

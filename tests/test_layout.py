@@ -18,13 +18,15 @@ LEVELS = [
     {"kernels"},
     {"checks", "config"},
     {"ops"},
-    {"", "data", "device", "rollout", "attention", "checkpoint", "interrupt"},  # "" is ppo_fast/__init__.py
+    {"", "data", "device", "rollout", "checkpoint", "interrupt", "flash_calls"},  # "" is ppo_fast/__init__.py
+    {"flash"},
+    {"attention"},
     {"packing"},
     {"heads"},
     {"models", "plots"},
     {"policy", "parallel", "export"},
     {"sample", "rewards", "reward", "learn", "controllers", "progress", "recipes"},
-    {"evaluate", "run_state", "preferences"},
+    {"evaluate", "run_state", "preferences", "memory"},
     {"envs", "classic_log", "classic_config", "classic_network"},
     {"classic_state"},
     {"trainer", "classic", "label"},
@@ -33,9 +35,10 @@ LEVELS = [
 SIDE = {"integrations": {"ops", "", "errors"}}  # these import the operations only
 EXTRA = {
     "doctor": {"kernels"},
+    "memory": {"kernels"},
     "run_state": {"trainer"},
     "classic_state": {"classic"},
-}  # one may read the reference, the others name a type
+}  # doctor reads the reference, memory the plan of a chunk, the others name a type
 
 
 def level(name: str) -> int:
@@ -80,9 +83,9 @@ def test_no_import_goes_upward(file: Path):
             assert level(imported) <= level(own), f"{own} imports {imported}, which stands above it"
 
 
-def test_only_ops_its_checks_and_doctor_read_the_kernels():
+def test_only_ops_its_checks_doctor_and_memory_read_the_kernels():
     readers = {module_name(f) for f in python_files() if "kernels" in imports_of(f)} - {"kernels"}
-    assert readers <= {"ops", "checks", "doctor"}
+    assert readers <= {"ops", "checks", "doctor", "memory"}
 
 
 def test_kernels_import_nothing_of_the_package_but_themselves():

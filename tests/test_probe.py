@@ -9,12 +9,14 @@ import families
 import flash_attn_stand_in as stand_in
 import pytest
 import torch
+from tiny import byte_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from ppo_fast import attention, flash, heads
 from ppo_fast.errors import UserError
 from ppo_fast.heads import Head, decoder_of, probe
+from ppo_fast.rewards.fluency import Fluency
 
 BF16, FP16 = torch.bfloat16, torch.float16
 DTYPES = [torch.float32, BF16, FP16]
@@ -79,6 +81,18 @@ def test_a_fast_path_that_fails_in_the_model_gives_way_to_buckets(name, precisio
     assert paths == {flash.BUCKETS}
     assert len(said) == 1
     assert "flash-attn 2.8.3 cannot be used" in said[0]
+
+
+def test_a_reward_that_probes_its_own_model_brings_no_rejected_path_back(tmp_path):
+    """Nor does it say that it learns."""
+    actor, reward = families.load("llama", tmp_path / "actor").bfloat16(), Fluency(bloom(), byte_tokenizer())
+    with stand_in.machine(tmp_path, "2.8.3"), stand_in.fault("leak after the trial"), messages() as said:
+        probe(actor)
+        (request,) = flash.requests()
+        before = flash.decide(request).path
+        reward(["hi"], ["you"])
+        assert flash.decide(request).path == before == flash.BUCKETS
+    assert len(said) == 1, said
 
 
 def test_the_next_fast_path_takes_over_before_buckets_do(tmp_path):

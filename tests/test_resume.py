@@ -14,6 +14,7 @@ from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.progress import cut_back
+from ppo_fast.run_state import restore
 from ppo_fast.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
@@ -90,6 +91,15 @@ def test_a_resumed_run_differs_from_one_that_ran_through(tmp_path, changes):
         assert torch.equal(a, b), name
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path, saved):
+    older = checkpoint.read(saved)
+    for name in ("tf32", "chunk_bytes", "cudnn_attention"):
+        del older.state["run"]["config"][name]
+    assert restore(trainer_of(tmp_path / "other"), older) == []
+    with pytest.raises(UserError, match="chunk_bytes was None and is 1000"):
+        restore(trainer_of(tmp_path / "third", chunk_bytes=1000), older)
 
 
 def test_a_run_without_a_checkpoint_does_not_start_at_the_start(tmp_path):

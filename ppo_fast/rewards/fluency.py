@@ -113,10 +113,10 @@ class Fluency:
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
-        from ppo_fast.heads import decoder_of, head_of, probe
+        from ppo_fast.heads import decoder_of, head_of, probe_head
 
         if self.head is None:
-            self.head = probe(self.model)
+            self.head = probe_head(self.model)
         if not self.head.linear:
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
             found = ppo.token_logprobs(logits, ids[:, 1:], mask)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator.runs import classifier, reward_model, untouched
+from accelerator.runs import FixedAnswers, assert_same_metrics, classifier, reward_model, trainer, untouched
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast.preferences import Pair, accuracy, calibrate, train_reward_model
@@ -70,3 +70,15 @@ def test_fluency_of_the_actors_own_tokens_is_that_of_the_cpu(second_testgpu: tor
         for device in ("cpu", second_testgpu)
     )
     assert found == pytest.approx(expected, rel=RTOL)
+
+
+def test_fluency_from_a_folder_follows_the_trainer(
+    testgpu: torch.device, second_testgpu: torch.device, tmp_path: Path
+) -> None:
+    folder, histories = str(save_tiny_model(tmp_path / "model")), []
+    for device in ("cpu", second_testgpu):
+        reward = Fluency(folder)
+        made = trainer(device, rewards=reward, given={"sampler": FixedAnswers()}, total_steps=1)
+        assert reward.model.device == made.device == torch.device(device)
+        histories.append(made.train())
+    assert_same_metrics(histories[1], histories[0], rtol=1e-4, atol=1e-4)
