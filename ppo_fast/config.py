@@ -144,6 +144,9 @@ class PPOConfig:
         " a sixteenth of its memory",
         1,
     )
+    check_memory: bool = setting(
+        True, "refuse a run whose peak memory by calculation is more than the GPU has (see ppo-fast memory)"
+    )
     cudnn_attention: bool = setting(
         False, "PyTorch may use cuDNN for attention, which plans anew for each shape (only bench/on_gpu.sh needs it)"
     )

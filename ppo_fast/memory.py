@@ -615,7 +615,8 @@ def check_fits(
             break
     raise UserError(
         f"a step needs {found.peak / 2**30:.1f} GiB by calculation (most in {found.largest_phase!r}), and the GPU has"
-        f" {memory / 2**30:.1f} GiB; options that reduce it, each added to those before: {', '.join(tried)}"
+        f" {memory / 2**30:.1f} GiB; options that reduce it, each added to those before: {', '.join(tried)}; with"
+        " --no-check-memory it is tried anyway"
     )
 
 

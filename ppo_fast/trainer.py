@@ -246,7 +246,7 @@ class PPOTrainer:
         A critic or reference that is given, which may be of any size, is not counted.
         """
         capacity = total_memory(self.device)
-        if capacity is None:
+        if capacity is None or not self.config.check_memory:
             return
         reason = why_unknown(actor)
         if reason is not None:

@@ -140,6 +140,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_moved_with_options_th
     with pytest.raises(UserError, match=r"needs 0\.0 GiB by calculation .* --gradient-checkpointing \(0\.0 GiB\)"):
         PPOTrainer(config(), actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
     assert module.memory_allocated() == before
+    options = config(check_memory=False)
+    made = PPOTrainer(options, actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
+    assert made.device.type == "testgpu"
 
 
 class OwnConfig(LlamaConfig):
