@@ -237,18 +237,21 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
     # transformers takes seconds to import: bad input is reported before
     from ppo_fast.models import Critic, load_actor, load_reward_model
-    from ppo_fast.parallel import start
+    from ppo_fast.parallel import load_on_first, start
     from ppo_fast.reward import RewardModel
     from ppo_fast.trainer import PPOTrainer
 
     world = start(config)  # before models are loaded: a device that does not exist is reported at once
-    actor, tokenizer = load_actor(run["model"], pad_token=run["pad_token"], trust_remote_code=run["trust_remote_code"])
+    how = {name: run[name] for name in ("pad_token", "trust_remote_code")}
+    actor, tokenizer = load_on_first(world, lambda weights: load_actor(run["model"], weights=weights, **how))
     for folder in run["reward_model"]:
         model, its_tokenizer = load_reward_model(folder)
         rewards[folder] = RewardModel(model, its_tokenizer, device=world.device)
     critic = None
     if run["critic_model"] is not None:
-        critic = Critic.from_reward_model(load_reward_model(run["critic_model"])[0])
+        folder = run["critic_model"]
+        critic_model, _ = load_on_first(world, lambda weights: load_reward_model(folder, weights=weights))
+        critic = Critic.from_reward_model(critic_model)
     reward_weights = dict(zip(names, weights, strict=True))
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from ppo_fast.attention import own_config
 from ppo_fast.errors import UserError
 from ppo_fast.heads import decoder_of
+from ppo_fast.parallel import has_weights
 
 
 @contextmanager
@@ -47,13 +49,32 @@ def load_model_config(folder: str | Path) -> PreTrainedConfig:
         raise UserError(f"cannot read {Path(folder) / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
+def _without_weights(
+    kind: Any,
+    folder: str | Path,
+    *,
+    local_files_only: bool = True,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A model of an AutoModel class on the meta device, as its configuration describes it."""
+    how = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **how)
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code)
+    if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=local_files_only)
+    return model.eval()
+
+
 def load_actor(
-    folder: str | Path, *, pad_token: str | None = None, trust_remote_code: bool = False
+    folder: str | Path, *, pad_token: str | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in fp32 and its tokenizer, from a folder that `save_pretrained` wrote.
 
     `pad_token` names a token of the vocabulary for padding where the tokenizer has none; `trust_remote_code` runs
-    Python files that lie in the folder. Nothing is downloaded.
+    Python files that lie in the folder. Nothing is downloaded. Without `weights` the model is on the meta device: under
+    parallel = fsdp all processes but the first may train such an actor.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
@@ -61,7 +82,11 @@ def load_actor(
         with no_loading_bars():
             how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
             tokenizer = AutoTokenizer.from_pretrained(folder, **how)
-            actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+            actor: Any
+            if weights:
+                actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+            else:
+                actor = _without_weights(AutoModelForCausalLM, folder, dtype=torch.float32, **how)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
     if pad_token is not None:
@@ -145,14 +170,20 @@ class Critic(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
-def load_reward_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen sequence classifier with one output, and its tokenizer, from a folder that `save_pretrained` wrote."""
+def load_reward_model(folder: str | Path, *, weights: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen sequence classifier with one output, and its tokenizer, from a folder that `save_pretrained` wrote.
+
+    Without `weights` it is on the meta device, as in `load_actor`.
+    """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no reward model in {folder}: it has no config.json")
     try:
         with no_loading_bars():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+            if weights:
+                model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+            else:
+                model = _without_weights(AutoModelForSequenceClassification, folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
     if model.config.num_labels != 1:
@@ -189,21 +220,24 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
+def has_trained_adapters(actor: nn.Module) -> bool:
+    """Whether any adapter's output matrix differs from zero, with which each starts."""
+    return any(bool(p.any()) for name, p in actor.named_parameters() if "lora_B" in name or "lora_embedding_B" in name)
+
+
 class AdapterReference:
     """The reference of an actor with adapters: the actor without them, or with a frozen copy of those it came with.
 
     Switching adapters off is wrong for an actor that starts from trained ones (TRL #495, #4723): `starts_trained`
-    says so, and is found by looking whether any adapter's output matrix differs from zero.
+    says so, and is found by `has_trained_adapters` if it is not given.
     """
 
     NAME = "ppo_fast_reference"
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, *, starts_trained: bool | None = None) -> None:
         self.actor = actor
         self.active = actor.active_adapter
-        self.starts_trained = any(
-            bool(p.any()) for name, p in actor.named_parameters() if "lora_B" in name or "lora_embedding_B" in name
-        )
+        self.starts_trained = has_trained_adapters(actor) if starts_trained is None else starts_trained
         if self.starts_trained:
             self._clone()
 
@@ -213,8 +247,9 @@ class AdapterReference:
         parameters = dict(self.actor.named_parameters())
         with torch.no_grad():
             for name, p in parameters.items():
-                if f".{self.NAME}." in name:
-                    p.copy_(parameters[name.replace(f".{self.NAME}.", f".{self.active}.")])
+                source = parameters[name.replace(f".{self.NAME}.", f".{self.active}.")]
+                if source is not p and not source.is_meta:  # peft may have given p memory, even on the meta device
+                    p.copy_(source)
         self._train_only(trainable)
 
     def _train_only(self, names: set[str]) -> None:
@@ -266,6 +301,6 @@ def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
-    """On its device, without dropout, and with a config object of its own."""
+    """On its device, without dropout, and with a config object of its own; without weights it stays on meta."""
     own_config(model)
-    return model.to(device).eval()
+    return model.to(device).eval() if has_weights(model) else model.eval()

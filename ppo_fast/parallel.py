@@ -6,7 +6,8 @@ rollout by each of them. A minibatch's packs are dealt out, so that the gradient
 process on the joined batch.
 
 DistributedDataParallel keeps a model in each process; FSDP2 (`fully_shard`) keeps a part of each weight, gradient and
-optimizer state. The loss is computed inside the wrapped module's forward.
+optimizer state. The loss is computed inside the wrapped module's forward. Under FSDP2 only the first process needs
+whole weights at the start: models of the others may be on the meta device, and `shard` sends them their parts.
 """
 
 import os
@@ -31,6 +32,10 @@ from ppo_fast.errors import UserError
 from ppo_fast.rollout import CPU, Rollout
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+# a model's own code raises any of them where it cannot be built on the meta device
+BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
 @dataclass(eq=False)
@@ -95,6 +100,25 @@ class World:
         if self.first:
             function()
         self.barrier()
+
+    def find(self, function: Callable[[], T], *, of: nn.Module) -> T:
+        """What the function finds out about the model; collective under FSDP2.
+
+        It is called in the first process alone if another one has no weights of the model. An error that it raises for
+        the user there is raised in all.
+        """
+        if self.kind != "fsdp" or not self.any(not has_weights(of)):
+            return function()
+        found: T | UserError | None = None
+        if self.first:
+            try:
+                found = function()
+            except UserError as error:
+                found = error
+        answer: Any = self.gather(found)[0]
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     def join(self, rollout: Rollout, scores: Tensor, pad: int) -> tuple[Rollout, Tensor]:
         """All processes' answers and their scores, in the order of the prompts."""
@@ -198,18 +222,108 @@ def leave(status: int) -> None:
     dist.destroy_process_group()
 
 
+def has_weights(model: nn.Module) -> bool:
+    """Whether all of the model has memory, none of it being on the meta device."""
+    return not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
+
+
+def layout(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
+    """Names of all parameters and buffers, also of tied ones, with the first name, shape and dtype of each."""
+    first: dict[Tensor, str] = {}
+    parameters = [(n, first.setdefault(p, n), p) for n, p in model.named_parameters(remove_duplicate=False)]
+    buffers = [(n, n, b) for n, b in model.named_buffers(remove_duplicate=False)]
+    return [(name, owner, tuple(x.shape), x.dtype) for name, owner, x in (*parameters, *buffers)]
+
+
+def load_on_first(world: World, load: Callable[[bool], tuple[M, T]]) -> tuple[M, T]:
+    """Loads a model, in each process or, under FSDP2, with weights in the first process alone.
+
+    `load(weights)` gives the model and what belongs to it. What a configuration does not describe, such as quantised
+    weights and adapters that lie in the folder, makes the first model differ from those without weights: then each
+    process loads it whole.
+
+    Raises:
+        UserError: the first process cannot load it. All raise this.
+    """
+    if world.kind != "fsdp" or world.size == 1:
+        return load(True)
+    loaded: tuple[M, T] | None = None
+    found: Any = None
+    try:
+        loaded = load(world.first)
+        found = layout(loaded[0])
+    except (UserError, *BUILDING_ERRORS) as error:
+        if world.first and not isinstance(error, UserError):
+            raise
+        found = error if world.first else None
+    layouts = world.gather(found)
+    if isinstance(layouts[0], UserError):
+        raise layouts[0]
+    if loaded is None or (not world.first and any(x != layouts[0] for x in layouts)):
+        return load(True)
+    return loaded
+
+
 def shard(model: nn.Module, world: World, dtype: str) -> None:
     """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module.
 
     In bfloat16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather them in
     fp32 and keep its bfloat16 copies until backward, so that each process would hold the whole model.
+
+    Where any process has a model without weights, all get the first one's.
     """
+    sent = world.any(not has_weights(model))
+    if sent:
+        _check_layouts(model, world)
+    # detached: fully_shard puts the parts in the parameters, and these keep the whole
+    whole = {name: p.detach() for name, p in model.named_parameters()} if sent and world.first else {}
     mesh = init_device_mesh(world.device.type, (world.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     how: dict[str, Any] = {"mp_policy": half} if dtype == "bfloat16" else {}
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, **how)
     fully_shard(model, mesh=mesh)  # embeddings, norms and heads stay in fp32, as with DDP
+    if sent:
+        _send(model, world, whole)
+
+
+def _check_layouts(model: nn.Module, world: World) -> None:
+    """Refuses models that differ between processes, which would wait for each other or exchange wrong weights."""
+    layouts = world.gather(layout(model))
+    for rank, theirs in enumerate(layouts):
+        if theirs != layouts[0]:
+            odd = sorted({x[0] for x in {*theirs} ^ {*layouts[0]}})
+            raise UserError(
+                f"the model of rank {rank} differs from that of rank 0 in {', '.join(odd[:1]) or 'its order'}: build it"
+                " from the same configuration"
+            )
+
+
+@torch.no_grad()
+def _send(model: nn.Module, world: World, whole: dict[str, Tensor]) -> None:
+    """Gives each process its part of a sharded model's weights, and all buffers, from the first process.
+
+    `whole` holds the first one's weights; it is emptied, so that each is freed when it has been sent.
+    """
+    if not world.first:
+        model.to_empty(device=world.device)
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor)
+        part = p.to_local()
+        rows = -(-p.shape[0] // world.size)  # of each part but the last ones, which may be shorter or empty
+        mine = part.new_empty(rows, *p.shape[1:])
+        parts = None
+        if world.first:
+            padded = part.new_zeros(world.size, rows, *p.shape[1:])
+            padded.flatten(0, 1)[: p.shape[0]] = whole.pop(name)
+            parts = list(padded)
+        dist.scatter(mine, parts, src=0)
+        part.copy_(mine[: part.shape[0]])
+    for b in model.buffers():
+        sent = b.contiguous()
+        dist.broadcast(sent, src=0)
+        if not world.first:
+            b.copy_(sent)
 
 
 def full(x: Tensor) -> Tensor:

@@ -42,11 +42,12 @@ from ppo_fast.models import (
     add_lora,
     check_tokenizer,
     frozen_copy,
+    has_trained_adapters,
     is_adapted,
     prepare,
     recomputing,
 )
-from ppo_fast.parallel import ONE, World, shard, start, whole_state
+from ppo_fast.parallel import ONE, World, has_weights, shard, start, whole_state
 from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.progress import Progress
@@ -96,7 +97,14 @@ class PPOTrainer:
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         self.world = start(config)
-        self.start_digest = digest(actor) if config.out is not None else ""  # a checkpoint knows what it began with
+        if not has_weights(actor) and (self.world.first or self.world.kind != "fsdp"):
+            raise UserError(
+                "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
+                " do without"
+            )
+        self.start_digest = ""
+        if config.out is not None:  # a checkpoint knows what it began with
+            self.start_digest = self.world.find(lambda: digest(actor), of=actor)
         self.tokenizer = tokenizer
         self.device = self.world.device
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
@@ -447,8 +455,14 @@ def build_models(
         frozen = prepare(reference, home)
     elif config.kl_coef > 0 and not adapters:
         frozen = frozen_copy(actor)
-    head = probe(actor, critic.backbone, frozen, strict=config.strict, dtype=config.dtype, device=device)
-    found: Reference = AdapterReference(actor) if adapters else None
+    head = world.find(
+        lambda: probe(actor, critic.backbone, frozen, strict=config.strict, dtype=config.dtype, device=device),
+        of=torch.nn.ModuleList([x for x in (actor, critic, frozen) if x is not None]),
+    )
+    found: Reference = None
+    if adapters:
+        starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
+        found = AdapterReference(actor, starts_trained=starts_trained)
     if frozen is not None:
         found = FrozenReference(frozen, head, config)
         if world.kind == "fsdp":

@@ -13,19 +13,26 @@ import sys
 import time
 import traceback
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from ppo_fast import cli
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.learn import accumulate_gradients, cut_as, evaluate, filler_of, packed
-from ppo_fast.parallel import World, full, join_rollouts, start
+from ppo_fast.models import AdapterReference, load_actor
+from ppo_fast.parallel import World, full, has_weights, join_rollouts, start
 from ppo_fast.reward import score
 from ppo_fast.rollout import Rollout
 from ppo_fast.run_state import learned
@@ -449,3 +456,177 @@ def test_the_gradient_of_two_processes_in_bfloat16_is_that_of_one(tmp_path, para
     for gradient, its_stats, _ in run(tmp_path, first_gradient, options(dtype="bfloat16", parallel=parallel)):
         assert_close(gradient, expected, tolerance)
         assert_close(its_stats, stats, 2 * tolerance)
+
+
+class LargestStorage(TorchDispatchMode):
+    """Elements of the largest storage, in fp32, of numbers that any operation returned; of a DTensor its local part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            x = x._local_tensor if isinstance(x, DTensor) else x
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // 4)
+        return out
+
+
+def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """What a run of `ppo-fast train` leaves in this process, and the largest tensor that it had before it trained."""
+    small = "--total-steps 2 --prompts-per-step 5 --max-new-tokens 6 --minibatches 2 --lr 1e-3 --critic-lr 1e-3"
+    small += " --adam-eps 1e-3 --device cpu --no-tensorboard --quiet"
+    given = ["train", "--model", str(folder / "model"), "--prompts", str(folder / "p.jsonl"), *small.split()]
+    parser, train_parser = cli.build_parser()
+    parsed = parser.parse_args([*given, "--reward", f"{folder / 'r.py'}:good", *arguments])
+    largest, found = LargestStorage(), dict[str, Any]()
+
+    def train(self: PPOTrainer) -> list[dict[str, float]]:
+        largest.__exit__(None, None, None)
+        history = run_training(self)
+        found["history"] = of_training(history)
+        found["weights"] = {name: full(p.detach()) for name, p in self.policy.named_parameters()}
+        found["buffers"] = dict(self.policy.named_buffers())
+        found["tied"] = self.actor.get_input_embeddings().weight is self.actor.get_output_embeddings().weight
+        found["digest"] = self.start_digest
+        return history
+
+    run_training = PPOTrainer.train
+    fixed = mock.patch("ppo_fast.trainer.GenerateSampler", return_value=Fixed())
+    with fixed, mock.patch.object(PPOTrainer, "train", train):
+        largest.__enter__()
+        assert cli.train(parsed, *cli.resolve(parsed, train_parser)) == 0
+    return {**found, "largest": largest.elements}
+
+
+def tied_model(folder: Path) -> None:
+    model = tiny_llama(258)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder / "model")
+
+
+COMMANDS = {
+    "own critic": (),
+    "shared critic in bfloat16": ("--critic", "shared", "--dtype", "bfloat16"),
+    "adapters": ("--lora-rank", "2"),
+    "given critic": ("--critic-model", "critic"),
+    "tied": (),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_under_fsdp_loads_whole_weights_in_the_first_process_only(folder, name):
+    if name == "adapters":
+        pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
+    if name == "tied":
+        tied_model(folder)
+    critic = LlamaForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    critic.save_pretrained(folder / "critic")
+    byte_tokenizer().save_pretrained(folder / "critic")
+    arguments = [str(folder / "critic") if x == "critic" else x for x in COMMANDS[name]]
+    one = commanded(folder, [*arguments, "--out", str(folder / "one")])
+    size = 3 if name == "tied" else 2  # three: no weight divides evenly, and the value head has no row for two of them
+    fsdp = [*arguments, "--out", str(folder / "several"), "--parallel", "fsdp"]
+    tolerance = 2e-2 if "bfloat16" in name else 1e-5
+    for rank, its in enumerate(run(folder, commanded, folder, fsdp, size=size)):
+        for here, there in zip(its["history"], one["history"], strict=True):
+            assert_close(here, there, tolerance)
+        assert_close(its["weights"], one["weights"], tolerance)
+        assert_close(its["buffers"], one["buffers"], 0.0)
+        assert its["digest"] == one["digest"] != ""
+        assert its["tied"] == one["tied"] == (name == "tied")
+        embedding = 258 * 32
+        if rank == 0:
+            assert its["largest"] >= embedding
+        else:
+            assert its["largest"] <= embedding // size
+
+
+def unlike_its_configuration(folder: Path) -> None:
+    """A checkpoint whose LM head is not tied, with a configuration that says that it is."""
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+def test_each_process_loads_whole_weights_when_the_configuration_does_not_describe_them(folder):
+    unlike_its_configuration(folder)
+    loaded, _ = load_actor(folder / "model")
+    assert loaded.get_input_embeddings().weight is not loaded.get_output_embeddings().weight
+    one = commanded(folder, [])
+    for its in run(folder, commanded, folder, ["--parallel", "fsdp"]):
+        assert its["largest"] >= 258 * 32
+        assert_close(its["weights"], one["weights"])
+
+
+def with_trained_adapters(config: PPOConfig) -> tuple[list[dict], dict[str, torch.Tensor], bool]:
+    """A run whose actor has trained adapters, and weights in the first process only."""
+    import peft
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    with torch.device("cpu" if first else "meta"):
+        how = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        actor = peft.get_peft_model(tiny_llama(258), how)
+    assert has_weights(actor) == first
+    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge, sampler=Fixed())
+    assert isinstance(trainer.reference, AdapterReference)
+    history = trainer.train()
+    weights = {name: full(p.detach()) for name, p in learned(trainer.policy)}
+    return of_training(history), weights, trainer.reference.starts_trained
+
+
+def test_trained_adapters_are_the_reference_when_other_processes_have_no_weights(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
+    history, weights, _ = with_trained_adapters(options())
+    for its_history, its_weights, starts_trained in run(tmp_path, with_trained_adapters, options(parallel="fsdp")):
+        assert starts_trained
+        for here, there in zip(its_history, history, strict=True):
+            assert_close(here, there)
+        assert_close(its_weights, weights)
+
+
+def refused_by_the_probe(config: PPOConfig) -> str:
+    first = int(os.environ["RANK"]) == 0
+    with torch.device("cpu" if first else "meta"):
+        actor = tiny_llama(258)
+    complaint = mock.patch("ppo_fast.trainer.probe", side_effect=UserError("no packed rows"))
+    with complaint if first else nullcontext(), pytest.raises(UserError) as error:
+        PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge)
+    return str(error.value)
+
+
+def test_an_error_of_the_probe_in_the_first_process_is_raised_in_all(tmp_path):
+    found = run(tmp_path, refused_by_the_probe, options(parallel="fsdp", strict=True))
+    assert found == ["no packed rows", "no packed rows"]
+
+
+def built_differently(config: PPOConfig) -> str:
+    first = int(os.environ["RANK"]) == 0
+    with torch.device("cpu" if first else "meta"):
+        actor = tiny_llama(258, hidden=32 if first else 64)
+    with pytest.raises(UserError) as error:
+        PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge)
+    return str(error.value)
+
+
+def test_models_that_differ_between_processes_are_refused_when_weights_are_sent(tmp_path):
+    for message in run(tmp_path, built_differently, options(parallel="fsdp", kl_coef=0.0)):
+        assert "the model of rank 1 differs from that of rank 0 in actor" in message
+
+
+def test_a_command_under_fsdp_ends_in_all_processes_when_weights_cannot_be_read(folder):
+    (folder / "model" / "model.safetensors").unlink()  # only the first process reads it
+    begun = time.monotonic()
+    done = torchrun(folder, "--reward", f"{folder / 'r.py'}:good", "--parallel", "fsdp")
+    assert time.monotonic() - begun < 60
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"ppo-fast: rank {rank}: error: cannot load the model in {folder / 'model'}" in done.stderr
+
+
+def test_an_actor_without_weights_is_refused_in_a_single_process(folder):
+    actor, tokenizer = load_actor(folder / "model", weights=False)
+    with pytest.raises(UserError, match="the actor has no weights: load it"):
+        PPOTrainer(options(out=str(folder / "out")), actor, tokenizer, ROWS, judge)
