@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_fast.errors import UserError
 from ppo_fast.ops import Backend, uses_triton
@@ -126,3 +126,8 @@ def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Ten
     buffer = upload(torch.cat([x.flatten() for x in tensors]), device)
     parts = buffer.split([x.numel() for x in tensors])
     return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Whether all of the model has memory, none of it being on the meta device."""
+    return not any(x.is_meta for x in (*model.parameters(), *model.buffers()))

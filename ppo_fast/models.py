@@ -22,9 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ppo_fast.attention import own_config
+from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
 from ppo_fast.heads import decoder_of
-from ppo_fast.parallel import has_weights
 
 
 @contextmanager

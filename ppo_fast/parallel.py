@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.device import pick_device
+from ppo_fast.device import has_weights, pick_device
 from ppo_fast.errors import UserError
 from ppo_fast.rollout import CPU, Rollout
 
@@ -220,11 +220,6 @@ def leave(status: int) -> None:
         sys.stderr.flush()
         os._exit(status)
     dist.destroy_process_group()
-
-
-def has_weights(model: nn.Module) -> bool:
-    """Whether all of the model has memory, none of it being on the meta device."""
-    return not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
 
 
 def layout(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:

@@ -16,7 +16,7 @@ from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts, prompt_ids, with_all_fields
-from ppo_fast.device import synchronize, total_memory
+from ppo_fast.device import has_weights, synchronize, total_memory
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, show, write
 from ppo_fast.export import model_card, save_model
@@ -47,7 +47,7 @@ from ppo_fast.models import (
     prepare,
     recomputing,
 )
-from ppo_fast.parallel import ONE, World, has_weights, shard, start, whole_state
+from ppo_fast.parallel import ONE, World, shard, start, whole_state
 from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.progress import Progress

@@ -32,7 +32,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.learn import accumulate_gradients, cut_as, evaluate, filler_of, packed
 from ppo_fast.models import AdapterReference, load_actor
-from ppo_fast.parallel import World, full, has_weights, join_rollouts, start
+from ppo_fast.parallel import World, full, join_rollouts, start
 from ppo_fast.reward import score
 from ppo_fast.rollout import Rollout
 from ppo_fast.run_state import learned
