@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ppo_fast import cli
 from ppo_fast.config import PPOConfig
+from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
 from ppo_fast.learn import accumulate_gradients, cut_as, evaluate, filler_of, packed
 from ppo_fast.models import AdapterReference, load_actor
