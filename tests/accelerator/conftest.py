@@ -1,10 +1,27 @@
-"""Fixtures with the test device: a test that does not ask for one runs in a process that may never register it."""
+"""Fixtures with the test device, and when it is registered."""
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from accelerator import build, registration, stand_ins
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Registers the device before the first test, if any test of this folder will run.
+
+    Autograd makes its threads, one for each device, in a process's first backward: a device that is registered later
+    can have no backward.
+    """
+    if session.config.option.collectonly or torch.cuda.is_available():
+        return
+    if any(FOLDER in item.path.parents for item in session.items):
+        with contextlib.suppress(build.CannotBuild):  # the fixture skips these tests with its message
+            registration.register()
 
 
 @pytest.fixture(scope="session")
