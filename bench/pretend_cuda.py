@@ -35,6 +35,8 @@ class OnTheCPU(TorchFunctionMode):
     ) -> Any:
         if function is torch.device or function is torch.ops.profiler._record_function_exit:
             return function(*args, **(kwargs or {}))
+        if function is torch.Tensor.pin_memory:  # there is no accelerator that could read it
+            return args[0]
         return function(*map(moved, args), **{name: moved(x) for name, x in (kwargs or {}).items()})
 
 
