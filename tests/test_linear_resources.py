@@ -533,6 +533,7 @@ class Policy(nn.Module):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_fails_inside_an_fsdp2_forward(kernels):
     """Inside the wrapped module's forward the parameter is a plain tensor, and its gradient reaches the shard."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
@@ -540,7 +541,7 @@ def test_it_fails_inside_an_fsdp2_forward(kernels):
     plain = Policy(weight, kernels.linear_ppo_loss)
     wrapped = Policy(weight, kernels.linear_ppo_loss)
     wrapped.load_state_dict(plain.state_dict())
-    fully_shard(wrapped)
+    fully_shard(wrapped, mesh=init_device_mesh("cpu", (1,)))  # the default is an accelerator, if there is one
     for module in (plain, wrapped):
         module(hidden.detach(), *rest).backward()
     torch.testing.assert_close(wrapped.head.weight.grad.full_tensor(), plain.head.weight.grad)
