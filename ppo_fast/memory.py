@@ -33,7 +33,7 @@ from ppo_fast.errors import UserError
 from ppo_fast.flash_calls import first_line
 from ppo_fast.heads import bare, decoder_of
 from ppo_fast.kernels.linear_chunks import DEVICE_CHUNK_ROWS, Plan, _make_plan
-from ppo_fast.models import Critic, add_lora, is_adapted, recomputing
+from ppo_fast.models import Critic, is_adapted, recomputing, with_lora
 from ppo_fast.policy import with_chunk_bytes
 from ppo_fast.sample import cache_options
 
@@ -241,25 +241,14 @@ def _shallow(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 def _build(model_config: PreTrainedConfig, config: PPOConfig, dtype: torch.dtype) -> _Models:
     """The models of a run on the meta device."""
 
-    def with_lora(model: Any, *, language_model: bool) -> Any:
-        if not config.lora_rank:
-            return model
-        return add_lora(
-            model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            targets=config.lora_targets,
-            language_model=language_model,
-        )
-
     with torch.device("meta"):
         actor = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
         if critic.backbone is not None:
-            critic.backbone = with_lora(critic.backbone, language_model=False)
+            critic.backbone = with_lora(critic.backbone, config, language_model=False)
         separate = config.kl_coef > 0 and not config.lora_rank
         reference = copy.deepcopy(actor).requires_grad_(False) if separate else None
-        return _Models(with_lora(actor, language_model=True), critic, reference)
+        return _Models(with_lora(actor, config, language_model=True), critic, reference)
 
 
 def _make_fake(models: _Models) -> None:

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ppo_fast.attention import own_config
+from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
 from ppo_fast.heads import decoder_of
@@ -218,6 +219,19 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_
         task_type="CAUSAL_LM" if language_model else "FEATURE_EXTRACTION",
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> Any:
+    """The model with the adapters that the options name; as it is, if they name none."""
+    if not config.lora_rank:
+        return model
+    return add_lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        language_model=language_model,
+    )
 
 
 def has_trained_adapters(actor: nn.Module) -> bool:

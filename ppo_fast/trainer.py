@@ -39,13 +39,13 @@ from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapte
 from ppo_fast.models import (
     AdapterReference,
     Critic,
-    add_lora,
     check_tokenizer,
     frozen_copy,
     has_trained_adapters,
     is_adapted,
     prepare,
     recomputing,
+    with_lora,
 )
 from ppo_fast.parallel import ONE, World, shard, start, whole_state
 from ppo_fast.plots import can_draw
@@ -442,9 +442,9 @@ def build_models(
     if critic is None:
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
         if config.critic == "own" and config.lora_rank:
-            critic.backbone = _with_lora(critic.backbone, config, language_model=False)
+            critic.backbone = with_lora(critic.backbone, config, language_model=False)
     if config.lora_rank:
-        actor = _with_lora(actor, config, language_model=True)
+        actor = with_lora(actor, config, language_model=True)
     home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
     prepare(actor, home)
     prepare(critic, home)
@@ -470,13 +470,3 @@ def build_models(
     policy = Policy(actor, critic, head, config)
     world.wrap(policy, dtype=config.dtype, unused_parameters=config.critic_warmup_steps > 0)
     return policy, found
-
-
-def _with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> torch.nn.Module:
-    return add_lora(
-        model,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=config.lora_targets,
-        language_model=language_model,
-    )

@@ -46,7 +46,7 @@ def test_a_resumed_run_on_the_second_device_is_the_whole_run_bit_for_bit(
     for key, x in weights(whole).items():
         assert torch.equal(x, weights(resumed)[key]), key
     assert not off_device(resumed)
-    assert len(resumed.notes) == 1 + len(whole.notes), resumed.notes  # where it goes on, but no difference
+    assert len(resumed.notes) == 1 + len(whole.notes), resumed.notes  # from where it resumes, and no difference
 
 
 def test_a_checkpoint_holds_the_generator_of_the_trainers_device(second_testgpu: torch.device, tmp_path: Path) -> None:
