@@ -79,6 +79,13 @@ def prune(parent: Path, keep: int) -> None:
         remove(old)
 
 
+def drop_after(parent: Path, step: int) -> None:
+    """Removes checkpoints of later steps: they belong to a branch of the run that `step` does not continue."""
+    for folder in _all(parent):
+        if _step_of(folder) > step:
+            remove(folder)
+
+
 def newest(parent: Path) -> Path | None:
     """The checkpoint with the highest step, or None."""
     found = _all(parent)
@@ -125,7 +132,11 @@ def _advice(folder: Path) -> str:
 def _all(parent: Path) -> list[Path]:
     """Whole checkpoints in the order of their steps."""
     found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def sweep(parent: Path) -> None:

@@ -45,6 +45,7 @@ from ppo_fast.envs.vector import (
 )
 from ppo_fast.errors import NonFiniteError, UserError
 from ppo_fast.interrupt import Request, stop_requests
+from ppo_fast.lock import locked
 
 __all__ = ["Batch", "ClassicConfig", "ClassicTrainer", "add_arguments", "main"]
 
@@ -372,7 +373,7 @@ class ClassicTrainer:
                 " normalize_observations, or a lower lr"
             )
         # Detail 11: the gradient of all weights together is clipped
-        if size > self.config.max_grad_norm:
+        if self.config.max_grad_norm is not None and size > self.config.max_grad_norm:
             self.gradient *= self.config.max_grad_norm / (size + 1e-6)
         self.adam.step(self.gradient, lr)
         return size
@@ -446,6 +447,10 @@ class ClassicTrainer:
 
         With an OUT, Ctrl-C lets an update come to its end before it raises KeyboardInterrupt; `resume` goes on.
         """
+        with locked(self.config.out):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         c, parent = self.config, Path(self.config.out or "") / "checkpoints"
         if c.resume:
             newest = checkpoint.newest(parent)

@@ -39,7 +39,7 @@ class ClassicConfig:
     # The loop
     total_steps: int = setting(100_000, "steps of single environments in all", 1)
     rollout_steps: int = setting(128, "steps of each environment between two updates (T)", 1)
-    seed: int = setting(0, "seed of everything random: weights, environments, actions, minibatches", 0)
+    seed: int = setting(0, "seed of everything random: weights, environments, actions, minibatches", 0, 2**32 - 1)
 
     # The network
     network: str = setting("auto", "auto: cnn for images, mlp for the rest", choices=("auto", "mlp", "cnn"))
@@ -57,14 +57,16 @@ class ClassicConfig:
     minibatches: int = setting(4, "optimizer steps in each epoch", 1)
     clip: float = setting(0.2, "ratio clipped to 1 +- this", 0.0, 1.0)
     clip_schedule: str = setting("constant", "clip over the run", choices=("constant", "linear"))
-    value_clip: float | None = setting(None, "how far a value moves per rollout before its gradient stops", 0.0)
+    value_clip: float | None = setting(None, "how far a value moves per rollout before its gradient stops", above=0.0)
     value_coef: float = setting(0.5, "weight of the value loss, 0.5 (v - R)^2", 0.0)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus, per nat", 0.0)
-    target_kl: float | None = setting(None, "a minibatch with a larger approx_kl (nats) ends the update", 0.0)
+    target_kl: float | None = setting(None, "a minibatch with a larger approx_kl (nats) ends the update", above=0.0)
     lr: float = setting(2.5e-4, "Adam's learning rate", 0.0)
     lr_schedule: str = setting("linear", "learning rate over the run", choices=("constant", "linear"))
     adam_eps: float = setting(1e-5, "Adam's epsilon", 0.0)
-    max_grad_norm: float = setting(0.5, "the gradient of all weights is clipped to this norm", 0.0)
+    max_grad_norm: float | None = setting(
+        0.5, "the gradient of all weights is clipped to this norm; none: it is not", above=0.0
+    )
 
     # Machine and output
     device: str = setting("cpu", "of the network: cpu, cuda, ...; small networks are fastest on a cpu")

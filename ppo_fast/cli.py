@@ -2,16 +2,19 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
+from ppo_fast.lock import locked
 from ppo_fast.rewards.spec import load_reward
 
 # What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
@@ -211,18 +214,34 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     _let_segments_grow()
     if arguments.resume and config.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
+    if config.out is not None:  # a reward's module may change the working directory
+        config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
+    with ExitStack() as stack:
+        claim = functools.partial(_claim, stack, arguments, config)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from ppo_fast.parallel import start
+
+            # first: rewards and models that ask for "cuda" must find this process's own GPU
+            start(config).first_says(claim)
+        else:
+            claim()
+        return _train(arguments, config, run)
+
+
+def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -> None:
+    """Locks OUT until the stack is closed, and refuses one that holds another run."""
+    stack.enter_context(locked(config.out))
     used = config.out is not None and (Path(config.out) / "metrics.jsonl").exists()
     if used and not (arguments.overwrite or arguments.resume):
         raise UserError(
-            f"{config.out} already holds a run; choose another --out, go on with it with --resume, or replace it with"
+            f"{config.out} already holds a run; choose another --out, continue it with --resume, or replace it with"
             " --overwrite"
         )
+
+
+def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
     from ppo_fast.data import read_prompts
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from ppo_fast.parallel import start
-
-        start(config)  # first: rewards and models that ask for "cuda" must find this process's own GPU
     rows, held_out = (
         None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
         for path in (run["prompts"], run["eval_prompts"])

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,18 @@ from typing import Any
 from ppo_fast.errors import UserError
 
 
-def setting(default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A field with its help text and the closed range, or the choices, that its value must keep to."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+def setting(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple = (),
+    above: float | None = None,
+) -> Any:
+    """A field with its help text and the range, or the choices, of its value. `above` is a bound that the value must
+    exceed; `low` and `high` belong to the range."""
+    limits = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "choices": choices, **limits})
 
 
 @dataclass
@@ -31,7 +41,7 @@ class PPOConfig:
     total_steps: int = setting(100, "PPO steps: rounds of sample, reward, learn", 1)
     prompts_per_step: int = setting(64, "prompts sampled in each step, by all processes together", 1)
     samples_per_prompt: int = setting(1, "answers sampled for each prompt", 1)
-    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0)
+    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0, 2**32 - 1)
 
     # Models
     dtype: str = setting(
@@ -60,6 +70,13 @@ class PPOConfig:
     )
     stop: tuple[str, ...] = setting((), "texts that end an answer, besides the end token; they belong to it")
     sample_batch_size: int = setting(256, "answers generated at once", 1)
+    max_sampler_gap: float | None = setting(
+        0.2,
+        "a run ends with an error where the sampler's log-probabilities differ from the trainer's by this on average"
+        " (nats per token), or by five times this in one token of a hundred; checked in the first step and in"
+        " evaluations; none: a warning only",
+        above=0.0,
+    )
 
     # Reward
     kl_coef: float = setting(0.05, "weight of the KL penalty to the reference; 0: no reference is kept", 0.0)
@@ -75,7 +92,9 @@ class PPOConfig:
     )
     kl_target: float = setting(6.0, "adaptive: KL per answer to aim at, in nats", 1e-6)
     kl_horizon: float = setting(10000.0, "adaptive: answers over which kl_coef may change by a factor", 1.0)
-    score_clip: float | None = setting(None, "scores are clamped to +- this", 0.0)
+    score_clip: float | None = setting(
+        None, "scores are clamped to +- this, before missing_eos_penalty; none: they are not", above=0.0
+    )
     missing_eos_penalty: float = setting(0.0, "subtracted from the score of an answer cut by max_new_tokens", 0.0)
 
     # Advantages
@@ -85,7 +104,7 @@ class PPOConfig:
         False, "an answer cut by max_new_tokens goes on: the critic's value of its end counts (else: worth 0)"
     )
     importance_cap: float | None = setting(
-        None, "policy terms are weighted by min(p_trainer / p_sampler, this), if the sampler tells its p", 0.0
+        None, "policy terms are weighted by min(p_trainer / p_sampler, this), if the sampler tells its p", above=0.0
     )
     whiten_advantages: bool = setting(True, "advantages to mean 0 and variance 1 over the rollout")
 
@@ -94,25 +113,37 @@ class PPOConfig:
     minibatches: int = setting(4, "optimizer steps in each epoch", 1)
     micro_batch_tokens: int = setting(4096, "tokens in one forward and backward pass; does not change the result", 1)
     target_kl: float | None = setting(
-        None, "a minibatch with a larger approx_kl (nats per token) ends the step's learning", 0.0
+        None, "a minibatch with a larger approx_kl (nats per token) ends the actor's part of the step", above=0.0
     )
     lr: float = setting(1e-6, "learning rate of the actor (verl's default)", 0.0)
     critic_lr: float = setting(1e-5, "learning rate of the critic (verl's default)", 0.0)
-    lr_schedule: str = setting("linear", "learning rate over the run", choices=("constant", "linear", "cosine"))
-    warmup_ratio: float = setting(0.03, "share of the run in which the learning rate rises from 0", 0.0, 1.0)
-    weight_decay: float = setting(0.0, "AdamW's weight decay", 0.0)
-    adam_eps: float = setting(1e-5, "AdamW's epsilon (detail 3 of the 37 implementation details of PPO)", 0.0)
-    max_grad_norm: float = setting(1.0, "gradients of actor and critic are each clipped to this norm", 0.0)
+    lr_schedule: str = setting(
+        "linear", "learning rate over the steps of the run", choices=("constant", "linear", "cosine")
+    )
+    warmup_ratio: float = setting(0.03, "share of the steps in which the learning rate rises from 0", 0.0, 1.0)
+    weight_decay: float = setting(0.0, "AdamW's weight decay, of matrices only: not of norms and biases", 0.0)
+    adam_eps: float = setting(
+        1e-8, "AdamW's epsilon (its authors' value; 1e-5, of PPO on small networks, slows large models down)", 0.0
+    )
+    adam_beta1: float = setting(0.9, "AdamW's decay of the mean of gradients", 0.0, 0.9999999)
+    adam_beta2: float = setting(0.999, "AdamW's decay of the mean of squared gradients", 0.0, 0.9999999)
+    max_grad_norm: float | None = setting(
+        1.0, "gradients of actor and critic are each clipped to this norm; none: they are not", above=0.0
+    )
 
     # Loss (the options of ppo_fast.ppo_loss)
     clip_low: float = setting(0.2, "ratio clipped from below at 1 - this", 0.0, 1.0)
     clip_high: float = setting(0.2, "ratio clipped from above at 1 + this", 0.0)
-    dual_clip: float | None = setting(None, "bound c > 1 of the loss at negative advantages", 1.0)
-    value_clip: float | None = setting(0.2, "how far a value moves per rollout before its gradient stops", 0.0)
+    dual_clip: float | None = setting(None, "bound c > 1 of the loss at negative advantages", above=1.0)
+    value_clip: float | None = setting(
+        0.2, "how far a value moves per rollout before its gradient stops; none: any distance", above=0.0
+    )
     value_coef: float = setting(0.5, "weight of the value loss", 0.0)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", 0.0)
     entropy_target: float | None = setting(
-        None, "entropy per token to hold, in nats: entropy_coef rises below and falls above it (He et al. 2025)", 0.0
+        None,
+        "entropy per token to hold, in nats: entropy_coef rises below and falls above it (He et al. 2025)",
+        above=0.0,
     )
     entropy_step: float = setting(0.0005, "with entropy_target: by how much, each step", 0.0)
     aggregation: str = setting(
@@ -185,12 +216,17 @@ def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:
     right = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not right or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{name} must be of type {kind.__name__}{' or None' * optional}, got {value!r}")
-    low, high, choices = (option.metadata[key] for key in ("low", "high", "choices"))
+    low, high, above, choices = (option.metadata[key] for key in ("low", "high", "above", "choices"))
     if choices and value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if kind is float and not abs(value) <= sys.float_info.max:
+        raise UserError(f"{name} must be a finite number, got {value}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"lie in [{low:g}, {high:g}]" if high is not None else f"be at least {low:g}"
+        bounds = f"lie in [{low:.9g}, {high:.10g}]" if high is not None else f"be at least {low:g}"
         raise UserError(f"{name} must {bounds}, got {value}")
+    if above is not None and not value > above:
+        off = ": none switches it off" if optional else ""
+        raise UserError(f"{name} must be above {above:g}, got {value}{off}")
 
 
 def add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> None:
@@ -219,10 +255,12 @@ def add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> No
 
 
 def _range(option: dataclasses.Field) -> str:
-    low, high = option.metadata["low"], option.metadata["high"]
+    low, high, above = (option.metadata[key] for key in ("low", "high", "above"))
+    if above is not None:
+        return f"; above {above:g}"
     if low is None:
         return ""
-    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
+    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:.10g}"
 
 
 def _or_none(kind: type) -> Any:

@@ -12,3 +12,7 @@ class RewardError(UserError):
 
 class NonFiniteError(UserError):
     """A loss or gradient became NaN or infinite; the step was not taken, and the weights are as before it."""
+
+
+class InvariantError(UserError):
+    """A number of a run that is known in advance has another value: the run would learn something else."""

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ class Evaluator:
         if config.eval_greedy:
             config = dataclasses.replace(config, top_k=1)  # which every sampler understands
         world = self.world
-        with own_random_state(config.seed, self.device):
+        with own_random_state(devices.derived_seed(config.seed, world.rank), self.device):
             mine = respond(self.sampler, self.tokenizer, world.share(self.rows), config, self.device)
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
         reward_means = world.mean(reward_means, len(mine))
@@ -176,12 +177,26 @@ class Evaluator:
 
 
 def _score_in(folder: Path) -> float:
+    noted = _note_in(folder)
+    return float("-inf") if noted is None else noted["eval/score"]
+
+
+def _note_in(folder: Path) -> dict[str, float] | None:
+    """OUT/best/evaluation.json with its step and score, or None where there is none."""
     try:
-        return float(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["eval/score"])
+        noted = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        return {**noted, "step": int(noted["step"]), "eval/score": float(noted["eval/score"])}
     except FileNotFoundError:
-        return float("-inf")
-    except (ValueError, KeyError) as error:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'evaluation.json'} was not written by ppo-fast: remove {folder}") from error
+
+
+def drop_best_after(folder: Path, step: int) -> None:
+    """Removes OUT/best if a later step than `step` left it, or if no step is done: it is of another branch or run."""
+    noted = _note_in(folder) if step > 0 else None
+    if step == 0 or (noted is not None and noted["step"] > step):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @torch.no_grad()

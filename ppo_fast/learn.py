@@ -4,13 +4,13 @@ The rollout is cut into packs before the old log-probabilities are computed, and
 and the same code: its first ratio is exactly 1. Later epochs are cut anew.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 import ppo_fast as ppo
 from ppo_fast.attention import cudnn_attention, packed_attention
@@ -145,6 +145,12 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
+def _quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
+    """The smallest of the values x >= 0 that the mask counts which is at least as large as the share q of them."""
+    rank = mask.numel() - 1 - ((1 - q) * mask.sum()).floor().long()  # what is not counted is -1 and comes first
+    return torch.where(mask, x, -1.0).flatten().sort().values.gather(0, rank.view(1))[0]
+
+
 def _variance(x: Tensor, mask: Tensor) -> Tensor:
     """The biased one."""
     return _mean((x - _mean(x, mask)).square(), mask)
@@ -156,6 +162,7 @@ def _importance(
     """min(p_trainer / p_sampler, cap) for each token (Espeholt et al. 2018), and how far the two are apart."""
     gap = torch.where(mask, old - sampled, 0)
     metrics["sampler_gap_mean"] = _mean(gap.abs(), mask)
+    metrics["sampler_gap_p99"] = _quantile(gap.abs(), mask, 0.99)
     metrics["sampler_gap_max"] = gap.abs().amax()
     if config.importance_cap is None:
         return None
@@ -177,34 +184,65 @@ def filler_of(rollout: Rollout) -> Pack:
     return make_pack(rollout, [shortest])
 
 
-class Optimizer:
-    """AdamW for one model, with its learning-rate schedule and the clipping of its gradient."""
+def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:
+    """The factor of the learning rate in PPO step `step`, counted from 0, of a schedule that begins at step `first`.
 
-    def __init__(self, model: nn.Module, lr: float, config: PPOConfig) -> None:
+    It rises over the share `warmup_ratio` of these steps, and then falls so that it would reach 0 one step after the
+    last: no step has the rate 0, however many updates a step makes.
+
+    >>> [rate_of_step(PPOConfig(total_steps=4, warmup_ratio=0.25), step) for step in range(5)]
+    [0.5, 1.0, 0.6666666666666666, 0.3333333333333333, 0.0]
+    """
+    steps, step = config.total_steps - first, step - first
+    rising = round(config.warmup_ratio * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    left = 1.0 if config.lr_schedule == "constant" else (steps - step) / (steps - rising)
+    return 0.5 - 0.5 * math.cos(math.pi * left) if config.lr_schedule == "cosine" else left
+
+
+class Optimizer:
+    """AdamW for one model, with the learning rate of each PPO step and the clipping of its gradient.
+
+    Args:
+        model: its parameters that require gradients are trained. Weight decay applies to those with at least two
+            dimensions: not to biases and the weights of norms.
+        lr: the highest learning rate.
+        first_step: the PPO step, counted from 0, in which the model begins to learn.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, config: PPOConfig, *, first_step: int = 0) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.max_grad_norm = config.max_grad_norm
+        self.config, self.highest, self.first_step = config, lr, first_step
+        matrices, others = ([p for p in self.parameters if (p.ndim > 1) is wide] for wide in (True, False))
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(
-            self.parameters,
+            [group for group in groups if group["params"]],
             lr=lr,
+            betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            weight_decay=config.weight_decay,
             fused=all(p.device.type not in ("cpu", "mps") for p in self.parameters),
         )
-        updates = config.total_steps * config.epochs * config.minibatches
-        self.schedule = get_scheduler(
-            config.lr_schedule,
-            self.adamw,
-            num_warmup_steps=round(config.warmup_ratio * updates),
-            num_training_steps=updates,
-        )
+
+    def begin(self, step: int) -> float:
+        """Sets the learning rate of PPO step `step`, counted from 0, and returns it; 0 before `first_step`."""
+        scale = rate_of_step(self.config, step, first=self.first_step) if step >= self.first_step else 0.0
+        for group in self.adamw.param_groups:
+            group["lr"] = self.highest * scale
+        return self.highest * scale
 
     def clip(self) -> Tensor:
         """Clips the gradient to max_grad_norm and returns the norm it had, a device scalar."""
-        return full(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        limit = self.config.max_grad_norm
+        return full(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
 
     def step(self) -> None:
+        """One update. Parameters that have no gradient stay as they are."""
         self.adamw.step()
-        self.schedule.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all gradients."""
         self.adamw.zero_grad()
 
 
@@ -222,12 +260,17 @@ def learn(
     entropy_coef: float | None = None,
     train_actor: bool = True,
     world: World = ONE,
+    check_first: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """All epochs over one rollout; the statistics of every minibatch, in order.
 
-    `minibatches` are those that `evaluate` used; later epochs draw their order from `generator`. Ends early when a
-    minibatch's approx_kl is beyond config.target_kl, before its update. Raises NonFiniteError before an update whose
-    loss or gradient is not finite.
+    `minibatches` are those that `evaluate` used; later epochs draw their order from `generator`. Where a minibatch's
+    approx_kl is above config.target_kl, the actor is not updated with it, nor with any later one of this rollout; the
+    critic is. `updated` is 1.0 where the actor was updated. `check_first` sees the statistics of the first minibatch
+    before its update.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; its update was not made.
     """
     history: list[dict[str, float]] = []
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
@@ -254,14 +297,24 @@ def learn(
                 stats["critic_grad_norm"] = critic_optimizer.clip()
                 values = as_floats(stats)
                 _refuse_non_finite(values, epoch)
-                if train_actor and config.target_kl is not None and values["approx_kl"] > config.target_kl:
-                    _forget(actor_optimizer, critic_optimizer)
-                    return [*history, {**values, "stopped": 1.0}]
+                if check_first is not None and not history:
+                    check_first(values)
+                if train_actor and config.target_kl is not None:
+                    train_actor = values["approx_kl"] <= config.target_kl
                 if train_actor:
                     actor_optimizer.step()
+                else:
+                    actor_optimizer.forget()
                 critic_optimizer.step()
-                history.append({**values, "stopped": 0.0})
+                history.append({**values, "updated": float(train_actor)})
     return history
+
+
+def means_of(history: list[dict[str, float]]) -> dict[str, float]:
+    """Each statistic's mean over the minibatches that have it: the actor's are missing where it does not learn."""
+    names = dict.fromkeys(name for values in history for name in values)
+    found = {name: [values[name] for values in history if name in values] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def as_floats(stats: dict[str, Tensor]) -> dict[str, float]:
@@ -278,11 +331,6 @@ def cut_as(rollout: Rollout, order: list[int], config: PPOConfig, world: World =
         max_tokens=config.micro_batch_tokens,
         multiple_of=world.size,
     )
-
-
-def _forget(*optimizers: Optimizer) -> None:
-    for optimizer in optimizers:
-        optimizer.adamw.zero_grad()
 
 
 def accumulate_gradients(

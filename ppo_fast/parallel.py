@@ -95,19 +95,9 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def run_on_first(self, function: Callable[[], None]) -> None:
-        """Calls it in the first process, while the others wait."""
-        if self.first:
-            function()
-        self.barrier()
-
-    def find(self, function: Callable[[], T], *, of: nn.Module) -> T:
-        """What the function finds out about the model; collective under FSDP2.
-
-        It is called in the first process alone if another one has no weights of the model. An error that it raises for
-        the user there is raised in all.
-        """
-        if self.kind != "fsdp" or not self.any(not has_weights(of)):
+    def first_says(self, function: Callable[[], T]) -> T:
+        """What the function returns, or the UserError that it raises, in the first process: the same in all."""
+        if self.size == 1:
             return function()
         found: T | UserError | None = None
         if self.first:
@@ -119,6 +109,14 @@ class World:
         if isinstance(answer, UserError):
             raise answer
         return answer
+
+    def find(self, function: Callable[[], T], *, of: nn.Module) -> T:
+        """What the function finds out about the model; collective under FSDP2.
+
+        It is called in the first process alone if another one has no weights of the model.
+        """
+        alone = self.kind == "fsdp" and self.any(not has_weights(of))
+        return self.first_says(function) if alone else function()
 
     def join(self, rollout: Rollout, scores: Tensor, pad: int) -> tuple[Rollout, Tensor]:
         """All processes' answers and their scores, in the order of the prompts."""

@@ -109,7 +109,7 @@ class Policy(nn.Module):
     def _loss(self, pack: Pack, targets: Targets, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
-            hidden = self._hidden(pack) if self._wants_hidden() else None
+            hidden = self._hidden(pack) if self._wants_hidden(train_actor) else None
         loss = targets.advantages.new_zeros(())
         stats: dict[str, Tensor] = {}
         if train_actor:
@@ -156,8 +156,8 @@ class Policy(nn.Module):
         plain = ppo.policy_loss(logprobs, t.old_logprobs, t.advantages, entropy=entropy, **options)
         return plain.loss, plain.stats
 
-    def _wants_hidden(self) -> bool:
-        return self.head.linear or self.critic.backbone is None
+    def _wants_hidden(self, train_actor: bool = True) -> bool:
+        return (self.head.linear and train_actor) or self.critic.backbone is None
 
     def _hidden(self, pack: Pack) -> Tensor:
         return hidden_states(decoder_of(self.actor), pack, packed=self.head.packed)

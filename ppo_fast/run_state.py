@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.checkpoint import Checkpoint
 from ppo_fast.config import PPOConfig
-from ppo_fast.device import get_rng_state, set_rng_state
+from ppo_fast.device import derived_seed, get_rng_state, set_rng_state
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
 from ppo_fast.parallel import copy_full, full, like
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory"}
+FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "max_sampler_gap"}
+# What an error of a run may advise to change: a note names it
+ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 
 
 def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -52,7 +54,6 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
         "kl_coef": trainer.kl_controller.coef,
         "entropy_coef": trainer.entropy_controller.coef,
         "dealt": trainer.prompts.dealt,
-        "updates": {which: optimizer.schedule.last_epoch for which, optimizer in optimizers.items()},
         "random": [words for _, words in states],
     }
     weights = {name: full(x.detach()) for name, x in learned(trainer.policy)}
@@ -81,7 +82,6 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
     parameters = dict(trainer.policy.named_parameters())
     for which, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
         _restore_moments(optimizer, parameters, checkpoint.tensors["optimizers"], which)
-        _restore_schedule(optimizer, state["updates"][which])
     trainer.kl_controller.coef = state["kl_coef"]
     trainer.entropy_controller.coef = state.get("entropy_coef", trainer.config.entropy_coef)  # older ones have none
     trainer.prompts.dealt = state["dealt"]
@@ -91,8 +91,12 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
     if here["processes"] == there["processes"]:
         _restore_random(checkpoint, trainer.world.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
-        transformers.set_seed(trainer.config.seed + 1_000_003 * trainer.steps_done + trainer.world.rank)
-    return _differences(here, there)
+        transformers.set_seed(derived_seed(trainer.config.seed, trainer.world.rank, trainer.steps_done))
+    options, saved = options_as_json(trainer.config), state["run"]["config"]
+    changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
+    return [f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed] + _differences(
+        here, there
+    )
 
 
 def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -108,11 +112,16 @@ def identity(trainer: "PPOTrainer") -> dict[str, Any]:
     """What makes two runs the same run."""
     rows = json.dumps(trainer.prompts.rows, sort_keys=True, default=repr)
     return {
-        "config": json.loads(json.dumps(dataclasses.asdict(trainer.config))),  # tuples become lists, as on the disk
+        "config": options_as_json(trainer.config),
         "start model": trainer.start_digest,
         "prompts": hashlib.sha256(rows.encode()).hexdigest(),
         "rewards and their weights": trainer.reward_weights,
     }
+
+
+def options_as_json(config: PPOConfig) -> dict[str, Any]:
+    """The options as JSON has them: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def digest(model: nn.Module) -> str:
@@ -143,9 +152,9 @@ def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
 
 def _refuse_another_run(here: dict[str, Any], there: dict[str, Any], checkpoint: Checkpoint) -> None:
     # an option that is newer than the checkpoint had its default
-    options, saved = here["config"], {**json.loads(json.dumps(dataclasses.asdict(PPOConfig()))), **there["config"]}
+    options, saved = here["config"], {**options_as_json(PPOConfig()), **there["config"]}
     free = FREE | ({"total_steps"} if options["lr_schedule"] == "constant" else set())
-    changed = [name for name in options if name not in free and options[name] != saved[name]]
+    changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
         raise UserError(
@@ -189,24 +198,21 @@ def _restore_moments(
                 optimizer.adamw.state[parameter][slot] = like(parameter, value)
 
 
-def _restore_schedule(optimizer: Optimizer, updates: int) -> None:
-    """The learning rate after so many updates."""
-    schedule = optimizer.schedule
-    schedule.last_epoch = updates
-    rates = [base * scale(updates) for base, scale in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    schedule._last_lr = rates
-    for group, rate in zip(optimizer.adamw.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
 def _restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
-    saved, state = checkpoint.tensors["random"], checkpoint.state["random"][rank]
-    torch.set_rng_state(saved[f"torch-of-{rank}"])
-    if (name := f"{device.type}-of-{rank}") in saved:
-        set_rng_state(saved[name], device)
-    version, keys, gauss = state["python"]
+    suffix = f"-of-{rank}"
+    saved = checkpoint.tensors["random"].items()
+    tensors = {name.removesuffix(suffix): x for name, x in saved if name.endswith(suffix)}
+    restore_random(tensors, checkpoint.state["random"][rank], device)
+
+
+def restore_random(tensors: dict[str, Tensor], others: dict[str, Any], device: torch.device) -> None:
+    """Puts this process's generators in a state that `random_state` returned."""
+    torch.set_rng_state(tensors["torch"])
+    if device.type in tensors:
+        set_rng_state(tensors[device.type], device)
+    version, keys, gauss = others["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, words, *rest = state["numpy"]
+    kind, words, *rest = others["numpy"]
     np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
 
 

@@ -1,10 +1,9 @@
 """The loop of PPO: sample, reward, learn."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from ppo_fast import checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts, prompt_ids, with_all_fields
-from ppo_fast.device import has_weights, synchronize, total_memory
-from ppo_fast.errors import UserError
-from ppo_fast.evaluate import Evaluation, Evaluator, show, write
+from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
+from ppo_fast.errors import InvariantError, NonFiniteError, UserError
+from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import bare, probe
 from ppo_fast.interrupt import Request, stop_requests
+from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.learn import (
     Experience,
     Optimizer,
@@ -33,8 +33,10 @@ from ppo_fast.learn import (
     evaluate,
     filler_of,
     learn,
+    means_of,
     packed,
 )
+from ppo_fast.lock import locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
     AdapterReference,
@@ -53,7 +55,7 @@ from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
 from ppo_fast.rollout import Rollout
-from ppo_fast.run_state import capture, digest, restore
+from ppo_fast.run_state import capture, digest, random_state, restore, restore_random
 from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
 
 
@@ -93,6 +95,8 @@ class PPOTrainer:
     ) -> None:
         check_tokenizer(tokenizer, actor)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
+        if config.out is not None:  # a reward that changes the working directory must not move it
+            config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
         self.config = config
         if config.tf32:
             torch.set_float32_matmul_precision("high")
@@ -111,14 +115,16 @@ class PPOTrainer:
         self.notes: list[str] = []  # to be said at the start
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
+        self.notes += notes_on_sampling(config, evaluated=bool(eval_rows))
         self._check_memory(actor, kept, critic, reference)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
+        self.reference_is_start = reference is None  # of the actor; one that is given may be any model
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
         own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
         self.sampler = own if sampler is None else sampler
         if self.world.size > 1:
-            transformers.set_seed(config.seed + self.world.rank)  # each samples other answers; all else is agreed on
+            transformers.set_seed(derived_seed(config.seed, self.world.rank))  # each samples other answers
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
         check_rewards(self.rewards, kept)
@@ -126,7 +132,7 @@ class PPOTrainer:
             if (place := getattr(function, "place", None)) is not None:  # a model of its own, with no device named
                 place(self.device)
         self.reward_weights = check_weights(reward_weights, self.rewards)
-        self.actor_optimizer = Optimizer(self.actor, config.lr, config)
+        self.actor_optimizer = Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
         self.kl_controller = KLController(config)
         self.entropy_controller = EntropyController(config)
@@ -146,19 +152,26 @@ class PPOTrainer:
 
         With an OUT, Ctrl-C and SIGTERM end it after the current step, with a checkpoint (`stopped_by` names them).
         """
+        with ExitStack() as stack:
+            self.world.first_says(lambda: stack.enter_context(locked(self.config.out)))
+            return self._train(after_step)
+
+    def _train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None) -> list[dict]:
         history = []
-        self.world.run_on_first(self._clean_up)
+        self.world.first_says(self._clean_up)
         with self._progress() as progress, self._stop_requests(progress) as request:
             if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
                 progress.record({"step": 0, **evaluation.metrics})
                 self._report(evaluation, progress)
+                self._check_gap({}, evaluation, progress)
             while self.steps_done < self.config.total_steps and not self.world.any(request.name is not None):
-                metrics = self.step()
+                metrics = self._step_or_save(progress)
                 evaluation = self._evaluation()
+                progress.show(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
+                self._report(evaluation, progress)
+                self._check_gap(metrics, evaluation, progress)
                 metrics |= evaluation.metrics if evaluation is not None else {}
                 history.append(metrics)
-                progress.show(metrics, self.last_rollout)
-                self._report(evaluation, progress)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
                 if after_step is not None and self.world.any(bool(after_step(self, metrics))):
@@ -191,8 +204,22 @@ class PPOTrainer:
         return True
 
     def step(self) -> dict[str, float]:
-        """One round of sample, reward, advantages, learn; its metrics. Times are in seconds."""
+        """One round of sample, reward, advantages, learn; its metrics. Times are in seconds.
+
+        Raises:
+            InvariantError: the policy that learns is not the one that was sampled, or the reference is not the start.
+            NonFiniteError: a loss or gradient is not finite.
+            RewardError: a reward function failed.
+        """
+        metrics = self._step()
+        self._check_gap(metrics)
+        return metrics
+
+    def _step(self) -> dict[str, float]:
         config, world = self.config, self.world
+        rounding = rounding_of(config, self.device.type)
+        train_actor = self.steps_done >= config.critic_warmup_steps
+        lr, critic_lr = (x.begin(self.steps_done) for x in (self.actor_optimizer, self.critic_optimizer))
         if not self.warm and self.device.type != "cpu":
             self._warm_up()
         seconds: dict[str, float] = {}
@@ -209,6 +236,8 @@ class PPOTrainer:
             experience = evaluate(
                 self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
             )
+        if self.steps_done == 0 and self.reference is not None and self.reference_is_start:
+            check_first_kl((experience.logprobs - experience.ref_logprobs).abs().max().item(), rounding)
         entropy_coef = self.entropy_controller.coef
         with _timed(seconds, self.device, "learn"):
             history = learn(
@@ -222,12 +251,14 @@ class PPOTrainer:
                 self.generator,
                 kl_coef=kl_coef,
                 entropy_coef=entropy_coef,
-                train_actor=self.steps_done >= config.critic_warmup_steps,
+                train_actor=train_actor,
                 world=world,
+                check_first=lambda stats: check_ratio(stats, rounding),
             )
         metrics = as_floats(experience.metrics)
-        self.entropy_controller.update(metrics["entropy"])
-        self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
+        if train_actor:  # else nothing that the controllers set has had an effect
+            self.entropy_controller.update(metrics["entropy"])
+            self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
         self.last_rollout, self.last_experience = rollout, experience
         return {
@@ -239,12 +270,57 @@ class PPOTrainer:
             **metrics,
             "kl_coef": kl_coef,
             "entropy_coef": entropy_coef,
-            **{f"learn/{name}": sum(h[name] for h in history) / len(history) for name in history[0]},
-            "updates": len(history) - history[-1]["stopped"],
-            "lr": self.actor_optimizer.schedule.get_last_lr()[0],
+            **{f"learn/{name}": x for name, x in means_of(history).items() if name != "updated"},
+            "updates": sum(h["updated"] for h in history),  # of the actor
+            "lr": lr,
+            "critic_lr": critic_lr,
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
         }
+
+    def _step_or_save(self, progress: Progress) -> dict[str, float]:
+        """One step. Where it fails by an error for the user, a checkpoint keeps what was learned before it.
+
+        The step is repeated from its start when the run continues. Of several processes all must have the same error.
+        """
+        dealt, randoms, order = self.prompts.dealt, random_state(self.device), self.generator.get_state()
+        try:
+            return self._step()
+        except UserError as error:
+            if self.world.size > 1 and not isinstance(error, (InvariantError, NonFiniteError)):
+                raise
+            self.prompts.dealt = dealt
+            restore_random(*randoms, self.device)
+            self.generator.set_state(order)
+            self._save_before(error, progress)
+            raise
+
+    def _save_before(self, error: UserError, progress: Progress) -> None:
+        """Writes a checkpoint before a run ends with the error, and adds its name to the message."""
+        if self.config.out is not None and self.steps_done > 0:
+            folder = self._checkpoint(progress)
+            error.args = (f"{error}; what was learned before is in {folder}",)
+
+    def _check_gap(
+        self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
+    ) -> None:
+        """Warns of a gap between sampler and trainer; raises InvariantError if it is too large, after a checkpoint."""
+        own = isinstance(self.sampler, GenerateSampler)
+        # another engine computes in half precision, whatever the trainer does
+        rounding = rounding_of(self.config, self.device.type) if own else ROUNDING["bfloat16"]
+        found = []
+        if metrics.get("step") == 1:
+            found.append(gap_problem(metrics, self.config, rounding, where="the first step"))
+        if evaluation is not None:
+            plain = {name.removeprefix("eval/"): x for name, x in evaluation.metrics.items()}
+            found.append(
+                gap_problem(plain, self.config, rounding, where=f"the evaluation after step {evaluation.step}")
+            )
+        for problem in filter(None, found):
+            error = InvariantError(problem)
+            if progress is not None:
+                self._save_before(error, progress)
+            raise error
 
     def _check_memory(
         self, actor: Any, rows: list[dict[str, Any]], critic: Critic | None, reference: PreTrainedModel | None
@@ -307,7 +383,7 @@ class PPOTrainer:
                 filler=filler_of(rollout),
             )
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            optimizer.adamw.zero_grad()
+            optimizer.forget()
         for width in {config.max_new_tokens, max(1, config.max_new_tokens - 1)}:  # rows that are aligned, and not
             rows = torch.zeros(config.prompts_per_step * config.samples_per_prompt, width, device=self.device)
             bootstrap = rows[:, 0].contiguous() if config.bootstrap_truncated else None
@@ -397,20 +473,22 @@ class PPOTrainer:
         for name in ("best", "model"):
             checkpoint.recover(out / name)
         checkpoint.sweep(out / "checkpoints")
+        checkpoint.drop_after(out / "checkpoints", self.steps_done)
         checkpoint.prune(out / "checkpoints", self.config.keep_checkpoints)
-        if self.steps_done == 0:
-            for name in ("best", "checkpoints"):
-                shutil.rmtree(out / name, ignore_errors=True)
+        drop_best_after(out / "best", self.steps_done)
 
-    def _checkpoint(self, progress: Progress) -> None:
+    def _checkpoint(self, progress: Progress) -> Path:
+        """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path; nothing without an OUT."""
         parent = Path(self.config.out or "") / "checkpoints"
-        written = self.world.any((parent / f"step-{self.steps_done}").exists())
+        folder = parent / f"step-{self.steps_done}"
+        written = self.world.any(folder.exists())
         if self.config.out is not None and self.steps_done > 0 and not written:
             progress.sync()
             tensors, state = capture(self)
             if self.world.first:
                 checkpoint.write(parent, self.steps_done, tensors, state, keep=self.config.keep_checkpoints)
             self.world.barrier()
+        return folder
 
 
 @contextmanager
@@ -424,6 +502,20 @@ def _timed(seconds: dict[str, float], device: torch.device, name: str) -> Iterat
 
 def _name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
+    """What follows from sampling that leaves out tokens, in sentences."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    given = {name: getattr(config, name) for name in off}
+    named = " and ".join(f"{name} = {x:g}" for name, x in given.items() if x != off[name])
+    if not named:
+        return []
+    notes = [
+        f"{named}: answers are sampled from the likeliest tokens only, but ratio, KL and entropy are of the full"
+        " distribution, which gives the other tokens a share that no sample corrects"
+    ]
+    return notes + [f"held-out answers are sampled with {named}, too"] * evaluated
 
 
 def build_models(
@@ -468,5 +560,6 @@ def build_models(
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
     policy = Policy(actor, critic, head, config)
-    world.wrap(policy, dtype=config.dtype, unused_parameters=config.critic_warmup_steps > 0)
+    without_actor = config.critic_warmup_steps > 0 or config.target_kl is not None  # some losses are the critic's alone
+    world.wrap(policy, dtype=config.dtype, unused_parameters=without_actor)
     return policy, found

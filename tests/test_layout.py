@@ -18,7 +18,8 @@ LEVELS = [
     {"kernels"},
     {"checks", "config"},
     {"ops"},
-    {"", "data", "device", "rollout", "checkpoint", "interrupt", "flash_calls"},  # "" is ppo_fast/__init__.py
+    {"", "data", "device", "rollout", "checkpoint", "flash_calls"},  # "" is ppo_fast/__init__.py
+    {"interrupt", "invariants", "lock"},
     {"flash"},
     {"attention"},
     {"packing"},

@@ -163,7 +163,7 @@ class Echo:
 
 
 def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
-    trainer = trainer_of(sampler=Echo(), importance_cap=0.01, rewards={"letters": letters})
+    trainer = trainer_of(sampler=Echo(), max_sampler_gap=None, importance_cap=0.01, rewards={"letters": letters})
     metrics = trainer.step()
     assert set(trainer.last_rollout.completions) == {"hi", "what ti", "a", "the fox"}
     assert metrics["sampler_gap_mean"] == pytest.approx(4.9, abs=1.0), "ln 258 = 5.6 against 0.5"
@@ -178,7 +178,9 @@ def test_importance_weights_do_not_reach_the_loss():
     """Weights all equal to the cap scale the policy's gradient by it."""
     gradients = []
     for cap in (None, 0.004):
-        trainer = trainer_of(sampler=Echo(), importance_cap=cap, epochs=1, minibatches=1, max_grad_norm=1e9)
+        trainer = trainer_of(
+            sampler=Echo(), max_sampler_gap=None, importance_cap=cap, epochs=1, minibatches=1, max_grad_norm=None
+        )
         trainer.actor_optimizer.step = lambda: None
         trainer.step()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.actor.parameters()]))

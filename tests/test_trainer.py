@@ -267,7 +267,7 @@ def test_memory_does_not_grow_over_steps(actor):
         ({"lr": "fast"}, "lr must be of type float, got 'fast'"),
         ({"epochs": True}, "epochs must be of type int, got True"),
         ({"kl_estimator": "k9"}, "kl_estimator must be one of k1, k2, k3, abs; got 'k9'"),
-        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"prompts_per_step": 3, "minibatches": 4}, "minibatches must be at most prompts_per_step"),
     ],
 )
