@@ -75,21 +75,13 @@ def test_no_warning_where_the_gap_of_another_engine_is_that_of_half_precision():
         shifted(0.02).step()
 
 
-@pytest.mark.parametrize(("shift", "share"), [(0.5, 1.0), (3.0, 0.25)])
-def test_a_large_gap_ends_the_run_after_a_checkpoint(tmp_path, shift, share):
-    """By its mean, or by its 99th percentile."""
-    trainer = shifted(shift, share, out=str(tmp_path / "run"), max_sampler_gap=0.4 if share == 1 else 0.6)
-    if share < 1:  # the mean of 0.75 is not what is above its bound
-        trainer.config.max_sampler_gap = 0.59
-        trainer.config.max_sampler_gap = None
-        with pytest.warns(RuntimeWarning, match="99th percentile"):
-            trainer.step()
-        return
+def test_a_large_gap_ends_the_run_after_a_checkpoint(tmp_path):
+    trainer = shifted(0.5, out=str(tmp_path / "run"), max_sampler_gap=0.4)
     with pytest.raises(InvariantError, match=r"max_sampler_gap is 0\.4 .* is in .*step-1"):
         trainer.train()
     assert (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").is_file()
     assert [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1]
-    again = shifted(shift, out=str(tmp_path / "run"), max_sampler_gap=None)
+    again = shifted(0.5, out=str(tmp_path / "run"), max_sampler_gap=None)
     assert again.resume()
     assert [m["step"] for m in again.train()] == [2, 3]
 
@@ -113,7 +105,7 @@ def test_an_evaluation_checks_the_gap_too(tmp_path):
     def spoil(trainer, metrics):
         trainer.sampler.shift = 1.0
 
-    with pytest.raises(InvariantError, match="in the evaluation after step 2.*step-2"):
+    with pytest.raises(InvariantError, match=r"in the evaluation after step 2.*step-2"):
         trainer.train(spoil)
 
 

@@ -14,7 +14,13 @@ from ppo_fast.errors import UserError
 from ppo_fast.lock import HOLDER, locked
 from ppo_fast.trainer import PPOTrainer
 
-HOLD = "import sys, time; from ppo_fast.lock import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from ppo_fast.lock import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -29,9 +35,9 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused_and_told_who_has_the_folder(tmp_path, holder):
-    with pytest.raises(UserError, match=rf"another run is using .*out: process {holder.pid} on .*, since \d{{4}}-"):
-        with locked(tmp_path / "out"):
-            pass
+    message = rf"another run is using .*out: process {holder.pid} on .*, since \d{{4}}-"
+    with pytest.raises(UserError, match=message), locked(tmp_path / "out"):
+        pass
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path, holder):
@@ -63,7 +69,7 @@ def test_a_thread_may_enter_again_and_another_may_not(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to .*out: "), locked(tmp_path / "file" / "out"):
+    with pytest.raises(UserError, match=r"cannot write to .*out: "), locked(tmp_path / "file" / "out"):
         pass
 
 

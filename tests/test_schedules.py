@@ -92,9 +92,12 @@ def test_after_the_stop_the_actor_stays_as_it_is(monkeypatch):
     trainer = trainer_of(target_kl=1e-9, lr=3e-2, epochs=4, minibatches=1)
     weights = []
     step = trainer.critic_optimizer.step
-    monkeypatch.setattr(
-        trainer.critic_optimizer, "step", lambda: (step(), weights.append(snapshot(trainer.actor))) and None
-    )
+
+    def watched():
+        step()
+        weights.append(snapshot(trainer.actor))
+
+    monkeypatch.setattr(trainer.critic_optimizer, "step", watched)
     trainer.step()
     assert all(torch.equal(weights[0][name], weights[-1][name]) for name in weights[0])
 
@@ -146,9 +149,9 @@ def test_adam_takes_its_constants_from_the_options():
 
 def test_no_limit_of_the_gradient_norm():
     """None leaves the gradient as it is; its norm is still recorded."""
-    norms = [trainer_of(max_grad_norm=limit, epochs=1, minibatches=1) for limit in (None, 1e-3)]
     gradients = []
-    for trainer in norms:
+    for limit in (None, 1e-3):
+        trainer = trainer_of(max_grad_norm=limit, epochs=1, minibatches=1)
         trainer.actor_optimizer.step = lambda: None
         metrics = trainer.step()
         assert metrics["learn/grad_norm"] > 1e-2
@@ -168,7 +171,7 @@ def test_0_is_refused_where_none_switches_off(name):
     "name",
     ["lr", "kl_coef", "temperature", "weight_decay", "value_coef", "clip_high", "target_kl", "missing_eos_penalty"],
 )
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400], ids=["inf", "nan", "10^400"])
 def test_numbers_are_finite(name, value):
     with pytest.raises(UserError, match=f"{name} must be a finite number"):
         PPOConfig(**{name: value})
