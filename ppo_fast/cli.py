@@ -327,11 +327,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: stopped", file=sys.stderr)
         status = 130
     except RuntimeError as error:
-        from ppo_fast.parallel import lost_another
+        from ppo_fast.parallel import lost_another, who_is_late
 
         if not lost_another(error):
             raise
-        print(f"{name}: another process has ended; the reason is in its own message", file=sys.stderr)
+        late = who_is_late(error)
+        reason = f"waited too long for {late}; see --process-timeout" if late else "another process has ended"
+        print(f"{name}: {reason}; the reason is in its own message", file=sys.stderr)
         status = 1
     from ppo_fast.parallel import leave
 

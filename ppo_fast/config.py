@@ -167,6 +167,9 @@ class PPOConfig:
         "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",
         choices=("auto", "ddp", "fsdp"),
     )
+    process_timeout: float = setting(
+        1800.0, "with several processes: seconds after which one that does not come is named in an error", above=0.0
+    )
     backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
     tf32: bool = setting(False, "multiply fp32 matrices in TF32 on a GPU: faster, with 10 bits of mantissa")
     chunk_bytes: int | None = setting(

@@ -1,11 +1,19 @@
-"""Ctrl-C and SIGTERM: the step comes to its end, the run is saved, and then it stops."""
+"""Ctrl-C and SIGTERM: the step ends, the run is saved, and then it stops.
 
+Under torchrun a signal can reach one process while another is gone: torchrun sends SIGTERM when a process has failed,
+and kills the others 30 seconds later. A process then has GRACE seconds in which all must reach the end of their step.
+"""
+
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
+
+GRACE = 20.0  # seconds
 
 
 @dataclass
@@ -13,40 +21,82 @@ class Request:
     """Whether somebody has asked the run to stop, and by which signal."""
 
     name: str | None = None
+    agreed: threading.Event = field(default_factory=threading.Event)  # all processes stop together
 
 
 @contextmanager
-def stop_requests(say: Callable[[str], None], *, alone: bool = True) -> Iterator[Request]:
+def stop_requests(say: Callable[[str], None]) -> Iterator[Request]:
     """Inside this block the first SIGINT or SIGTERM is noted, and said; the second works as it did before.
 
-    Not alone, but under torchrun, a process gets SIGINT from the terminal and again from torchrun: the second is
-    ignored. SIGTERM works as ever: torchrun sends it when another process has failed, for which nobody should wait.
     Signals reach the main thread only: elsewhere nothing changes.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
-    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.name = signal.Signals(number).name
-        if alone:
-            _restore(before)
-        else:
-            signal.signal(number, signal.SIG_IGN)
-        again = "; once more to leave at once" if alone else ""
-        say(f"{request.name}: this step comes to its end, then the run is saved{again}")
+        restore()
+        say(f"{request.name}: this step comes to its end, then the run is saved; once more to leave at once")
 
-    for number in before:
-        signal.signal(number, note)
+    restore = _handle(note)
     try:
         yield request
     finally:
-        _restore(before)
+        restore()
 
 
-def _restore(handlers: dict) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+@contextmanager
+def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str], None]) -> Iterator[Request]:
+    """The same for one of several processes, which gets SIGINT twice: from the terminal and from torchrun.
+
+    All signals after the first are ignored. Where the processes have not agreed to stop GRACE seconds after it
+    (`Request.agreed`), `give_up` is called with the signal's name, and the process ends with status 128 + signal. This
+    does not depend on the main thread, which may wait inside PyTorch for a process that is gone.
+    """
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    wakes, woken = socket.socketpair()
+    wakes.setblocking(False)
+
+    def watch() -> None:
+        while first := woken.recv(1):
+            if first[0] in (signal.SIGINT, signal.SIGTERM):
+                break
+        if not first:
+            return  # the block has ended
+        number = first[0]
+        request.name = signal.Signals(number).name
+        say(f"{request.name}: this step comes to its end, then the run is saved")
+        if not request.agreed.wait(GRACE):
+            give_up(request.name)
+            os._exit(128 + number)
+
+    restore = _handle(lambda number, frame: None)
+    before = signal.set_wakeup_fd(wakes.fileno())
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield request
+    finally:
+        request.agreed.set()
+        signal.set_wakeup_fd(before)
+        restore()
+        wakes.close()
+        watcher.join()
+        woken.close()
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
+    """Gives SIGINT and SIGTERM a handler; what is returned gives them back the one before."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, earlier in before.items():
+            if earlier is not None:  # a handler that is not Python's
+                signal.signal(number, earlier)
+
+    return restore

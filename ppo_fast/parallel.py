@@ -10,11 +10,13 @@ optimizer state. The loss is computed inside the wrapped module's forward. Under
 whole weights at the start: models of the others may be on the meta device, and `shard` sends them their parts.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -29,12 +31,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights, pick_device
 from ppo_fast.errors import UserError
+from ppo_fast.meeting import Meeting
 from ppo_fast.rollout import CPU, Rollout
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 # a model's own code raises any of them where it cannot be built on the meta device
+TIMED_OUT = ("Timed out waiting", "timed out", "timeout")  # in the error of a collective operation
 BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
@@ -47,6 +51,7 @@ class World:
     kind: str  # one, ddp or fsdp
     device: torch.device
     wrapped: nn.Module | None = None  # the policy, ready to be called in several processes
+    meeting: Meeting | None = None  # None: this process is alone
 
     @property
     def first(self) -> bool:
@@ -82,6 +87,14 @@ class World:
             return flag
         return bool(self.largest(torch.tensor(float(flag), device=self.device)))
 
+    def meet(self, where: str, *, flag: bool = False) -> bool:
+        """Waits for all processes, which have done what `where` says; whether any of them came with the flag.
+
+        Raises:
+            UserError: a process failed, or is later than config.process_timeout; the message names it.
+        """
+        return flag if self.meeting is None else self.meeting(where, flag=flag)
+
     def gather(self, x: T) -> list[T]:
         """Every process's object, by rank."""
         if self.size == 1:
@@ -89,6 +102,23 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, x)
         return found
+
+    def agree(self, parts: dict[str, Any]) -> None:
+        """Compares what all processes must share, by name; None is not compared, in a process that has no such part.
+
+        Raises:
+            UserError: a part differs; the message names it and the processes.
+        """
+        everywhere = self.gather(parts)
+        for name in dict.fromkeys(name for theirs in everywhere for name in theirs):
+            values = {rank: theirs[name] for rank, theirs in enumerate(everywhere) if theirs.get(name) is not None}
+            (first, expected), *others = values.items() if values else [(0, None)]
+            odd = next(((rank, x) for rank, x in others if x != expected), None)
+            if odd is not None:
+                raise UserError(
+                    f"the processes do not agree on {name}: it is {expected} in rank {first} and {odd[1]} in rank"
+                    f" {odd[0]}; all must start with the same options, data and weights, and differ in nothing else"
+                )
 
     def barrier(self) -> None:
         """Waits for the others."""
@@ -137,9 +167,9 @@ class World:
         if self.kind == "ddp":
             self.wrapped = DistributedDataParallel(
                 policy,
-                broadcast_buffers=False,
                 find_unused_parameters=unused_parameters,
                 gradient_as_bucket_view=True,  # else the buckets are a second copy of all gradients
+                **_without_buffers(),
             )
         if self.kind == "fsdp":
             shard(policy, self, dtype)
@@ -158,6 +188,22 @@ class World:
 
 ONE = World(0, 1, "one", torch.device("cpu"))
 
+_meetings: list[Meeting] = []  # of this process; the last one belongs to the newest process group
+
+
+def _without_buffers() -> dict[str, Any]:
+    """The argument of DDP for a forward that sends no buffers; torch 2.13 has renamed it."""
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in names}
+
+
+def _meeting(rank: int, size: int, limit: float) -> Meeting:
+    store = dist.distributed_c10d._get_default_store()
+    if not _meetings or _meetings[-1].store is not store:
+        _meetings.append(Meeting(store, rank, size, limit))
+    _meetings[-1].limit = limit
+    return _meetings[-1]
+
 
 def start(config: PPOConfig) -> World:
     """The world that torchrun announces in the environment, joined; or this process alone.
@@ -173,16 +219,18 @@ def start(config: PPOConfig) -> World:
             return World(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
     rank, device = int(os.environ["RANK"]), _device_of_rank(config)
     if not dist.is_initialized():
+        limit = timedelta(seconds=config.process_timeout)
         if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=limit)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=limit)
     if config.prompts_per_step < size:
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is less than the {size} processes, each of which answers"
             " some of them"
         )
-    return World(rank, size, "ddp" if config.parallel == "auto" else config.parallel, device)
+    kind = "ddp" if config.parallel == "auto" else config.parallel
+    return World(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
 
 
 def _device_of_rank(config: PPOConfig) -> torch.device:
@@ -206,7 +254,15 @@ def _device_of_rank(config: PPOConfig) -> torch.device:
 def lost_another(error: RuntimeError) -> bool:
     """Whether a collective operation failed because another process is gone."""
     gone = ("closed by peer", "reset by peer", "Broken pipe", "ncclRemoteError", "NCCL communicator was aborted")
-    return dist.is_initialized() and any(text in str(error) for text in gone)
+    return dist.is_initialized() and any(text in str(error) for text in (*gone, *TIMED_OUT))
+
+
+def who_is_late(error: RuntimeError) -> str:
+    """Names the processes that a collective operation waited for until its time limit; "" after another error."""
+    if not _meetings or not any(text in str(error) for text in TIMED_OUT):
+        return ""
+    late = _meetings[-1].late()
+    return ", ".join(f"rank {rank}, last seen after {where!r}" for rank, where in late.items())
 
 
 def leave(status: int) -> None:
@@ -214,6 +270,9 @@ def leave(status: int) -> None:
     if not dist.is_initialized():
         return
     if status != 0:
+        if _meetings:
+            with suppress(RuntimeError):  # the store has ended
+                _meetings[-1].failed()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import random
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.checkpoint import Checkpoint
 from ppo_fast.config import PPOConfig
-from ppo_fast.device import derived_seed, get_rng_state, set_rng_state
+from ppo_fast.device import derived_seed, get_rng_state, has_weights, set_rng_state
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
-from ppo_fast.parallel import copy_full, full, like
+from ppo_fast.parallel import World, copy_full, full, like
 
 if TYPE_CHECKING:
     from ppo_fast.trainer import PPOTrainer
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "max_sampler_gap"}
+FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "max_sampler_gap", "process_timeout"}
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 
@@ -110,13 +111,25 @@ def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def identity(trainer: "PPOTrainer") -> dict[str, Any]:
     """What makes two runs the same run."""
-    rows = json.dumps(trainer.prompts.rows, sort_keys=True, default=repr)
     return {
         "config": options_as_json(trainer.config),
         "start model": trainer.start_digest,
-        "prompts": hashlib.sha256(rows.encode()).hexdigest(),
+        "prompts": digest_of_rows(trainer.prompts.rows),
         "rewards and their weights": trainer.reward_weights,
     }
+
+
+def digest_of_rows(rows: list[dict[str, Any]]) -> str:
+    """A short name for rows in their order. Of an object that JSON does not know, its address does not count."""
+    text = json.dumps(rows, sort_keys=True, default=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_same_weights(world: World, models: dict[str, nn.Module | None]) -> None:
+    """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
+    if world.size > 1:
+        present = {name: model for name, model in models.items() if model is not None}
+        world.agree({f"the weights of the {n}": digest(m) if has_weights(m) else None for n, m in present.items()})
 
 
 def options_as_json(config: PPOConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The loop of PPO: sample, reward, learn."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import model_card, save_model
 from ppo_fast.heads import bare, probe
-from ppo_fast.interrupt import Request, stop_requests
+from ppo_fast.interrupt import GRACE, Request, stop_requests, stop_requests_of_several
 from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.learn import (
     Experience,
@@ -55,7 +56,16 @@ from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.progress import Progress
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
 from ppo_fast.rollout import Rollout
-from ppo_fast.run_state import capture, digest, random_state, restore, restore_random
+from ppo_fast.run_state import (
+    capture,
+    check_same_weights,
+    digest,
+    digest_of_rows,
+    options_as_json,
+    random_state,
+    restore,
+    restore_random,
+)
 from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
 
 
@@ -101,6 +111,10 @@ class PPOTrainer:
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         self.world = start(config)
+        self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
+        self.reward_weights = check_weights(reward_weights, self.rewards)
+        if self.world.size > 1:
+            self._check_agreement(rows, eval_rows)
         if not has_weights(actor) and (self.world.first or self.world.kind != "fsdp"):
             raise UserError(
                 "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
@@ -122,16 +136,14 @@ class PPOTrainer:
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
         own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
-        self.sampler = own if sampler is None else sampler
+        self.sampler, self.samples_itself = (own, True) if sampler is None else (sampler, False)
         if self.world.size > 1:
             transformers.set_seed(derived_seed(config.seed, self.world.rank))  # each samples other answers
         self.prompts = Prompts(kept, seed=config.seed)
-        self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
         check_rewards(self.rewards, kept)
         for function in self.rewards.values():
             if (place := getattr(function, "place", None)) is not None:  # a model of its own, with no device named
                 place(self.device)
-        self.reward_weights = check_weights(reward_weights, self.rewards)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
         self.kl_controller = KLController(config)
@@ -164,7 +176,7 @@ class PPOTrainer:
                 progress.record({"step": 0, **evaluation.metrics})
                 self._report(evaluation, progress)
                 self._check_gap({}, evaluation, progress)
-            while self.steps_done < self.config.total_steps and not self.world.any(request.name is not None):
+            while self.steps_done < self.config.total_steps and not self._stops(request):
                 metrics = self._step_or_save(progress)
                 evaluation = self._evaluation()
                 progress.show(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
@@ -228,6 +240,7 @@ class PPOTrainer:
             mine = respond(self.sampler, self.tokenizer, rows, config, self.device)
         with _timed(seconds, self.device, "reward"):
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
+            world.meet(f"the rewards of step {self.steps_done + 1}")  # where a process can take much longer than others
             reward_means = world.mean(reward_means, len(mine))
             rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         with _timed(seconds, self.device, "advantages"):
@@ -288,6 +301,7 @@ class PPOTrainer:
             return self._step()
         except UserError as error:
             if self.world.size > 1 and not isinstance(error, (InvariantError, NonFiniteError)):
+                error.args = (f"{error}{self._newest() if self.config.out is not None else ''}",)
                 raise
             self.prompts.dealt = dealt
             restore_random(*randoms, self.device)
@@ -305,9 +319,8 @@ class PPOTrainer:
         self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
     ) -> None:
         """Warns of a gap between sampler and trainer; raises InvariantError if it is too large, after a checkpoint."""
-        own = isinstance(self.sampler, GenerateSampler)
         # another engine computes in half precision, whatever the trainer does
-        rounding = rounding_of(self.config, self.device.type) if own else ROUNDING["bfloat16"]
+        rounding = rounding_of(self.config, self.device.type) if self.samples_itself else ROUNDING["bfloat16"]
         found = []
         if metrics.get("step") == 1:
             found.append(gap_problem(metrics, self.config, rounding, where="the first step"))
@@ -389,6 +402,19 @@ class PPOTrainer:
             bootstrap = rows[:, 0].contiguous() if config.bootstrap_truncated else None
             advantages_of(rows[:, 0], rows, rows, rows, rows == 0, config, kl_coef=config.kl_coef, bootstrap=bootstrap)
 
+    def _check_agreement(self, rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None) -> None:
+        """Refuses processes that differ in what all of them compute with: they would learn something else."""
+        options = {name: x for name, x in options_as_json(self.config).items() if name not in ("out", "quiet")}
+        self.world.agree(options)
+        self.world.agree(
+            {
+                "the prompts or their order": digest_of_rows(rows),
+                "the held-out prompts or their order": digest_of_rows(eval_rows or []),
+                "the rewards": list(self.rewards),
+                "the weights of the rewards": self.reward_weights,
+            }
+        )
+
     def _evaluator(self, rows: list[dict[str, Any]] | None) -> Evaluator | None:
         if not rows:
             if self.config.eval_every:
@@ -463,7 +489,32 @@ class PPOTrainer:
     def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:
         if self.config.out is None:
             return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
-        return stop_requests(progress.say, alone=self.world.size == 1)
+        return (
+            stop_requests(progress.say)
+            if self.world.size == 1
+            else stop_requests_of_several(progress.say, self._give_up)
+        )
+
+    def _stops(self, request: Request) -> bool:
+        """Whether a process was asked to stop. All are at the end of a step then, and a checkpoint can be written."""
+        stops = self.world.meet(f"step {self.steps_done}", flag=request.name is not None)
+        if stops:
+            request.agreed.set()
+        return stops
+
+    def _give_up(self, name: str) -> None:
+        """What a process says that got a signal and whose peers did not reach the end of their step."""
+        print(
+            f"ppo-fast: rank {self.world.rank}: {name}, and not all processes reached the end of step"
+            f" {self.steps_done + 1} within {GRACE:g} s{self._newest()}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _newest(self) -> str:
+        """Names the newest checkpoint in OUT, which is whole."""
+        newest = checkpoint.newest(Path(self.config.out or "") / "checkpoints")
+        return f"; the newest checkpoint is {newest}" if newest is not None else "; there is no checkpoint yet"
 
     def _clean_up(self) -> None:
         """Removes what an earlier run left in OUT, or a killed one left half done."""
@@ -555,6 +606,7 @@ def build_models(
     if adapters:
         starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
         found = AdapterReference(actor, starts_trained=starts_trained)
+    check_same_weights(world, {"actor": actor, "critic": critic, "reference": frozen})
     if frozen is not None:
         found = FrozenReference(frozen, head, config)
         if world.kind == "fsdp":

@@ -19,7 +19,7 @@ LEVELS = [
     {"checks", "config"},
     {"ops"},
     {"", "data", "device", "rollout", "checkpoint", "flash_calls"},  # "" is ppo_fast/__init__.py
-    {"interrupt", "invariants", "lock"},
+    {"interrupt", "invariants", "lock", "meeting"},
     {"flash"},
     {"attention"},
     {"packing"},
