@@ -4,6 +4,7 @@ The rollout is cut into packs before the old log-probabilities are computed, and
 and the same code: its first ratio is exactly 1. Later epochs are cut anew.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,6 +200,24 @@ def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:
         return (step + 1) / (rising + 1)
     left = 1.0 if config.lr_schedule == "constant" else (steps - step) / (steps - rising)
     return 0.5 - 0.5 * math.cos(math.pi * left) if config.lr_schedule == "cosine" else left
+
+
+def unreached(policy: Policy, config: PPOConfig, device: torch.device) -> list[str]:
+    """Names of parameters that would be trained, but on which the loss of a short sequence does not depend."""
+    rollout = Rollout(torch.tensor([[1, 2, 1]]), [1], [2], [True], [""], {"prompt": [""]}, device=device)
+    ((pack,),) = cut_as(rollout, [0], dataclasses.replace(config, minibatches=1))
+    zeros = torch.zeros(pack.size, device=device)
+    targets = Targets(zeros, zeros, zeros, zeros, None, None, 1.0, 0.0, config.entropy_coef)
+    with packed(policy):
+        loss, _ = policy(pack, targets)
+    left, found = [loss.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    reached = {getattr(node, "variable", None) for node in found}
+    return [name for name, p in policy.named_parameters() if p.requires_grad and p not in reached]
 
 
 class Optimizer:

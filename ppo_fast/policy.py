@@ -72,6 +72,7 @@ class Policy(nn.Module):
         self.critic = critic
         self.head = head
         self.config = config
+        self.unreached: list[str] = []  # parameters that the loss does not depend on
 
     def autocast(self) -> AbstractContextManager:
         """bf16 compute on fp32 master weights, if so configured."""

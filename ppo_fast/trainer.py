@@ -36,6 +36,7 @@ from ppo_fast.learn import (
     learn,
     means_of,
     packed,
+    unreached,
 )
 from ppo_fast.lock import locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
@@ -132,6 +133,7 @@ class PPOTrainer:
         self.notes += notes_on_sampling(config, evaluated=bool(eval_rows))
         self._check_memory(actor, kept, critic, reference)
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
+        self.notes += notes_on_unreached(self.policy.unreached)
         self.reference_is_start = reference is None  # of the actor; one that is given may be any model
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
@@ -612,6 +614,21 @@ def build_models(
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
     policy = Policy(actor, critic, head, config)
+    if world.kind != "fsdp":  # whose processes do not have all weights here, and do not wait for unused ones
+        policy.unreached = unreached(policy, config, device)
     without_actor = config.critic_warmup_steps > 0 or config.target_kl is not None  # some losses are the critic's alone
-    world.wrap(policy, dtype=config.dtype, unused_parameters=without_actor)
+    world.wrap(policy, dtype=config.dtype, unused_parameters=without_actor or bool(policy.unreached))
     return policy, found
+
+
+def notes_on_unreached(names: list[str]) -> list[str]:
+    """Which weights stay as they are, because the loss does not depend on them, in a sentence.
+
+    Experts of a mixture do not count: a short sequence reaches only some of them.
+    """
+    named = [name for name in names if "expert" not in name]
+    if not named:
+        return []
+    return [
+        f"{len(named)} weights are not trained, because the loss does not reach them: {named[0]} and others like it"
+    ]
