@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast import device as devices
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
+from ppo_fast.decoding import BROKEN, AnswerText
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
@@ -194,6 +195,8 @@ def explain(
     """
     row = int(experience.advantages.abs().sum(1).argmax())
     length = rollout.answer_lengths[row]
+    prompt = rollout.tokens[row, : -rollout.answer_width].tolist()[-rollout.prompt_lengths[row] :]
+    texts = AnswerText(tokenizer, [prompt])
     with packed(policy):
         after = policy(make_pack(rollout, [row]))
     assert isinstance(after, Judgement)
@@ -207,16 +210,16 @@ def explain(
         prompt=as_text(rollout.columns["prompt"][row]),
         answer=rollout.completions[row],
         score=rollout.scores[row],
-        tokens=[visible(tokenizer, i) for i in rollout.completion_ids[row]],
+        tokens=[visible(texts, i) for i in rollout.completion_ids[row]],
         numbers={name: x.tolist() for name, x in numbers.items()},
     )
 
 
-def visible(tokenizer: Any, token: int) -> str:
-    """A token's text with its blanks in sight; the tokenizer's own name for a part of a character."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text or not text:
-        text = str(tokenizer.convert_ids_to_tokens(token))
+def visible(texts: AnswerText, token: int) -> str:
+    """A token's text with its spaces visible; the tokenizer's own name for a part of a character."""
+    text = texts.token(token)
+    if BROKEN in text or not text:
+        text = str(texts.tokenizer.convert_ids_to_tokens(token))
     return printable(text.replace(" ", "␣"))
 
 

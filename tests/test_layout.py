@@ -18,7 +18,7 @@ LEVELS = [
     {"kernels"},
     {"checks", "config"},
     {"ops"},
-    {"", "data", "device", "rollout", "checkpoint", "interrupt", "flash_calls"},  # "" is ppo_fast/__init__.py
+    {"", "data", "decoding", "device", "rollout", "checkpoint", "interrupt", "flash_calls"},  # "": __init__.py
     {"flash"},
     {"attention"},
     {"packing"},
