@@ -6,22 +6,18 @@ differ by the policy alone.
 
 import dataclasses
 import json
-import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast import device as devices
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
 from ppo_fast.decoding import BROKEN, AnswerText
@@ -34,6 +30,7 @@ from ppo_fast.plots import can_draw, draw_tokens
 from ppo_fast.policy import Judgement, Policy
 from ppo_fast.progress import SAMPLES_SHOWN, printable, shortened
 from ppo_fast.reward import RewardFunction, score
+from ppo_fast.rewards.isolation import own_random_state
 from ppo_fast.rollout import Rollout
 from ppo_fast.sample import Sampler, drop_long_prompts, respond
 
@@ -72,25 +69,6 @@ def distinct(answers: list[list[int]], n: int) -> float:
     """
     found = {tuple(ids[i : i + n]) for ids in answers for i in range(len(ids) - n + 1)}
     return len(found) / max(1, sum(map(len, answers)))
-
-
-@contextmanager
-def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside this block torch (on the CPU and on `device`), numpy and random start from `seed`; after it they are as
-    before."""
-    python, array = random.getstate(), np.random.get_state()
-    on_cpu, on_device = torch.get_rng_state(), devices.get_rng_state(device)
-    devices.seed(seed, device)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(on_cpu)
-        if on_device is not None:
-            devices.set_rng_state(on_device, device)
-        random.setstate(python)
-        np.random.set_state(array)
 
 
 @dataclass
