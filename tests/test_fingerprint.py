@@ -79,32 +79,33 @@ def of(function) -> str:
     return reward_fingerprint(function, digest)
 
 
-@pytest.mark.parametrize("name", ["reward", "with_cache", "Judge", "counting"])
-def test_it_stays_the_same_after_calls_in_other_places_and_in_other_processes(name, tmp_path):
-    def made(module):
-        x = getattr(module, name)
-        return x() if name in ("Judge", "counting") else x
+NAMES = ("reward", "with_cache", "Judge", "counting")
 
-    function = made(module_of(tmp_path, CODE))
-    before = of(function)
-    function(["p"], ["abc"])
-    assert of(function) == before
-    assert of(made(module_of(tmp_path, "# a comment\n\n" + CODE, "another"))) == before
-    call = "()" if name in ("Judge", "counting") else ""
-    for seed in ("1", "2"):  # of the order of sets
-        program = (
-            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import rewards_of_test as r;"
-            "from ppo_fast.rewards.fingerprint import reward_fingerprint;"
-            f"print(reward_fingerprint(r.{name}{call}, str))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        )
-        assert done.stdout.strip() == before
+
+def made(module) -> list:
+    """The rewards of CODE by NAMES."""
+    return [module.reward, module.with_cache, module.Judge(), module.counting()]
+
+
+def test_it_stays_the_same_after_calls_and_in_other_places(tmp_path):
+    functions = made(module_of(tmp_path, CODE))
+    before = list(map(of, functions))
+    for function in functions:
+        function(["p"], ["abc"])
+    assert list(map(of, functions)) == before
+    assert list(map(of, made(module_of(tmp_path, "# a comment\n\n" + CODE, "another")))) == before
+
+
+def test_it_is_the_same_in_another_process(tmp_path):
+    before = list(map(of, made(module_of(tmp_path, CODE))))
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import rewards_of_test as r;"
+        "from ppo_fast.rewards.fingerprint import reward_fingerprint;"
+        "print(*(reward_fingerprint(x, str) for x in (r.reward, r.with_cache, r.Judge(), r.counting())))"
+    )
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}  # another order of sets
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == before
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,10 @@ def test_it_stays_the_same_after_calls_in_other_places_and_in_other_processes(na
 )
 def test_it_changes_with_the_code(name, old, new, tmp_path):
     assert CODE.count(old) == 1
-    found = [
-        getattr(module_of(tmp_path, code, f"version{i}"), name) for i, code in enumerate((CODE, CODE.replace(old, new)))
-    ]
-    if name in ("Judge", "counting"):
-        found = [x() for x in found]
-    assert of(found[0]) != of(found[1])
+    before = made(module_of(tmp_path, CODE, "before"))
+    after = made(module_of(tmp_path, CODE.replace(old, new), "after"))
+    differ = {which for which, x, y in zip(NAMES, before, after, strict=True) if of(x) != of(y)}
+    assert differ == {name}
 
 
 def fixed(prompts, completions, limit):
