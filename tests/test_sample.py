@@ -10,6 +10,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.decoding import AnswerText, StopTexts
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import visible
+from ppo_fast.rewards import Fluency
 from ppo_fast.sample import Answers, GenerateSampler, generate, respond
 
 CPU = torch.device("cpu")
@@ -100,6 +101,19 @@ def test_prompt_and_answer_are_the_text_that_the_model_wrote(kind):
 def test_spaces_of_an_answer_are_kept(kind, words, text):
     texts = AnswerText(KINDS[kind](), [ids_of("\u2581the", "\u2581capital", "<end>")])
     assert texts.decode([ids_of(*words)]) == [text]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", [("\u2581Paris", "\u2581is"), ("Paris",), (".",)])
+def test_fluency_reads_the_tokens_of_an_answer_that_the_model_wrote(kind, words):
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    asked = tokenizer("the capital is")["input_ids"]
+    (completion,) = AnswerText(tokenizer, [asked]).decode([ids_of(*words)])
+    judge = Fluency(tiny_llama(len(WORDS)), tokenizer)
+    for prompt in ("the capital is", [{"role": "user", "content": "the capital is"}]):
+        found = judge._continuation(prompt, asked, completion)
+        assert tokenizer.decode([*asked, *found]) == "the capital is" + completion
 
 
 def test_an_answer_to_special_tokens_alone_begins_the_text():
