@@ -27,17 +27,20 @@ class AnswerText:
     def __init__(self, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
         self.tokenizer = tokenizer
         special = set(tokenizer.all_special_ids)
-        words = [[token for token in ids if token not in special] for ids in prompts]
-        self.continues = [bool(x) for x in words]  # False: nothing but special tokens before the answer
+        # False: nothing but special tokens before the answer, which then begins the text
+        self.continues = [any(token not in special for token in reversed(ids)) for ids in prompts]
         self._texts: dict[int, str] = {}
         self._anchor: list[int] = []
         self._anchor_text = ""
-        # the last token of a prompt with a text of whole characters; any one will do
-        for token in (x for ids in words for x in dict.fromkeys(reversed(ids))):
+        tried = special
+        for token in (token for ids in prompts for token in reversed(ids)):
+            if token in tried:
+                continue
             text = self._plain([token])
-            if text.strip() and BROKEN not in text:
+            if text.strip() and BROKEN not in text:  # any token will do whose text is whole characters
                 self._anchor, self._anchor_text = [token], text
                 break
+            tried.add(token)
 
     def decode(self, answers: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
         """The text of each answer, in the order of the prompts."""

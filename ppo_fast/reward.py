@@ -56,11 +56,7 @@ def score(
     """
     # the stream of all rewards: Python's generator is part of checkpoints, and sampling does not use it
     stream = random.getrandbits(64)
-    ids = rollout.completion_ids if functions else []
-    results = {
-        name: call(function, name, rollout, seed=_seed(stream, name), completion_ids=ids)
-        for name, function in functions.items()
-    }
+    results = {name: call(function, name, rollout, _seed(stream, name)) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     for name, function in functions.items():
         if (failed := getattr(function, "failed", None)) is not None:  # of a Pool
@@ -81,18 +77,18 @@ def score(
     return upload(scores, rollout.device), means
 
 
-def call(
-    function: RewardFunction, name: str, rollout: Rollout, *, seed: int, completion_ids: list[list[int]]
-) -> list[float | list[float]]:
+def call(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> list[float | list[float]]:
     """One reward function's values for all answers, checked; its random numbers start from `seed`."""
     known = {
         **rollout.columns,
         "raw_completions": rollout.raw_completions,
-        "completion_ids": completion_ids,
         "ended": rollout.ended,
+        "completion_ids": [],
     }
     prompts = known.pop("prompt")
     known = arguments_of(function, known)
+    if "completion_ids" in known:  # most functions do not take them, and many tokens need time
+        known["completion_ids"] = rollout.completion_ids
     try:
         values = _call_isolated(function, name, prompts, rollout.completions, known, seed, rollout.device)
     except UserError:
@@ -117,18 +113,23 @@ def _call_isolated(
     device: torch.device,
 ) -> Any:
     """What the function returns for copies of its arguments."""
-    copies = {name: list(map(_copy, column)) for name, column in columns.items()}
+    copies = {key: list(map(_copy, column)) for key, column in columns.items()}
     with isolated(name, seed, device):
         values = function(list(map(_copy, prompts)), list(completions), **copies)
         return list(values) if isinstance(values, Iterator) else values  # a generator runs its code here
 
 
+_CONSTANTS = {str, int, float, bool, bytes, type(None)}
+
+
 def _copy(x: Any) -> Any:
-    """A copy of one row's value; the value itself if it cannot be copied."""
-    if x is None or isinstance(x, str | int | float):
+    """A copy of one row's value, for JSON's types much faster than deepcopy; the value itself if it cannot be copied."""
+    if type(x) is list:
+        return [item if type(item) in _CONSTANTS else _copy(item) for item in x]
+    if type(x) is dict:
+        return {key: item if type(item) in _CONSTANTS else _copy(item) for key, item in x.items()}
+    if type(x) in _CONSTANTS:
         return x
-    if type(x) is list and all(type(item) is int for item in x):  # tokens: much faster than deepcopy
-        return list(x)
     try:
         return copy.deepcopy(x)
     except Exception:  # user code: any object may be in a column

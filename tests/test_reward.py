@@ -276,6 +276,10 @@ SETTINGS = {
         lambda: torch.backends.cudnn.benchmark,
         lambda: setattr(torch.backends.cudnn, "benchmark", True),
     ),
+    "mkldnn.deterministic": (
+        lambda: torch.backends.mkldnn.deterministic,
+        lambda: setattr(torch.backends.mkldnn, "deterministic", True),
+    ),
     "numpy's error handling": (np.geterr, lambda: np.seterr(all="raise")),
     "the decimal context": (
         lambda: decimal.getcontext().prec,

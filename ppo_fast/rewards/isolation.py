@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.deterministic
 
 from ppo_fast import device as devices
 from ppo_fast.errors import RewardError
@@ -218,6 +219,8 @@ _SETTINGS = [
         for kind in ("fp16", "bf16")
     ],
     _attribute(_CUDA.matmul, "allow_fp16_accumulation", "torch's fp16 accumulation"),
+    _attribute(torch.utils.deterministic, "fill_uninitialized_memory", "torch's filling of uninitialised memory"),
+    *[_attribute(_MKLDNN, switch, f"mkldnn.{switch}") for switch in ("enabled", "deterministic")],
     *[_attribute(_CUDNN, switch, f"cudnn.{switch}") for switch in ("enabled", "benchmark", "deterministic")],
     *[
         _Setting(
