@@ -123,7 +123,7 @@ _CONSTANTS = {str, int, float, bool, bytes, type(None)}
 
 
 def _copy(x: Any) -> Any:
-    """A copy of one row's value, for JSON's types much faster than deepcopy; the value itself if it cannot be copied."""
+    """A copy of one row's value, for JSON's types faster than deepcopy; the value itself if it cannot be copied."""
     if type(x) is list:
         return [item if type(item) in _CONSTANTS else _copy(item) for item in x]
     if type(x) is dict:
