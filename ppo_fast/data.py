@@ -6,7 +6,7 @@ template. Reward functions get it as it stands in the data.
 
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from ppo_fast.errors import UserError
 
 Prompt = str | list[dict[str, Any]]
 
-RESERVED = ("prompt", "prompts", "completions", "completion_ids")  # reward functions get these names
+# reward functions get these names
+RESERVED = ("prompt", "prompts", "completions", "raw_completions", "completion_ids", "ended")
 
 
 def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool = False) -> list[dict[str, Any]]:
@@ -82,10 +83,14 @@ def _row(row: dict[str, Any], where: str, prompt_field: str) -> dict[str, Any]:
         raise UserError(f"{where}: no field {prompt_field!r}; the fields are {', '.join(map(repr, row)) or 'none'}")
     prompt = row.pop(prompt_field)
     check_prompt(prompt, where, f"field {prompt_field!r}")
-    for reserved in RESERVED:
-        if reserved in row:
-            raise UserError(f"{where}: field {reserved!r} clashes with a name that reward functions get; rename it")
+    _check_names(row, where, RESERVED)
     return {"prompt": prompt, **row}
+
+
+def _check_names(row: Mapping[str, Any], where: str, reserved: Sequence[str]) -> None:
+    for name in reserved:
+        if name in row:
+            raise UserError(f"{where}: field {name!r} clashes with a name that reward functions get; rename it")
 
 
 def check_prompt(prompt: Any, where: str, name: str) -> None:
@@ -114,6 +119,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
         raise UserError("there are no prompts")
     for number, row in enumerate(rows):
         check_prompt(row.get("prompt"), f"prompt {number}", "it")
+        _check_names(row, f"prompt {number}", [name for name in RESERVED if name != "prompt"])
 
 
 def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, Any]]:

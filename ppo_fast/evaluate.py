@@ -6,25 +6,22 @@ differ by the policy alone.
 
 import dataclasses
 import json
-import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast import device as devices
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
+from ppo_fast.decoding import BROKEN, AnswerText
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
@@ -34,6 +31,7 @@ from ppo_fast.plots import can_draw, draw_tokens
 from ppo_fast.policy import Judgement, Policy
 from ppo_fast.progress import SAMPLES_SHOWN, printable, shortened
 from ppo_fast.reward import RewardFunction, score
+from ppo_fast.rewards.isolation import own_random_state
 from ppo_fast.rollout import Rollout
 from ppo_fast.sample import Sampler, drop_long_prompts, respond
 
@@ -72,25 +70,6 @@ def distinct(answers: list[list[int]], n: int) -> float:
     """
     found = {tuple(ids[i : i + n]) for ids in answers for i in range(len(ids) - n + 1)}
     return len(found) / max(1, sum(map(len, answers)))
-
-
-@contextmanager
-def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside this block torch (on the CPU and on `device`), numpy and random start from `seed`; after it they are as
-    before."""
-    python, array = random.getstate(), np.random.get_state()
-    on_cpu, on_device = torch.get_rng_state(), devices.get_rng_state(device)
-    devices.seed(seed, device)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(on_cpu)
-        if on_device is not None:
-            devices.set_rng_state(on_device, device)
-        random.setstate(python)
-        np.random.set_state(array)
 
 
 @dataclass
@@ -209,6 +188,8 @@ def explain(
     """
     row = int(experience.advantages.abs().sum(1).argmax())
     length = rollout.answer_lengths[row]
+    prompt = rollout.tokens[row, : -rollout.answer_width].tolist()[-rollout.prompt_lengths[row] :]
+    texts = AnswerText(tokenizer, [prompt])
     with packed(policy):
         after = policy(make_pack(rollout, [row]))
     assert isinstance(after, Judgement)
@@ -222,16 +203,16 @@ def explain(
         prompt=as_text(rollout.columns["prompt"][row]),
         answer=rollout.completions[row],
         score=rollout.scores[row],
-        tokens=[visible(tokenizer, i) for i in rollout.completion_ids[row]],
+        tokens=[visible(texts, i) for i in rollout.completion_ids[row]],
         numbers={name: x.tolist() for name, x in numbers.items()},
     )
 
 
-def visible(tokenizer: Any, token: int) -> str:
-    """A token's text with its blanks in sight; the tokenizer's own name for a part of a character."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text or not text:
-        text = str(tokenizer.convert_ids_to_tokens(token))
+def visible(texts: AnswerText, token: int) -> str:
+    """A token's text with its spaces visible; the tokenizer's own name for a part of a character."""
+    text = texts.token(token)
+    if BROKEN in text or not text:
+        text = str(texts.tokenizer.convert_ids_to_tokens(token))
     return printable(text.replace(" ", "␣"))
 
 

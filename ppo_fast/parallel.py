@@ -429,6 +429,7 @@ def join_rollouts(parts: Sequence[Rollout], pad: int) -> Rollout:
         columns={n: [x for part in parts for x in part.columns.get(n, [None] * len(part))] for n in names},
         logprobs=torch.cat(logprobs) if logprobs else None,
         scores=[x for part in parts for x in part.scores],
+        raw_completions=[x for part in parts for x in part.raw_completions],
     )
 
 

@@ -1,8 +1,12 @@
 """Reward: Python functions and reward models judge the answers, and their numbers become scores."""
 
+import copy
+import hashlib
 import math
+import random
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,15 +17,29 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompt, columns
 from ppo_fast.device import upload
 from ppo_fast.errors import RewardError, UserError
+from ppo_fast.rewards.isolation import isolated
 from ppo_fast.rewards.spec import arguments_of, check_columns
 from ppo_fast.rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[Any]]
 """f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
 
-`columns` are the data set's other columns, and `completion_ids`, the answers' tokens with their end token. A function
-that takes only some of them by name gets just those. A keyword-only argument with a default is an option of its own,
-and no column may have its name. `ppo_fast.rewards` has ready ones.
+    prompts: [B] texts or chats, as they are in the data
+    completions: [B] texts of the answers, without special tokens; one may begin with a space, as the model wrote it
+
+`columns` are the data set's other columns, and
+
+    raw_completions: [B] texts of the answers with all special tokens, also the end token
+    completion_ids: [B] lists of the answers' tokens, with the end token
+    ended: [B] bools; False: the answer was cut by max_new_tokens
+
+A function that takes only some of them by name gets only those. A keyword-only argument with a default is an option of
+its own, and no column may have its name. `ppo_fast.rewards` has ready ones.
+
+A function gets copies, which it may change; an object that cannot be copied is passed itself. Its random numbers
+(torch, numpy, random) differ from call to call and repeat with the seed of the run. What it changes in the process
+(random states, settings of torch, the working directory, signal handlers, ...) is restored after the call, and a
+changed setting is reported once (`ppo_fast.rewards.isolation`). Environment variables are not restored.
 """
 
 
@@ -36,7 +54,9 @@ def score(
     A number for a whole answer stands at the answer's last token. The sums are also noted in `rollout.scores`, the
     means are unweighted. Raises RewardError, which names function and sample.
     """
-    results = {name: call(function, name, rollout) for name, function in functions.items()}
+    # the stream of all rewards: Python's generator is part of checkpoints, and sampling does not use it
+    stream = random.getrandbits(64)
+    results = {name: call(function, name, rollout, _seed(stream, name)) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     for name, function in functions.items():
         if (failed := getattr(function, "failed", None)) is not None:  # of a Pool
@@ -57,30 +77,94 @@ def score(
     return upload(scores, rollout.device), means
 
 
-def call(function: RewardFunction, name: str, rollout: Rollout) -> list[float | list[float]]:
-    """One reward function's judgement of every answer, checked."""
-    known = {"completion_ids": rollout.completion_ids, **rollout.columns}
+def call(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> list[float | list[float]]:
+    """One reward function's values for all answers, checked; its random numbers start from `seed`."""
+    known = {
+        **rollout.columns,
+        "raw_completions": rollout.raw_completions,
+        "ended": rollout.ended,
+        "completion_ids": [],
+    }
     prompts = known.pop("prompt")
     known = arguments_of(function, known)
+    if "completion_ids" in known:  # most functions do not take them, and many tokens need time
+        known["completion_ids"] = rollout.completion_ids
     try:
-        values = function(prompts, rollout.completions, **known)
+        values = _call_isolated(function, name, prompts, rollout.completions, known, seed, rollout.device)
     except UserError:
         raise
-    except Exception as error:  # user code: whatever it raises is reported with the place it came from
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+    except (Exception, SystemExit) as error:  # user code: whatever it raises is reported with the place it came from
+        frame = _place(error)
+        what = f"called exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_told(error)}"
+        culprit = _culprit(function, name, prompts, rollout, known, seed)
         raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} ({frame.filename}, line"
-            f" {frame.lineno}){_culprit(function, prompts, rollout.completions, known)}"
+            f"reward function {name!r} {what} ({frame.filename}, line {frame.lineno}){culprit}"
         ) from error
     return _checked(values, name, rollout)
 
 
-def _culprit(function: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, list]) -> str:
+def _call_isolated(
+    function: RewardFunction,
+    name: str,
+    prompts: list[Prompt],
+    completions: list[str],
+    columns: dict[str, list],
+    seed: int,
+    device: torch.device,
+) -> Any:
+    """What the function returns for copies of its arguments."""
+    copies = {key: list(map(_copy, column)) for key, column in columns.items()}
+    with isolated(name, seed, device):
+        values = function(list(map(_copy, prompts)), list(completions), **copies)
+        return list(values) if isinstance(values, Iterator) else values  # a generator runs its code here
+
+
+_CONSTANTS = {str, int, float, bool, bytes, type(None)}
+
+
+def _copy(x: Any) -> Any:
+    """A copy of one row's value, for JSON's types faster than deepcopy; the value itself if it cannot be copied."""
+    if type(x) is list:
+        return [item if type(item) in _CONSTANTS else _copy(item) for item in x]
+    if type(x) is dict:
+        return {key: item if type(item) in _CONSTANTS else _copy(item) for key, item in x.items()}
+    if type(x) in _CONSTANTS:
+        return x
+    try:
+        return copy.deepcopy(x)
+    except Exception:  # user code: any object may be in a column
+        return x
+
+
+def _seed(stream: int, name: str) -> int:
+    """A seed of 63 bits for each function."""
+    return int.from_bytes(hashlib.sha256(f"{stream} {name}".encode()).digest()[:8]) >> 1
+
+
+def _place(error: BaseException) -> traceback.FrameSummary:
+    """Where an error was raised; of exit(), where it was called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((x for x in reversed(frames) if "_sitebuiltins" not in x.filename), frames[-1])
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _culprit(
+    function: RewardFunction,
+    name: str,
+    prompts: list[Prompt],
+    rollout: Rollout,
+    columns: dict[str, list],
+    seed: int,
+) -> str:
     """Names the first answer for which the function also fails alone."""
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True)):
+        alone = {key: [column[row]] for key, column in columns.items()}
         try:
-            function([prompt], [completion], **{name: [column[row]] for name, column in columns.items()})
-        except Exception:  # as above
+            _call_isolated(function, name, [prompt], [completion], alone, seed, rollout.device)
+        except (Exception, SystemExit):  # as above
             return f", at answer {row} ({completion!r:.80}) to {prompt!r:.80}"
     return ""
 
@@ -94,7 +178,7 @@ def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, Any
     known = columns(rows[:1], 1)
     known.pop("prompt", None)  # whose lack is told elsewhere
     for function in functions.values():
-        check_columns(function, {"completion_ids": [], **known})
+        check_columns(function, {**known, "raw_completions": [], "completion_ids": [], "ended": []})
 
 
 def check_weights(weights: dict[str, float] | None, functions: dict[str, RewardFunction]) -> dict[str, float]:
@@ -156,7 +240,8 @@ class RewardModel:
         model: any AutoModelForSequenceClassification with num_labels = 1.
         tokenizer: its own, not the actor's.
         batch_size: answers scored at once.
-        max_length: longer texts lose their beginning, in tokens; None: the model's positions.
+        max_length: longer texts lose their beginning, in tokens; special tokens at both ends stay. None, or more than
+            the model has: the model's positions.
         device: where it runs; None: where it is.
     """
 
@@ -171,11 +256,11 @@ class RewardModel:
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise RewardError("the reward model's tokenizer has no pad token; name one of its tokens")
-        model.config.pad_token_id = tokenizer.pad_token_id  # the classifier reads its score at the last other token
+        model.config.pad_token_id = tokenizer.pad_token_id
         self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.max_length = max_length or getattr(model.config, "max_position_embeddings", None)
+        self.max_length = min((x for x in (max_length, _positions(model)) if x), default=None)
         self.__name__ = "reward_model"
 
     @torch.no_grad()
@@ -191,18 +276,73 @@ class RewardModel:
     def forward(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """Scores [B] fp32 of one batch, with a graph."""
         ids = [self._ids(p, c) for p, c in zip(prompts, completions, strict=True)]
-        batch = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(self.model.device)
-        out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        pad = self._padding(ids)
+        if pad is None:
+            return torch.cat([self._scores([row], -1) for row in ids])
+        return self._scores(ids, pad)
+
+    def _padding(self, ids: list[list[int]]) -> int | None:
+        """A token for padding that none of these texts has; None: they have all.
+
+        A decoder's classifier reads its score at the last token that is not `config.pad_token_id`. Where that is the
+        end token, or another one of the text, it would read the score too early.
+        """
+        used = {token for row in ids for token in row}
+        tokens = range(self.model.get_input_embeddings().weight.shape[0])
+        return next((token for token in (self.tokenizer.pad_token_id, *tokens) if token not in used), None)
+
+    def _scores(self, ids: list[list[int]], pad: int) -> Tensor:
+        longest = max(map(len, ids))
+        tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+        device = self.model.device
+        with _pad_token(self.model, pad):
+            out = self.model(input_ids=upload(tokens, device), attention_mask=upload(mask, device))
         return out.logits.squeeze(-1).float()
 
     def _ids(self, prompt: Prompt, completion: str) -> list[int]:
-        if self.tokenizer.chat_template is not None:
+        tokenizer, limit = self.tokenizer, self.max_length
+        if tokenizer.chat_template is not None:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             turns = [*asked, {"role": "assistant", "content": completion}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written its own
-        elif isinstance(prompt, str):
-            ids = self.tokenizer(prompt + completion)["input_ids"]
-        else:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written its own
+            first = len(ids) > 0 and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+            return ids if limit is None or len(ids) <= limit else ids[:first] + ids[len(ids) - limit + first :]
+        if not isinstance(prompt, str):
             raise RewardError("the prompts are chats, but the reward model's tokenizer has no chat template")
-        return ids[-self.max_length :] if self.max_length else ids
+        ids = tokenizer(prompt + completion)["input_ids"]
+        if limit is None or len(ids) <= limit:
+            return ids
+        side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+        try:  # the tokenizer knows which special tokens it adds
+            return tokenizer(prompt + completion, truncation=True, max_length=limit)["input_ids"]
+        finally:
+            tokenizer.truncation_side = side
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model takes; None: any number.
+
+    RoBERTa and its relatives count positions from the one after their padding's.
+    """
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - skipped)
+    return min((x for x in limits if x and x > 0), default=None)
+
+
+@contextmanager
+def _pad_token(model: Any, token: int) -> Iterator[None]:
+    """The classifier takes `token` for padding inside this block."""
+    configs = [model.config, model.config.get_text_config()]
+    before = [config.pad_token_id for config in configs]
+    try:
+        for config in configs:
+            config.pad_token_id = token
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config.pad_token_id = own

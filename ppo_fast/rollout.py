@@ -23,11 +23,16 @@ class Rollout:
     prompt_lengths: list[int]  # B
     answer_lengths: list[int]  # B; the end token counts
     ended: list[bool]  # B; False: cut by max_new_tokens
-    completions: list[str]  # B, without special tokens
+    completions: list[str]  # B, without special tokens; each continues its prompt, perhaps with a space
     columns: dict[str, list]  # the data set's columns, "prompt" among them, B entries each
     logprobs: Tensor | None = None  # [B, T] fp32 on `device`, the sampler's own, where it tells them
     scores: list[float] = field(default_factory=list)  # B; filled by the reward step
     device: torch.device = CPU  # of everything that is computed per token
+    raw_completions: list[str] = field(default_factory=list)  # B, with special tokens; not given: as `completions`
+
+    def __post_init__(self) -> None:
+        if not self.raw_completions:
+            self.raw_completions = list(self.completions)
 
     def __len__(self) -> int:
         return len(self.answer_lengths)

@@ -13,11 +13,14 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from ppo_fast.attention import cudnn_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import check_rows, columns, prompt_ids
+from ppo_fast.decoding import AnswerText, StopTexts
 from ppo_fast.device import upload
 from ppo_fast.errors import UserError
 from ppo_fast.heads import bare
@@ -57,8 +60,9 @@ def respond(
     """Answers each row's prompt `samples_per_prompt` times."""
     columns_ = columns(rows, config.samples_per_prompt)
     prompts = prompt_ids(tokenizer, columns_["prompt"])
-    answers = sampler.sample(prompts, config)
+    answers = sampler.sample([list(ids) for ids in prompts], config)
     _check(answers, prompts, config)
+    texts = AnswerText(tokenizer, prompts)
     P, T = max(map(len, prompts)), max(map(len, answers.ids))
     pad = tokenizer.pad_token_id
     padded = [
@@ -72,8 +76,9 @@ def respond(
         tokens=torch.tensor(padded),
         prompt_lengths=list(map(len, prompts)),
         answer_lengths=list(map(len, answers.ids)),
-        ended=answers.ended,
-        completions=tokenizer.batch_decode(answers.ids, skip_special_tokens=True),
+        ended=[bool(x) for x in answers.ended],
+        completions=texts.decode(answers.ids),
+        raw_completions=texts.decode(answers.ids, skip_special_tokens=False),
         columns=columns_,
         logprobs=logprobs,
         device=device,
@@ -166,6 +171,24 @@ class _Recorder(LogitsProcessor):
             self.chosen.append(self.last.gather(1, tokens.unsqueeze(1)).squeeze(1))
 
 
+class _Stop(StoppingCriteria):
+    """Ends the rows whose last token completes a stop text, by the function that also cuts the answers."""
+
+    def __init__(self, stops: StopTexts, ends: set[int], rows: int) -> None:
+        self.stops = stops
+        self.ends = ends
+        self.answers: list[list[int]] = [[] for _ in range(rows)]
+        self.open = [True] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if self.open[row]:
+                answer = self.answers[row]
+                answer.append(token)
+                self.open[row] = token not in self.ends and not self.stops.completed(row, answer, len(answer))
+        return torch.tensor([not x for x in self.open], device=input_ids.device)
+
+
 class HalfCache(DynamicCache):
     """A KV cache in autocast's dtype.
 
@@ -226,9 +249,10 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
-        stop_strings=list(config.stop) or None,
         **how,
     )
+    stops = StopTexts(AnswerText(tokenizer, prompts), config.stop)
+    criteria = [_Stop(stops, set(ends), len(prompts))] if config.stop else []
     recorder = _Recorder(config.temperature)
     with (
         _generation_config(actor, generation),
@@ -239,13 +263,13 @@ def generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([recorder]),
-            tokenizer=tokenizer if config.stop else None,
+            stopping_criteria=StoppingCriteriaList(criteria),
             synced_gpus=synced_gpus,
             **cache_options(actor, config),
         )
     recorder.note(sequences[:, -1])
     logprobs = torch.stack(recorder.chosen, 1).tolist()
-    answers = [_until_end(ids, set(ends), tokenizer, config.stop) for ids in sequences[:, P:].tolist()]
+    answers = [_until_end(row, ids, set(ends), stops) for row, ids in enumerate(sequences[:, P:].tolist())]
     return Answers(
         ids=[ids for ids, _ in answers],
         ended=[ended for _, ended in answers],
@@ -269,28 +293,15 @@ def _generation_config(actor: Any, generation: GenerationConfig) -> Iterator[Non
         model.generation_config, model.config.use_cache = own, cache
 
 
-def _until_end(
-    ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]
-) -> tuple[list[int], bool]:
-    """The tokens up to and with the first end token, or the one that completes a stop text; and whether there was one.
+def _until_end(row: int, ids: list[int], ends: set[int], stops: StopTexts) -> tuple[list[int], bool]:
+    """The tokens up to and with the first end token, or the one that completes a stop text; and whether there is one.
 
-    `ids` may go on with padding, which may be the end token.
+    Padding, which may be the end token, can follow it.
     """
-    length = next((position + 1 for position, token in enumerate(ids) if token in ends), None)
-    kept = ids[:length]
-    if stop:
-        low, high = 1, len(kept)  # a prefix with a stop text in it stays one when it grows
-        if _has(kept, tokenizer, stop):
-            while low < high:
-                middle = (low + high) // 2
-                low, high = (low, middle) if _has(kept[:middle], tokenizer, stop) else (middle + 1, high)
-            return kept[:low], True
-    return kept, length is not None
-
-
-def _has(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> bool:
-    text = tokenizer.decode(ids)
-    return any(x in text for x in stop)
+    for length, token in enumerate(ids, start=1):
+        if token in ends or (stops.stop and stops.completed(row, ids, length)):
+            return ids[:length], True
+    return ids, False
 
 
 def drop_long_prompts(

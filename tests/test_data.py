@@ -10,7 +10,7 @@ from tiny import byte_tokenizer, tiny_llama
 from tokenizers.processors import TemplateProcessing
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.data import Prompts, as_text, columns, prompt_ids, read_jsonl, read_prompts
+from ppo_fast.data import RESERVED, Prompts, as_text, check_rows, columns, prompt_ids, read_jsonl, read_prompts
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.reward import RewardModel, score
 from ppo_fast.sample import GenerateSampler, drop_long_prompts, respond
@@ -55,6 +55,9 @@ def test_rows_keep_their_other_fields_and_unicode(tmp_path):
         ('{"prompt": 3}\n', r"line 1: field 'prompt' must be a string or a list of messages, got int"),
         ("[1]\n", r"line 1: expected a JSON object, got list"),
         ('{"prompt": "a", "completions": 1}\n', r"line 1: field 'completions' clashes"),
+        ('{"prompt": "a", "raw_completions": 1}\n', r"line 1: field 'raw_completions' clashes"),
+        ('{"prompt": "a", "completion_ids": 1}\n', r"line 1: field 'completion_ids' clashes"),
+        ('{"prompt": "a", "ended": 1}\n', r"line 1: field 'ended' clashes"),
         ('{"prompt": []}\n', r"line 1: the prompt is empty: a chat without messages"),
         ('{"prompt": ["hi"]}\n', r"line 1: message 1 must be \{\"role\": text, \"content\": text\}, got hi"),
         ('{"prompt": [{"role": "user", "content": ["x"]}]}\n', r"line 1: message 1 must be"),
@@ -65,6 +68,18 @@ def test_rows_keep_their_other_fields_and_unicode(tmp_path):
 def test_a_bad_line_is_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_jsonl(write(tmp_path, text), "prompt")
+
+
+@pytest.mark.parametrize("name", [name for name in RESERVED if name != "prompt"])
+def test_a_column_with_a_name_that_rewards_get_is_an_error(tmp_path, name):
+    row = {"prompt": "a", name: [1]}
+    with pytest.raises(UserError, match=f"prompt 1: field '{name}' clashes"):
+        check_rows([{"prompt": "a"}, row])
+    with pytest.raises(UserError, match=f"prompt 0: field '{name}' clashes"):
+        Prompts([row])
+    with pytest.raises(UserError, match=f"line 1: field '{name}' clashes"):
+        read_jsonl(write(tmp_path, json.dumps({"question": "a", name: 1})), "question")
+    assert read_jsonl(write(tmp_path, json.dumps({name: "a", "answer": 1})), name) == [{"prompt": "a", "answer": 1}]
 
 
 def test_a_missing_file_and_a_wrong_encoding_are_named(tmp_path):

@@ -13,6 +13,7 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.decoding import AnswerText
 from ppo_fast.errors import UserError
 from ppo_fast.evaluate import Evaluation, distinct, explain, markdown, own_random_state, show, visible, write
 from ppo_fast.sample import generate
@@ -152,7 +153,7 @@ def test_a_token_is_explained_by_numbers_of_another_token_or_answer():
     row = max(range(len(sums)), key=sums.__getitem__)
     ids = rollout.completion_ids[row]
     assert found.answer == rollout.completions[row]
-    assert found.tokens == [visible(trainer.tokenizer, i) for i in ids]
+    assert found.tokens == [visible(AnswerText(trainer.tokenizer, [[97]]), i) for i in ids]
     prompt = byte_tokenizer()(found.prompt)["input_ids"]
     with torch.no_grad():
         logits = trainer.actor(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
@@ -166,12 +167,12 @@ def test_a_token_is_explained_by_numbers_of_another_token_or_answer():
 @pytest.mark.parametrize(("token", "shown"), [(" ", "␣"), ("\n", "\\n"), ("\x1b", "\\x1b"), ("a", "a")])
 def test_a_token_is_invisible_or_obeyed_by_the_terminal(token, shown):
     tokenizer = byte_tokenizer()
-    assert visible(tokenizer, tokenizer(token)["input_ids"][0]) == shown
+    assert visible(AnswerText(tokenizer, []), tokenizer(token)["input_ids"][0]) == shown
 
 
 def test_half_a_character_is_drawn_as_nothing():
     tokenizer = byte_tokenizer()
-    assert visible(tokenizer, tokenizer("é")["input_ids"][0]) == "Ã"  # its name in the vocabulary
+    assert visible(AnswerText(tokenizer, []), tokenizer("é")["input_ids"][0]) == "Ã"  # its name in the vocabulary
 
 
 def test_the_best_model_is_overwritten_by_a_worse_one(tmp_path):

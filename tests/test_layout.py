@@ -18,7 +18,7 @@ LEVELS = [
     {"kernels"},
     {"checks", "config"},
     {"ops"},
-    {"", "data", "device", "rollout", "checkpoint", "flash_calls"},  # "" is ppo_fast/__init__.py
+    {"", "data", "decoding", "device", "rollout", "checkpoint", "flash_calls"},  # "" is ppo_fast/__init__.py
     {"interrupt", "invariants", "lock", "meeting"},
     {"flash"},
     {"attention"},

@@ -352,6 +352,7 @@ def test_joined_rollouts_mix_up_prompts_answers_or_columns():
     whole = join_rollouts([part([[1, 2, 3]], [[4]]), part([[5], [6, 7]], [[8, 8, 8], [0]], extra=["x", "y"])], 9)
     assert whole.tokens.tolist() == [[1, 2, 3, 4, 9, 9], [9, 9, 5, 8, 8, 8], [9, 6, 7, 0, 9, 9]]
     assert whole.completion_ids == [[4], [8, 8, 8], [0]]
+    assert whole.raw_completions == ["[4]", "[8, 8, 8]", "[0]"]
     assert whole.columns == {"prompt": ["[1, 2, 3]", "[5]", "[6, 7]"], "extra": [None, "x", "y"]}
     assert whole.logprobs is not None
     assert whole.logprobs.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]]

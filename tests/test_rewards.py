@@ -90,7 +90,7 @@ def test_question_answering_follows_squad(answer, right, exact, shared):
         ("3/4", Fraction(3, 4)),
         ("1 1/2 cups", Fraction(3, 2)),
         ("½", Fraction(1, 2)),
-        ("5/0", 5),
+        ("5/0", None),
         ("6.02 x 10^23", Fraction(602) * 10**21),
         (r"6.02 \times 10^{-2}", Fraction(602, 10000)),
         ("2^{10}", 1024),
@@ -110,6 +110,100 @@ def test_question_answering_follows_squad(answer, right, exact, shared):
 )
 def test_the_number_of_an_answer(text, number):
     assert number_in(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### Step 1: add\n2 + 40 = 42\n#### Step 2: conclude\nThe answer is \\boxed{42}.", 42),
+        ("### Solution\n#### 2. Multiply\n6 * 7 = 42\n\nSo the answer is 42.", 42),
+        ("#### 1 Add\n2 + 3 = 5\n#### 2 Multiply\n5 * 2 = 10\n#### 10", 10),
+        ("2+40=42\n#### 42\n\nQuestion: What is 3+4?\nAnswer: 3+4=7\n#### 7", 42),  # the answer, and another problem
+        ("#### 42" + " and the reasoning above confirms it." * 30, 42),
+        ("#### The final answer is **42**\nNote that 3 < 4", 42),
+        ("#### \\boxed{42}\nin 3 steps", 42),
+        ("##### 3\nso 4", 4),
+        ("#### 1,23,456", 123_456),
+        ("answer ####\n42", 42),
+        (r"\boxed{\frac{1.5}{3}}", Fraction(1, 2)),
+        (r"\boxed{\frac{3}{-4}}", Fraction(-3, 4)),
+        (r"\boxed{-\frac{1}{2}}", Fraction(-1, 2)),
+        (r"\boxed{\frac{-3}{-4}}", Fraction(3, 4)),
+        (r"\boxed{\dfrac12}", Fraction(1, 2)),
+        (r"\boxed{x = - 5}", -5),
+        ("x = - 5", -5),
+        ("- 5", -5),
+        ("First:\n- 5 apples\n- 3 pears", 3),  # bullets
+        ("1 000 000", 1_000_000),
+        ("Answer: 1 000 000", 1_000_000),
+        (r"\boxed{10 000}", 10_000),
+        ("in groups of 5 100 came", 100),
+        ("1,23,456", 123_456),
+        (r"\boxed{12,34,567.5}", Fraction(12345675, 10)),
+        (r"\boxed{1.5\times10^3}", 1500),
+        (r"\boxed{50\%}", 50),
+        (r"\boxed{10^\circ}", 10),
+        (r"\boxed{10^{\circ}}", 10),
+        (r"\boxed{45\degree}", 45),
+        (r"\boxed{\text{(B) } 12}", 12),
+        (r"\boxed{5\text{ cm}^2}", 5),
+        (r"\boxed{\text{12 km}}", 12),
+        (r"\boxed{12\ \mathrm{m/s}}", 12),
+        (r"\boxed{AB = 12 \text{ m}}", 12),
+        (r"\boxed{30 km/h}", 30),
+        (r"\boxed{(-3)}", -3),
+        (r"\boxed{\$1{,}000.50}", Fraction(2001, 2)),
+        (r"\fbox{7} is the answer to 3", 7),
+        (r"$\boxed 9$ not 8", 9),
+        (r"\boxed{42", 42),  # cut by its length
+    ],
+)
+def test_a_number_is_read_from_a_mark_or_a_box_before_the_rest(text, number):
+    assert number_in(text) == number
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            r"3\sqrt2",
+            r"3\sqrt{2}",
+            r"\sqrt{2}",
+            r"2\pi",
+            r"\frac{2}{3}\pi",
+            r"\frac{2\pi}{3}",
+            "(1, 4)",
+            "1, 2",
+            "3-5",
+        ),
+        *(
+            "3-5",
+            r"0.\overline{3}",
+            r"5 \pm 1",
+            r"\pm 3",
+            r"\infty",
+            "5_8",
+            "2x",
+            "2xy",
+            "x + 2",
+            "3:4",
+            "5!",
+            "",
+            "1/0",
+        ),
+        *(r"\frac{1}{0}", r"12 \text{ or } 13", r"12 \text{ or } 130", "x > 3", r"\log 5", r"2^{x}", "[0, 1)"),
+    ],
+)
+def test_a_box_that_is_not_wholly_a_number_has_none(content):
+    assert number_in(rf"3 + 4 = 7, so it is \boxed{{{content}}}") is None
+    assert numeric(P, [rf"\boxed{{{content}}}"], ["3"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "text", [r"so it is 3\sqrt{2}.", r"it is 2\pi", r"x = 0.\overline{3}", "r = \u221a2", "2\u03c0"]
+)
+def test_a_number_that_is_a_part_of_another_is_not_read(text):
+    assert number_in(text) is None
 
 
 def test_a_right_number_is_right_in_any_dress_and_a_near_one_only_within_the_tolerance():

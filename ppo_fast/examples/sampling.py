@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import prompt_ids, read_prompts
+from ppo_fast.decoding import AnswerText
 from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
 from ppo_fast.models import load_actor
@@ -65,7 +66,7 @@ def compare(
     for name, options in WAYS.items():
         torch.manual_seed(config.seed)
         answers = sampler.sample(ids, dataclasses.replace(config, **options))
-        texts = tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
+        texts = AnswerText(tokenizer, ids).decode(answers.ids)
         found[name] = Found(
             likelihood=statistics.mean(judge(prompts, texts, answers.ids)),
             diversity=statistics.mean(group_diversity(prompts, texts)),

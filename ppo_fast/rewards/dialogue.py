@@ -75,13 +75,23 @@ def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int 
 def stays_in_role(
     prompts: Sequence[Any],
     completions: Sequence[str],
+    raw_completions: Sequence[str] | None = None,
+    ended: Sequence[bool] | None = None,
     *,
     others: Sequence[str] = ("user", "human", "system", "assistant", "customer", "question", "q"),
 ) -> list[float]:
     """0 for an answer in which somebody else begins to speak, else 1.
 
     That is a line that begins with one of `others` and a colon, perhaps bold or as a heading ("### Human:"),
-    or a mark of a chat template such as <|im_start|>, [INST] or <start_of_turn>.
+    or a mark of a chat template such as <|im_start|>, [INST] or <start_of_turn>. In many tokenizers these are special
+    tokens, which only the raw text has; the mark that ends an answer is allowed.
+
+    Args:
+        prompts: [B], not looked at.
+        completions: [B] answers.
+        raw_completions: [B] answers with their special tokens, which the trainer passes.
+        ended: [B] bools, True for an answer with an end token, which the trainer passes.
+        others: names of other speakers, in any case.
 
     >>> stays_in_role(["Hi"] * 2, ["Hello! How are you?", "Hello!\\nUser: fine\\nAssistant: good"])
     [1.0, 0.0]
@@ -90,7 +100,17 @@ def stays_in_role(
         raise ValueError(f"others must be a list of names, got the text {others!r}")
     names = "|".join(map(re.escape, others))
     speaker = re.compile(rf"^[ \t#*_>]*(?:{names})[\s*_]*[:\uff1a]", re.IGNORECASE | re.MULTILINE)
-    return [0.0 if speaker.search(text) or _TEMPLATE.search(text) else 1.0 for text in completions]
+    raws = completions if raw_completions is None else raw_completions
+    finished = [False] * len(raws) if ended is None else ended
+    return [
+        0.0 if speaker.search(text) or _TEMPLATE.search(text) or _marked(raw, done) else 1.0
+        for text, raw, done in zip(completions, raws, finished, strict=True)
+    ]
+
+
+def _marked(raw: str, ended: bool) -> bool:
+    """Whether an answer's raw text has a mark of a template besides the one that ends it."""
+    return any(not (ended and mark.end() == len(raw)) for mark in _TEMPLATE.finditer(raw))
 
 
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<<SYS>>|</?(?:start|end)_of_turn>|###\s*(?:Instruction|Input)", re.I)

@@ -75,21 +75,32 @@ class Fluency:
 
         if not completions:
             return []
-        if self.same_tokens:
-            if completion_ids is None:
-                raise UserError("same_tokens needs completion_ids")
-            answers = [list(ids) for ids in completion_ids]
+        asked = prompt_ids(self.tokenizer, prompts)
+        if not self.same_tokens:
+            answers = list(map(self._continuation, prompts, asked, completions))
+        elif completion_ids is None:
+            raise UserError("same_tokens needs completion_ids")
         else:
-            answers = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+            answers = [list(ids) for ids in completion_ids]
         end = self.tokenizer.eos_token_id
-        pairs = [
-            self._cut(asked or [end], answer or [end])
-            for asked, answer in zip(prompt_ids(self.tokenizer, prompts), answers, strict=True)
-        ]
+        pairs = [self._cut(before or [end], answer or [end]) for before, answer in zip(asked, answers, strict=True)]
         found: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
             found += self._judge(pairs[start : start + self.batch_size])
         return found
+
+    def _continuation(self, prompt: Any, asked: list[int], completion: str) -> list[int]:
+        """An answer's tokens after its prompt's; those of the answer alone where its first one joins the prompt's last.
+
+        Alone, tokenizers of the SentencePiece kind would put a space before the first word.
+        """
+        chat = not isinstance(prompt, str)
+        if chat:
+            prompt = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = self.tokenizer(prompt + completion, add_special_tokens=not chat)["input_ids"]
+        if whole[: len(asked)] == asked:
+            return whole[len(asked) :]
+        return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""

@@ -10,22 +10,35 @@ from ppo_fast.rewards.matching import rows_of
 from ppo_fast.rewards.overlap import package
 
 
-def matches(prompts: Sequence[Any], completions: Sequence[str], pattern: str | Sequence[str]) -> list[float]:
+def matches(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    pattern: str | Sequence[str],
+    raw_completions: Sequence[str] | None = None,
+    *,
+    raw: bool = False,
+) -> list[float]:
     """1 where a regular expression matches the whole answer, blanks around it aside, else 0; "." matches newlines.
 
     Args:
         prompts: [B], not looked at.
         completions: [B] answers.
         pattern: one expression for all, or a column of [B].
+        raw_completions: [B] answers with their special tokens, which the trainer passes; for raw=True only.
+        raw: the pattern is for the raw text, in which the end token and special tokens such as <think> are visible.
 
     Raises:
-        ValueError: the pattern is none, or an answer has none.
+        ValueError: the pattern is none, or an answer has none; or raw=True without raw_completions.
 
     An expression like (a+)+b can take for ever on an unlucky answer: run such a one in a `Pool`.
 
     >>> matches(["1 + 1?"] * 2, ["<think>two</think> 2", "2"], pattern="<think>.*</think>.*")
     [1.0, 0.0]
     """
+    if raw:
+        if raw_completions is None:
+            raise ValueError("raw=True needs raw_completions")
+        completions = raw_completions
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
     return [
         float(_compiled(one).fullmatch(completion.strip()) is not None)

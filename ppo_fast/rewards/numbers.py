@@ -3,22 +3,34 @@
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 from ppo_fast.rewards.matching import best_of
 
+_CURRENCY = "[$€£¥₹]"
 _SIGN = r"(?P<sign>(?<![\w)\]}])[-+])?"
-_MONEY = r"(?:[$€£¥₹]\s?)?"
+_MONEY = rf"(?:{_CURRENCY}\s?)?"
+_DECIMAL = r"\d+(?:\.\d+)?"
 _DIGITS = r"(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _TEN = r"[eE](?P<e>[-+]?\d+)(?!\w)|\s*(?:\u00d7|\*|x)\s*10\^\{?(?P<ten>[-+]?\d+)\}?"
-_NUMBER = re.compile(
+_ONE = (
     rf"{_SIGN}{_MONEY}(?<![A-Za-z\d_./^])(?:"
-    rf"(?:(?P<whole>\d+)\s+)?(?P<top>\d+)/(?P<bottom>0*[1-9]\d*)(?![\d/])"  # 3/4, 1 1/2
+    rf"(?:(?P<whole>\d+)\s+)?(?P<top>{_DECIMAL})/(?P<bottom>{_DECIMAL})(?![\d/])"  # 3/4, 1 1/2
     rf"|{_DIGITS}(?:{_TEN}|\^\{{?(?P<power>[-+]?\d+)\}}?)?)"  # 1,234.5, 2e-3, 2 x 10^3, 2^{{10}}
 )
-_FRACTION = re.compile(r"(\d\s*)?\\[dtc]?frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_NUMBER = re.compile(_ONE)
+_UNIT = r"\s*[%\u00b0]|\s*(?:km|cm|mm|kg|mg|ml|mL)\b|\s+[^\W\d_]{2}[^\d\\=+*^_(){}<>|]*"
+_ALONE = re.compile(rf"(?:(?:[^\W\d_]+(?:_\{{?\w+\}}?)?\s*)?=\s*)?{_CURRENCY}?(?:{_ONE})(?:{_UNIT})?\s*{_CURRENCY}?")
+_PART = r"(?:\{\s*([-+]?\d+(?:\.\d+)?)\s*\}|(\d))"
+_FRACTION = re.compile(rf"(\d\s*)?\\[dtc]?frac\s*{_PART}\s*{_PART}")
+_WORDS = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\s*\{([^{}]*)\}(\^\{?[-+]?\d+\}?)?")
+_MARK = re.compile(r"(?<!#)####(?!#)[\s*(]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)?[\s*]*)?", re.IGNORECASE)
+_HEADING = re.compile(r"[.):]\s*[^\W\d]")  # after a number: "#### 2. Multiply"
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_INSIDE = re.compile(r"(?:\\(?:sqrt|overline|log|ln)\s*(?:\[[^\]]*\])?\s*\{?|\u221a)\s*$")  # before a number
+_TIMES = re.compile(r"\s*(?:\\(?:sqrt|overline|pi|infty)|[\u03c0\u221a\u221e])")  # after it
 _LONGEST = 400  # characters of a number, and its largest power: a model may write anything
 
 
@@ -53,22 +65,42 @@ def numeric(
 
 
 def number_in(text: str) -> Fraction | None:
-    r"""The number after the last "####" (GSM8K's mark), else in the last \boxed{}, else the last of all; exactly.
+    r"""The number that an answer gives, exactly; None: there is none.
 
-    Thousands with commas or thin blanks, signs, currencies and units, decimals, powers of ten, fractions (3/4, 1 1/2,
-    \frac{3}{4}) and digits of all scripts are read; a percentage counts as its number. None: there is no number.
+    It is, of these the first that there is:
+
+    - the whole text, if it is a number
+    - the first number that has a line to itself after "####" (GSM8K's mark); a heading such as "#### Step 2" is no mark
+    - what the last \boxed{} has, which must be a number: \boxed{2\pi} and \boxed{(1, 4)} give None
+    - the number after the last "####"
+    - the last number of all
+
+    Thousands with commas or thin spaces, signs, currencies and units, decimals, powers of ten, fractions (3/4, 1 1/2,
+    \frac{3}{4}) and digits of all scripts are read; a percentage counts as its number. In a box, or alone, a number may
+    also have the equation's left side before it (x = 5), spaces between thousands, or Indian groups (1,23,456).
 
     >>> number_in("so 3 + 4 = 7 apples, -$1,234.50 in all"), number_in(r"\boxed{\frac{1}{2}} of 10"), number_in("none")
     (Fraction(-2469, 2), Fraction(1, 2), None)
     """
     text = _plain(text)
-    if "####" in text:
-        found = _NUMBER.search(text.rpartition("####")[2])
-    else:
-        found = None
-        for found in _NUMBER.finditer(_boxed(text)):  # noqa: B007  the last one is wanted
-            pass
-    return None if found is None else _value(found)
+    if (found := _alone(text)) is not None:
+        return _value(found)
+    marked = list(_marked(text))
+    for _, line in marked:
+        found = _alone(line)
+        if found is not None and not re.search(r"[^\W\d_]{2}", line):  # "#### 1 Add" may be a heading
+            return _value(found)
+    if (box := _boxed(text)) is not None:
+        found = _alone(box)
+        return None if found is None else _value(found)
+    if marked:
+        return _value(marked[-1][0])
+    found = None
+    for found in _NUMBER.finditer(text):  # noqa: B007  the last one is wanted
+        pass
+    if found is None or _INSIDE.search(text, 0, found.start()) or _TIMES.match(text, found.end()):
+        return None
+    return _value(found)
 
 
 def _plain(text: str) -> str:
@@ -77,25 +109,64 @@ def _plain(text: str) -> str:
     text = re.sub("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 2 and a half is not 21/2
     text = re.sub("[\u207a\u207b]?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", r"^\g<0>", text)  # nor 10 squared 102
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u066b", ".").replace("\u066c", ",")
-    for latex, plain in {"{,}": ",", "\\,": "", "\\!": "", "\\$": "$", "\\times": "*", "\\cdot": "*"}.items():
+    text = re.sub(r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z])|\\degrees?(?![A-Za-z]))", "\u00b0", text)
+    for latex, plain in _LATEX.items():
         text = text.replace(latex, plain)
     text = re.sub("[\u2010-\u2013\u2212]", "-", text)
+    text = _WORDS.sub(lambda m: m[1] + (m[2] or "") if re.search(r"\d", m[1]) else " ", text)
     text = re.sub(r"(?<!\d)\^(?:\{[^{}]*\}|[-+]?\d+)", "", text)  # of units and unknowns: cm^{2}, s^-1
-    return _FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[3]}/{m[4] or m[5]}", text)
+    text = re.sub(r"([=:(][ \t]*)([-+])[ \t]+(?=[\d.$\\])", r"\1\2", text)  # x = - 5
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3}){2,}(?![\d,])", lambda m: m[0].replace(" ", ""), text)  # 1 000 000
+    return _FRACTION.sub(_fraction, text)
 
 
-def _boxed(text: str) -> str:
-    """What stands in the last \\boxed{}, or the text itself."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return text
-    start += len("\\boxed{")
-    depth = 1
+_LATEX = {"{,}": ",", "\\,": "", "\\!": "", "\\;": " ", "\\ ": " ", "~": " ", "\\$": "$", "\\%": "%"}
+_LATEX |= {"\\times": "*", "\\cdot": "*", "\\left": "", "\\right": "", "\\displaystyle": ""}
+
+
+def _fraction(found: re.Match[str]) -> str:
+    """A LaTeX fraction as top/bottom, with the sign before the top."""
+    top, bottom = found[2] or found[3], found[4] or found[5]
+    negative = top.startswith("-") != bottom.startswith("-")
+    return f"{found[1] + ' ' if found[1] else ''}{'-' * negative}{top.lstrip('+-')}/{bottom.lstrip('+-')}"
+
+
+def _alone(text: str) -> re.Match[str] | None:
+    """The number that a text consists of."""
+    text = text.strip().removesuffix(".").strip("*").removeprefix("\\(").removesuffix("\\)").strip()
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1].strip()
+    text = re.sub(r"^([-+])\s+", r"\1", text)
+    text = re.sub(r"(?<![\d.,])(?:\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?: \d{3})+)(?![\d,])", _ungrouped, text)
+    return _ALONE.fullmatch(text)
+
+
+def _ungrouped(found: re.Match[str]) -> str:
+    return found[0].replace(",", "").replace(" ", "")
+
+
+def _marked(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """The numbers after "####", each with the rest of its line."""
+    for mark in _MARK.finditer(text):
+        found = _NUMBER.match(text, mark.end())
+        if found is not None and not _HEADING.match(text, found.end()):
+            yield found, text[mark.end() :].partition("\n")[0]
+
+
+def _boxed(text: str) -> str | None:
+    """What the last \\boxed{} has; None: there is none."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    start = boxes[-1].end()
+    if text[start : start + 1] != "{":
+        return re.split(r"[\s$]", text[start:], maxsplit=1)[0]
+    depth = 0
     for end in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return text[start:end]
-    return text[start:]
+            return text[start + 1 : end]
+    return text[start + 1 :]
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
@@ -105,7 +176,10 @@ def _value(found: re.Match[str]) -> Fraction | None:
     if max(abs(ten), abs(power)) > _LONGEST:
         return None
     if found["bottom"]:
-        value = int(found["whole"] or 0) + Fraction(int(found["top"]), int(found["bottom"]))
+        bottom = Fraction(found["bottom"])
+        if bottom == 0:
+            return None
+        value = int(found["whole"] or 0) + Fraction(found["top"]) / bottom
     else:
         base = Fraction(found["digits"].replace(",", "")) * Fraction(10) ** ten
         if base == 0 and power < 0:

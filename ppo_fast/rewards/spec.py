@@ -119,7 +119,7 @@ def load_reward(spec: str) -> Any:
             return function(**options)
         except UserError:
             raise
-        except Exception as error:  # user code
+        except (Exception, SystemExit) as error:  # user code
             raise UserError(f"{spec}: {_told(error)}") from error
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -165,7 +165,7 @@ def _named(spec: str, module_name: str, name: str) -> Any:
             module = importlib.import_module(module_name)
     except (ImportError, OSError, SyntaxError) as error:
         raise UserError(f"cannot import the reward {spec!r}: {error}") from error
-    except Exception as error:  # user code
+    except (Exception, SystemExit) as error:  # user code
         raise UserError(f"cannot import the reward {spec!r}: {_told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -173,7 +173,7 @@ def _named(spec: str, module_name: str, name: str) -> Any:
     return function
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
