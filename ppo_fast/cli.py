@@ -123,6 +123,12 @@ def build_parser() -> tuple[_Parser, _Parser]:
         default=False,
         help="go on from the newest checkpoint in OUT, or start if there is none yet; with the same options and data",
     )
+    train.add_argument(
+        "--allow-changes",
+        action="store_true",
+        default=False,
+        help="with --resume: continue although prompts, rewards or tokenizer have changed since the checkpoint",
+    )
     for option in dataclasses.fields(PPOConfig):
         add_option(train, option)
     commands.add_parser("classic", help="train on a Gymnasium environment: ppo-fast classic --help", add_help=False)
@@ -277,7 +283,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     )
     trainer.run_options = run
     if arguments.resume:
-        trainer.resume()
+        trainer.resume(allow_changes=arguments.allow_changes)
     trainer.train()
     if trainer.stopped_by is not None:
         if trainer.world.first and not config.quiet:

@@ -13,6 +13,20 @@ from ppo_fast.errors import UserError
 BROKEN = "\ufffd"  # what decoders write for a part of a character
 
 
+CONTROL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+def control_tokens(tokenizer: Any) -> set[int]:
+    """Special tokens that are not part of a text: those with a role, and the marks of the chat template.
+
+    Other special tokens, such as <think>, are what a model writes, and stay in the text.
+    """
+    named: set[Any] = {getattr(tokenizer, f"{role}_token_id", None) for role in CONTROL}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    marks = {i for i in tokenizer.all_special_ids if tokenizer.convert_ids_to_tokens(i) in template}
+    return marks | (named - {None})
+
+
 class AnswerText:
     """Decodes the answers to some prompts.
 
@@ -42,17 +56,17 @@ class AnswerText:
                 break
             tried.add(token)
 
-    def decode(self, answers: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
-        """The text of each answer, in the order of the prompts."""
+    def decode(self, answers: Sequence[Sequence[int]], *, clean: bool = True) -> list[str]:
+        """The text of each answer, in the order of the prompts; `clean`: without `control_tokens`."""
+        if clean:
+            control = control_tokens(self.tokenizer)
+            answers = [[token for token in ids if token not in control] for ids in answers]
         before = [self._anchor if continues else [] for continues in self.continues]
         texts = self.tokenizer.batch_decode(
-            [[*first, *ids] for first, ids in zip(before, answers, strict=True)],
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
+            [[*first, *ids] for first, ids in zip(before, answers, strict=True)], clean_up_tokenization_spaces=False
         )
         return [
-            self._rest(text, ids, skip_special_tokens) if first else text
-            for text, first, ids in zip(texts, before, answers, strict=True)
+            self._rest(text, ids) if first else text for text, first, ids in zip(texts, before, answers, strict=True)
         ]
 
     def token(self, token: int) -> str:
@@ -72,17 +86,15 @@ class AnswerText:
         return self._plain(ids[:length])  # the first token may lose its space here
 
     def _after_anchor(self, ids: Sequence[int]) -> str:
-        return self._rest(self._plain([*self._anchor, *ids]), ids, False)
+        return self._rest(self._plain([*self._anchor, *ids]), ids)
 
-    def _rest(self, text: str, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def _rest(self, text: str, ids: Sequence[int]) -> str:
         if text.startswith(self._anchor_text):
             return text[len(self._anchor_text) :]
-        return self._plain(ids, skip_special_tokens)
+        return self._plain(ids)
 
-    def _plain(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def _plain(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 class StopTexts:

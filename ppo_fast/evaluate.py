@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
 from ppo_fast.decoding import BROKEN, AnswerText
+from ppo_fast.device import derived_seed
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
@@ -118,10 +119,10 @@ class Evaluator:
         if config.eval_greedy:
             config = dataclasses.replace(config, top_k=1)  # which every sampler understands
         world = self.world
-        with own_random_state(devices.derived_seed(config.seed, world.rank), self.device):
+        with own_random_state(derived_seed(config.seed, world.rank), self.device):
             mine = respond(self.sampler, self.tokenizer, world.share(self.rows), config, self.device)
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
-        reward_means = world.mean(reward_means, len(mine))
+        reward_means = world.combined(reward_means, len(mine))
         rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         minibatches = cut_as(rollout, list(range(len(rollout))), config, world)
         judged = judge(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world)

@@ -122,7 +122,6 @@ def advantages_of(
         mask,
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
-        score_clip=config.score_clip,
         gamma=config.gamma,
         lam=config.lam,
         bootstrap=bootstrap,

@@ -156,11 +156,24 @@ class World:
         parts, theirs = [part for part, _ in found], [some for _, some in found]
         return join_rollouts(parts, pad).to(self.device), _join_scores(parts, theirs).to(self.device)
 
-    def mean(self, means: dict[str, float], count: int) -> dict[str, float]:
-        """Means over all processes' answers from each one's, with the number of its answers."""
-        found = self.gather((means, count))
+    def combined(self, metrics: dict[str, float], count: int) -> dict[str, float]:
+        """Metrics over all processes' answers from each one's, with the number of its answers.
+
+        What counts (`reward_failed/NAME`) is summed, and of means the mean is taken.
+        """
+        found = self.gather((metrics, count))
         total = sum(n for _, n in found)
-        return {name: sum(m[name] * n for m, n in found) / total for name in means}
+        return {
+            name: sum(m[name] for m, _ in found)
+            if name.startswith("reward_failed/")
+            else sum(m[name] * n for m, n in found) / total
+            for name in metrics
+        }
+
+    def slowest(self, seconds: dict[str, float]) -> dict[str, float]:
+        """The largest of each figure over processes, as of times: all wait for the slowest process."""
+        found = self.gather(seconds)
+        return {name: max(theirs[name] for theirs in found) for name in seconds}
 
     def wrap(self, policy: nn.Module, *, dtype: str, unused_parameters: bool) -> None:
         """Makes the policy one of several. Collective; after it `module` is to be called, and `full` shows weights."""

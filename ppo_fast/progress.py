@@ -117,7 +117,6 @@ class Progress:
     def show(self, metrics: dict[str, float], rollout: Rollout | None) -> None:
         """One step's line, and every `show_samples_every` steps its table of answers."""
         step = int(metrics["step"])
-        metrics = {**metrics, **peak_memory(self.device)}
         self.record(metrics)
         self.bar.update(self.task, completed=step)
         if self.lines % HEADING_EVERY == 0:

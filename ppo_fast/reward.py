@@ -25,7 +25,8 @@ RewardFunction = Callable[..., Sequence[Any]]
 """f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
 
     prompts: [B] texts or chats, as they are in the data
-    completions: [B] texts of the answers, without special tokens; one may begin with a space, as the model wrote it
+    completions: [B] texts of the answers, without end token, padding and marks of the chat template; special tokens
+        that are content, such as <think>, are in it; one may begin with a space, as the model wrote it
 
 `columns` are the data set's other columns, and
 
@@ -51,8 +52,10 @@ def score(
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of all reward functions: scores [B], or [B, T] if one judges tokens; and each one's mean.
 
-    A number for a whole answer stands at the answer's last token. The sums are also noted in `rollout.scores`, the
-    means are unweighted. Raises RewardError, which names function and sample.
+    A number for a whole answer is at the answer's last token. The sums are clamped to +-config.score_clip, and then the
+    penalty of an answer that did not end is subtracted. What is noted in `rollout.scores` is not clamped, and the means
+    are unweighted. `reward_failed/NAME` counts the answers that a Pool could not judge. Raises RewardError, which names
+    function and sample.
     """
     # the stream of all rewards: Python's generator is part of checkpoints, and sampling does not use it
     stream = random.getrandbits(64)
@@ -63,17 +66,20 @@ def score(
             means[f"reward_failed/{name}"] = float(failed)
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
     weighted = [_weighted(values, (weights or {}).get(name, 1.0)) for name, values in results.items()]
-    everything: list[Sequence[float | list[float]]] = [*weighted, penalties]
-    rollout.scores = [sum(_total(values[row]) for values in everything) for row in range(len(rollout))]
-    if all(isinstance(value, float) for values in everything for value in values):
-        return upload(torch.tensor(everything).sum(0), rollout.device), means
+    rollout.scores = [sum(_total(values[row]) for values in weighted) + x for row, x in enumerate(penalties)]
+    limit = math.inf if config.score_clip is None else config.score_clip
+    if all(isinstance(value, float) for values in weighted for value in values):
+        scores = torch.tensor(weighted).sum(0).clamp_(-limit, limit) + torch.tensor(penalties)
+        return upload(scores, rollout.device), means
     scores = torch.zeros(len(rollout), rollout.answer_width)
-    for values in everything:
+    last = torch.tensor(rollout.answer_lengths) - 1
+    for values in weighted:
         for row, value in enumerate(values):
             if isinstance(value, float):
-                scores[row, rollout.answer_lengths[row] - 1] += value
+                scores[row, last[row]] += value
             else:
                 scores[row, : len(value)] += torch.tensor(value)
+    scores.clamp_(-limit, limit)[torch.arange(len(rollout)), last] += torch.tensor(penalties)
     return upload(scores, rollout.device), means
 
 

@@ -21,6 +21,7 @@ from ppo_fast.device import derived_seed, get_rng_state, has_weights, set_rng_st
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
 from ppo_fast.parallel import World, copy_full, full, like
+from ppo_fast.rewards.fingerprint import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from ppo_fast.trainer import PPOTrainer
@@ -71,14 +72,18 @@ def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
-def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
+def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: bool = False) -> list[str]:
     """Puts a new trainer in the state of a checkpoint; what people should know of it, in sentences. Collective.
+
+    With `allow_changes` the run continues with other prompts, rewards or another tokenizer, which a sentence names.
 
     Raises:
         UserError: it is another run's: the message says in what it differs.
     """
     state = checkpoint.state
-    _refuse_another_run(identity(trainer), state["run"], checkpoint)
+    here, there = identity(trainer), state["run"]
+    _refuse_another_run(here, there, checkpoint, allow_changes)
+    others = [name for name in CHANGEABLE if _differ(here, there, name)]
     _load(dict(learned(trainer.policy)), checkpoint.tensors["weights"], checkpoint)
     parameters = dict(trainer.policy.named_parameters())
     for which, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
@@ -88,16 +93,18 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
     trainer.prompts.dealt = state["dealt"]
     trainer.steps_done = state["step"]
     trainer.generator.set_state(checkpoint.tensors["random"]["order"])
-    here, there = made_with(trainer), state["made_with"]
-    if here["processes"] == there["processes"]:
+    made_here, made_there = made_with(trainer), state["made_with"]
+    if made_here["processes"] == made_there["processes"]:
         _restore_random(checkpoint, trainer.world.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
         transformers.set_seed(derived_seed(trainer.config.seed, trainer.world.rank, trainer.steps_done))
     options, saved = options_as_json(trainer.config), state["run"]["config"]
     changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
-    return [f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed] + _differences(
-        here, there
-    )
+    return [
+        *(f"from here on the {name} are other ones than those of {checkpoint.folder}" for name in others),
+        *(f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed),
+        *_differences(made_here, made_there),
+    ]
 
 
 def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -115,8 +122,20 @@ def identity(trainer: "PPOTrainer") -> dict[str, Any]:
         "config": options_as_json(trainer.config),
         "start model": trainer.start_digest,
         "prompts": digest_of_rows(trainer.prompts.rows),
+        "tokenizer, chat template or end tokens": trainer.tokenizer_digest,
         "rewards and their weights": trainer.reward_weights,
+        "code of the rewards": trainer.reward_digests,
     }
+
+
+# What a user may change on purpose between a run and its continuation, with allow_changes
+CHANGEABLE = ("prompts", "tokenizer, chat template or end tokens", "rewards and their weights", "code of the rewards")
+
+
+def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
+    """A short name for all of a tokenizer that changes tokens or texts, and for the tokens that end an answer."""
+    parts = [tokenizer_fingerprint(tokenizer), sorted(tokenizer.special_tokens_map.items(), key=str), ends]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def digest_of_rows(rows: list[dict[str, Any]]) -> str:
@@ -163,7 +182,13 @@ def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
     }
 
 
-def _refuse_another_run(here: dict[str, Any], there: dict[str, Any], checkpoint: Checkpoint) -> None:
+def _differ(here: dict[str, Any], there: dict[str, Any], name: str) -> bool:
+    return name in there and here[name] != there[name]  # an older checkpoint may lack it
+
+
+def _refuse_another_run(
+    here: dict[str, Any], there: dict[str, Any], checkpoint: Checkpoint, allow_changes: bool
+) -> None:
     # an option that is newer than the checkpoint had its default
     options, saved = here["config"], {**options_as_json(PPOConfig()), **there["config"]}
     free = FREE | ({"total_steps"} if options["lr_schedule"] == "constant" else set())
@@ -177,10 +202,15 @@ def _refuse_another_run(here: dict[str, Any], there: dict[str, Any], checkpoint:
         raise UserError(
             f"{checkpoint.folder} is beyond total_steps = {options['total_steps']}: there is nothing to go on with"
         )
-    for name in ("start model", "prompts", "rewards and their weights"):
-        if here[name] != there[name]:
+    if _differ(here, there, "start model"):
+        raise UserError(f"{checkpoint.folder} belongs to another run: its start model differs")
+    for name in () if allow_changes else CHANGEABLE:
+        if _differ(here, there, name):
             values = f" ({there[name]} there, {here[name]} here)" if name.startswith("rewards") else ""
-            raise UserError(f"{checkpoint.folder} belongs to another run: its {name} differ{values}")
+            raise UserError(
+                f"{checkpoint.folder} belongs to another run: its {name} differ{values}; to continue with what is here,"
+                " use --allow-changes (in Python resume(allow_changes=True))"
+            )
 
 
 def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Checkpoint) -> None:

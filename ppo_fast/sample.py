@@ -78,7 +78,7 @@ def respond(
         answer_lengths=list(map(len, answers.ids)),
         ended=[bool(x) for x in answers.ended],
         completions=texts.decode(answers.ids),
-        raw_completions=texts.decode(answers.ids, skip_special_tokens=False),
+        raw_completions=texts.decode(answers.ids, clean=False),
         columns=columns_,
         logprobs=logprobs,
         device=device,

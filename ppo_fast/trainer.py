@@ -44,6 +44,7 @@ from ppo_fast.models import (
     AdapterReference,
     Critic,
     check_tokenizer,
+    end_tokens,
     frozen_copy,
     has_trained_adapters,
     is_adapted,
@@ -54,14 +55,16 @@ from ppo_fast.models import (
 from ppo_fast.parallel import ONE, World, shard, start, whole_state
 from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
-from ppo_fast.progress import Progress
+from ppo_fast.progress import Progress, peak_memory
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
+from ppo_fast.rewards.fingerprint import reward_fingerprint
 from ppo_fast.rollout import Rollout
 from ppo_fast.run_state import (
     capture,
     check_same_weights,
     digest,
     digest_of_rows,
+    digest_of_tokenizer,
     options_as_json,
     random_state,
     restore,
@@ -121,9 +124,11 @@ class PPOTrainer:
                 "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
                 " do without"
             )
-        self.start_digest = ""
+        self.start_digest, self.tokenizer_digest, self.reward_digests = "", "", {}
         if config.out is not None:  # a checkpoint knows what it began with
             self.start_digest = self.world.find(lambda: digest(actor), of=actor)
+            self.tokenizer_digest = digest_of_tokenizer(tokenizer, end_tokens(tokenizer, actor))
+            self.reward_digests = {name: reward_fingerprint(f, digest) for name, f in self.rewards.items()}
         self.tokenizer = tokenizer
         self.device = self.world.device
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
@@ -200,11 +205,16 @@ class PPOTrainer:
             self.save("model", {"README.md": card}, progress.recorded)
         return history
 
-    def resume(self, folder: str | Path | None = None) -> bool:
-        """Goes on from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
+    def resume(self, folder: str | Path | None = None, *, allow_changes: bool = False) -> bool:
+        """Continues from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
 
         The next `train` makes bit for bit what it would have made without the interruption, on a CPU with as many
-        threads. Reward functions and samplers with a state of their own must bring it back themselves.
+        threads. Reward functions and samplers with a state of their own must restore it themselves. Later checkpoints
+        in OUT, and a later OUT/best, are removed when training begins.
+
+        Args:
+            folder: a checkpoint; the newest one in OUT if not given.
+            allow_changes: prompts, rewards and tokenizer may differ from those of the checkpoint; a note names them.
 
         Raises:
             UserError: the checkpoint is damaged, or another run's.
@@ -213,8 +223,8 @@ class PPOTrainer:
             folder = self.world.gather(checkpoint.newest(Path(self.config.out) / "checkpoints"))[0]
         if folder is None:
             return False
-        self.notes += restore(self, checkpoint.read(Path(folder)))
-        self.notes.append(f"going on after step {self.steps_done}, from {folder}")
+        self.notes += restore(self, checkpoint.read(Path(folder)), allow_changes=allow_changes)
+        self.notes.append(f"continuing after step {self.steps_done}, from {folder}")
         return True
 
     def step(self) -> dict[str, float]:
@@ -243,7 +253,7 @@ class PPOTrainer:
         with _timed(seconds, self.device, "reward"):
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
             world.meet(f"the rewards of step {self.steps_done + 1}")  # where a process can take much longer than others
-            reward_means = world.mean(reward_means, len(mine))
+            reward_means = world.combined(reward_means, len(mine))
             rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         with _timed(seconds, self.device, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
@@ -276,6 +286,7 @@ class PPOTrainer:
             self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
         self.last_rollout, self.last_experience = rollout, experience
+        seconds = world.slowest(seconds)
         return {
             "step": self.steps_done,
             "score": sum(rollout.scores) / len(rollout),
@@ -291,6 +302,7 @@ class PPOTrainer:
             "critic_lr": critic_lr,
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
+            **world.slowest(peak_memory(self.device)),
         }
 
     def _step_or_save(self, progress: Progress) -> dict[str, float]:

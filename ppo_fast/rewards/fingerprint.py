@@ -87,7 +87,7 @@ class _Description:
         if (inner := getattr(x, "__wrapped__", None)) is not None:  # of functools.lru_cache
             return "wrapped", self.of(inner)
         if hasattr(x, "get_vocab"):
-            return "tokenizer", _tokenizer(x)
+            return "tokenizer", tokenizer_fingerprint(x)
         if isinstance(x, nn.Module):
             return "model", type(x).__qualname__, self.weights(x)
         if isinstance(x, types.BuiltinFunctionType):
@@ -164,7 +164,7 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A fingerprint of a tokenizer without the truncation and padding of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}

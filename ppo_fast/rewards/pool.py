@@ -21,8 +21,8 @@ class Pool:
     """A reward function that judges one answer at a time, several of them at once, within a time limit.
 
     An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process is then killed)
-    is named in a warning and gets `fallback`; `failed` is the share of such answers in the last call, which training
-    logs.
+    is named in a warning and gets `fallback`; `failed` is the number of such answers in the last call, which
+    training logs.
 
     Args:
         reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
@@ -57,7 +57,7 @@ class Pool:
                 " module"
             ) from error
         self.timeout, self.fallback = timeout, fallback
-        self.failed = 0.0
+        self.failed = 0
         context = multiprocessing.get_context("spawn")
         self._pool = package("pebble", "pebble").ProcessPool(
             max_workers=workers, context=context, initializer=_prepare, initargs=(reward,)
@@ -91,7 +91,7 @@ class Pool:
         finally:
             for job in jobs:
                 job.cancel()
-        self.failed = failures / max(1, len(jobs))
+        self.failed = failures
         return values
 
     def columns_taken(self, columns: Mapping[str, list]) -> dict[str, list]:
