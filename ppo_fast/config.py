@@ -10,6 +10,8 @@ from typing import Any
 
 from ppo_fast.errors import UserError
 
+MAX_SEED = 2**32 - 1  # of numpy
+
 
 def setting(default: Any, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
     """A field with its help text and the closed range, or the choices, that its value must keep to."""
@@ -31,7 +33,7 @@ class PPOConfig:
     total_steps: int = setting(100, "PPO steps: rounds of sample, reward, learn", 1)
     prompts_per_step: int = setting(64, "prompts sampled in each step, by all processes together", 1)
     samples_per_prompt: int = setting(1, "answers sampled for each prompt", 1)
-    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0)
+    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0, MAX_SEED)
 
     # Models
     dtype: str = setting(
@@ -189,7 +191,7 @@ def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:
     if choices and value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"lie in [{low:g}, {high:g}]" if high is not None else f"be at least {low:g}"
+        bounds = f"lie in [{_plain(low)}, {_plain(high)}]" if high is not None else f"be at least {_plain(low)}"
         raise UserError(f"{name} must {bounds}, got {value}")
 
 
@@ -222,7 +224,11 @@ def _range(option: dataclasses.Field) -> str:
     low, high = option.metadata["low"], option.metadata["high"]
     if low is None:
         return ""
-    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:g}"
+    return f"; at least {_plain(low)}" if high is None else f"; {_plain(low)} to {_plain(high)}"
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _or_none(kind: type) -> Any:
@@ -254,8 +260,10 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         root, read = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the configuration: {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date or number
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply: it must hold lines like `lr: 1.0e-6`") from error
     if root is None:
         return {}
     if not isinstance(read, dict):
@@ -283,14 +291,12 @@ def options_of(values: dict[str, Any]) -> PPOConfig:
     return PPOConfig(**values)
 
 
-def write_yaml(folder: Path, config: PPOConfig, others: dict[str, Any]) -> None:
-    """FOLDER/config.yaml, the resolved configuration: `others` (model, data and rewards of a run) and every option."""
+def yaml_text(config: PPOConfig, others: dict[str, Any]) -> str:
+    """The resolved configuration as YAML: `others` (model, data and rewards of a run) and every option."""
     import yaml
 
     resolved = {**others, **dataclasses.asdict(config)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     head = "# Every option of this run. To use them again: ppo-fast train --config THIS_FILE --out ANOTHER_FOLDER\n"
-    unfinished = folder / "config.yaml.unfinished"  # a killed process must not leave half of it
-    unfinished.write_text(head + text, encoding="utf-8")
-    unfinished.replace(folder / "config.yaml")
+    return head + text

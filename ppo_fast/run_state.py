@@ -91,7 +91,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint) -> list[str]:
     if here["processes"] == there["processes"]:
         _restore_random(checkpoint, trainer.world.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
-        transformers.set_seed(trainer.config.seed + 1_000_003 * trainer.steps_done + trainer.world.rank)
+        transformers.set_seed((trainer.config.seed + 1_000_003 * trainer.steps_done + trainer.world.rank) % 2**32)
     return _differences(here, there)
 
 

@@ -118,7 +118,9 @@ class PPOTrainer:
         own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
         self.sampler = own if sampler is None else sampler
         if self.world.size > 1:
-            transformers.set_seed(config.seed + self.world.rank)  # each samples other answers; all else is agreed on
+            transformers.set_seed(
+                (config.seed + self.world.rank) % 2**32
+            )  # each samples other answers; all else is agreed on
         self.prompts = Prompts(kept, seed=config.seed)
         self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
         check_rewards(self.rewards, kept)

@@ -10,7 +10,7 @@ import yaml
 from tiny import save_tiny_model
 
 from ppo_fast.cli import RUN_OPTIONS, build_parser, main, resolve
-from ppo_fast.config import PPOConfig, options_of, read_yaml, write_yaml
+from ppo_fast.config import PPOConfig, options_of, read_yaml, yaml_text
 from ppo_fast.errors import UserError
 
 FIELDS = [option.name for option in dataclasses.fields(PPOConfig)]
@@ -99,7 +99,7 @@ def test_the_resolved_configuration_read_again_is_another(tmp_path):
         lr=3e-7, stop=("\n\n", "é: #"), value_clip=None, dual_clip=2.0, quiet=True, out="runs/x", lora_targets="a,b"
     )
     run = {**RUN_OPTIONS, "model": "m", "prompts": "p", "reward": ["a:f"], "reward_weight": [0.5], "chat": True}
-    write_yaml(tmp_path, changed, run)
+    (tmp_path / "config.yaml").write_text(yaml_text(changed, run), encoding="utf-8")
     parser, train = build_parser()
     arguments = parser.parse_args(["train", "--config", str(tmp_path / "config.yaml")])
     assert resolve(arguments, train) == (changed, run)
