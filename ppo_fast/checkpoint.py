@@ -74,12 +74,12 @@ def write(
 
 
 @contextmanager
-def reported(what: str, path: Path) -> Iterator[None]:
+def reported(what: str, path: Path | None = None) -> Iterator[None]:
     """Turns an error of the disk inside this block into a sentence.
 
     Args:
         what: the first part of the sentence, such as "the model could not be written to runs/first/model".
-        path: a file or folder of the run; the newest checkpoint of this run is named.
+        path: a file or folder of a run, whose newest checkpoint is named; None: no run is concerned.
 
     Raises:
         UserError: "WHAT: reason; where to resume".
@@ -90,7 +90,7 @@ def reported(what: str, path: Path) -> Iterator[None]:
         if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{what}: {reason}; {_where_to_resume(path)}") from error
+        raise UserError(f"{what}: {reason}" + (f"; {_where_to_resume(path)}" if path is not None else "")) from error
 
 
 def _where_to_resume(path: Path) -> str:

@@ -159,6 +159,12 @@ class PPOConfig:
     )
     keep_checkpoints: int = setting(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
     merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")
+    save_dtype: str = setting(
+        "auto",
+        "dtype of the weights in OUT/model and OUT/best; auto: that of the start model's folder, and fp32 for adapters"
+        " and models from Python (checkpoints are fp32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     show_samples_every: int = setting(10, "show tables of answers every n steps; 0: never, nor of evaluations", 0)
     quiet: bool = setting(False, "print nothing but errors")
 

@@ -181,7 +181,7 @@ def _score_in(folder: Path) -> float:
         return float(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["eval/score"])
     except FileNotFoundError:
         return float("-inf")
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'evaluation.json'} was not written by ppo-fast: remove {folder}") from error
 
 

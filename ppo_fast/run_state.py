@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory"}
+FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype"}
 
 
 def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -22,7 +22,7 @@ LEVELS = [
     {"flash"},
     {"attention"},
     {"packing"},
-    {"heads"},
+    {"heads", "loading", "adapters"},
     {"models", "plots"},
     {"policy", "parallel", "export"},
     {"sample", "rewards", "reward", "learn", "controllers", "progress", "recipes"},
