@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ class GrowingFile:
                 while left:
                     left = left[self.file.write(left) :]
             except OSError:
-                self.file.truncate(end)
+                with suppress(OSError):  # the error to report is that of writing
+                    self.file.truncate(end)
                 raise
 
     def write_row(self, row: Mapping[str, Any]) -> None:

@@ -159,7 +159,10 @@ def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConf
 
 def _try_saving(what: str, advice: str, save: Callable[[], Any]) -> None:
     try:
-        save()
+        with reported(f"{what} could not be written to the temporary folder"):
+            save()
+    except UserError:
+        raise
     except Exception as error:  # of any class: a tokenizer and a configuration may bring code of their own
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # transformers lists what is wrong in a generation config, one or more sentences each

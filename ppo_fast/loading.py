@@ -1,6 +1,7 @@
 """Loading models from folders: the weights are those in the folder, all of them, and nothing else."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from transformers.utils import logging
 from ppo_fast.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+
+
+# Masks and tables which older versions of transformers saved with the weights, as in GPT-2 and Pythia; models make them
+CONSTANTS = re.compile(r"(^|\.)((attn|self_attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
 
 
 @contextmanager
@@ -157,8 +162,9 @@ def _check_report(report: dict[str, Any], model: nn.Module, where: str, advice: 
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{where} lacks {_named(missing)}, which would start at random: {advice}")
-    buffers = {name for name, _ in model.named_buffers()}  # which older versions of transformers saved
-    surplus = sorted(name for name in report["unexpected_keys"] if name not in buffers)
+    buffers = {name for name, _ in model.named_buffers()}
+    constants = {name for name in report["unexpected_keys"] if name in buffers or CONSTANTS.search(name)}
+    surplus = sorted(set(report["unexpected_keys"]) - constants)
     wrong = [name for name in surplus if not name.startswith(unused)]
     if wrong:
         raise UserError(
