@@ -102,6 +102,11 @@ def _where_to_resume(path: Path) -> str:
     return f"{last} is whole, and the run can be resumed from it with --resume"
 
 
+def _encoded(text: bytes | str) -> bytes:
+    """UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes a backslash escape, as JSON has them."""
+    return text.encode("utf-8", errors="backslashreplace") if isinstance(text, str) else text
+
+
 def write_file(path: Path, data: bytes | str) -> None:
     """Writes a whole file, or leaves the one that was there.
 
@@ -110,7 +115,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     """
     new = path.with_name(path.name + UNFINISHED)
     try:
-        new.write_bytes(data.encode("utf-8", errors="backslashreplace") if isinstance(data, str) else data)
+        new.write_bytes(_encoded(data))
         sync(new)
         new.replace(path)
     except OSError:
@@ -130,11 +135,11 @@ class GrowingFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("ab", buffering=0)  # without a buffer: `close` has nothing left to write
 
-    def write(self, record: bytes) -> None:
+    def write(self, record: bytes | str) -> None:
         """Appends the record."""
         with self._reported():
             end = os.fstat(self.file.fileno()).st_size
-            left = memoryview(record)
+            left = memoryview(_encoded(record))
             try:
                 while left:
                     left = left[self.file.write(left) :]
@@ -144,8 +149,8 @@ class GrowingFile:
                 raise
 
     def write_row(self, row: Mapping[str, Any]) -> None:
-        """Appends a line of JSON. Half of a surrogate pair, which UTF-8 cannot hold, becomes an escape of JSON."""
-        self.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace"))
+        """Appends a line of JSON."""
+        self.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:
         """Does nothing: no record waits in a buffer. `RecordWriter` of TensorBoard calls it."""

@@ -131,7 +131,7 @@ def _saves_adapters(actor: nn.Module, config: PPOConfig) -> bool:
 
 
 def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> list[str]:
-    """Tries before the first step all that saving needs but the weights; what people should know, in sentences.
+    """Tries before the first step all that saving needs but the weights, and returns sentences for the user.
 
     Raises:
         UserError: the model or its tokenizer could not be saved after the training.

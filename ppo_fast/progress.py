@@ -47,7 +47,7 @@ COLUMNS = [
 class Events:
     """TensorBoard's scalars of a run, in one file.
 
-    They are written at once. SummaryWriter of PyTorch writes in a thread: after an error there it waits for ever.
+    They are written at once. SummaryWriter of PyTorch writes in a thread, and after an error in it the run hangs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -208,7 +208,7 @@ def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
         path = folder / name
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() and step else []
         kept[name] = [
-            line for number, line in enumerate(lines[:-1], start=1) if _step_in(line, f"{path}, line {number}") <= step
+            line for number, line in enumerate(lines[:-1], start=1) if step_in(line, f"{path}, line {number}") <= step
         ]
         write_file(path, "".join(line + "\n" for line in kept[name]))
     for file in (folder / "eval").glob("step-*.*"):
@@ -218,13 +218,13 @@ def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
     return [json.loads(line) for line in kept["metrics.jsonl"]]
 
 
-def _step_in(line: str, where: str) -> int:
-    """The step of a row of metrics.jsonl or samples.jsonl."""
+def step_in(line: str, where: str) -> float:
+    """The step of a row of metrics.jsonl or samples.jsonl; `where` names file and line in the UserError for others."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         step = None
-    if not isinstance(step, int):
+    if not isinstance(step, int | float):
         raise UserError(
             f"{where} is not a row that ppo-fast wrote ({line!r:.60}): remove this line to resume, or start anew with"
             " --overwrite"

@@ -487,7 +487,8 @@ def build_models(
         critic.backbone = with_lora(critic.backbone, config, language_model=False)
     if config.lora_rank:
         actor = with_lora(actor, config, language_model=True)
-    check_models(actor, critic, reference)
+    given = nn.ModuleList([x for x in (actor, critic, reference) if x is not None])
+    world.find(lambda: check_models(actor, critic, reference), of=given)
     home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
     prepare(actor, home)
     prepare(critic, home)

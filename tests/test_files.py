@@ -208,3 +208,34 @@ def test_what_others_put_beside_evaluations_stays(tmp_path):
         (tmp_path / "eval" / name).write_text("")
     cut_back(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step-1.md", "step-x.md"]
+
+
+def test_files_of_a_classic_run_on_a_full_disk_end_in_a_sentence(tmp_path):
+    pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
+    import numpy as np
+
+    from ppo_fast.classic_config import ClassicConfig
+    from ppo_fast.classic_log import Log
+    from ppo_fast.envs.vector import write_frames
+
+    config = ClassicConfig(env="CartPole-v1", out=str(tmp_path), quiet=True, tensorboard=False)
+
+    def fill(log: Log) -> None:
+        for step in range(1, 100):
+            log.record({"step": step, "entropy": 0.5, "explained_variance": 0.0})
+
+    with Log(config, 0, 10) as log, full_disk(200):
+        with pytest.raises(UserError, match=r"metrics.jsonl could not be written: File too large"):
+            fill(log)
+        with pytest.raises(UserError, match=r"summary.json could not be written: File too large"):
+            log.close_with({"text": 200 * "x"})
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert rows
+    frames = [np.random.default_rng(n).integers(0, 256, (32, 32, 3), dtype=np.uint8) for n in range(3)]
+    for kind in ("gif", "png"):
+        with full_disk(1000), pytest.raises(UserError, match="the frames could not be written to"):
+            write_frames(frames, tmp_path, kind, fps=30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl"]
+    assert write_frames(frames, tmp_path, "png", fps=30) == tmp_path / "frames"
+    assert [path.name for path in sorted((tmp_path / "frames").iterdir())] == ["0000.png", "0001.png", "0002.png"]
