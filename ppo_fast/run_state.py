@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "max_sampler_gap", "process_timeout"}
+FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
+FREE |= {"process_timeout"}
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import checkpoint
+from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adapters
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
-from ppo_fast.data import Prompts, prompt_ids, with_all_fields
+from ppo_fast.data import Prompts, prompt_ids, tokenizer_notes, with_all_fields
 from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
-from ppo_fast.export import model_card, save_model
+from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
 from ppo_fast.heads import bare, probe
 from ppo_fast.interrupt import GRACE, Request, stop_requests, stop_requests_of_several
 from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
@@ -38,15 +40,14 @@ from ppo_fast.learn import (
     packed,
     unreached,
 )
+from ppo_fast.loading import check_finite, check_separate, check_trained_in_fp32
 from ppo_fast.lock import locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
-    AdapterReference,
     Critic,
     check_tokenizer,
     end_tokens,
     frozen_copy,
-    has_trained_adapters,
     is_adapted,
     prepare,
     recomputing,
@@ -132,16 +133,21 @@ class PPOTrainer:
         self.tokenizer = tokenizer
         self.device = self.world.device
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
-        self.notes: list[str] = []  # to be said at the start
+        # to be said at the start
+        self.notes = tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(config, evaluated=bool(eval_rows))
         self._check_memory(actor, kept, critic, reference)
+        learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
+        check_separate(learning, _reward_models(self.rewards))
         self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
         self.notes += notes_on_unreached(self.policy.unreached)
         self.reference_is_start = reference is None  # of the actor; one that is given may be any model
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
+        if config.out is not None and self.world.first:
+            self.notes += check_saving(self.actor, tokenizer, config)
         own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
         self.sampler, self.samples_itself = (own, True) if sampler is None else (sampler, False)
         if self.world.size > 1:
@@ -487,6 +493,7 @@ class PPOTrainer:
                 weights=weights,
                 texts=texts,
                 history=history,
+                dtype=saved_dtype(self.actor, self.config),
             )
         self.world.barrier()
         return folder
@@ -535,10 +542,11 @@ class PPOTrainer:
         if self.config.out is None:
             return
         out = Path(self.config.out)
-        for name in ("best", "model"):
-            checkpoint.recover(out / name)
-        checkpoint.sweep(out / "checkpoints")
-        checkpoint.drop_after(out / "checkpoints", self.steps_done)
+        with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
+            for name in ("best", "model"):
+                checkpoint.recover(out / name)
+            checkpoint.sweep(out / "checkpoints")
+            checkpoint.drop_after(out / "checkpoints", self.steps_done)
         checkpoint.prune(out / "checkpoints", self.config.keep_checkpoints)
         drop_best_after(out / "best", self.steps_done)
 
@@ -583,6 +591,34 @@ def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
     return notes + [f"held-out answers are sampled with {named}, too"] * evaluated
 
 
+def _reward_models(rewards: dict[str, RewardFunction]) -> dict[str, nn.Module]:
+    """The models that reward functions hold as attributes, by their roles."""
+    return {
+        f"the {attribute} of the reward {name}": x
+        for name, function in rewards.items()
+        for attribute, x in getattr(function, "__dict__", {}).items()
+        if isinstance(x, nn.Module)
+    }
+
+
+def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) -> None:
+    """Refuses weights that are not finite or not trained in fp32, and models that share trained weights."""
+    if not any(p.requires_grad for p in actor.parameters()):
+        raise UserError(
+            "all weights of the actor are frozen: call .requires_grad_(True) on it, or load adapters with"
+            " PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    if getattr(actor, "is_quantized", False) and not is_adapted(actor):
+        raise UserError("the actor's weights are quantised and cannot be trained: train adapters (lora_rank = 16)")
+    learning = {"the actor": actor, "the critic": critic}
+    others = {"the reference": reference} if reference is not None else {}
+    for what, model in {**learning, **others}.items():
+        check_finite(model, what)
+    for what, model in learning.items():
+        check_trained_in_fp32(model, what)
+    check_separate(learning, others)
+
+
 def build_models(
     config: PPOConfig,
     actor: Any,
@@ -596,12 +632,18 @@ def build_models(
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
     if config.merge_adapters and world.kind == "fsdp":
         raise UserError("merge_adapters needs whole weights, which no process has under fsdp: merge them afterwards")
+    if is_adapted(actor):
+        check_adapters(actor)
     if critic is None:
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
-        if config.critic == "own" and config.lora_rank:
-            critic.backbone = with_lora(critic.backbone, config, language_model=False)
+    elif config.critic == "shared" and critic.backbone is not None:
+        raise UserError("critic = shared, but a critic with a backbone of its own is given: leave one of the two out")
+    if critic.backbone is not None and not is_adapted(critic.backbone):
+        critic.backbone = with_lora(critic.backbone, config, language_model=False)
     if config.lora_rank:
         actor = with_lora(actor, config, language_model=True)
+    given = nn.ModuleList([x for x in (actor, critic, reference) if x is not None])
+    world.find(lambda: check_models(actor, critic, reference), of=given)
     home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
     prepare(actor, home)
     prepare(critic, home)
@@ -620,6 +662,7 @@ def build_models(
     if adapters:
         starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
         found = AdapterReference(actor, starts_trained=starts_trained)
+        world.find(found.check, of=actor)
     check_same_weights(world, {"actor": actor, "critic": critic, "reference": frozen})
     if frozen is not None:
         found = FrozenReference(frozen, head, config)

@@ -161,6 +161,8 @@ def test_the_checks_themselves():
     bound = Bound(0.001, 0.01)
     check_ratio({}, bound)
     check_ratio({"ratio_max": 1.0, "approx_kl": 0.0}, bound)
+    with pytest.warns(RuntimeWarning, match=r"the first ratio of this step is 1\.005"):
+        check_ratio({"ratio_max": 1.005, "approx_kl": 0.0}, bound)
     for stats in ({"ratio_max": 1.02, "approx_kl": 0.0}, {"ratio_max": 1.0, "approx_kl": 1e-3}):
         with pytest.raises(InvariantError):
             check_ratio(stats, bound)

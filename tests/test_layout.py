@@ -23,7 +23,7 @@ LEVELS = [
     {"flash"},
     {"attention"},
     {"packing"},
-    {"heads"},
+    {"heads", "loading", "adapters"},
     {"models", "plots"},
     {"policy", "parallel", "export"},
     {"sample", "rewards", "reward", "learn", "controllers", "progress", "recipes"},

@@ -18,7 +18,7 @@ from ppo_fast.run_state import restore
 from ppo_fast.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
-TIMED = ("seconds", "tokens_per_second")
+TIMED = ("seconds", "tokens_per_second", "memory_mib")
 
 
 def different(prompts: list[str], completions: list[str]) -> list[float]:
