@@ -176,9 +176,9 @@ def test_a_checkpoint_of_a_later_format_is_read(tmp_path, saved, monkeypatch):
     [
         ({"lr": 2e-3, "gamma": 0.9}, "with other options: gamma was 1.0 and is 0.9; take"),
         ({"total_steps": 9}, "total_steps was 4 and is 9"),
-        ({"seed": 1}, "its start model differ"),
-        ({"rows": ROWS[:-1]}, "another run: its prompts differ"),
-        ({"weights": {"different": 2.0}}, r"its rewards and their weights differ \(.*1.0.* there, .*2.0.* here\)"),
+        ({"seed": 1}, "its start model differs from the one given"),
+        ({"rows": ROWS[:-1]}, "another run: its list of prompts differs"),
+        ({"weights": {"different": 2.0}}, r"its set of rewards and weights differs \(.*1.0.* there, .*2.0.* here\)"),
     ],
     ids=["options", "length of a schedule", "model", "prompts", "rewards"],
 )
