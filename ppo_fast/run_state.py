@@ -130,12 +130,12 @@ def identity(trainer: "PPOTrainer") -> dict[str, Any]:
 
 
 # What a user may change on purpose between a run and its continuation, with allow_changes
-CHANGEABLE = (
-    "list of prompts",
-    "tokenizer, template or end tokens",
-    "names and weights of rewards",
-    "code of the rewards",
-)
+CHANGEABLE = {
+    "prompts": "list of prompts",
+    "tokenizer": "tokenizer, chat template or list of end tokens",
+    "rewards and their weights": "set of rewards and weights",
+    "code of the rewards": "code of the rewards",
+}
 
 
 def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
