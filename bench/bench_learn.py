@@ -241,7 +241,7 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
             for pack in packs:
                 with policy.autocast():
                     models = (decoder_of(policy.actor), policy.critic.backbone)
-                    states = [hidden_states(m, pack, packed=policy.head.packed) for m in models]
+                    states = [hidden_states(m, pack, policy.head) for m in models]
                 torch.autograd.backward(states, states)
 
     advantages = plain_advantages(task) if "fused advantages" in off else fused_advantages(task)

@@ -1,7 +1,8 @@
 """The models of PPO on transformers: the actor, its critic and the frozen reference; loading them, and LoRA."""
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from ppo_fast.attention import own_config
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
-from ppo_fast.heads import decoder_of
+from ppo_fast.flash_calls import first_line
+from ppo_fast.heads import bare, decoder_of, model_name, text_config
 
 
 @contextmanager
@@ -126,6 +128,24 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
     configured = actor.generation_config.eos_token_id if actor.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def check_language_model(actor: nn.Module) -> None:
+    """Rejects an actor of another kind than a causal language model.
+
+    Raises:
+        UserError: it is an encoder-decoder model, or its configuration names no single part for text.
+    """
+    name = model_name(actor)
+    try:
+        config = text_config(actor)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be trained: {first_line(error)}") from error
+    if getattr(bare(actor).config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} is an encoder-decoder model, which PPO does not train here: give a decoder-only model, as"
+            " AutoModelForCausalLM loads them"
+        )
 
 
 class Critic(nn.Module):
@@ -286,14 +306,48 @@ class AdapterReference:
         self._train_only(trainable)
 
 
+def recomputed_layers(model: nn.Module) -> list[Any]:
+    """The layers that gradient checkpointing recomputes: those of models that support it."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    layers = {id(m): m for part in models for m in part.modules() if isinstance(m, GradientCheckpointingLayer)}
+    return list(layers.values())
+
+
+def warn_if_not_recomputed(*models: nn.Module | None) -> None:
+    """Warns of models for which gradient checkpointing does nothing."""
+    for model in models:
+        if model is not None and not recomputed_layers(model):
+            warnings.warn(
+                f"gradient_checkpointing does nothing for this {model_name(model)}: none of its layers supports it, so"
+                " the run needs as much memory as without it",
+                stacklevel=2,
+            )
+
+
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        def quiet(*given: Any) -> Any:
+            before, layer.training = layer.training, False
+            try:
+                return function(*given)
+            finally:
+                layer.training = before
+
+        return checkpoint(quiet, *arguments)
+
+    return run
+
+
 @contextmanager
 def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
 
-    transformers does so for layers in training mode, which would switch dropout on: so the layers alone get that mode,
-    and what is inside them does not. Sampling, outside, keeps its cache.
+    transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
+    off, also where a layer calls it as a function of its own mode. Sampling, outside, keeps its cache.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    layers = recomputed_layers(model) if enabled else []
     if layers:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
@@ -301,6 +355,7 @@ def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
                 switch = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
                 switch({"use_reentrant": False})
     for layer in layers:
+        layer._gradient_checkpointing_func = _in_evaluation_mode(layer, layer._gradient_checkpointing_func)
         layer.training = True
     try:
         yield

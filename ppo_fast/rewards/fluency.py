@@ -113,15 +113,17 @@ class Fluency:
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
-        from ppo_fast.heads import decoder_of, head_of, probe_head
+        from ppo_fast.heads import decoder_of, head_of, without_cache
+        from ppo_fast.probe import probe_head
 
         if self.head is None:
             self.head = probe_head(self.model)
         if not self.head.linear:
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = self.model(input_ids=ids, **without_cache(self.model)).logits[:, :-1]
             found = ppo.token_logprobs(logits, ids[:, 1:], mask)
         else:
-            hidden = decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            decoder = decoder_of(self.model)
+            hidden = decoder(input_ids=ids, **without_cache(decoder)).last_hidden_state[:, :-1]
             layer = head_of(self.model)
             found = ppo.linear_logprobs(
                 hidden,
