@@ -48,7 +48,7 @@ FP32_BOUND, HALF_BOUND = 32, 4
 NOT_CAUSAL = 0.01
 
 # Names of lengths in a configuration at which a model may change how it computes.
-NAMED = re.compile(r"window|chunk|block|original_max|top_?k|compress|stride|floor_scale|local")
+NAMED = re.compile(r"window|chunk|block|original_max|top_?k|compress|stride|floor_scale|local_attention")
 # A probe takes at most this share of a step's passes, or as many operations as take 10 seconds at this rate.
 SHARE_OF_STEP, SECONDS = 0.05, 10
 RATES = {"cpu": 3e10}  # FLOP/s in fp32; a slow machine of the kind, so that the choice does not depend on the machine
@@ -199,7 +199,7 @@ def _integers(entry: Any, *, named: bool) -> Iterator[int]:
         yield entry
 
 
-def _affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.device) -> list[int]:
+def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.device) -> list[int]:
     """The named lengths, from the shortest on, that the probe has time to check. It counts operations, not seconds:
     two runs make the same choices."""
     operations = 2.0 * sum(p.numel() for p in model.parameters())
@@ -392,7 +392,7 @@ def _probe(
     """How a model is computed, and what a run must report of it."""
     here = next(model.parameters()).device
     named = named_lengths(model, reach.longest)
-    checked = _affordable(model, named, reach, device or here)
+    checked = affordable(model, named, reach, device or here)
     around = {min(n, reach.longest) for b in checked for n in (b, b + 2)} - set(PROBE_LENGTHS)
     sequences = _sequences(model, [*PROBE_LENGTHS, *sorted(around)])
     under_autocast = torch.autocast(here.type, dtype=autocast, enabled=autocast is not None)

@@ -18,7 +18,15 @@ from ppo_fast.errors import UserError
 from ppo_fast.flash_calls import first_line
 from ppo_fast.heads import Sampling, model_name, without_cache
 from ppo_fast.models import compute_in
-from ppo_fast.probe import CALL_ERRORS, PROBE_LENGTHS, exact_products, rounding_bound
+from ppo_fast.probe import (
+    CALL_ERRORS,
+    PROBE_LENGTHS,
+    Reach,
+    affordable,
+    exact_products,
+    named_lengths,
+    rounding_bound,
+)
 from ppo_fast.sample import generate
 
 NEW_TOKENS = 3  # the first from the prompt, the others from the cache
@@ -31,7 +39,11 @@ CHOICES = {  # in this order; the consequence of each
 
 @torch.no_grad()
 def probe_sampling(
-    actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, boundaries: tuple[int, ...] = ()
+    actor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PPOConfig,
+    boundaries: tuple[int, ...] = (),
+    reach: Reach = Reach(),  # noqa: B008
 ) -> Sampling:
     """Finds out how `generate` samples what the model's own forward computes.
 
@@ -40,14 +52,13 @@ def probe_sampling(
         tokenizer: its tokenizer.
         config: dtype, temperature and strict are read.
         boundaries: of the actor's `Head`.
+        reach: as in `probe.probe_all`.
 
     Raises:
         UserError: no way of sampling agrees with the forward; or the first one does not, with config.strict.
     """
     options = dataclasses.replace(config, max_new_tokens=NEW_TOKENS, stop=(), min_p=0.0)
-    lengths = [*PROBE_LENGTHS, *(b + extra for b in boundaries for extra in (1, 3))]
-    apart = [n for n in lengths if not any(n <= b < n + NEW_TOKENS for b in boundaries)]
-    prompts = _prompts(actor, tokenizer, apart)
+    prompts = _prompts(actor, tokenizer, _lengths(actor, boundaries, reach))
     reason: str | None = None
     for (left_padding, cache), consequence in CHOICES.items():  # noqa: B007
         found = Sampling(left_padding, cache, boundaries)
@@ -72,6 +83,15 @@ def probe_sampling(
                 config,
             )
     return found
+
+
+def _lengths(actor: Any, boundaries: tuple[int, ...], reach: Reach) -> list[int]:
+    """Prompts that end before a length that the configuration names and are answered beyond it, and longer ones. None
+    crosses a boundary."""
+    checked = affordable(actor, named_lengths(actor, reach.longest), reach, actor.device)
+    around = {n for b in checked for n in (b - 1, b + 2) if 0 < n <= reach.longest - NEW_TOKENS} - set(PROBE_LENGTHS)
+    lengths = [*PROBE_LENGTHS, *sorted(around)]
+    return [n for n in lengths if not any(n <= b < n + NEW_TOKENS for b in boundaries)]
 
 
 def _complain(reason: str, config: PPOConfig) -> None:

@@ -502,7 +502,7 @@ def build_models(
     sampling = Sampling()
     if tokenizer is not None:
         boundaries = heads.actor.boundaries
-        sampling = world.find(lambda: probe_sampling(actor, tokenizer, config, boundaries), of=actor)
+        sampling = world.find(lambda: probe_sampling(actor, tokenizer, config, boundaries, reach), of=actor)
     found: Reference = None
     if adapters:
         starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
