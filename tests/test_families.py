@@ -32,6 +32,7 @@ from ppo_fast.heads import Sampling, decoder_of
 from ppo_fast.learn import cut_as, packed
 from ppo_fast.models import Critic
 from ppo_fast.probe import Reach, named_lengths, probe, probe_all
+from ppo_fast.rewards.fluency import Fluency
 from ppo_fast.sample import drop_long_prompts
 from ppo_fast.trainer import PPOTrainer
 
@@ -188,6 +189,14 @@ def test_prompts_share_a_batch_only_where_that_is_right():
     assert Sampling().batches(lengths, new_tokens=8, size=4) == [[0, 1, 2, 3], [4, 5, 6]]
     assert Sampling(left_padding=False).batches(lengths, **how) == [[0, 2], [1, 5], [3], [4], [6]]
     assert Sampling(boundaries=(64,)).batches(lengths, **how) == [[0, 2, 4], [1, 5], [3, 6]]
+
+
+def test_the_fluency_of_a_text_does_not_depend_on_longer_ones_in_its_batch():
+    fluency = Fluency(longrope(), byte_tokenizer())
+    prompts, answers = ["ab", "cd"], ["short", "a long answer, " * 6]
+    together = fluency(prompts, answers)
+    alone = [fluency([prompt], [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
 
 
 # Several families in one run

@@ -1,5 +1,6 @@
 """Fluency: how likely a frozen language model finds an answer."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,29 @@ class Fluency:
             self._cut(asked or [end], answer or [end])
             for asked, answer in zip(prompt_ids(self.tokenizer, prompts), answers, strict=True)
         ]
-        found: list[float] = []
-        for start in range(0, len(pairs), self.batch_size):
-            found += self._judge(pairs[start : start + self.batch_size])
-        return found
+        found: dict[int, float] = {}
+        for alike in self._computed_alike([len(asked) + len(answer) for asked, answer in pairs]):
+            for start in range(0, len(alike), self.batch_size):
+                batch = alike[start : start + self.batch_size]
+                found |= zip(batch, self._judge([pairs[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(pairs))]
+
+    def _computed_alike(self, lengths: list[int]) -> list[list[int]]:
+        """The numbers of texts that may share a batch: a model may compute a batch by its longest text, and differently
+        beyond a length that its configuration names (longrope)."""
+        from ppo_fast.probe import named_lengths
+
+        boundaries = named_lengths(self.model, max(lengths))
+        alike: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            alike.setdefault(bisect_left(boundaries, length), []).append(i)
+        return list(alike.values())
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        from ppo_fast.heads import text_config
+
+        positions = getattr(text_config(self.model), "max_position_embeddings", None)
         if positions is not None:
             answer = answer[: positions - 1]
             asked = asked[-(positions - len(answer)) :]
