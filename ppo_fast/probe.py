@@ -43,6 +43,10 @@ PROBE_LENGTHS = (5, 3, 1)
 # by one unit has the same effect, so the bound of such a model is larger by itself.
 FP32_BOUND, HALF_BOUND = 32, 4
 
+# In fp32 a bound above this share of the largest value decides nothing: the model amplifies rounding (it selects keys
+# or experts whose scores are equal, or is a long recurrence).
+UNDECIDED = 0.1
+
 # Values of a model that is not causal differ by at least so much of the largest: far more than by rounding, and than by
 # an expert that is chosen or not by rounding.
 NOT_CAUSAL = 0.01
@@ -199,6 +203,23 @@ def _integers(entry: Any, *, named: bool) -> Iterator[int]:
         yield entry
 
 
+def _check_selection(model: nn.Module, longest: int) -> None:
+    """Rejects sequences that are longer than the number of tokens that sparse attention selects (DeepSeek 3.2). Scores
+    of several tokens are exactly 0, and which of them are selected depends on the shape of the batch: sampling and
+    learning would compute different models.
+
+    Raises:
+        UserError: a sequence may be longer.
+    """
+    selected = getattr(text_config(model), "index_topk", None)
+    if selected is not None and longest > selected:
+        raise UserError(
+            f"this {model_name(model)} attends to {selected} selected tokens (index_topk), and which ones depends on"
+            f" the batch: a prompt and its answer must have at most {selected} tokens together, not {longest}; lower"
+            " max_prompt_tokens or max_new_tokens"
+        )
+
+
 def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.device) -> list[int]:
     """The named lengths, from the shortest on, that the probe has time to check. It counts operations, not seconds:
     two runs make the same choices."""
@@ -235,15 +256,24 @@ def _rows(sequences: Rollout) -> list[Tensor]:
 # Rounding
 
 
+def _computed(values: Tensor) -> torch.dtype:
+    """The dtype in which a model computes these values: autocast's where it is on."""
+    kind = values.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+
+
+def in_full_precision(values: Tensor) -> bool:
+    """Whether a model computes these values in fp32."""
+    return _computed(values) == torch.float32
+
+
 def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> float:
     """How far two orders of summation may take the values of `compute` apart: see FP32_BOUND.
 
     Products of 9 rows and of 5, 3 and 1 run through different kernels, and each layer passes on the rounding of those
     before it. Neither depth nor width tells by how much; the model itself does.
     """
-    kind = own.device.type
-    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own.dtype
-    eps = torch.finfo(computed).eps
+    eps = torch.finfo(_computed(own)).eps
 
     def nudge(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
         sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) * 2654435761 // 128 % 2)
@@ -254,7 +284,7 @@ def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> fl
         moved = (compute().float() - own.float()).abs().max().item()
     finally:
         hook.remove()
-    factor = FP32_BOUND if computed == torch.float32 else HALF_BOUND
+    factor = FP32_BOUND if in_full_precision(own) else HALF_BOUND
     return factor * moved + 2 * eps * own.float().abs().max().item()
 
 
@@ -352,6 +382,12 @@ def _choose(model: nn.Module, sequences: Rollout, head: Head, choices: list[Head
     single = dataclasses.replace(head, packed=False, batched=False, boundaries=())
     expected = _compute(model, sequences, single)
     bound = rounding_bound(model, lambda: _compute(model, sequences, single), expected)
+    largest = expected.float().abs().max().item()
+    if in_full_precision(expected) and bound > UNDECIDED * largest:
+        return single, (
+            f"this {model_name(model)} amplifies rounding, so that its values by other rows cannot be compared (one"
+            f" unit in the last place of its embeddings changes {largest:.3g} by {bound / FP32_BOUND:.1g})"
+        )
     reason = None
     for packed in (True, False):
         fitting = [x for x in choices if x.packed is packed]
@@ -390,6 +426,7 @@ def _probe(
     model: nn.Module, autocast: torch.dtype | None, device: torch.device | None, reach: Reach
 ) -> tuple[Head, list[str]]:
     """How a model is computed, and what a run must report of it."""
+    _check_selection(model, reach.longest)
     here = next(model.parameters()).device
     named = named_lengths(model, reach.longest)
     checked = affordable(model, named, reach, device or here)

@@ -257,6 +257,16 @@ def test_a_model_that_sees_later_tokens_is_rejected(kind):
     assert "is not causal: its values for a token depend on later tokens" in found.error
 
 
+def test_attention_that_selects_tokens_is_rejected_only_for_longer_sequences():
+    """Which of several equal scores are selected depends on the batch."""
+    model = build("glm_moe_dsa")
+    assert model is not None
+    assert outcome_of(model).error is None
+    model.config.index_topk = 8
+    with pytest.raises(UserError, match="at most 8 tokens together, not 10; lower max_prompt_tokens"):
+        trainer_of(model, "ab")
+
+
 def test_an_encoder_decoder_model_is_rejected():
     shape = dict(vocab_size=258, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=257)
     with pytest.raises(UserError, match="T5ForConditionalGeneration is an encoder-decoder model"):
