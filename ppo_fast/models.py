@@ -314,14 +314,14 @@ def recomputed_layers(model: nn.Module) -> list[Any]:
 
 
 def warn_if_not_recomputed(*models: nn.Module | None) -> None:
-    """Warns of models for which gradient checkpointing does nothing."""
-    for model in models:
-        if model is not None and not recomputed_layers(model):
-            warnings.warn(
-                f"gradient_checkpointing does nothing for this {model_name(model)}: none of its layers supports it, so"
-                " the run needs as much memory as without it",
-                stacklevel=2,
-            )
+    """Warns once of models for which gradient checkpointing does nothing."""
+    without = [model_name(model) for model in models if model is not None and not recomputed_layers(model)]
+    if without:
+        warnings.warn(
+            f"gradient_checkpointing does nothing for {' and '.join(without)}: no layer of such a model supports it, so"
+            " the run needs as much memory as without it",
+            stacklevel=2,
+        )
 
 
 def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -118,7 +118,7 @@ class PPOTrainer:
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self._check_memory(actor, kept, critic, reference)
-        reach = self._reach([*kept, *(eval_rows or [])], actor, critic, reference)
+        reach = self._reach(kept, eval_rows or [], actor, critic, reference)
         self.policy, self.reference = build_models(
             config,
             actor,
@@ -300,7 +300,12 @@ class PPOTrainer:
             self.notes.append(str(error))
 
     def _reach(
-        self, rows: list[dict[str, Any]], actor: Any, critic: Critic | None, reference: PreTrainedModel | None
+        self,
+        rows: list[dict[str, Any]],
+        eval_rows: list[dict[str, Any]],
+        actor: Any,
+        critic: Critic | None,
+        reference: PreTrainedModel | None,
     ) -> Reach:
         """How long the run's sequences become, and how much a step computes; counted only if a model's configuration
         names a length that sequences may exceed."""
@@ -308,6 +313,8 @@ class PPOTrainer:
         models = [x for x in (actor, reference, None if critic is None else critic.backbone) if x is not None]
         if not any(named_lengths(model, sys.maxsize) for model in models):
             return Reach()
+        if eval_rows:
+            rows = rows + drop_long_prompts(with_all_fields(eval_rows), self.tokenizer, actor, config)[0]
         prompts = prompt_ids(self.tokenizer, [row["prompt"] for row in rows])
         longest = max(map(len, prompts)) + config.max_new_tokens
         sequences = config.prompts_per_step * config.samples_per_prompt

@@ -350,5 +350,5 @@ def test_dropout_is_off_under_gradient_checkpointing(kind):
 
 def test_gradient_checkpointing_without_layers_that_support_it_is_announced():
     model = build("ctrl")
-    with pytest.warns(UserWarning, match="gradient_checkpointing does nothing for this CTRLLMHeadModel"):
+    with pytest.warns(UserWarning, match="gradient_checkpointing does nothing for CTRLLMHeadModel and CTRLModel"):
         trainer_of(model, "ab", gradient_checkpointing=True)
