@@ -27,7 +27,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
 from ppo_fast.flash_calls import first_line
-from ppo_fast.heads import bare, decoder_of, model_name, text_config
+from ppo_fast.heads import bare, decoder_of, model_name, text_config, without_cache
 
 
 @contextmanager
@@ -146,6 +146,21 @@ def check_language_model(actor: nn.Module) -> None:
             f"{name} is an encoder-decoder model, which PPO does not train here: give a decoder-only model, as"
             " AutoModelForCausalLM loads them"
         )
+    if config.model_type == "reformer":
+        raise UserError(
+            f"{name} cannot be trained: its layers have gradients in training mode only, in which it computes at random"
+        )
+
+
+def _width(decoder: Any) -> int:
+    """The size of a decoder's hidden states. It may differ from that of the embeddings (RemBERT, Reformer), which is
+    taken for a model without weights."""
+    weight = _embedding(decoder)
+    if not has_weights(decoder):
+        return weight.shape[1]
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+    with torch.no_grad():
+        return decoder(input_ids=ids, **without_cache(decoder)).last_hidden_state.shape[-1]
 
 
 class Critic(nn.Module):
@@ -164,18 +179,18 @@ class Critic(nn.Module):
     @classmethod
     def from_actor(cls, actor: nn.Module) -> "Critic":
         """A critic whose backbone starts as a copy of the actor's."""
-        return cls(copy.deepcopy(decoder_of(actor)), _embedding(actor).shape[1]).to(_embedding(actor).device)
+        return cls(copy.deepcopy(decoder_of(actor)), _width(decoder_of(actor))).to(_embedding(actor).device)
 
     @classmethod
     def shared(cls, actor: nn.Module) -> "Critic":
         """A value head alone: it reads the actor's hidden states, and its loss trains the actor's backbone, too."""
-        return cls(None, _embedding(actor).shape[1]).to(_embedding(actor).device)
+        return cls(None, _width(decoder_of(actor))).to(_embedding(actor).device)
 
     @classmethod
     def from_reward_model(cls, model: PreTrainedModel, *, keep_head: bool = True) -> "Critic":
         """A critic that starts as a reward model: its backbone, and its scoring layer as the value head, calibrated as
         `preferences.calibrate` left it."""
-        critic = cls(model.base_model, _embedding(model).shape[1]).to(_embedding(model).device)
+        critic = cls(model.base_model, _width(model.base_model)).to(_embedding(model).device)
         score = getattr(model, "score", None)
         if keep_head and isinstance(score, nn.Linear) and score.out_features == 1:
             with torch.no_grad():

@@ -6,6 +6,7 @@ positions count it (the decoder of BART).
 """
 
 import dataclasses
+import sys
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.flash_calls import first_line
-from ppo_fast.heads import Sampling, model_name, without_cache
+from ppo_fast.heads import Sampling, model_name, text_config, without_cache
 from ppo_fast.models import compute_in
 from ppo_fast.probe import (
     CALL_ERRORS,
@@ -31,7 +32,9 @@ from ppo_fast.probe import (
 from ppo_fast.sample import generate
 
 NEW_TOKENS = 3  # the first from the prompt, the others from the cache
-LARGEST_GAP = 0.1  # nats, in fp32: of a model that amplifies rounding
+LONG_PROMPT = 32  # beside the short ones, so that these have much padding
+# Nats in fp32, of a model that amplifies rounding: with a cache, and without one, which is the last choice.
+LARGEST_GAP, LAST_GAP = 0.005, 0.1
 CHOICES = {  # in this order; the consequence of each
     (True, True): "",
     (False, True): "prompts of equal length are sampled together, without padding",
@@ -91,7 +94,11 @@ def _lengths(actor: Any, boundaries: tuple[int, ...], reach: Reach) -> list[int]
     """Prompts that end before a length that the configuration names and are answered beyond it, and longer ones. None
     crosses a boundary."""
     checked = affordable(actor, named_lengths(actor, reach.longest), reach, actor.device)
-    around = {n for b in checked for n in (b - 1, b + 2) if 0 < n <= reach.longest - NEW_TOKENS} - set(PROBE_LENGTHS)
+    limit = getattr(text_config(actor), "max_position_embeddings", None) or sys.maxsize
+    if named_lengths(actor, sys.maxsize):
+        limit = min(limit, reach.longest)
+    around = {n for b in checked for n in (b - 1, b + 2)} | {min(LONG_PROMPT, limit - NEW_TOKENS)}
+    around = {n for n in around if 0 < n <= limit - NEW_TOKENS} - set(PROBE_LENGTHS)
     lengths = [*PROBE_LENGTHS, *sorted(around)]
     return [n for n in lengths if not any(n <= b < n + NEW_TOKENS for b in boundaries)]
 
@@ -151,7 +158,7 @@ def _gap(
         own = forward()
         bound = rounding_bound(actor, forward, own)
         if in_full_precision(own):
-            bound = min(bound, LARGEST_GAP)
+            bound = min(bound, LARGEST_GAP if sampling.cache else LAST_GAP)
     return (own.cpu() - torch.tensor(sampled)).abs().max().item(), bound
 
 
