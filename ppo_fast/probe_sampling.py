@@ -94,7 +94,8 @@ def _lengths(actor: Any, boundaries: tuple[int, ...], reach: Reach) -> list[int]
     """Prompts that end before a length that the configuration names and are answered beyond it, and longer ones. None
     crosses a boundary."""
     checked = affordable(actor, named_lengths(actor, reach.longest), reach, actor.device)
-    limit = getattr(text_config(actor), "max_position_embeddings", None) or sys.maxsize
+    positions = getattr(text_config(actor), "max_position_embeddings", None)
+    limit = sys.maxsize if positions is None or positions <= 0 else positions
     if named_lengths(actor, sys.maxsize):
         limit = min(limit, reach.longest)
     around = {n for b in checked for n in (b - 1, b + 2)} | {min(LONG_PROMPT, limit - NEW_TOKENS)}

@@ -312,7 +312,7 @@ def drop_long_prompts(
     check_rows(rows)
     limits = [config.max_prompt_tokens]
     positions = getattr(text_config(actor), "max_position_embeddings", None)
-    if positions is not None:
+    if positions is not None and positions > 0:  # XLNet, which has no limit, says -1
         limits.append(positions - config.max_new_tokens)
     limit = min((x for x in limits if x is not None), default=None)
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]
