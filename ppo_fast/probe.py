@@ -256,15 +256,16 @@ def _rows(sequences: Rollout) -> list[Tensor]:
 # Rounding
 
 
-def _computed(values: Tensor) -> torch.dtype:
-    """The dtype in which a model computes these values: autocast's where it is on."""
-    kind = values.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+def _computed(model: Any) -> torch.dtype:
+    """The dtype in which a model computes: autocast's where it is on, else that of its embeddings."""
+    weight = model.get_input_embeddings().weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def in_full_precision(values: Tensor) -> bool:
-    """Whether a model computes these values in fp32."""
-    return _computed(values) == torch.float32
+def in_full_precision(model: nn.Module) -> bool:
+    """Whether a model computes in fp32."""
+    return _computed(model) == torch.float32
 
 
 def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> float:
@@ -273,7 +274,7 @@ def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> fl
     Products of 9 rows and of 5, 3 and 1 run through different kernels, and each layer passes on the rounding of those
     before it. Neither depth nor width tells by how much; the model itself does.
     """
-    eps = torch.finfo(_computed(own)).eps
+    eps = torch.finfo(_computed(model)).eps
 
     def nudge(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
         sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) * 2654435761 // 128 % 2)
@@ -284,7 +285,7 @@ def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> fl
         moved = (compute().float() - own.float()).abs().max().item()
     finally:
         hook.remove()
-    factor = FP32_BOUND if in_full_precision(own) else HALF_BOUND
+    factor = FP32_BOUND if in_full_precision(model) else HALF_BOUND
     return factor * moved + 2 * eps * own.float().abs().max().item()
 
 
@@ -383,7 +384,7 @@ def _choose(model: nn.Module, sequences: Rollout, head: Head, choices: list[Head
     expected = _compute(model, sequences, single)
     bound = rounding_bound(model, lambda: _compute(model, sequences, single), expected)
     largest = expected.float().abs().max().item()
-    if in_full_precision(expected) and bound > UNDECIDED * largest:
+    if in_full_precision(model) and bound > UNDECIDED * largest:
         return single, (
             f"this {model_name(model)} amplifies rounding, so that its values by other rows cannot be compared (one"
             f" unit in the last place of its embeddings changes {largest:.3g} by {bound / FP32_BOUND:.1g})"

@@ -33,6 +33,7 @@ from ppo_fast.sample import generate
 
 NEW_TOKENS = 3  # the first from the prompt, the others from the cache
 LONG_PROMPT = 32  # beside the short ones, so that these have much padding
+SMALLEST_GAP = 5e-4  # nats: rounding in any model, and too little to matter
 # Nats in fp32, of a model that amplifies rounding: with a cache, and without one, which is the last choice.
 LARGEST_GAP, LAST_GAP = 0.005, 0.1
 CHOICES = {  # in this order; the consequence of each
@@ -158,9 +159,9 @@ def _gap(
 
         own = forward()
         bound = rounding_bound(actor, forward, own)
-        if in_full_precision(own):
+        if in_full_precision(actor):
             bound = min(bound, LARGEST_GAP if sampling.cache else LAST_GAP)
-    return (own.cpu() - torch.tensor(sampled)).abs().max().item(), bound
+    return (own.cpu() - torch.tensor(sampled)).abs().max().item(), max(bound, SMALLEST_GAP)
 
 
 def _logprobs(actor: Any, prompt: list[int], answer: list[int], temperature: float) -> Tensor:

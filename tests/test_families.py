@@ -353,3 +353,9 @@ def test_gradient_checkpointing_without_layers_that_support_it_is_announced():
     model = build("ctrl")
     with pytest.warns(UserWarning, match="gradient_checkpointing does nothing for CTRLLMHeadModel and CTRLModel"):
         trainer_of(model, "ab", gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_half_precision_are_sampled_with_padding_and_a_cache(dtype):
+    trainer = trainer_of(tiny_llama().to(dtype), "ab", "x" * 30)
+    assert trainer.policy.sampling == Sampling()
