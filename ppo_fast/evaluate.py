@@ -125,7 +125,7 @@ class Evaluator:
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
         reward_means = world.combined(reward_means, len(mine))
         rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
-        minibatches = cut_as(rollout, list(range(len(rollout))), config, world)
+        minibatches = cut_as(rollout, list(range(len(rollout))), config, world, self.policy.head)
         judged = judge(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world)
         special = set(self.tokenizer.all_special_ids)
         words = [[i for i in ids if i not in special] for ids in rollout.completion_ids]

@@ -1,7 +1,8 @@
 """The models of PPO on transformers: the actor, its critic and the frozen reference; loading them, and LoRA."""
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from ppo_fast.attention import own_config
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
-from ppo_fast.heads import bare, decoder_of
+from ppo_fast.flash_calls import first_line
+from ppo_fast.heads import bare, decoder_of, model_name, text_config, without_cache
 from ppo_fast.loading import check_folder, load_structure, load_tokenizer, load_weights, stored_dtype
 
 
@@ -103,6 +105,39 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def check_language_model(actor: nn.Module) -> None:
+    """Rejects an actor of another kind than a causal language model.
+
+    Raises:
+        UserError: it is an encoder-decoder model, or its configuration names no single part for text.
+    """
+    name = model_name(actor)
+    try:
+        config = text_config(actor)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be trained: {first_line(error)}") from error
+    if getattr(bare(actor).config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} is an encoder-decoder model, which PPO does not train here: give a decoder-only model, as"
+            " AutoModelForCausalLM loads them"
+        )
+    if config.model_type == "reformer":
+        raise UserError(
+            f"{name} cannot be trained: its layers have gradients in training mode only, in which it computes at random"
+        )
+
+
+def _width(decoder: Any) -> int:
+    """The size of a decoder's hidden states. It may differ from that of the embeddings (RemBERT, Reformer), which is
+    taken for a model without weights."""
+    weight = _embedding(decoder)
+    if not has_weights(decoder):
+        return weight.shape[1]
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+    with torch.no_grad():
+        return decoder(input_ids=ids, **without_cache(decoder)).last_hidden_state.shape[-1]
+
+
 class Critic(nn.Module):
     """V(s) of each prefix: a linear value head on hidden states, of its own backbone or, without one, of the actor's.
 
@@ -119,12 +154,12 @@ class Critic(nn.Module):
     @classmethod
     def from_actor(cls, actor: nn.Module) -> "Critic":
         """A critic whose backbone starts as a copy of the actor's."""
-        return cls(copy.deepcopy(decoder_of(actor)), _embedding(actor).shape[1]).to(_embedding(actor).device)
+        return cls(copy.deepcopy(decoder_of(actor)), _width(decoder_of(actor))).to(_embedding(actor).device)
 
     @classmethod
     def shared(cls, actor: nn.Module) -> "Critic":
         """A value head alone: it reads the actor's hidden states, and its loss trains the actor's backbone, too."""
-        return cls(None, _embedding(actor).shape[1]).to(_embedding(actor).device)
+        return cls(None, _width(decoder_of(actor))).to(_embedding(actor).device)
 
     @classmethod
     def from_reward_model(cls, model: PreTrainedModel, *, keep_head: bool = True) -> "Critic":
@@ -138,7 +173,7 @@ class Critic(nn.Module):
         backbone: nn.Module = model.base_model
         if any(p.dtype != torch.float32 for p in backbone.parameters()):
             backbone = copy.deepcopy(backbone).float()
-        critic = cls(backbone, _embedding(model).shape[1]).to(_embedding(model).device)
+        critic = cls(backbone, _width(backbone)).to(_embedding(model).device)
         score = getattr(model, "score", None)
         if keep_head and isinstance(score, nn.Linear) and score.out_features == 1:
             with torch.no_grad():
@@ -222,14 +257,48 @@ def with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> Any:
     )
 
 
+def recomputed_layers(model: nn.Module) -> list[Any]:
+    """The layers that gradient checkpointing recomputes: those of models that support it."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    layers = {id(m): m for part in models for m in part.modules() if isinstance(m, GradientCheckpointingLayer)}
+    return list(layers.values())
+
+
+def warn_if_not_recomputed(*models: nn.Module | None) -> None:
+    """Warns once of models for which gradient checkpointing does nothing."""
+    without = [model_name(model) for model in models if model is not None and not recomputed_layers(model)]
+    if without:
+        warnings.warn(
+            f"gradient_checkpointing does nothing for {' and '.join(without)}: no layer of such a model supports it, so"
+            " the run needs as much memory as without it",
+            stacklevel=2,
+        )
+
+
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        def quiet(*given: Any) -> Any:
+            before, layer.training = layer.training, False
+            try:
+                return function(*given)
+            finally:
+                layer.training = before
+
+        return checkpoint(quiet, *arguments)
+
+    return run
+
+
 @contextmanager
 def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
 
-    transformers does so for layers in training mode, which would switch dropout on: so the layers alone get that mode,
-    and what is inside them does not. Sampling, outside, keeps its cache.
+    transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
+    off, also where a layer calls it as a function of its own mode. Sampling, outside, keeps its cache.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    layers = recomputed_layers(model) if enabled else []
     if layers:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
@@ -237,6 +306,7 @@ def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
                 switch = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
                 switch({"use_reentrant": False})
     for layer in layers:
+        layer._gradient_checkpointing_func = _in_evaluation_mode(layer, layer._gradient_checkpointing_func)
         layer.training = True
     try:
         yield

@@ -22,7 +22,7 @@ from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
-from ppo_fast.heads import bare, probe
+from ppo_fast.heads import Sampling, bare
 from ppo_fast.interrupt import GRACE, Request, stop_requests, stop_requests_of_several
 from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.learn import (
@@ -45,17 +45,21 @@ from ppo_fast.lock import locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
     Critic,
+    check_language_model,
     check_tokenizer,
     end_tokens,
     frozen_copy,
     is_adapted,
     prepare,
     recomputing,
+    warn_if_not_recomputed,
     with_lora,
 )
 from ppo_fast.parallel import ONE, World, shard, start, whole_state
 from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
+from ppo_fast.probe import Reach, named_lengths, probe_all
+from ppo_fast.probe_sampling import probe_sampling
 from ppo_fast.progress import Progress, peak_memory
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
 from ppo_fast.rewards.fingerprint import reward_fingerprint
@@ -108,6 +112,7 @@ class PPOTrainer:
         sampler: Sampler | None = None,
         eval_rows: list[dict[str, Any]] | None = None,
     ) -> None:
+        check_language_model(actor)
         check_tokenizer(tokenizer, actor)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
@@ -141,14 +146,26 @@ class PPOTrainer:
         self._check_memory(actor, kept, critic, reference)
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
         check_separate(learning, _reward_models(self.rewards))
-        self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
+        reach = self._reach(kept, eval_rows or [], actor, critic, reference)
+        self.policy, self.reference = build_models(
+            config,
+            actor,
+            critic,
+            reference,
+            self.device,
+            self.world,
+            tokenizer=tokenizer if sampler is None else None,
+            reach=reach,
+        )
         self.notes += notes_on_unreached(self.policy.unreached)
         self.reference_is_start = reference is None  # of the actor; one that is given may be any model
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
         if config.out is not None and self.world.first:
             self.notes += check_saving(self.actor, tokenizer, config)
-        own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
+        own = GenerateSampler(
+            self.actor, tokenizer, world=self.world, call=self.policy.generate, sampling=self.policy.sampling
+        )
         self.sampler, self.samples_itself = (own, True) if sampler is None else (sampler, False)
         if self.world.size > 1:
             transformers.set_seed(derived_seed(config.seed, self.world.rank))  # each samples other answers
@@ -263,7 +280,7 @@ class PPOTrainer:
             rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         with _timed(seconds, self.device, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
-            minibatches, kl_coef = cut_as(rollout, order, config, world), self.kl_controller.coef
+            minibatches, kl_coef = cut_as(rollout, order, config, world, self.policy.head), self.kl_controller.coef
             experience = evaluate(
                 self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
             )
@@ -390,6 +407,28 @@ class PPOTrainer:
         except CannotEstimate as error:
             self.notes.append(str(error))
 
+    def _reach(
+        self,
+        rows: list[dict[str, Any]],
+        eval_rows: list[dict[str, Any]],
+        actor: Any,
+        critic: Critic | None,
+        reference: PreTrainedModel | None,
+    ) -> Reach:
+        """How long the run's sequences become, and how much a step computes; counted only if a model's configuration
+        names a length that sequences may exceed."""
+        config = self.config
+        models = [x for x in (actor, reference, None if critic is None else critic.backbone) if x is not None]
+        if not any(named_lengths(model, sys.maxsize) for model in models):
+            return Reach()
+        if eval_rows:
+            rows = rows + drop_long_prompts(with_all_fields(eval_rows), self.tokenizer, actor, config)[0]
+        prompts = prompt_ids(self.tokenizer, [row["prompt"] for row in rows])
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        sequences = config.prompts_per_step * config.samples_per_prompt
+        # sampling and old log-probabilities are one pass each, an update is three
+        return Reach(longest, sequences * longest * (2.0 + 3 * config.epochs))
+
     def _warm_up(self) -> None:
         """Passes one short sequence through all that learning computes, and drops its gradients.
 
@@ -401,7 +440,7 @@ class PPOTrainer:
         answer = [self.tokenizer.pad_token_id] * min(2, config.max_new_tokens)
         tokens = torch.tensor([prompt + answer])
         rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
-        minibatches = cut_as(rollout, [0], config, self.world)
+        minibatches = cut_as(rollout, [0], config, self.world, policy.head)
         experience = evaluate(
             policy, self.reference, rollout, torch.zeros(1, device=self.device), minibatches, config, world=self.world
         )
@@ -626,8 +665,12 @@ def build_models(
     reference: PreTrainedModel | None,
     device: torch.device,
     world: World = ONE,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reach: Reach = Reach(),  # noqa: B008
 ) -> tuple[Policy, Reference]:
-    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so."""
+    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so. Without a
+    tokenizer the actor's own sampling is not probed."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
     if config.merge_adapters and world.kind == "fsdp":
@@ -654,10 +697,17 @@ def build_models(
         frozen = prepare(reference, home)
     elif config.kl_coef > 0 and not adapters:
         frozen = frozen_copy(actor)
-    head = world.find(
-        lambda: probe(actor, critic.backbone, frozen, strict=config.strict, dtype=config.dtype, device=device),
+    if config.gradient_checkpointing:
+        warn_if_not_recomputed(actor, critic.backbone)
+    how: dict[str, Any] = {"strict": config.strict, "dtype": config.dtype, "device": device, "reach": reach}
+    heads = world.find(
+        lambda: probe_all(actor, critic.backbone, frozen, **how),
         of=torch.nn.ModuleList([x for x in (actor, critic, frozen) if x is not None]),
     )
+    sampling = Sampling()
+    if tokenizer is not None:
+        boundaries = heads.actor.boundaries
+        sampling = world.find(lambda: probe_sampling(actor, tokenizer, config, boundaries, reach), of=actor)
     found: Reference = None
     if adapters:
         starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
@@ -665,10 +715,11 @@ def build_models(
         world.find(found.check, of=actor)
     check_same_weights(world, {"actor": actor, "critic": critic, "reference": frozen})
     if frozen is not None:
-        found = FrozenReference(frozen, head, config)
+        assert heads.reference is not None
+        found = FrozenReference(frozen, heads.reference, config)
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
-    policy = Policy(actor, critic, head, config)
+    policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, sampling=sampling)
     if world.kind != "fsdp":  # whose processes do not have all weights here, and do not wait for unused ones
         policy.unreached = unreached(policy, config, device)
     without_actor = config.critic_warmup_steps > 0 or config.target_kl is not None  # some losses are the critic's alone
