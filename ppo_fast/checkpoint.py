@@ -150,7 +150,7 @@ class GrowingFile:
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         """Appends a line of JSON."""
-        self.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
     def flush(self) -> None:
         """Does nothing: no record waits in a buffer. `RecordWriter` of TensorBoard calls it."""

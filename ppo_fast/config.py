@@ -204,7 +204,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            check_setting(option.name, getattr(self, option.name), option)
+            value = getattr(self, option.name)
+            check_setting(option.name, value, option)
+            setattr(self, option.name, _plain_value(value))
         rollout = self.prompts_per_step * self.samples_per_prompt
         if rollout < self.minibatches:
             raise UserError(
@@ -212,6 +214,14 @@ class PPOConfig:
             )
         if self.eval_greedy and self.eval_samples > 1:
             raise UserError(f"eval_greedy gives each prompt one answer, but eval_samples is {self.eval_samples}")
+
+
+def _plain_value(value: Any) -> Any:
+    """A number of numpy, or a member of an Enum, that is a Python number or text, as that: YAML knows no others."""
+    for kind in (float, int):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:

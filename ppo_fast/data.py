@@ -54,7 +54,7 @@ def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, Any]]:
             prompt; the message names file and line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
     except OSError as error:
         raise UserError(f"cannot read the prompts: {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -68,9 +68,18 @@ def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the field {twice!r} twice; remove one")
+    return found
+
+
 def _parse(line: str, where: str, prompt_field: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: malformed JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or brackets in brackets
@@ -100,6 +109,7 @@ def check_prompt(prompt: Any, where: str, name: str) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError(f"{where}: the prompt is empty")
+        _check_text(prompt, where)
         return
     if not isinstance(prompt, list):
         raise UserError(f"{where}: {name} must be a string or a list of messages, got {type(prompt).__name__}")
@@ -111,8 +121,39 @@ def check_prompt(prompt: Any, where: str, name: str) -> None:
             raise UserError(
                 f'{where}: message {number} must be {{"role": text, "content": text}}, got {str(message)[:80]}'
             )
+        _check_text(message["role"] + message["content"], where)
     if prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: the last message is the assistant's, which the model is to write: leave it out")
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuses half of a UTF-16 pair, which JSON can hold as an escape sequence, but no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: the prompt has {text[error.start]!a} at character {error.start}, which is half of a character"
+            " (a lone surrogate): correct the data"
+        ) from error
+
+
+def as_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that come from Python, as a list of dicts.
+
+    Raises:
+        UserError: they are something else, such as a dict of columns or a DataFrame.
+    """
+    what = "rows must be a list of dicts, one for each prompt"
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise UserError(f"{what}, got {type(rows).__name__}")
+    found = list(rows)
+    for number, row in enumerate(found):
+        if not isinstance(row, Mapping):
+            raise UserError(f'{what}, but row {number} is {str(row)[:40]!r}: give {{"prompt": text}}')
+        for name in row:
+            if not isinstance(name, str):
+                raise UserError(f"row {number} has the column {name!r}: names of columns must be texts")
+    return [dict(row) for row in found]
 
 
 def check_rows(rows: list[dict[str, Any]]) -> None:
@@ -151,7 +192,7 @@ def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, Any]]:
     for file in files:
         try:
             read = parquet.read_table(str(file), partitioning=None).to_pylist()
-        except (OSError, arrow.ArrowException) as error:
+        except (OSError, ValueError, arrow.ArrowException) as error:  # ValueError: not UTF-8, or no such time
             raise UserError(f"cannot read the prompts: {file}: {error}") from error
         rows += _rows(read, str(file), prompt_field)
     return rows

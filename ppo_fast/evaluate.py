@@ -27,6 +27,7 @@ from ppo_fast.device import derived_seed
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Experience, Reference, as_floats, cut_as, packed
 from ppo_fast.learn import evaluate as judge
+from ppo_fast.models import vocabulary_of
 from ppo_fast.packing import make_pack
 from ppo_fast.parallel import ONE, World
 from ppo_fast.plots import can_draw, draw_tokens
@@ -92,13 +93,14 @@ class Evaluator:
     notes: list[str] = field(init=False, default_factory=list)  # what people should know of the rows
 
     def __post_init__(self) -> None:
-        self.rows, left_out = drop_long_prompts(self.rows, self.tokenizer, self.policy.actor, self.config)
+        others = (self.policy.critic.backbone, getattr(self.reference, "model", None))
+        self.rows, left_out = drop_long_prompts(self.rows, self.tokenizer, self.policy.actor, self.config, *others)
         if len(self.rows) < self.world.size:
             raise UserError(f"{len(self.rows)} held-out prompts are too few for {self.world.size} processes")
         if left_out:
             self.notes.append(f"{left_out} held-out prompts are too long and were left out")
-        known = {json.dumps(row["prompt"]) for row in self.trained_on}
-        twice = sum(json.dumps(row["prompt"]) in known for row in self.rows)
+        known = {json.dumps(row["prompt"], default=str) for row in self.trained_on}
+        twice = sum(json.dumps(row["prompt"], default=str) in known for row in self.rows)
         if twice:
             self.notes.append(f"{twice} of {len(self.rows)} held-out prompts are among the training prompts, too")
 
@@ -121,7 +123,9 @@ class Evaluator:
             config = dataclasses.replace(config, top_k=1)  # which every sampler understands
         world = self.world
         with own_random_state(derived_seed(config.seed, world.rank), self.device):
-            mine = respond(self.sampler, self.tokenizer, world.share(self.rows), config, self.device)
+            vocabulary = vocabulary_of(self.policy.actor)
+            rows = world.share(self.rows)
+            mine = respond(self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary)
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
         reward_means = world.combined(reward_means, len(mine))
         rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
@@ -214,7 +218,8 @@ def visible(texts: AnswerText, token: int) -> str:
     """A token's text with its spaces visible; the tokenizer's own name for a part of a character."""
     text = texts.token(token)
     if BROKEN in text or not text:
-        text = str(texts.tokenizer.convert_ids_to_tokens(token))
+        # an embedding may have more rows than the tokenizer has tokens
+        text = str(texts.tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
     return printable(text.replace(" ", "␣"))
 
 
@@ -279,7 +284,7 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
     name = folder / f"step-{evaluation.step}"
     with reported(f"the evaluation could not be written to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row, ensure_ascii=False) for row in samples(evaluation)]
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in samples(evaluation)]
         write_file(name.with_suffix(".jsonl"), "\n".join(lines) + "\n")
         write_file(name.with_suffix(".md"), markdown(evaluation))
     if evaluation.explained is not None and can_draw():

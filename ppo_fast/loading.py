@@ -222,6 +222,8 @@ def check_trained_in_fp32(model: nn.Module, what: str) -> None:
     wrong = [(name, p.dtype) for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         name, dtype = wrong[0]
+        if dtype == torch.float64:
+            raise UserError(f"{what} is in float64 ({name}), but the losses are computed in fp32: call .float() on it")
         raise UserError(
             f"{what} would be trained in {str(dtype).removeprefix('torch.')} ({name}), in which small updates round to"
             f" nothing: call .float() on it, or load it with dtype=torch.float32; --dtype bfloat16 computes in bfloat16"

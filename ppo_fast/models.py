@@ -25,7 +25,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
 from ppo_fast.flash_calls import first_line
-from ppo_fast.heads import bare, decoder_of, model_name, text_config, without_cache
+from ppo_fast.heads import bare, decoder_of, head_of, model_name, text_config, without_cache
 from ppo_fast.loading import check_folder, load_structure, load_tokenizer, load_weights, stored_dtype
 
 
@@ -81,6 +81,11 @@ def _embedding(model: Any) -> Tensor:
     return weight
 
 
+def vocabulary_of(model: Any) -> int:
+    """V, the number of tokens that the model has embeddings for."""
+    return _embedding(model).shape[0]
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
     """Refuses what would fail deep inside a step: no pad token, no end token, ids beyond the embedding."""
     if tokenizer.pad_token_id is None:
@@ -90,12 +95,54 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
         )
     if not end_tokens(tokenizer, actor):
         raise UserError("neither the tokenizer nor the generation config has an end token, so no answer could end")
-    rows = _embedding(actor).shape[0]
-    if len(tokenizer) > rows:
+    check_embedding(tokenizer, actor, "the model")
+
+
+def check_embedding(tokenizer: PreTrainedTokenizerBase, model: Any, what: str) -> None:
+    """Refuses a model that has no embedding for some tokens. Ids may have gaps: the largest one counts.
+
+    Raises:
+        UserError: names the model as `what`.
+    """
+    rows, largest = _embedding(model).shape[0], max(tokenizer.get_vocab().values())
+    if largest >= rows:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding has {rows} rows: they do not belong"
-            " together, or model.resize_token_embeddings(len(tokenizer)) is missing"
+            f"the tokenizer has {len(tokenizer)} tokens with ids up to {largest} but the embedding of {what} has {rows}"
+            " rows: they do not belong together, or model.resize_token_embeddings(len(tokenizer)) is missing"
         )
+
+
+def check_others(
+    tokenizer: PreTrainedTokenizerBase, config: PPOConfig, critic: "Critic | None", reference: nn.Module | None
+) -> None:
+    """Refuses a critic or reference that cannot read what the actor reads.
+
+    Raises:
+        UserError: names the model and what does not fit.
+    """
+    if critic is not None and critic.backbone is not None:
+        check_embedding(tokenizer, critic.backbone, "the critic")
+        width = _width(critic.backbone)
+        if critic.head.in_features != width:
+            raise UserError(
+                f"the critic's head reads {critic.head.in_features} numbers, but its backbone gives {width}:"
+                f" Critic(backbone, {width})"
+            )
+    if reference is None:
+        return
+    check_embedding(tokenizer, reference, "the reference")
+    kinds = {str(p.dtype).removeprefix("torch.") for p in (_embedding(reference), *_head_weights(reference))}
+    if len(kinds) > 1:
+        raise UserError(
+            f"the reference has its embedding and LM head in {' and '.join(sorted(kinds))}: load it in one dtype"
+        )
+    if config.dtype == "bfloat16" and kinds == {"float16"}:
+        raise UserError("the reference is in float16, but dtype = bfloat16: load it in float32 or bfloat16")
+
+
+def _head_weights(model: nn.Module) -> list[nn.Parameter]:
+    head: Any = head_of(model)
+    return list(head.parameters()) if isinstance(head, nn.Linear) else []
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
@@ -111,7 +158,19 @@ def check_language_model(actor: nn.Module) -> None:
     Raises:
         UserError: it is an encoder-decoder model, or its configuration names no single part for text.
     """
+    if not isinstance(actor, nn.Module):
+        raise UserError(
+            f"the actor must be a model, got {type(actor).__name__}: load it, for instance with"
+            " ppo_fast.models.load_actor(folder)"
+        )
     name = model_name(actor)
+    if not is_adapted(actor) and getattr(actor, "peft_config", None):
+        raise UserError(
+            f"this {name} has adapters in its layers, which an earlier run or peft put there: give the PeftModel around"
+            " it, or load the model again"
+        )
+    if not bare(actor).config.return_dict:
+        raise UserError(f"the configuration of this {name} has return_dict = false: set it to true")
     try:
         config = text_config(actor)
     except ValueError as error:
@@ -228,7 +287,11 @@ def is_adapted(model: nn.Module) -> bool:
 def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_model: bool) -> nn.Module:
     """LoRA adapters (Hu et al. 2021) through peft: everything else is frozen.
 
-    `targets`: "all-linear", or names of modules with commas between. The LM head stays as it is.
+    `targets`: "all-linear", or names of modules with commas between. The LM head stays as it is, if it is not named.
+    The names are those of a language model; a critic may lack some of them.
+
+    Raises:
+        UserError: the model lacks a module of that name.
     """
     try:
         import peft
@@ -238,10 +301,26 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=targets if targets == "all-linear" else _targets(model, targets, language_model=language_model),
         task_type="CAUSAL_LM" if language_model else "FEATURE_EXTRACTION",
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _targets(model: nn.Module, targets: str, *, language_model: bool) -> list[str]:
+    """Names of modules, each of which the model has: peft ignores one that it does not find beside one that it does."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    names = [name.strip() for name in targets.split(",")]
+    found = [name for name in names if name and any(module.endswith(f".{name}") for module in modules)]
+    missing = [name for name in names if name not in found]
+    if missing and (language_model or not found):
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        advice = "" if language_model else "; critic = shared needs no adapters of its own"
+        raise UserError(
+            f"lora_targets names {missing[0]!r}, which the {'actor' if language_model else 'critic'} lacks; its linear"
+            f" layers are {', '.join(sorted(linear))}{advice}"
+        )
+    return found
 
 
 def with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> Any:

@@ -2,10 +2,11 @@
 
 import copy
 import hashlib
+import inspect
 import math
 import random
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,9 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.data import Prompt, added_ids, chat_text, columns, without_second_begin
 from ppo_fast.device import upload
 from ppo_fast.errors import RewardError, UserError
+from ppo_fast.models import check_embedding
 from ppo_fast.rewards.isolation import isolated
+from ppo_fast.rewards.pool import Pool
 from ppo_fast.rewards.spec import arguments_of, check_columns
 from ppo_fast.rollout import Rollout
 
@@ -62,25 +65,41 @@ def score(
     results = {name: call(function, name, rollout, _seed(stream, name)) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     for name, function in functions.items():
-        if (failed := getattr(function, "failed", None)) is not None:  # of a Pool
-            means[f"reward_failed/{name}"] = float(failed)
+        if isinstance(function, Pool):
+            means[f"reward_failed/{name}"] = float(function.failed)
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
     weighted = [_weighted(values, (weights or {}).get(name, 1.0)) for name, values in results.items()]
     rollout.scores = [sum(_total(values[row]) for values in weighted) + x for row, x in enumerate(penalties)]
     limit = math.inf if config.score_clip is None else config.score_clip
     if all(isinstance(value, float) for values in weighted for value in values):
-        scores = torch.tensor(weighted).sum(0).clamp_(-limit, limit) + torch.tensor(penalties)
-        return upload(scores, rollout.device), means
-    scores = torch.zeros(len(rollout), rollout.answer_width)
+        scores = torch.tensor(weighted, dtype=torch.float64).sum(0).clamp_(-limit, limit)
+        return upload(_fp32(scores + torch.tensor(penalties), rollout), rollout.device), means
+    scores = torch.zeros(len(rollout), rollout.answer_width, dtype=torch.float64)
     last = torch.tensor(rollout.answer_lengths) - 1
     for values in weighted:
         for row, value in enumerate(values):
             if isinstance(value, float):
                 scores[row, last[row]] += value
             else:
-                scores[row, : len(value)] += torch.tensor(value)
-    scores.clamp_(-limit, limit)[torch.arange(len(rollout)), last] += torch.tensor(penalties)
-    return upload(scores, rollout.device), means
+                scores[row, : len(value)] += torch.tensor(value, dtype=torch.float64)
+    scores.clamp_(-limit, limit)[torch.arange(len(rollout)), last] += torch.tensor(penalties, dtype=torch.float64)
+    return upload(_fp32(scores, rollout), rollout.device), means
+
+
+LARGEST_SCORE = 1e15  # the sum of the squares of a rollout's returns must be a number of fp32
+
+
+def _fp32(scores: Tensor, rollout: Rollout) -> Tensor:
+    """Scores [B] or [B, T] fp64 in fp32. Raises RewardError where one is too large to learn from."""
+    outside = ~(scores.abs() <= LARGEST_SCORE)  # NaN, too, of infinities
+    if outside.any():
+        row = int(outside.nonzero()[0, 0])
+        raise RewardError(
+            f"answer {row} ({rollout.completions[row]!r:.80}) has the score {scores[outside][0].item():g}, but only"
+            f" scores up to {LARGEST_SCORE:g} can be squared in fp32: scale the rewards (reward weights), or set"
+            " score_clip"
+        )
+    return scores.float()
 
 
 def call(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> list[float | list[float]]:
@@ -97,9 +116,9 @@ def call(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> li
         known["completion_ids"] = rollout.completion_ids
     try:
         values = _call_isolated(function, name, prompts, rollout.completions, known, seed, rollout.device)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # user code: whatever it raises is reported with the place it came from
+    except BaseException as error:  # user code: whatever it raises is reported with its place, also exit() and timeouts
         frame = _place(error)
         what = f"called exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_told(error)}"
         culprit = _culprit(function, name, prompts, rollout, known, seed)
@@ -170,7 +189,9 @@ def _culprit(
         alone = {key: [column[row]] for key, column in columns.items()}
         try:
             _call_isolated(function, name, [prompt], [completion], alone, seed, rollout.device)
-        except (Exception, SystemExit):  # as above
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # as above
             return f", at answer {row} ({completion!r:.80}) to {prompt!r:.80}"
     return ""
 
@@ -187,29 +208,46 @@ def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, Any
         check_columns(function, {**known, "raw_completions": [], "completion_ids": [], "ended": []})
 
 
+def named_rewards(rewards: RewardFunction | dict[str, RewardFunction]) -> dict[str, RewardFunction]:
+    """Reward functions by name; one function has its own name. Raises RewardError if something is no function."""
+    functions = rewards if isinstance(rewards, dict) else {name_of(rewards): rewards}
+    if not functions:
+        raise RewardError("there is no reward: give a function, or a dict of functions by name")
+    for name, function in functions.items():
+        if not callable(function):
+            raise RewardError(
+                f"the reward {name!r} must be a function, got {type(function).__name__}; several rewards are a dict of"
+                " functions by name"
+            )
+    return functions
+
+
+def name_of(function: RewardFunction) -> str:
+    """The name of a reward function in metrics and messages."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def check_weights(weights: dict[str, float] | None, functions: dict[str, RewardFunction]) -> dict[str, float]:
     """A weight for each reward function; 1 where none is given."""
+    if weights is not None and not isinstance(weights, Mapping):
+        raise RewardError(f"reward_weights must be a dict of numbers by reward, got {type(weights).__name__}")
     for name, weight in (weights or {}).items():
         if name not in functions:
             raise RewardError(f"reward_weights names {name!r}, but the rewards are {', '.join(map(repr, functions))}")
-        if not math.isfinite(weight):
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise RewardError(f"the weight of reward {name!r} must be finite, got {weight}")
     return dict.fromkeys(functions, 1.0) | (weights or {})
 
 
 def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[float]]:
-    if isinstance(values, Tensor):
-        values = values.tolist()
-    try:
-        values = list(values)
-    except TypeError:
-        raise RewardError(f"reward function {name!r} must return a list, got {type(values).__name__}") from None
+    values = _listed(values, name)
     if len(values) != len(rollout):
         raise RewardError(f"reward function {name!r} returned {len(values)} values for {len(rollout)} answers")
     checked: list[float | list[float]] = []
     for row, value in enumerate(values):
         where = f"reward function {name!r}, answer {row} ({rollout.completions[row]!r:.80})"
-        if isinstance(value, list | tuple | Tensor) and not (isinstance(value, Tensor) and value.ndim == 0):
+        value = _plain(value)
+        if isinstance(value, list | tuple):
             expected = rollout.answer_lengths[row]
             if len(value) != expected:
                 raise RewardError(
@@ -222,10 +260,31 @@ def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[floa
     return checked
 
 
+def _listed(values: Any, name: str) -> list:
+    """What a reward function returned, as a list: not a text, a dict, a set, or a coroutine, which have other items."""
+    if inspect.iscoroutine(values):
+        values.close()  # Python would warn that it was never awaited
+    try:
+        if not isinstance(values, str | bytes | Mapping | Set):
+            return list(_plain(values))
+    except TypeError:
+        pass
+    except Exception as error:  # a tensor without values, or code of the user's own class
+        raise RewardError(f"the values of reward function {name!r} cannot be read: {_told(error)}") from error
+    raise RewardError(f"reward function {name!r} must return a list, got {type(values).__name__}")
+
+
+def _plain(x: Any) -> Any:
+    """A tensor or an array as Python's numbers."""
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
 def _number(x: Any, where: str) -> float:
     try:
         number = float(x)
-    except (TypeError, ValueError):
+    except OverflowError:  # an integer or a fraction that is larger than any float
+        number = math.inf
+    except Exception:  # code of the user's own class
         raise RewardError(f"{where}: expected a number, got {x!r:.80}") from None
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise RewardError(f"{where}: expected a finite number, got {number} (fp32 ends at 3.4e38)")
@@ -262,9 +321,13 @@ class RewardModel:
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise RewardError("the reward model's tokenizer has no pad token; name one of its tokens")
+        if model.config.num_labels != 1:
+            raise RewardError(f"the reward model has {model.config.num_labels} outputs; one score is expected")
+        check_embedding(tokenizer, model, "the reward model")
         model.config.pad_token_id = tokenizer.pad_token_id
         self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
-        self.tokenizer = tokenizer
+        # a copy: a call with truncation changes a tokenizer, and what save_pretrained writes of it
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.added_before = added_ids(tokenizer)[0]
         self.batch_size = batch_size
         self.max_length = min((x for x in (max_length, _positions(model)) if x), default=None)

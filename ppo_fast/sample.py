@@ -1,5 +1,8 @@
 """Sample: prompts are answered, by the actor's own `generate` or by another engine, and become a rollout."""
 
+import math
+import operator
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,12 +59,13 @@ def respond(
     rows: list[dict[str, Any]],
     config: PPOConfig,
     device: torch.device,
+    *,
+    vocabulary: int | None = None,
 ) -> Rollout:
-    """Answers each row's prompt `samples_per_prompt` times."""
+    """Answers each row's prompt `samples_per_prompt` times. The sampler's tokens must be below `vocabulary`."""
     columns_ = columns(rows, config.samples_per_prompt)
     prompts = prompt_ids(tokenizer, columns_["prompt"])
-    answers = sampler.sample([list(ids) for ids in prompts], config)
-    _check(answers, prompts, config)
+    answers = _checked(_ask(sampler, [list(ids) for ids in prompts], config), prompts, config, vocabulary)
     texts = AnswerText(tokenizer, prompts)
     P, T = max(map(len, prompts)), max(map(len, answers.ids))
     pad = tokenizer.pad_token_id
@@ -76,7 +80,7 @@ def respond(
         tokens=torch.tensor(padded),
         prompt_lengths=list(map(len, prompts)),
         answer_lengths=list(map(len, answers.ids)),
-        ended=[bool(x) for x in answers.ended],
+        ended=answers.ended,
         completions=texts.decode(answers.ids),
         raw_completions=texts.decode(answers.ids, clean=False),
         columns=columns_,
@@ -85,24 +89,79 @@ def respond(
     )
 
 
-def _check(answers: Answers, prompts: list[list[int]], config: PPOConfig) -> None:
-    """Refuses what another engine may get wrong."""
+def _ask(sampler: Sampler, prompts: list[list[int]], config: PPOConfig) -> Answers:
+    """The sampler's answers. An error of a sampler from outside is reported with its place."""
+    if isinstance(sampler, GenerateSampler):
+        return sampler.sample(prompts, config)
+    try:
+        answers = sampler.sample(prompts, config)
+    except UserError:
+        raise
+    except Exception as error:  # user code
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}, line {frame.lineno}"
+        raise UserError(f"the sampler raised {type(error).__name__}: {error} ({place})") from error
+    if not isinstance(answers, Answers):
+        raise UserError(f"the sampler must return an object of ppo_fast.sample.Answers, got {type(answers).__name__}")
+    return answers
+
+
+def _checked(answers: Answers, prompts: list[list[int]], config: PPOConfig, vocabulary: int | None) -> Answers:
+    """The answers in Python's lists and numbers. Refuses what another engine may get wrong."""
+    if answers.logprobs is None and config.importance_cap is not None:
+        raise UserError("importance_cap needs the sampler's log-probabilities (Answers.logprobs), which are missing")
     counts = {"ids": len(answers.ids), "ended": len(answers.ended)}
     if answers.logprobs is not None:
         counts["logprobs"] = len(answers.logprobs)
     for name, count in counts.items():
         if count != len(prompts):
             raise UserError(f"the sampler returned {count} {name} for {len(prompts)} prompts")
-    for row, ids in enumerate(answers.ids):
+    checked = Answers(
+        ids=[_token_ids(ids, row, vocabulary) for row, ids in enumerate(answers.ids)],
+        ended=[bool(x) for x in answers.ended],
+        logprobs=None if answers.logprobs is None else [_logprobs(x, row) for row, x in enumerate(answers.logprobs)],
+    )
+    for row, ids in enumerate(checked.ids):
         if not 1 <= len(ids) <= config.max_new_tokens:
             raise UserError(
                 f"the sampler returned {len(ids)} tokens for prompt {row}; 1 to max_new_tokens={config.max_new_tokens}"
                 " are expected"
             )
-        if answers.logprobs is not None and len(answers.logprobs[row]) != len(ids):
+        if checked.logprobs is not None and len(checked.logprobs[row]) != len(ids):
             raise UserError(
-                f"the sampler returned {len(answers.logprobs[row])} logprobs for the {len(ids)} tokens of prompt {row}"
+                f"the sampler returned {len(checked.logprobs[row])} logprobs for the {len(ids)} tokens of prompt {row}"
             )
+    return checked
+
+
+def _token_ids(ids: Any, row: int, vocabulary: int | None) -> list[int]:
+    """An answer's tokens, which may come in an array or a tensor."""
+    try:
+        found = [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError as error:
+        raise UserError(
+            f"the sampler returned {ids!r:.60} for prompt {row}: a list of token ids is expected"
+        ) from error
+    outside = [i for i in found if i < 0 or (vocabulary is not None and i >= vocabulary)]
+    if outside:
+        last = "" if vocabulary is None else f"; the model's are 0 to {vocabulary - 1}"
+        raise UserError(f"the sampler returned the token id {outside[0]} for prompt {row}{last}")
+    return found
+
+
+LARGEST_LOGPROB = 1e-3  # rounding
+
+
+def _logprobs(values: Any, row: int) -> list[float]:
+    """An answer's log-probabilities. vLLM reports None or NaN for a token that it could not score."""
+    found = list(values.tolist() if hasattr(values, "tolist") else values)
+    for place, x in enumerate(found):
+        if x is None or not -math.inf < float(x) <= LARGEST_LOGPROB:
+            raise UserError(
+                f"the sampler returned {x!r} as log-probability of token {place} of the answer to prompt {row}: a"
+                " finite number of at most 0 is expected; logprobs = None, if the engine cannot score each token"
+            )
+    return [float(x) for x in found]
 
 
 class GenerateSampler:
@@ -314,16 +373,17 @@ def _until_end(row: int, ids: list[int], ends: set[int], stops: StopTexts) -> tu
 
 
 def drop_long_prompts(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, actor: Any, config: PPOConfig
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, actor: Any, config: PPOConfig, *others: Any
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows whose prompt leaves room for an answer, and how many were left out.
 
-    The limit is max_prompt_tokens, and what the model's positions allow.
+    The limit is max_prompt_tokens, and what the positions of the models allow: `others` are critic and reference.
     """
     check_rows(rows)
     limits = [config.max_prompt_tokens]
-    positions = getattr(text_config(actor), "max_position_embeddings", None)
-    if positions is not None and positions > 0:  # XLNet, which has no limit, says -1
+    known = [getattr(text_config(x), "max_position_embeddings", None) for x in (actor, *others) if x is not None]
+    positions = min((x for x in known if x is not None and x > 0), default=None)  # XLNet, which has no limit, says -1
+    if positions is not None:
         limits.append(positions - config.max_new_tokens)
     limit = min((x for x in limits if x is not None), default=None)
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]

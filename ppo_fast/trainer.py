@@ -17,7 +17,7 @@ from ppo_fast import checkpoint
 from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adapters
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
-from ppo_fast.data import Prompts, prompt_ids, tokenizer_notes, with_all_fields
+from ppo_fast.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
 from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
@@ -46,12 +46,14 @@ from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapte
 from ppo_fast.models import (
     Critic,
     check_language_model,
+    check_others,
     check_tokenizer,
     end_tokens,
     frozen_copy,
     is_adapted,
     prepare,
     recomputing,
+    vocabulary_of,
     warn_if_not_recomputed,
     with_lora,
 )
@@ -61,7 +63,8 @@ from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.probe import Reach, named_lengths, probe_all
 from ppo_fast.probe_sampling import probe_sampling
 from ppo_fast.progress import Progress, peak_memory
-from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
+from ppo_fast.reward import RewardFunction, check_rewards, check_weights, named_rewards, score
+from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.fingerprint import reward_fingerprint
 from ppo_fast.rollout import Rollout
 from ppo_fast.run_state import (
@@ -114,6 +117,10 @@ class PPOTrainer:
     ) -> None:
         check_language_model(actor)
         check_tokenizer(tokenizer, actor)
+        check_others(tokenizer, config, critic, reference)
+        if sampler is not None and not callable(getattr(sampler, "sample", None)):
+            raise UserError(f"the sampler must have a method sample(prompts, config), which {sampler!r:.60} lacks")
+        rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
             config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
@@ -121,7 +128,7 @@ class PPOTrainer:
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         self.world = start(config)
-        self.rewards = rewards if isinstance(rewards, dict) else {_name(rewards): rewards}
+        self.rewards = named_rewards(rewards)
         self.reward_weights = check_weights(reward_weights, self.rewards)
         if self.world.size > 1:
             self._check_agreement(rows, eval_rows)
@@ -137,12 +144,13 @@ class PPOTrainer:
             self.reward_digests = {name: reward_fingerprint(f, digest) for name, f in self.rewards.items()}
         self.tokenizer = tokenizer
         self.device = self.world.device
-        kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
+        others = (None if critic is None else critic.backbone, reference)
+        kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config, *others)
         # to be said at the start
         self.notes = tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
-        self.notes += notes_on_sampling(config, evaluated=bool(eval_rows))
+        self.notes += notes_on_sampling(config, evaluated=bool(eval_rows)) + notes_on_options(config)
         self._check_memory(actor, kept, critic, reference)
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
         check_separate(learning, _reward_models(self.rewards))
@@ -172,8 +180,8 @@ class PPOTrainer:
         self.prompts = Prompts(kept, seed=config.seed)
         check_rewards(self.rewards, kept)
         for function in self.rewards.values():
-            if (place := getattr(function, "place", None)) is not None:  # a model of its own, with no device named
-                place(self.device)
+            if isinstance(function, Fluency):  # which may have a model of its own, with no device named
+                function.place(self.device)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
         self.kl_controller = KLController(config)
@@ -272,7 +280,8 @@ class PPOTrainer:
         seconds: dict[str, float] = {}
         with _timed(seconds, self.device, "sample"):
             rows = world.share(self.prompts.take(config.prompts_per_step))
-            mine = respond(self.sampler, self.tokenizer, rows, config, self.device)
+            vocabulary = vocabulary_of(self.actor)
+            mine = respond(self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary)
         with _timed(seconds, self.device, "reward"):
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
             world.meet(f"the rewards of step {self.steps_done + 1}")  # where a process can take much longer than others
@@ -422,7 +431,8 @@ class PPOTrainer:
         if not any(named_lengths(model, sys.maxsize) for model in models):
             return Reach()
         if eval_rows:
-            rows = rows + drop_long_prompts(with_all_fields(eval_rows), self.tokenizer, actor, config)[0]
+            others = (None if critic is None else critic.backbone, reference)
+            rows = rows + drop_long_prompts(with_all_fields(eval_rows), self.tokenizer, actor, config, *others)[0]
         prompts = prompt_ids(self.tokenizer, [row["prompt"] for row in rows])
         longest = max(map(len, prompts)) + config.max_new_tokens
         sequences = config.prompts_per_step * config.samples_per_prompt
@@ -612,10 +622,6 @@ def _timed(seconds: dict[str, float], device: torch.device, name: str) -> Iterat
     seconds[name] = time.perf_counter() - start
 
 
-def _name(function: RewardFunction) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
 def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
     """What follows from sampling that leaves out tokens, in sentences."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -628,6 +634,19 @@ def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
         " distribution, which gives the other tokens a share that no sample corrects"
     ]
     return notes + [f"held-out answers are sampled with {named}, too"] * evaluated
+
+
+def notes_on_options(config: PPOConfig) -> list[str]:
+    """Which options keep others from having an effect, in sentences."""
+    notes = []
+    if config.critic_warmup_steps >= config.total_steps:
+        notes.append(
+            f"critic_warmup_steps = {config.critic_warmup_steps} and total_steps = {config.total_steps}: the actor does"
+            " not learn in this run"
+        )
+    if config.kl_controller == "adaptive" and config.kl_coef == 0:
+        notes.append("kl_controller = adaptive has no effect with kl_coef = 0, which keeps no reference")
+    return notes
 
 
 def _reward_models(rewards: dict[str, RewardFunction]) -> dict[str, nn.Module]:

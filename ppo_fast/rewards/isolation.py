@@ -96,6 +96,14 @@ def _folder() -> str | None:
         return None
 
 
+def _is_closed(stream: str) -> bool:
+    return bool(getattr(getattr(sys, stream), "closed", False))
+
+
+def _cannot_open(closed: bool) -> None:
+    raise ValueError(f"it is {'open' if closed else 'closed'} now, which cannot be undone: do not close it")
+
+
 def _change_folder(folder: str | None) -> None:
     if folder is not None:
         os.chdir(folder)
@@ -183,6 +191,7 @@ def _set_current_gpu(current: tuple[int, Any] | None) -> None:
         torch.cuda.set_device(current[0])
 
 
+_STREAMS = ("stdin", "stdout", "stderr")
 _ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 _PRECISIONS: list[Any] = [torch.backends, _CUDA.matmul, _CUDNN, _CUDNN.conv, _CUDNN.rnn]  # type: ignore[attr-defined]
@@ -193,7 +202,8 @@ _SETTINGS = [
     _Setting("the working directory", _folder, _change_folder),
     _Setting("signal handlers", _handlers, _set_handlers),
     _Setting("the alarm timer", _alarm, _cancel_alarm),
-    *[_attribute(sys, stream, f"sys.{stream}") for stream in ("stdin", "stdout", "stderr")],
+    *[_attribute(sys, stream, f"sys.{stream}") for stream in _STREAMS],
+    *[_Setting(f"sys.{stream}", functools.partial(_is_closed, stream), _cannot_open) for stream in _STREAMS],
     _Setting("the filters of warnings", lambda: list(warnings.filters), _set_filters),
     _Setting("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     _Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda x: locale.setlocale(locale.LC_ALL, x)),

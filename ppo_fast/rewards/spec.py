@@ -56,12 +56,12 @@ def arguments_of(
         UserError: the function needs a column that the data lacks; or a keyword-only argument with a default, an
             option, has the name of a column: which is meant?
     """
-    fixed = getattr(function, "keywords", {})
+    fixed = function.keywords if isinstance(function, functools.partial) else {}
     parameters = inspect.signature(function).parameters
     free = {name: column for name, column in columns.items() if name not in fixed}
     if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
         free = {name: column for name, column in free.items() if name in parameters}
-    called = getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", "it")
+    called = _called(function)
     for name, taken in list(parameters.items())[2:]:  # after prompts and completions
         variable = taken.kind in (taken.VAR_KEYWORD, taken.VAR_POSITIONAL)
         if taken.default is taken.empty and not variable and name not in free:
@@ -80,8 +80,38 @@ def arguments_of(
     return free
 
 
+def _called(function: Callable[..., Any]) -> str:
+    """The name of a reward function for messages."""
+    inner = function.func if isinstance(function, functools.partial) else function
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def check_signature(function: Callable[..., Any]) -> None:
+    """Refuses a function that does not take (prompts, completions, **columns) in this order, or is asynchronous."""
+    called = _called(function)
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    if any(kind(f) for kind in kinds for f in (function, getattr(function, "__call__", None))):  # noqa: B004
+        raise UserError(
+            f"the reward {called!r} is asynchronous: give a function that returns asyncio.run(...) of the coroutine"
+        )
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the arguments of the reward {called!r} cannot be read: put it into a function f(prompts, completions)"
+        ) from error
+    given = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    few = len(given) < 2 and all(p.kind is not p.VAR_POSITIONAL for p in parameters)
+    if few or given[:1] == ["completions"] or "prompts" in given[1:]:
+        raise UserError(
+            f"the reward {called!r} takes ({', '.join(given)}), but is called as {called}(prompts, completions,"
+            " **columns): give its arguments this order"
+        )
+
+
 def check_columns(function: Callable[..., Any], columns: Mapping[str, list]) -> None:
     """Raises what a call would, of the columns that a reward function needs."""
+    check_signature(function.function if isinstance(function, Configured) else function)
     columns = arguments_of(function, columns)
     if (inner := getattr(function, "columns_taken", None)) is not None:  # Configured, Pool
         inner(columns)
