@@ -18,7 +18,7 @@ import ppo_fast
 from ppo_fast.checkpoint import UNFINISHED, replace, reported
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.heads import bare
+from ppo_fast.heads import bare, text_config
 from ppo_fast.loading import no_loading_bars
 from ppo_fast.models import is_adapted, source_dtype
 from ppo_fast.plots import can_draw, draw_learning_curves
@@ -186,7 +186,25 @@ def merged(actor: Any) -> Any:
 
     The copy is made on the CPU, because a GPU that is full of the training has no room for a second model.
     """
-    return copy_on_cpu(actor).merge_and_unload() if is_adapted(actor) else actor
+    if not is_adapted(actor):
+        return actor
+    whole = copy_on_cpu(actor)
+    _untie_adapted(whole)
+    return whole.merge_and_unload()
+
+
+def _untie_adapted(actor: Any) -> None:
+    """Gives the LM head weights of its own where it shares them with the embedding and one of the two has an adapter:
+    merged into shared weights, the adapter would change both."""
+    model = bare(actor)
+    parts: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding, head = (getattr(part, "base_layer", part) for part in parts)
+    adapted = any(hasattr(part, "base_layer") for part in parts)
+    if head is None or not adapted or getattr(head, "weight", None) is not embedding.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    for config in (model.config, text_config(model)):
+        config.tie_word_embeddings = False
 
 
 def copy_on_cpu(model: nn.Module) -> Any:

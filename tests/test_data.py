@@ -271,11 +271,13 @@ def test_a_chat_or_a_column_does_not_reach_the_rewards_as_it_stands_in_the_data(
 
 def test_a_reward_model_does_not_read_a_chat_through_its_own_template():
     tokenizer = chat_tokenizer()
-    judge = RewardModel(tiny_llama(259), tokenizer)
+    model = tiny_llama(259)
+    model.config.num_labels = 1
+    judge = RewardModel(model, tokenizer)
     assert tokenizer.decode(judge._ids(CHAT, "So.")) == "<s>[system]Be brief.[user]Why?[assistant]So."
     assert tokenizer.decode(judge._ids("Why?", "So.")) == "<s>[user]Why?[assistant]So."
     with pytest.raises(RewardError, match="the reward model's tokenizer has no chat template"):
-        RewardModel(tiny_llama(259), byte_tokenizer())._ids(CHAT, "So.")
+        RewardModel(model, byte_tokenizer())._ids(CHAT, "So.")
 
 
 def test_a_chat_is_shown_with_one_line_for_each_message():
