@@ -223,14 +223,15 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [chat_text(tokenizer, prompt) for prompt in prompts if not isinstance(prompt, str)]
     plain = iter(_plain_ids(tokenizer, texts) if texts else [])
-    templated = iter(tokenizer(chats, add_special_tokens=False)["input_ids"] if chats else [])
+    # verbose: a warning of too many tokens, although long prompts are left out
+    templated = iter(tokenizer(chats, add_special_tokens=False, verbose=False)["input_ids"] if chats else [])
     return [next(plain if isinstance(prompt, str) else templated) for prompt in prompts]
 
 
 def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     before, after = added_ids(tokenizer)
     found = []
-    for ids in tokenizer(texts)["input_ids"]:
+    for ids in tokenizer(texts, verbose=False)["input_ids"]:
         ids = without_second_begin(ids, before)
         found.append(ids[: -len(after)] if after and ids[-len(after) :] == after else ids)
     return found

@@ -19,9 +19,12 @@ CONTROL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 def control_tokens(tokenizer: Any) -> set[int]:
     """Special tokens that are not part of a text: those with a role, and the marks of the chat template.
 
-    Other special tokens, such as <think>, are what a model writes, and stay in the text.
+    Other special tokens, such as <think>, are what a model writes, and stay in the text. So does an ordinary token that
+    only pads, such as "!", or stands for unknown ones.
     """
-    named: set[Any] = {getattr(tokenizer, f"{role}_token_id", None) for role in CONTROL}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    roles: set[Any] = {getattr(tokenizer, f"{role}_token_id", None) for role in CONTROL}
+    named = {i for i in roles if i in added or i == tokenizer.eos_token_id}
     template = str(getattr(tokenizer, "chat_template", None) or "")
     marks = {i for i in tokenizer.all_special_ids if tokenizer.convert_ids_to_tokens(i) in template}
     return marks | (named - {None})

@@ -80,6 +80,9 @@ def check_folder(folder: str | Path, what: str, *, trust_remote_code: bool = Fal
             f"{pickles[0]} is a pickle, which can run code when it is read: if you trust it, load it once with"
             " from_pretrained(..., use_safetensors=False), and give the folder that save_pretrained then writes"
         )
+    if (folder / "generation_config.json").is_file():  # transformers ignores a damaged one, and its end tokens
+        with _reading(f"generation_config.json in {folder}"):
+            json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     with _reading(f"the {what} in {folder}"):
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 

@@ -93,6 +93,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
             "the tokenizer has no pad token; name one of its tokens (tokenizer.pad_token = ..., or --pad-token on the"
             " command line; the end token will do)"
         )
+    if tokenizer.pad_token_id not in {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}:
+        raise UserError(
+            f"the pad token {tokenizer.pad_token!r} is an ordinary part of texts: in the saved model the tokenizer"
+            " would treat it as a special token and split words at it; name a special token (the end token will do)"
+        )
     if not end_tokens(tokenizer, actor):
         raise UserError("neither the tokenizer nor the generation config has an end token, so no answer could end")
     check_embedding(tokenizer, actor, "the model")
@@ -130,6 +135,8 @@ def check_others(
             )
     if reference is None:
         return
+    if not isinstance(reference, PreTrainedModel) and not is_adapted(reference):
+        raise UserError(f"the reference must be a model of transformers, got {type(reference).__name__}")
     check_embedding(tokenizer, reference, "the reference")
     kinds = {str(p.dtype).removeprefix("torch.") for p in (_embedding(reference), *_head_weights(reference))}
     if len(kinds) > 1:
@@ -158,10 +165,11 @@ def check_language_model(actor: nn.Module) -> None:
     Raises:
         UserError: it is an encoder-decoder model, or its configuration names no single part for text.
     """
-    if not isinstance(actor, nn.Module):
+    inner: Any = actor
+    if not isinstance(inner.get_base_model() if is_adapted(inner) else inner, PreTrainedModel):
         raise UserError(
-            f"the actor must be a model, got {type(actor).__name__}: load it, for instance with"
-            " ppo_fast.models.load_actor(folder)"
+            f"the actor must be a model of transformers, or a PeftModel around one, got {type(actor).__name__}: give"
+            " the model itself, not a name or a wrapper; ppo_fast.models.load_actor(folder) loads one"
         )
     name = model_name(actor)
     if not is_adapted(actor) and getattr(actor, "peft_config", None):
@@ -169,7 +177,7 @@ def check_language_model(actor: nn.Module) -> None:
             f"this {name} has adapters in its layers, which an earlier run or peft put there: give the PeftModel around"
             " it, or load the model again"
         )
-    if not bare(actor).config.return_dict:
+    if not getattr(bare(actor).config, "return_dict", True):
         raise UserError(f"the configuration of this {name} has return_dict = false: set it to true")
     try:
         config = text_config(actor)
@@ -279,7 +287,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: Any) -> bool:
     """Whether peft has put adapters into it."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 

@@ -741,9 +741,21 @@ def build_models(
     policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, sampling=sampling)
     if world.kind != "fsdp":  # whose processes do not have all weights here, and do not wait for unused ones
         policy.unreached = unreached(policy, config, device)
+        check_reached(policy)
     without_actor = config.critic_warmup_steps > 0 or config.target_kl is not None  # some losses are the critic's alone
     world.wrap(policy, dtype=config.dtype, unused_parameters=without_actor or bool(policy.unreached))
     return policy, found
+
+
+def check_reached(policy: Policy) -> None:
+    """Refuses an actor of which the loss reaches no weight that would be trained."""
+    trained = {f"actor.{name}" for name, p in policy.actor.named_parameters() if p.requires_grad}
+    if trained <= set(policy.unreached):
+        raise UserError(
+            f"the loss reaches none of the {len(trained)} trained weights of the actor, so it would not learn: adapters"
+            " that are merged or switched off (unmerge_adapter() and enable_adapter_layers() of peft undo this), or"
+            " weights that its forward does not use"
+        )
 
 
 def notes_on_unreached(names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import copy
 import datetime
 import enum
 import json
+import logging
 import math
 import sys
 from fractions import Fraction
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import PROMPTS, byte_tokenizer, distinct, tiny_gpt2, tiny_llama
+from tiny import PROMPTS, byte_tokenizer, distinct, save_tiny_model, tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -33,7 +34,7 @@ from ppo_fast.data import read_prompts
 from ppo_fast.decoding import AnswerText, StopTexts
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.evaluate import visible
-from ppo_fast.models import Critic
+from ppo_fast.models import Critic, load_actor
 from ppo_fast.reward import RewardModel
 from ppo_fast.sample import Answers
 from ppo_fast.trainer import PPOTrainer
@@ -453,7 +454,7 @@ def test_an_actor_in_fp64_is_rejected_with_the_reason():
 
 
 def test_an_actor_that_is_only_a_name_is_rejected():
-    with pytest.raises(UserError, match="the actor must be a model, got str"):
+    with pytest.raises(UserError, match=r"the actor must be a model of transformers, .* got str"):
         trainer_of(actor="gpt2")
 
 
@@ -537,6 +538,49 @@ def test_an_actor_may_be_trained_in_part(trained):
     assert all(trained in name for name in changed)
 
 
+def test_an_actor_in_a_wrapper_is_rejected():
+    for wrapped in (torch.nn.DataParallel(tiny_llama()), torch.compile(tiny_llama())):
+        with pytest.raises(UserError, match=r"the actor must be a model of transformers, .*give the model itself"):
+            PPOTrainer(PPOConfig(**SMALL), wrapped, byte_tokenizer(), ROWS, distinct)
+    with pytest.raises(UserError, match="the reference must be a model of transformers, got DataParallel"):
+        trainer_of(reference=torch.nn.DataParallel(tiny_llama()))
+
+
+def test_a_damaged_generation_config_is_reported(tmp_path):
+    save_tiny_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot load generation_config.json in .*Expecting property name"):
+        load_actor(tmp_path)
+
+
+# Tokenizers
+
+
+def test_a_pad_token_that_is_part_of_texts_is_rejected():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "e"
+    with pytest.raises(UserError, match=r"the pad token 'e' is an ordinary part of texts.*the end token will do"):
+        trainer_of(tokenizer=tokenizer)
+
+
+def test_rewards_read_an_ordinary_token_that_has_a_role():
+    tokenizer = byte_tokenizer()
+    tokenizer.unk_token = "e"
+    texts = AnswerText(tokenizer, [tokenizer("p")["input_ids"]])
+    assert texts.decode([[*tokenizer("hello there")["input_ids"], END]]) == ["hello there"]
+
+
+def test_long_prompts_are_left_out_without_a_warning_of_indexing_errors(caplog):
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 4
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        trainer_of(tokenizer=tokenizer, rows=[{"prompt": "a longer prompt"}])
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "indexing errors" not in caplog.text
+
+
 # Adapters
 
 
@@ -593,6 +637,14 @@ def test_an_adapter_of_tied_weights_is_merged_into_what_was_trained(tmp_path, ad
     with torch.no_grad():
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(ids).logits
         torch.testing.assert_close(saved, trainer.actor(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_are_merged_into_the_actor_are_rejected():
+    peft = adapters()
+    actor = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    actor.merge_adapter()
+    with pytest.raises(UserError, match="the loss reaches none of the 4 trained weights of the actor"):
+        trainer_of(actor=actor)
 
 
 @pytest.mark.parametrize("critic", ["own", "shared"])
