@@ -159,7 +159,7 @@ class Policy(nn.Module):
         if self.head.linear and hidden is not None:
             layer = head_of(self.actor)
             out = ppo.linear_ppo_loss(
-                hidden[pack.states],
+                hidden[pack.states].to(layer.weight.dtype),
                 layer.weight,
                 pack.tokens,
                 t.old_logprobs,
@@ -217,7 +217,7 @@ def logprobs_of(
         hidden = hidden_states(decoder_of(model), pack, head)
     layer = head_of(model)
     return ppo.linear_logprobs(  # type: ignore[return-value]
-        hidden[pack.states],
+        hidden[pack.states].to(layer.weight.dtype),
         layer.weight,
         pack.tokens,
         bias=layer.bias,

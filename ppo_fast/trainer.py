@@ -143,6 +143,11 @@ class PPOTrainer:
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(config, evaluated=bool(eval_rows))
+        if config.dtype == "bfloat16":
+            self.notes.append(
+                "dtype = bfloat16: learning computes the LM head in fp32, and sampling in bfloat16; sampler_gap shows"
+                " the difference"
+            )
         self._check_memory(actor, kept, critic, reference)
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
         check_separate(learning, _reward_models(self.rewards))
