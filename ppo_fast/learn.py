@@ -138,6 +138,7 @@ def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, re
     return {
         "entropy": _mean(entropy, mask),
         "explained_variance": torch.where(spread > 0, 1 - error / spread, 0),
+        "advantage_std": error.sqrt(),  # before whitening: what whitening divides by
         "value": _mean(values, mask),
         "return": _mean(returns, mask),
     }

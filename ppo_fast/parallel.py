@@ -13,8 +13,8 @@ whole weights at the start: models of the others may be on the meta device, and 
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -396,14 +396,57 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU in the first process, and nothing in the others; collective.
+
+    A sharded tensor is gathered on the first process's device, one at a time: no other one has room for it.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found = {}
+    for name, x in tensors:
+        if not isinstance(x, DTensor):
+            whole: Tensor | None = x.cpu()
+        else:
+            whole = _gathered(x)
+        if first and whole is not None:
+            found[name] = whole
+    return found
+
+
+def _gathered(x: DTensor) -> Tensor | None:
+    """A tensor that is sharded by rows, on the CPU, in the first process; None in the others."""
+    part, size = x.to_local(), dist.get_world_size()
+    rows = -(-x.shape[0] // size)  # of each part but the last ones, which may be shorter or empty
+    padded = part.new_zeros(rows, *x.shape[1:])
+    padded[: part.shape[0]] = part
+    parts = [torch.empty_like(padded) for _ in range(size)] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts, dst=0)
+    return None if parts is None else torch.cat([p.cpu() for p in parts])[: x.shape[0]]
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sharded model, on the CPU; collective. Tied weights stay one tensor."""
-    found: dict[Tensor, Tensor] = {}
+    """The state dict of a sharded model, on the CPU of the first process; empty in others; collective. Tied weights
+    stay one tensor."""
     state = model.state_dict(keep_vars=True)
-    for x in state.values():
-        if x not in found:
-            found[x] = full(x.detach()).cpu()
-    return {name: found[x] for name, x in state.items()}
+    owners: dict[Tensor, str] = {}
+    for name, x in state.items():
+        owners.setdefault(x, name)
+    found = on_first((name, x.detach()) for x, name in owners.items())
+    return {name: found[owners[x]] for name, x in state.items()} if found else {}
+
+
+@contextmanager
+def kept_gathered(model: nn.Module) -> Iterator[None]:
+    """Under FSDP2 the layers that are gathered inside this block stay so until its end."""
+    layers = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
 
 
 def copy_full(target: Tensor, source: Tensor) -> None:
