@@ -1,4 +1,4 @@
-"""Where the processes of a run wait for each other so that a slow or dead one is named and blocks nobody for good.
+"""Where the processes of a run wait for each other so that a slow or dead one is named, and no other waits for good.
 
 A collective operation waits inside PyTorch until its process group gives up, and its error names no process. Here each
 process announces itself in the key-value store of the process group and waits there, with a limit of its own.

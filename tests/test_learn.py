@@ -154,6 +154,15 @@ def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
         assert last == pytest.approx([expected, -2.0, expected, -2.0])
 
 
+def test_the_spread_of_advantages_before_whitening_is_recorded():
+    trainer = trainer_of(lam=0.9)
+    metrics = trainer.step()
+    mask, experience = trainer.last_rollout.answer_mask, trainer.last_experience
+    raw = (experience.returns - experience.values)[mask]
+    assert metrics["advantage_std"] == pytest.approx(raw.std(correction=0).item(), rel=1e-5)
+    assert experience.advantages[mask].std(correction=0).item() == pytest.approx(1, rel=1e-3)
+
+
 def test_hidden_states_in_bfloat16_reach_a_head_in_fp32():
     """OPT's decoder ends in a projection, whose output is bf16 under autocast."""
     torch.manual_seed(0)
