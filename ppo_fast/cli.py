@@ -229,10 +229,8 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
 
             # first: rewards and models that ask for "cuda" must find this process's own GPU
             world = start(config)
-            world.agree(
-                {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in ("resume", "allow_changes")}
-            )
-            world.agree({"whether --critic-model is given": run["critic_model"] is not None})
+            given = {"--resume": arguments.resume, "--allow-changes": arguments.allow_changes}
+            world.agree({**given, "whether --critic-model is given": run["critic_model"] is not None})
             world.first_says(claim)
         else:
             claim()

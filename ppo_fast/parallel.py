@@ -39,14 +39,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 # in the error of a collective operation that waited for a process that is gone, or too long for a slow one
-LOST = (
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "ncclremoteerror",
-    "nccl communicator was aborted",
-    "got 0 bytes",
-)
+LOST = ("closed by peer", "reset by peer", "broken pipe", "got 0 bytes", "ncclremoteerror", "communicator was aborted")
 TIMED_OUT = ("timed out", "timeout", "timing out")
 # a model's own code raises any of them where it cannot be built on the meta device
 BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
@@ -306,9 +299,7 @@ def why_lost(error: RuntimeError) -> str:
         except UserError as told:
             return str(told)
     late = any(part in text for part in TIMED_OUT)
-    reason = (
-        "took longer than process_timeout" if late else "has ended; the reason is in its own message, if it left one"
-    )
+    reason = "took longer than process_timeout" if late else "has ended; its own message, if it left one, says why"
     return f"{missing or 'another process'} {reason}"
 
 

@@ -39,9 +39,9 @@ class _Worker(SpawnProcess):
 
     def terminate(self) -> None:
         """Kills the worker and its subprocesses; not by SIGTERM, which it ignores."""
-        assert self.pid is not None
-        _kill_session(self.pid)
-        self.kill()
+        if self.exitcode is None and self.pid is not None:
+            _kill_session(self.pid)
+            self.kill()
 
 
 class _Context(SpawnContext):
@@ -72,8 +72,8 @@ class Pool:
     """A reward function that judges one answer at a time, several of them at once, within a time limit.
 
     An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process and the
-    subprocesses of that are then killed) is named in a warning and gets `fallback`; `failed` is the number of such answers in the last call, which
-    training logs.
+    subprocesses of that are then killed) is named in a warning and gets `fallback`; `failed` is the number of such
+    answers in the last call, which training logs.
 
     Args:
         reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
@@ -156,9 +156,9 @@ class Pool:
             return job.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"no worker of the pool for the reward {self.__name__!r} could begin; the reason is printed above. Workers"
-                " import the function's module: a script needs `if __name__ == '__main__':`, a notebook the function in"
-                " a file"
+                f"no worker of the pool for the reward {self.__name__!r} could begin; the reason is printed above."
+                " Workers import the function's module: a script needs `if __name__ == '__main__':`, a notebook the"
+                " function in a file"
             ) from error
         except TimeoutError:
             return f"no judgement within {self.timeout:g} s"
