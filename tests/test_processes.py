@@ -1,4 +1,4 @@
-"""Processes that start alike, wait for each other by name, and stop together: meetings, agreement, signals, torchrun."""
+"""Processes that start alike, wait for each other by name, and stop together."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from several import CPU, ROWS, TEXTS, command, ended, fill_folder, judge, options, run, torchrun
+from several import CPU, ROWS, SMALL, command, ended, fill_folder, judge, options, run, torchrun
 from tiny import byte_tokenizer, tiny_llama
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
-from ppo_fast import checkpoint
+from ppo_fast import checkpoint, cli
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import derived_seed
 from ppo_fast.errors import UserError
@@ -210,32 +210,28 @@ def test_each_part_in_which_processes_differ_is_named_in_all_of_them(tmp_path, p
         assert "in rank 1;" in message
 
 
-def agreed() -> list[list[str]]:
+def agreed(folder: Path) -> list[list[str]]:
     """Notes of runs whose processes differ in nothing that counts."""
     rank = int(os.environ["RANK"])
-    out = str(Path(os.environ["OUT"]) / f"of-{rank}")
 
     def mine(prompts: list[str], completions: list[str]) -> list[float]:
         return [float(rank)] * len(prompts)
 
     shuffled = {f"tag {i}" for i in (range(9) if rank else range(8, -1, -1))}
     rows = [{**row, "tags": shuffled} for row in ROWS]
-    configs = [options(quiet=bool(rank), out=out), options()]
+    configs = [options(quiet=bool(rank), out=str(folder / f"of-{rank}")), options()]
     parts: list[dict[str, Any]] = [{"rows": rows}, {"rewards": {"mine": mine}}]
     return [trainer_of(config, **changes).notes for config, changes in zip(configs, parts, strict=True)]
 
 
-def test_paths_quiet_and_the_order_of_sets_may_differ_and_other_code_of_a_reward_is_a_note(tmp_path, monkeypatch):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    for plain, other_code in run(tmp_path, agreed):
+def test_paths_quiet_and_the_order_of_sets_may_differ_and_other_code_of_a_reward_is_a_note(tmp_path):
+    for plain, other_code in run(tmp_path, agreed, tmp_path):
         assert not any("differ between processes" in note for note in plain)
         assert "the code or the options of the reward 'mine' differ between processes" in other_code
 
 
 def test_rows_with_sets_have_one_digest_under_each_hash_seed():
-    code = (
-        "from ppo_fast.run_state import digest_of_rows; print(digest_of_rows([{'a': set('hello'), 'b': [{'x', 1}]}]))"
-    )
+    code = "from ppo_fast.run_state import digest_of_rows as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
     here = digest_of_rows([{"a": set("hello"), "b": [{"x", 1}]}])
     environment = {**os.environ, "PYTHONHASHSEED": "4", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -346,16 +342,15 @@ def waits_for_a_slow_one(config: PPOConfig) -> str:
     rank = os.environ["RANK"]
 
     def slow(prompts: list[str], completions: list[str]) -> list[float]:
-        time.sleep(4.0 if rank == "1" else 0.0)
+        time.sleep(3.0 if rank == "1" else 0.0)
         return [0.0] * len(prompts)
 
     trainer = trainer_of(config, rewards=slow)
     return message_of(trainer.train)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_process_beyond_the_time_limit_is_named_with_what_it_did_last(tmp_path, parallel):
-    first, second = run(tmp_path, waits_for_a_slow_one, options(parallel=parallel, process_timeout=1.0))
+def test_a_process_beyond_the_time_limit_is_named_with_what_it_did_last(tmp_path):
+    first, second = run(tmp_path, waits_for_a_slow_one, options(process_timeout=1.0))
     assert first == (
         "rank 0 waited 1 s after 'the rewards of step 1' for processes that did not come: rank 1, last seen after"
         " 'step 0'; process_timeout sets this limit"
@@ -465,6 +460,14 @@ def workers_of(pid: int) -> int:
     return sum(b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 
 
+def in_process(folder: Path, arguments: list[str]) -> None:
+    """The command line in a process that has everything imported."""
+    parser, train_parser = cli.build_parser()
+    places = ["--model", str(folder / "model"), "--prompts", str(folder / "p.jsonl")]
+    parsed = parser.parse_args(["train", *places, *SMALL.split(), *arguments])
+    assert cli.train(parsed, *cli.resolve(parsed, train_parser)) == 0
+
+
 def of_steps(out: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for row in rows]
@@ -477,20 +480,12 @@ def test_a_signal_for_the_process_group_reaches_no_judgement_and_the_resumed_run
     pool = f"ppo_fast.rewards:Pool(reward='{folder / 'r.py'}:judge', timeout=60, fallback=-9, workers=2)"
     few = ("--total-steps", "4", "--prompts-per-step", "2", "--minibatches", "1")
 
-    def begin(out: str, *more: str) -> subprocess.Popen:
-        return command(folder, *few, "--out", str(folder / out), *more, reward=pool)
-
-    whole = ended(begin("whole"))
-    assert whole.returncode == 0, whole.stderr
+    given = [*few, "--reward", pool, "--out"]
+    run(folder, in_process, folder, [*given, str(folder / "whole")], size=1)
     (folder / "log").write_text("")
-    # in the middle of a judgement of step 2, while workers begin, and in the middle of a judgement again
-    for number, status, due in [
-        (signal.SIGINT, 130, lambda process: len(lines(folder)) >= 3),
-        (signal.SIGTERM, 143, lambda process: workers_of(process.pid) >= 2),
-        (signal.SIGTERM, 143, lambda process: len(lines(folder)) >= 1),
-    ]:
-        process = begin("out", "--resume")
-        wait_until(lambda due=due, process=process: due(process), process)
+    for number, status, judged in [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 1)]:
+        process = command(folder, *few, "--out", str(folder / "out"), "--resume", reward=pool)
+        wait_until(lambda judged=judged: len(lines(folder)) >= judged, process)
         time.sleep(0.1)
         os.killpg(process.pid, number)
         done = ended(process)
@@ -504,12 +499,51 @@ def test_a_signal_for_the_process_group_reaches_no_judgement_and_the_resumed_run
         pids = {int(line.split()[-1]) for line in lines(folder)}
         wait_until(lambda pids=pids: not any(map(alive, pids)), limit=10.0)  # workers end with the trainer
         (folder / "log").write_text("")
-    assert steps == 3 or steps == 4
-    done = ended(begin("out", "--resume"))
-    assert done.returncode == 0, done.stderr
+    assert steps == 3
+    run(folder, in_process, folder, [*given, str(folder / "out"), "--resume"], size=1)
     assert of_steps(folder / "out") == of_steps(folder / "whole")
     model = "model/model.safetensors"
     assert (folder / "out" / model).read_bytes() == (folder / "whole" / model).read_bytes()
+
+
+BEGIN = """
+import signal, sys
+from ppo_fast.rewards import Pool
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
+    pool = Pool(sys.argv[1] + ":judge", timeout=60.0, fallback=-9.0, workers=2)
+    print(pool(["p"] * 3, ["a", "ab", "abc"]))
+"""
+
+
+def script(folder: Path, text: str, *arguments: str) -> subprocess.Popen:
+    """Python that runs `text` from a file, in a process group of its own."""
+    (folder / "main.py").write_text(text)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@posix
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_signals_while_workers_begin_do_not_end_them(folder):
+    pytest.importorskip("pebble")
+    process = script(folder, BEGIN, "main.py", str(folder / "r.py"))
+    wait_until(lambda: workers_of(process.pid) > 0, process)
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.03)
+    done = ended(process)
+    assert done.stdout == "[1.0, 2.0, 3.0]\n", done.stderr
+    assert "it gets -9" not in done.stderr
 
 
 @posix
@@ -615,33 +649,50 @@ def test_sigterm_while_one_process_computes_for_long_names_the_newest_checkpoint
 @posix
 @pytest.mark.slow
 def test_a_slow_process_ends_the_command_with_a_sentence(folder):
-    done = torchrun(
-        folder, *SAVES, "--process-timeout", "8", "--out", str(folder / "out"), reward="takes_long_in_step_2"
-    )
+    given = (*SAVES, "--process-timeout", "8", "--out", str(folder / "out"))
+    done = torchrun(folder, *given, reward="takes_long_in_step_2")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ppo-fast: rank 0: error")]
     assert "waited 8 s after 'the rewards of step 2'" in line
     assert "rank 1, last seen after 'step 1'; process_timeout sets this limit" in line
     assert newest_named(line, folder) == "step-1"
 
 
+UNDER_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "main.py", "train")
+GIVEN = ("--model", "model", "--prompts", "p.jsonl", "--reward", "r.py:steady", "--out", "out", "--device", "cpu")
+OTHER_OPTIONS = """
+import os, sys
+from ppo_fast.cli import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] + ["--resume"] * int(os.environ["RANK"])))
+"""
+KILLED_IN_A_COLLECTIVE = """
+import os, signal, sys, time
+from ppo_fast import cli, trainer
+def killed(*arguments, original=trainer.learn, calls=[], **options):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+trainer.learn = killed
+if __name__ == "__main__":
+    sys.exit(cli.main())
+"""
+
+
 @posix
-@pytest.mark.slow
 def test_options_of_the_command_line_that_differ_are_named(folder):
-    script = folder / "main.py"
-    script.write_text(
-        "import os, sys\nfrom ppo_fast.cli import main\n"
-        "if __name__ == '__main__':\n"
-        "    sys.exit(main(sys.argv[1:] + ['--resume'] * int(os.environ['RANK'])))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    given = ["train", "--model", "model", "--prompts", "p.jsonl", "--reward", "r.py:steady", "--out", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [*launch, *given, "--device", "cpu"], capture_output=True, text=True, cwd=folder, env=environment, check=False
-    )
+    done = ended(script(folder, OTHER_OPTIONS, *UNDER_TORCHRUN, *GIVEN))
     for rank in (0, 1):
         start = f"ppo-fast: rank {rank}: error: the processes do not agree on --resume: it is False in rank 0 and True"
         assert start in done.stderr
 
 
-assert len(TEXTS) >= 4
+@posix
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_others_wait_in_a_collective_is_named(folder):
+    process = script(folder, KILLED_IN_A_COLLECTIVE, *UNDER_TORCHRUN, *GIVEN, *SMALL.split(), *SAVES)
+    done = ended(process)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ppo-fast: rank 0: error")]
+    assert "rank 1, last seen after 'the rewards of step 2' has ended" in line
+    assert newest_named(line, folder) == "step-1"
