@@ -653,12 +653,22 @@ def build_models(
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
     policy = Policy(actor, critic, head, config)
-    policy.unreached = world.find(lambda: unreached(policy, config, home), of=policy)
+    policy.unreached = world.find(lambda: _unreached(policy, config, home, world), of=policy)
     # some losses are the critic's alone, and not each batch reaches all experts of a mixture
     partly = config.critic_warmup_steps > 0 or config.target_kl is not None
     partly |= any("expert" in name for name, p in policy.named_parameters() if p.requires_grad)
     world.wrap(policy, dtype=config.dtype, unused_parameters=partly or bool(policy.unreached))
     return policy, found
+
+
+def _unreached(policy: Policy, config: PPOConfig, home: torch.device, world: World) -> list[str]:
+    """What `unreached` finds. FSDP2 does not need it: a model that computes on a GPU only is trained without."""
+    try:
+        return unreached(policy, config, home)
+    except RuntimeError:
+        if world.kind != "fsdp":
+            raise
+        return []
 
 
 def notes_on_rewards(fingerprints: list[dict[str, str]]) -> list[str]:
