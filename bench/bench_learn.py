@@ -229,7 +229,7 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
 
     policy, rollout, options = task.policy, task.rollout, task.options
     kept = {"packed": "packing" not in off, "linear": "linear loss" not in off}
-    policy.head = dataclasses.replace(policy.head, **kept)
+    policy.head, policy.critic_head = (dataclasses.replace(x, **kept) for x in (policy.head, policy.critic_head))
     packs = cut_as(rollout, list(range(len(rollout))), options)[0]
 
     def gradients(experience: Any) -> Tensor:
@@ -240,8 +240,8 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
         with packed(policy):
             for pack in packs:
                 with policy.autocast():
-                    models = (decoder_of(policy.actor), policy.critic.backbone)
-                    states = [hidden_states(m, pack, packed=policy.head.packed) for m in models]
+                    models = ((decoder_of(policy.actor), policy.head), (policy.critic.backbone, policy.critic_head))
+                    states = [hidden_states(m, pack, head) for m, head in models]
                 torch.autograd.backward(states, states)
 
     advantages = plain_advantages(task) if "fused advantages" in off else fused_advantages(task)

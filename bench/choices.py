@@ -29,8 +29,9 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.attention import Layout, packed_attention
-from ppo_fast.heads import PROBE_LENGTHS, decoder_of, head_of, probe, rounding_bound
+from ppo_fast.heads import decoder_of, head_of
 from ppo_fast.models import compute_in
+from ppo_fast.probe import PROBE_LENGTHS, probe, rounding_bound
 
 MIB = 2**20
 
@@ -207,13 +208,17 @@ def noise(model: Any, device: torch.device) -> dict[str, float]:
     """What the probe compares: rows one by one against the head times hidden states, and against one packed row."""
     ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * 7919 + 1) % model.config.vocab_size
     rows = [row.unsqueeze(0) for row in ids.split(PROBE_LENGTHS)]
-    own = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
+
+    def one_by_one() -> Tensor:
+        return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
+
+    own = one_by_one()
     states = torch.cat([decoder_of(model)(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
     positions = torch.cat([torch.arange(n, device=device) for n in PROBE_LENGTHS]).unsqueeze(0)
     layout = Layout.of(list(PROBE_LENGTHS), device).arguments()
     with packed_attention(model):
         packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **layout).logits[0]
-    bound, eps = rounding_bound(model, rows, own), torch.finfo(own.dtype).eps * own.float().abs().max().item()
+    bound, eps = rounding_bound(model, one_by_one, own), torch.finfo(own.dtype).eps * own.float().abs().max().item()
     found = {"linear": apart(head_of(model)(states), own), "packed": apart(packed, own)}
     shares = {f"share_of_bound_{name}": x / bound for name, x in found.items()}
     return {**shares, **{f"eps_of_{name}": x / eps for name, x in found.items()}}

@@ -1,8 +1,9 @@
-"""Checkpoint folders: written whole or not at all, and refused if they are not what was written.
+"""Checkpoint folders and the other files of a run: written whole or not at all.
 
 OUT/checkpoints/step-N holds safetensors files, state.json, and SHA256SUMS over both (`sha256sum -c` reads it, too). It
 is written under another name, synced to the disk, and renamed: whatever stops the process, a folder called step-N is
-whole, and the one before it was not touched.
+whole, and the one before it was not touched. Other files are written in the same way (`write_file`), and files that
+grow take a whole record or nothing (`GrowingFile`). An error of the disk becomes one sentence (`reported`).
 """
 
 import hashlib
@@ -10,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,28 +57,122 @@ def write(
     folder = parent / f"step-{step}"
     new = parent / (folder.name + UNFINISHED)
     try:
-        sweep(parent)
-        new.mkdir(parents=True)
-        for name, some in tensors.items():
-            save_file({key: x.detach().cpu().contiguous() for key, x in some.items()}, new / f"{name}.safetensors")
-        (new / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}) + "\n", encoding="utf-8")
-        files = sorted(new.iterdir())
-        (new / SUMS).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files), encoding="utf-8")
-        replace(new, folder)
-    except (OSError, SafetensorError) as error:
+        with reported(f"the checkpoint of step {step} could not be written to {parent}", parent):
+            sweep(parent)
+            new.mkdir(parents=True)
+            for name, some in tensors.items():
+                save_file({key: x.detach().cpu().contiguous() for key, x in some.items()}, new / f"{name}.safetensors")
+            (new / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **state}) + "\n", encoding="utf-8")
+            files = sorted(new.iterdir())
+            (new / SUMS).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files), encoding="utf-8")
+            replace(new, folder)
+    except UserError:
         shutil.rmtree(new, ignore_errors=True)
-        last = newest(parent)
-        whole = f"{last} is whole, and a run goes on from there with --resume" if last else "there is none before it"
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the checkpoint of step {step} could not be written to {parent}: {reason}; {whole}") from error
+        raise
     prune(parent, keep)
     return folder
 
 
+@contextmanager
+def reported(what: str, path: Path | None = None) -> Iterator[None]:
+    """Turns an error of the disk inside this block into a sentence.
+
+    Args:
+        what: the first part of the sentence, such as "the model could not be written to runs/first/model".
+        path: a file or folder of a run, whose newest checkpoint is named; None: no run is concerned.
+
+    Raises:
+        UserError: "WHAT: reason; where to resume".
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raises a plain Exception; its text ends in "(os error 28)" for a full disk
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what}: {reason}" + (f"; {_where_to_resume(path)}" if path is not None else "")) from error
+
+
+def _where_to_resume(path: Path) -> str:
+    """Names the newest checkpoint of the run that a file or folder belongs to."""
+    near = [path, *(above / "checkpoints" for above in (path, *path.parents[:2]))]
+    last = next((found for folder in near if (found := newest(folder)) is not None), None)
+    if last is None:
+        return "there is no checkpoint to resume from"
+    return f"{last} is whole, and the run can be resumed from it with --resume"
+
+
+def _encoded(text: bytes | str) -> bytes:
+    """UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes a backslash escape, as JSON has them."""
+    return text.encode("utf-8", errors="backslashreplace") if isinstance(text, str) else text
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Writes a whole file, or leaves the one that was there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    new = path.with_name(path.name + UNFINISHED)
+    try:
+        new.write_bytes(_encoded(data))
+        sync(new)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+class GrowingFile:
+    """A file to which whole records are appended: a record that does not fit on the disk leaves no part of it.
+
+    Errors are UserErrors that name the newest checkpoint of the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._reported():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab", buffering=0)  # without a buffer: `close` has nothing left to write
+
+    def write(self, record: bytes | str) -> None:
+        """Appends the record."""
+        with self._reported():
+            end = os.fstat(self.file.fileno()).st_size
+            left = memoryview(_encoded(record))
+            try:
+                while left:
+                    left = left[self.file.write(left) :]
+            except OSError:
+                with suppress(OSError):  # the error to report is that of writing
+                    self.file.truncate(end)
+                raise
+
+    def write_row(self, row: Mapping[str, Any]) -> None:
+        """Appends a line of JSON."""
+        self.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Does nothing: no record waits in a buffer. `RecordWriter` of TensorBoard calls it."""
+
+    def sync(self) -> None:
+        """Waits until all records are on the disk."""
+        with self._reported():
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+    def _reported(self) -> AbstractContextManager[None]:
+        return reported(f"{self.path} could not be written", self.path)
+
+
 def prune(parent: Path, keep: int) -> None:
     """Removes all but the newest `keep`."""
-    for old in _all(parent)[:-keep]:
-        remove(old)
+    with reported(f"an old checkpoint could not be removed from {parent}", parent):
+        for old in _all(parent)[:-keep]:
+            remove(old)
 
 
 def drop_after(parent: Path, step: int) -> None:
@@ -103,7 +199,11 @@ def read(folder: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file():
             raise UserError(f"the checkpoint {folder} is damaged: {name} is missing; {_advice(folder)}")
-        if sha256(file) != written:
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint: {file}: {error.strerror or error}") from error
+        if found != written:
             raise UserError(f"the checkpoint {folder} is damaged: {name} is not as it was written; {_advice(folder)}")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:

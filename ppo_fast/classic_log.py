@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ppo_fast.checkpoint import GrowingFile, reported, write_file
 from ppo_fast.errors import UserError
+from ppo_fast.progress import Events, step_in
 
 
 class Log:
@@ -16,28 +18,30 @@ class Log:
 
     def __init__(self, config: Any, steps_done: int, recent: int) -> None:
         self.config, self.began, self.recent, self.start = config, steps_done, recent, time.perf_counter()
-        self.file: Any = None
-        self.events: Any = None
+        self.file: GrowingFile | None = None
+        self.events: Events | None = None
         self.shown, self.live = self.start, sys.stdout.isatty()
         if config.out is None:
             return
         folder = Path(config.out)
-        try:
+        path = folder / "metrics.jsonl"
+        if path.exists() and not config.resume:
+            raise UserError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+        with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            if path.exists() and not config.resume:
-                raise UserError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
-            rows = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # half a line is no row
-            kept = [row for row in rows if json.loads(row)["step"] <= steps_done]  # the rest will be done again
-            path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-            self.file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, before the checkpoint that follows
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot write to {folder}: {error}") from error
+            rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+            kept = [  # half a line is no row, and what is later will be done again
+                row for number, row in enumerate(rows, start=1) if step_in(row, f"{path}, line {number}") <= steps_done
+            ]
+            write_file(path, "".join(row + "\n" for row in kept))
+            write_file(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                old.unlink()  # two runs in one folder would be drawn as one curve
+        self.file = GrowingFile(path)
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(folder / "tensorboard", purge_step=steps_done + 1 if steps_done else None)
+            self.events = Events(folder / "tensorboard")
+            for row in kept:
+                self.events.add(json.loads(row))
 
     def __enter__(self) -> "Log":
         return self
@@ -50,10 +54,9 @@ class Log:
     def record(self, metrics: dict[str, float]) -> None:
         if self.file is not None:
             finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-            self.file.write(json.dumps(finite) + "\n")
+            self.file.write_row(finite)
         if self.events is not None:
-            for name, x in metrics.items():
-                self.events.add_scalar(name, x, int(metrics["step"]))
+            self.events.add(metrics)
         shown = {"return": math.nan, "approx_kl": math.nan, "clip_fraction": math.nan, **metrics}  # not all are there
         now, last = time.perf_counter(), metrics["step"] >= self.config.total_steps
         if self.config.quiet or (now - self.shown < (0.2 if self.live else 5.0) and not last):
@@ -76,7 +79,9 @@ class Log:
     def close_with(self, summary: dict[str, Any]) -> None:
         c = self.config
         if c.out is not None:
-            (Path(c.out) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            path = Path(c.out) / "summary.json"
+            with reported(f"{path} could not be written", path):
+                write_file(path, json.dumps(summary, indent=2) + "\n")
         if c.quiet:
             return
         print(f"{summary['steps']} steps in {summary['seconds']:.1f} s, {summary['episodes']} episodes", end="")

@@ -264,6 +264,8 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     if len(weights) != len(names):
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
     # transformers takes seconds to import: bad input is reported before
+    import torch
+
     from ppo_fast.models import Critic, load_actor, load_reward_model
     from ppo_fast.parallel import load_on_first, start
     from ppo_fast.reward import RewardModel
@@ -278,7 +280,9 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     critic = None
     if run["critic_model"] is not None:
         folder = run["critic_model"]
-        critic_model, _ = load_on_first(world, lambda weights: load_reward_model(folder, weights=weights))
+        critic_model, _ = load_on_first(
+            world, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)
+        )
         critic = Critic.from_reward_model(critic_model)
     reward_weights = dict(zip(names, weights, strict=True))
     trainer = PPOTrainer(

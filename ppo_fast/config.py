@@ -11,6 +11,8 @@ from typing import Any
 
 from ppo_fast.errors import UserError
 
+MAX_SEED = 2**32 - 1  # of numpy
+
 
 def setting(
     default: Any,
@@ -41,7 +43,7 @@ class PPOConfig:
     total_steps: int = setting(100, "PPO steps: rounds of sample, reward, learn", 1)
     prompts_per_step: int = setting(64, "prompts sampled in each step, by all processes together", 1)
     samples_per_prompt: int = setting(1, "answers sampled for each prompt", 1)
-    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0, 2**32 - 1)
+    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0, MAX_SEED)
 
     # Models
     dtype: str = setting(
@@ -191,6 +193,12 @@ class PPOConfig:
     )
     keep_checkpoints: int = setting(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
     merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")
+    save_dtype: str = setting(
+        "auto",
+        "dtype of the weights in OUT/model and OUT/best; auto: that of the start model's folder, and fp32 for adapters"
+        " and models from Python (checkpoints are fp32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     show_samples_every: int = setting(10, "show tables of answers every n steps; 0: never, nor of evaluations", 0)
     quiet: bool = setting(False, "print nothing but errors")
 
@@ -225,7 +233,7 @@ def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:
     if kind is float and not abs(value) <= sys.float_info.max:
         raise UserError(f"{name} must be a finite number, got {value}")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"lie in [{low:.9g}, {high:.10g}]" if high is not None else f"be at least {low:g}"
+        bounds = f"lie in [{_plain(low)}, {_plain(high)}]" if high is not None else f"be at least {_plain(low)}"
         raise UserError(f"{name} must {bounds}, got {value}")
     if above is not None and not value > above:
         off = ": none switches it off" if optional else ""
@@ -263,7 +271,11 @@ def _range(option: dataclasses.Field) -> str:
         return f"; above {above:g}"
     if low is None:
         return ""
-    return f"; at least {low:g}" if high is None else f"; {low:g} to {high:.10g}"
+    return f"; at least {_plain(low)}" if high is None else f"; {_plain(low)} to {_plain(high)}"
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _or_none(kind: type) -> Any:
@@ -295,8 +307,10 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         root, read = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the configuration: {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date or number
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply: it must hold lines like `lr: 1.0e-6`") from error
     if root is None:
         return {}
     if not isinstance(read, dict):
@@ -324,14 +338,12 @@ def options_of(values: dict[str, Any]) -> PPOConfig:
     return PPOConfig(**values)
 
 
-def write_yaml(folder: Path, config: PPOConfig, others: dict[str, Any]) -> None:
-    """FOLDER/config.yaml, the resolved configuration: `others` (model, data and rewards of a run) and every option."""
+def yaml_text(config: PPOConfig, others: dict[str, Any]) -> str:
+    """The resolved configuration as YAML: `others` (model, data and rewards of a run) and every option."""
     import yaml
 
     resolved = {**others, **dataclasses.asdict(config)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     head = "# Every option of this run. To use them again: ppo-fast train --config THIS_FILE --out ANOTHER_FOLDER\n"
-    unfinished = folder / "config.yaml.unfinished"  # a killed process must not leave half of it
-    unfinished.write_text(head + text, encoding="utf-8")
-    unfinished.replace(folder / "config.yaml")
+    return head + text

@@ -73,6 +73,8 @@ def _parse(line: str, where: str, prompt_field: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: malformed JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or brackets in brackets
+        raise UserError(f"{where}: JSON that Python cannot read: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     return _row(row, where, prompt_field)
@@ -174,27 +176,82 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Each prompt's tokens: of a text as the tokenizer makes them, of a chat those of its template.
 
     The template ends where the assistant's answer begins, and has written its own special tokens: the tokenizer does
-    not add a second begin token.
+    not add a second begin token. Neither does it to a text that begins with this token, and what it appends to a text,
+    such as an end token, is left out, because the answer continues the text (`tokenizer_notes` reports both).
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    chats = [_from_template(tokenizer, prompt) for prompt in prompts if not isinstance(prompt, str)]
-    plain = iter(tokenizer(texts)["input_ids"] if texts else [])
+    chats = [chat_text(tokenizer, prompt) for prompt in prompts if not isinstance(prompt, str)]
+    plain = iter(_plain_ids(tokenizer, texts) if texts else [])
     templated = iter(tokenizer(chats, add_special_tokens=False)["input_ids"] if chats else [])
     return [next(plain if isinstance(prompt, str) else templated) for prompt in prompts]
 
 
-def _from_template(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    from jinja2.exceptions import TemplateError  # here: only a chat needs it
+def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    before, after = added_ids(tokenizer)
+    found = []
+    for ids in tokenizer(texts)["input_ids"]:
+        ids = without_second_begin(ids, before)
+        found.append(ids[: -len(after)] if after and ids[-len(after) :] == after else ids)
+    return found
 
+
+def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after each text."""
+    for text in ("a", *list(tokenizer.get_vocab())[:16]):
+        try:
+            bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+        except Exception:  # tokenizers raises a plain one for a text that the vocabulary does not cover
+            continue
+        starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        if bare and starts:
+            return whole[: starts[0]], whole[starts[0] + len(bare) :]
+    return [], []
+
+
+def without_second_begin(ids: list[int], before: list[int]) -> list[int]:
+    """Token ids of a text without what the tokenizer put before it, if the text has the same at its beginning."""
+    n = len(before)
+    return ids[n:] if n and ids[:n] == ids[n : 2 * n] == before else ids
+
+
+def tokenizer_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
+    """What `prompt_ids` leaves out of these prompts, in sentences for the start of a run."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    before, after = added_ids(tokenizer)
+    notes = []
+    if texts and after:
+        notes.append(
+            f"the tokenizer appends {tokenizer.decode(after)!r} to each text: prompts are used without it, because the"
+            " answer continues the prompt"
+        )
+    begin = tokenizer.decode(before)
+    some = [text for text in texts if begin and text.startswith(begin)]
+    if some:
+        twice = sum(without_second_begin(ids, before) != ids for ids in tokenizer(some)["input_ids"])
+        if twice:
+            notes.append(
+                f"{twice} of {len(texts)} prompts begin with {begin!r}, which the tokenizer puts"
+                " before each text: it is not added a second time"
+            )
+    return notes
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    """A chat as the text that the tokenizer's template makes of it.
+
+    Raises:
+        UserError: there is no template, or it fails for these messages.
+    """
     if tokenizer.chat_template is None:
         raise UserError(
             "the prompts are chats, but the tokenizer has no chat template: take a model that was tuned for chat, set"
             " tokenizer.chat_template, or give plain texts"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses the prompt {messages!s:.160}: {error}") from error
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template computes with what it is given, and can raise an error of any class
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template fails for the prompt {messages!s:.160}: {reason}") from error
 
 
 def as_text(prompt: Prompt) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.checkpoint import reported, write_file
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import as_text
 from ppo_fast.decoding import BROKEN, AnswerText
@@ -126,7 +127,7 @@ class Evaluator:
         world.meet(f"the rewards of the evaluation after step {step}")  # one process may take much longer than others
         reward_means = world.combined(reward_means, len(mine))
         rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
-        minibatches = cut_as(rollout, list(range(len(rollout))), config, world)
+        minibatches = cut_as(rollout, list(range(len(rollout))), config, world, self.policy.head)
         judged = judge(self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world)
         special = set(self.tokenizer.all_special_ids)
         words = [[i for i in ids if i not in special] for ids in rollout.completion_ids]
@@ -170,7 +171,7 @@ def _note_in(folder: Path) -> dict[str, float] | None:
         return {**noted, "step": int(noted["step"]), "eval/score": float(noted["eval/score"])}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'evaluation.json'} was not written by ppo-fast: remove {folder}") from error
 
 
@@ -277,18 +278,16 @@ def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> No
 
 def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
     """step-N.md with tables, step-N.jsonl with every held-out answer, step-N.png with the explained one."""
-    try:
+    name = folder / f"step-{evaluation.step}"
+    with reported(f"the evaluation could not be written to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        name = folder / f"step-{evaluation.step}"
         lines = [json.dumps(row, ensure_ascii=False) for row in samples(evaluation)]
-        name.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        name.with_suffix(".md").write_text(markdown(evaluation), encoding="utf-8")
-        if evaluation.explained is not None and can_draw():
-            e = evaluation.explained
-            title = f"step {evaluation.step}, score {e.score:.4g}: {shortened(e.prompt, 100)}"
-            draw_tokens(e.tokens, e.numbers, name.with_suffix(".png"), title, clip=(config.clip_low, config.clip_high))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        write_file(name.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+        write_file(name.with_suffix(".md"), markdown(evaluation))
+    if evaluation.explained is not None and can_draw():
+        e = evaluation.explained
+        title = f"step {evaluation.step}, score {e.score:.4g}: {shortened(e.prompt, 100)}"
+        draw_tokens(e.tokens, e.numbers, name.with_suffix(".png"), title, clip=(config.clip_low, config.clip_high))
 
 
 def markdown(evaluation: Evaluation) -> str:

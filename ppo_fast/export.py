@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import ppo_fast
-from ppo_fast.checkpoint import UNFINISHED, replace
+from ppo_fast.checkpoint import UNFINISHED, replace, reported
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.models import is_adapted, no_loading_bars
+from ppo_fast.heads import bare
+from ppo_fast.loading import no_loading_bars
+from ppo_fast.models import is_adapted, source_dtype
 from ppo_fast.plots import can_draw, draw_learning_curves
 
 SHOWN = {
@@ -38,6 +42,7 @@ def save_model(
     weights: dict[str, Tensor] | None = None,
     texts: Mapping[str, str] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes what `AutoModelForCausalLM.from_pretrained(folder)` and AutoTokenizer load; a folder there is replaced.
 
@@ -47,29 +52,133 @@ def save_model(
         weights: the actor's state dict, where it holds only a part of each (FSDP2).
         texts: files to add by name, such as README.md.
         history: metrics of each step, for a picture of the curves beside them.
+        dtype: of the weights in the folder; None: as they are.
 
     Raises:
         UserError: it cannot be written; a folder that was there is as it was.
     """
     new = folder.with_name(folder.name + UNFINISHED)
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        with no_loading_bars():
-            if is_adapted(actor) and not merge_adapters:
-                actor.save_pretrained(new, selected_adapters=[actor.active_adapter], state_dict=weights)
-            else:
-                merged(actor).save_pretrained(new, state_dict=weights)
+        with reported(f"the model could not be written to {folder}", folder):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            _save_weights(actor, new, merge_adapters=merge_adapters, weights=weights, dtype=dtype)
             tokenizer.save_pretrained(new)
-        for name, text in (texts or {}).items():
-            (new / name).write_text(text, encoding="utf-8")
-        if history and can_draw():
-            draw_learning_curves(history, new / "learning_curves.png", "PPO")
-        replace(new, folder)
-    except OSError as error:
+            for name, text in (texts or {}).items():
+                (new / name).write_text(text, encoding="utf-8")
+            if history and can_draw():
+                draw_learning_curves(history, new / "learning_curves.png", "PPO")
+            replace(new, folder)
+    except UserError:
         shutil.rmtree(new, ignore_errors=True)
-        raise UserError(f"the model could not be written to {folder}: {error.strerror or error}") from error
+        raise
     return folder
+
+
+def _save_weights(
+    actor: Any, folder: Path, *, merge_adapters: bool, weights: dict[str, Tensor] | None, dtype: torch.dtype | None
+) -> None:
+    with no_loading_bars():
+        if is_adapted(actor) and not merge_adapters:
+            state = weights if dtype is None else cast_weights(actor, weights, dtype)
+            actor.save_pretrained(folder, selected_adapters=[actor.active_adapter], state_dict=state)
+            return
+        model = merged(actor)
+        state = weights if dtype is None else cast_weights(model, weights, dtype)
+        model.save_pretrained(folder, state_dict=state)
+        if dtype is not None:
+            _note_dtype(folder / "config.json", dtype)
+
+
+def cast_weights(model: nn.Module, weights: dict[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict with its parameters in another dtype, on the CPU. Tied weights stay one tensor."""
+    state = model.state_dict() if weights is None else weights
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    for name, x in state.items():
+        if name in parameters and x.is_floating_point():
+            found.setdefault((x.data_ptr(), tuple(x.shape)), x.detach().to(dtype).cpu())
+    return {
+        name: found[x.data_ptr(), tuple(x.shape)] if name in parameters and x.is_floating_point() else x
+        for name, x in state.items()
+    }
+
+
+def _note_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Writes the dtype into config.json, also where it is that of a part; transformers writes the model's own."""
+    name = str(dtype).removeprefix("torch.")
+
+    def noted(values: dict[str, Any]) -> dict[str, Any]:
+        nested = {key: noted(value) if isinstance(value, dict) else value for key, value in values.items()}
+        return {**nested, "dtype": name} if isinstance(nested.get("dtype"), str) else nested
+
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(noted(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def saved_dtype(actor: nn.Module, config: PPOConfig) -> torch.dtype | None:
+    """The dtype of weights in OUT/model and OUT/best, by config.save_dtype; None: as they are in the actor.
+
+    Adapters that are saved alone stay as they are under "auto".
+    """
+    if config.save_dtype != "auto":
+        return getattr(torch, config.save_dtype)
+    return None if _saves_adapters(actor, config) else source_dtype(actor)
+
+
+def _saves_adapters(actor: nn.Module, config: PPOConfig) -> bool:
+    return is_adapted(actor) and not config.merge_adapters
+
+
+def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> list[str]:
+    """Tries before the first step all that saving needs but the weights, and returns sentences for the user.
+
+    Raises:
+        UserError: the model or its tokenizer could not be saved after the training.
+    """
+    if config.merge_adapters and is_adapted(actor) and not hasattr(actor, "merge_and_unload"):
+        raise UserError("merge_adapters = true, but adapters of this kind cannot be merged: leave it out")
+    with tempfile.TemporaryDirectory() as folder:
+        _try_saving("the tokenizer", "correct it", lambda: tokenizer.save_pretrained(folder))
+        if _saves_adapters(actor, config):
+            adapters = actor.peft_config[actor.active_adapter]
+            _try_saving("the configuration of the adapters", "correct it", lambda: adapters.save_pretrained(folder))
+        else:
+            model = bare(actor)
+            advice = "correct it (config.json, or actor.config in Python)"
+            _try_saving("the configuration of the model", advice, lambda: model.config.save_pretrained(folder))
+            if model.can_generate():
+                advice = "correct it (generation_config.json, or actor.generation_config in Python)"
+                generation = model.generation_config
+                _try_saving("the generation config", advice, lambda: generation.save_pretrained(folder))
+    notes = _dtype_notes(actor, config)
+    if config.merge_adapters and not is_adapted(actor):
+        notes.append("merge_adapters has no effect: the actor has no adapters")
+    return notes
+
+
+def _try_saving(what: str, advice: str, save: Callable[[], Any]) -> None:
+    try:
+        with reported(f"{what} could not be written to the temporary folder"):
+            save()
+    except UserError:
+        raise
+    except Exception as error:  # of any class: a tokenizer and a configuration may bring code of their own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # transformers lists what is wrong in a generation config, one or more sentences each
+        reason = next((line.removeprefix("- ").split(". ")[0] for line in lines if line.startswith("- ")), lines[0])
+        raise UserError(f"{what} could not be saved after the training ({reason}): {advice}") from error
+
+
+def _dtype_notes(actor: nn.Module, config: PPOConfig) -> list[str]:
+    """Says in what dtype the model will be saved, if it is not that of the trained weights or of the start model."""
+    saved, source = saved_dtype(actor, config), source_dtype(actor)
+    if saved is None or (saved == torch.float32 and source in (None, saved)):
+        return []
+    name, start = (str(dtype).removeprefix("torch.") for dtype in (saved, source))
+    if source not in (None, saved):
+        return [f"the model is saved in {name}; the start model is in {start}"]
+    return [f"the trained fp32 weights are rounded to {name} when the model is saved; save_dtype = float32 keeps them"]
 
 
 def merged(actor: Any) -> Any:

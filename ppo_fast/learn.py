@@ -18,6 +18,7 @@ from ppo_fast.attention import cudnn_attention, packed_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import upload
 from ppo_fast.errors import NonFiniteError
+from ppo_fast.heads import TOGETHER, Head
 from ppo_fast.models import AdapterReference, recomputing
 from ppo_fast.packing import Pack, cut, make_pack
 from ppo_fast.parallel import ONE, World, full
@@ -46,9 +47,11 @@ Reference = FrozenReference | AdapterReference | None
 @contextmanager
 def packed(policy: Policy, reference: Reference = None) -> Iterator[None]:
     """Actor, critic and reference take packed rows inside this block, if they can."""
-    models = [policy, *([reference] if isinstance(reference, nn.Module) else [])]
+    models = policy.packing_models()
+    if isinstance(reference, FrozenReference) and reference.head.packed:
+        models.append(reference)
     cudnn = policy.config.cudnn_attention
-    with packed_attention(*models, cudnn=cudnn) if policy.head.packed else cudnn_attention(enabled=cudnn):
+    with packed_attention(*models, cudnn=cudnn) if models else cudnn_attention(enabled=cudnn):
         yield
 
 
@@ -304,7 +307,7 @@ def learn(
         for epoch in range(config.epochs):
             if epoch > 0:
                 order = torch.randperm(len(rollout), generator=generator).tolist()
-                minibatches = cut_as(rollout, order, config, world)
+                minibatches = cut_as(rollout, order, config, world, policy.head)
             for minibatch in minibatches:
                 stats = accumulate_gradients(
                     policy,
@@ -347,14 +350,16 @@ def as_floats(stats: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
 
 
-def cut_as(rollout: Rollout, order: list[int], config: PPOConfig, world: World = ONE) -> list[list[Pack]]:
-    """`packing.cut` as the options say, with packs for all processes."""
+def cut_as(
+    rollout: Rollout, order: list[int], config: PPOConfig, world: World = ONE, head: Head | None = None
+) -> list[list[Pack]]:
+    """`packing.cut` as the options say, with packs for all processes; `head` says which sequences may share one."""
     return cut(
         rollout,
         order,
         minibatches=config.minibatches,
-        max_tokens=config.micro_batch_tokens,
         multiple_of=world.size,
+        **(head or TOGETHER).cutting(config.micro_batch_tokens),
     )
 
 

@@ -1,7 +1,8 @@
 """The models of PPO on transformers: the actor, its critic and the frozen reference; loading them, and LoRA."""
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
+from ppo_fast.adapters import AdapterReference as AdapterReference
 from ppo_fast.attention import own_config
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights
 from ppo_fast.errors import UserError
-from ppo_fast.heads import decoder_of
-
-
-@contextmanager
-def no_loading_bars() -> Iterator[None]:
-    """transformers without its progress bars: a run has one of its own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+from ppo_fast.flash_calls import first_line
+from ppo_fast.heads import bare, decoder_of, model_name, text_config, without_cache
+from ppo_fast.loading import check_folder, load_structure, load_tokenizer, load_weights, stored_dtype
 
 
 def load_model_config(folder: str | Path) -> PreTrainedConfig:
@@ -50,24 +39,6 @@ def load_model_config(folder: str | Path) -> PreTrainedConfig:
         raise UserError(f"cannot read {Path(folder) / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
-def _without_weights(
-    kind: Any,
-    folder: str | Path,
-    *,
-    local_files_only: bool = True,
-    trust_remote_code: bool = False,
-    dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """A model of an AutoModel class on the meta device, as its configuration describes it."""
-    how = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **how)
-    with torch.device("meta"):
-        model = kind.from_config(config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code)
-    if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=local_files_only)
-    return model.eval()
-
-
 def load_actor(
     folder: str | Path, *, pad_token: str | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,26 +46,32 @@ def load_actor(
 
     `pad_token` names a token of the vocabulary for padding where the tokenizer has none; `trust_remote_code` runs
     Python files that lie in the folder. Nothing is downloaded. Without `weights` the model is on the meta device: under
-    parallel = fsdp all processes but the first may train such an actor.
+    parallel = fsdp all processes but the first may train such an actor. The dtype in which the weights are stored is
+    noted for `source_dtype`.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not those that its config.json describes (`load_weights`).
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
-    try:
-        with no_loading_bars():
-            how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **how)
-            actor: Any
-            if weights:
-                actor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
-            else:
-                actor = _without_weights(AutoModelForCausalLM, folder, dtype=torch.float32, **how)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
+    check_folder(folder, "model", trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    actor: Any
+    if weights:
+        advice = "give a folder to which the save_pretrained of a causal language model, head included, wrote"
+        actor = load_weights(AutoModelForCausalLM, folder, "model", advice, **how)
+        actor.ppo_fast_source_dtype = stored_dtype(folder)
+    else:
+        actor = load_structure(AutoModelForCausalLM, folder, "model", **how)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"the pad token {pad_token!r} is not in the vocabulary of the tokenizer in {folder}")
         tokenizer.pad_token = pad_token
     return actor, tokenizer
+
+
+def source_dtype(actor: nn.Module) -> torch.dtype | None:
+    """The dtype of the weights in the folder from which `load_actor` loaded the actor; None for any other actor."""
+    return getattr(bare(actor), "ppo_fast_source_dtype", None)
 
 
 def _embedding(model: Any) -> Tensor:
@@ -128,6 +105,39 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def check_language_model(actor: nn.Module) -> None:
+    """Rejects an actor of another kind than a causal language model.
+
+    Raises:
+        UserError: it is an encoder-decoder model, or its configuration names no single part for text.
+    """
+    name = model_name(actor)
+    try:
+        config = text_config(actor)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be trained: {first_line(error)}") from error
+    if getattr(bare(actor).config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name} is an encoder-decoder model, which PPO does not train here: give a decoder-only model, as"
+            " AutoModelForCausalLM loads them"
+        )
+    if config.model_type == "reformer":
+        raise UserError(
+            f"{name} cannot be trained: its layers have gradients in training mode only, in which it computes at random"
+        )
+
+
+def _width(decoder: Any) -> int:
+    """The size of a decoder's hidden states. It may differ from that of the embeddings (RemBERT, Reformer), which is
+    taken for a model without weights."""
+    weight = _embedding(decoder)
+    if not has_weights(decoder):
+        return weight.shape[1]
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+    with torch.no_grad():
+        return decoder(input_ids=ids, **without_cache(decoder)).last_hidden_state.shape[-1]
+
+
 class Critic(nn.Module):
     """V(s) of each prefix: a linear value head on hidden states, of its own backbone or, without one, of the actor's.
 
@@ -144,18 +154,26 @@ class Critic(nn.Module):
     @classmethod
     def from_actor(cls, actor: nn.Module) -> "Critic":
         """A critic whose backbone starts as a copy of the actor's."""
-        return cls(copy.deepcopy(decoder_of(actor)), _embedding(actor).shape[1]).to(_embedding(actor).device)
+        return cls(copy.deepcopy(decoder_of(actor)), _width(decoder_of(actor))).to(_embedding(actor).device)
 
     @classmethod
     def shared(cls, actor: nn.Module) -> "Critic":
         """A value head alone: it reads the actor's hidden states, and its loss trains the actor's backbone, too."""
-        return cls(None, _embedding(actor).shape[1]).to(_embedding(actor).device)
+        return cls(None, _width(decoder_of(actor))).to(_embedding(actor).device)
 
     @classmethod
     def from_reward_model(cls, model: PreTrainedModel, *, keep_head: bool = True) -> "Critic":
         """A critic that starts as a reward model: its backbone, and its scoring layer as the value head, calibrated as
-        `preferences.calibrate` left it."""
-        critic = cls(model.base_model, _embedding(model).shape[1]).to(_embedding(model).device)
+        `preferences.calibrate` left it.
+
+        The backbone is that of the model, not a copy; in half precision it is a copy in fp32, since it is trained.
+        """
+        if getattr(model, "is_quantized", False):
+            raise UserError("the reward model that the critic starts from is quantised: give one that is not")
+        backbone: nn.Module = model.base_model
+        if any(p.dtype != torch.float32 for p in backbone.parameters()):
+            backbone = copy.deepcopy(backbone).float()
+        critic = cls(backbone, _width(backbone)).to(_embedding(model).device)
         score = getattr(model, "score", None)
         if keep_head and isinstance(score, nn.Linear) and score.out_features == 1:
             with torch.no_grad():
@@ -171,22 +189,27 @@ class Critic(nn.Module):
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
-def load_reward_model(folder: str | Path, *, weights: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_reward_model(
+    folder: str | Path, *, weights: bool = True, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen sequence classifier with one output, and its tokenizer, from a folder that `save_pretrained` wrote.
 
-    Without `weights` it is on the meta device, as in `load_actor`.
+    Without `weights` it is on the meta device, as in `load_actor`. `dtype`: of the weights; None: as they are stored.
+
+    Raises:
+        UserError: it cannot be loaded, has no scoring layer, or has more than one output.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no reward model in {folder}: it has no config.json")
-    try:
-        with no_loading_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            if weights:
-                model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
-            else:
-                model = _without_weights(AutoModelForSequenceClassification, folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
+    what = "reward model"
+    check_folder(folder, what)
+    tokenizer = load_tokenizer(folder)
+    kind = AutoModelForSequenceClassification
+    if weights:
+        advice = (
+            "give a folder of a sequence classifier with one output, trained on preferences, not of a language model"
+        )
+        model = load_weights(kind, folder, what, advice, dtype=dtype)
+    else:
+        model = load_structure(kind, folder, what, dtype=dtype)
     if model.config.num_labels != 1:
         raise UserError(f"the reward model in {folder} has {model.config.num_labels} outputs; one score is expected")
     return model.eval().requires_grad_(False), tokenizer
@@ -234,66 +257,48 @@ def with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> Any:
     )
 
 
-def has_trained_adapters(actor: nn.Module) -> bool:
-    """Whether any adapter's output matrix differs from zero, with which each starts."""
-    return any(bool(p.any()) for name, p in actor.named_parameters() if "lora_B" in name or "lora_embedding_B" in name)
+def recomputed_layers(model: nn.Module) -> list[Any]:
+    """The layers that gradient checkpointing recomputes: those of models that support it."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    layers = {id(m): m for part in models for m in part.modules() if isinstance(m, GradientCheckpointingLayer)}
+    return list(layers.values())
 
 
-class AdapterReference:
-    """The reference of an actor with adapters: the actor without them, or with a frozen copy of those it came with.
+def warn_if_not_recomputed(*models: nn.Module | None) -> None:
+    """Warns once of models for which gradient checkpointing does nothing."""
+    without = [model_name(model) for model in models if model is not None and not recomputed_layers(model)]
+    if without:
+        warnings.warn(
+            f"gradient_checkpointing does nothing for {' and '.join(without)}: no layer of such a model supports it, so"
+            " the run needs as much memory as without it",
+            stacklevel=2,
+        )
 
-    Switching adapters off is wrong for an actor that starts from trained ones (TRL #495, #4723): `starts_trained`
-    says so, and is found by `has_trained_adapters` if it is not given.
-    """
 
-    NAME = "ppo_fast_reference"
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
 
-    def __init__(self, actor: Any, *, starts_trained: bool | None = None) -> None:
-        self.actor = actor
-        self.active = actor.active_adapter
-        self.starts_trained = has_trained_adapters(actor) if starts_trained is None else starts_trained
-        if self.starts_trained:
-            self._clone()
-
-    def _clone(self) -> None:
-        trainable = {name for name, p in self.actor.named_parameters() if p.requires_grad}
-        self.actor.add_adapter(self.NAME, copy.deepcopy(self.actor.peft_config[self.active]))
-        parameters = dict(self.actor.named_parameters())
-        with torch.no_grad():
-            for name, p in parameters.items():
-                source = parameters[name.replace(f".{self.NAME}.", f".{self.active}.")]
-                if source is not p and not source.is_meta:  # peft may have given p memory, even on the meta device
-                    p.copy_(source)
-        self._train_only(trainable)
-
-    def _train_only(self, names: set[str]) -> None:
-        for name, p in self.actor.named_parameters():
-            p.requires_grad_(name in names)
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """The actor is the reference inside this block."""
-        trainable = {name for name, p in self.actor.named_parameters() if p.requires_grad}
-        if not self.starts_trained:
-            with self.actor.disable_adapter():
-                yield
-        else:
-            self.actor.set_adapter(self.NAME)
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        def quiet(*given: Any) -> Any:
+            before, layer.training = layer.training, False
             try:
-                yield
+                return function(*given)
             finally:
-                self.actor.set_adapter(self.active)
-        self._train_only(trainable)
+                layer.training = before
+
+        return checkpoint(quiet, *arguments)
+
+    return run
 
 
 @contextmanager
 def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
 
-    transformers does so for layers in training mode, which would switch dropout on: so the layers alone get that mode,
-    and what is inside them does not. Sampling, outside, keeps its cache.
+    transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
+    off, also where a layer calls it as a function of its own mode. Sampling, outside, keeps its cache.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    layers = recomputed_layers(model) if enabled else []
     if layers:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
@@ -301,6 +306,7 @@ def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
                 switch = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
                 switch({"use_reentrant": False})
     for layer in layers:
+        layer._gradient_checkpointing_func = _in_evaluation_mode(layer, layer._gradient_checkpointing_func)
         layer.training = True
     try:
         yield

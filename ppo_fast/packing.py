@@ -1,7 +1,7 @@
 """Packs: sequences of a rollout side by side in one row, cut once per rollout by a budget of tokens."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Pack:
     sequences: list[int]  # the rollout's rows, in the order of the pack
     sequence_rows: Tensor  # [S] int64: the same
     cu_answers: Tensor  # [S + 1] int64: the answers' boundaries in n
+    lengths: list[int]  # S: tokens of each sequence, prompt and answer
 
     @property
     def size(self) -> int:
@@ -78,6 +79,7 @@ def _build(rollout: Rollout, sequences: list[int]) -> Pack:
         sequences=sequences,
         sequence_rows=rows,
         cu_answers=cu_answers,
+        lengths=lengths.tolist(),
     )
 
 
@@ -96,17 +98,28 @@ def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
 
 
 def cut(
-    rollout: Rollout, order: list[int], *, minibatches: int, max_tokens: int, multiple_of: int = 1
+    rollout: Rollout,
+    order: list[int],
+    *,
+    minibatches: int,
+    max_tokens: int,
+    multiple_of: int = 1,
+    regime: Callable[[int], int] | None = None,
 ) -> list[list[Pack]]:
     """Rows in the given order, cut into minibatches of as equal a number of sequences as can be, each into packs.
 
     A pack holds at most `max_tokens` tokens, or one sequence that is longer. A minibatch's packs are balanced: the
     longest sequences are dealt first, each to the emptiest pack. Their number is a multiple of `multiple_of`, if there
-    are sequences enough.
+    are sequences enough. Sequences share a pack only if `regime` gives the same number for their lengths.
     """
     parts = torch.tensor(order).tensor_split(minibatches)
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
-    groups = [balance(part.tolist(), lengths, max_tokens, multiple_of) for part in parts]
+    groups = []
+    for part in parts:
+        apart: dict[int, list[int]] = {}
+        for i in part.tolist():
+            apart.setdefault(0 if regime is None else regime(lengths[i]), []).append(i)
+        groups.append([rows for alike in apart.values() for rows in balance(alike, lengths, max_tokens, multiple_of)])
     packs = iter(make_packs(rollout, [rows for part in groups for rows in part]))
     return [[next(packs) for _ in part] for part in groups]
 

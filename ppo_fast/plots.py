@@ -1,11 +1,14 @@
 """Pictures of a run."""
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ppo_fast.checkpoint import reported, write_file
 
 CURVES = {
     "score": "score (mean of a step's answers)",
@@ -29,6 +32,14 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    """Writes the picture as a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    with reported(f"the picture {path} could not be written", path):
+        write_file(path, buffer.getvalue())
+
+
 def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
     """A PNG with one small plot for each of the first six curves that the history has."""
     from matplotlib.figure import Figure
@@ -45,7 +56,7 @@ def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Pa
         axis.grid(alpha=0.3)
     for axis in axes:  # those that no curve has taken
         axis.set_visible(False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
 TOKENS_DRAWN = 150  # a longer answer's picture would not be read
@@ -80,7 +91,7 @@ def draw_tokens(
         range(count), [_drawable(x[:16]) for x in tokens[:count]], rotation=90, fontsize=8, parse_math=False
     )
     axes[-1].set_xlim(-0.7, max(count, 10) - 0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def _bars(axis: Any, name: str, values: list[float], clip: tuple[float, float]) -> None:

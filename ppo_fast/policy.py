@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ppo_fast as ppo
 from ppo_fast.config import PPOConfig
-from ppo_fast.heads import Head, decoder_of, head_of, hidden_states, own_logits
+from ppo_fast.heads import Head, Sampling, decoder_of, head_of, hidden_states, own_logits
 from ppo_fast.models import AdapterReference, Critic, compute_in
 from ppo_fast.packing import Pack
 
@@ -64,15 +64,34 @@ def with_chunk_bytes(config: PPOConfig, vocabulary: int, memory: int | None) -> 
 
 
 class Policy(nn.Module):
-    """The actor, its head as `heads.probe` found it, and the critic."""
+    """The actor and the critic, and how each is computed, as the probes found it.
 
-    def __init__(self, actor: nn.Module, critic: Critic, head: Head, config: PPOConfig) -> None:
+    `critic_head` is that of the critic's own backbone; the actor's if not given. `sampling` is how the actor's own
+    `generate` is used.
+    """
+
+    def __init__(
+        self,
+        actor: nn.Module,
+        critic: Critic,
+        head: Head,
+        config: PPOConfig,
+        *,
+        critic_head: Head | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008
+    ) -> None:
         super().__init__()
         self.actor = actor
         self.critic = critic
         self.head = head
+        self.critic_head = critic_head or head
+        self.sampling = sampling
         self.config = config
         self.unreached: list[str] = []  # parameters that the loss does not depend on
+
+    def packing_models(self) -> list[nn.Module]:
+        """The models that take packed rows."""
+        return [model for model, head in ((self.actor, self.head), (self.critic, self.critic_head)) if head.packed]
 
     def autocast(self) -> AbstractContextManager:
         """bf16 compute on fp32 master weights, if so configured."""
@@ -140,7 +159,7 @@ class Policy(nn.Module):
         if self.head.linear and hidden is not None:
             layer = head_of(self.actor)
             out = ppo.linear_ppo_loss(
-                hidden[pack.states],
+                hidden[pack.states].to(layer.weight.dtype),
                 layer.weight,
                 pack.tokens,
                 t.old_logprobs,
@@ -161,12 +180,12 @@ class Policy(nn.Module):
         return (self.head.linear and train_actor) or self.critic.backbone is None
 
     def _hidden(self, pack: Pack) -> Tensor:
-        return hidden_states(decoder_of(self.actor), pack, packed=self.head.packed)
+        return hidden_states(decoder_of(self.actor), pack, self.head)
 
     def _critic_states(self, pack: Pack, hidden: Tensor | None) -> Tensor:
         """[total, D]: what the value head reads."""
         if self.critic.backbone is not None:
-            return hidden_states(self.critic.backbone, pack, packed=self.head.packed)
+            return hidden_states(self.critic.backbone, pack, self.critic_head)
         assert hidden is not None
         return hidden
 
@@ -192,13 +211,13 @@ def logprobs_of(
     """Log-probability and entropy [n] of the pack's answer tokens at the sampling temperature, with a graph."""
     options: dict[str, Any] = {"temperature": config.temperature, "with_entropy": True, "backend": config.backend}
     if not head.linear:
-        logits = own_logits(model, pack, packed=head.packed)
+        logits = own_logits(model, pack, head)
         return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]
     if hidden is None:
-        hidden = hidden_states(decoder_of(model), pack, packed=head.packed)
+        hidden = hidden_states(decoder_of(model), pack, head)
     layer = head_of(model)
     return ppo.linear_logprobs(  # type: ignore[return-value]
-        hidden[pack.states],
+        hidden[pack.states].to(layer.weight.dtype),
         layer.weight,
         pack.tokens,
         bias=layer.bias,

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_fast.checkpoint import reported, write_file
 from ppo_fast.errors import NonFiniteError, UserError
+from ppo_fast.loading import check_trained_in_fp32
 from ppo_fast.reward import RewardModel
 
 
@@ -56,6 +58,8 @@ def read_pairs(path: str | Path) -> list[Pair]:
                 pairs.append(_pair(json.loads(line)))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: malformed JSON: {error.msg} (column {error.colno})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: JSON that Python cannot read: {error}") from error
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
     if not pairs:
@@ -75,7 +79,8 @@ def _pair(row: Any) -> Pair:
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     """The file that `read_pairs` reads."""
     text = "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
-    Path(path).write_text(text, encoding="utf-8")
+    with reported(f"the pairs could not be written to {path}"):
+        write_file(Path(path), text)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -129,6 +134,8 @@ def train_reward_model(
     for name, value in settings.items():
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be greater than 0 and finite, got {value}")
+    model.requires_grad_(True)
+    check_trained_in_fp32(model, "the reward model")
     reader = RewardModel(model, tokenizer, device=model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     per_epoch = math.ceil(len(pairs) / batch_size)
@@ -137,7 +144,6 @@ def train_reward_model(
         optimizer, lambda step: min(1.0, 20 * (step + 1) / steps) * (1 - 0.9 * step / steps)
     )
     generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(True)
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(pairs), generator=generator).tolist()

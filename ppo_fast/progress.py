@@ -2,12 +2,14 @@
 
 import json
 import math
-import os
+import re
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +18,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from ppo_fast.config import PPOConfig, write_yaml
+from ppo_fast.checkpoint import UNFINISHED, GrowingFile, reported, write_file
+from ppo_fast.config import PPOConfig, yaml_text
 from ppo_fast.data import as_text
 from ppo_fast.device import device_module, pick_device
 from ppo_fast.errors import UserError
@@ -39,6 +42,41 @@ COLUMNS = [
     ("tok/s", 7, 0, "tokens_per_second"),
     ("MiB", 7, 0, "memory_mib"),
 ]
+
+
+class Events:
+    """TensorBoard's scalars of a run, in one file.
+
+    They are written at once. SummaryWriter of PyTorch writes in a thread, and after an error in it the run hangs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise UserError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from error
+
+        self.event, self.summary = Event, Summary
+        self.file = GrowingFile(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
+        self.records = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+
+    def add(self, metrics: Mapping[str, float | None]) -> None:
+        """Writes the metrics of one step; None becomes NaN."""
+        values = [
+            self.summary.Value(tag=name, simple_value=math.nan if value is None else value)
+            for name, value in metrics.items()
+        ]
+        self._write(step=int(metrics["step"] or 0), summary=self.summary(value=values))
+
+    def _write(self, **content: Any) -> None:
+        self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
 
 
 class Progress:
@@ -72,33 +110,26 @@ class Progress:
         )
         self.task = self.bar.add_task("PPO", total=config.total_steps, completed=steps_done)
         self.recorded: list[dict[str, float | None]] = []  # as in metrics.jsonl
-        self.metrics_file: TextIO | None = None
-        self.events: Any = None  # torch.utils.tensorboard.SummaryWriter
+        self.metrics_file: GrowingFile | None = None
+        self.events: Events | None = None
         if config.out is not None:
             self._open(Path(config.out))
         if prompts_left_out:
             self.say(f"{prompts_left_out} prompts are too long and were left out")
 
     def _open(self, folder: Path) -> None:
-        try:
+        with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.recorded = cut_back(folder, self.steps_done)
-            self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self.samples_file = (folder / "samples.jsonl").open("a", encoding="utf-8")
-            write_yaml(folder, self.config, self.run_options)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-        if self.config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from error
-
+            write_file(folder / "config.yaml", yaml_text(self.config, self.run_options))
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve
-            self.events = SummaryWriter(folder / "tensorboard")
+        self.metrics_file = GrowingFile(folder / "metrics.jsonl")
+        self.samples_file = GrowingFile(folder / "samples.jsonl")
+        if self.config.tensorboard:
+            self.events = Events(folder / "tensorboard")
             for metrics in self.recorded:
-                self._add_events(metrics)
+                self.events.add(metrics)
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -136,21 +167,15 @@ class Progress:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.recorded.append(finite)
         if self.metrics_file is not None:
-            self.metrics_file.write(json.dumps(finite) + "\n")
-            self.metrics_file.flush()
+            self.metrics_file.write_row(finite)
         if self.events is not None:
-            self._add_events(metrics)
-
-    def _add_events(self, metrics: Mapping[str, float | None]) -> None:
-        for name, value in metrics.items():
-            self.events.add_scalar(name, math.nan if value is None else value, int(metrics["step"] or 0))
+            self.events.add(metrics)
 
     def sync(self) -> None:
         """All that was recorded is on the disk; a checkpoint must not know of more steps than the metrics file."""
         if self.metrics_file is not None:
             for file in (self.metrics_file, self.samples_file):
-                file.flush()
-                os.fsync(file.fileno())
+                file.sync()
 
     def _show_samples(self, rollout: Rollout, step: int) -> None:
         table = Table(title=f"answers in step {step}", title_justify="left")
@@ -161,8 +186,7 @@ class Progress:
             prompt, answer, value = rollout.columns["prompt"][row], rollout.completions[row], rollout.scores[row]
             table.add_row(Text(shortened(as_text(prompt))), Text(shortened(answer)), f"{value:.3f}")
             if self.metrics_file is not None:
-                sample = {"step": step, "prompt": prompt, "answer": answer, "score": value}
-                self.samples_file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                self.samples_file.write_row({"step": step, "prompt": prompt, "answer": answer, "score": value})
         self.console.print(table)
 
 
@@ -170,19 +194,41 @@ def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
     """Takes what is later than `step` out of metrics.jsonl, samples.jsonl and eval/; the metrics that stay.
 
     A killed process may have left half a line: it is later than every checkpoint.
+
+    Raises:
+        UserError: a line is not one that a run writes; the message names it.
+        OSError: a file cannot be read or written.
     """
+    for unfinished in [*folder.glob("*" + UNFINISHED), *(folder / "eval").glob("*" + UNFINISHED)]:
+        if unfinished.is_file():
+            unfinished.unlink()
     kept: dict[str, list[str]] = {}
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = folder / name
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() and step else []
-        kept[name] = [line for line in lines[:-1] if json.loads(line)["step"] <= step]
-        unfinished = folder / (name + ".unfinished")
-        unfinished.write_text("".join(line + "\n" for line in kept[name]), encoding="utf-8")
-        unfinished.replace(path)
+        kept[name] = [
+            line for number, line in enumerate(lines[:-1], start=1) if step_in(line, f"{path}, line {number}") <= step
+        ]
+        write_file(path, "".join(line + "\n" for line in kept[name]))
     for file in (folder / "eval").glob("step-*.*"):
-        if not step or int(file.stem.removeprefix("step-")) > step:
+        number = re.fullmatch(r"step-(\d+)", file.stem)
+        if number is not None and (not step or int(number[1]) > step):
             file.unlink()
     return [json.loads(line) for line in kept["metrics.jsonl"]]
+
+
+def step_in(line: str, where: str) -> float:
+    """The step of a row of metrics.jsonl or samples.jsonl; `where` names file and line in the UserError for others."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    if not isinstance(step, int | float):
+        raise UserError(
+            f"{where} is not a row that ppo-fast wrote ({line!r:.60}): remove this line to resume, or start anew with"
+            " --overwrite"
+        )
+    return step
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.data import Prompt, columns
+from ppo_fast.data import Prompt, added_ids, chat_text, columns, without_second_begin
 from ppo_fast.device import upload
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.rewards.isolation import isolated
@@ -265,6 +265,7 @@ class RewardModel:
         model.config.pad_token_id = tokenizer.pad_token_id
         self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
         self.tokenizer = tokenizer
+        self.added_before = added_ids(tokenizer)[0]
         self.batch_size = batch_size
         self.max_length = min((x for x in (max_length, _positions(model)) if x), default=None)
         self.__name__ = "reward_model"
@@ -311,13 +312,13 @@ class RewardModel:
         if tokenizer.chat_template is not None:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             turns = [*asked, {"role": "assistant", "content": completion}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = chat_text(tokenizer, turns, add_generation_prompt=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written its own
             first = len(ids) > 0 and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
             return ids if limit is None or len(ids) <= limit else ids[:first] + ids[len(ids) - limit + first :]
         if not isinstance(prompt, str):
             raise RewardError("the prompts are chats, but the reward model's tokenizer has no chat template")
-        ids = tokenizer(prompt + completion)["input_ids"]
+        ids = without_second_begin(tokenizer(prompt + completion)["input_ids"], self.added_before)
         if limit is None or len(ids) <= limit:
             return ids
         side, tokenizer.truncation_side = tokenizer.truncation_side, "left"

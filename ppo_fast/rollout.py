@@ -23,9 +23,7 @@ class Rollout:
     prompt_lengths: list[int]  # B
     answer_lengths: list[int]  # B; the end token counts
     ended: list[bool]  # B; False: cut by max_new_tokens
-    completions: list[
-        str
-    ]  # B, without the special tokens that are no text; each continues its prompt, perhaps with a space
+    completions: list[str]  # B, without special tokens that are no text; one may begin with a space
     columns: dict[str, list]  # the data set's columns, "prompt" among them, B entries each
     logprobs: Tensor | None = None  # [B, T] fp32 on `device`, the sampler's own, where it tells them
     scores: list[float] = field(default_factory=list)  # B; filled by the reward step

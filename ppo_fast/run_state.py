@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "max_sampler_gap", "process_timeout"}
+FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
+FREE |= {"process_timeout"}
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 
@@ -83,7 +84,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
     state = checkpoint.state
     here, there = identity(trainer), state["run"]
     _refuse_another_run(here, there, checkpoint, allow_changes)
-    others = [name for name in CHANGEABLE if _differ(here, there, name)]
+    others = [what for name, what in CHANGEABLE.items() if _differ(here, there, name)]
     _load(dict(learned(trainer.policy)), checkpoint.tensors["weights"], checkpoint)
     parameters = dict(trainer.policy.named_parameters())
     for which, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
@@ -101,7 +102,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
     options, saved = options_as_json(trainer.config), state["run"]["config"]
     changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
     return [
-        *(f"from here on the {name} are other ones than those of {checkpoint.folder}" for name in others),
+        *(f"from here on the {name} is another one than that of {checkpoint.folder}" for name in others),
         *(f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed),
         *_differences(made_here, made_there),
     ]
@@ -122,14 +123,19 @@ def identity(trainer: "PPOTrainer") -> dict[str, Any]:
         "config": options_as_json(trainer.config),
         "start model": trainer.start_digest,
         "prompts": digest_of_rows(trainer.prompts.rows),
-        "tokenizer, chat template or end tokens": trainer.tokenizer_digest,
+        "tokenizer": trainer.tokenizer_digest,
         "rewards and their weights": trainer.reward_weights,
         "code of the rewards": trainer.reward_digests,
     }
 
 
 # What a user may change on purpose between a run and its continuation, with allow_changes
-CHANGEABLE = ("prompts", "tokenizer, chat template or end tokens", "rewards and their weights", "code of the rewards")
+CHANGEABLE = {
+    "prompts": "list of prompts",
+    "tokenizer": "tokenizer, chat template or list of end tokens",
+    "rewards and their weights": "set of rewards and weights",
+    "code of the rewards": "code of the rewards",
+}
 
 
 def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
@@ -209,13 +215,13 @@ def _refuse_another_run(
             f"{checkpoint.folder} is beyond total_steps = {options['total_steps']}: there is nothing to go on with"
         )
     if _differ(here, there, "start model"):
-        raise UserError(f"{checkpoint.folder} belongs to another run: its start model differs")
-    for name in () if allow_changes else CHANGEABLE:
-        if _differ(here, there, name):
+        raise UserError(f"{checkpoint.folder} belongs to another run: its start model differs from the one given")
+    for name, what in CHANGEABLE.items():
+        if not allow_changes and _differ(here, there, name):
             values = f" ({there[name]} there, {here[name]} here)" if name.startswith("rewards") else ""
             raise UserError(
-                f"{checkpoint.folder} belongs to another run: its {name} differ{values}; to continue with what is here,"
-                " use --allow-changes (in Python resume(allow_changes=True))"
+                f"{checkpoint.folder} belongs to another run: its {what} differs{values}; to continue with what is"
+                " here, use --allow-changes (in Python resume(allow_changes=True))"
             )
 
 

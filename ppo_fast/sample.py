@@ -23,7 +23,7 @@ from ppo_fast.data import check_rows, columns, prompt_ids
 from ppo_fast.decoding import AnswerText, StopTexts
 from ppo_fast.device import upload
 from ppo_fast.errors import UserError
-from ppo_fast.heads import bare
+from ppo_fast.heads import Sampling, bare, text_config
 from ppo_fast.models import compute_in, end_tokens
 from ppo_fast.parallel import ONE, World
 from ppo_fast.rollout import Rollout
@@ -106,7 +106,7 @@ def _check(answers: Answers, prompts: list[list[int]], config: PPOConfig) -> Non
 
 
 class GenerateSampler:
-    """The actor's own `generate`, with a KV cache and padding on the left.
+    """The actor's own `generate`, with a KV cache and padding on the left, or as `sampling` says.
 
     With FSDP2 all processes generate in step, through `call`, which gathers the weights.
     """
@@ -118,39 +118,39 @@ class GenerateSampler:
         *,
         world: World = ONE,
         call: Callable[..., Any] | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008
     ) -> None:
         self.actor = actor
         self.tokenizer = tokenizer
         self.world = world
         self.call = call
+        self.sampling = sampling
 
     def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
-        """Answers in batches of config.sample_batch_size."""
-        whole = Answers([], [], [])
-        assert whole.logprobs is not None
+        """Answers in batches of config.sample_batch_size, in the order of the prompts."""
         in_step = self.world.kind == "fsdp"
-        starts = range(0, len(prompts), config.sample_batch_size)
-        rounds = (
-            int(self.world.largest(torch.tensor(len(starts), device=self.world.device))) if in_step else len(starts)
+        batches = self.sampling.batches(
+            list(map(len, prompts)), new_tokens=config.max_new_tokens, size=config.sample_batch_size
         )
+        rounds = len(batches)
+        if in_step:
+            rounds = int(self.world.largest(torch.tensor(rounds, device=self.world.device)))
+        answered: dict[int, tuple[list[int], bool, list[float]]] = {}
         for round_ in range(rounds):
-            start = round_ * config.sample_batch_size
-            batch = prompts[start : start + config.sample_batch_size]
+            batch = batches[round_] if round_ < len(batches) else []
             some = generate(
                 self.actor,
                 self.tokenizer,
-                batch or prompts[:1],  # the others still need this process's part of the weights
+                [prompts[i] for i in batch or [0]],  # the others still need this process's part of the weights
                 config,
                 call=self.call,
                 synced_gpus=in_step,
+                cache=self.sampling.cache,
             )
-            if not batch:
-                continue
             assert some.logprobs is not None
-            whole.ids += some.ids
-            whole.ended += some.ended
-            whole.logprobs += some.logprobs
-        return whole
+            answered |= zip(batch, zip(some.ids, some.ended, some.logprobs, strict=True), strict=False)
+        ids, ended, logprobs = zip(*(answered[i] for i in range(len(prompts))), strict=True)
+        return Answers(list(ids), list(ended), list(logprobs))
 
 
 class _Recorder(LogitsProcessor):
@@ -197,7 +197,7 @@ class HalfCache(DynamicCache):
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        super().__init__(config=model.config.get_text_config(decoder=True))
+        super().__init__(config=text_config(model))
         self.compute_dtype = dtype
 
     def update(
@@ -229,16 +229,19 @@ def generate(
     greedy: bool = False,
     call: Callable[..., Any] | None = None,
     synced_gpus: bool = False,
+    cache: bool = True,
+    ends: list[int] | None = None,
 ) -> Answers:
     """One batch of answers, each up to and with its first end token or stop text.
 
-    `call` takes the place of actor.generate; `synced_gpus`: all processes take as many forward passes.
+    `call` takes the place of actor.generate; `synced_gpus`: all processes take as many forward passes; without `cache`
+    each pass computes all tokens; `ends`: other end tokens than the actor's.
     """
     P = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     input_ids = upload(torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts]), actor.device)
     attention_mask = upload(torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts]), actor.device)
-    ends = end_tokens(tokenizer, actor)
+    ends = end_tokens(tokenizer, actor) if ends is None else ends
     how: dict[str, Any] = {}
     if not greedy:
         how = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
@@ -247,15 +250,16 @@ def generate(
     generation = GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=config.max_new_tokens,
-        eos_token_id=ends,
+        eos_token_id=ends or None,
         pad_token_id=pad,
+        use_cache=cache,
         **how,
     )
     stops = StopTexts(AnswerText(tokenizer, prompts), config.stop)
     criteria = [_Stop(stops, set(ends), len(prompts))] if config.stop else []
     recorder = _Recorder(config.temperature)
     with (
-        _generation_config(actor, generation),
+        _generation_config(actor, generation, cache=cache),
         compute_in(config.dtype, actor.device),
         cudnn_attention(enabled=config.cudnn_attention),
     ):
@@ -265,7 +269,7 @@ def generate(
             logits_processor=LogitsProcessorList([recorder]),
             stopping_criteria=StoppingCriteriaList(criteria),
             synced_gpus=synced_gpus,
-            **cache_options(actor, config),
+            **(cache_options(actor, config) if cache else {}),
         )
     recorder.note(sequences[:, -1])
     logprobs = torch.stack(recorder.chosen, 1).tolist()
@@ -278,19 +282,24 @@ def generate(
 
 
 @contextmanager
-def _generation_config(actor: Any, generation: GenerationConfig) -> Iterator[None]:
-    """Puts the model's own generation config aside.
+def _generation_config(actor: Any, generation: GenerationConfig, *, cache: bool) -> Iterator[None]:
+    """Puts the model's own generation config aside, and the setting of its cache, if it has one.
 
     generate() fills what a given config leaves open from the model's: a repetition penalty or top-k saved with the
     model would make samples from another distribution than the one that the loss differentiates.
     """
-    model = bare(actor)  # peft only passes reading through
-    own, cache = model.generation_config, model.config.use_cache
-    model.generation_config, model.config.use_cache = generation, True
+    model: Any = bare(actor)  # peft only passes reading through
+    configs = [c for c in {id(c): c for c in (model.config, text_config(model))}.values() if hasattr(c, "use_cache")]
+    own, before = model.generation_config, [c.use_cache for c in configs]
+    model.generation_config = generation
+    for config in configs:
+        config.use_cache = cache
     try:
         yield
     finally:
-        model.generation_config, model.config.use_cache = own, cache
+        model.generation_config = own
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
 
 
 def _until_end(row: int, ids: list[int], ends: set[int], stops: StopTexts) -> tuple[list[int], bool]:
@@ -313,8 +322,8 @@ def drop_long_prompts(
     """
     check_rows(rows)
     limits = [config.max_prompt_tokens]
-    positions = getattr(actor.config, "max_position_embeddings", None)
-    if positions is not None:
+    positions = getattr(text_config(actor), "max_position_embeddings", None)
+    if positions is not None and positions > 0:  # XLNet, which has no limit, says -1
         limits.append(positions - config.max_new_tokens)
     limit = min((x for x in limits if x is not None), default=None)
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]

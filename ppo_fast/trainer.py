@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast import checkpoint, interrupt
+from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adapters
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
-from ppo_fast.data import Prompts, prompt_ids, with_all_fields
+from ppo_fast.data import Prompts, prompt_ids, tokenizer_notes, with_all_fields
 from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
-from ppo_fast.export import model_card, save_model
-from ppo_fast.heads import bare, probe
+from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
+from ppo_fast.heads import Sampling, bare
 from ppo_fast.interrupt import Request, stop_requests, stop_requests_of_several
 from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.learn import (
@@ -38,23 +40,26 @@ from ppo_fast.learn import (
     packed,
     unreached,
 )
+from ppo_fast.loading import check_finite, check_separate, check_trained_in_fp32
 from ppo_fast.lock import locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
-    AdapterReference,
     Critic,
+    check_language_model,
     check_tokenizer,
     end_tokens,
     frozen_copy,
-    has_trained_adapters,
     is_adapted,
     prepare,
     recomputing,
+    warn_if_not_recomputed,
     with_lora,
 )
 from ppo_fast.parallel import ONE, World, shard, start, whole_state, why_lost
 from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
+from ppo_fast.probe import Reach, named_lengths, probe_all
+from ppo_fast.probe_sampling import probe_sampling
 from ppo_fast.progress import Progress, peak_memory
 from ppo_fast.reward import RewardFunction, check_rewards, check_weights, score
 from ppo_fast.rewards.fingerprint import reward_fingerprint
@@ -108,6 +113,7 @@ class PPOTrainer:
         sampler: Sampler | None = None,
         eval_rows: list[dict[str, Any]] | None = None,
     ) -> None:
+        check_language_model(actor)
         check_tokenizer(tokenizer, actor)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
@@ -140,16 +146,38 @@ class PPOTrainer:
         self.tokenizer = tokenizer
         self.device = self.world.device
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config)
+        self.notes += tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(config, evaluated=bool(eval_rows))
+        if config.dtype == "bfloat16":
+            self.notes.append(
+                "dtype = bfloat16: learning computes the LM head in fp32, and sampling in bfloat16; sampler_gap shows"
+                " the difference"
+            )
         self._check_memory(actor, kept, critic, reference)
-        self.policy, self.reference = build_models(config, actor, critic, reference, self.device, self.world)
+        learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
+        check_separate(learning, _reward_models(self.rewards))
+        reach = self._reach(kept, eval_rows or [], actor, critic, reference)
+        self.policy, self.reference = build_models(
+            config,
+            actor,
+            critic,
+            reference,
+            self.device,
+            self.world,
+            tokenizer=tokenizer if sampler is None else None,
+            reach=reach,
+        )
         self.notes += notes_on_unreached(self.policy.unreached)
         self.reference_is_start = reference is None  # of the actor; one that is given may be any model
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
-        own = GenerateSampler(self.actor, tokenizer, world=self.world, call=self.policy.generate)
+        if config.out is not None and self.world.first:
+            self.notes += check_saving(self.actor, tokenizer, config)
+        own = GenerateSampler(
+            self.actor, tokenizer, world=self.world, call=self.policy.generate, sampling=self.policy.sampling
+        )
         self.sampler, self.samples_itself = (own, True) if sampler is None else (sampler, False)
         if self.world.size > 1:
             transformers.set_seed(derived_seed(config.seed, self.world.rank))  # each samples other answers
@@ -266,7 +294,7 @@ class PPOTrainer:
             rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         with _timed(seconds, self.device, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
-            minibatches, kl_coef = cut_as(rollout, order, config, world), self.kl_controller.coef
+            minibatches, kl_coef = cut_as(rollout, order, config, world, self.policy.head), self.kl_controller.coef
             experience = evaluate(
                 self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
             )
@@ -392,6 +420,28 @@ class PPOTrainer:
         except CannotEstimate as error:
             self.notes.append(str(error))
 
+    def _reach(
+        self,
+        rows: list[dict[str, Any]],
+        eval_rows: list[dict[str, Any]],
+        actor: Any,
+        critic: Critic | None,
+        reference: PreTrainedModel | None,
+    ) -> Reach:
+        """How long the run's sequences become, and how much a step computes; counted only if a model's configuration
+        names a length that sequences may exceed."""
+        config = self.config
+        models = [x for x in (actor, reference, None if critic is None else critic.backbone) if x is not None]
+        if not any(named_lengths(model, sys.maxsize) for model in models):
+            return Reach()
+        if eval_rows:
+            rows = rows + drop_long_prompts(with_all_fields(eval_rows), self.tokenizer, actor, config)[0]
+        prompts = prompt_ids(self.tokenizer, [row["prompt"] for row in rows])
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        sequences = config.prompts_per_step * config.samples_per_prompt
+        # sampling and old log-probabilities are one pass each, an update is three
+        return Reach(longest, sequences * longest * (2.0 + 3 * config.epochs))
+
     def _warm_up(self) -> None:
         """Passes one short sequence through all that learning computes, and drops its gradients.
 
@@ -403,7 +453,7 @@ class PPOTrainer:
         answer = [self.tokenizer.pad_token_id] * min(2, config.max_new_tokens)
         tokens = torch.tensor([prompt + answer])
         rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
-        minibatches = cut_as(rollout, [0], config, self.world)
+        minibatches = cut_as(rollout, [0], config, self.world, policy.head)
         experience = evaluate(
             policy, self.reference, rollout, torch.zeros(1, device=self.device), minibatches, config, world=self.world
         )
@@ -493,6 +543,7 @@ class PPOTrainer:
                 weights=weights,
                 texts=texts,
                 history=history,
+                dtype=saved_dtype(self.actor, self.config),
             )
         self.world.barrier()
         return folder
@@ -562,10 +613,11 @@ class PPOTrainer:
         if self.config.out is None:
             return
         out = Path(self.config.out)
-        for name in ("best", "model"):
-            checkpoint.recover(out / name)
-        checkpoint.sweep(out / "checkpoints")
-        checkpoint.drop_after(out / "checkpoints", self.steps_done)
+        with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
+            for name in ("best", "model"):
+                checkpoint.recover(out / name)
+            checkpoint.sweep(out / "checkpoints")
+            checkpoint.drop_after(out / "checkpoints", self.steps_done)
         checkpoint.prune(out / "checkpoints", self.config.keep_checkpoints)
         drop_best_after(out / "best", self.steps_done)
 
@@ -610,6 +662,34 @@ def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
     return notes + [f"held-out answers are sampled with {named}, too"] * evaluated
 
 
+def _reward_models(rewards: dict[str, RewardFunction]) -> dict[str, nn.Module]:
+    """The models that reward functions hold as attributes, by their roles."""
+    return {
+        f"the {attribute} of the reward {name}": x
+        for name, function in rewards.items()
+        for attribute, x in getattr(function, "__dict__", {}).items()
+        if isinstance(x, nn.Module)
+    }
+
+
+def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) -> None:
+    """Refuses weights that are not finite or not trained in fp32, and models that share trained weights."""
+    if not any(p.requires_grad for p in actor.parameters()):
+        raise UserError(
+            "all weights of the actor are frozen: call .requires_grad_(True) on it, or load adapters with"
+            " PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    if getattr(actor, "is_quantized", False) and not is_adapted(actor):
+        raise UserError("the actor's weights are quantised and cannot be trained: train adapters (lora_rank = 16)")
+    learning = {"the actor": actor, "the critic": critic}
+    others = {"the reference": reference} if reference is not None else {}
+    for what, model in {**learning, **others}.items():
+        check_finite(model, what)
+    for what, model in learning.items():
+        check_trained_in_fp32(model, what)
+    check_separate(learning, others)
+
+
 def build_models(
     config: PPOConfig,
     actor: Any,
@@ -617,18 +697,28 @@ def build_models(
     reference: PreTrainedModel | None,
     device: torch.device,
     world: World = ONE,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reach: Reach = Reach(),  # noqa: B008
 ) -> tuple[Policy, Reference]:
-    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so."""
+    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so. Without a
+    tokenizer the actor's own sampling is not probed."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
     if config.merge_adapters and world.kind == "fsdp":
         raise UserError("merge_adapters needs whole weights, which no process has under fsdp: merge them afterwards")
+    if is_adapted(actor):
+        check_adapters(actor)
     if critic is None:
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
-        if config.critic == "own" and config.lora_rank:
-            critic.backbone = with_lora(critic.backbone, config, language_model=False)
+    elif config.critic == "shared" and critic.backbone is not None:
+        raise UserError("critic = shared, but a critic with a backbone of its own is given: leave one of the two out")
+    if critic.backbone is not None and not is_adapted(critic.backbone):
+        critic.backbone = with_lora(critic.backbone, config, language_model=False)
     if config.lora_rank:
         actor = with_lora(actor, config, language_model=True)
+    given = nn.ModuleList([x for x in (actor, critic, reference) if x is not None])
+    world.find(lambda: check_models(actor, critic, reference), of=given)
     home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
     prepare(actor, home)
     prepare(critic, home)
@@ -639,20 +729,29 @@ def build_models(
         frozen = prepare(reference, home)
     elif config.kl_coef > 0 and not adapters:
         frozen = frozen_copy(actor)
-    head = world.find(
-        lambda: probe(actor, critic.backbone, frozen, strict=config.strict, dtype=config.dtype, device=device),
+    if config.gradient_checkpointing:
+        warn_if_not_recomputed(actor, critic.backbone)
+    how: dict[str, Any] = {"strict": config.strict, "dtype": config.dtype, "device": device, "reach": reach}
+    heads = world.find(
+        lambda: probe_all(actor, critic.backbone, frozen, **how),
         of=torch.nn.ModuleList([x for x in (actor, critic, frozen) if x is not None]),
     )
+    sampling = Sampling()
+    if tokenizer is not None:
+        boundaries = heads.actor.boundaries
+        sampling = world.find(lambda: probe_sampling(actor, tokenizer, config, boundaries, reach), of=actor)
     found: Reference = None
     if adapters:
         starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
         found = AdapterReference(actor, starts_trained=starts_trained)
+        world.find(found.check, of=actor)
     check_same_weights(world, {"actor": actor, "critic": critic, "reference": frozen})
     if frozen is not None:
-        found = FrozenReference(frozen, head, config)
+        assert heads.reference is not None
+        found = FrozenReference(frozen, heads.reference, config)
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
-    policy = Policy(actor, critic, head, config)
+    policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, sampling=sampling)
     policy.unreached = world.find(lambda: _unreached(policy, config, home, world), of=policy)
     # some losses are the critic's alone, and not each batch reaches all experts of a mixture
     partly = config.critic_warmup_steps > 0 or config.target_kl is not None

@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 def train(folder: Path, out: str, *arguments: str, die_at: int | None = None, most_bytes: int | None = None) -> None:
     """One run in a child. It kills itself before its `die_at`-th change of the disk's names or wait for the disk."""
     torch.set_num_threads(1)
-    Figure.savefig = lambda self, path, **_: Path(path).write_bytes(b"")  # pictures would take most of the time
+    Figure.savefig = lambda self, buffer, **_: buffer.write(b"a picture")  # real pictures would take most of the time
     if die_at is not None:
         _count_down(die_at)
     if most_bytes is not None:
@@ -209,7 +209,7 @@ def test_a_full_disk_harms_the_checkpoint_before(folder, whole):
     log = (folder / "full.log").read_text()
     step = int(saved.name.removeprefix("step-"))
     assert f"the checkpoint of step {step + 1} could not be written to " in log
-    assert f"{saved} is whole, and a run goes on from there with --resume" in log
+    assert f"{saved} is whole, and the run can be resumed from it with --resume" in log
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert [p.name for p in (folder / "full" / "checkpoints").iterdir()] == [saved.name]
     assert run(folder, "full", "--resume") == 0

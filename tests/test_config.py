@@ -10,7 +10,7 @@ import yaml
 from tiny import save_tiny_model
 
 from ppo_fast.cli import RUN_OPTIONS, build_parser, main, resolve
-from ppo_fast.config import PPOConfig, options_of, read_yaml, write_yaml
+from ppo_fast.config import PPOConfig, options_of, read_yaml, yaml_text
 from ppo_fast.errors import UserError
 
 FIELDS = [option.name for option in dataclasses.fields(PPOConfig)]
@@ -80,6 +80,27 @@ def test_a_missing_or_empty_file_is_taken_for_a_bad_one(tmp_path):
     assert read_yaml(tmp_path / "empty.yaml", FIELDS) == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: " + 3000 * "[", "is nested too deeply: it must hold lines like `lr: 1.0e-6`"),
+        ("lr: 2001-99-99\n", "is not YAML: month must be in 1..12"),
+        ("seed: " + 5000 * "9" + "\n", "is not YAML: Exceeds the limit"),
+    ],
+)
+def test_yaml_that_python_cannot_read_is_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_yaml(tmp_path / "c.yaml", FIELDS)
+    assert f"{tmp_path / 'c.yaml'} {message}" in str(error.value)
+
+
+def test_a_seed_has_at_most_32_bits():
+    assert PPOConfig(seed=2**32 - 1).seed == 4294967295
+    with pytest.raises(UserError, match=r"seed must lie in \[0, 4294967295\], got 4294967296"):
+        PPOConfig(seed=2**32)
+
+
 def test_1e_6_without_a_point_is_a_text_in_yaml_and_refused():
     assert yaml.safe_load("lr: 1e-6")["lr"] == "1e-6", "YAML 1.1 has changed its mind: options_of may forget this"
     assert options_of({"lr": "1e-6", "score_clip": "5e0"}) == PPOConfig(lr=1e-6, score_clip=5.0)
@@ -99,7 +120,7 @@ def test_the_resolved_configuration_read_again_is_another(tmp_path):
         lr=3e-7, stop=("\n\n", "é: #"), value_clip=None, dual_clip=2.0, quiet=True, out="runs/x", lora_targets="a,b"
     )
     run = {**RUN_OPTIONS, "model": "m", "prompts": "p", "reward": ["a:f"], "reward_weight": [0.5], "chat": True}
-    write_yaml(tmp_path, changed, run)
+    (tmp_path / "config.yaml").write_text(yaml_text(changed, run), encoding="utf-8")
     parser, train = build_parser()
     arguments = parser.parse_args(["train", "--config", str(tmp_path / "config.yaml")])
     assert resolve(arguments, train) == (changed, run)

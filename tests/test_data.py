@@ -7,13 +7,27 @@ import sys
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.data import RESERVED, Prompts, as_text, check_rows, columns, prompt_ids, read_jsonl, read_prompts
+from ppo_fast.data import (
+    RESERVED,
+    Prompts,
+    added_ids,
+    as_text,
+    check_rows,
+    columns,
+    prompt_ids,
+    read_jsonl,
+    read_prompts,
+    tokenizer_notes,
+)
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.reward import RewardModel, score
 from ppo_fast.sample import GenerateSampler, drop_long_prompts, respond
+from ppo_fast.trainer import PPOTrainer
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 TEMPLATE = (
@@ -54,6 +68,8 @@ def test_rows_keep_their_other_fields_and_unicode(tmp_path):
         ('{"prompt": "  "}\n', r"line 1: the prompt is empty"),
         ('{"prompt": 3}\n', r"line 1: field 'prompt' must be a string or a list of messages, got int"),
         ("[1]\n", r"line 1: expected a JSON object, got list"),
+        ('{"prompt": "a", "n": ' + 5000 * "9" + "}\n", r"line 1: JSON that Python cannot read: Exceeds the limit"),
+        ('{"prompt": "a", "n": ' + 100_000 * "[" + "\n", r"line 1: JSON that Python cannot read: maximum recursion"),
         ('{"prompt": "a", "completions": 1}\n', r"line 1: field 'completions' clashes"),
         ('{"prompt": "a", "raw_completions": 1}\n', r"line 1: field 'raw_completions' clashes"),
         ('{"prompt": "a", "completion_ids": 1}\n', r"line 1: field 'completion_ids' clashes"),
@@ -175,10 +191,53 @@ def test_a_chat_gets_a_second_begin_token_or_no_place_to_answer():
 
 def test_a_template_that_is_missing_or_refuses_a_chat_is_named():
     tokenizer = chat_tokenizer()
-    with pytest.raises(UserError, match=r"refuses the prompt .*'hidden'.*: no tools here"):
+    with pytest.raises(UserError, match=r"fails for the prompt .*'hidden'.*: no tools here"):
         prompt_ids(tokenizer, [[{"role": "tool", "content": "hidden"}]])
     with pytest.raises(UserError, match="the tokenizer has no chat template: take a model that was tuned for chat"):
         prompt_ids(byte_tokenizer(), [CHAT])
+
+
+def test_an_error_of_any_class_inside_a_template_names_the_prompt():
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] + messages[0]['turn'] }}"
+    with pytest.raises(UserError, match=r"fails for the prompt .*'turn': 1.*TypeError: can only concatenate"):
+        prompt_ids(tokenizer, [[{"role": "user", "content": "x", "turn": 1}]])
+
+
+def test_a_begin_token_in_the_text_is_not_repeated():
+    tokenizer = chat_tokenizer()
+    begin = tokenizer.bos_token_id
+    texts = ["hi", "<s>hi", "<s><s>hi"]
+    plain, made, doubled = prompt_ids(tokenizer, texts)
+    assert plain == made == [begin, *tokenizer("hi", add_special_tokens=False)["input_ids"]]
+    assert doubled == [begin, *made], "a text that has two keeps both"
+    (note,) = tokenizer_notes(tokenizer, texts)
+    assert note.startswith("2 of 3 prompts begin with '<s>', which the tokenizer puts before each text")
+    assert tokenizer_notes(tokenizer, ["hi", CHAT]) == []
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_left_out_of_prompts():
+    tokenizer = byte_tokenizer()
+    bare = prompt_ids(tokenizer, ["2+2=", "a<end>"])
+    assert tokenizer_notes(tokenizer, ["2+2="]) == []
+    end = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = end
+    assert tokenizer("2+2=")["input_ids"][-1] == tokenizer.eos_token_id
+    assert prompt_ids(tokenizer, ["2+2=", "a<end>"]) == bare
+    assert bare[1][-1] == tokenizer.eos_token_id, "an end token of the text itself stays"
+    (note,) = tokenizer_notes(tokenizer, ["2+2="])
+    assert note.startswith("the tokenizer appends '<end>' to each text: prompts are used without it")
+
+
+def test_a_trainer_reports_the_tokens_that_it_leaves_out_of_prompts():
+    options = PPOConfig(total_steps=1, prompts_per_step=2, minibatches=1, epochs=1, max_new_tokens=3, quiet=True)
+    tokenizer = chat_tokenizer()
+    rows = [{"prompt": "<s>[INST] hi"}, {"prompt": "<s>[INST] ab"}]
+    trainer = PPOTrainer(options, tiny_llama(259), tokenizer, rows, lambda prompts, completions: [0.0] * len(prompts))
+    trainer.step()
+    first = trainer.last_rollout.tokens[0, : trainer.last_rollout.prompt_lengths[0]].tolist()
+    assert first.count(tokenizer.bos_token_id) == 1
+    assert any(note.startswith("2 of 2 prompts begin with '<s>'") for note in trainer.notes)
 
 
 def test_rows_from_python_without_a_prompt_fail_in_the_tokenizer():
@@ -225,3 +284,13 @@ def test_a_reward_model_does_not_read_a_chat_through_its_own_template():
 def test_a_chat_is_shown_with_one_line_for_each_message():
     assert as_text(CHAT) == "system: Be brief.\nuser: Why?"
     assert as_text("Why?") == "Why?"
+
+
+def test_a_vocabulary_that_does_not_cover_every_text_is_no_error():
+    """A tokenizer of digits, as in the arithmetic example, which raises an error for letters."""
+    tokenizer = Tokenizer(models.WordLevel({"7": 0, "8": 1, "<end>": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    assert added_ids(fast) == ([], [2])
+    assert prompt_ids(fast, ["78"]) == [[0, 1]]

@@ -51,7 +51,10 @@ def evaluation_of(trainer: PPOTrainer) -> Evaluation:
 
 
 def of_training(history: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "eval/"))} for row in history]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory", "eval/"))}
+        for row in history
+    ]
 
 
 def test_training_notices_that_it_is_evaluated():

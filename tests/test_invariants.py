@@ -8,7 +8,7 @@ import torch
 from tiny import byte_tokenizer, distinct, tiny_llama
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.errors import InvariantError, NonFiniteError, RewardError
+from ppo_fast.errors import InvariantError, NonFiniteError, RewardError, UserError
 from ppo_fast.invariants import ROUNDING, Bound, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.sample import GenerateSampler
 from ppo_fast.trainer import PPOTrainer
@@ -161,6 +161,8 @@ def test_the_checks_themselves():
     bound = Bound(0.001, 0.01)
     check_ratio({}, bound)
     check_ratio({"ratio_max": 1.0, "approx_kl": 0.0}, bound)
+    with pytest.warns(RuntimeWarning, match=r"the first ratio of this step is 1\.005"):
+        check_ratio({"ratio_max": 1.005, "approx_kl": 0.0}, bound)
     for stats in ({"ratio_max": 1.02, "approx_kl": 0.0}, {"ratio_max": 1.0, "approx_kl": 1e-3}):
         with pytest.raises(InvariantError):
             check_ratio(stats, bound)
@@ -181,10 +183,11 @@ def test_a_step_that_fails_leaves_a_checkpoint_of_those_before_it(tmp_path):
     trainer = trainer_of(failing, out=str(tmp_path / "run"))
     with pytest.raises(RewardError, match=r"no licence.*what was learned before is in .*step-2"):
         trainer.train()
-    again = trainer_of(distinct, out=str(tmp_path / "run"))
-    again.reward_weights = trainer.reward_weights
-    again.rewards = {"failing": distinct}
-    assert again.resume()
+    again = trainer_of({"failing": distinct}, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"its code of the rewards differs; .* use --allow-changes"):
+        again.resume()
+    assert again.resume(allow_changes=True)
+    assert any("from here on the code of the rewards is another one than that of" in note for note in again.notes)
     history = again.train()
     whole = trainer_of(distinct).train()
     assert {k: v for k, v in history[0].items() if k in ("score", "kl", "return", "learn/grad_norm")} == {

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from ppo_fast.attention import Layout, own_config, packed_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
-from ppo_fast.heads import probe
 from ppo_fast.kernels import linear_chunks
 from ppo_fast.learn import accumulate_gradients, packed
 from ppo_fast.models import frozen_copy, recomputing
 from ppo_fast.packing import balance, cut, make_pack
 from ppo_fast.policy import Policy
+from ppo_fast.probe import probe
 from ppo_fast.rollout import Rollout
 from ppo_fast.sample import GenerateSampler, respond
 from ppo_fast.trainer import build_models
@@ -217,7 +217,7 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
 
     torch.manual_seed(0)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=258, hidden_size=32, n_layer=2, n_head=4)).eval()
-    with pytest.warns(UserWarning, match="other logits on packed rows"):
+    with pytest.warns(UserWarning, match="other hidden states on packed rows"):
         policy = policy_of(bloom, config())
     assert not policy.head.packed
     batch = rollout()

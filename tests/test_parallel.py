@@ -479,7 +479,7 @@ def refused_by_the_probe(config: PPOConfig) -> str:
     first = int(os.environ["RANK"]) == 0
     with torch.device("cpu" if first else "meta"):
         actor = tiny_llama(258)
-    complaint = mock.patch("ppo_fast.trainer.probe", side_effect=UserError("no packed rows"))
+    complaint = mock.patch("ppo_fast.trainer.probe_all", side_effect=UserError("no packed rows"))
     with complaint if first else nullcontext(), pytest.raises(UserError) as error:
         PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge)
     return str(error.value)

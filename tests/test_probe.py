@@ -1,5 +1,6 @@
 """The probe at load: which attention a run takes, and whether its models take packed rows at all."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from tiny import byte_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
-from ppo_fast import attention, flash, heads
+from ppo_fast import attention, flash
 from ppo_fast.errors import UserError
-from ppo_fast.heads import Head, decoder_of, probe
+from ppo_fast.heads import Head, decoder_of
+from ppo_fast.probe import PROBE_LENGTHS, probe, probe_all
 from ppo_fast.rewards.fluency import Fluency
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -117,7 +119,7 @@ def test_a_working_fast_path_is_taken_silently_in_the_precision_of_the_run(name,
     model = families.load(name, tmp_path / "model")
     with stand_in.machine(tmp_path, "2.8.3") as calls, messages() as said:
         head = probe(model, dtype="bfloat16")
-        assert {len(call["q"]) for _, call in calls} == {stand_in.TRIAL, sum(heads.PROBE_LENGTHS)}
+        assert {len(call["q"]) for _, call in calls} == {stand_in.TRIAL, sum(PROBE_LENGTHS)}
         assert {call["q"].dtype for _, call in calls} == {BF16}
     assert (head.linear, head.packed) == (True, True)
     assert not said
@@ -166,7 +168,7 @@ def test_attention_that_leaks_between_sequences_is_found(name, dtype, one_sequen
     with messages() as said:
         assert not probe(model).packed
     assert len(said) == 1
-    assert "gives other logits on packed rows than one by one: it learns from padded rows" in said[0]
+    assert "gives other hidden states on packed rows than one by one: it learns from padded rows" in said[0]
     with pytest.raises(UserError, match="strict"):
         probe(model, strict=True)
 
@@ -216,21 +218,26 @@ def test_a_hidden_factor_of_the_logits_is_found_in_every_precision(dtype, tmp_pa
 
 def test_a_critic_or_reference_that_does_not_take_packed_rows_is_found(tmp_path):
     actor = families.load("llama", tmp_path)
-    for other, what in ((decoder_of(bloom()), "this BloomModel gives other hidden states"), (bloom(), "other logits")):
-        with messages() as said:
-            assert probe(actor, None, other) == Head(linear=True, packed=False)
-        assert len(said) == 1
-        assert what in said[0]
+    padded = Head(linear=True, packed=False)
+    with messages() as said:
+        found = probe_all(actor, decoder_of(bloom()), None)
+        assert (found.actor, found.critic) == (TAKEN, padded)
+        found = probe_all(actor, None, bloom())
+        assert (found.actor, found.reference) == (TAKEN, padded)
+    assert len(said) == 2
+    assert "this BloomModel gives other hidden states" in said[0]
+    assert "this BloomForCausalLM gives other hidden states" in said[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert probe(actor, decoder_of(actor), families.load("gpt2", tmp_path)) == TAKEN
+        found = probe_all(actor, decoder_of(actor), families.load("gpt2", tmp_path))
+    assert found.actor == found.critic == found.reference == TAKEN
 
 
 def test_a_critic_with_another_head_size_is_announced(tmp_path):
     actor = families.load("llama", tmp_path / "model")
     critic = AutoModelForCausalLM.from_config(LlamaConfig(**{**families.SHAPE, "head_dim": 12}))
     with stand_in.machine(tmp_path, "2.8.3"), messages() as said:
-        assert probe(actor, decoder_of(critic), dtype="bfloat16") == TAKEN
+        assert probe_all(actor, decoder_of(critic), None, dtype="bfloat16").critic == TAKEN
     assert len(said) == 1
     assert "multiple of 8 up to 256, not 12" in said[0]
 
@@ -273,7 +280,8 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 def test_an_error_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
     model = families.load("llama", tmp_path)
-    monkeypatch.setattr(model, "get_decoder", lambda: refuse)
+    monkeypatch.setattr(model, "forward", copy.deepcopy(model).forward)
+    monkeypatch.setattr(decoder_of(model), "forward", refuse)
     with messages() as said:
         probe(model)
     assert "do not fit its LM head (NotImplementedError)" in said[0]
@@ -281,7 +289,7 @@ def test_an_error_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
 
 def test_an_error_of_packed_rows_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
     model = families.load("llama", tmp_path)
-    monkeypatch.setattr(heads, "_run_packed", refuse)
+    monkeypatch.setattr(attention, "_by_buckets", refuse)
     with messages() as said:
         assert not probe(model).packed
     assert "does not take packed rows (NotImplementedError)" in said[0]

@@ -18,7 +18,7 @@ from ppo_fast.run_state import restore
 from ppo_fast.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
-TIMED = ("seconds", "tokens_per_second")
+TIMED = ("seconds", "tokens_per_second", "memory_mib")
 
 
 def different(prompts: list[str], completions: list[str]) -> list[float]:
@@ -176,15 +176,57 @@ def test_a_checkpoint_of_a_later_format_is_read(tmp_path, saved, monkeypatch):
     [
         ({"lr": 2e-3, "gamma": 0.9}, "with other options: gamma was 1.0 and is 0.9; take"),
         ({"total_steps": 9}, "total_steps was 4 and is 9"),
-        ({"seed": 1}, "its start model differ"),
-        ({"rows": ROWS[:-1]}, "another run: its prompts differ"),
-        ({"weights": {"different": 2.0}}, r"its rewards and their weights differ \(.*1.0.* there, .*2.0.* here\)"),
+        ({"seed": 1}, "its start model differs from the one given"),
+        ({"rows": ROWS[:-1]}, "another run: its list of prompts differs"),
+        ({"weights": {"different": 2.0}}, r"its set of rewards and weights differs \(.*1.0.* there, .*2.0.* here\)"),
     ],
     ids=["options", "length of a schedule", "model", "prompts", "rewards"],
 )
 def test_a_checkpoint_of_another_run_is_loaded(tmp_path, saved, changes, message):
     with pytest.raises(UserError, match=message):
         trainer_of(tmp_path / "run", **changes).resume()
+
+
+def negative(prompts: list[str], completions: list[str]) -> list[float]:
+    return [-x for x in different(prompts, completions)]
+
+
+def padding_with_the_end(actor, tokenizer) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def more_ends(actor, tokenizer) -> None:
+    actor.generation_config.eos_token_id = [256, 10]
+
+
+def another_template(actor, tokenizer) -> None:
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (negative, "its code of the rewards differs"),
+        (padding_with_the_end, "its tokenizer, chat template or list of end tokens differs"),
+        (more_ends, "its tokenizer, chat template or list of end tokens differs"),
+        (another_template, "its tokenizer, chat template or list of end tokens differs"),
+    ],
+)
+def test_changed_rewards_and_tokenizers_are_refused_unless_allowed(tmp_path, saved, change, message):
+    reward = change if change is negative else different
+    actor, tokenizer = tiny_llama(258), byte_tokenizer()
+    if change is not negative:
+        change(actor, tokenizer)
+
+    def again() -> PPOTrainer:
+        return PPOTrainer(options(tmp_path / "run"), actor, tokenizer, ROWS, {"different": reward})
+
+    with pytest.raises(UserError, match=message + ".*--allow-changes"):
+        again().resume()
+    trainer = again()
+    assert trainer.resume(allow_changes=True)
+    assert any(note.startswith("from here on the ") for note in trainer.notes)
+    assert trainer.steps_done == 2
 
 
 def test_what_does_not_reach_the_numbers_is_refused(tmp_path, saved):

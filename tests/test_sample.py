@@ -138,14 +138,17 @@ def test_spaces_before_punctuation_are_kept():
     assert AnswerText(tokenizer, [tokenizer("Is it ?")["input_ids"]]).decode([answer]) == ["yes , it is n't ."]
 
 
-def test_special_tokens_within_an_answer_are_in_the_raw_text_only():
+def test_marks_and_the_end_are_in_the_raw_text_only_and_other_special_tokens_in_both():
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<think>"), AddedToken("</think>")]})
-    answers = [[*tokenizer("<think>two</think> 2")["input_ids"], tokenizer.eos_token_id], tokenizer("3")["input_ids"]]
+    marks = ("<think>", "</think>", "<|user|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(mark) for mark in marks]})
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
+    first, second = (tokenizer(text)["input_ids"] for text in ("<think>two</think> 2", "3<|user|>"))
+    answers = [[*first, tokenizer.eos_token_id], second]
     rows = [{"prompt": "1 + 1?"}, {"prompt": "1 + 2?"}]
     rollout = respond(Fixed(answers), tokenizer, rows, config(prompts_per_step=2, max_new_tokens=40), CPU)
-    assert rollout.completions == ["two 2", "3"]
-    assert rollout.raw_completions == ["<think>two</think> 2<end>", "3"]  # with the end token, without padding
+    assert rollout.completions == ["<think>two</think> 2", "3"]
+    assert rollout.raw_completions == ["<think>two</think> 2<end>", "3<|user|>"]  # with the end token, without padding
 
 
 def test_a_space_is_visible_in_the_first_token_of_an_explained_answer():

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.attention import Layout, packed_attention
 from ppo_fast.config import PPOConfig
-from ppo_fast.heads import PROBE_LENGTHS, probe
 from ppo_fast.models import compute_in
+from ppo_fast.probe import PROBE_LENGTHS, probe
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
 

@@ -1,6 +1,8 @@
 """Around Gymnasium's environments: making them, telling how they reset, keeping their state, writing their pictures."""
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
+from ppo_fast.checkpoint import UNFINISHED, replace, reported, write_file
 from ppo_fast.errors import UserError
 
 
@@ -96,16 +99,22 @@ def write_frames(frames: list[np.ndarray], folder: Path, kind: str, *, fps: floa
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "gif":
-        path = folder / "episode.gif"
-        duration = max(20, round(1000 / fps))  # ms; viewers slow down what is quicker
-        images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
-        return path
-    path = folder / "frames"
-    path.mkdir(exist_ok=True)
-    for old in path.glob("*.png"):
-        old.unlink()
-    for number, image in enumerate(images):
-        image.save(path / f"{number:04}.png")
-    return path
+    new = folder / ("frames" + UNFINISHED)
+    try:
+        with reported(f"the frames could not be written to {folder}", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if kind == "gif":
+                duration = max(20, round(1000 / fps))  # ms; viewers slow down what is quicker
+                buffer = io.BytesIO()
+                images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+                write_file(folder / "episode.gif", buffer.getvalue())
+                return folder / "episode.gif"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            for number, image in enumerate(images):
+                image.save(new / f"{number:04}.png")
+            replace(new, folder / "frames")
+    except UserError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return folder / "frames"

@@ -1,5 +1,6 @@
 """Fluency: how likely a frozen language model finds an answer."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,23 @@ class Fluency:
             answers = [list(ids) for ids in completion_ids]
         end = self.tokenizer.eos_token_id
         pairs = [self._cut(before or [end], answer or [end]) for before, answer in zip(asked, answers, strict=True)]
-        found: list[float] = []
-        for start in range(0, len(pairs), self.batch_size):
-            found += self._judge(pairs[start : start + self.batch_size])
-        return found
+        found: dict[int, float] = {}
+        for alike in self._computed_alike([len(before) + len(answer) for before, answer in pairs]):
+            for start in range(0, len(alike), self.batch_size):
+                batch = alike[start : start + self.batch_size]
+                found |= zip(batch, self._judge([pairs[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(pairs))]
+
+    def _computed_alike(self, lengths: list[int]) -> list[list[int]]:
+        """The numbers of texts that may share a batch: a model may compute a batch by its longest text, and differently
+        beyond a length that its configuration names (longrope)."""
+        from ppo_fast.probe import named_lengths
+
+        boundaries = named_lengths(self.model, max(lengths))
+        alike: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            alike.setdefault(bisect_left(boundaries, length), []).append(i)
+        return list(alike.values())
 
     def _continuation(self, prompt: Any, asked: list[int], completion: str) -> list[int]:
         """An answer's tokens after its prompt's; those of the answer alone where its first one joins the prompt's last.
@@ -104,7 +118,9 @@ class Fluency:
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        from ppo_fast.heads import text_config
+
+        positions = getattr(text_config(self.model), "max_position_embeddings", None)
         if positions is not None:
             answer = answer[: positions - 1]
             asked = asked[-(positions - len(answer)) :]
@@ -124,15 +140,17 @@ class Fluency:
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
-        from ppo_fast.heads import decoder_of, head_of, probe_head
+        from ppo_fast.heads import decoder_of, head_of, without_cache
+        from ppo_fast.probe import probe_head
 
         if self.head is None:
             self.head = probe_head(self.model)
         if not self.head.linear:
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = self.model(input_ids=ids, **without_cache(self.model)).logits[:, :-1]
             found = ppo.token_logprobs(logits, ids[:, 1:], mask)
         else:
-            hidden = decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            decoder = decoder_of(self.model)
+            hidden = decoder(input_ids=ids, **without_cache(decoder)).last_hidden_state[:, :-1]
             layer = head_of(self.model)
             found = ppo.linear_logprobs(
                 hidden,

@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 import ppo_fast as ppo  # noqa: E402
 from ppo_fast.config import PPOConfig  # noqa: E402
 from ppo_fast.examples import with_liger  # noqa: E402
-from ppo_fast.heads import probe  # noqa: E402
+from ppo_fast.probe import probe  # noqa: E402
 from ppo_fast.trainer import PPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger on CPU tensors")

@@ -39,7 +39,8 @@ from ppo_fast.examples.rlhf.text import (
     stretches,
 )
 from ppo_fast.heads import decoder_of
-from ppo_fast.models import Critic, load_reward_model, no_loading_bars
+from ppo_fast.loading import no_loading_bars
+from ppo_fast.models import Critic, load_reward_model
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
 from ppo_fast.rewards import Fluency
 from ppo_fast.sample import generate

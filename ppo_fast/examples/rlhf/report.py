@@ -17,7 +17,7 @@ from ppo_fast.evaluate import distinct
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
-from ppo_fast.models import no_loading_bars
+from ppo_fast.loading import no_loading_bars
 from ppo_fast.plots import draw_learning_curves, read_metrics
 from ppo_fast.progress import shortened
 from ppo_fast.rewards import Fluency

@@ -1,0 +1,82 @@
+"""How far rounding takes the sampler's log-probabilities from the trainer's: one step of a model in a folder.
+
+    python bench/sampler_gap.py --model DIR --name NAME --write    # bench/results/sampler_gap/NAME.json
+
+The bounds in ppo_fast/invariants.py are explained by these figures. DIR holds a model with a chat template.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from static import git
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.models import load_actor
+from ppo_fast.trainer import PPOTrainer
+
+OUT = Path(__file__).parent / "results" / "sampler_gap"
+QUESTIONS = (
+    "What is 2 + 2?",
+    "Tell me a story about a fox who learns to read.",
+    "Name three rivers.",
+    "Why is the sky blue, and why are sunsets red? Explain it in detail, please.",
+)
+
+
+def nothing(prompts: list, completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def gap(folder: str, dtype: str, answers: int, tokens: int) -> dict[str, float]:
+    """sampler_gap_mean, _p99 and _max in nats of the first step in this dtype, and the largest first ratio."""
+    actor, tokenizer = load_actor(folder)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in QUESTIONS]
+    config = PPOConfig(
+        total_steps=1,
+        prompts_per_step=answers,
+        max_new_tokens=tokens,
+        minibatches=1,
+        epochs=1,
+        dtype=dtype,
+        max_sampler_gap=None,
+        device="cpu",
+        quiet=True,
+    )
+    metrics = PPOTrainer(config, actor, tokenizer, rows, nothing).step()
+    return {name: x for name, x in metrics.items() if "gap" in name or name in ("entropy", "learn/ratio_max")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--answers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    found = {
+        dtype: gap(arguments.model, dtype, arguments.answers, arguments.tokens) for dtype in ("bfloat16", "float32")
+    }
+    print(json.dumps(found, indent=2))
+    if arguments.write:
+        record = {
+            "model": arguments.name,
+            "answers": arguments.answers,
+            "tokens": arguments.tokens,
+            "gap in nats per token": found,
+            "commit": git("rev-parse", "HEAD"),
+            "date": datetime.date.today().isoformat(),
+            "machine": platform.processor() or platform.machine(),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        OUT.mkdir(parents=True, exist_ok=True)
+        (OUT / f"{arguments.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
