@@ -146,15 +146,21 @@ def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
 
 def digest_of_rows(rows: list[dict[str, Any]]) -> str:
     """A short name for rows in their order. Of an object that JSON does not know, its address does not count."""
-    text = json.dumps(rows, sort_keys=True, default=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
+
+    def described(x: Any) -> Any:
+        if isinstance(x, set | frozenset):  # whose order differs between processes
+            return sorted(map(described, x))
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+
+    text = json.dumps(rows, sort_keys=True, default=described)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same_weights(world: World, models: dict[str, nn.Module | None]) -> None:
     """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
     if world.size > 1:
-        present = {name: model for name, model in models.items() if model is not None}
-        world.agree({f"the weights of the {n}": digest(m) if has_weights(m) else None for n, m in present.items()})
+        present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
+        world.agree({f"the weights of the {name}": digest(model) for name, model in present.items()})
 
 
 def options_as_json(config: PPOConfig) -> dict[str, Any]:
