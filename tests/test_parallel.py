@@ -1,6 +1,7 @@
 """Two processes equal one on the joined batch: DDP and FSDP2, with gloo on a CPU."""
 
 import dataclasses
+import importlib
 import json
 import os
 import time
@@ -40,7 +41,7 @@ from ppo_fast.models import AdapterReference, load_actor
 from ppo_fast.parallel import World, full, join_rollouts, start
 from ppo_fast.reward import score
 from ppo_fast.rollout import Rollout
-from ppo_fast.run_state import learned
+from ppo_fast.run_state import capture, learned
 from ppo_fast.sample import generate, respond
 from ppo_fast.trainer import PPOTrainer
 
@@ -135,6 +136,36 @@ def test_generation_from_shards_differs_from_that_of_whole_weights(tmp_path, par
         assert before == plain_before
         assert after == plain_after
         assert before != after, "the policy did not move"
+
+
+def gathers_and_captures(config: PPOConfig) -> tuple[list[int], list[list[int]], dict[str, int]]:
+    """How many gathers of weights two samplings take, with and without `gather_for_sampling`, the answers of both, and
+    how many tensors this process has for a checkpoint."""
+    trainer = trainer_of(config)
+    trainer.step()
+    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.world.share(TEXTS[:2])]
+    counts, answers = [], []
+    collectives = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    gather = collectives.foreach_all_gather
+    for whole in (True, False):
+        trainer.policy.config = dataclasses.replace(trainer.policy.config, gather_for_sampling=whole)
+        with mock.patch.object(collectives, "foreach_all_gather", side_effect=gather) as gathered:
+            answers.append(trainer.sampler.sample(prompts, dataclasses.replace(config, top_k=1)).ids)
+        counts.append(gathered.call_count)
+    tensors, _ = capture(trainer)
+    trainer.step()  # what was gathered is divided again, and learns
+    return counts, answers, {name: len(x) for name, x in tensors.items()}
+
+
+def test_sampling_gathers_the_actor_once_and_checkpoints_are_the_first_process_s_alone(tmp_path):
+    (counts, answers, mine), (_, _, others) = run(tmp_path, gathers_and_captures, options(parallel="fsdp"))
+    layers, tokens = 2, len(answers[0][0])
+    assert answers[0] == answers[1]
+    assert counts[0] <= layers + 1
+    assert counts[1] >= layers * tokens
+    assert mine["weights"] > 0
+    assert mine["optimizers"] > 0
+    assert others["weights"] == others["optimizers"] == 0
 
 
 def sampled(config: PPOConfig) -> list[list[int]]:
