@@ -228,7 +228,10 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
             from ppo_fast.parallel import start
 
             # first: rewards and models that ask for "cuda" must find this process's own GPU
-            start(config).first_says(claim)
+            world = start(config)
+            given = {"--resume": arguments.resume, "--allow-changes": arguments.allow_changes}
+            world.agree({**given, "whether --critic-model is given": run["critic_model"] is not None})
+            world.first_says(claim)
         else:
             claim()
         return _train(arguments, config, run)
@@ -308,7 +311,8 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C."""
+    """Entry point; the exit status is 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C,
+    143 after SIGTERM."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["classic"]:  # its options need Gymnasium, which nobody else should have to install
         return _classic(given[1:])
@@ -337,13 +341,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: stopped", file=sys.stderr)
         status = 130
     except RuntimeError as error:
-        from ppo_fast.parallel import lost_another, who_is_late
+        from ppo_fast.parallel import why_lost
 
-        if not lost_another(error):
+        reason = why_lost(error)
+        if not reason:
             raise
-        late = who_is_late(error)
-        reason = f"waited too long for {late}; see --process-timeout" if late else "another process has ended"
-        print(f"{name}: {reason}; the reason is in its own message", file=sys.stderr)
+        print(f"{name}: error: {reason}", file=sys.stderr)
         status = 1
     from ppo_fast.parallel import leave
 

@@ -169,6 +169,10 @@ class PPOConfig:
         "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",
         choices=("auto", "ddp", "fsdp"),
     )
+    gather_for_sampling: bool = setting(
+        True,
+        "under fsdp each process holds the actor's whole weights while it samples (else: each layer for each token)",
+    )
     process_timeout: float = setting(
         1800.0, "with several processes: seconds after which one that does not come is named in an error", above=0.0
     )

@@ -239,11 +239,15 @@ def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after each text."""
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
-    if not bare or not starts:
-        return [], []
-    return whole[: starts[0]], whole[starts[0] + len(bare) :]
+    for text in ("a", *list(tokenizer.get_vocab())[:16]):
+        try:
+            bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+        except Exception:  # tokenizers raises a plain one for a text that the vocabulary does not cover
+            continue
+        starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        if bare and starts:
+            return whole[: starts[0]], whole[starts[0] + len(bare) :]
+    return [], []
 
 
 def without_second_begin(ids: list[int], before: list[int]) -> list[int]:

@@ -108,12 +108,15 @@ def set_rng_state(state: Tensor, device: torch.device) -> None:
 def derived_seed(*parts: int) -> int:
     """A seed below 2^32 that depends on all parts, such as a run's seed and a process's rank, and on their order.
 
-    Sums would overlap: seed 0 in rank 1 is not seed 1 in rank 0.
+    Sums would overlap: seed 0 in rank 1 is not seed 1 in rank 0. Each part is an integer from 0 to 2^32 - 1.
 
     >>> derived_seed(0, 1) == derived_seed(1, 0)
     False
+    >>> derived_seed(0, 1) == derived_seed(0, 1, 0)
+    False
     """
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    # their number: SeedSequence takes missing parts as zeros
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
 def seed(number: int, device: torch.device) -> None:

@@ -38,6 +38,7 @@ from ppo_fast.rewards.isolation import own_random_state
 from ppo_fast.rollout import Rollout
 from ppo_fast.sample import Sampler, drop_long_prompts, respond
 
+EVALUATION = 2**32 - 1  # in place of a step: its seeds are not those of training
 TOKENS_SHOWN = 30  # in the terminal; the file has them all
 
 
@@ -122,11 +123,12 @@ class Evaluator:
         if config.eval_greedy:
             config = dataclasses.replace(config, top_k=1)  # which every sampler understands
         world = self.world
-        with own_random_state(derived_seed(config.seed, world.rank), self.device):
+        with own_random_state(derived_seed(config.seed, world.rank, EVALUATION), self.device):
             vocabulary = vocabulary_of(self.policy.actor)
             rows = world.share(self.rows)
             mine = respond(self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary)
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
+        world.meet(f"the rewards of the evaluation after step {step}")  # one process may take much longer than others
         reward_means = world.combined(reward_means, len(mine))
         rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
         minibatches = cut_as(rollout, list(range(len(rollout))), config, world, self.policy.head)

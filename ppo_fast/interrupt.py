@@ -9,9 +9,10 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 GRACE = 20.0  # seconds
 
@@ -28,7 +29,8 @@ class Request:
 def stop_requests(say: Callable[[str], None]) -> Iterator[Request]:
     """Inside this block the first SIGINT or SIGTERM is noted, and said; the second works as it did before.
 
-    Signals reach the main thread only: elsewhere nothing changes.
+    The handlers stay until the block ends: a signal may come while a reward function runs, whose changes of handlers
+    are undone. Signals reach the main thread only: elsewhere nothing changes.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
@@ -36,15 +38,18 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[Request]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
+        if request.name is not None:
+            _handle_as(before[number], number, frame)
+            return
         request.name = signal.Signals(number).name
-        restore()
-        say(f"{request.name}: this step comes to its end, then the run is saved; once more to leave at once")
+        with suppress(RuntimeError):  # the signal interrupted another message
+            say(f"{request.name}: this step comes to its end, then the run is saved; once more to leave at once")
 
-    restore = _handle(note)
+    before = _handle(note)
     try:
         yield request
     finally:
-        restore()
+        _restore(before)
 
 
 @contextmanager
@@ -75,28 +80,36 @@ def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str]
             give_up(request.name)
             os._exit(128 + number)
 
-    restore = _handle(lambda number, frame: None)
-    before = signal.set_wakeup_fd(wakes.fileno())
+    before = _handle(lambda number, frame: None)
+    wakeup = signal.set_wakeup_fd(wakes.fileno())
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield request
     finally:
         request.agreed.set()
-        signal.set_wakeup_fd(before)
-        restore()
+        signal.set_wakeup_fd(wakeup)
+        _restore(before)
         wakes.close()
         watcher.join()
         woken.close()
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
-    """Gives SIGINT and SIGTERM a handler; what is returned gives them back the one before."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Gives SIGINT and SIGTERM a handler and returns the ones before."""
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, earlier in before.items():
-            if earlier is not None:  # a handler that is not Python's
-                signal.signal(number, earlier)
 
-    return restore
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # a handler that is not Python's
+            signal.signal(number, handler)
+
+
+def _handle_as(handler: Any, number: int, frame: FrameType | None) -> None:
+    """Does what a handler of `signal.signal` does."""
+    if callable(handler):
+        handler(number, frame)
+    elif handler is not signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)

@@ -138,6 +138,7 @@ def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, re
     return {
         "entropy": _mean(entropy, mask),
         "explained_variance": torch.where(spread > 0, 1 - error / spread, 0),
+        "advantage_std": error.sqrt(),  # before whitening: what whitening divides by
         "value": _mean(values, mask),
         "return": _mean(returns, mask),
     }
@@ -205,13 +206,20 @@ def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:
 
 
 def unreached(policy: Policy, config: PPOConfig, device: torch.device) -> list[str]:
-    """Names of parameters that would be trained, but on which the loss of a short sequence does not depend."""
+    """Names of parameters that would be trained, but on which the loss of a short sequence does not depend.
+
+    `device` is where the weights are: under FSDP2 the CPU, where the backend that trains may not run.
+    """
     rollout = Rollout(torch.tensor([[1, 2, 1]]), [1], [2], [True], [""], {"prompt": [""]}, device=device)
     ((pack,),) = cut_as(rollout, [0], dataclasses.replace(config, minibatches=1))
     zeros = torch.zeros(pack.size, device=device)
     targets = Targets(zeros, zeros, zeros, zeros, None, None, 1.0, 0.0, config.entropy_coef)
-    with packed(policy):
-        loss, _ = policy(pack, targets)
+    given, policy.config = policy.config, dataclasses.replace(policy.config, backend="auto")
+    try:
+        with packed(policy):
+            loss, _ = policy(pack, targets)
+    finally:
+        policy.config = given
     left, found = [loss.grad_fn], set()
     while left:
         node = left.pop()

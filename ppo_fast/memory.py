@@ -475,6 +475,7 @@ def estimate(
     prompt_tokens: int,
     *,
     processes: int = 1,
+    gathered: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
     """Calculates the peak memory of each phase of a step, in bytes.
@@ -484,6 +485,7 @@ def estimate(
         config: the run's options; `chunk_bytes` as it is used on the GPU (`policy.with_chunk_bytes`).
         prompt_tokens: the longest prompt.
         processes: FSDP2 divides weights, gradients and the optimizer's state among so many GPUs.
+        gathered: bytes of weights that a process holds besides while it samples.
         dtype: of the weights, as they are loaded.
 
     Raises:
@@ -516,6 +518,8 @@ def estimate(
         phase = name.partition("/")[0]
         if sum(parts.values()) >= sum(whole.get(phase, {}).values()):
             whole[phase] = parts
+    if gathered:
+        whole["sample"]["gathered weights"] = gathered
     return Estimate(whole)
 
 
@@ -592,13 +596,18 @@ def check_fits(
     """Raises UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
     if processes == 1 and at_most(model_config, config, prompt_tokens, parameters) <= memory:
         return  # the estimate would take seconds
-    options: dict[str, Any] = {"processes": processes, "dtype": dtype}
-    found = estimate(model_config, config, prompt_tokens, **options)
+
+    def estimated(config: PPOConfig) -> Estimate:
+        size = 2 if config.dtype == "bfloat16" else 4
+        gathered = parameters * size if config.gather_for_sampling and processes > 1 else 0
+        return estimate(model_config, config, prompt_tokens, processes=processes, gathered=gathered, dtype=dtype)
+
+    found = estimated(config)
     if found.peak <= memory:
         return
     tried = []
-    for text, changed in _smaller(config):
-        needed = estimate(model_config, changed, prompt_tokens, **options).peak
+    for text, changed in _smaller(config, processes):
+        needed = estimated(changed).peak
         tried.append(f"{text} ({needed / 2**30:.1f} GiB)")
         if needed <= memory:
             break
@@ -609,9 +618,11 @@ def check_fits(
     )
 
 
-def _smaller(config: PPOConfig) -> list[tuple[str, PPOConfig]]:
+def _smaller(config: PPOConfig, processes: int) -> list[tuple[str, PPOConfig]]:
     """Options that reduce memory, each added to those before it."""
+    gathers = config.gather_for_sampling and processes > 1
     steps: list[tuple[str, bool, dict[str, Any]]] = [
+        ("--no-gather-for-sampling", gathers, {"gather_for_sampling": False}),
         ("--dtype bfloat16", config.dtype != "bfloat16", {"dtype": "bfloat16"}),
         ("--gradient-checkpointing", not config.gradient_checkpointing, {"gradient_checkpointing": True}),
         ("--micro-batch-tokens 1024", config.micro_batch_tokens > 1024, {"micro_batch_tokens": 1024}),

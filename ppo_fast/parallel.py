@@ -10,11 +10,12 @@ optimizer state. The loss is computed inside the wrapped module's forward. Under
 whole weights at the start: models of the others may be on the meta device, and `shard` sends them their parts.
 """
 
+import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,8 +38,10 @@ from ppo_fast.rollout import CPU, Rollout
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
+# in the error of a collective operation that waited for a process that is gone, or too long for a slow one
+LOST = ("closed by peer", "reset by peer", "broken pipe", "got 0 bytes", "ncclremoteerror", "communicator was aborted")
+TIMED_OUT = ("timed out", "timeout", "timing out")
 # a model's own code raises any of them where it cannot be built on the meta device
-TIMED_OUT = ("Timed out waiting", "timed out", "timeout")  # in the error of a collective operation
 BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
@@ -87,13 +90,13 @@ class World:
             return flag
         return bool(self.largest(torch.tensor(float(flag), device=self.device)))
 
-    def meet(self, where: str, *, flag: bool = False) -> bool:
-        """Waits for all processes, which have done what `where` says; whether any of them came with the flag.
+    def meet(self, where: str, *, signal: str = "") -> str:
+        """Waits for all processes, which have done what `where` says, and returns a signal that one of them brought.
 
         Raises:
             UserError: a process failed, or is later than config.process_timeout; the message names it.
         """
-        return flag if self.meeting is None else self.meeting(where, flag=flag)
+        return signal if self.meeting is None else self.meeting(where, signal=signal)
 
     def gather(self, x: T) -> list[T]:
         """Every process's object, by rank."""
@@ -104,15 +107,14 @@ class World:
         return found
 
     def agree(self, parts: dict[str, Any]) -> None:
-        """Compares what all processes must share, by name; None is not compared, in a process that has no such part.
+        """Compares what all processes must share, by name. A part that a process does not give is not compared there.
 
         Raises:
             UserError: a part differs; the message names it and the processes.
         """
         everywhere = self.gather(parts)
         for name in dict.fromkeys(name for theirs in everywhere for name in theirs):
-            values = {rank: theirs[name] for rank, theirs in enumerate(everywhere) if theirs.get(name) is not None}
-            (first, expected), *others = values.items() if values else [(0, None)]
+            (first, expected), *others = ((rank, x[name]) for rank, x in enumerate(everywhere) if name in x)
             odd = next(((rank, x) for rank, x in others if x != expected), None)
             if odd is not None:
                 raise UserError(
@@ -206,8 +208,8 @@ _meetings: list[Meeting] = []  # of this process; the last one belongs to the ne
 
 def _without_buffers() -> dict[str, Any]:
     """The argument of DDP for a forward that sends no buffers; torch 2.13 has renamed it."""
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    return {name: False for name in ("forward_sync_buffers", "broadcast_buffers") if name in names}
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
 def _meeting(rank: int, size: int, limit: float) -> Meeting:
@@ -222,7 +224,8 @@ def start(config: PPOConfig) -> World:
     """The world that torchrun announces in the environment, joined; or this process alone.
 
     Raises:
-        UserError: config.parallel asks for several processes, but torchrun did not start this one.
+        UserError: config.parallel asks for several processes, but torchrun did not start this one; or the processes
+            have different options.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -232,18 +235,37 @@ def start(config: PPOConfig) -> World:
             return World(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
     rank, device = int(os.environ["RANK"]), _device_of_rank(config)
     if not dist.is_initialized():
-        limit = timedelta(seconds=config.process_timeout)
-        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
-            dist.init_process_group("nccl", device_id=device, timeout=limit)
-        else:
-            dist.init_process_group("gloo", timeout=limit)
+        _join(device, config.process_timeout)
+    kind = "ddp" if config.parallel == "auto" else config.parallel
+    world = World(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
+    world.agree(_shared_options(config))  # first: they decide which collective operations follow
     if config.prompts_per_step < size:
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is less than the {size} processes, each of which answers"
             " some of them"
         )
-    kind = "ddp" if config.parallel == "auto" else config.parallel
-    return World(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
+    return world
+
+
+def _join(device: torch.device, limit: float) -> None:
+    """Starts the process group that torchrun announces."""
+    given: dict[str, Any] = {"timeout": timedelta(seconds=limit)}
+    try:
+        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
+            dist.init_process_group("nccl", device_id=device, **given)
+        else:
+            dist.init_process_group("gloo", **given)
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {os.environ['RANK']} could not connect to the other processes within {limit:g} s (process_timeout):"
+            f" {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _shared_options(config: PPOConfig) -> dict[str, Any]:
+    """The options that are the same in all processes: all but `quiet` and the path of `out`."""
+    options = dataclasses.asdict(config) | {"out": "a folder" if config.out is not None else None}
+    return {name: x for name, x in options.items() if name != "quiet"}
 
 
 def _device_of_rank(config: PPOConfig) -> torch.device:
@@ -264,22 +286,25 @@ def _device_of_rank(config: PPOConfig) -> torch.device:
     return pick_device(name, config.backend, config.dtype)  # type: ignore[arg-type]
 
 
-def lost_another(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because another process is gone."""
-    gone = ("closed by peer", "reset by peer", "Broken pipe", "ncclRemoteError", "NCCL communicator was aborted")
-    return dist.is_initialized() and any(text in str(error) for text in (*gone, *TIMED_OUT))
-
-
-def who_is_late(error: RuntimeError) -> str:
-    """Names the processes that a collective operation waited for until its time limit; "" after another error."""
-    if not _meetings or not any(text in str(error) for text in TIMED_OUT):
+def why_lost(error: RuntimeError) -> str:
+    """Which processes a failed collective operation waited for, in a sentence; "" after any other error."""
+    text = str(error).lower()
+    collective = dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in text)
+    if not collective or not any(part in text for part in (*LOST, *TIMED_OUT)):
         return ""
-    late = _meetings[-1].late()
-    return ", ".join(f"rank {rank}, last seen after {where!r}" for rank, where in late.items())
+    missing = ""
+    with suppress(RuntimeError):  # the store is gone, too
+        try:
+            missing = _meetings[-1].lost() if _meetings else ""
+        except UserError as told:
+            return str(told)
+    late = any(part in text for part in TIMED_OUT)
+    reason = "took longer than process_timeout" if late else "has ended; its own message, if it left one, says why"
+    return f"{missing or 'another process'} {reason}"
 
 
 def leave(status: int) -> None:
-    """Ends this process's part. After an error it does not wait for the others, which torchrun ends within seconds."""
+    """Ends this process's part. With a status other than 0 it does not wait for the others, which torchrun ends."""
     if not dist.is_initialized():
         return
     if status != 0:
@@ -396,14 +421,57 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU in the first process, and nothing in the others; collective.
+
+    A sharded tensor is gathered on the first process's device, one at a time: no other one has room for it.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    found = {}
+    for name, x in tensors:
+        if not isinstance(x, DTensor):
+            whole: Tensor | None = x.cpu()
+        else:
+            whole = _gathered(x)
+        if first and whole is not None:
+            found[name] = whole
+    return found
+
+
+def _gathered(x: DTensor) -> Tensor | None:
+    """A tensor that is sharded by rows, on the CPU, in the first process; None in the others."""
+    part, size = x.to_local(), dist.get_world_size()
+    rows = -(-x.shape[0] // size)  # of each part but the last ones, which may be shorter or empty
+    padded = part.new_zeros(rows, *x.shape[1:])
+    padded[: part.shape[0]] = part
+    parts = [torch.empty_like(padded) for _ in range(size)] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts, dst=0)
+    return None if parts is None else torch.cat([p.cpu() for p in parts])[: x.shape[0]]
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sharded model, on the CPU; collective. Tied weights stay one tensor."""
-    found: dict[Tensor, Tensor] = {}
+    """The state dict of a sharded model, on the CPU of the first process; empty in others; collective. Tied weights
+    stay one tensor."""
     state = model.state_dict(keep_vars=True)
-    for x in state.values():
-        if x not in found:
-            found[x] = full(x.detach()).cpu()
-    return {name: found[x] for name, x in state.items()}
+    owners: dict[Tensor, str] = {}
+    for name, x in state.items():
+        owners.setdefault(x, name)
+    found = on_first((name, x.detach()) for x, name in owners.items())
+    return {name: found[owners[x]] for name, x in state.items()} if found else {}
+
+
+@contextmanager
+def kept_gathered(model: nn.Module) -> Iterator[None]:
+    """Under FSDP2 the layers that are gathered inside this block stay so until its end."""
+    layers = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
 
 
 def copy_full(target: Tensor, source: Tensor) -> None:

@@ -6,7 +6,7 @@ ratio is exactly 1.
 """
 
 import dataclasses
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.heads import Head, Sampling, decoder_of, head_of, hidden_states, own_logits
 from ppo_fast.models import AdapterReference, Critic, compute_in
 from ppo_fast.packing import Pack
+from ppo_fast.parallel import kept_gathered
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Policy(nn.Module):
     def generate(self, **options: Any) -> Any:
         """The actor's own; through here, so that FSDP2 has its weights gathered."""
         actor: Any = self.actor
-        return actor.generate(**options)
+        with kept_gathered(self) if self.config.gather_for_sampling else nullcontext():
+            return actor.generate(**options)
 
     def _judge(self, pack: Pack) -> Judgement:
         hidden = self._hidden(pack) if self._wants_hidden() else None
@@ -159,7 +161,7 @@ class Policy(nn.Module):
         if self.head.linear and hidden is not None:
             layer = head_of(self.actor)
             out = ppo.linear_ppo_loss(
-                hidden[pack.states],
+                hidden[pack.states].to(layer.weight.dtype),
                 layer.weight,
                 pack.tokens,
                 t.old_logprobs,
@@ -217,7 +219,7 @@ def logprobs_of(
         hidden = hidden_states(decoder_of(model), pack, head)
     layer = head_of(model)
     return ppo.linear_logprobs(  # type: ignore[return-value]
-        hidden[pack.states],
+        hidden[pack.states].to(layer.weight.dtype),
         layer.weight,
         pack.tokens,
         bias=layer.bias,

@@ -1,6 +1,7 @@
 """Reward: Python functions and reward models judge the answers, and their numbers become scores."""
 
 import copy
+import functools
 import hashlib
 import inspect
 import math
@@ -328,10 +329,14 @@ class RewardModel:
         self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
         # a copy: a call with truncation changes a tokenizer, and what save_pretrained writes of it
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.added_before = added_ids(tokenizer)[0]
         self.batch_size = batch_size
         self.max_length = min((x for x in (max_length, _positions(model)) if x), default=None)
         self.__name__ = "reward_model"
+
+    @functools.cached_property
+    def added_before(self) -> list[int]:
+        """What the tokenizer puts before each text."""
+        return added_ids(self.tokenizer)[0]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:

@@ -20,7 +20,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.device import derived_seed, get_rng_state, has_weights, set_rng_state
 from ppo_fast.errors import UserError
 from ppo_fast.learn import Optimizer
-from ppo_fast.parallel import World, copy_full, full, like
+from ppo_fast.parallel import World, copy_full, like, on_first
 from ppo_fast.rewards.fingerprint import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
 FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
-FREE |= {"process_timeout"}
+FREE |= {"process_timeout", "gather_for_sampling"}
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 
@@ -37,16 +37,16 @@ ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position.
 
-    Collective: each process takes part, and the first has it all. Tensors are whole, whoever holds them.
+    Collective: each process takes part, and the first alone has the tensors, whole and on the CPU.
     """
     optimizers = {"actor": trainer.actor_optimizer, "critic": trainer.critic_optimizer}
     names = {x: name for name, x in learned(trainer.policy)}
-    moments = {
-        f"{which}/{names[p]}/{key}": full(value)
+    moments = on_first(
+        (f"{which}/{names[p]}/{key}", value)
         for which, optimizer in optimizers.items()
         for p in optimizer.parameters
         for key, value in optimizer.adamw.state.get(p, {}).items()
-    }
+    )
     randoms = {"order": trainer.generator.get_state()}
     states = trainer.world.gather(random_state(trainer.device))
     for rank, (tensors, _) in enumerate(states):
@@ -59,7 +59,7 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
         "dealt": trainer.prompts.dealt,
         "random": [words for _, words in states],
     }
-    weights = {name: full(x.detach()) for name, x in learned(trainer.policy)}
+    weights = on_first((name, x.detach()) for name, x in learned(trainer.policy))
     return {"weights": weights, "optimizers": moments, "random": randoms}, state
 
 
@@ -146,15 +146,21 @@ def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
 
 def digest_of_rows(rows: list[dict[str, Any]]) -> str:
     """A short name for rows in their order. Of an object that JSON does not know, its address does not count."""
-    text = json.dumps(rows, sort_keys=True, default=lambda x: re.sub(r" at 0x[0-9a-f]+", "", repr(x)))
+
+    def described(x: Any) -> Any:
+        if isinstance(x, set | frozenset):  # whose order differs between processes
+            return sorted(map(described, x))
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+
+    text = json.dumps(rows, sort_keys=True, default=described)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same_weights(world: World, models: dict[str, nn.Module | None]) -> None:
     """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
     if world.size > 1:
-        present = {name: model for name, model in models.items() if model is not None}
-        world.agree({f"the weights of the {n}": digest(m) if has_weights(m) else None for n, m in present.items()})
+        present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
+        world.agree({f"the weights of the {name}": digest(model) for name, model in present.items()})
 
 
 def options_as_json(config: PPOConfig) -> dict[str, Any]:

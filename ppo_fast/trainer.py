@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast import checkpoint
+from ppo_fast import checkpoint, interrupt
 from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adapters
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
@@ -23,7 +23,7 @@ from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
 from ppo_fast.heads import Sampling, bare
-from ppo_fast.interrupt import GRACE, Request, stop_requests, stop_requests_of_several
+from ppo_fast.interrupt import Request, stop_requests, stop_requests_of_several
 from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.learn import (
     Experience,
@@ -57,7 +57,7 @@ from ppo_fast.models import (
     warn_if_not_recomputed,
     with_lora,
 )
-from ppo_fast.parallel import ONE, World, shard, start, whole_state
+from ppo_fast.parallel import ONE, World, shard, start, whole_state, why_lost
 from ppo_fast.plots import can_draw
 from ppo_fast.policy import FrozenReference, Policy, with_chunk_bytes
 from ppo_fast.probe import Reach, named_lengths, probe_all
@@ -73,12 +73,13 @@ from ppo_fast.run_state import (
     digest,
     digest_of_rows,
     digest_of_tokenizer,
-    options_as_json,
     random_state,
     restore,
     restore_random,
 )
 from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
+
+COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same place, or none
 
 
 class PPOTrainer:
@@ -132,25 +133,36 @@ class PPOTrainer:
         self.reward_weights = check_weights(reward_weights, self.rewards)
         if self.world.size > 1:
             self._check_agreement(rows, eval_rows)
+            given = {"a critic": critic, "a reference": reference, "a sampler": sampler}
+            has = {f"whether there is {name}": x is not None for name, x in given.items()}
+            self.world.agree(has | {"whether the actor has adapters": is_adapted(actor)})
         if not has_weights(actor) and (self.world.first or self.world.kind != "fsdp"):
             raise UserError(
                 "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
                 " do without"
             )
+        self.notes: list[str] = []  # to be said at the start
         self.start_digest, self.tokenizer_digest, self.reward_digests = "", "", {}
         if config.out is not None:  # a checkpoint knows what it began with
             self.start_digest = self.world.find(lambda: digest(actor), of=actor)
+        if config.out is not None or self.world.size > 1:
             self.tokenizer_digest = digest_of_tokenizer(tokenizer, end_tokens(tokenizer, actor))
             self.reward_digests = {name: reward_fingerprint(f, digest) for name, f in self.rewards.items()}
+            self.world.agree({"the tokenizer, the chat template or the end tokens": self.tokenizer_digest})
+            self.notes += notes_on_rewards(self.world.gather(self.reward_digests))
         self.tokenizer = tokenizer
         self.device = self.world.device
         others = (None if critic is None else critic.backbone, reference)
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config, *others)
-        # to be said at the start
-        self.notes = tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
+        self.notes += tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
         if config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(config, evaluated=bool(eval_rows)) + notes_on_options(config)
+        if config.dtype == "bfloat16":
+            self.notes.append(
+                "dtype = bfloat16: learning computes the LM head in fp32, and sampling in bfloat16; sampler_gap shows"
+                " the difference"
+            )
         self._check_memory(actor, kept, critic, reference)
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
         check_separate(learning, _reward_models(self.rewards))
@@ -209,7 +221,9 @@ class PPOTrainer:
     def _train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None) -> list[dict]:
         history = []
         self.world.first_says(self._clean_up)
-        with self._progress() as progress, self._stop_requests(progress) as request:
+        progress = self._progress()
+        # the handlers of signals stay until all else is done: torchrun sends SIGTERM while an error is on its way
+        with self._stop_requests(progress) as request, progress, self._lost_processes_named():
             if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
                 progress.record({"step": 0, **evaluation.metrics})
                 self._report(evaluation, progress)
@@ -228,7 +242,7 @@ class PPOTrainer:
                     break
             else:
                 if self.steps_done < self.config.total_steps:
-                    self.stopped_by = request.name or "SIGINT"  # which perhaps came to another process
+                    self.stopped_by = request.name
             if self.stopped_by is not None:
                 self._checkpoint(progress)
         if self.stopped_by is None:
@@ -346,8 +360,7 @@ class PPOTrainer:
         try:
             return self._step()
         except UserError as error:
-            if self.world.size > 1 and not isinstance(error, (InvariantError, NonFiniteError)):
-                error.args = (f"{error}{self._newest() if self.config.out is not None else ''}",)
+            if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
                 raise
             self.prompts.dealt = dealt
             restore_random(*randoms, self.device)
@@ -473,8 +486,6 @@ class PPOTrainer:
 
     def _check_agreement(self, rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None) -> None:
         """Refuses processes that differ in what all of them compute with: they would learn something else."""
-        options = {name: x for name, x in options_as_json(self.config).items() if name not in ("out", "quiet")}
-        self.world.agree(options)
         self.world.agree(
             {
                 "the prompts or their order": digest_of_rows(rows),
@@ -567,23 +578,44 @@ class PPOTrainer:
 
     def _stops(self, request: Request) -> bool:
         """Whether a process was asked to stop. All are at the end of a step then, and a checkpoint can be written."""
-        stops = self.world.meet(f"step {self.steps_done}", flag=request.name is not None)
-        if stops:
+        name = self.world.meet(f"step {self.steps_done}", signal=request.name or "")
+        if name:
+            request.name = name
             request.agreed.set()
-        return stops
+        return bool(name)
 
     def _give_up(self, name: str) -> None:
         """What a process says that got a signal and whose peers did not reach the end of their step."""
         print(
             f"ppo-fast: rank {self.world.rank}: {name}, and not all processes reached the end of step"
-            f" {self.steps_done + 1} within {GRACE:g} s{self._newest()}",
+            f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self._newest()}",
             file=sys.stderr,
             flush=True,
         )
 
+    @contextmanager
+    def _lost_processes_named(self) -> Iterator[None]:
+        """Of several processes, one whose error the others do not share cannot save: its message names what is saved.
+
+        Where a collective operation failed, the message also names the processes that it waited for.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
+                error.args = (f"{error}{self._newest()}",)
+            raise
+        except RuntimeError as error:
+            reason = why_lost(error)
+            if not reason:
+                raise
+            raise UserError(f"{reason}{self._newest()}") from error
+
     def _newest(self) -> str:
-        """Names the newest checkpoint in OUT, which is whole."""
-        newest = checkpoint.newest(Path(self.config.out or "") / "checkpoints")
+        """Names the newest checkpoint in OUT, which is whole; "" without an OUT."""
+        if self.config.out is None:
+            return ""
+        newest = checkpoint.newest(Path(self.config.out) / "checkpoints")
         return f"; the newest checkpoint is {newest}" if newest is not None else "; there is no checkpoint yet"
 
     def _clean_up(self) -> None:
@@ -739,12 +771,33 @@ def build_models(
         if world.kind == "fsdp":
             shard(found, world, config.dtype)
     policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, sampling=sampling)
-    if world.kind != "fsdp":  # whose processes do not have all weights here, and do not wait for unused ones
-        policy.unreached = unreached(policy, config, device)
-        check_reached(policy)
-    without_actor = config.critic_warmup_steps > 0 or config.target_kl is not None  # some losses are the critic's alone
-    world.wrap(policy, dtype=config.dtype, unused_parameters=without_actor or bool(policy.unreached))
+    policy.unreached = world.find(lambda: _unreached(policy, config, home, world), of=policy)
+    check_reached(policy)
+    # some losses are the critic's alone, and not each batch reaches all experts of a mixture
+    partly = config.critic_warmup_steps > 0 or config.target_kl is not None
+    partly |= any("expert" in name for name, p in policy.named_parameters() if p.requires_grad)
+    world.wrap(policy, dtype=config.dtype, unused_parameters=partly or bool(policy.unreached))
     return policy, found
+
+
+def _unreached(policy: Policy, config: PPOConfig, home: torch.device, world: World) -> list[str]:
+    """What `unreached` finds. FSDP2 does not need it: a model that computes on a GPU only is trained without."""
+    try:
+        return unreached(policy, config, home)
+    except RuntimeError:
+        if world.kind != "fsdp":
+            raise
+        return []
+
+
+def notes_on_rewards(fingerprints: list[dict[str, str]]) -> list[str]:
+    """Which rewards have other code or options in another process, in sentences. That may be on purpose: each process
+    may ask a server of its own."""
+    return [
+        f"the code or the options of the reward {name!r} differ between processes"
+        for name, first in fingerprints[0].items()
+        if any(theirs[name] != first for theirs in fingerprints)
+    ]
 
 
 def check_reached(policy: Policy) -> None:

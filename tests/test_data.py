@@ -7,12 +7,15 @@ import sys
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import (
     RESERVED,
     Prompts,
+    added_ids,
     as_text,
     check_rows,
     columns,
@@ -283,3 +286,13 @@ def test_a_reward_model_does_not_read_a_chat_through_its_own_template():
 def test_a_chat_is_shown_with_one_line_for_each_message():
     assert as_text(CHAT) == "system: Be brief.\nuser: Why?"
     assert as_text("Why?") == "Why?"
+
+
+def test_a_vocabulary_that_does_not_cover_every_text_is_no_error():
+    """A tokenizer of digits, as in the arithmetic example, which raises an error for letters."""
+    tokenizer = Tokenizer(models.WordLevel({"7": 0, "8": 1, "<end>": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    assert added_ids(fast) == ([], [2])
+    assert prompt_ids(fast, ["78"]) == [[0, 1]]

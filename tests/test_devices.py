@@ -156,8 +156,10 @@ def rank_one(monkeypatch: pytest.MonkeyPatch, two_gpus) -> list[str]:
     monkeypatch.setattr(
         parallel.dist,
         "init_process_group",
-        lambda backend, device_id=None: calls.append(f"join {backend} {device_id}"),
+        lambda backend, device_id=None, timeout=None: calls.append(f"join {backend} {device_id}"),
     )
+    monkeypatch.setattr(parallel, "_meeting", lambda *_: None)
+    monkeypatch.setattr(parallel.World, "gather", lambda self, x: [x] * self.size)  # the others say the same
     return calls
 
 
@@ -193,7 +195,7 @@ def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypat
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
     run = {**cli.RUN_OPTIONS, "model": "m", "prompts": str(tmp_path / "p.jsonl"), "reward": ["x:y"]}
     with pytest.raises(UserError, match="enough"):
-        cli.train(SimpleNamespace(resume=False, overwrite=False), PPOConfig(), run)
+        cli.train(SimpleNamespace(resume=False, overwrite=False, allow_changes=False), PPOConfig(), run)
     assert rank_one[-1] == "load x:y"
     assert "set_device 1" in rank_one[:-1]
 

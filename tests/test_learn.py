@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
 import ppo_fast as ppo
 from ppo_fast.config import PPOConfig
@@ -152,6 +152,38 @@ def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
         last = [experience.advantages[row, n - 1].item() for row, n in enumerate(rollout.answer_lengths)]
         expected = 0.5 * 2.0 - 2.0 if bootstrap else -2.0
         assert last == pytest.approx([expected, -2.0, expected, -2.0])
+
+
+def test_the_spread_of_advantages_before_whitening_is_recorded():
+    trainer = trainer_of(lam=0.9)
+    metrics = trainer.step()
+    mask, experience = trainer.last_rollout.answer_mask, trainer.last_experience
+    raw = (experience.returns - experience.values)[mask]
+    assert metrics["advantage_std"] == pytest.approx(raw.std(correction=0).item(), rel=1e-5)
+    assert experience.advantages[mask].std(correction=0).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_hidden_states_in_bfloat16_reach_a_head_in_fp32():
+    """OPT's decoder ends in a projection, whose output is bf16 under autocast."""
+    torch.manual_seed(0)
+    opt = OPTConfig(
+        vocab_size=258,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        do_layer_norm_before=False,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    trainer = trainer_of(OPTForCausalLM(opt).eval(), dtype="bfloat16")
+    assert trainer.policy.head.linear
+    metrics = trainer.step()
+    assert metrics["sampler_gap_max"] < 0.05
+    assert any("learning computes the LM head in fp32, and sampling in bfloat16" in note for note in trainer.notes)
 
 
 class Echo:

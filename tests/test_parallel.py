@@ -1,18 +1,10 @@
-"""Two processes equal one on the joined batch: DDP and FSDP2, with gloo on a CPU.
-
-The processes are forked from a server that has everything imported.
-"""
+"""Two processes equal one on the joined batch: DDP and FSDP2, with gloo on a CPU."""
 
 import dataclasses
+import importlib
 import json
-import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
 import time
-import traceback
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +12,21 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from tiny import byte_tokenizer, save_tiny_model, tiny_llama
+from several import (
+    CPU,
+    ROWS,
+    TEXTS,
+    Fixed,
+    assert_close,
+    fill_folder,
+    judge,
+    of_training,
+    options,
+    run,
+    torchrun,
+    trainer_of,
+)
+from tiny import byte_tokenizer, tiny_llama
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,60 +41,9 @@ from ppo_fast.models import AdapterReference, load_actor
 from ppo_fast.parallel import World, full, join_rollouts, start
 from ppo_fast.reward import score
 from ppo_fast.rollout import Rollout
-from ppo_fast.run_state import learned
-from ppo_fast.sample import Answers, generate, respond
+from ppo_fast.run_state import capture, learned
+from ppo_fast.sample import generate, respond
 from ppo_fast.trainer import PPOTrainer
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ppo_fast.trainer", "torch.utils.tensorboard", "peft"])
-CPU = torch.device("cpu")
-TEXTS = ("hi", "what time is it", "a", "the fox jumps over it", "no", "well", "seven")
-ROWS = [{"prompt": text, "bonus": float(i)} for i, text in enumerate(TEXTS)]
-
-
-class Fixed:
-    """A sampler whose answers depend on prompt and step alone, not on the process that asks."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
-        self.step += 1
-        ids, ended = [], []
-        for prompt in prompts:
-            words = torch.Generator().manual_seed(zlib.crc32(bytes(i % 256 for i in prompt)) + self.step)
-            length = int(torch.randint(1, config.max_new_tokens + 1, (1,), generator=words))
-            ids.append(torch.randint(0, 256, (length,), generator=words).tolist())
-            ended.append(length % 2 == 0)
-        return Answers(ids, ended)
-
-
-def judge(
-    prompts: list[str], completions: list[str], completion_ids: list[list[int]], bonus: list[float]
-) -> list[float]:
-    return [sum(i % 7 for i in ids) / 10 + b for ids, b in zip(completion_ids, bonus, strict=True)]
-
-
-def options(**changes) -> PPOConfig:
-    small = dict(
-        total_steps=3,
-        prompts_per_step=5,  # three for one process, two for the other
-        max_new_tokens=9,
-        minibatches=2,
-        epochs=2,
-        micro_batch_tokens=24,
-        lr=1e-3,
-        critic_lr=1e-3,
-        adam_eps=1e-3,  # a gradient that is nearly zero must not decide a whole step
-        quiet=True,
-        device="cpu",
-        tensorboard=False,
-    )
-    return PPOConfig(**{**small, **changes})
-
-
-def trainer_of(config: PPOConfig, *, rows=ROWS, **others) -> PPOTrainer:
-    return PPOTrainer(config, tiny_llama(258), byte_tokenizer(), rows, judge, **others)
 
 
 def first_gradient(config: PPOConfig) -> tuple[dict[str, torch.Tensor], dict[str, float], bool]:
@@ -117,51 +71,12 @@ def three_steps(config: PPOConfig) -> tuple[list[dict], dict[str, torch.Tensor]]
     return of_training(history), {name: full(p.detach()) for name, p in trainer.policy.named_parameters()}
 
 
-def of_training(history: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for row in history]
-
-
-def run(tmp_path: Path, function, *arguments, size: int = 2) -> list:
-    """The function's result in each of several processes."""
-    store = tmp_path / f"store-{time.monotonic_ns()}"
-    children = [SERVER.Process(target=_child, args=(r, size, store, function, arguments)) for r in range(size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode is not None, "the processes hang"
-    found = [pickle.loads(Path(f"{store}.{rank}").read_bytes()) for rank in range(size)]
-    failures = [trace for trace, _ in found if trace]
-    assert not failures, "\n".join(failures)
-    return [result for _, result in found]
-
-
-def _child(rank: int, size: int, store: Path, function, arguments) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    trace, result = "", None
-    try:
-        result = function(*arguments)
-    except Exception:  # the test shows it
-        trace = traceback.format_exc()
-    Path(f"{store}.{rank}").write_bytes(pickle.dumps((trace, result)))
-    dist.destroy_process_group()
-
-
-def assert_close(here: dict, there: dict, tolerance: float = 1e-5) -> None:
-    assert here.keys() == there.keys()
-    for name, x in here.items():
-        x, y = (torch.as_tensor(v, dtype=torch.float64) for v in (x, there[name]))
-        gap = (x - y).abs().max() / max(1.0, y.abs().max())
-        assert gap <= tolerance, f"{name}: {gap:.1e} apart"
-
-
 CASES = [
     {},
     {"critic": "shared", "entropy_coef": 0.01},
     {"kl_in": "loss", "aggregation": "seq-mean-token-mean", "gradient_checkpointing": True},
     {"critic_warmup_steps": 1, "kl_controller": "adaptive", "kl_horizon": 20.0, "samples_per_prompt": 1},
+    {"target_kl": 2e-3},  # which stops the actor within steps
 ]
 
 
@@ -179,6 +94,8 @@ def test_the_gradient_of_two_processes_differs_from_that_of_one(tmp_path, parall
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "+".join(case) or "default")
 def test_three_steps_of_two_processes_differ_from_those_of_one(tmp_path, parallel, case):
     history, weights = three_steps(options(**case))
+    updates = [row["updates"] for row in history]
+    assert ("target_kl" in case) == any(0 < n < 4 for n in updates), updates
     for its_history, its_weights in run(tmp_path, three_steps, options(**case, parallel=parallel)):
         for here, there in zip(its_history, history, strict=True):
             assert_close(here, there)
@@ -219,6 +136,36 @@ def test_generation_from_shards_differs_from_that_of_whole_weights(tmp_path, par
         assert before == plain_before
         assert after == plain_after
         assert before != after, "the policy did not move"
+
+
+def gathers_and_captures(config: PPOConfig) -> tuple[list[int], list[list[int]], dict[str, int]]:
+    """How many gathers of weights two samplings take, with and without `gather_for_sampling`, the answers of both, and
+    how many tensors this process has for a checkpoint."""
+    trainer = trainer_of(config)
+    trainer.step()
+    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.world.share(TEXTS[:2])]
+    counts, answers = [], []
+    collectives = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    gather = collectives.foreach_all_gather
+    for whole in (True, False):
+        trainer.policy.config = dataclasses.replace(trainer.policy.config, gather_for_sampling=whole)
+        with mock.patch.object(collectives, "foreach_all_gather", side_effect=gather) as gathered:
+            answers.append(trainer.sampler.sample(prompts, dataclasses.replace(config, top_k=1)).ids)
+        counts.append(gathered.call_count)
+    tensors, _ = capture(trainer)
+    trainer.step()  # what was gathered is divided again, and learns
+    return counts, answers, {name: len(x) for name, x in tensors.items()}
+
+
+def test_sampling_gathers_the_actor_once_and_checkpoints_are_the_first_process_s_alone(tmp_path):
+    (counts, answers, mine), (_, _, others) = run(tmp_path, gathers_and_captures, options(parallel="fsdp"))
+    layers, tokens = 2, len(answers[0][0])
+    assert answers[0] == answers[1]
+    assert counts[0] <= layers + 1
+    assert counts[1] >= layers * tokens
+    assert mine["weights"] > 0
+    assert mine["optimizers"] > 0
+    assert others["weights"] == others["optimizers"] == 0
 
 
 def sampled(config: PPOConfig) -> list[list[int]]:
@@ -358,44 +305,14 @@ def test_joined_rollouts_mix_up_prompts_answers_or_columns():
     assert whole.logprobs.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
 
 
-def torchrun(folder: Path, *arguments: str, size: int = 2) -> subprocess.CompletedProcess:
-    """The command of the README, in processes of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += ["-m", "ppo_fast.cli", "train", "--model", str(folder / "model"), "--prompts", str(folder / "p.jsonl")]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    small = [
-        "--total-steps",
-        "3",
-        "--prompts-per-step",
-        "4",
-        "--max-new-tokens",
-        "4",
-        "--minibatches",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    return subprocess.run(
-        [*command, *small, *arguments], capture_output=True, text=True, timeout=120, env=environment, check=False
-    )
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    save_tiny_model(tmp_path / "model")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    (tmp_path / "r.py").write_text(
-        "import os\n\ndef good(prompts, completions):\n    return [len(set(c)) for c in completions]\n\n"
-        "def bad(prompts, completions):\n    if os.environ['RANK'] == '1':\n        raise ValueError('no such unit')\n"
-        "    return good(prompts, completions)\n"
-    )
-    return tmp_path
+    return fill_folder(tmp_path)
 
 
 def test_the_command_under_torchrun_writes_twice_or_not_at_all(folder):
     out = folder / "out"
-    done = torchrun(folder, "--reward", f"{folder / 'r.py'}:good", "--out", str(out), "--parallel", "fsdp")
+    done = torchrun(folder, "--out", str(out), "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 3/3") == 1
     assert done.stdout.count("are in ") == 1
@@ -406,7 +323,7 @@ def test_the_command_under_torchrun_writes_twice_or_not_at_all(folder):
 
 def test_a_process_that_fails_leaves_the_others_waiting(folder):
     begun = time.monotonic()
-    done = torchrun(folder, "--reward", f"{folder / 'r.py'}:bad")
+    done = torchrun(folder, reward="bad")
     assert time.monotonic() - begun < 60
     assert done.returncode != 0
     assert "ppo-fast: rank 1: error: reward function" in done.stderr
@@ -621,7 +538,7 @@ def test_models_that_differ_between_processes_are_refused_when_weights_are_sent(
 def test_a_command_under_fsdp_ends_in_all_processes_when_weights_cannot_be_read(folder):
     (folder / "model" / "model.safetensors").unlink()  # only the first process reads it
     begun = time.monotonic()
-    done = torchrun(folder, "--reward", f"{folder / 'r.py'}:good", "--parallel", "fsdp")
+    done = torchrun(folder, "--parallel", "fsdp")
     assert time.monotonic() - begun < 60
     assert done.returncode != 0
     for rank in (0, 1):

@@ -187,6 +187,48 @@ def test_a_checkpoint_of_another_run_is_loaded(tmp_path, saved, changes, message
         trainer_of(tmp_path / "run", **changes).resume()
 
 
+def negative(prompts: list[str], completions: list[str]) -> list[float]:
+    return [-x for x in different(prompts, completions)]
+
+
+def padding_with_the_end(actor, tokenizer) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def more_ends(actor, tokenizer) -> None:
+    actor.generation_config.eos_token_id = [256, 10]
+
+
+def another_template(actor, tokenizer) -> None:
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (negative, "its code of the rewards differs"),
+        (padding_with_the_end, "its tokenizer, chat template or list of end tokens differs"),
+        (more_ends, "its tokenizer, chat template or list of end tokens differs"),
+        (another_template, "its tokenizer, chat template or list of end tokens differs"),
+    ],
+)
+def test_changed_rewards_and_tokenizers_are_refused_unless_allowed(tmp_path, saved, change, message):
+    reward = change if change is negative else different
+    actor, tokenizer = tiny_llama(258), byte_tokenizer()
+    if change is not negative:
+        change(actor, tokenizer)
+
+    def again() -> PPOTrainer:
+        return PPOTrainer(options(tmp_path / "run"), actor, tokenizer, ROWS, {"different": reward})
+
+    with pytest.raises(UserError, match=message + ".*--allow-changes"):
+        again().resume()
+    trainer = again()
+    assert trainer.resume(allow_changes=True)
+    assert any(note.startswith("from here on the ") for note in trainer.notes)
+    assert trainer.steps_done == 2
+
+
 def test_what_does_not_reach_the_numbers_is_refused(tmp_path, saved):
     assert trainer_of(tmp_path / "run", save_every=1, keep_checkpoints=7, show_samples_every=1).resume()
 

@@ -41,6 +41,40 @@ def test_a_number_for_each_answer_becomes_scores_of_answers():
     assert means == {"reward/f": 1.75}
 
 
+def test_the_penalty_of_an_answer_without_an_end_is_not_clipped_away():
+    """The first answer did not end. Its score of 9 is clipped to 1 before the penalty of 3 is subtracted."""
+    config = PPOConfig(score_clip=1.0, missing_eos_penalty=3.0)
+    scores, _ = score(rollout(), {"f": lambda prompts, completions: [9.0, -9.0]}, config)
+    assert scores.tolist() == [-2.0, -1.0]
+    per_token = {"t": lambda prompts, completions: [[5.0, 0.5, 9.0], [-2.0, 0.25]]}
+    scores, _ = score(rollout(), per_token, config)
+    assert scores.tolist() == [[1.0, 0.5, -2.0], [-1.0, 0.25, 0.0]]
+
+
+def test_a_score_clip_reaches_the_rewards_of_a_run():
+    trainer = PPOTrainer(
+        PPOConfig(
+            total_steps=1,
+            prompts_per_step=2,
+            minibatches=1,
+            epochs=1,
+            max_new_tokens=3,
+            kl_coef=0.0,
+            lam=1.0,
+            score_clip=0.5,
+            quiet=True,
+            device="cpu",
+        ),
+        tiny_llama(258),
+        byte_tokenizer(),
+        [{"prompt": "a"}],
+        lambda prompts, completions: [8.0] * len(completions),
+    )
+    metrics = trainer.step()
+    assert metrics["score"] == 8.0
+    assert metrics["return"] == pytest.approx(0.5)
+
+
 def test_numbers_for_tokens_and_for_answers_add_up_at_the_last_token():
     per_token = [[0.1, 0.2, 0.3], [0.4, 0.5]]
     functions = {"t": lambda prompts, completions: per_token, "a": lambda prompts, completions: [1.0, 2.0]}

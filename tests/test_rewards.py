@@ -607,7 +607,7 @@ def test_a_pool_names_what_fails_and_gives_it_the_fallback(slow: str):
     assert pool.failed == 0
 
 
-def test_an_exit_in_a_judgement_ends_the_trainer(slow: str):
+def test_an_exit_in_a_judgement_gives_the_fallback(slow: str):
     pool = rewards.Pool(slow, timeout=30.0, fallback=-7.0, workers=1)
     with pytest.warns(RuntimeWarning) as said:
         found = pool(["p"] * 4, ["exit", "odd", "two", "ab"], weight=[1] * 4)
@@ -618,7 +618,7 @@ def test_an_exit_in_a_judgement_ends_the_trainer(slow: str):
     )
 
 
-def test_a_pool_without_workers_or_without_its_column_gives_everything_the_fallback(tmp_path: Path, slow: str):
+def test_a_pool_without_workers_or_without_its_column_raises_a_user_error(tmp_path: Path, slow: str):
     path = tmp_path / "child.py"
     path.write_text(
         "import multiprocessing\n"
@@ -636,7 +636,7 @@ def test_a_pool_without_workers_or_without_its_column_gives_everything_the_fallb
         named(["p"], ["a"], here=["a"])
 
 
-def test_a_run_goes_on_past_an_answer_without_a_judgement_and_logs_their_share(tmp_path: Path, capsys):
+def test_a_run_continues_after_an_answer_without_a_judgement_and_logs_their_number(tmp_path: Path, capsys):
     pytest.importorskip("pebble")
     (tmp_path / "mine.py").write_text(
         "def judge(prompts, completions):\n"

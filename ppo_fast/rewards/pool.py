@@ -1,4 +1,9 @@
-"""Slow rewards: in processes of their own, with a time limit for each answer."""
+"""Pool: slow rewards run in worker processes, with a time limit for each answer.
+
+A signal for the trainer's process group, such as Ctrl-C, reaches no worker: a judgement ends as usual, and the trainer
+saves the run. Each worker has a session of its own, with all subprocesses that user code starts in it. Only this module
+ends them, together: after the time limit, with the pool, and when the trainer is gone.
+"""
 
 import math
 import multiprocessing
@@ -8,21 +13,67 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import FrameType
 from typing import Any
 
 from ppo_fast.errors import UserError
 from ppo_fast.rewards.overlap import package
 from ppo_fast.rewards.spec import arguments_of, check_columns, load_reward
 
+POSIX = os.name == "posix"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Worker(SpawnProcess):
+    """A process that signals do not end."""
+
+    def start(self) -> None:
+        """Starts with signals blocked, until `_prepare` has set their handlers."""
+        with _signals_blocked():
+            super().start()
+
+    def terminate(self) -> None:
+        """Kills the worker and its subprocesses; not by SIGTERM, which it ignores."""
+        if self.exitcode is None and self.pid is not None:
+            _kill_session(self.pid)
+            self.kill()
+
+
+class _Context(SpawnContext):
+    Process = _Worker
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Inside this block this thread, and each process that it starts, gets no SIGINT and no SIGTERM."""
+    if not POSIX:
+        yield
+        return
+    resource_tracker.ensure_running()  # which would end the block: its start unblocks these signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_session(leader: int) -> None:
+    if POSIX:
+        with suppress(ProcessLookupError, PermissionError):  # there is none yet, or all of it has ended
+            os.killpg(leader, signal.SIGKILL)
+
 
 class Pool:
     """A reward function that judges one answer at a time, several of them at once, within a time limit.
 
-    An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process is then killed)
-    is named in a warning and gets `fallback`; `failed` is the number of such answers in the last call, which
-    training logs.
+    An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process and the
+    subprocesses of that are then killed) is named in a warning and gets `fallback`; `failed` is the number of such
+    answers in the last call, which training logs.
 
     Args:
         reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
@@ -50,7 +101,7 @@ class Pool:
         self.function = load_reward(reward) if isinstance(reward, str) else reward
         self.__name__ = reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
         try:
-            pickle.dumps(reward)
+            pickled = pickle.dumps(reward)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise UserError(
                 f"the reward {self.__name__!r} cannot be sent to another process ({error}): put it at the top of a"
@@ -58,9 +109,8 @@ class Pool:
             ) from error
         self.timeout, self.fallback = timeout, fallback
         self.failed = 0
-        context = multiprocessing.get_context("spawn")
         self._pool = package("pebble", "pebble").ProcessPool(
-            max_workers=workers, context=context, initializer=_prepare, initargs=(reward,)
+            max_workers=workers, context=_Context(), initializer=_prepare, initargs=(pickled,)
         )
         weakref.finalize(self, _stop, self._pool)  # also when Python ends
 
@@ -106,9 +156,9 @@ class Pool:
             return job.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"no worker of the pool for the reward {self.__name__!r} could begin; the reason stands above. Workers"
-                " import the function's module: a script needs `if __name__ == '__main__':`, a notebook the function in"
-                " a file"
+                f"no worker of the pool for the reward {self.__name__!r} could begin; the reason is printed above."
+                " Workers import the function's module: a script needs `if __name__ == '__main__':`, a notebook the"
+                " function in a file"
             ) from error
         except TimeoutError:
             return f"no judgement within {self.timeout:g} s"
@@ -121,18 +171,31 @@ class Pool:
 _LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward function
 
 
-def _prepare(reward: Callable[..., Sequence[Any]] | str) -> None:
-    """Begins a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
+def _prepare(pickled: bytes) -> None:
+    """Begins a worker.
+
+    The reward is pickled once more: its module, which may start subprocesses, is imported after signals are unblocked.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _ignore)
+    if POSIX:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    reward = pickle.loads(pickled)
     _LOADED.append(load_reward(reward) if isinstance(reward, str) else reward)
 
 
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Unlike SIG_IGN, a handler is not inherited by subprocesses, which `Popen.terminate` must end."""
+
+
 def _end_with_parent() -> None:
-    """Nobody else would end a judgement that hangs when the trainer was killed."""
+    """Ends a judgement that hangs, and its subprocesses, when the trainer was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        _kill_session(os.getpid())
         os._exit(1)
 
 
