@@ -48,7 +48,7 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
         for key, value in optimizer.adamw.state.get(p, {}).items()
     }
     randoms = {"order": trainer.generator.get_state()}
-    states = trainer.world.gather(random_state(trainer.device))
+    states = trainer.world.gather(trainer.randoms)
     for rank, (tensors, _) in enumerate(states):
         randoms |= {f"{name}-of-{rank}": x for name, x in tensors.items()}
     state = {
@@ -99,6 +99,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
         _restore_random(checkpoint, trainer.world.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
         transformers.set_seed(derived_seed(trainer.config.seed, trainer.world.rank, trainer.steps_done))
+    trainer.randoms = random_state(trainer.device)
     options, saved = options_as_json(trainer.config), state["run"]["config"]
     changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
     return [

@@ -18,7 +18,7 @@ from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adap
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts, prompt_ids, tokenizer_notes, with_all_fields
-from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
+from ppo_fast.device import derived_seed, has_weights, ordinary_modes, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
@@ -98,6 +98,7 @@ class PPOTrainer:
     >>> history = trainer.train()  # doctest: +SKIP
     """
 
+    @ordinary_modes()
     def __init__(
         self,
         config: PPOConfig,
@@ -187,7 +188,9 @@ class PPOTrainer:
         self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
         self.notes += self.evaluator.notes if self.evaluator is not None else []
         self.stopped_by: str | None = None  # the signal that ended `train` early
+        self.randoms = random_state(self.device)  # of torch, numpy and random, between two steps
 
+    @ordinary_modes()
     def train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None = None) -> list[dict]:
         """Runs all steps that are left and returns their metrics; `after_step(trainer, metrics)` may return True to
         stop early.
@@ -228,6 +231,7 @@ class PPOTrainer:
             self.save("model", {"README.md": card}, progress.recorded)
         return history
 
+    @ordinary_modes()
     def resume(self, folder: str | Path | None = None, *, allow_changes: bool = False) -> bool:
         """Continues from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
 
@@ -250,6 +254,7 @@ class PPOTrainer:
         self.notes.append(f"continuing after step {self.steps_done}, from {folder}")
         return True
 
+    @ordinary_modes()
     def step(self) -> dict[str, float]:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds.
 
@@ -263,6 +268,13 @@ class PPOTrainer:
         return metrics
 
     def _step(self) -> dict[str, float]:
+        """A step with the random numbers of this trainer: what other code seeds or draws between steps has no effect."""
+        restore_random(*self.randoms, self.device)
+        metrics = self._one_step()
+        self.randoms = random_state(self.device)
+        return metrics
+
+    def _one_step(self) -> dict[str, float]:
         config, world = self.config, self.world
         rounding = rounding_of(config, self.device.type)
         train_actor = self.steps_done >= config.critic_warmup_steps
@@ -333,7 +345,7 @@ class PPOTrainer:
 
         The step is repeated from its start when the run continues. Of several processes all must have the same error.
         """
-        dealt, randoms, order = self.prompts.dealt, random_state(self.device), self.generator.get_state()
+        dealt, order = self.prompts.dealt, self.generator.get_state()
         try:
             return self._step()
         except UserError as error:
@@ -341,7 +353,6 @@ class PPOTrainer:
                 error.args = (f"{error}{self._newest() if self.config.out is not None else ''}",)
                 raise
             self.prompts.dealt = dealt
-            restore_random(*randoms, self.device)
             self.generator.set_state(order)
             self._save_before(error, progress)
             raise
@@ -514,6 +525,7 @@ class PPOTrainer:
                 write(evaluation, Path(self.config.out) / "eval", self.config)
             self.evaluator.keep_best(evaluation, self.save)
 
+    @ordinary_modes()
     def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
         """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
 
@@ -646,6 +658,10 @@ def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) 
         raise UserError(
             "all weights of the actor are frozen: call .requires_grad_(True) on it, or load adapters with"
             " PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    if any(p.is_inference() for p in actor.parameters()):
+        raise UserError(
+            "the actor was made or loaded under torch.inference_mode(), whose tensors cannot be trained: load it outside"
         )
     if getattr(actor, "is_quantized", False) and not is_adapted(actor):
         raise UserError("the actor's weights are quantised and cannot be trained: train adapters (lora_rank = 16)")
