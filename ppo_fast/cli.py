@@ -14,6 +14,7 @@ from typing import Any
 
 from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
+from ppo_fast.launched import process_count, this_rank
 from ppo_fast.lock import locked
 from ppo_fast.rewards.spec import load_reward
 
@@ -31,6 +32,10 @@ RUN_OPTIONS: dict[str, Any] = {
     "pad_token": None,
     "trust_remote_code": False,
 }
+
+
+# A folder with any of these holds a run, or what was left of it
+LEFT = ("metrics.jsonl", "checkpoints", "model", "best")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -224,7 +229,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
     with ExitStack() as stack:
         claim = functools.partial(_claim, stack, arguments, config)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if process_count() > 1:
             from ppo_fast.parallel import start
 
             # first: rewards and models that ask for "cuda" must find this process's own GPU
@@ -237,7 +242,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
 def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -> None:
     """Locks OUT until the stack is closed, and refuses one that holds another run."""
     stack.enter_context(locked(config.out))
-    used = config.out is not None and (Path(config.out) / "metrics.jsonl").exists()
+    used = config.out is not None and any((Path(config.out) / name).exists() for name in LEFT)
     if used and not (arguments.overwrite or arguments.resume):
         raise UserError(
             f"{config.out} already holds a run; choose another --out, continue it with --resume, or replace it with"
@@ -260,6 +265,8 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         raise UserError("nothing to train for: give --reward, --reward-model, or both")
     if len(weights) != len(names):
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
+    if sys.flags.optimize > 1:
+        raise UserError("transformers needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove: run without them")
     # transformers takes seconds to import: bad input is reported before
     import torch
 
@@ -295,12 +302,12 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None or not trainer.world.first:
         return 0
-    from ppo_fast.plots import can_draw, draw_learning_curves, read_metrics
+    from ppo_fast.plots import can_draw, draw_learning_curves
 
     left = ["model", "metrics.jsonl", "samples.jsonl", *["tensorboard"] * config.tensorboard]
     if can_draw():
-        history = read_metrics(Path(config.out) / "metrics.jsonl")
-        draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(run['prompts']).name}")
+        title = f"PPO on {Path(run['prompts']).name}"
+        draw_learning_curves(trainer.recorded, Path(config.out) / "learning_curves.png", title)
         left.append("learning_curves.png")
     if not config.quiet:
         print(f"{', '.join(left[:-1])} and {left[-1]} are in {config.out}")
@@ -327,8 +334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"ppo-fast: error: {error}", file=sys.stderr)
             return 1
-    name = f"ppo-fast: rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ppo-fast"
+    name = "ppo-fast"
     try:
+        if (size := process_count()) > 1:
+            name = f"ppo-fast: rank {this_rank(size)}"
         status = train(arguments, *resolve(arguments, train_parser))
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step ends, the run is saved, and then it stops.
+"""Ctrl-C, SIGTERM and SIGHUP: the step ends, the run is saved, and then it stops.
 
 Under torchrun a signal can reach one process while another is gone: torchrun sends SIGTERM when a process has failed,
 and kills the others 30 seconds later. A process then has GRACE seconds in which all must reach the end of their step.
@@ -8,12 +8,15 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
 GRACE = 20.0  # seconds
+REPEATED = 1.0  # seconds within which a second signal is the same request: `timeout` and some launchers send it twice
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -26,18 +29,27 @@ class Request:
 
 @contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[Request]:
-    """Inside this block the first SIGINT or SIGTERM is noted, and said; the second works as it did before.
+    """Inside this block the first of SIGNALS is noted, and said; a second one, not within REPEATED seconds, works as it
+    did before.
 
-    Signals reach the main thread only: elsewhere nothing changes.
+    SIGHUP comes when a terminal is closed; where it is ignored, as under nohup, it stays ignored. Signals reach the
+    main thread only: elsewhere nothing changes.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
+    first = 0.0
+
     def note(number: int, frame: FrameType | None) -> None:
-        request.name = signal.Signals(number).name
-        restore()
+        nonlocal first
+        if request.name is not None:
+            if time.monotonic() - first >= REPEATED:
+                restore()
+                signal.raise_signal(number)
+            return
+        request.name, first = signal.Signals(number).name, time.monotonic()
         say(f"{request.name}: this step comes to its end, then the run is saved; once more to leave at once")
 
     restore = _handle(note)
@@ -64,7 +76,7 @@ def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str]
 
     def watch() -> None:
         while first := woken.recv(1):
-            if first[0] in (signal.SIGINT, signal.SIGTERM):
+            if first[0] in SIGNALS:
                 break
         if not first:
             return  # the block has ended
@@ -91,8 +103,9 @@ def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str]
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
-    """Gives SIGINT and SIGTERM a handler; what is returned gives them back the one before."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Gives SIGNALS a handler; what is returned gives them back the one before. SIGHUP stays ignored where it is."""
+    handled = [n for n in SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
 
     def restore() -> None:
         for number, earlier in before.items():

@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights, pick_device
 from ppo_fast.errors import UserError
+from ppo_fast.launched import local_rank, process_count, this_rank
 from ppo_fast.meeting import Meeting
 from ppo_fast.rollout import CPU, Rollout
 
@@ -224,19 +225,15 @@ def start(config: PPOConfig) -> World:
     Raises:
         UserError: config.parallel asks for several processes, but torchrun did not start this one.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = process_count()
     if size == 1:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
             return World(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
-    rank, device = int(os.environ["RANK"]), _device_of_rank(config)
+    rank, device = this_rank(size), _device_of_rank(config)
     if not dist.is_initialized():
-        limit = timedelta(seconds=config.process_timeout)
-        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
-            dist.init_process_group("nccl", device_id=device, timeout=limit)
-        else:
-            dist.init_process_group("gloo", timeout=limit)
+        _join(device, config.process_timeout)
     if config.prompts_per_step < size:
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is less than the {size} processes, each of which answers"
@@ -246,9 +243,26 @@ def start(config: PPOConfig) -> World:
     return World(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
 
 
+def _join(device: torch.device, limit: float) -> None:
+    """Joins the process group that the environment describes; UserError if the other processes do not within `limit`
+    seconds."""
+    timeout = timedelta(seconds=limit)
+    try:
+        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the processes did not meet at {where} (MASTER_ADDR and MASTER_PORT) within {limit:g} s"
+            f" ({str(error).splitlines()[0]}): start all WORLD_SIZE = {os.environ['WORLD_SIZE']} of them with torchrun"
+        ) from error
+
+
 def _device_of_rank(config: PPOConfig) -> torch.device:
     """The GPU of this process's LOCAL_RANK, which becomes the current one; or the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank()
     name = config.device
     if name.startswith("cuda:"):
         raise UserError(f"device = {name}, but under torchrun each process has a GPU of its own; use --device cuda")

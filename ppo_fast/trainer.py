@@ -187,6 +187,7 @@ class PPOTrainer:
         self.evaluator = self._evaluator(eval_rows)
         self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
         self.notes += self.evaluator.notes if self.evaluator is not None else []
+        self.recorded: Sequence[dict[str, float | None]] = []  # after `train`: the rows of metrics.jsonl
         self.stopped_by: str | None = None  # the signal that ended `train` early
         self.randoms = random_state(self.device)  # of torch, numpy and random, between two steps
 
@@ -195,7 +196,8 @@ class PPOTrainer:
         """Runs all steps that are left and returns their metrics; `after_step(trainer, metrics)` may return True to
         stop early.
 
-        With an OUT, Ctrl-C and SIGTERM end it after the current step, with a checkpoint (`stopped_by` names them).
+        With an OUT, Ctrl-C, SIGTERM and SIGHUP end it after the current step, with a checkpoint; `stopped_by` names
+        the signal.
         """
         with ExitStack() as stack:
             self.world.first_says(lambda: stack.enter_context(locked(self.config.out)))
@@ -224,12 +226,23 @@ class PPOTrainer:
             else:
                 if self.steps_done < self.config.total_steps:
                     self.stopped_by = request.name or "SIGINT"  # which perhaps came to another process
+            self.recorded = progress.recorded
             if self.stopped_by is not None:
                 self._checkpoint(progress)
-        if self.stopped_by is None:
-            card = model_card(self.config, self.run_options, progress.recorded)
-            self.save("model", {"README.md": card}, progress.recorded)
+            else:
+                self._save_model(progress)
         return history
+
+    def _save_model(self, progress: Progress) -> None:
+        """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
+        card = model_card(self.config, self.run_options, progress.recorded)
+        try:
+            self.save("model", {"README.md": card}, progress.recorded)
+        except UserError as error:
+            last = Path(self.config.out or "") / "checkpoints" / f"step-{self.steps_done}"
+            if self.world.size == 1 and not last.exists():  # of several processes, the others wait in `save`
+                self._save_before(error, progress)
+            raise
 
     @ordinary_modes()
     def resume(self, folder: str | Path | None = None, *, allow_changes: bool = False) -> bool:
@@ -268,7 +281,7 @@ class PPOTrainer:
         return metrics
 
     def _step(self) -> dict[str, float]:
-        """A step with the random numbers of this trainer: what other code seeds or draws between steps has no effect."""
+        """A step with the trainer's own random numbers: what other code seeds or draws between steps has no effect."""
         restore_random(*self.randoms, self.device)
         metrics = self._one_step()
         self.randoms = random_state(self.device)
@@ -360,8 +373,12 @@ class PPOTrainer:
     def _save_before(self, error: UserError, progress: Progress) -> None:
         """Writes a checkpoint before a run ends with the error, and adds its name to the message."""
         if self.config.out is not None and self.steps_done > 0:
-            folder = self._checkpoint(progress)
-            error.args = (f"{error}; what was learned before is in {folder}",)
+            try:
+                folder = self._checkpoint(progress)
+            except UserError as another:  # such as a full disk; the first error is the reason
+                error.args = (f"{error}; and {another}",)
+            else:
+                error.args = (f"{error}; what was learned before is in {folder}",)
 
     def _check_gap(
         self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
@@ -593,6 +610,7 @@ class PPOTrainer:
         if self.config.out is None:
             return
         out = Path(self.config.out)
+        checkpoint.check_folders(out)
         with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
             for name in ("best", "model"):
                 checkpoint.recover(out / name)
@@ -661,7 +679,7 @@ def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) 
         )
     if any(p.is_inference() for p in actor.parameters()):
         raise UserError(
-            "the actor was made or loaded under torch.inference_mode(), whose tensors cannot be trained: load it outside"
+            "the actor was made under torch.inference_mode(), whose tensors cannot be trained: load it outside of it"
         )
     if getattr(actor, "is_quantized", False) and not is_adapted(actor):
         raise UserError("the actor's weights are quantised and cannot be trained: train adapters (lora_rank = 16)")
