@@ -6,6 +6,7 @@ whole, and the one before it was not touched. Other files are written in the sam
 grow take a whole record or nothing (`GrowingFile`). An error of the disk becomes one sentence (`reported`).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from ppo_fast.errors import UserError
 FORMAT = 1
 SUMS = "SHA256SUMS"
 STATE = "state.json"
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of file systems that sync files, but not folders
 UNFINISHED = ".unfinished"  # a folder that is being written
 OUTDATED = ".outdated"  # a folder that is being removed
 
@@ -319,6 +321,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SYNC):
+            raise
     finally:
         os.close(handle)
 

@@ -15,7 +15,7 @@ from typing import Any
 from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
 from ppo_fast.launched import process_count, this_rank
-from ppo_fast.lock import locked
+from ppo_fast.lock import absolute, locked
 from ppo_fast.rewards.spec import load_reward
 
 # What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
@@ -32,10 +32,6 @@ RUN_OPTIONS: dict[str, Any] = {
     "pad_token": None,
     "trust_remote_code": False,
 }
-
-
-# A folder with any of these holds a run, or what was left of it
-LEFT = ("metrics.jsonl", "checkpoints", "model", "best")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -226,7 +222,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     if arguments.resume and config.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     if config.out is not None:  # a reward's module may change the working directory
-        config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
+        config = dataclasses.replace(config, out=str(absolute(config.out)))
     with ExitStack() as stack:
         claim = functools.partial(_claim, stack, arguments, config)
         if process_count() > 1:
@@ -239,11 +235,18 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         return _train(arguments, config, run)
 
 
+def _holds_run(out: Path) -> bool:
+    """Whether OUT holds a run, or what was left of it; one that ended before its first step left no metrics."""
+    metrics = out / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+        (out / name).exists() for name in ("checkpoints", "model", "best")
+    )
+
+
 def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -> None:
     """Locks OUT until the stack is closed, and refuses one that holds another run."""
     stack.enter_context(locked(config.out))
-    used = config.out is not None and any((Path(config.out) / name).exists() for name in LEFT)
-    if used and not (arguments.overwrite or arguments.resume):
+    if config.out is not None and _holds_run(Path(config.out)) and not (arguments.overwrite or arguments.resume):
         raise UserError(
             f"{config.out} already holds a run; choose another --out, continue it with --resume, or replace it with"
             " --overwrite"

@@ -9,7 +9,7 @@ def process_count() -> int:
     """WORLD_SIZE; 1 if it is not set.
 
     Raises:
-        UserError: it is not a count, or what must be set beside it is missing.
+        UserError: it is not a count, or RANK does not fit.
     """
     size = _integer("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
     if size < 1:
@@ -23,18 +23,17 @@ def this_rank(size: int) -> int:
     """RANK, of `size` processes.
 
     Raises:
-        UserError: it is missing or not below `size`, or the address of the first process is missing.
+        UserError: it is missing, or not below `size`.
     """
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(
-                f"the environment variable WORLD_SIZE = {size} is set, but {name} is not: start all processes with"
-                " torchrun, or unset WORLD_SIZE for a run in one process"
-            )
     rank = _integer("RANK")
     if not 0 <= rank < size:
         raise UserError(f"the environment variable RANK = {rank} must be at least 0 and below WORLD_SIZE = {size}")
     return rank
+
+
+def address() -> str:
+    """HOST:PORT of the first process; UserError if one of them is not set."""
+    return f"{_value('MASTER_ADDR')}:{_value('MASTER_PORT')}"
 
 
 def local_rank() -> int:
@@ -42,8 +41,17 @@ def local_rank() -> int:
     return _integer("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
 
 
+def _value(name: str) -> str:
+    if name not in os.environ:
+        raise UserError(
+            f"the environment variable WORLD_SIZE = {os.environ.get('WORLD_SIZE')} is set, but {name} is not: start all"
+            " processes with torchrun, or unset WORLD_SIZE for a run in one process"
+        )
+    return os.environ[name]
+
+
 def _integer(name: str) -> int:
     try:
-        return int(os.environ[name])
+        return int(_value(name))
     except ValueError:
         raise UserError(f"the environment variable {name} = {os.environ[name]!r} must be an integer") from None

@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights, pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.launched import local_rank, process_count, this_rank
+from ppo_fast.launched import address, local_rank, process_count, this_rank
 from ppo_fast.meeting import Meeting
 from ppo_fast.rollout import CPU, Rollout
 
@@ -246,14 +246,13 @@ def start(config: PPOConfig) -> World:
 def _join(device: torch.device, limit: float) -> None:
     """Joins the process group that the environment describes; UserError if the other processes do not within `limit`
     seconds."""
-    timeout = timedelta(seconds=limit)
+    timeout, where = timedelta(seconds=limit), address()
     try:
         if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
             dist.init_process_group("nccl", device_id=device, timeout=timeout)
         else:
             dist.init_process_group("gloo", timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"the processes did not meet at {where} (MASTER_ADDR and MASTER_PORT) within {limit:g} s"
             f" ({str(error).splitlines()[0]}): start all WORLD_SIZE = {os.environ['WORLD_SIZE']} of them with torchrun"

@@ -41,7 +41,7 @@ from ppo_fast.learn import (
     unreached,
 )
 from ppo_fast.loading import check_finite, check_separate, check_trained_in_fp32
-from ppo_fast.lock import locked
+from ppo_fast.lock import absolute, locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
     Critic,
@@ -117,7 +117,7 @@ class PPOTrainer:
         check_tokenizer(tokenizer, actor)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
-            config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
+            config = dataclasses.replace(config, out=str(absolute(config.out)))
         self.config = config
         if config.tf32:
             torch.set_float32_matmul_precision("high")
@@ -221,7 +221,7 @@ class PPOTrainer:
                 history.append(metrics)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
-                if after_step is not None and self.world.any(bool(after_step(self, metrics))):
+                if after_step is not None and self.world.any(self._ask(after_step, metrics, progress)):
                     break
             else:
                 if self.steps_done < self.config.total_steps:
@@ -232,6 +232,17 @@ class PPOTrainer:
             else:
                 self._save_model(progress)
         return history
+
+    def _ask(
+        self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None], metrics: dict, progress: Progress
+    ) -> bool:
+        """Whether `after_step` ends the run; where it fails, a checkpoint keeps the step."""
+        try:
+            return bool(after_step(self, metrics))
+        except Exception:  # user code: of any class
+            if self.world.size == 1:  # other processes would wait in vain
+                self._checkpoint(progress)
+            raise
 
     def _save_model(self, progress: Progress) -> None:
         """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
