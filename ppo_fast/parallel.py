@@ -246,7 +246,7 @@ def start(config: PPOConfig) -> World:
 def _join(device: torch.device, limit: float) -> None:
     """Joins the process group that the environment describes; UserError if the other processes do not within `limit`
     seconds."""
-    timeout, where = timedelta(seconds=limit), address()
+    timeout = timedelta(seconds=limit)
     try:
         if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
             dist.init_process_group("nccl", device_id=device, timeout=timeout)
@@ -254,7 +254,7 @@ def _join(device: torch.device, limit: float) -> None:
             dist.init_process_group("gloo", timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         raise UserError(
-            f"the processes did not meet at {where} (MASTER_ADDR and MASTER_PORT) within {limit:g} s"
+            f"the processes did not meet at {address()} (MASTER_ADDR and MASTER_PORT) within {limit:g} s"
             f" ({str(error).splitlines()[0]}): start all WORLD_SIZE = {os.environ['WORLD_SIZE']} of them with torchrun"
         ) from error
 
