@@ -6,6 +6,7 @@ whole, and the one before it was not touched. Other files are written in the sam
 grow take a whole record or nothing (`GrowingFile`). An error of the disk becomes one sentence (`reported`).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from ppo_fast.errors import UserError
 FORMAT = 1
 SUMS = "SHA256SUMS"
 STATE = "state.json"
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # of file systems that sync files, but not folders
 UNFINISHED = ".unfinished"  # a folder that is being written
 OUTDATED = ".outdated"  # a folder that is being removed
 
@@ -135,6 +137,13 @@ class GrowingFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("ab", buffering=0)  # without a buffer: `close` has nothing left to write
 
+    def lost(self) -> bool:
+        """Whether somebody has removed or renamed the file, or a folder above it, since it was opened."""
+        try:
+            return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except OSError:
+            return True
+
     def write(self, record: bytes | str) -> None:
         """Appends the record."""
         with self._reported():
@@ -205,7 +214,10 @@ def read(folder: Path) -> Checkpoint:
             raise UserError(f"cannot read the checkpoint: {file}: {error.strerror or error}") from error
         if found != written:
             raise UserError(f"the checkpoint {folder} is damaged: {name} is not as it was written; {_advice(folder)}")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"the checkpoint {folder} is damaged: {STATE} is not JSON; {_advice(folder)}") from error
     if state.get("format") != FORMAT:
         raise UserError(f"the checkpoint {folder} has format {state.get('format')}; this ppo_fast reads {FORMAT}")
     tensors = {Path(name).stem: load_file(folder / name) for name in sums if name.endswith(".safetensors")}
@@ -216,7 +228,9 @@ def _sums(folder: Path) -> dict[str, str]:
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} is not a checkpoint of ppo_fast: no readable {SUMS} in it") from error
+        others = [other for other in _all(folder.parent) if other != folder]
+        advice = f"; {_advice(folder)}" if others else ""
+        raise UserError(f"{folder} is not a checkpoint of ppo_fast: no readable {SUMS} in it{advice}") from error
     found = [re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines]
     sums = {match[2]: match[1] for match in found if match}
     if len(sums) != len(lines) or STATE not in sums:
@@ -231,7 +245,7 @@ def _advice(folder: Path) -> str:
 
 def _all(parent: Path) -> list[Path]:
     """Whole checkpoints in the order of their steps."""
-    found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=_step_of)
 
 
@@ -282,6 +296,24 @@ def recover(folder: Path) -> None:
             shutil.rmtree(left)
 
 
+def check_folders(out: Path) -> None:
+    """Raises UserError if OUT, or a name in it, is one that the run could not write to or replace at its end."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{str(out).encode(errors='backslashreplace').decode()} is not ASCII, which is the encoding of this"
+            " process: set PYTHONUTF8=1, or choose another --out"
+        ) from None
+    for name in ("model", "best", "checkpoints", "eval"):
+        path = out / name
+        replaced = name in ("model", "best")  # as a whole, by renaming: a link would not lead to the new one
+        if path.is_symlink() and (replaced or not path.exists()):
+            raise UserError(f"{path} is a link, and the run needs a folder there: remove it, or choose another --out")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, and the run needs a folder there: remove it, or choose another --out")
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
@@ -289,6 +321,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SYNC):
+            raise
     finally:
         os.close(handle)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yaml
 from ppo_fast.errors import UserError
-from ppo_fast.lock import locked
+from ppo_fast.launched import process_count, this_rank
+from ppo_fast.lock import absolute, locked
 from ppo_fast.rewards.spec import load_reward
 
 # What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
@@ -221,10 +222,10 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     if arguments.resume and config.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     if config.out is not None:  # a reward's module may change the working directory
-        config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
+        config = dataclasses.replace(config, out=str(absolute(config.out)))
     with ExitStack() as stack:
         claim = functools.partial(_claim, stack, arguments, config)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if process_count() > 1:
             from ppo_fast.parallel import start
 
             # first: rewards and models that ask for "cuda" must find this process's own GPU
@@ -237,11 +238,18 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         return _train(arguments, config, run)
 
 
+def _holds_run(out: Path) -> bool:
+    """Whether OUT holds a run, or what was left of it; one that ended before its first step left no metrics."""
+    metrics = out / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+        (out / name).exists() for name in ("checkpoints", "model", "best")
+    )
+
+
 def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -> None:
     """Locks OUT until the stack is closed, and refuses one that holds another run."""
     stack.enter_context(locked(config.out))
-    used = config.out is not None and (Path(config.out) / "metrics.jsonl").exists()
-    if used and not (arguments.overwrite or arguments.resume):
+    if config.out is not None and _holds_run(Path(config.out)) and not (arguments.overwrite or arguments.resume):
         raise UserError(
             f"{config.out} already holds a run; choose another --out, continue it with --resume, or replace it with"
             " --overwrite"
@@ -263,6 +271,8 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         raise UserError("nothing to train for: give --reward, --reward-model, or both")
     if len(weights) != len(names):
         raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
+    if sys.flags.optimize > 1:
+        raise UserError("transformers needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove: run without them")
     # transformers takes seconds to import: bad input is reported before
     import torch
 
@@ -298,12 +308,12 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None or not trainer.world.first:
         return 0
-    from ppo_fast.plots import can_draw, draw_learning_curves, read_metrics
+    from ppo_fast.plots import can_draw, draw_learning_curves
 
     left = ["model", "metrics.jsonl", "samples.jsonl", *["tensorboard"] * config.tensorboard]
     if can_draw():
-        history = read_metrics(Path(config.out) / "metrics.jsonl")
-        draw_learning_curves(history, Path(config.out) / "learning_curves.png", f"PPO on {Path(run['prompts']).name}")
+        title = f"PPO on {Path(run['prompts']).name}"
+        draw_learning_curves(trainer.recorded, Path(config.out) / "learning_curves.png", title)
         left.append("learning_curves.png")
     if not config.quiet:
         print(f"{', '.join(left[:-1])} and {left[-1]} are in {config.out}")
@@ -331,8 +341,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"ppo-fast: error: {error}", file=sys.stderr)
             return 1
-    name = f"ppo-fast: rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ppo-fast"
+    name = "ppo-fast"
     try:
+        if (size := process_count()) > 1:
+            name = f"ppo-fast: rank {this_rank(size)}"
         status = train(arguments, *resolve(arguments, train_parser))
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -335,6 +336,12 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"{path}: unknown option {name}{nearest(name, known)}")
         if names.count(name) > 1:
             raise UserError(f"{path}: the option {name} stands there twice")
+    for key, node in root.value:
+        if node.tag.endswith(":int") and re.fullmatch(r"[-+]?0\d+|.*:.*", node.value):
+            raise UserError(
+                f"{path}: {key.value}: {node.value} is {read[key.value]} in YAML 1.1, where 010 is octal and 1:30 is"
+                " base 60: write a decimal number"
+            )
     return {str(key).replace("-", "_"): value for key, value in read.items()}
 
 
@@ -344,6 +351,8 @@ def options_of(values: dict[str, Any]) -> PPOConfig:
         value = values.get(option.name)
         if isinstance(value, list):
             values = {**values, option.name: tuple(value)}
+        elif value == "none" and "None" in str(option.type):  # as on the command line
+            values = {**values, option.name: None}
         elif isinstance(value, str) and "float" in str(option.type):
             try:
                 values = {**values, option.name: float(value)}

@@ -4,8 +4,8 @@ Only this module asks PyTorch about a type of device; everything else asks it wi
 never about the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,24 @@ def synchronize(device: torch.device) -> None:
 def made_current(device: torch.device) -> AbstractContextManager:
     """The device is the current one inside this block, as libraries expect that launch kernels from Python."""
     return nullcontext() if device.type == "cpu" else device_module(device).device(device)
+
+
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Inside this block PyTorch has the modes in which a run computes, whatever the caller has set: gradients are
+    recorded, autocast is off, and new tensors are fp32 and on the CPU unless they name something else."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # else without this mode, which every call of PyTorch would pass
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def get_rng_state(device: torch.device) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step ends, the run is saved, and then it stops.
+"""Ctrl-C, SIGTERM and SIGHUP: the step ends, the run is saved, and then it stops.
 
 Under torchrun a signal can reach one process while another is gone: torchrun sends SIGTERM when a process has failed,
 and kills the others 30 seconds later. A process then has GRACE seconds in which all must reach the end of their step.
@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from types import FrameType
 from typing import Any
 
 GRACE = 20.0  # seconds
+REPEATED = 1.0  # seconds within which a second signal is the same request: `timeout` and some launchers send it twice
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -27,21 +30,27 @@ class Request:
 
 @contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[Request]:
-    """Inside this block the first SIGINT or SIGTERM is noted, and said; the second works as it did before.
+    """Inside this block the first of SIGNALS is noted, and said; a second one, not within REPEATED seconds, works as it
+    did before.
 
     The handlers stay until the block ends: a signal may come while a reward function runs, whose changes of handlers
-    are undone. Signals reach the main thread only: elsewhere nothing changes.
+    are undone. SIGHUP comes when a terminal is closed; where it is ignored, as under nohup, it stays ignored. Signals
+    reach the main thread only: elsewhere nothing changes.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
+    first = 0.0
+
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         if request.name is not None:
-            _handle_as(before[number], number, frame)
+            if time.monotonic() - first >= REPEATED:
+                _handle_as(before[number], number, frame)
             return
-        request.name = signal.Signals(number).name
+        request.name, first = signal.Signals(number).name, time.monotonic()
         with suppress(RuntimeError):  # the signal interrupted another message
             say(f"{request.name}: this step comes to its end, then the run is saved; once more to leave at once")
 
@@ -69,7 +78,7 @@ def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str]
 
     def watch() -> None:
         while first := woken.recv(1):
-            if first[0] in (signal.SIGINT, signal.SIGTERM):
+            if first[0] in SIGNALS:
                 break
         if not first:
             return  # the block has ended
@@ -96,8 +105,9 @@ def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str]
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Gives SIGINT and SIGTERM a handler and returns the ones before."""
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Gives SIGNALS a handler and returns the ones before. SIGHUP stays ignored where it is."""
+    handled = [n for n in SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
 def _restore(handlers: dict[int, Any]) -> None:

@@ -1,5 +1,6 @@
 """One run per folder: a lock that the operating system releases when its process ends, however it ends."""
 
+import errno
 import os
 import platform
 import threading
@@ -10,9 +11,18 @@ from pathlib import Path
 
 from ppo_fast.errors import UserError
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # of flock, for instance on NFS without a lock daemon
 LOCK, HOLDER = ".lock", ".lock.holder"
 
 _held: set[tuple[Path | None, int]] = set()  # folder and thread
+
+
+def absolute(folder: str | Path) -> Path:
+    """The folder with an absolute path; UserError if it is relative to a current folder that was removed."""
+    try:
+        return Path(folder).absolute()
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is relative to the current folder, which was removed: change to another") from error
 
 
 @contextmanager
@@ -27,7 +37,7 @@ def locked(folder: str | Path | None) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # here: `ppo-fast doctor` needs no filelock
 
-    folder = None if folder is None else Path(folder).absolute()
+    folder = None if folder is None else absolute(folder)
     mine = (folder, threading.get_ident())
     if folder is None or mine in _held:
         yield
@@ -44,6 +54,9 @@ def locked(folder: str | Path | None) -> Iterator[None]:
         yield
         return
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            yield
+            return
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     _held.add(mine)
     try:

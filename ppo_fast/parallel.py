@@ -32,6 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import has_weights, pick_device
 from ppo_fast.errors import UserError
+from ppo_fast.launched import address, local_rank, process_count, this_rank
 from ppo_fast.meeting import Meeting
 from ppo_fast.rollout import CPU, Rollout
 
@@ -227,13 +228,13 @@ def start(config: PPOConfig) -> World:
         UserError: config.parallel asks for several processes, but torchrun did not start this one; or the processes
             have different options.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = process_count()
     if size == 1:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
             return World(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
-    rank, device = int(os.environ["RANK"]), _device_of_rank(config)
+    rank, device = this_rank(size), _device_of_rank(config)
     if not dist.is_initialized():
         _join(device, config.process_timeout)
     kind = "ddp" if config.parallel == "auto" else config.parallel
@@ -247,30 +248,31 @@ def start(config: PPOConfig) -> World:
     return world
 
 
-def _join(device: torch.device, limit: float) -> None:
-    """Starts the process group that torchrun announces."""
-    given: dict[str, Any] = {"timeout": timedelta(seconds=limit)}
-    try:
-        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
-            dist.init_process_group("nccl", device_id=device, **given)
-        else:
-            dist.init_process_group("gloo", **given)
-    except RuntimeError as error:
-        raise UserError(
-            f"rank {os.environ['RANK']} could not connect to the other processes within {limit:g} s (process_timeout):"
-            f" {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _shared_options(config: PPOConfig) -> dict[str, Any]:
     """The options that are the same in all processes: all but `quiet` and the path of `out`."""
     options = dataclasses.asdict(config) | {"out": "a folder" if config.out is not None else None}
     return {name: x for name, x in options.items() if name != "quiet"}
 
 
+def _join(device: torch.device, limit: float) -> None:
+    """Joins the process group that the environment describes; UserError if the other processes do not within `limit`
+    seconds."""
+    timeout = timedelta(seconds=limit)
+    try:
+        if device.type == "cuda":  # device_id: else a barrier guesses the GPU from the rank
+            dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        raise UserError(
+            f"the processes did not meet at {address()} (MASTER_ADDR and MASTER_PORT) within {limit:g} s"
+            f" ({str(error).splitlines()[0]}): start all WORLD_SIZE = {os.environ['WORLD_SIZE']} of them with torchrun"
+        ) from error
+
+
 def _device_of_rank(config: PPOConfig) -> torch.device:
     """The GPU of this process's LOCAL_RANK, which becomes the current one; or the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank()
     name = config.device
     if name.startswith("cuda:"):
         raise UserError(f"device = {name}, but under torchrun each process has a GPU of its own; use --device cuda")

@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -42,6 +44,47 @@ COLUMNS = [
     ("tok/s", 7, 0, "tokens_per_second"),
     ("MiB", 7, 0, "memory_mib"),
 ]
+
+
+class Output:
+    """A text stream whose errors do not end a run: its reader has ended, its disk is full, or it cannot encode a text.
+
+    After an error of the system nothing more is printed, which a line on stderr says. What the stream's encoding lacks
+    is printed as backslash escapes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.works = True
+
+    def write(self, text: str) -> int:
+        """Prints the text, if the stream still works."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Passes on what waits in a buffer."""
+        self._attempt(self.stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        if not self.works:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self.works = False
+            with suppress(OSError, ValueError):  # else Python fails again at its end, with what waits in the buffer
+                empty = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(empty, self.stream.fileno())
+                os.close(empty)
+            with suppress(OSError, ValueError, AttributeError):
+                reason = getattr(error, "strerror", None) or error
+                print(f"ppo-fast: cannot print ({reason}); the run continues without output", file=sys.stderr)
 
 
 class Events:
@@ -99,7 +142,8 @@ class Progress:
         self.run_options = run_options or {}
         self.device = pick_device(config.device) if device is None else device
         self.lines = 0
-        self.console = Console(quiet=config.quiet, file=sys.stdout)
+        output = None if sys.stdout is None else cast(TextIO, Output(sys.stdout))  # None: closed at the start
+        self.console = Console(quiet=config.quiet, file=output)
         self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -124,6 +168,10 @@ class Progress:
             write_file(folder / "config.yaml", yaml_text(self.config, self.run_options))
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve
+        self._open_files(folder)
+
+    def _open_files(self, folder: Path) -> None:
+        """Opens the files that grow with each step."""
         self.metrics_file = GrowingFile(folder / "metrics.jsonl")
         self.samples_file = GrowingFile(folder / "samples.jsonl")
         if self.config.tensorboard:
@@ -139,6 +187,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
+        self._close()
+
+    def _close(self) -> None:
         if self.metrics_file is not None:
             self.metrics_file.close()
             self.samples_file.close()
@@ -165,11 +216,25 @@ class Progress:
     def record(self, metrics: dict[str, float]) -> None:
         """Writes the metrics of one step to file and TensorBoard; what is not finite becomes null, which is JSON."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._reopen()
         self.recorded.append(finite)
         if self.metrics_file is not None:
             self.metrics_file.write_row(finite)
         if self.events is not None:
             self.events.add(metrics)
+
+    def _reopen(self) -> None:
+        """Makes the files of the run again if they were removed or renamed while it was going."""
+        if self.metrics_file is None or not self.metrics_file.lost():
+            return
+        folder = self.metrics_file.path.parent
+        self._close()
+        with reported(f"cannot write to {folder}", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / "config.yaml", yaml_text(self.config, self.run_options))
+            write_file(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.recorded))
+        self._open_files(folder)
+        self.say(f"{folder} was removed or renamed during the run: its metrics are written again, other files are not")
 
     def sync(self) -> None:
         """All that was recorded is on the disk; a checkpoint must not know of more steps than the metrics file."""
@@ -206,8 +271,10 @@ def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = folder / name
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() and step else []
+        if lines and not _is_row(lines[-1]):  # empty, or half a row of a killed process
+            del lines[-1]
         kept[name] = [
-            line for number, line in enumerate(lines[:-1], start=1) if step_in(line, f"{path}, line {number}") <= step
+            line for number, line in enumerate(lines, start=1) if step_in(line, f"{path}, line {number}") <= step
         ]
         write_file(path, "".join(line + "\n" for line in kept[name]))
     for file in (folder / "eval").glob("step-*.*"):
@@ -215,6 +282,15 @@ def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
         if number is not None and (not step or int(number[1]) > step):
             file.unlink()
     return [json.loads(line) for line in kept["metrics.jsonl"]]
+
+
+def _is_row(line: str) -> bool:
+    """Whether it is a whole row, such as one whose end of line an editor has removed."""
+    try:
+        step_in(line, "")
+    except UserError:
+        return False
+    return True
 
 
 def step_in(line: str, where: str) -> float:

@@ -19,7 +19,7 @@ from ppo_fast.checkpoint import Checkpoint
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import derived_seed, get_rng_state, has_weights, set_rng_state
 from ppo_fast.errors import UserError
-from ppo_fast.learn import Optimizer
+from ppo_fast.learn import Optimizer, rate_of_step
 from ppo_fast.parallel import World, copy_full, like, on_first
 from ppo_fast.rewards.fingerprint import tokenizer_fingerprint
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
 FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
 FREE |= {"process_timeout", "gather_for_sampling"}
+# What each checkpoint has: in state.json, and as files
+PARTS = {"step", "run", "made_with", "kl_coef", "dealt", "random"}
+FILES = {"weights", "optimizers", "random"}
+SCHEDULED = ("total_steps", "lr_schedule", "warmup_ratio")  # what the learning rate of a step depends on
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
 
@@ -48,7 +52,7 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
         for key, value in optimizer.adamw.state.get(p, {}).items()
     )
     randoms = {"order": trainer.generator.get_state()}
-    states = trainer.world.gather(random_state(trainer.device))
+    states = trainer.world.gather(trainer.randoms)
     for rank, (tensors, _) in enumerate(states):
         randoms |= {f"{name}-of-{rank}": x for name, x in tensors.items()}
     state = {
@@ -82,6 +86,12 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
         UserError: it is another run's: the message says in what it differs.
     """
     state = checkpoint.state
+    lacking = sorted(PARTS - state.keys()) + sorted(FILES - checkpoint.tensors.keys())
+    if lacking:
+        raise UserError(
+            f"{checkpoint.folder} was changed, or is that of a run of another kind: it has no {lacking[0]}; continue"
+            " from another checkpoint"
+        )
     here, there = identity(trainer), state["run"]
     _refuse_another_run(here, there, checkpoint, allow_changes)
     others = [what for name, what in CHANGEABLE.items() if _differ(here, there, name)]
@@ -99,9 +109,14 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
         _restore_random(checkpoint, trainer.world.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
         transformers.set_seed(derived_seed(trainer.config.seed, trainer.world.rank, trainer.steps_done))
+    trainer.randoms = random_state(trainer.device)
     options, saved = options_as_json(trainer.config), state["run"]["config"]
     changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
     return [
+        *(
+            f"{name} was {saved[name]}, an option that this ppo_fast does not have"
+            for name in sorted(saved.keys() - options.keys())
+        ),
         *(f"from here on the {name} is another one than that of {checkpoint.folder}" for name in others),
         *(f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed),
         *_differences(made_here, made_there),
@@ -203,7 +218,7 @@ def _refuse_another_run(
 ) -> None:
     # an option that is newer than the checkpoint had its default
     options, saved = here["config"], {**options_as_json(PPOConfig()), **there["config"]}
-    free = FREE | ({"total_steps"} if options["lr_schedule"] == "constant" else set())
+    free = FREE | ({"total_steps"} if _same_rates(options, saved) else set())
     changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
@@ -223,6 +238,17 @@ def _refuse_another_run(
                 f"{checkpoint.folder} belongs to another run: its {what} differs{values}; to continue with what is"
                 " here, use --allow-changes (in Python resume(allow_changes=True))"
             )
+
+
+def _same_rates(options: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether the learning rates of all steps of the shorter run are those of the longer one, too."""
+    runs = [PPOConfig(**{name: some[name] for name in SCHEDULED}) for some in (options, saved)]
+    firsts, steps = {0, options["critic_warmup_steps"]}, min(run.total_steps for run in runs)
+    return all(
+        len({rate_of_step(run, step, first=first) for run in runs}) == 1
+        for first in firsts
+        for step in range(first, steps)
+    )
 
 
 def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adap
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
-from ppo_fast.device import derived_seed, has_weights, synchronize, total_memory
+from ppo_fast.device import derived_seed, has_weights, ordinary_modes, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
@@ -41,7 +41,7 @@ from ppo_fast.learn import (
     unreached,
 )
 from ppo_fast.loading import check_finite, check_separate, check_trained_in_fp32
-from ppo_fast.lock import locked
+from ppo_fast.lock import absolute, locked
 from ppo_fast.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.models import (
     Critic,
@@ -102,6 +102,7 @@ class PPOTrainer:
     >>> history = trainer.train()  # doctest: +SKIP
     """
 
+    @ordinary_modes()
     def __init__(
         self,
         config: PPOConfig,
@@ -124,7 +125,7 @@ class PPOTrainer:
         rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows)
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
-            config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
+            config = dataclasses.replace(config, out=str(absolute(config.out)))
         self.config = config
         if config.tf32:
             torch.set_float32_matmul_precision("high")
@@ -206,13 +207,17 @@ class PPOTrainer:
         self.evaluator = self._evaluator(eval_rows)
         self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
         self.notes += self.evaluator.notes if self.evaluator is not None else []
+        self.recorded: Sequence[dict[str, float | None]] = []  # after `train`: the rows of metrics.jsonl
         self.stopped_by: str | None = None  # the signal that ended `train` early
+        self.randoms = random_state(self.device)  # of torch, numpy and random, between two steps
 
+    @ordinary_modes()
     def train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None = None) -> list[dict]:
         """Runs all steps that are left and returns their metrics; `after_step(trainer, metrics)` may return True to
         stop early.
 
-        With an OUT, Ctrl-C and SIGTERM end it after the current step, with a checkpoint (`stopped_by` names them).
+        With an OUT, Ctrl-C, SIGTERM and SIGHUP end it after the current step, with a checkpoint; `stopped_by` names
+        the signal.
         """
         with ExitStack() as stack:
             self.world.first_says(lambda: stack.enter_context(locked(self.config.out)))
@@ -238,18 +243,41 @@ class PPOTrainer:
                 history.append(metrics)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
-                if after_step is not None and self.world.any(bool(after_step(self, metrics))):
+                if after_step is not None and self.world.any(self._ask(after_step, metrics, progress)):
                     break
             else:
                 if self.steps_done < self.config.total_steps:
                     self.stopped_by = request.name
+            self.recorded = progress.recorded
             if self.stopped_by is not None:
                 self._checkpoint(progress)
-        if self.stopped_by is None:
-            card = model_card(self.config, self.run_options, progress.recorded)
-            self.save("model", {"README.md": card}, progress.recorded)
+            else:
+                self._save_model(progress)
         return history
 
+    def _ask(
+        self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None], metrics: dict, progress: Progress
+    ) -> bool:
+        """Whether `after_step` ends the run; where it fails, a checkpoint keeps the step."""
+        try:
+            return bool(after_step(self, metrics))
+        except Exception:  # user code: of any class
+            if self.world.size == 1:  # other processes would wait in vain
+                self._checkpoint(progress)
+            raise
+
+    def _save_model(self, progress: Progress) -> None:
+        """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
+        card = model_card(self.config, self.run_options, progress.recorded)
+        try:
+            self.save("model", {"README.md": card}, progress.recorded)
+        except UserError as error:
+            last = Path(self.config.out or "") / "checkpoints" / f"step-{self.steps_done}"
+            if self.world.size == 1 and not last.exists():  # of several processes, the others wait in `save`
+                self._save_before(error, progress)
+            raise
+
+    @ordinary_modes()
     def resume(self, folder: str | Path | None = None, *, allow_changes: bool = False) -> bool:
         """Continues from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
 
@@ -272,6 +300,7 @@ class PPOTrainer:
         self.notes.append(f"continuing after step {self.steps_done}, from {folder}")
         return True
 
+    @ordinary_modes()
     def step(self) -> dict[str, float]:
         """One round of sample, reward, advantages, learn; its metrics. Times are in seconds.
 
@@ -285,6 +314,13 @@ class PPOTrainer:
         return metrics
 
     def _step(self) -> dict[str, float]:
+        """A step with the trainer's own random numbers: what other code seeds or draws between steps has no effect."""
+        restore_random(*self.randoms, self.device)
+        metrics = self._one_step()
+        self.randoms = random_state(self.device)
+        return metrics
+
+    def _one_step(self) -> dict[str, float]:
         config, world = self.config, self.world
         rounding = rounding_of(config, self.device.type)
         train_actor = self.steps_done >= config.critic_warmup_steps
@@ -354,16 +390,16 @@ class PPOTrainer:
     def _step_or_save(self, progress: Progress) -> dict[str, float]:
         """One step. Where it fails by an error for the user, a checkpoint keeps what was learned before it.
 
-        The step is repeated from its start when the run continues. Of several processes all must have the same error.
+        The step is repeated from its start when the run continues; after a NonFiniteError on the weights that the
+        updates before it made. Of several processes all must have the same error.
         """
-        dealt, randoms, order = self.prompts.dealt, random_state(self.device), self.generator.get_state()
+        dealt, order = self.prompts.dealt, self.generator.get_state()
         try:
             return self._step()
         except UserError as error:
             if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
                 raise
             self.prompts.dealt = dealt
-            restore_random(*randoms, self.device)
             self.generator.set_state(order)
             self._save_before(error, progress)
             raise
@@ -371,8 +407,12 @@ class PPOTrainer:
     def _save_before(self, error: UserError, progress: Progress) -> None:
         """Writes a checkpoint before a run ends with the error, and adds its name to the message."""
         if self.config.out is not None and self.steps_done > 0:
-            folder = self._checkpoint(progress)
-            error.args = (f"{error}; what was learned before is in {folder}",)
+            try:
+                folder = self._checkpoint(progress)
+            except UserError as another:  # such as a full disk; the first error is the reason
+                error.args = (f"{error}; and {another}",)
+            else:
+                error.args = (f"{error}; what was learned before is in {folder}",)
 
     def _check_gap(
         self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
@@ -535,6 +575,7 @@ class PPOTrainer:
                 write(evaluation, Path(self.config.out) / "eval", self.config)
             self.evaluator.keep_best(evaluation, self.save)
 
+    @ordinary_modes()
     def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
         """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
 
@@ -623,6 +664,7 @@ class PPOTrainer:
         if self.config.out is None:
             return
         out = Path(self.config.out)
+        checkpoint.check_folders(out)
         with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
             for name in ("best", "model"):
                 checkpoint.recover(out / name)
@@ -697,6 +739,10 @@ def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) 
         raise UserError(
             "all weights of the actor are frozen: call .requires_grad_(True) on it, or load adapters with"
             " PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    if any(p.is_inference() for p in actor.parameters()):
+        raise UserError(
+            "the actor was made under torch.inference_mode(), whose tensors cannot be trained: load it outside of it"
         )
     if getattr(actor, "is_quantized", False) and not is_adapted(actor):
         raise UserError("the actor's weights are quantised and cannot be trained: train adapters (lora_rank = 16)")

@@ -193,7 +193,7 @@ def test_ctrl_c_loses_the_step_that_is_under_way(folder, whole, name):
     assert f"stopped by {name} after {saved.name.replace('-', ' ')}; with --resume it goes on" in log
     assert not (folder / name / "model").exists()
     assert run(folder, name, "--resume", "--no-quiet") == 0
-    assert f"going on after {saved.name.replace('-', ' ')}, from " in (folder / f"{name}.log").read_text()
+    assert f"continuing after {saved.name.replace('-', ' ')}, from " in (folder / f"{name}.log").read_text()
     assert_same(folder / name, whole)
 
 
