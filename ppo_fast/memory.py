@@ -383,6 +383,9 @@ def _score(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
     return {"score": counted.reset_peak()}
 
 
+SAMPLING = ("prompts", "last token")  # the phases of sampling
+
+
 def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
     """All tokens of the prompts at once, and the last token of the answers, for which the cache is largest."""
     V = models.actor.get_input_embeddings().weight.shape[0]
@@ -494,7 +497,7 @@ def estimate(
     >>> from transformers import LlamaConfig
     >>> found = estimate(LlamaConfig(num_hidden_layers=16, hidden_size=256), PPOConfig(), prompt_tokens=100)
     >>> sorted(found.phases)
-    ['learn', 'sample', 'score', 'update']
+    ['backward', 'last token', 'loss', 'prompts', 'score', 'update']
     """
     if prompt_tokens < 1:
         raise UserError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
@@ -518,8 +521,8 @@ def estimate(
         phase = name.partition("/")[0]
         if sum(parts.values()) >= sum(whole.get(phase, {}).values()):
             whole[phase] = parts
-    if gathered:
-        whole["sample"]["gathered weights"] = gathered
+    for name in SAMPLING if gathered else ():
+        whole[name]["gathered weights"] = gathered
     return Estimate(whole)
 
 

@@ -167,6 +167,10 @@ class PPOTrainer:
         self._check_memory(actor, kept, critic, reference)
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
         check_separate(learning, _reward_models(self.rewards))
+        # one that is given may be any model, or a copy of the actor
+        self.reference_is_start = reference is None or self.world.find(
+            lambda: digest(reference) == digest(actor), of=nn.ModuleList([actor, reference])
+        )
         reach = self._reach(kept, eval_rows or [], actor, critic, reference)
         self.policy, self.reference = build_models(
             config,
@@ -179,7 +183,6 @@ class PPOTrainer:
             reach=reach,
         )
         self.notes += notes_on_unreached(self.policy.unreached)
-        self.reference_is_start = reference is None  # of the actor; one that is given may be any model
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
         if config.out is not None and self.world.first:

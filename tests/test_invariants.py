@@ -1,5 +1,6 @@
 """A run acts on a ratio, a KL and a sampler gap that are not what they must be."""
 
+import copy
 import json
 import warnings
 
@@ -139,6 +140,17 @@ def test_a_reference_that_is_not_the_start_ends_the_first_step():
     with torch.no_grad():
         trainer.reference.model.lm_head.weight.mul_(1.01)
     with pytest.raises(InvariantError, match="the reference starts as the actor, but a log-probability"):
+        trainer.step()
+
+
+def test_a_copy_of_the_actor_that_is_given_as_reference_is_checked_too():
+    actor = tiny_llama(258)
+    copied = copy.deepcopy(actor).requires_grad_(False)
+    trainer = PPOTrainer(trainer_of().config, actor, byte_tokenizer(), ROWS, distinct, reference=copied)
+    assert trainer.reference_is_start
+    with torch.no_grad():
+        trainer.reference.model.lm_head.weight.mul_(1.01)
+    with pytest.raises(InvariantError, match="the reference starts as the actor"):
         trainer.step()
 
 

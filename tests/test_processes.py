@@ -21,7 +21,7 @@ from tiny import byte_tokenizer, tiny_llama
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
-from ppo_fast import checkpoint, cli
+from ppo_fast import checkpoint, cli, interrupt
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import derived_seed
 from ppo_fast.errors import UserError
@@ -360,7 +360,10 @@ def test_a_process_beyond_the_time_limit_is_named_with_what_it_did_last(tmp_path
 
 
 @posix
-def test_a_signal_during_a_reward_is_no_change_of_handlers_by_the_reward_and_the_second_one_ends_it(recwarn):
+def test_a_signal_during_a_reward_is_no_change_of_handlers_by_the_reward_and_the_second_one_ends_it(
+    recwarn, monkeypatch
+):
+    monkeypatch.setattr(interrupt, "REPEATED", 0.0)
     said: list[str] = []
     with stop_requests(said.append) as request:
         with isolated("mine", 0, CPU):

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.reward import RewardModel
+from ppo_fast.run_state import random_state
 from ppo_fast.sample import Answers
 from ppo_fast.trainer import PPOTrainer
 
@@ -81,6 +82,7 @@ def trainer(
     rewards = vowels if rewards is None else rewards
     made = PPOTrainer(config(device, **options), actor, byte_tokenizer(), ROWS, rewards, **(given or {}))
     torch.manual_seed(7)  # all generators: a CPU's has made the critic before, that of a device has not
+    made.randoms = random_state(made.device)
     return made
 
 
