@@ -7,7 +7,7 @@ from tiny import byte_tokenizer, tiny_llama
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.learn import rate_of_step
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.trainer import PPOTrainer, notes_on_sampling
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello"}]
 
@@ -187,3 +187,4 @@ def test_truncated_sampling_is_reported():
     trainer = trainer_of(top_p=0.5, min_p=0.1)
     assert any("top_p = 0.5 and min_p = 0.1: answers are sampled from the likeliest tokens" in x for x in trainer.notes)
     assert not any("likeliest" in note for note in trainer_of().notes)
+    assert notes_on_sampling(PPOConfig(top_k=5), evaluated=True)[-1] == "held-out answers are sampled with top_k = 5, too"
