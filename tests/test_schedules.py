@@ -187,4 +187,6 @@ def test_truncated_sampling_is_reported():
     trainer = trainer_of(top_p=0.5, min_p=0.1)
     assert any("top_p = 0.5 and min_p = 0.1: answers are sampled from the likeliest tokens" in x for x in trainer.notes)
     assert not any("likeliest" in note for note in trainer_of().notes)
-    assert notes_on_sampling(PPOConfig(top_k=5), evaluated=True)[-1] == "held-out answers are sampled with top_k = 5, too"
+    assert (
+        notes_on_sampling(PPOConfig(top_k=5), evaluated=True)[-1] == "held-out answers are sampled with top_k = 5, too"
+    )
