@@ -219,6 +219,8 @@ def _let_segments_grow() -> None:
 def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
     """Reads what the options name, trains, and says where the results are; the exit status."""
     _let_segments_grow()
+    if arguments.allow_changes and not arguments.resume:
+        raise UserError("--allow-changes belongs to --resume: a run that starts has nothing to differ from")
     if arguments.resume and config.out is None:
         raise UserError("--resume needs --out, the folder of the run to go on with")
     if config.out is not None:  # a reward's module may change the working directory

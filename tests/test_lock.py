@@ -115,3 +115,15 @@ def test_checkpoints_and_best_of_an_abandoned_branch_are_removed(tmp_path):
     trainer.train(lambda t, m: t.steps_done == 2)
     assert sorted(x.name for x in folder.iterdir()) == ["step-1", "step-2"]
     assert not best.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--resume"], "--resume needs --out"),
+        (["--allow-changes", "--out", "o"], "--allow-changes belongs to --resume"),
+    ],
+)
+def test_options_of_a_continued_run_alone_are_rejected(given, message, capsys):
+    assert main(["train", "--model", "m", "--prompts", "p", "--reward", "r:f", *given]) == 1
+    assert message in capsys.readouterr().err
