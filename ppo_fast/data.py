@@ -239,7 +239,7 @@ def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after each text."""
-    for text in ("a", *list(tokenizer.get_vocab())[:16]):
+    for text in ("a", *list(getattr(tokenizer, "get_vocab", dict)())[:16]):
         try:
             bare, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
         except Exception:  # tokenizers raises a plain one for a text that the vocabulary does not cover
