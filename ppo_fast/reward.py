@@ -21,7 +21,6 @@ from ppo_fast.device import upload
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.models import check_embedding
 from ppo_fast.rewards.isolation import isolated
-from ppo_fast.rewards.pool import Pool
 from ppo_fast.rewards.spec import arguments_of, check_columns
 from ppo_fast.rollout import Rollout
 
@@ -58,16 +57,17 @@ def score(
 
     A number for a whole answer is at the answer's last token. The sums are clamped to +-config.score_clip, and then the
     penalty of an answer that did not end is subtracted. What is noted in `rollout.scores` is not clamped, and the means
-    are unweighted. `reward_failed/NAME` counts the answers that a Pool could not judge. Raises RewardError, which names
-    function and sample.
+    are unweighted. `reward_failed/NAME` counts the answers that a Pool, or an object with an integer `failed`, could
+    not judge. Raises RewardError, which names function and sample.
     """
     # the stream of all rewards: Python's generator is part of checkpoints, and sampling does not use it
     stream = random.getrandbits(64)
     results = {name: call(function, name, rollout, _seed(stream, name)) for name, function in functions.items()}
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     for name, function in functions.items():
-        if isinstance(function, Pool):
-            means[f"reward_failed/{name}"] = float(function.failed)
+        failed = getattr(function, "failed", None)  # of a Pool, or of an object that counts as it does
+        if type(failed) is int:
+            means[f"reward_failed/{name}"] = float(failed)
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
     weighted = [_weighted(values, (weights or {}).get(name, 1.0)) for name, values in results.items()]
     rollout.scores = [sum(_total(values[row]) for values in weighted) + x for row, x in enumerate(penalties)]

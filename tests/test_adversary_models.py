@@ -201,6 +201,17 @@ def test_attributes_of_a_reward_object_have_no_meaning_for_the_trainer():
     assert reward.seen == ["x"] * 4
 
 
+def test_an_integer_failed_counts_the_answers_without_a_judgement():
+    class Counts:
+        failed = 0
+
+        def __call__(self, prompts, completions):
+            self.failed = len(completions) - 1
+            return [0.0] * len(completions)
+
+    assert trainer_of({"judge": Counts()}).step()["reward_failed/judge"] == 3
+
+
 def test_a_timeout_that_is_no_exception_is_an_error_of_the_reward():
     # NVIDIA-NeMo/RL#465: math-verify's TimeoutException derives from BaseException
     class TimeoutException(BaseException):
