@@ -240,7 +240,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 def _advice(folder: Path) -> str:
     others = [other for other in _all(folder.parent) if other != folder]
-    return f"remove it to go on from {others[-1]}" if others else "there is no other: start anew with --overwrite"
+    return f"remove it to continue from {others[-1]}" if others else "there is no other: start anew with --overwrite"
 
 
 def _all(parent: Path) -> list[Path]:

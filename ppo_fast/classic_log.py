@@ -26,7 +26,7 @@ class Log:
         folder = Path(config.out)
         path = folder / "metrics.jsonl"
         if path.exists() and not config.resume:
-            raise UserError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+            raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another --out")
         with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
             rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []

@@ -306,7 +306,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     trainer.train()
     if trainer.stopped_by is not None:
         if trainer.world.first and not config.quiet:
-            print(f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; with --resume it goes on")
+            print(f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; --resume continues it")
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None or not trainer.world.first:
         return 0

@@ -194,7 +194,9 @@ class PPOConfig:
     out: str | None = setting(None, "folder for metrics, TensorBoard events, samples and the model")
     tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
     save_every: int = setting(
-        20, "write a checkpoint to OUT/checkpoints every n steps, to go on from with --resume; 0: only when stopped", 0
+        20,
+        "write a checkpoint to OUT/checkpoints every n steps, from which --resume continues; 0: only when stopped",
+        0,
     )
     keep_checkpoints: int = setting(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
     merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")

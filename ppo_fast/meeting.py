@@ -70,8 +70,8 @@ class Meeting:
     def lost(self) -> str:
         """Names the processes that no longer answer, after a collective operation failed; "" if all do.
 
-        Each process that the failure reached announces itself. One that does not within SILENCE seconds is gone, or
-        computes.
+        Each process in which the operation failed announces itself. A process that does not announce itself within
+        SILENCE seconds has ended, or still computes.
 
         Raises:
             UserError: a process has told that it failed.

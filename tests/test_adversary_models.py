@@ -313,7 +313,10 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
 
 @pytest.mark.parametrize("kind", ["time", "text"])
 def test_parquet_values_that_python_cannot_hold_are_reported_with_the_file(tmp_path, kind):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pyarrow", reason='pyarrow is not installed: pip install "ppo_fast[data]"')
+    import pyarrow as arrow
+    from pyarrow import parquet
+
     odd = arrow.array([1], arrow.timestamp("ns")) if kind == "time" else arrow.array([b"\xff"]).view(arrow.string())
     parquet.write_table(arrow.table({"prompt": ["a"], "odd": odd}), str(tmp_path / "p.parquet"))
     with pytest.raises(UserError, match=r"cannot read the prompts: .*p\.parquet"):
@@ -596,7 +599,7 @@ def test_long_prompts_are_left_out_without_a_warning_of_indexing_errors(caplog):
 
 
 def adapters() -> Any:
-    return pytest.importorskip("peft")
+    return pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
 
 
 def test_lora_targets_must_all_be_modules_of_the_actor():

@@ -381,7 +381,7 @@ def test_a_file_named_like_a_checkpoint_is_no_checkpoint(stopped):
 
 def test_an_unfinished_copy_of_a_checkpoint_gets_advice(stopped):
     (stopped / "checkpoints/step-9").mkdir()
-    with pytest.raises(UserError, match=r"step-9 is not a checkpoint.*; remove it to go on from .*step-2"):
+    with pytest.raises(UserError, match=r"step-9 is not a checkpoint.*; remove it to continue from .*step-2"):
         trainer_of(stopped).resume()
 
 
@@ -462,7 +462,7 @@ def test_a_file_system_that_does_not_sync_folders_gets_checkpoints(tmp_path, mon
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = pytest.importorskip("fcntl", reason="this system has no fcntl")
 
     def none(handle, operation):
         raise OSError(number, os.strerror(number))

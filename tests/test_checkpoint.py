@@ -190,7 +190,7 @@ def test_ctrl_c_loses_the_step_that_is_under_way(folder, whole, name):
     log = (folder / f"{name}.log").read_text()
     assert f"{name}: this step comes to its end, then the run is saved; once more to leave at once" in log
     (saved,) = (folder / name / "checkpoints").iterdir()
-    assert f"stopped by {name} after {saved.name.replace('-', ' ')}; with --resume it goes on" in log
+    assert f"stopped by {name} after {saved.name.replace('-', ' ')}; --resume continues it" in log
     assert not (folder / name / "model").exists()
     assert run(folder, name, "--resume", "--no-quiet") == 0
     assert f"continuing after {saved.name.replace('-', ' ')}, from " in (folder / f"{name}.log").read_text()

@@ -596,7 +596,7 @@ def test_sigterm_to_torchrun_saves_a_new_checkpoint_that_resume_continues(folder
     done = ended(process)
     assert done.returncode != 0
     steps = len(of_steps(folder / "out"))
-    assert f"stopped by SIGTERM after step {steps}; with --resume it goes on" in done.stdout
+    assert f"stopped by SIGTERM after step {steps}; --resume continues it" in done.stdout
     assert newest_named(str(folder / "out" / "checkpoints" / f"step-{steps}"), folder) == f"step-{steps}"
     assert "Traceback" not in done.stderr.split("torch/distributed/")[0]
 

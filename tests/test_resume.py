@@ -143,7 +143,7 @@ def test_a_damaged_newest_checkpoint_does_not_name_the_one_before(tmp_path):
     trainer_of(tmp_path / "run", save_every=1).train()
     newest = tmp_path / "run" / "checkpoints" / "step-4"
     (newest / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"remove it to go on from .*step-3"):
+    with pytest.raises(UserError, match=r"remove it to continue from .*step-3"):
         trainer_of(tmp_path / "run", save_every=1).resume()
     shutil.rmtree(newest)
     resumed = trainer_of(tmp_path / "run", save_every=1)
