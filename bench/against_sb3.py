@@ -38,6 +38,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from json_lines import processor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
 
@@ -330,12 +331,6 @@ def commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return done.stdout.strip()
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 def with_other_seeds(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

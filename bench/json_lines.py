@@ -52,6 +52,13 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def processor() -> str:
+    """The name of the processor, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
 class Writer:
     """Starts a record; counts the rows that failed and keeps a budget of time."""
 
@@ -63,7 +70,7 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         place = {
             "python_version": platform.python_version(),
-            "cpu": {"brand_raw": platform.processor() or platform.machine()},
+            "cpu": {"brand_raw": processor()},
             **machine(),
         }
         date = datetime.datetime.now(datetime.UTC).isoformat()

@@ -1,18 +1,15 @@
 """How far rounding takes the sampler's log-probabilities from the trainer's: one step of a model in a folder.
 
-    python bench/sampler_gap.py --model DIR --name NAME --write    # bench/results/sampler_gap/NAME.json
+    python bench/sampler_gap.py --model DIR --name NAME    # bench/results/sampler_gap/NAME.jsonl, in nats per token
 
 The bounds in ppo_fast/invariants.py are explained by these figures. DIR holds a model with a chat template.
 """
 
 import argparse
-import datetime
-import json
-import platform
+import functools
 from pathlib import Path
 
-import torch
-import transformers
+from json_lines import Writer
 from static import git
 
 from ppo_fast.config import PPOConfig
@@ -57,25 +54,13 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--answers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    found = {
-        dtype: gap(arguments.model, dtype, arguments.answers, arguments.tokens) for dtype in ("bfloat16", "float32")
-    }
-    print(json.dumps(found, indent=2))
-    if arguments.write:
-        record = {
-            "model": arguments.name,
-            "answers": arguments.answers,
-            "tokens": arguments.tokens,
-            "gap in nats per token": found,
-            "commit": git("rev-parse", "HEAD"),
-            "date": datetime.date.today().isoformat(),
-            "machine": platform.processor() or platform.machine(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
-        OUT.mkdir(parents=True, exist_ok=True)
-        (OUT / f"{arguments.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    size = (arguments.answers, arguments.tokens)
+    command = "python bench/sampler_gap.py --model DIR --name {} --answers {} --tokens {}".format(arguments.name, *size)
+    writer = Writer(OUT / f"{arguments.name}.jsonl", git("rev-parse", "HEAD"))
+    for dtype in ("bfloat16", "float32"):
+        about = {"command": command, "model": arguments.name, "answers": size[0], "tokens": size[1], "dtype": dtype}
+        writer.measure(about, functools.partial(gap, arguments.model, dtype, *size))
 
 
 if __name__ == "__main__":
