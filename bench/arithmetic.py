@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     writer = Writer(OUT / f"seed-{seed}.jsonl", git("rev-parse", "HEAD"))
-    writer.measure({"command": f"python bench/arithmetic.py --seed {seed}"}, lambda: summary(seed))
+    writer.add({"command": f"python bench/arithmetic.py --seed {seed}", **summary(seed)})
 
 
 if __name__ == "__main__":
