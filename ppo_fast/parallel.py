@@ -431,11 +431,11 @@ def on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     found = {}
     for name, x in tensors:
-        if not isinstance(x, DTensor):
-            whole: Tensor | None = x.cpu()
-        else:
+        if isinstance(x, DTensor):
             whole = _gathered(x)
-        if first and whole is not None:
+        else:
+            whole = x.cpu() if first else None
+        if whole is not None:
             found[name] = whole
     return found
 
