@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import json_lines
 import numpy as np
 import torch
-from json_lines import processor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
 
@@ -412,7 +412,7 @@ def main() -> None:
         new = {
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
-            "machine": {"processor": processor(), "threads": torch.get_num_threads()},
+            "machine": {"processor": json_lines.processor(), "threads": torch.get_num_threads()},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "hyperparameters": zoo,
             "own": own,

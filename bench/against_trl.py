@@ -19,7 +19,6 @@ import argparse
 import copy
 import datetime
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import json_lines
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -272,7 +272,7 @@ def main() -> None:
         record = {
             "date": datetime.date.today().isoformat(),
             "commit": commit,
-            "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {"processor": json_lines.processor(), "threads": torch.get_num_threads()},
             "versions": {name: version(name) for name in packages},
             "steps": options.steps,
             "runs": runs,

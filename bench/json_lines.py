@@ -6,14 +6,22 @@ a record of everything that it measured.
 
 import datetime
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.append(str(Path(__file__).parent.parent))  # for a checkout that is not installed
+
+from ppo_fast.threads import POLICY, wait_passively
+
+wait_passively()  # before torch is imported: every script of this folder that computes imports this module first
+
+import torch  # noqa: E402
 
 PACKAGES = (
     "torch",
@@ -35,7 +43,7 @@ PACKAGES = (
 
 def machine() -> dict[str, Any]:
     """Versions, threads and the GPU."""
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "versions": {}}
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), POLICY: os.environ.get(POLICY), "versions": {}}
     for package in PACKAGES:
         try:
             found["versions"][package] = version(package)

@@ -11,6 +11,7 @@ import datetime
 import json
 from pathlib import Path
 
+import json_lines  # noqa: F401  # before torch
 import torch
 import transformers
 from static import git

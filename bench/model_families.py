@@ -10,6 +10,7 @@ import datetime
 import sys
 from pathlib import Path
 
+import json_lines  # noqa: F401  # before torch
 import torch
 import transformers
 from static import git

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import json_lines  # noqa: F401  # before torch
 import measure
 import torch
 import torch.nn.attention.varlen

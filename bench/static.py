@@ -29,6 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import json_lines  # noqa: F401  # before torch
 import torch
 import triton
 from triton.backends.compiler import GPUTarget

@@ -1,20 +1,28 @@
-"""ppo_fast: a fast, correct core of PPO for language models and classic RL. `import ppo_fast as ppo`."""
+"""ppo_fast: a fast, correct core of PPO for language models and classic RL. `import ppo_fast as ppo`.
 
-from ppo_fast.ops import (
-    AdvantageOutput,
-    LinearLossOutput,
-    LossOutput,
-    gae,
-    linear_logprobs,
-    linear_ppo_loss,
-    masked_whiten,
-    policy_loss,
-    ppo_loss,
-    rlhf_advantages,
-    shape_rewards,
-    token_logprobs,
-    value_loss,
-)
+The operations, and torch with them, are imported at their first use: a command first sets what torch reads when it is
+imported (`ppo_fast/threads.py`), and reports wrong options at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_fast.ops import (
+        AdvantageOutput,
+        LinearLossOutput,
+        LossOutput,
+        gae,
+        linear_logprobs,
+        linear_ppo_loss,
+        masked_whiten,
+        policy_loss,
+        ppo_loss,
+        rlhf_advantages,
+        shape_rewards,
+        token_logprobs,
+        value_loss,
+    )
 
 __version__ = "0.1.0"
 
@@ -33,3 +41,15 @@ __all__ = [
     "token_logprobs",
     "value_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in {"ops", *__all__}:
+        raise AttributeError(f"module 'ppo_fast' has no attribute {name!r}")
+    ops = importlib.import_module("ppo_fast.ops")
+    globals().update({public: getattr(ops, public) for public in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yam
 from ppo_fast.errors import UserError
 from ppo_fast.launched import process_count, this_rank
 from ppo_fast.lock import absolute, locked
-from ppo_fast.rewards.spec import load_reward
+from ppo_fast.threads import wait_passively
 
 # What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
 RUN_OPTIONS: dict[str, Any] = {
@@ -260,6 +260,7 @@ def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -
 
 def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
     from ppo_fast.data import read_prompts
+    from ppo_fast.rewards.spec import load_reward
 
     rows, held_out = (
         None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
@@ -325,6 +326,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C,
     143 after SIGTERM."""
+    wait_passively()
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["classic"]:  # its options need Gymnasium, which nobody else should have to install
         return _classic(given[1:])
@@ -405,6 +407,8 @@ def _memory(arguments: argparse.Namespace) -> int:
     gib = arguments.gpu_gib
     if gib is not None and not 0 < gib < float("inf"):
         raise UserError(f"--gpu-gib must be a number above 0, got {gib}")
+    if config.dtype == "auto":  # which GPUs of compute capability 8.0 and newer compute in
+        config = dataclasses.replace(config, dtype="bfloat16")
     bytes_ = None if gib is None else round(gib * 2**30)
     print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))
     return 0

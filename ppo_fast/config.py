@@ -49,8 +49,9 @@ class PPOConfig:
     # Models
     dtype: str = setting(
         "float32",
-        "compute; weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights)",
-        choices=("float32", "bfloat16"),
+        "compute; weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights; auto: the faster one,"
+        " on a CPU by a measurement at the start)",
+        choices=("float32", "bfloat16", "auto"),
     )
     critic: str = setting(
         "own", "own: a backbone of its own; shared: a value head on the actor", choices=("own", "shared")
@@ -165,6 +166,7 @@ class PPOConfig:
 
     # Machine and output
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    threads: int = setting(0, "PyTorch's threads on the CPU, in each process; 0: as many as it chooses", 0)
     parallel: str = setting(
         "auto",
         "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",

@@ -4,7 +4,9 @@ Only this module asks PyTorch about a type of device; everything else asks it wi
 never about the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 
 from ppo_fast.errors import UserError
 from ppo_fast.ops import Backend, uses_triton
+
+SLOW = 2.0  # a run in bfloat16 is told of a cost from this on
+GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
 
 
 def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") -> torch.device:
@@ -72,9 +77,58 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; on a CPU always true, since PyTorch emulates it there."""
+    """Whether the device multiplies bfloat16 in hardware; on a CPU always true: PyTorch emulates it, and
+    `bfloat16_cost` measures how fast it is."""
     capability = compute_capability(device)
     return capability is None or capability >= (8, 0)
+
+
+@functools.cache
+def bfloat16_cost() -> float:
+    """How many times as long as in fp32 a small product of matrices takes in bfloat16 on this CPU; measured once.
+
+    0.2 on a processor with AMX, several hundred on one without any instructions for bfloat16.
+    """
+    cost = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = (torch.ones(n, 256, dtype=dtype, device="cpu") for n in (128, 256))
+        cost[dtype] = _shortest(lambda rows=rows, weight=weight: rows @ weight.T)
+    return cost[torch.bfloat16] / cost[torch.float32]
+
+
+def _shortest(call: Callable[[], object], budget: float = 0.05) -> float:
+    """The shortest time of a call in seconds, after a first one that does not count; several calls within `budget`."""
+    call()
+    times: list[float] = []
+    while not times or (sum(times) < budget and len(times) < 20):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
+    """The dtype that a run computes in where `dtype` is asked for, and a sentence about it; "" if there is none.
+
+    auto is bfloat16 on a GPU that multiplies it in hardware, and on a CPU that is faster in it than in fp32.
+
+    >>> choose_dtype("float32", torch.device("cpu"))
+    ('float32', '')
+    """
+    if dtype == "float32":
+        return dtype, ""
+    if device.type != "cpu":
+        chosen = "bfloat16" if dtype == "bfloat16" or has_bfloat16(device) else "float32"
+        return chosen, f"dtype = auto: {chosen} on {device}" if dtype == "auto" else ""
+    cost = bfloat16_cost()
+    chosen = "bfloat16" if dtype == "bfloat16" or cost <= GAIN else "float32"
+    measured = f"a small product takes {round(cost) if cost > 10 else f'{cost:.2g}'} times as long in bfloat16 as in"
+    measured += " float32 on this CPU"
+    if dtype == "auto":
+        return chosen, f"dtype = auto: {chosen} ({measured})"
+    if cost > SLOW:
+        return chosen, f"warning: dtype = bfloat16 is slow here ({measured}): use --dtype float32 or auto"
+    return chosen, f"dtype = bfloat16: {measured}"
 
 
 def total_memory(device: torch.device) -> int | None:

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 import ppo_fast as ppo
+from ppo_fast import device as devices
 from ppo_fast import flash
 from ppo_fast.kernels import reference
 from ppo_fast.kernels.linear_chunks import product_path
+from ppo_fast.threads import threads_note
 
 _PRODUCTS = {  # of the linear operations: see product_path
     "exact": "as it is",
@@ -297,7 +299,7 @@ def _attention(device: torch.device) -> dict[str, str]:
 
 def describe() -> dict[str, str]:
     """What this machine has, and what will run on it."""
-    facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {threads_note()}"}
     for package in PACKAGES:
         try:
             facts[package] = version(package)
@@ -313,6 +315,7 @@ def describe() -> dict[str, str]:
     else:
         facts["gpu"] = "none"
         facts["operations"] = "PyTorch on the CPU; gae by " + ("numba" if find_spec("numba") else "PyTorch (no numba)")
+        facts["bfloat16"] = f"a small product takes {devices.bfloat16_cost():.2g} times as long as in float32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = {dtype: product_path(device, dtype) for dtype in (torch.bfloat16, torch.float16)}
     facts["products"] = ", ".join(f"{str(dtype)[6:]} {_PRODUCTS[path]}" for dtype, path in paths.items())

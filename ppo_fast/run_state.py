@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
 FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
 FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
-FREE |= {"process_timeout", "gather_for_sampling"}
+FREE |= {"process_timeout", "gather_for_sampling", "threads"}
 # What each checkpoint has: in state.json, and as files
 PARTS = {"step", "run", "made_with", "kl_coef", "dealt", "random"}
 FILES = {"weights", "optimizers", "random"}

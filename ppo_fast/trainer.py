@@ -18,7 +18,7 @@ from ppo_fast.adapters import AdapterReference, check_adapters, has_trained_adap
 from ppo_fast.config import PPOConfig
 from ppo_fast.controllers import EntropyController, KLController
 from ppo_fast.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
-from ppo_fast.device import derived_seed, has_weights, ordinary_modes, synchronize, total_memory
+from ppo_fast.device import choose_dtype, derived_seed, has_weights, ordinary_modes, synchronize, total_memory
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
@@ -78,6 +78,7 @@ from ppo_fast.run_state import (
     restore_random,
 )
 from ppo_fast.sample import GenerateSampler, Sampler, drop_long_prompts, respond
+from ppo_fast.threads import set_threads, threads_note
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same place, or none
 
@@ -126,10 +127,13 @@ class PPOTrainer:
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
             config = dataclasses.replace(config, out=str(absolute(config.out)))
-        self.config = config
+        set_threads(config.threads)
         if config.tf32:
             torch.set_float32_matmul_precision("high")
         self.world = start(config)
+        dtype, note = self.world.first_says(lambda: choose_dtype(config.dtype, self.world.device))
+        config = dataclasses.replace(config, dtype=dtype)
+        self.config = config
         self.rewards = named_rewards(rewards)
         self.reward_weights = check_weights(reward_weights, self.rewards)
         if self.world.size > 1:
@@ -142,7 +146,7 @@ class PPOTrainer:
                 "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
                 " do without"
             )
-        self.notes: list[str] = []  # to be said at the start
+        self.notes: list[str] = [note] if note else []  # to be said at the start
         self.start_digest, self.tokenizer_digest, self.reward_digests = "", "", {}
         if config.out is not None:  # a checkpoint knows what it began with
             self.start_digest = self.world.find(lambda: digest(actor), of=actor)
@@ -607,7 +611,7 @@ class PPOTrainer:
         if not self.world.first:
             config = dataclasses.replace(config, quiet=True, out=None)
         progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
-        for note in self.notes:
+        for note in (f"{self.device}: {threads_note()}", *self.notes):
             progress.say(note)
         return progress
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from ppo_fast.threads import wait_passively
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+wait_passively()
 
-import torch
+import torch  # noqa: E402
 
 EMULATED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if EMULATED:

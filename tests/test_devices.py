@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,7 +192,7 @@ def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypat
         rank_one.append(f"load {spec}")
         raise UserError("enough")
 
-    monkeypatch.setattr(cli, "load_reward", load)
+    monkeypatch.setattr("ppo_fast.rewards.spec.load_reward", load)
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
     run = {**cli.RUN_OPTIONS, "model": "m", "prompts": str(tmp_path / "p.jsonl"), "reward": ["x:y"]}
     with pytest.raises(UserError, match="enough"):
@@ -283,3 +284,55 @@ def test_the_first_step_compiles_no_kernel_after_the_warm_up(emulator):
     made.step()
     assert warm
     assert not {str(launch) for launch in emulator.launches - before} - {str(launch) for launch in warm}
+
+
+def test_the_cost_of_bfloat16_is_measured_once_and_short():
+    devices.bfloat16_cost.cache_clear()
+    start = time.perf_counter()
+    cost = devices.bfloat16_cost()
+    assert 0.01 < cost < 10_000
+    assert devices.bfloat16_cost() == cost
+    assert time.perf_counter() - start < 5  # also where bfloat16 is several hundred times slower
+
+
+@pytest.mark.parametrize(
+    ("asked", "cost", "chosen", "note"),
+    [
+        ("float32", 376.0, "float32", ""),
+        ("auto", 376.0, "float32", "dtype = auto: float32 (a small product takes 376 times as long"),
+        ("auto", 0.2, "bfloat16", "dtype = auto: bfloat16 (a small product takes 0.2 times as long"),
+        ("auto", 0.9, "float32", "dtype = auto: float32"),  # autocast costs more than this gains
+        ("bfloat16", 0.2, "bfloat16", "dtype = bfloat16: a small product takes 0.2 times as long in bfloat16"),
+        ("bfloat16", 376.0, "bfloat16", "warning: dtype = bfloat16 is slow here"),
+    ],
+)
+def test_a_cpu_takes_the_faster_dtype_and_tells_of_a_slow_one(
+    monkeypatch: pytest.MonkeyPatch, asked: str, cost: float, chosen: str, note: str
+):
+    monkeypatch.setattr(devices, "bfloat16_cost", lambda: cost)
+    found, said = devices.choose_dtype(asked, torch.device("cpu"))
+    assert found == chosen
+    assert said.startswith(note)
+    assert bool(said) == bool(note)
+
+
+def test_a_run_computes_in_the_dtype_that_auto_chose_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(devices, "bfloat16_cost", lambda: 0.2)
+    made = trainer(dtype="auto", out=str(tmp_path), quiet=False, total_steps=1, tensorboard=False)
+    assert made.config.dtype == made.policy.config.dtype == "bfloat16"
+    made.train()
+    assert "dtype: bfloat16\n" in (tmp_path / "config.yaml").read_text()
+    assert capsys.readouterr().out.splitlines()[0].startswith(f"cpu: {torch.get_num_threads()} thread")
+    assert any(note.startswith("dtype = auto: bfloat16") for note in made.notes)
+
+
+def test_threads_of_a_run_are_set_and_told(capsys: pytest.CaptureFixture[str]):
+    before = torch.get_num_threads()
+    try:
+        trainer(threads=3, quiet=False, total_steps=1).train()
+        assert torch.get_num_threads() == 3
+        assert capsys.readouterr().out.startswith("cpu: 3 threads")
+    finally:
+        torch.set_num_threads(before)

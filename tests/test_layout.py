@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ppo_fast"
 
 # A file may import from its own level and from those before it.
 LEVELS = [
-    {"errors"},
+    {"errors", "threads"},
     {"kernels"},
     {"checks", "config"},
     {"ops"},
