@@ -204,7 +204,7 @@ def page(record: Path) -> str:
         "",
         "Milliseconds of a call (median over rounds of the mean of a process), by `python bench/wait_policy.py OUT`."
         " Before: OpenMP's default wait policy. After: `OMP_WAIT_POLICY=PASSIVE`. Quiet: nothing else runs. Busy:"
-        " beside one process that computes without a pause. Copies: two processes of the workload at once; trio: three.",
+        " beside one process that computes without a pause. Copies: two processes of it at once; trio: three.",
         "",
         f"{machine['cpu']['brand_raw']}, {os.cpu_count()} cores, torch {machine['versions']['torch']}, commit"
         f" {header['commit_info']['id'][:7]}, {header['datetime'][:10]}, raw figures in wait_policy.jsonl.",
