@@ -141,7 +141,7 @@ def test_gae(compare, monkeypatch, device, backend, provider: str, rows: int, T:
             pytest.skip("numba is for a CPU")
         from ppo_fast.kernels import eager_gae
 
-        monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: False)
+        monkeypatch.setattr(eager_gae, "numba_works", lambda: False)
         run = partial(ppo.gae, r, v, **ours, backend="torch")
     else:
         run = rival(provider, device, r, v, done)

@@ -2,15 +2,14 @@
 
 Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t (see eager_advantages.py). The kernels
 are C callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
-fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. Compiling takes about half a
-second, once per machine: the machine code is cached on disk where a cache directory can be written. The caller makes
-sure that every tensor may be read by address (memory.addressable).
+fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. The caller makes sure that
+every tensor may be read by address (memory.addressable).
 
 Bytes: every input is read once and both outputs are written once.
 """
 
 import _thread
-import ctypes
+import functools
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,8 @@ import numba
 import torch
 from numba import types
 from torch import Tensor
+
+from ppo_fast.kernels.numba_loops import c_function
 
 # Bits of `options`: which of the optional tensors are there.
 _MASK, _TERMINATED, _TRUNCATED, _BOOTSTRAP, _GAMMAS, _LAMS, _PACKED = (1 << bit for bit in range(7))
@@ -342,17 +343,14 @@ def _compiled(columns: bool, double: bool) -> tuple[Callable[..., None], Any]:
     real = types.float64 if double else types.float32
     floats, flags = types.CPointer(real), types.CPointer(types.uint8)
     pointers = (floats, floats, flags, flags, flags, *[floats] * 6, types.CPointer(types.int64), floats, floats)
-    signature = types.void(*pointers, real, real, *[types.int64] * 18)
-    body = _scan_columns if columns else _scan_rows
     # "contract" only fuses a multiply with an add: NaN and infinity keep their meaning.
-    options = {"nopython": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        code = numba.cfunc(signature, cache=True, **options)(body)
-    except (RuntimeError, OSError):  # no directory that numba could write its cache to
-        code = numba.cfunc(signature, **options)(body)
-    c_real = ctypes.c_double if double else ctypes.c_float
-    c_types = [ctypes.c_void_p] * len(pointers) + [c_real] * 2 + [ctypes.c_int64] * 18
-    return ctypes.CFUNCTYPE(None, *c_types)(code.address), code
+    return c_function(
+        _scan_columns if columns else _scan_rows, [*pointers, real, real, *[types.int64] * 18], {"contract"}
+    )
+
+
+# What `ppo-fast compile` compiles
+ALL = [functools.partial(_compiled, columns, double) for columns in (False, True) for double in (False, True)]
 
 
 def shares(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thread: int = 0) -> list[int]:

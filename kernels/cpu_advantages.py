@@ -10,7 +10,7 @@ three times, the second time from a cache.
 import ctypes
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numba
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.cpu import in_threads, shares
 from ppo_fast.kernels.memory import addressable
+from ppo_fast.kernels.numba_loops import c_function
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
@@ -200,13 +201,10 @@ def _compiled(name: str) -> tuple[Callable[..., None], Any]:
     """The C function, and the numba object that keeps its machine code alive."""
     body, arguments = _SIGNATURES[name]
     fastmath = _ANY_ORDER if name == "moments" else {"contract"}
-    options = {"nopython": True, "error_model": "numpy", "fastmath": fastmath}
-    try:
-        code = numba.cfunc(types.void(*arguments), cache=True, **options)(body)
-    except (RuntimeError, OSError):  # no directory that numba could write its cache to
-        code = numba.cfunc(types.void(*arguments), **options)(body)
-    c_types = {types.float32: ctypes.c_float, types.float64: ctypes.c_double, types.int64: ctypes.c_int64}
-    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code
+    return c_function(body, arguments, fastmath)
+
+
+ALL = [partial(_compiled, name) for name in _SIGNATURES]  # what `ppo-fast compile` compiles
 
 
 def takes(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ C callback, as those of cpu.py. Packed sequences and a mask of the value loss al
 Bytes: every input is read once, the mask twice or three times, and every gradient is written once.
 """
 
-import ctypes
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors
 from ppo_fast.kernels.memory import addressable
+from ppo_fast.kernels.numba_loops import c_function
 
 _KINDS = ("k1", "k2", "k3", "abs")
 _POLICY, _VALUE, _MASK, _ENTROPY, _VALUE_CLIP = (1 << bit for bit in range(5))
@@ -203,14 +203,10 @@ def _loop(
 def _compiled() -> tuple[Callable[..., None], Any]:
     """The C function, and the numba object that keeps its machine code alive."""
     pointers = (*[types.CPointer(types.float32)] * 14, types.CPointer(types.uint8))
-    signature = types.void(*pointers, *[types.float32] * 8, *[types.float64] * 2, *[types.int64] * 4)
-    options = {"nopython": True, "error_model": "numpy"}
-    try:
-        code = numba.cfunc(signature, cache=True, **options)(_loop)
-    except (RuntimeError, OSError):  # no directory that numba could write its cache to
-        code = numba.cfunc(signature, **options)(_loop)
-    c_types = [ctypes.c_void_p] * 15 + [ctypes.c_float] * 8 + [ctypes.c_double] * 2 + [ctypes.c_int64] * 4
-    return ctypes.CFUNCTYPE(None, *c_types)(code.address), code
+    return c_function(_loop, [*pointers, *[types.float32] * 8, *[types.float64] * 2, *[types.int64] * 4])
+
+
+ALL = [_compiled]  # what `ppo-fast compile` compiles
 
 
 def takes(

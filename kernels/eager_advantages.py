@@ -4,16 +4,15 @@ The same numbers as reference.py in fewer passes over the data. Nothing here car
 returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu_advantages.py).
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast.kernels.eager_gae import float_dtype, gae
+from ppo_fast.kernels.numba_loops import numba_works
 
 __all__ = ["gae", "masked_whiten", "merge_over_group", "rlhf_advantages", "shape_rewards"]
 
@@ -21,13 +20,8 @@ _LOG_RATIO_CLAMP = 20.0  # as in reference.kl_estimate
 _STATISTICS = ("score_mean", "reward_mean", "kl_mean", "return_mean", "advantage_mean", "advantage_std")
 
 
-@cache
-def _numba_is_there() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
 def _compiled_loops_take(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not _numba_is_there():
+    if torch.compiler.is_compiling() or not numba_works():
         return False
     from ppo_fast.kernels import cpu_advantages
 

@@ -13,23 +13,16 @@ Elsewhere the affine maps are scanned in chunks: all chunks side by side, then t
 Advantages and returns carry no graph: they are data.
 """
 
-import importlib.util
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ppo_fast.kernels.gae_op import public_function
 from ppo_fast.kernels.memory import addressable, readable
+from ppo_fast.kernels.numba_loops import numba_works
 
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
 _BLOCK = 1 << 18  # steps whose intermediate results fit in a core's cache, and in memory that malloc hands out again
-
-
-@lru_cache(maxsize=1)
-def _numba_is_there() -> bool:
-    return importlib.util.find_spec("numba") is not None
 
 
 def float_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -239,7 +232,7 @@ def _gae(
     options = mask, terminated, truncated, bootstrap, final_values, cu_seqlens
     rest = gamma, lam, *options, 0 if time_major else 1
     by_row = [x for x in (gamma, lam) if isinstance(x, Tensor)]
-    if _numba_is_there() and addressable(rewards, values, *options, *by_row):
+    if numba_works() and addressable(rewards, values, *options, *by_row):
         from ppo_fast.kernels import cpu
 
         cpu.gae(rewards, values, advantages, returns, *rest)

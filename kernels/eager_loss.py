@@ -7,15 +7,15 @@ than the inputs. Gradients flow to logprobs, values and entropy; every other ten
 Notation: the surrogate is maximised here (objective = -term), which saves a negation and changes no bit.
 """
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppo_fast.kernels.loss_op import LossOptions, LossTensors, public_functions, refuse_double_backward, stat_names
+from ppo_fast.kernels.numba_loops import numba_works
 
 
 class _Scale(NamedTuple):
@@ -311,17 +311,12 @@ class _SmallLoss(torch.autograd.Function):
         return *(None if x is None else x * grad_loss for x in ctx.gradients), None, None, None
 
 
-@cache
-def _numba_is_there() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
 def _is_small(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
 ) -> bool:
     """Whether one compiled loop can do it."""
     first = values if logprobs is None else logprobs
-    if first is None or not first.is_cpu or torch.compiler.is_compiling() or not _numba_is_there():
+    if first is None or not first.is_cpu or torch.compiler.is_compiling() or not numba_works():
         return False
     from ppo_fast.kernels import cpu_loss
 

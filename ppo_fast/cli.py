@@ -132,6 +132,9 @@ def build_parser() -> tuple[_Parser, _Parser]:
     )
     for option in dataclasses.fields(PPOConfig):
         add_option(train, option)
+    commands.add_parser(
+        "compile", help="compile the loops of numba ahead of time, before many processes start together"
+    )
     commands.add_parser("classic", help="train on a Gymnasium environment: ppo-fast classic --help", add_help=False)
     label = commands.add_parser("label", help="choose the better of two answers, to train a reward model on")
     label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
@@ -338,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ppo_fast import doctor
 
         return doctor.main(as_json=arguments.json, report=arguments.report)
-    others = {"label": _label, "recipe": _recipe, "memory": _memory}
+    others = {"label": _label, "recipe": _recipe, "memory": _memory, "compile": _compile}
     if arguments.command in others:
         try:
             return others[arguments.command](arguments)
@@ -411,6 +414,13 @@ def _memory(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(config, dtype="bfloat16")
     bytes_ = None if gib is None else round(gib * 2**30)
     print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))
+    return 0
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from ppo_fast import doctor
+
+    doctor.compile_loops()
     return 0
 
 

@@ -23,8 +23,10 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast import device as devices
 from ppo_fast import flash
+from ppo_fast.errors import UserError
 from ppo_fast.kernels import reference
 from ppo_fast.kernels.linear_chunks import product_path
+from ppo_fast.kernels.numba_loops import numba_works
 from ppo_fast.threads import threads_note
 
 _PRODUCTS = {  # of the linear operations: see product_path
@@ -314,7 +316,7 @@ def describe() -> dict[str, str]:
         facts["operations"] = "Triton kernels for CUDA tensors" if find_spec("triton") else "PyTorch (no triton)"
     else:
         facts["gpu"] = "none"
-        facts["operations"] = "PyTorch on the CPU; gae by " + ("numba" if find_spec("numba") else "PyTorch (no numba)")
+        facts["operations"] = "PyTorch on the CPU; gae by " + ("numba" if numba_works() else "PyTorch (no numba)")
         facts["bfloat16"] = f"a small product takes {devices.bfloat16_cost():.2g} times as long as in float32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = {dtype: product_path(device, dtype) for dtype in (torch.bfloat16, torch.float16)}
@@ -345,6 +347,26 @@ def _print_kernels(kernels: list[Kernel]) -> None:
     print(f"\n{'kernel':32} {'warps':>5} {'SHA-256 of binary':18} and of its PTX")
     for kernel in kernels:
         print(f"{kernel.name:32} {kernel.num_warps:5} {kernel.binary[:16]:18} {kernel.ptx[:16]}")
+
+
+def compile_loops() -> None:
+    """Compiles the loops of numba, which keeps them on disk, and prints where.
+
+    Raises:
+        UserError: numba is not installed or does not work, or finds no folder for its cache.
+    """
+    if not numba_works():
+        raise UserError('there is nothing to compile without numba: pip install "ppo_fast[cpu]"')
+    from ppo_fast.kernels import cpu, cpu_advantages, cpu_loss
+
+    start, loops = time.perf_counter(), [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
+    for number, loop in enumerate(loops, 1):
+        _, code = loop()
+        print(f"loop {number} of {len(loops)}: {(code.cache_hits and 'cached') or 'compiled'}", flush=True)
+    folder = getattr(code._cache, "cache_path", None)
+    if folder is None:
+        raise UserError("numba found no folder for its cache: set NUMBA_CACHE_DIR to a folder that can be written")
+    print(f"{len(loops)} loops in {time.perf_counter() - start:.1f} s are in {folder}")
 
 
 def main(*, as_json: bool, report: bool = False) -> int:

@@ -25,7 +25,7 @@ Inputs = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The yardstick is PyTorch's operations in fp32; numba's loops, which sum in fp64, would be a stricter one."""
-    monkeypatch.setattr(eager_advantages, "_numba_is_there", lambda: False)
+    monkeypatch.setattr(eager_advantages, "numba_works", lambda: False)
 
 
 def make(B: int, T: int, *, dtype: torch.dtype = torch.float32, slack: bool = False, per_token: bool = False) -> Inputs:

@@ -25,7 +25,7 @@ def make(B: int, T: int) -> dict[str, Tensor]:
 def by_torch(monkeypatch, function, *args, **options):
     """The same call without the loops."""
     with monkeypatch.context() as patch:
-        patch.setattr(eager_advantages, "_numba_is_there", lambda: False)
+        patch.setattr(eager_advantages, "numba_works", lambda: False)
         return function(*args, **options)
 
 

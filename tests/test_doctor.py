@@ -1,7 +1,10 @@
 """The doctor: right on a healthy machine, an error on a broken operation."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import flash_attn_stand_in as stand_in
@@ -149,3 +152,28 @@ def test_doctor_reports_flash_attn_that_cannot_be_imported(tmp_path):
         fact = doctor.describe()["attention bfloat16"]
     assert fact.startswith("torch.nn.attention.varlen of PyTorch")
     assert "flash-attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in fact
+
+
+def test_loops_are_compiled_ahead_of_time_and_found_by_later_processes(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("numba", reason="numba is not installed")
+    from ppo_fast.kernels import cpu, cpu_advantages, cpu_loss
+
+    assert main(["compile"]) == 0
+    *loops, last = capsys.readouterr().out.splitlines()
+    assert len(loops) == len([*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]) == 10
+    assert last.startswith("10 loops in ")
+    folder = Path(last.partition(" are in ")[2])
+    assert {x.name.split(".")[0] for x in folder.glob("*.nbc")} >= {"cpu", "cpu_loss", "cpu_advantages"}
+    later = "from ppo_fast.kernels import cpu; print([loop()[1].cache_hits for loop in cpu.ALL])"
+    done = subprocess.run([sys.executable, "-c", later], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1, 1, 1, 1]"
+
+
+def test_compile_without_numba_is_an_error_that_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(doctor, "numba_works", lambda: False)
+    assert main(["compile"]) == 1
+    assert capsys.readouterr().err == (
+        'ppo-fast: error: there is nothing to compile without numba: pip install "ppo_fast[cpu]"\n'
+    )

@@ -1,6 +1,8 @@
 """gae of every backend against the reference in fp64: layouts, flags, hostile values, and what must not recompile."""
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -35,7 +37,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         return gae.gae
     if request.param == "numba":
         pytest.importorskip("numba", reason="numba is not installed")
-    monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: request.param == "numba")
+    monkeypatch.setattr(eager_gae, "numba_works", lambda: request.param == "numba")
     return eager_gae.gae
 
 
@@ -184,7 +186,7 @@ def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
     """65536 steps take milliseconds; a loop over them would take seconds."""
     import time
 
-    monkeypatch.setattr(eager_gae, "_numba_is_there", lambda: False)
+    monkeypatch.setattr(eager_gae, "numba_works", lambda: False)
     options = everything((2, 65536), 2)
     start = time.perf_counter()
     result = eager_gae.gae(**options, gamma=0.999, lam=0.99)
@@ -325,3 +327,31 @@ def test_an_error_in_a_helping_thread_is_swallowed():
             cpu.in_threads(work, 4, 2)
     finally:
         torch.set_num_threads(before)
+
+
+BROKEN_NUMBA = """
+import sys, warnings
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba.core":
+            raise ImportError("Numba needs NumPy 2.2 or less. Got NumPy 9.9.")
+sys.meta_path.insert(0, Broken())
+import torch, ppo_fast as ppo
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    advantages, _ = ppo.gae(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), gamma=0.5, lam=1.0)
+    x = torch.zeros(3, requires_grad=True)
+    ppo.ppo_loss(x, x, x.detach(), x.detach(), torch.ones(3), torch.ones(3)).loss.backward()
+    ppo.masked_whiten(torch.arange(4.0))
+print(advantages.tolist(), [str(w.message) for w in told if "numba" in str(w.message)])
+"""
+
+
+def test_a_numba_that_cannot_be_imported_is_told_once_and_pytorch_computes():
+    pytest.importorskip("numba", reason="numba is not installed")
+    done = subprocess.run([sys.executable, "-c", BROKEN_NUMBA], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "[[2.0, 2.0]] ['numba is installed but cannot be imported (Numba needs NumPy 2.2 or less. Got NumPy 9.9.): the"
+        " operations on the CPU use PyTorch alone, which is slower']"
+    )

@@ -1,0 +1,55 @@
+"""numba, where it is installed and works, and the C functions that it makes of loops.
+
+numba keeps the machine code of a loop on disk: beside this file, in a folder of the user where that cannot be written,
+or in NUMBA_CACHE_DIR. Compiling a loop takes a second or two, once for each machine and version; many processes that
+start together on a new machine each do so. `ppo-fast compile` does it ahead of time.
+"""
+
+import ctypes
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+
+@cache
+def numba_works() -> bool:
+    """Whether numba can be imported; a warning says why an installed one cannot, such as for a newer NumPy."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("numba")
+    except Exception as error:  # ImportError, or what its libraries raise
+        reason = " ".join(str(error).split())
+        warnings.warn(
+            f"numba is installed but cannot be imported ({reason}): the operations on the CPU use PyTorch alone, which"
+            " is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def c_function(
+    body: Callable[..., None], arguments: Sequence[Any], fastmath: set[str] | None = None
+) -> tuple[Callable[..., None], Any]:
+    """The loop `body` as a C function, and the numba object that keeps its machine code alive.
+
+    Args:
+        body: a function without a result that numba can compile, and that does not raise.
+        arguments: numba's types of its arguments. Pointers are passed as addresses.
+        fastmath: LLVM's flags.
+    """
+    import numba
+    from numba import types
+
+    options = {"nopython": True, "error_model": "numpy", "fastmath": fastmath or False}
+    signature = types.void(*arguments)
+    try:
+        code = numba.cfunc(signature, cache=True, **options)(body)
+    except (RuntimeError, OSError):  # no folder that numba could write its cache to
+        code = numba.cfunc(signature, **options)(body)
+    c_types = {types.float32: ctypes.c_float, types.float64: ctypes.c_double, types.int64: ctypes.c_int64}
+    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code
