@@ -359,7 +359,8 @@ def compile_loops() -> None:
         raise UserError('there is nothing to compile without numba: pip install "ppo_fast[cpu]"')
     from ppo_fast.kernels import cpu, cpu_advantages, cpu_loss
 
-    start, loops = time.perf_counter(), [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
+    loops: list[Callable[[], tuple[Callable[..., None], Any]]] = [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
+    start = time.perf_counter()
     for number, loop in enumerate(loops, 1):
         _, code = loop()
         print(f"loop {number} of {len(loops)}: {(code.cache_hits and 'cached') or 'compiled'}", flush=True)
