@@ -4,14 +4,19 @@ A prompt is a text, or a chat: a list of messages {"role": ..., "content": ...},
 template. Reward functions get it as it stands in the data.
 """
 
+import codecs
+import gzip
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ppo_fast.config import nearest
 from ppo_fast.errors import UserError
 
 Prompt = str | list[dict[str, Any]]
@@ -24,8 +29,9 @@ def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool =
     """Rows of a file or folder in its own order, each a dict whose "prompt" is `prompt_field`; all others are kept.
 
     Args:
-        path: a JSON Lines file; a Parquet file (.parquet), or a folder of them, read by name; or a folder that the
-            `save_to_disk` of Hugging Face's datasets wrote. Parquet needs pyarrow, the other folder datasets.
+        path: a file of JSON Lines, or of a JSON array of objects, perhaps gzipped; a Parquet file, or a folder of
+            .parquet files, read by name; or a folder that the `save_to_disk` of Hugging Face's datasets wrote. Parquet
+            needs pyarrow, the other folder datasets.
         prompt_field: the column with the prompt, a text or a list of messages.
         chat: texts become a chat of one message by the user.
 
@@ -33,12 +39,15 @@ def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool =
         UserError: it cannot be read, has no rows, or a row has no usable prompt; the message names file and row.
     """
     path = Path(path)
-    if path.is_dir():
-        rows = _read_folder(path, prompt_field)
-    elif path.suffix == ".parquet" and path.exists():
-        rows = _read_parquet([path], prompt_field)
-    else:
-        rows = read_jsonl(path, prompt_field)
+    try:
+        if path.is_dir():
+            rows = _read_folder(path, prompt_field)
+        elif _is_parquet(path):
+            rows = _read_parquet([path], prompt_field)
+        else:
+            rows = read_jsonl(path, prompt_field)
+    except OSError as error:
+        raise UserError(f"cannot read the prompts: {path}: {error.strerror or error}") from error
     if chat:
         for row in rows:
             if isinstance(row["prompt"], str):
@@ -46,26 +55,96 @@ def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool =
     return rows
 
 
+def _is_parquet(path: Path) -> bool:
+    """By its name, or by its first bytes."""
+    with path.open("rb") as file:
+        return path.suffix == ".parquet" or file.read(4) == b"PAR1"
+
+
 def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file, each a dict whose "prompt" is that of `prompt_field`; all other fields are kept.
+    """Rows of a JSON file, each a dict whose "prompt" is that of `prompt_field`; all other fields are kept.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8, or a line is malformed, lacks the field, or has no usable
+        UserError: the file is missing, empty or no text, or a row is malformed, lacks the field, or has no usable
             prompt; the message names file and line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
-    except OSError as error:
-        raise UserError(f"cannot read the prompts: {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the prompts: {path} is not UTF-8 text (byte {error.start})") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_parse(line, f"{path}, line {number}", prompt_field))
+    rows = [_row(row, where, prompt_field) for where, row in json_rows(path, "prompts")]
     if not rows:
         raise UserError(f"{path} has no prompts: it is empty")
     return rows
+
+
+PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with the mark that Windows puts first; unpacked, if it is gzipped.
+
+    Args:
+        path: the file.
+        what: what it holds, for messages, such as "prompts".
+
+    Raises:
+        UserError: it cannot be read, or is no such text.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the {what}: {path}: {error.strerror or error}") from error
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read the {what}: {path} is a damaged gzip file: {error}") from error
+    for magic, name in PACKED.items():
+        if data.startswith(magic):
+            raise UserError(f"cannot read the {what}: {path} is a {name} file: unpack it, or use gzip")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        name = "UTF-16" if wide else "UTF-8"
+        raise UserError(
+            f"cannot read the {what}: {path} is not {name} text (byte {error.start}): save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"cannot read the {what}: {path} has a zero byte: it is no text, or UTF-16; save it as UTF-8")
+    return text
+
+
+def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON Lines file, or of a file with one JSON array, each with its place for messages.
+
+    Raises:
+        UserError: the file cannot be read, or something in it is no JSON object; the message names the line.
+    """
+    text = read_text(path, what)
+    if text.lstrip().startswith("["):
+        found = _parse(text, str(path), what)
+        places: Iterable[tuple[str, Any]] = (
+            (f"{path}, row {number}", row) for number, row in enumerate(found, start=1)
+        )
+    else:
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
+        lines = [(where, line) for where, line in lines if line.strip()]
+        if lines:
+            _check_first_line(lines[0][1], text, path, what)
+        places = ((where, _parse(line, where, what)) for where, line in lines)
+    for where, row in places:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield where, row
+
+
+def _check_first_line(line: str, text: str, path: str | Path, what: str) -> None:
+    """Rejects a table, another kind of text, and one object over many lines, by the first line."""
+    needed = "give one JSON object a line, or a JSON array of objects"
+    if not line.lstrip().startswith("{"):
+        convert = "; pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True) converts a CSV file"
+        table = convert if "," in line or "\t" in line else ""
+        raise UserError(f"cannot read the {what}: {path} is not JSON, its first line is {line!r:.60}: {needed}{table}")
+    if line.strip() == "{":
+        raise UserError(f"cannot read the {what}: {path} has one JSON object over several lines: {needed}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,25 +156,33 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse(line: str, where: str, prompt_field: str) -> dict[str, Any]:
+def _parse(text: str, where: str, what: str) -> Any:
     try:
-        row = json.loads(line, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: malformed JSON: {error.msg} (column {error.colno})") from error
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise UserError(f"{where}: malformed JSON: {error.msg} ({place})") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or brackets in brackets
         raise UserError(f"{where}: JSON that Python cannot read: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    return _row(row, where, prompt_field)
 
 
-def _row(row: dict[str, Any], where: str, prompt_field: str) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], where: str, prompt_field: str) -> dict[str, Any]:
+    """A checked row whose "prompt" is that of `prompt_field`."""
+    for name in row:
+        if not isinstance(name, str):
+            raise UserError(f"{where}: the field {name!r} must have a text as its name")
     if prompt_field not in row:
-        raise UserError(f"{where}: no field {prompt_field!r}; the fields are {', '.join(map(repr, row)) or 'none'}")
-    prompt = row.pop(prompt_field)
-    check_prompt(prompt, where, f"field {prompt_field!r}")
-    _check_names(row, where, RESERVED)
-    return {"prompt": prompt, **row}
+        near = nearest(prompt_field, row)
+        raise UserError(f"{where}: no field {prompt_field!r}{near}; the fields are {_listed(row)}")
+    others = {name: x for name, x in row.items() if name != prompt_field}
+    check_prompt(row[prompt_field], where, f"field {prompt_field!r}")
+    _check_names(others, where, RESERVED)
+    return {"prompt": row[prompt_field], **others}
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    names = [repr(name) for name in row]
+    return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20) if names else "none"
 
 
 def _check_names(row: Mapping[str, Any], where: str, reserved: Sequence[str]) -> None:
@@ -112,7 +199,8 @@ def check_prompt(prompt: Any, where: str, name: str) -> None:
         _check_text(prompt, where)
         return
     if not isinstance(prompt, list):
-        raise UserError(f"{where}: {name} must be a string or a list of messages, got {type(prompt).__name__}")
+        got = "null" if prompt is None else type(prompt).__name__
+        raise UserError(f"{where}: {name} must be a string or a list of messages, got {got}")
     if not prompt:
         raise UserError(f"{where}: the prompt is empty: a chat without messages")
     for number, message in enumerate(prompt, start=1):
@@ -137,32 +225,27 @@ def _check_text(text: str, where: str) -> None:
         ) from error
 
 
-def as_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that come from Python, as a list of dicts.
+def as_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> list[dict[str, Any]]:
+    """Rows that come from Python, as a list of dicts, checked as the rows of a file are.
+
+    Args:
+        rows: dicts with a "prompt".
+        name: what messages call them.
 
     Raises:
-        UserError: they are something else, such as a dict of columns or a DataFrame.
+        UserError: they are something else, such as a dict of columns or a DataFrame; there are none; or one has no
+            usable prompt.
     """
-    what = "rows must be a list of dicts, one for each prompt"
+    what = f"{name} must be a list of dicts, one for each prompt"
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise UserError(f"{what}, got {type(rows).__name__}")
     found = list(rows)
+    if not found:
+        raise UserError(f"{name} has no prompts: it is empty")
     for number, row in enumerate(found):
         if not isinstance(row, Mapping):
-            raise UserError(f'{what}, but row {number} is {str(row)[:40]!r}: give {{"prompt": text}}')
-        for name in row:
-            if not isinstance(name, str):
-                raise UserError(f"row {number} has the column {name!r}: names of columns must be texts")
-    return [dict(row) for row in found]
-
-
-def check_rows(rows: list[dict[str, Any]]) -> None:
-    """`check_prompt` for rows that come from Python."""
-    if not rows:
-        raise UserError("there are no prompts")
-    for number, row in enumerate(rows):
-        check_prompt(row.get("prompt"), f"prompt {number}", "it")
-        _check_names(row, f"prompt {number}", [name for name in RESERVED if name != "prompt"])
+            raise UserError(f'{what}, but {name}[{number}] is {str(row)[:40]!r}: give {{"prompt": text}}')
+    return [_row(row, f"{name}[{number}]", "prompt") for number, row in enumerate(found)]
 
 
 def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
@@ -171,10 +254,15 @@ def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
         raise UserError(f"{folder} holds the splits {', '.join(splits)}: name one, for instance {folder / splits[0]}")
-    files = sorted(folder.glob("*.parquet"))
+    names = sorted(os.listdir(folder))  # unlike `glob`, it reports a folder that cannot be read
+    files = [folder / name for name in names if name.endswith(".parquet")]
     if files:
         return _read_parquet(files, prompt_field)
-    raise UserError(f"{folder} is a folder, but neither did save_to_disk write it nor does it hold .parquet files")
+    other = next((name for name in names if name.endswith((".jsonl", ".json", ".gz"))), None)
+    advice = f": name a file in it, such as {folder / other}" if other is not None else ""
+    raise UserError(
+        f"{folder} is a folder, but neither did save_to_disk write it nor does it hold .parquet files{advice}"
+    )
 
 
 def _read_dataset(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
@@ -191,6 +279,10 @@ def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
+            names = parquet.read_schema(str(file)).names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{file} has the column {twice!r} twice: remove one")
             read = parquet.read_table(str(file), partitioning=None).to_pylist()
         except (OSError, ValueError, arrow.ArrowException) as error:  # ValueError: not UTF-8, or no such time
             raise UserError(f"cannot read the prompts: {file}: {error}") from error
@@ -312,7 +404,6 @@ class Prompts:
     """
 
     def __init__(self, rows: list[dict[str, Any]], *, seed: int = 0) -> None:
-        check_rows(rows)
         self.rows = rows
         self.seed = seed
         self.dealt = 0  # rows given out since the start: the whole state

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from ppo_fast.data import json_rows
 from ppo_fast.errors import UserError
 from ppo_fast.preferences import Pair, read_pairs
 from ppo_fast.progress import printable
@@ -25,22 +26,12 @@ def read_choices(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the message names file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the answers: {path}: {getattr(error, 'strerror', None) or error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: malformed JSON: {error.msg} (column {error.colno})") from error
-        answers = row.get("answers") if isinstance(row, dict) else None
+    for where, row in json_rows(path, "answers"):
+        answers = row.get("answers")
         right = isinstance(answers, list) and len(answers) >= 2 and all(isinstance(x, str) for x in answers)
         if not right or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{path}, line {number}: expected {{"prompt": text, "answers": [text, text]}}')
+            raise UserError(f'{where}: expected {{"prompt": text, "answers": [text, text]}}')
         rows.append(row)
     if not rows:
         raise UserError(f"{path} has nothing to choose from: it is empty")

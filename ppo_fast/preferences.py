@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.checkpoint import reported, write_file
+from ppo_fast.data import json_rows
 from ppo_fast.errors import NonFiniteError, UserError
 from ppo_fast.loading import check_trained_in_fp32
 from ppo_fast.reward import RewardModel
@@ -47,29 +48,18 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Raises:
         UserError: the file cannot be read, is empty, or a line is not such a pair; the message names file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the pairs: {path}: {getattr(error, 'strerror', None) or error}") from error
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                pairs.append(_pair(json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: malformed JSON: {error.msg} (column {error.colno})") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: JSON that Python cannot read: {error}") from error
-            except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
+    for where, row in json_rows(path, "pairs"):
+        try:
+            pairs.append(_pair(row))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     if not pairs:
         raise UserError(f"{path} has no pairs: it is empty")
     return pairs
 
 
-def _pair(row: Any) -> Pair:
-    if not isinstance(row, dict):
-        raise UserError(f"expected a JSON object, got {type(row).__name__}")
+def _pair(row: dict[str, Any]) -> Pair:
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise UserError(f"no field {missing[0]!r}; the fields are {', '.join(map(repr, row)) or 'none'}")

@@ -22,7 +22,7 @@ from transformers import (
 
 from ppo_fast.attention import cudnn_attention
 from ppo_fast.config import PPOConfig
-from ppo_fast.data import check_rows, columns, prompt_ids
+from ppo_fast.data import columns, prompt_ids
 from ppo_fast.decoding import AnswerText, StopTexts
 from ppo_fast.device import upload
 from ppo_fast.errors import UserError
@@ -379,7 +379,6 @@ def drop_long_prompts(
 
     The limit is max_prompt_tokens, and what the positions of the models allow: `others` are critic and reference.
     """
-    check_rows(rows)
     limits = [config.max_prompt_tokens]
     known = [getattr(text_config(x), "max_position_embeddings", None) for x in (actor, *others) if x is not None]
     positions = min((x for x in known if x is not None and x > 0), default=None)  # XLNet, which has no limit, says -1

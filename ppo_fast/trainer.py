@@ -90,7 +90,8 @@ class PPOTrainer:
         config: every option.
         actor: any AutoModelForCausalLM, or a PeftModel around one; trained in place.
         tokenizer: its tokenizer, with a pad token.
-        rows: dicts with a "prompt" and any other columns, which reach the reward functions.
+        rows: dicts with a "prompt", a text or a list of messages, and any other columns, which reach the reward
+            functions; checked as the lines of a file are, and `ppo_fast.data.read_prompts` reads them from one.
         rewards: a function f(prompts, completions, **columns), or several by name, whose numbers are added.
         reward_weights: a factor for each of them by name; 1 if not given.
         critic: if not given, what config.critic says.
@@ -123,7 +124,7 @@ class PPOTrainer:
         check_others(tokenizer, config, critic, reference)
         if sampler is not None and not callable(getattr(sampler, "sample", None)):
             raise UserError(f"the sampler must have a method sample(prompts, config), which {sampler!r:.60} lacks")
-        rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows)
+        rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows, "eval_rows")
         transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
         if config.out is not None:  # a reward that changes the working directory must not move it
             config = dataclasses.replace(config, out=str(absolute(config.out)))

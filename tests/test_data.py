@@ -1,7 +1,10 @@
 """Prompts from files and folders: every defect is named with file and row; the order is seeded and complete; a chat
 goes through the tokenizer's template."""
 
+import datetime
+import gzip
 import json
+import os
 import sys
 
 import pytest
@@ -16,8 +19,8 @@ from ppo_fast.data import (
     RESERVED,
     Prompts,
     added_ids,
+    as_rows,
     as_text,
-    check_rows,
     columns,
     prompt_ids,
     read_jsonl,
@@ -26,6 +29,7 @@ from ppo_fast.data import (
 )
 from ppo_fast.errors import RewardError, UserError
 from ppo_fast.reward import RewardModel, score
+from ppo_fast.run_state import digest_of_rows
 from ppo_fast.sample import GenerateSampler, drop_long_prompts, respond
 from ppo_fast.trainer import PPOTrainer
 
@@ -65,9 +69,22 @@ def test_rows_keep_their_other_fields_and_unicode(tmp_path):
             '{"prompt": "a"}\n{"question": "b", "answer": 1}\n',
             r"line 2: no field 'prompt'; the fields are 'question', 'answer'",
         ),
+        ('{"prompts": "a"}\n', r"line 1: no field 'prompt'; did you mean prompts\?; the fields are 'prompts'"),
+        ('{"prompt": null}\n', r"line 1: field 'prompt' must be a string or a list of messages, got null"),
+        ('{"prompt": "a", "b": 1, "b": 2}\n', r"line 1: .*an object has the field 'b' twice; remove one"),
+        ('{"prompt": "a"}\n[1]\n', r"line 2: expected a JSON object, got list"),
+        ("[1]\n", r"row 1: expected a JSON object, got int"),
+        ("[]\n", r"has no prompts"),
+        ('[{"prompt": "a"},\n {"prompt": 3}]', r"row 2: field 'prompt' must be a string .* got int"),
+        ('[\n{"prompt": "a"},\n', r"prompts.jsonl: malformed JSON: .* \(line 3, column 1\)"),
+        ('{\n"prompt": "a"\n}\n', r"has one JSON object over several lines: give one JSON object a line, or a JSON"),
+        ("prompt,answer\na,b\n", r"is not JSON, its first line is 'prompt,answer': .* converts a CSV file"),
+        (
+            "What is 2 + 2?\n",
+            r"is not JSON, its first line is 'What is 2 \+ 2\?': give one JSON object a line.*objects$",
+        ),
         ('{"prompt": "  "}\n', r"line 1: the prompt is empty"),
         ('{"prompt": 3}\n', r"line 1: field 'prompt' must be a string or a list of messages, got int"),
-        ("[1]\n", r"line 1: expected a JSON object, got list"),
         ('{"prompt": "a", "n": ' + 5000 * "9" + "}\n", r"line 1: JSON that Python cannot read: Exceeds the limit"),
         ('{"prompt": "a", "n": ' + 100_000 * "[" + "\n", r"line 1: JSON that Python cannot read: maximum recursion"),
         ('{"prompt": "a", "completions": 1}\n', r"line 1: field 'completions' clashes"),
@@ -89,10 +106,8 @@ def test_a_bad_line_is_named(tmp_path, text, message):
 @pytest.mark.parametrize("name", [name for name in RESERVED if name != "prompt"])
 def test_a_column_with_a_name_that_rewards_get_is_an_error(tmp_path, name):
     row = {"prompt": "a", name: [1]}
-    with pytest.raises(UserError, match=f"prompt 1: field '{name}' clashes"):
-        check_rows([{"prompt": "a"}, row])
-    with pytest.raises(UserError, match=f"prompt 0: field '{name}' clashes"):
-        Prompts([row])
+    with pytest.raises(UserError, match=rf"rows\[1\]: field '{name}' clashes"):
+        as_rows([{"prompt": "a"}, row])
     with pytest.raises(UserError, match=f"line 1: field '{name}' clashes"):
         read_jsonl(write(tmp_path, json.dumps({"question": "a", name: 1})), "question")
     assert read_jsonl(write(tmp_path, json.dumps({name: "a", "answer": 1})), name) == [{"prompt": "a", "answer": 1}]
@@ -240,9 +255,133 @@ def test_a_trainer_reports_the_tokens_that_it_leaves_out_of_prompts():
     assert any(note.startswith("2 of 2 prompts begin with '<s>'") for note in trainer.notes)
 
 
-def test_rows_from_python_without_a_prompt_fail_in_the_tokenizer():
-    with pytest.raises(UserError, match="prompt 1: it must be a string or a list of messages, got NoneType"):
-        drop_long_prompts([{"prompt": "a"}, {"question": "b"}], byte_tokenizer(), tiny_llama(), PPOConfig())
+BAD_ROWS = [
+    {"prompts": "a", "answer": 1},
+    {"prompt": None},
+    {"prompt": 3},
+    {"prompt": " "},
+    {"prompt": []},
+    {"prompt": ["hi"]},
+    {"prompt": [{"role": "assistant", "content": "x"}]},
+    {"prompt": "\ud800"},
+    {"prompt": "a", "ended": 1},
+    {},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS, ids=str)
+@pytest.mark.parametrize("argument", ["rows", "eval_rows"])
+def test_rows_from_python_get_the_message_that_a_file_gets(tmp_path, bad, argument):
+    rows = [{"prompt": "a"}, bad]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as of_file:
+        read_prompts(path)
+    given = {"rows": [{"prompt": "a"}], argument: rows}
+    with pytest.raises(UserError) as of_python:
+        PPOTrainer(
+            PPOConfig(),
+            tiny_llama(),
+            byte_tokenizer(),
+            rewards=lambda prompts, completions: [0.0] * len(prompts),
+            **given,
+        )
+    assert str(of_file.value).startswith(f"{path}, line 2: ")
+    assert str(of_python.value) == str(of_file.value).replace(f"{path}, line 2", f"{argument}[1]")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows has no prompts: it is empty"),
+        ({"prompt": ["a"]}, "rows must be a list of dicts, one for each prompt, got dict"),
+        ("a", "rows must be a list of dicts, one for each prompt, got str"),
+        (["a"], r"rows must be a list of dicts, one for each prompt, but rows\[0\] is 'a': give"),
+        ([{"prompt": "a"}, None], r"but rows\[1\] is 'None'"),
+        ([{"prompt": "a", 3: 1}], r"rows\[0\]: the field 3 must have a text as its name"),
+    ],
+)
+def test_rows_from_python_that_are_no_rows_are_named(rows, message):
+    with pytest.raises(UserError, match=message):
+        as_rows(rows)
+
+
+def test_other_peoples_files_are_read_right(tmp_path):
+    """A byte-order mark, UTF-16, gzip, CRLF, empty lines, an array, a long line, and a path with blanks and umlauts."""
+    folder = tmp_path / "Üb ungen"
+    folder.mkdir()
+    rows = [{"prompt": "é" * 10, "n": {"deep": [1, None]}}, {"prompt": "b" * 5_000_000}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    files = {
+        "mark.jsonl": "\n".join(lines).encode("utf-8-sig"),
+        "wide.jsonl": "\r\n".join(lines).encode("utf-16"),
+        "crlf.jsonl": ("\r\n\r\n" + "\r\n \r\n".join(lines) + "\r\n").encode(),
+        "array.json": json.dumps(rows, indent=1).encode(),
+        "lines.jsonl.gz": gzip.compress("\n".join(lines).encode()),
+        "array.json.gz": gzip.compress(json.dumps(rows).encode("utf-16")),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+        assert read_prompts(folder / name) == rows, name
+    with pytest.raises(UserError, match=r"is a folder, but .*: name a file in it, such as .*Üb ungen/array\.json$"):
+        read_prompts(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(b'{"prompt": "a"}')[:-9], "is a damaged gzip file"),
+        (b"PK\x03\x04rest", "is a zip file: unpack it, or use gzip"),
+        (b"\x28\xb5\x2f\xfdrest", "is a zstandard file: unpack it"),
+        ('{"prompt": "a"}'.encode("utf-16-le"), "has a zero byte: it is no text, or UTF-16; save it as UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16")[:-1], "is not UTF-16 text"),
+        (b"PAR1rest", r"cannot read the prompts: .*prompts\.jsonl"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_with_what_to_do(tmp_path, data, message):
+    if data.startswith(b"PAR1"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_prompts(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="needs a user without rights")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    """Root may read everything: another user tries."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o700)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        for path in (locked, locked / "prompts.jsonl"):
+            with pytest.raises(UserError, match=rf"cannot read the prompts: {path}: Permission denied"):
+                read_prompts(path)
+    finally:
+        os.seteuid(0)
+
+
+def test_parquet_columns_of_other_types_are_read_or_named(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = arrow.array(["a", "b"])
+    for name, column in {
+        "large": texts.cast(arrow.large_string()),
+        "dictionary": texts.dictionary_encode(),
+        "view": texts.cast(arrow.string_view()),
+    }.items():
+        parquet.write_table(arrow.table({"prompt": column, "day": [datetime.date(2026, 1, 1)] * 2}), tmp_path / name)
+        found = read_prompts(tmp_path / name)  # without the suffix, too
+        assert found == [{"prompt": text, "day": datetime.date(2026, 1, 1)} for text in "ab"]
+        assert digest_of_rows(found) != digest_of_rows(found[::-1])
+    for column, got in ((arrow.array([1, 2]), "int"), (arrow.array([b"a", b"b"]), "bytes"), ([None, "b"], "null")):
+        parquet.write_table(arrow.table({"prompt": column}), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=rf"row 1: field 'prompt' must be a string .*, got {got}"):
+            read_prompts(tmp_path / "x.parquet")
+    twice = arrow.Table.from_arrays([texts, texts], names=["prompt", "prompt"])
+    parquet.write_table(twice, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet has the column 'prompt' twice: remove one"):
+        read_prompts(tmp_path / "x.parquet")
 
 
 def test_length_filter_measures_a_chat_without_its_template():

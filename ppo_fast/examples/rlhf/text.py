@@ -2,11 +2,11 @@
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ppo_fast.data import read_text as read_file
 from ppo_fast.errors import UserError
 
 PROMPT_TOKENS = 24
@@ -33,10 +33,7 @@ def read_text(path: str | None) -> str:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[name] for name in sorted(topics))
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the text: {path}: {getattr(error, 'strerror', None) or error}") from error
+    text = read_file(path, "text")
     if len(text) < 50_000:
         raise UserError(f"{path} has {len(text)} characters: too few to learn from, 50000 are the least")
     return text

@@ -1,0 +1,52 @@
+"""Output folders: a command writes to a folder that is new, empty or its own, and to no other.
+
+The mark of an own folder is the file `.ppo_fast` in it.
+"""
+
+from pathlib import Path
+
+from ppo_fast.errors import UserError
+
+MARK = ".ppo_fast"
+
+
+def claim(folder: str | Path, by: str = "") -> Path:
+    """Makes and marks an output folder. One that exists must be empty, or have the mark.
+
+    Args:
+        folder: made if it is missing, with those above it.
+        by: the command, as its mark names it; the mark of another command is then rejected. "": any mark is accepted.
+
+    Raises:
+        UserError: the folder holds files that this project did not write, or another command's results, or it cannot
+            be written.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, and the results need a folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MARK).is_file():
+            owner = (folder / MARK).read_text(encoding="utf-8", errors="replace").strip()
+            if by and owner != by:
+                raise UserError(f"{folder} holds the results of {owner}: choose another --out")
+            return folder
+        foreign = min((path.name for path in folder.iterdir()), default=None)
+        if foreign is not None:
+            raise UserError(
+                f"{folder} holds files that ppo_fast did not write, such as {foreign}: choose a new or empty folder"
+                " (--out)"
+            )
+        mark(folder, by)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def mark(folder: Path, by: str = "") -> None:
+    """Writes the mark of an own folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / MARK).write_text(f"{by or 'ppo_fast'}\n", encoding="utf-8")
