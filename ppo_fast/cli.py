@@ -263,8 +263,12 @@ def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -
 
 def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
     from ppo_fast.data import read_prompts
+    from ppo_fast.progress import console_of, say
     from ppo_fast.rewards.spec import load_reward
 
+    size = process_count()
+    console = console_of(quiet=config.quiet or (size > 1 and this_rank(size) > 0))
+    say(console, f"reading {run['prompts']}, then importing transformers, which takes some seconds")
     rows, held_out = (
         None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
         for path in (run["prompts"], run["eval_prompts"])
@@ -288,6 +292,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     from ppo_fast.trainer import PPOTrainer
 
     world = start(config)  # before models are loaded: a device that does not exist is reported at once
+    say(console, f"loading {run['model']}")
     how = {name: run[name] for name in ("pad_token", "trust_remote_code")}
     actor, tokenizer = load_on_first(world, lambda weights: load_actor(run["model"], weights=weights, **how))
     for folder in run["reward_model"]:
@@ -301,6 +306,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         )
         critic = Critic.from_reward_model(critic_model)
     reward_weights = dict(zip(names, weights, strict=True))
+    say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
     )
@@ -395,6 +401,7 @@ def _classic(given: list[str]) -> int:
 
 
 def _label(arguments: argparse.Namespace) -> int:
+    print(f"reading {arguments.answers}; importing transformers takes some seconds", flush=True)
     from ppo_fast.label import label
 
     label(arguments.answers, arguments.out)
@@ -431,9 +438,10 @@ def _recipe(arguments: argparse.Namespace) -> int:
         for name in recipes.NAMES:
             print(f"{name:20}{recipes.describe(name)}")
         return 0
-    config, *_ = recipes.copy(arguments.name, arguments.folder or arguments.name)
+    written = recipes.copy(arguments.name, arguments.folder or arguments.name)
+    config = written[0]
     command = f"ppo-fast train --config {shlex.quote(str(config))} --model DIR --out runs/first"
-    print(f"{config} and its prompts are written; {command}")
+    print(f"{', '.join(path.name for path in written)} are in {config.parent}; {command}")
     return 0
 
 

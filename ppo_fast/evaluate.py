@@ -236,7 +236,7 @@ def summary(evaluation: Evaluation) -> str:
         "distinct_2": "distinct-2",
     }
     m = evaluation.metrics
-    numbers = ", ".join(f"{label} {m[f'eval/{name}']:.4g}" for name, label in shown.items() if f"eval/{name}" in m)
+    numbers = ", ".join(f"{label} {m[f'eval/{name}']:z.4g}" for name, label in shown.items() if f"eval/{name}" in m)
     return f"step {evaluation.step}, {len(evaluation.rollout)} held-out answers: {numbers}"
 
 
@@ -264,18 +264,18 @@ def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> No
         column.justify = "right"
     for row in rows:
         texts = (Text(shortened(text)) for text in (as_text(row["prompt"]), row["answer"]))
-        table.add_row(*texts, *(f"{row[name]:.4g}" for name in names[2:]))
+        table.add_row(*texts, *(f"{row[name]:z.4g}" for name in names[2:]))
     console.print(table)
     explained = evaluation.explained
     if explained is None:
         return
-    title = f"an answer of step {evaluation.step} in training, score {explained.score:.4g}, to: {explained.prompt}"
+    title = f"an answer of step {evaluation.step} in training, score {explained.score:z.4g}, to: {explained.prompt}"
     console.print(Text(shortened(title)))
     table = Table("token", *explained.numbers)
     for column in table.columns[1:]:
         column.justify = "right"
     for token, *numbers in list(zip(explained.tokens, *explained.numbers.values(), strict=True))[:TOKENS_SHOWN]:
-        table.add_row(Text(token), *(f"{x:.4f}" for x in numbers))
+        table.add_row(Text(token), *(f"{x:z.4f}" for x in numbers))
     if len(explained.tokens) > TOKENS_SHOWN:
         table.add_row("...")
     console.print(table)
@@ -291,7 +291,7 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
         write_file(name.with_suffix(".md"), markdown(evaluation))
     if evaluation.explained is not None and can_draw():
         e = evaluation.explained
-        title = f"step {evaluation.step}, score {e.score:.4g}: {shortened(e.prompt, 100)}"
+        title = f"step {evaluation.step}, score {e.score:z.4g}: {shortened(e.prompt, 100)}"
         draw_tokens(e.tokens, e.numbers, name.with_suffix(".png"), title, clip=(config.clip_low, config.clip_high))
 
 
@@ -300,22 +300,22 @@ def markdown(evaluation: Evaluation) -> str:
     rows = [{**row, "prompt": as_text(row["prompt"])} for row in samples(evaluation)[:SAMPLES_SHOWN]]
     parts = [
         f"# Evaluation after step {evaluation.step}",
-        _table(["metric", "value"], [[name, f"{x:.6g}"] for name, x in evaluation.metrics.items()]),
+        _table(["metric", "value"], [[name, f"{x:z.6g}"] for name, x in evaluation.metrics.items()]),
         "## Held-out answers",
-        _table(list(rows[0]), [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in rows]),
+        _table(list(rows[0]), [[x if isinstance(x, str) else f"{x:z.4g}" for x in row.values()] for row in rows]),
     ]
     if evaluation.explained is not None:
         e = evaluation.explained
         parts += [
             f"## One answer of step {evaluation.step} in training",
-            "The answer with the largest sum of |advantage|: score " + f"{e.score:.4g}" + ". The reward of a token has"
+            "The answer with the largest sum of |advantage|: score " + f"{e.score:z.4g}" + ". The reward of a token has"
             " the KL penalty in it (and the score at the last token), the value is what the critic expected, and the"
             " ratio is p(token) after the step over p(token) when it was sampled.",
             f"Prompt: {_escaped(e.prompt)}",
             _table(
                 ["token", *e.numbers],
                 [
-                    [token, *(f"{x:.4f}" for x in numbers)]
+                    [token, *(f"{x:z.4f}" for x in numbers)]
                     for token, *numbers in zip(e.tokens, *e.numbers.values(), strict=True)
                 ],
             ),

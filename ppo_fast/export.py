@@ -255,7 +255,7 @@ def _results(history: Sequence[Mapping[str, Any]]) -> str:
     for name, label in SHOWN.items():
         values = [m[name] for m in history if m.get(name) is not None]
         if values:
-            rows.append((label, f"{values[0]:.4g}", f"{values[-1]:.4g}"))
+            rows.append((label, f"{values[0]:z.4g}", f"{values[-1]:z.4g}"))
     return _table(("", "first", "last"), rows)
 
 

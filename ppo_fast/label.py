@@ -1,5 +1,6 @@
 """Human feedback in the terminal: two answers to a prompt, a person's choice, one more line in a file of pairs."""
 
+import codecs
 import dataclasses
 import json
 import os
@@ -57,7 +58,7 @@ def label(
     """
     console = console or Console()
     rows, made = read_choices(answers), 0
-    known = {(p.prompt, frozenset((p.chosen, p.rejected))) for p in read_pairs(out)} if _filled(out) else set()
+    known = {(p.prompt, frozenset((p.chosen, p.rejected))) for p in _pairs_in(out)}
     _append(out, "")  # before anybody chooses
     console.print(KEYS)
     for number, row in enumerate(rows, start=1):
@@ -79,8 +80,20 @@ def label(
     return made
 
 
-def _filled(path: str | Path) -> bool:
-    return Path(path).exists() and bool(Path(path).read_bytes().strip())
+def _pairs_in(path: str | Path) -> list[Pair]:
+    """The pairs that the file holds already. Only a file to which lines can be added is accepted."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+    start = data.removeprefix(codecs.BOM_UTF8).strip()
+    if not start:
+        return []
+    if not start.startswith(b"{"):
+        raise UserError(f"{path} does not hold JSON Lines of pairs: choose another --out")
+    return read_pairs(path)
 
 
 def _show(console: Console, prompt: str, first: str, second: str, title: str) -> None:
@@ -108,6 +121,7 @@ def _choice(ask: Callable[[str], str]) -> str:
 def _append(path: str | Path, line: str) -> None:
     """Writes a line, behind a line break if the file ends within one."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("a+b") as file:
             cut = False
             if file.seek(0, os.SEEK_END):

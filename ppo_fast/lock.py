@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ppo_fast.errors import UserError
+from ppo_fast.folders import claim
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # of flock, for instance on NFS without a lock daemon
 LOCK, HOLDER = ".lock", ".lock.holder"
@@ -28,12 +29,14 @@ def absolute(folder: str | Path) -> Path:
 @contextmanager
 def locked(folder: str | Path | None) -> Iterator[None]:
     """Inside this block no other process, and no other thread of this one, has the folder, which is made if missing.
+    One that holds files of somebody else is rejected (`ppo_fast.folders`).
 
     A thread that has it may enter the block again. Without a folder, or on a file system that has no locks, nothing is
     locked.
 
     Raises:
-        UserError: another run has the folder, and the message says which; or the folder cannot be written.
+        UserError: another run has the folder, and the message says which; or the folder is not one of this project, or
+            cannot be written.
     """
     from filelock import FileLock, Timeout  # here: `ppo-fast doctor` needs no filelock
 
@@ -44,7 +47,7 @@ def locked(folder: str | Path | None) -> Iterator[None]:
         return
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
         lock.acquire()
     except Timeout:
         raise UserError(

@@ -7,8 +7,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -25,13 +26,16 @@ from ppo_fast.config import PPOConfig, yaml_text
 from ppo_fast.data import as_text
 from ppo_fast.device import device_module, pick_device
 from ppo_fast.errors import UserError
+from ppo_fast.folders import mark
 from ppo_fast.rollout import Rollout
 
 SAMPLES_SHOWN = 5
 TIME_PARTS = ("sample", "reward", "advantages", "learn")
 HEADING_EVERY = 20  # lines
+FIRST_LINE, LINES_EVERY = 2.0, 10.0  # seconds, of `counted` where there is no terminal
 
-# Heading, width, decimals, metric; with step and seconds, 120 columns hold up to 99999 steps
+# Heading, width, decimals, metric; with step and seconds, 120 columns hold up to 99999 steps. A narrow terminal shows
+# the first ones only
 COLUMNS = [
     ("score", 8, 3, "score"),
     ("kl", 8, 4, "kl"),
@@ -85,6 +89,55 @@ class Output:
             with suppress(OSError, ValueError, AttributeError):
                 reason = getattr(error, "strerror", None) or error
                 print(f"ppo-fast: cannot print ({reason}); the run continues without output", file=sys.stderr)
+
+
+def console_of(*, quiet: bool) -> Console:
+    """What a run prints to: standard output, whose errors do not end the run."""
+    output = None if sys.stdout is None else cast(TextIO, Output(sys.stdout))  # None: closed at the start
+    return Console(quiet=quiet, file=output)
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a sentence, as it is and in one line, at once."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _bar(console: Console) -> RichProgress:
+    """A bar with the time left, where there is a terminal."""
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
+
+
+@contextmanager
+def counted(console: Console, what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Shows how far a phase of `total` steps is, and the time left.
+
+    Yields `advance(done, text)`: `done` steps are done, and `text`, which may be left out, says how. A terminal shows a
+    bar; else there is a line after two seconds, every ten seconds, and at the end.
+    """
+    start = time.perf_counter()
+    next_line = start + FIRST_LINE
+    with _bar(console) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(done: int, text: str = "") -> None:
+            nonlocal next_line
+            described = f"{what}, {text}" if text else what
+            bar.update(task, completed=done, description=described)
+            now = time.perf_counter()
+            if not bar.disable or (now < next_line and done < total):
+                return
+            next_line = now + LINES_EVERY
+            left = (now - start) / max(done, 1) * (total - done)
+            say(console, f"{described}: {done}/{total}" + (f", {left:.0f} s left" if done < total else ""))
+
+        yield advance
 
 
 class Events:
@@ -142,16 +195,8 @@ class Progress:
         self.run_options = run_options or {}
         self.device = pick_device(config.device) if device is None else device
         self.lines = 0
-        output = None if sys.stdout is None else cast(TextIO, Output(sys.stdout))  # None: closed at the start
-        self.console = Console(quiet=config.quiet, file=output)
-        self.bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=config.quiet or not self.console.is_terminal,
-        )
+        self.console = console_of(quiet=config.quiet)
+        self.bar = _bar(self.console)
         self.task = self.bar.add_task("PPO", total=config.total_steps, completed=steps_done)
         self.recorded: list[dict[str, float | None]] = []  # as in metrics.jsonl
         self.metrics_file: GrowingFile | None = None
@@ -201,17 +246,18 @@ class Progress:
         step = int(metrics["step"])
         self.record(metrics)
         self.bar.update(self.task, completed=step)
+        width = self.console.width if self.console.is_terminal else None
         if self.lines % HEADING_EVERY == 0:
-            self.console.print(heading(self.config.total_steps), style="bold", soft_wrap=True)
+            self.console.print(heading(self.config.total_steps, width), style="bold", soft_wrap=True)
         self.lines += 1
-        self.console.print(line(metrics, self.config.total_steps), soft_wrap=True, highlight=False)
+        say(self.console, line(metrics, self.config.total_steps, width))
         every = self.config.show_samples_every
         if rollout is not None and every and (step % every == 0 or step == 1):
             self._show_samples(rollout, step)
 
     def say(self, text: str) -> None:
         """A sentence, as it is and in one line."""
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        say(self.console, text)
 
     def record(self, metrics: dict[str, float]) -> None:
         """Writes the metrics of one step to file and TensorBoard; what is not finite becomes null, which is JSON."""
@@ -231,6 +277,7 @@ class Progress:
         self._close()
         with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
+            mark(folder)
             write_file(folder / "config.yaml", yaml_text(self.config, self.run_options))
             write_file(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.recorded))
         self._open_files(folder)
@@ -249,7 +296,7 @@ class Progress:
         table.add_column("score", justify="right")
         for row in range(min(SAMPLES_SHOWN, len(rollout))):
             prompt, answer, value = rollout.columns["prompt"][row], rollout.completions[row], rollout.scores[row]
-            table.add_row(Text(shortened(as_text(prompt))), Text(shortened(answer)), f"{value:.3f}")
+            table.add_row(Text(shortened(as_text(prompt))), Text(shortened(answer)), f"{value:z.3f}")
             if self.metrics_file is not None:
                 self.samples_file.write_row({"step": step, "prompt": prompt, "answer": answer, "score": value})
         self.console.print(table)
@@ -319,19 +366,37 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_mib": most / (2**20 if sys.platform == "darwin" else 2**10)}
 
 
-def heading(total_steps: int) -> str:
+def heading(total_steps: int, width: int | None = None) -> str:
     """The names above the numbers of `line`."""
-    names = "".join(f"{name:>{width}}" for name, width, _, _ in COLUMNS)
-    return " " * len(_step(0, total_steps)) + names + "      s sample reward adv learn"
+    count, split = _fitting(total_steps, width)
+    names = "".join(f"{name:>{size}}" for name, size, _, _ in COLUMNS[:count])
+    return " " * len(_step(0, total_steps)) + names + "      s" + SPLIT * split
 
 
-def line(metrics: dict[str, float], total_steps: int) -> str:
-    """One step in numbers, as wide as `heading`; what a step does not have is a hyphen."""
-    numbers = "".join(_number(metrics.get(name), width, decimals) for _, width, decimals, name in COLUMNS)
+def line(metrics: dict[str, float], total_steps: int, width: int | None = None) -> str:
+    """One step in numbers, as wide as `heading`; what a step does not have is a hyphen.
+
+    A terminal with `width` columns gets as many numbers as fit; None: all.
+    """
+    count, split = _fitting(total_steps, width)
+    numbers = "".join(_number(metrics.get(name), size, decimals) for _, size, decimals, name in COLUMNS[:count])
     parts = [metrics[f"seconds/{name}"] for name in TIME_PARTS]
-    shares = [f"{100 * x / max(sum(parts), 1e-9):.0f}%" for x in parts]
-    split = "".join(f"{share:>{width}}" for share, width in zip(shares, (7, 7, 4, 6), strict=True))
-    return f"{_step(int(metrics['step']), total_steps)}{numbers}{_number(sum(parts), 7, 2)}{split}"
+    shares = [f"{100 * x / max(sum(parts), 1e-9):.0f}%" for x in parts] if split else []
+    split_text = "".join(f"{share:>{size}}" for share, size in zip(shares, (7, 7, 4, 6), strict=False))
+    return f"{_step(int(metrics['step']), total_steps)}{numbers}{_number(sum(parts), 7, 2)}{split_text}"
+
+
+SPLIT = " sample reward adv learn"
+
+
+def _fitting(total_steps: int, width: int | None) -> tuple[int, bool]:
+    """How many of COLUMNS fit into a terminal, and whether the split of the seconds does."""
+    if width is None:
+        return len(COLUMNS), True
+    left = width - len(_step(0, total_steps)) - 7  # the seconds
+    sizes = list(accumulate(size for _, size, _, _ in COLUMNS))
+    count = sum(size <= left for size in sizes)
+    return count, sizes[-1] + len(SPLIT) <= left
 
 
 def _step(step: int, total_steps: int) -> str:
@@ -342,7 +407,7 @@ def _number(x: float | None, width: int, decimals: int) -> str:
     """A number, with fewer decimals or in powers of ten where it would touch its neighbour."""
     if x is None:
         return f"{'-':>{width}}"
-    forms = [f"{x:.{decimals}f}", f"{x:.0f}", f"{x:.1e}", f"{x:.0e}"]
+    forms = [f"{x:z.{decimals}f}", f"{x:z.0f}", f"{x:.1e}", f"{x:.0e}"]  # z: never -0
     return f"{next((form for form in forms if len(form) < width), '...'):>{width}}"
 
 

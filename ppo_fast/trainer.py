@@ -22,7 +22,9 @@ from ppo_fast.device import choose_dtype, derived_seed, has_weights, ordinary_mo
 from ppo_fast.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.evaluate import Evaluation, Evaluator, drop_best_after, show, write
 from ppo_fast.export import check_saving, model_card, save_model, saved_dtype
+from ppo_fast.folders import claim
 from ppo_fast.heads import Sampling, bare
+from ppo_fast.hints import Hints
 from ppo_fast.interrupt import Request, stop_requests, stop_requests_of_several
 from ppo_fast.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.learn import (
@@ -216,6 +218,8 @@ class PPOTrainer:
         self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
         self.notes += self.evaluator.notes if self.evaluator is not None else []
         self.recorded: Sequence[dict[str, float | None]] = []  # after `train`: the rows of metrics.jsonl
+        self.hints = Hints(config)
+        self.owns_out = False  # whether OUT was found to be a folder of this project
         self.stopped_by: str | None = None  # the signal that ended `train` early
         self.randoms = random_state(self.device)  # of torch, numpy and random, between two steps
 
@@ -229,6 +233,7 @@ class PPOTrainer:
         """
         with ExitStack() as stack:
             self.world.first_says(lambda: stack.enter_context(locked(self.config.out)))
+            self.owns_out = True
             return self._train(after_step)
 
     def _train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None) -> list[dict]:
@@ -248,6 +253,8 @@ class PPOTrainer:
                 self._report(evaluation, progress)
                 self._check_gap(metrics, evaluation, progress)
                 metrics |= evaluation.metrics if evaluation is not None else {}
+                for hint in self.hints.after(metrics, self.last_rollout.scores if self.last_rollout else []):
+                    progress.say(hint)
                 history.append(metrics)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
@@ -587,11 +594,14 @@ class PPOTrainer:
     def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
         """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
 
+        A model there is replaced. An OUT with files that this project did not write is rejected.
         `texts` are files to add, by name; `history` the metrics to draw beside them.
         """
         if self.config.out is None:
             return None
         folder = Path(self.config.out) / name
+        if not self.owns_out:
+            self.world.first_says(lambda: claim(folder.parent))
         weights = whole_state(self.actor) if self.world.kind == "fsdp" else None
         if self.world.first:
             save_model(
@@ -614,6 +624,9 @@ class PPOTrainer:
         progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
         for note in (f"{self.device}: {threads_note()}", *self.notes):
             progress.say(note)
+        answers = config.prompts_per_step * config.samples_per_prompt
+        left = config.total_steps - self.steps_done
+        progress.say(f"{left} PPO steps of {answers} answers, from {len(self.prompts.rows)} prompts")
         return progress
 
     def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:

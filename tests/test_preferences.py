@@ -1,5 +1,6 @@
 """Pairs, the Bradley-Terry loss, the reward model that learns them, and the person who makes them."""
 
+import gzip
 import json
 import math
 from io import StringIO
@@ -248,7 +249,37 @@ def test_a_place_that_cannot_be_written_is_noticed_after_the_first_choice(tmp_pa
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
     with pytest.raises(UserError, match="cannot write to"):
-        label(answers, tmp_path / "none" / "pairs.jsonl", console=Console(file=StringIO()), ask=pytest.fail)
+        label(answers, answers / "pairs.jsonl", console=Console(file=StringIO()), ask=pytest.fail)
+
+
+def test_a_missing_folder_of_the_pairs_is_made(tmp_path):
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "none" / "pairs.jsonl"
+    answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
+    assert label(answers, out, console=Console(file=StringIO()), ask=lambda _: "1") == 1
+    assert [(p.prompt, p.chosen) for p in read_pairs(out)] == [("p", "a")]
+
+
+PAIR = '{"prompt": "q", "chosen": "c", "rejected": "d"}'
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (f"[{PAIR}]".encode(), "does not hold JSON Lines of pairs: choose another --out"),
+        (PAIR.encode("utf-16"), "does not hold JSON Lines of pairs: choose another --out"),
+        (gzip.compress(PAIR.encode()), "does not hold JSON Lines of pairs: choose another --out"),
+        (b"My diary\n", "does not hold JSON Lines of pairs: choose another --out"),
+        (b'{"prompt": "p", "answers": ["a", "b"]}\n', "line 1: no field 'chosen'"),
+        (None, "cannot write to .*: Is a directory"),
+    ],
+)
+def test_a_file_of_somebody_else_keeps_its_content(tmp_path, data, message):
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "mine"
+    answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
+    out.mkdir() if data is None else out.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        label(answers, out, console=Console(file=StringIO()), ask=pytest.fail)
+    assert data is None or out.read_bytes() == data
 
 
 def test_no_standard_input_is_a_traceback(tmp_path):

@@ -17,8 +17,10 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and "--quiet" not in sys.argv:  # before the imports that take seconds
+    print("importing PyTorch and transformers, which takes some seconds", flush=True)
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ppo_fast.checkpoint import reported, write_file
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
-from ppo_fast.plots import draw_learning_curves
+from ppo_fast.folders import claim
+from ppo_fast.plots import can_draw, draw_learning_curves
+from ppo_fast.progress import console_of, counted, say
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
 
@@ -114,21 +119,22 @@ def imitate_careless_teacher(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - 0.9 * step / SUPERVISED_STEPS)
     )
-    for step in range(1, SUPERVISED_STEPS + 1):
-        batch = torch.randint(len(problems), (SUPERVISED_BATCH,))
-        forgets = (torch.rand(SUPERVISED_BATCH, 1) < CARELESS).to(model.device)
-        ids = torch.where(forgets, careless[batch], right[batch])
-        targets = ids[:, 1:].masked_fill(ids[:, 1:] == tokenizer.pad_token_id, -100)
-        targets[:, : PROMPT_TOKENS - 1] = -100
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 100 == 0:
-            console.print(f"supervised step {step}/{SUPERVISED_STEPS}  loss {loss.item():.3f}")
+    with counted(console, "supervised steps", SUPERVISED_STEPS) as advance:
+        for step in range(1, SUPERVISED_STEPS + 1):
+            batch = torch.randint(len(problems), (SUPERVISED_BATCH,))
+            forgets = (torch.rand(SUPERVISED_BATCH, 1) < CARELESS).to(model.device)
+            ids = torch.where(forgets, careless[batch], right[batch])
+            targets = ids[:, 1:].masked_fill(ids[:, 1:] == tokenizer.pad_token_id, -100)
+            targets[:, : PROMPT_TOKENS - 1] = -100
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step % 10 == 0:
+                advance(step, f"loss {loss.item():.3f}")
 
 
 def right_or_wrong(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
@@ -184,8 +190,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: PPOConfig) -> dict[str, Any]:
     """Both phases; the summary that is also written to OUT/summary.json."""
     start = time.perf_counter()
-    seed, out = config.seed, Path(str(config.out))
-    console = Console(quiet=config.quiet)
+    seed, out = config.seed, claim(str(config.out), "the arithmetic example")
+    console = console_of(quiet=config.quiet)
+    say(
+        console,
+        "a teacher who forgets the carry: supervised learning imitates him, then PPO learns from right and wrong",
+    )
     torch.manual_seed(seed)
     test, validation, training = make_problems(seed)
     tokenizer = make_tokenizer()
@@ -200,7 +210,7 @@ def run(config: PPOConfig) -> dict[str, Any]:
         if trainer.steps_done % 5 == 0:
             metrics["validation"] = exact_match(model, tokenizer, validation, config)
             shares.append(metrics["validation"])
-            console.print(f"validation {100 * shares[-1]:.1f} %")
+            say(console, f"validation {100 * shares[-1]:.1f} %")
         return len(shares) >= 2 and min(shares[-2:]) >= GOOD_ENOUGH
 
     trainer = PPOTrainer(config, model, tokenizer, training, right_or_wrong)
@@ -217,10 +227,13 @@ def run(config: PPOConfig) -> dict[str, Any]:
         "seed": seed,
         "device": str(model.device),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_learning_curves(history, out / "learning_curves.png", f"PPO on two-digit addition, seed {seed}")
+    with reported(f"cannot write to {out}", out):
+        write_file(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if can_draw():
+        draw_learning_curves(history, out / "learning_curves.png", f"PPO on two-digit addition, seed {seed}")
     console.print(_table(summary))
-    console.print(f"model, pictures and metrics are in {out}")
+    names = ("summary.json", "learning_curves.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "model")
+    say(console, f"{', '.join(name for name in names if (out / name).exists())} are in {out}")
     return summary
 
 

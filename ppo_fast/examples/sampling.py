@@ -3,13 +3,14 @@
     python -m ppo_fast.examples.sampling --model DIR --prompts FILE.jsonl [--out DIR]
 
 answers each prompt several times in each way: greedily (for evaluation), and with several temperatures, top-k, top-p
-(Holtzman et al. 2020) and min-p (Nguyen et al. 2024). A table and DIR/sampling.png show the mean log-likelihood of the
-answers under the model against their diversity, the share of word pairs that no other answer to the same prompt has.
-PPO needs both: without diversity there is nothing to compare, and unlikely answers are noise.
+(Holtzman et al. 2020) and min-p (Nguyen et al. 2024). A table and DIR/sampling.png (default: runs/sampling) show the
+mean log-likelihood of the answers under the model against their diversity, the share of word pairs that no other answer
+to the same prompt has. PPO needs both: without diversity there is nothing to compare, and unlikely answers are noise.
 """
 
 import argparse
 import dataclasses
+import io
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,16 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the imports that take seconds
+    print("importing PyTorch and transformers, which takes some seconds", flush=True)
+
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppo_fast.checkpoint import reported, write_file
 from ppo_fast.config import PPOConfig
 from ppo_fast.data import prompt_ids, read_prompts
 from ppo_fast.decoding import AnswerText
 from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
+from ppo_fast.folders import claim
 from ppo_fast.models import load_actor
+from ppo_fast.plots import can_draw
+from ppo_fast.progress import console_of, counted, say
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
 from ppo_fast.sample import GenerateSampler, drop_long_prompts
 
@@ -56,23 +64,25 @@ class Found:
 
 
 def compare(
-    actor: Any, tokenizer: Any, rows: list[dict[str, Any]], config: PPOConfig, samples: int
+    actor: Any, tokenizer: Any, rows: list[dict[str, Any]], config: PPOConfig, samples: int, console: Console
 ) -> dict[str, Found]:
     """Each way of sampling on the same prompts, `samples` answers each, from the same seed."""
     prompts = [row["prompt"] for row in rows for _ in range(samples)]
     ids = prompt_ids(tokenizer, prompts)
     sampler, judge = GenerateSampler(actor, tokenizer), Fluency(actor, tokenizer, same_tokens=True)
-    found = {}
-    for name, options in WAYS.items():
-        torch.manual_seed(config.seed)
-        answers = sampler.sample(ids, dataclasses.replace(config, **options))
-        texts = AnswerText(tokenizer, ids).decode(answers.ids)
-        found[name] = Found(
-            likelihood=statistics.mean(judge(prompts, texts, answers.ids)),
-            diversity=statistics.mean(group_diversity(prompts, texts)),
-            varied=statistics.mean(no_repetition(prompts, texts)),
-            tokens=statistics.mean(map(len, answers.ids)),
-        )
+    found: dict[str, Found] = {}
+    with counted(console, "ways of sampling", len(WAYS)) as advance:
+        for name, options in WAYS.items():
+            torch.manual_seed(config.seed)
+            answers = sampler.sample(ids, dataclasses.replace(config, **options))
+            texts = AnswerText(tokenizer, ids).decode(answers.ids)
+            found[name] = Found(
+                likelihood=statistics.mean(judge(prompts, texts, answers.ids)),
+                diversity=statistics.mean(group_diversity(prompts, texts)),
+                varied=statistics.mean(no_repetition(prompts, texts)),
+                tokens=statistics.mean(map(len, answers.ids)),
+            )
+            advance(len(found))
     return found
 
 
@@ -97,7 +107,10 @@ def draw(found: dict[str, Found], path: Path, title: str) -> None:
     axis.set_title(title, fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    with reported(f"the picture {path} could not be written"):
+        write_file(path, picture.getvalue())
 
 
 def show(found: dict[str, Found], console: Console) -> None:
@@ -106,7 +119,7 @@ def show(found: dict[str, Found], console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, x in found.items():
-        table.add_row(name, f"{x.likelihood:.2f}", f"{x.diversity:.2f}", f"{x.varied:.2f}", f"{x.tokens:.1f}")
+        table.add_row(name, f"{x.likelihood:z.2f}", f"{x.diversity:z.2f}", f"{x.varied:z.2f}", f"{x.tokens:.1f}")
     console.print(table)
 
 
@@ -119,30 +132,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prompt-field", default="prompt", metavar="NAME", help="field of the prompt (default: prompt)"
     )
-    parser.add_argument("--out", default=".", metavar="DIR", help="where sampling.png goes (default: here)")
+    parser.add_argument(
+        "--out", default="runs/sampling", metavar="DIR", help="folder of sampling.png (default: runs/sampling)"
+    )
     parser.add_argument("--count", type=int, default=32, help="prompts to answer, the first of the file (default: 32)")
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt (default: 4)")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer, in tokens (default: 48)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default: auto)")
     given = parser.parse_args(argv)
+    console = console_of(quiet=False)
     try:
         if given.samples < 2 or given.count < 1:
             raise UserError("--samples must be at least 2, and --count at least 1, to compare answers")
         config = PPOConfig(max_new_tokens=given.max_new_tokens, seed=given.seed, device=given.device)
+        if not can_draw():
+            raise UserError("the picture needs matplotlib: pip install matplotlib")
         rows = read_prompts(given.prompts, given.prompt_field)[: given.count]
+        out = claim(given.out, "the sampling example")
+        say(console, f"loading {given.model}")
         actor, tokenizer = load_actor(given.model)
         actor = actor.to(pick_device(given.device))  # type: ignore[arg-type]
         rows, _ = drop_long_prompts(rows, tokenizer, actor, config)
-        out = Path(given.out)
-        out.mkdir(parents=True, exist_ok=True)
-        found = compare(actor, tokenizer, rows, config, given.samples)
+        say(console, f"answering {len(rows)} prompts in {len(WAYS)} ways, {given.samples} times each")
+        found = compare(actor, tokenizer, rows, config, given.samples, console)
+        show(found, console)
+        draw(found, out / "sampling.png", f"{len(rows)} prompts, {given.samples} answers each")
     except UserError as error:
         print(f"sampling: error: {error}", file=sys.stderr)
         return 1
-    show(found, Console())
-    draw(found, out / "sampling.png", f"{len(rows)} prompts, {given.samples} answers each")
-    print(f"{out / 'sampling.png'} shows likelihood against diversity")
+    say(console, f"sampling.png, likelihood against diversity, is in {out}")
     return 0
 
 

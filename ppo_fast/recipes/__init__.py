@@ -37,9 +37,11 @@ def copy(name: str, folder: str | Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in written:
-            path.write_text(
-                _read(name, path.name).replace("FOLDER", json.dumps(folder.as_posix())[1:-1]), encoding="utf-8"
-            )
+            text = _read(name, path.name).replace("FOLDER", json.dumps(folder.as_posix())[1:-1])
+            with path.open(
+                "x", encoding="utf-8"
+            ) as file:  # x: nothing that is there is overwritten, also not by a link
+                file.write(text)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     return written

@@ -18,11 +18,13 @@ anew, PPO goes on from its checkpoint. The result is DIR/report.md, with picture
 import argparse
 import sys
 
-from rich.console import Console
+if __name__ == "__main__" and "--quiet" not in sys.argv:  # before the imports that take seconds
+    print("importing PyTorch and transformers, which takes some seconds", flush=True)
 
 from ppo_fast.errors import UserError
 from ppo_fast.examples.rlhf.common import Settings
 from ppo_fast.examples.rlhf.phases import run
+from ppo_fast.progress import console_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,12 +78,12 @@ def main(argv: list[str] | None = None) -> int:
         quiet=given.quiet,
     )
     try:
-        run(settings, Console(quiet=given.quiet))
+        run(settings, console_of(quiet=given.quiet))
     except UserError as error:
         print(f"rlhf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("rlhf: stopped; the same command goes on", file=sys.stderr)
+        print("rlhf: stopped; the same command continues it", file=sys.stderr)
         return 130
     return 0
 

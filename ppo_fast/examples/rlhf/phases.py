@@ -38,23 +38,20 @@ from ppo_fast.examples.rlhf.text import (
     spoil,
     stretches,
 )
+from ppo_fast.folders import claim
 from ppo_fast.heads import decoder_of
 from ppo_fast.loading import no_loading_bars
 from ppo_fast.models import Critic, load_reward_model
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
+from ppo_fast.progress import counted, say
 from ppo_fast.rewards import Fluency
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
-
-Say = Callable[[str], None]
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
     """All phases; what DIR/report.json holds, too."""
     begun = time.perf_counter()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     text = read_text(settings.text)
     given = read_pairs(settings.pairs) if settings.pairs else None  # errors in it come before any training
@@ -63,23 +60,24 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     parts = cut(text, settings.seed)
     seconds = {}
     phases: list[tuple[str, Callable[[Path], None]]] = [
-        ("supervised", lambda folder: supervised(folder, parts, settings, say)),
-        ("reward_model", lambda folder: reward_model(folder, out, parts, given, settings, say)),
+        ("supervised", lambda folder: supervised(folder, parts, settings, console)),
+        ("reward_model", lambda folder: reward_model(folder, out, parts, given, settings, console)),
     ]
     for name, phase in phases:
         start = time.perf_counter()
-        once(out / name, phase, say)
+        once(out / name, phase, console)
         seconds[name] = time.perf_counter() - start
     start = time.perf_counter()
     ppo(out, "ppo", parts, settings, console)
     seconds["ppo"] = time.perf_counter() - start
+    say(console, "comparing before and after PPO on held-out prompts")
     found = report.compare(out, parts, settings)
     for coefficient in settings.sweep:
         ppo(out, f"sweep/{coefficient:g}", parts, settings, console, fixed_kl=coefficient)
     found["seconds"] = {**seconds, "all": time.perf_counter() - begun}
     report.write(out, found, settings)
     report.show(found, console)
-    say(f"report.md, pictures and the models of all phases are in {out}")
+    say(console, f"report.md, pictures and the models of all phases are in {out}")
     return found
 
 
@@ -89,7 +87,7 @@ def _same_settings(out: Path, settings: Settings) -> None:
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
     path = out / "settings.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        claim(out, "the rlhf example")
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in values if values[name] != known.get(name)]
@@ -103,11 +101,11 @@ def _same_settings(out: Path, settings: Settings) -> None:
         raise UserError(f"cannot use {out}: {error}") from error
 
 
-def once(folder: Path, phase: Callable[[Path], None], say: Say) -> None:
+def once(folder: Path, phase: Callable[[Path], None], console: Console) -> None:
     """Runs a phase that fills a folder, or leaves the folder as it is if it is there already."""
     recover(folder)
     if folder.exists():
-        say(f"{folder.name}: there already")
+        say(console, f"{folder.name}: there already")
         return
     new = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(new, ignore_errors=True)
@@ -117,9 +115,10 @@ def once(folder: Path, phase: Callable[[Path], None], say: Say) -> None:
     replace(new, folder)
 
 
-def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, say: Say) -> None:
+def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, console: Console) -> None:
     """Phase 1: tokenizer and language model, from nothing but the text."""
     set_seed(settings.seed)
+    say(console, "phase 1: a tokenizer and a language model from the text")
     tokenizer = make_tokenizer(parts["supervised"], settings.vocabulary)
     device = pick_device(settings.device)
     config = LlamaConfig(
@@ -141,18 +140,18 @@ def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, sa
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 20 * (step + 1) / steps) * (1 - 0.95 * step / steps)
     )
-    for step in range(1, steps + 1):
-        starts = torch.randint(len(stream) - width, (rows, 1), device=device)
-        loss = _cross_entropy(model, stream[starts + torch.arange(width + 1, device=device)])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 100 == 0 or step == steps:
-            say(f"supervised step {step}/{steps}  loss {loss.item():.3f}")
+    with counted(console, "supervised steps", steps) as advance:
+        for step in range(1, steps + 1):
+            starts = torch.randint(len(stream) - width, (rows, 1), device=device)
+            loss = _cross_entropy(model, stream[starts + torch.arange(width + 1, device=device)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            advance(step, f"loss {loss.item():.3f}")
     perplexity = math.exp(held_out_loss(model.eval(), _stream(tokenizer, parts["held_out"]).to(device), width))
-    say(f"held-out perplexity {perplexity:.1f} per token, {len(stream)} tokens of text")
+    say(console, f"held-out perplexity {perplexity:.1f} per token, {len(stream)} tokens of text")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     prompts = [s.prompt for s in stretches(tokenizer, parts["preferences"], settings.eval_prompts, settings.seed + 8)]
@@ -188,7 +187,7 @@ def reward_model(
     parts: dict[str, list[str]],
     given: list[Pair] | None,
     settings: Settings,
-    say: Say,
+    console: Console,
 ) -> None:
     """Phases 2 and 3: pairs, and the classifier that learns them.
 
@@ -199,8 +198,9 @@ def reward_model(
     actor, tokenizer = load_supervised(out)
     actor = actor.to(pick_device(settings.device))  # type: ignore[arg-type]
     if given is None:
-        training = make_pairs(actor, tokenizer, parts["preferences"], settings.pair_count, settings)
-        held_out = make_pairs(actor, tokenizer, parts["held_out"], settings.held_out_pairs, settings)
+        say(console, "phase 2: pairs of a better and a worse text")
+        training = make_pairs(actor, tokenizer, parts["preferences"], settings.pair_count, settings, console)
+        held_out = make_pairs(actor, tokenizer, parts["held_out"], settings.held_out_pairs, settings, console)
     else:
         random.Random(settings.seed).shuffle(given)
         count = max(1, len(given) // 10)
@@ -215,29 +215,43 @@ def reward_model(
     model.base_model.load_state_dict(decoder_of(actor).state_dict())
     nn.init.zeros_(model.score.weight)  # every answer is as good as another at first
 
-    def tell(step: int, steps: int, loss: float) -> None:
-        if step % 50 == 0 or step == steps:
-            say(f"reward model step {step}/{steps}  loss {loss:.3f}")
-
-    train_reward_model(
-        model, tokenizer, training, epochs=1, batch_size=32, lr=1e-3, seed=settings.seed, after_step=tell
-    )
+    say(console, f"phase 3: a reward model from {len(training)} pairs")
+    batch = 32
+    with counted(console, "reward model steps", math.ceil(len(training) / batch)) as advance:
+        train_reward_model(
+            model,
+            tokenizer,
+            training,
+            epochs=1,
+            batch_size=batch,
+            lr=1e-3,
+            seed=settings.seed,
+            after_step=lambda step, steps, loss: advance(step, f"loss {loss:.3f}"),
+        )
     real = stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 2)
     calibrate(model, tokenizer, [s.prompt for s in real], [s.follows for s in real])
     found = accuracy(model, tokenizer, held_out)
-    say("held-out pairs ranked right: " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found.items()))
+    say(
+        console,
+        "held-out pairs ranked right: " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found.items()),
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "result.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def make_pairs(
-    actor: Any, tokenizer: PreTrainedTokenizerFast, passages: list[str], count: int, settings: Settings
+    actor: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    passages: list[str],
+    count: int,
+    settings: Settings,
+    console: Console,
 ) -> list[Pair]:
     """A third of the rejected answers are the model's own, the others spoilt text."""
     real = stretches(tokenizer, passages, count, settings.seed + 3)
     chooser = random.Random(settings.seed + 4)
-    own = own_answers(actor, tokenizer, [s.prompt for s in real[::3]], settings)
+    own = own_answers(actor, tokenizer, [s.prompt for s in real[::3]], settings, console)
     pairs = []
     for number, stretch in enumerate(real):
         kind = KINDS[number % len(KINDS)] if number % 3 else "own"
@@ -247,14 +261,18 @@ def make_pairs(
     return pairs
 
 
-def own_answers(actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> list[str]:
+def own_answers(
+    actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
+) -> list[str]:
     """The actor's answers at temperature 1."""
     options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
     found: list[str] = []
-    for start in range(0, len(prompts), 256):
-        ids = tokenizer(prompts[start : start + 256])["input_ids"]
-        answers = generate(actor, tokenizer, ids, options).ids
-        found += tokenizer.batch_decode(answers, skip_special_tokens=True)
+    with counted(console, "answers of the model's own", len(prompts)) as advance:
+        for start in range(0, len(prompts), 256):
+            ids = tokenizer(prompts[start : start + 256])["input_ids"]
+            answers = generate(actor, tokenizer, ids, options).ids
+            found += tokenizer.batch_decode(answers, skip_special_tokens=True)
+            advance(len(found))
     return found
 
 
@@ -277,8 +295,10 @@ def ppo(
 ) -> None:
     """Phase 4, in out/name; goes on from its own checkpoint."""
     if (out / name / "model").exists():
-        console.print(f"{name}: there already", highlight=False)
+        say(console, f"{name}: there already")
         return
+    weight = "an adaptive KL penalty" if fixed_kl is None else f"a KL penalty of weight {fixed_kl:g}"
+    say(console, f"phase 4: PPO with {weight}, in {out / name}")
     with no_loading_bars():
         actor, tokenizer = load_supervised(out)
         classifier, _ = load_reward_model(out / "reward_model")

@@ -115,7 +115,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
-        (label, *(f"{found[who][name]:.3f}" if name in found[who] else "-" for who in ("real", "before", "after")))
+        (label, *(f"{found[who][name]:z.3f}" if name in found[who] else "-" for who in ("real", "before", "after")))
         for name, label in SHOWN.items()
     ]
 
