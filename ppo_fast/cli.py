@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.config import PPOConfig, add_option, nearest, options_of, read_yaml
-from ppo_fast.errors import UserError
+from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.launched import process_count, this_rank
 from ppo_fast.lock import absolute, locked
 from ppo_fast.threads import wait_passively
@@ -199,17 +199,24 @@ def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
     return values if several else value
 
 
-def _reward_names(specs: Sequence[str]) -> list[str]:
-    """What metrics call the rewards: by the function's name alone where no other has it.
+def _load_rewards(specs: Sequence[str]) -> dict[str, Any]:
+    """The reward functions by their names in metrics: the function's name alone where no other has it.
 
     Raises:
-        UserError: one is given twice.
+        UserError: one is given twice, or cannot be loaded.
     """
     for spec in specs:
         if specs.count(spec) > 1:
             raise UserError(f"--reward {spec} is given twice: give it a weight with --reward-weight")
-    short = [spec.partition("(")[0].rpartition(":")[2] for spec in specs]
-    return [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
+    functions = [load_reward(spec) for spec in specs]
+    names = [spec.partition("(")[0].rpartition(":")[2].strip() for spec in specs]
+    for number, function in enumerate(functions):
+        if names[number] == type(function).__name__:  # an object, such as a Pool, whose own name is its function's
+            names[number] = getattr(function, "__name__", names[number])
+    return {
+        name if names.count(name) == 1 else spec: function
+        for name, spec, function in zip(names, specs, functions, strict=True)
+    }
 
 
 def _let_segments_grow() -> None:
@@ -274,7 +281,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         for path in (run["prompts"], run["eval_prompts"])
     )
     assert rows is not None
-    rewards = dict(zip(_reward_names(run["reward"]), map(load_reward, run["reward"]), strict=True))
+    rewards = _load_rewards(run["reward"])
     names = [*rewards, *run["reward_model"]]
     weights = run["reward_weight"] or [1.0] * len(names)
     if not names:
@@ -336,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C,
     143 after SIGTERM."""
     wait_passively()
+    plain_warnings()
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["classic"]:  # its options need Gymnasium, which nobody else should have to install
         return _classic(given[1:])

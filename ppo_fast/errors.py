@@ -1,5 +1,8 @@
 """Errors that mean "the input is wrong": their message is complete, and the command line prints it without a
-traceback."""
+traceback. Warnings of this project are printed likewise."""
+
+import warnings
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -16,3 +19,20 @@ class NonFiniteError(UserError):
 
 class InvariantError(UserError):
     """A number of a run that is known in advance has another value: the run would learn something else."""
+
+
+def plain_warnings() -> None:
+    """From now on, a warning of this project is one line, without its place in our code; other warnings stay."""
+    earlier = warnings.formatwarning
+    if getattr(earlier, "__module__", "") == __name__:
+        return
+    ours = str(Path(__file__).parent)
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename.startswith(ours):
+            return f"ppo-fast: warning: {message}\n"
+        return earlier(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted

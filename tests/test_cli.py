@@ -1,6 +1,7 @@
 """The command line on real files: it trains, and each bad input gets one clear line instead of a traceback."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from transformers import (
 )
 
 from ppo_fast.cli import main
+from ppo_fast.errors import plain_warnings
+
+ROOT = Path(__file__).parent.parent
 
 REWARDS = """
 def length(prompts, completions, answer):
@@ -112,8 +116,23 @@ def write(folder: Path, text: str) -> dict[str, str]:
         (lambda f: {"reward": f"{f / 'rewards.py'}:nan"}, "expected a finite number, got nan"),
         (lambda f: {"model": str(save_tiny_model(f / "nopad", pad=False))}, "has no pad token"),
         (lambda f: {"gamma": "2"}, "gamma must lie in [0, 1], got 2.0"),
-        (lambda f: {"reward": "ppo_fast.rewards:f1(reference=solution)"}, "no column 'solution', which a reward asks"),
-        (lambda f: {"reward": "ppo_fast.rewards:f1"}, "no column 'reference', which the reward 'f1' asks for"),
+        (
+            lambda f: {"reward": "ppo_fast.rewards:f1(reference=solution)"},
+            "ppo-fast: error: the data has no column 'solution', which the reward 'f1' asks for; it has answer\n",
+        ),
+        (
+            lambda f: {"reward": "ppo_fast.rewards:f1"},
+            "ppo-fast: error: the data has no column 'reference', which the reward 'f1' asks for; it has answer;"
+            " to take another: f1(reference=COLUMN)\n",
+        ),
+        (
+            lambda f: {"reward": "ppo_fast.rewards:f1(reference=answers)"},
+            "no column 'answers', which the reward 'f1' asks for; did you mean answer?; it has answer\n",
+        ),
+        (
+            lambda f: write(f, '{"question": "a"}\n') | {"reward": "ppo_fast.rewards:f1(reference=answer)"},
+            "no column 'answer', which the reward 'f1' asks for; it has none besides the prompt\n",
+        ),
         (lambda f: {"device": "cuda:99"}, "device 'cuda:99'"),
         (lambda f: {"out": str(f / "prompts.jsonl" / "x")}, "cannot write to"),
     ],
@@ -238,3 +257,12 @@ def test_memory_names_a_model_that_it_cannot_calculate(model_config, tmp_path, c
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("ppo-fast")]
     assert f"the peak memory of a model of type {model_config.model_type!r} cannot be calculated" in line
     assert not [x for x in caplog.records if x.name.startswith("torch")]
+
+
+def test_warnings_of_this_project_are_one_line_without_a_place_and_others_stay(monkeypatch, capsys):
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    plain_warnings()
+    plain_warnings()  # as each command does
+    place = (str(ROOT / "ppo_fast" / "invariants.py"), 7)
+    assert warnings.formatwarning("the gap", RuntimeWarning, *place) == "ppo-fast: warning: the gap\n"
+    assert warnings.formatwarning("x", UserWarning, "/elsewhere/a.py", 7, "").startswith("/elsewhere/a.py:7: UserWarn")

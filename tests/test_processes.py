@@ -563,8 +563,7 @@ def test_a_judgement_that_hangs_ends_at_its_time_limit_with_its_subprocesses(fol
 
     monkeypatch.setattr(process, "stop_process", timed)
     pool = Pool(f"{folder / 'r.py'}:hangs", timeout=0.5, fallback=-1.0, workers=1)
-    with pytest.warns(RuntimeWarning, match="no judgement within 0.5 s"):
-        assert pool(["p"] * 3, ["a"] * 3) == [-1.0] * 3
+    assert pool(["p"] * 3, ["a"] * 3) == [-1.0] * 3
     assert len(seconds) == 3
     assert max(seconds) < 2.5, "pebble waits 3 s for a worker that ignores its signal"
     children = [int(line.split()[-1]) for line in lines(folder) if line.startswith("child")]

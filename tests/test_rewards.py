@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -497,7 +498,7 @@ def test_fluency_is_the_mean_log_likelihood_of_the_models_own_forward(tmp_path: 
 def test_a_spec_fixes_options_and_renames_columns():
     judge = load_reward("ppo_fast.rewards:numeric(reference=answer, tolerance=0.5)")
     assert judge(P, ["41.6"], answer=["42"], other=[None]) == [1.0]
-    with pytest.raises(UserError, match="no column 'answer', which a reward asks for; it has other"):
+    with pytest.raises(UserError, match="no column 'answer', which the reward 'numeric' asks for; it has other"):
         judge(P, ["1"], other=[1])
     assert load_reward('ppo_fast.rewards:matches(pattern="a:b(c)")')(P, ["a:bc"]) == [1.0]
     assert load_reward("ppo_fast.rewards:exact_match") is exact_match
@@ -585,37 +586,37 @@ def slow(tmp_path: Path):
     return f"{path}:judge"
 
 
-def test_a_pool_names_what_fails_and_gives_it_the_fallback(slow: str):
+def test_a_pool_counts_what_fails_in_one_line_and_gives_it_the_fallback(slow: str, capsys):
     pool = rewards.Pool(slow, timeout=2.0, fallback=-7.0, workers=2)
     answers = ["ab", "sleep", "fail", "nan", "die", "abc"]
-    with pytest.warns(RuntimeWarning) as said:
-        found = pool([f"p{i}" for i in range(6)], answers, weight=[1, 1, 1, 1, 1, 10], other=[None] * 6)
+    found = pool([f"p{i}" for i in range(6)], answers, weight=[1, 1, 1, 1, 1, 10], other=[None] * 6)
     assert found == [2, -7, -7, -7, -7, 30]
     assert pool.failed == 4
-    texts = [str(w.message) for w in said]
-    assert len(texts) == 4
-    for text, reason, answer in zip(
-        texts,
-        ["no judgement within 2 s", "KeyError: 'gone'", "nan is not finite", "Process"],
-        answers[1:5],
-        strict=True,
-    ):
-        assert reason in text
-        assert f"({answer!r}) to 'p" in text
-        assert "it gets -7" in text
+    assert capsys.readouterr() == (
+        "",
+        "reward 'judge': 4 of 6 answers have no judgement and get -7; the first: no judgement within 2 s at answer 1"
+        " ('sleep') to 'p1'\n",
+    )
     assert pool(["p"], ["abcd"], weight=[1]) == [4]  # the pool has recovered
     assert pool.failed == 0
+    assert capsys.readouterr() == ("", "")
 
 
-def test_an_exit_in_a_judgement_gives_the_fallback(slow: str):
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("fail", "KeyError: 'gone'"),
+        ("nan", "nan is not finite"),
+        ("die", "Process"),
+        ("exit", "SystemExit: 0"),
+        ("odd", "Odd: one"),
+        ("two", "2 values for 1 answer"),
+    ],
+)
+def test_a_pool_says_why_an_answer_has_no_judgement(slow: str, capsys, answer, reason):
     pool = rewards.Pool(slow, timeout=30.0, fallback=-7.0, workers=1)
-    with pytest.warns(RuntimeWarning) as said:
-        found = pool(["p"] * 4, ["exit", "odd", "two", "ab"], weight=[1] * 4)
-    assert found == [-7, -7, -7, 2]
-    texts = [str(w.message) for w in said]
-    assert all(
-        reason in text for reason, text in zip(["SystemExit: 0", "Odd: one", "2 values for 1"], texts, strict=True)
-    )
+    assert pool(["p"] * 2, [answer, "ab"], weight=[1] * 2) == [-7, 2]
+    assert f"1 of 2 answers have no judgement and get -7; the first: {reason}" in capsys.readouterr().err
 
 
 def test_a_pool_without_workers_or_without_its_column_raises_a_user_error(tmp_path: Path, slow: str):
@@ -649,11 +650,20 @@ def test_a_run_continues_after_an_answer_without_a_judgement_and_logs_their_numb
     spec = f'ppo_fast.rewards:Pool(reward="{tmp_path / "mine.py"}:judge", timeout=30, fallback=-1, workers=1)'
     places = ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", spec]
     sizes = ["--total-steps", "1", "--prompts-per-step", "2", "--minibatches", "1", "--max-new-tokens", "3"]
-    with pytest.warns(RuntimeWarning, match=r"ValueError: no at answer \d .* to 'bad'; it gets -1"):
-        assert main(["train", *places, *sizes, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    other = spec.replace("mine.py", "other.py").replace("judge", "always")
+    (tmp_path / "other.py").write_text("def always(prompts, completions): return [0.5]\n")
+    assert main(["train", *places, "--reward", other, *sizes, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reward")]
+    assert re.fullmatch(
+        r"reward 'judge': 1 of 2 answers have no judgement and get -1; the first: ValueError: no at answer \d"
+        r" \(.*\) to 'bad'",
+        said,
+    )
     (row,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
-    assert row["reward/Pool"] == 0.0  # 1 and -1
-    assert row["reward_failed/Pool"] == 1
+    assert row["reward/judge"] == 0.0  # 1 and -1
+    assert row["reward_failed/judge"] == 1
+    assert row["reward/always"] == 0.5
+    assert row["reward_failed/always"] == 0
 
 
 def test_a_pool_refuses_what_it_cannot_send_or_use():

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ppo_fast.checkpoint import reported, write_file
 from ppo_fast.config import PPOConfig
 from ppo_fast.device import pick_device
-from ppo_fast.errors import UserError
+from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.folders import claim
 from ppo_fast.plots import can_draw, draw_learning_curves
 from ppo_fast.progress import console_of, counted, say
@@ -165,6 +165,7 @@ def ppo_config(seed: int, out: str, *, total_steps: int, quiet: bool, device: st
 
 
 def main(argv: list[str] | None = None) -> int:
+    plain_warnings()
     parser = argparse.ArgumentParser(prog="python -m ppo_fast.examples.arithmetic", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--out", default="runs/arithmetic", help="folder of the results (default: runs/arithmetic)")

@@ -30,7 +30,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.data import prompt_ids, read_prompts
 from ppo_fast.decoding import AnswerText
 from ppo_fast.device import pick_device
-from ppo_fast.errors import UserError
+from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.folders import claim
 from ppo_fast.models import load_actor
 from ppo_fast.plots import can_draw
@@ -124,6 +124,7 @@ def show(found: dict[str, Found], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    plain_warnings()
     parser = argparse.ArgumentParser(
         prog="python -m ppo_fast.examples.sampling", description=str(__doc__).split("\n")[0]
     )

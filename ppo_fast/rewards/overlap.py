@@ -14,9 +14,7 @@ def package(name: str, install: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"this reward needs {install}: pip install {install}, or the extra ppo_fast[rewards]"
-        ) from error
+        raise UserError(f"this needs {install}: pip install {install}, or the extra ppo_fast[rewards]") from error
 
 
 def rouge_l(

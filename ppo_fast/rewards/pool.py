@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -72,8 +72,9 @@ class Pool:
     """A reward function that judges one answer at a time, several of them at once, within a time limit.
 
     An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process and the
-    subprocesses of that are then killed) is named in a warning and gets `fallback`; `failed` is the number of such
-    answers in the last call, which training logs.
+    subprocesses of that are then killed) gets `fallback`. A call with such answers prints one line to stderr, with
+    their number and the first of them; `failed` is their number in the last call, which training logs. Metrics have the
+    name of the function.
 
     Args:
         reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
@@ -99,7 +100,7 @@ class Pool:
                 f" {timeout!r}, {fallback!r} and {workers!r}"
             )
         self.function = load_reward(reward) if isinstance(reward, str) else reward
-        self.__name__ = reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
+        self.__name__ = getattr(self.function, "__name__", type(self.function).__name__)
         try:
             pickled = pickle.dumps(reward)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -125,23 +126,25 @@ class Pool:
             )
             for row in range(len(completions))
         ]
-        values, failures = [], 0
+        values, failures = [], []
         try:
             for row, job in enumerate(jobs):
                 value = self._result(job)
                 if isinstance(value, str):
-                    failures += 1
-                    warnings.warn(
-                        f"reward {self.__name__!r}: {value} at answer {row} ({completions[row]!r:.80}) to"
-                        f" {prompts[row]!r:.80}; it gets {self.fallback:g}",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
+                    reason = " ".join(value.split())
+                    failures.append(f"{reason} at answer {row} ({completions[row]!r:.80}) to {prompts[row]!r:.80}")
                 values.append(self.fallback if isinstance(value, str) else value)
         finally:
             for job in jobs:
                 job.cancel()
-        self.failed = failures
+        self.failed = len(failures)
+        if failures:
+            print(
+                f"reward {self.__name__!r}: {len(failures)} of {len(values)} answers have no judgement and get"
+                f" {self.fallback:g}; the first: {failures[0]}",
+                file=sys.stderr,
+                flush=True,
+            )
         return values
 
     def columns_taken(self, columns: Mapping[str, list]) -> dict[str, list]:

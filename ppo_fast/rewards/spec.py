@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ppo_fast.config import nearest
+from ppo_fast.data import RESERVED
 from ppo_fast.errors import UserError
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<name>[A-Za-z_]\w*)\s*(?P<call>\(.*\))?", re.DOTALL)
@@ -31,6 +33,10 @@ class Configured:
     options: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)  # argument: column
 
+    @property
+    def __name__(self) -> str:  # type: ignore[override]
+        return _called(self.function)
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> Sequence[Any]:
         return self.function(prompts, completions, **self.options, **self.columns_taken(columns))
 
@@ -38,8 +44,10 @@ class Configured:
         """The columns that the function gets, by the names of its arguments."""
         missing = [column for column in self.columns.values() if column not in columns]
         if missing:
-            known = ", ".join(columns)
-            raise UserError(f"the data has no column {missing[0]!r}, which a reward asks for; it has {known}")
+            raise UserError(
+                f"the data has no column {missing[0]!r}, which the reward {_called(self.function)!r} asks for"
+                f"{of_data(missing[0], columns)}"
+            )
         renamed = {argument: columns[column] for argument, column in self.columns.items()}
         bound = functools.partial(self.function, **self.options)
         return arguments_of(bound, {**columns, **renamed}, given=set(renamed))
@@ -66,8 +74,8 @@ def arguments_of(
         variable = taken.kind in (taken.VAR_KEYWORD, taken.VAR_POSITIONAL)
         if taken.default is taken.empty and not variable and name not in free:
             raise UserError(
-                f"the data has no column {name!r}, which the reward {called!r} asks for; it has {', '.join(columns)}"
-                f"; to take another: {called}({name}=COLUMN)"
+                f"the data has no column {name!r}, which the reward {called!r} asks for{of_data(name, columns)}; to"
+                f" take another: {called}({name}=COLUMN)"
             )
     for name in free:
         parameter = parameters.get(name)
@@ -78,6 +86,13 @@ def arguments_of(
                 f" {called}({name}={parameter.default!r}), or rename the column"  # type: ignore[union-attr]
             )
     return free
+
+
+def of_data(missing: str, columns: Collection[str]) -> str:
+    """For the message of a missing column: which the data has, without those that the trainer adds, and the nearest."""
+    known = [name for name in columns if name not in RESERVED]
+    has = f"it has {', '.join(known)}" if known else "it has none besides the prompt"
+    return f"{nearest(missing, known)}; {has}"
 
 
 def _called(function: Callable[..., Any]) -> str:

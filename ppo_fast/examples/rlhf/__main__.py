@@ -21,13 +21,14 @@ import sys
 if __name__ == "__main__" and "--quiet" not in sys.argv:  # before the imports that take seconds
     print("importing PyTorch and transformers, which takes some seconds", flush=True)
 
-from ppo_fast.errors import UserError
+from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.examples.rlhf.common import Settings
 from ppo_fast.examples.rlhf.phases import run
 from ppo_fast.progress import console_of
 
 
 def main(argv: list[str] | None = None) -> int:
+    plain_warnings()
     parser = argparse.ArgumentParser(prog="python -m ppo_fast.examples.rlhf", description=str(__doc__).split("\n")[0])
     parser.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to learn from (default: CPython's language reference)"

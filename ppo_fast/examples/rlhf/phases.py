@@ -45,6 +45,7 @@ from ppo_fast.models import Critic, load_reward_model
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
 from ppo_fast.progress import counted, say
 from ppo_fast.rewards import Fluency
+from ppo_fast.rewards.overlap import package
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
 
@@ -53,6 +54,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     """All phases; what DIR/report.json holds, too."""
     begun = time.perf_counter()
 
+    for name in ("sacrebleu", "matplotlib"):  # which the last phase needs
+        package(name, name)
     text = read_text(settings.text)
     given = read_pairs(settings.pairs) if settings.pairs else None  # errors in it come before any training
     out = Path(settings.out)
