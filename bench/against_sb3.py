@@ -380,6 +380,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.own and options.env not in OWN:
         parser.error(f"there are settings of our own for {', '.join(OWN)}")
+    json_lines.check_own(options.out)
     torch.set_num_threads(options.threads)
     zoo = {**ZOO[options.env], **({"steps": options.steps} if options.steps else {})}
     title = f"{options.env}, settings of our own" if options.own else options.env
@@ -422,6 +423,7 @@ def main() -> None:
         record[title] = with_other_seeds(new, record.get(title, {}))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record) + "\n")
+        print(f"the record is {options.out}")
 
 
 if __name__ == "__main__":

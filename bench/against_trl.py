@@ -31,6 +31,7 @@ from typing import Any
 
 import json_lines
 import torch
+from json_lines import check_own
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("trl", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--first-seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    check_own(options.out)
     if options.only:
         before = peak_mib()
         seen = (run_trl if options.only == "trl" else run_ours)(options.first_seed, options.steps)
@@ -279,6 +281,7 @@ def main() -> None:
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record) + "\n")
+        print(f"the record is {options.out}")
 
 
 if __name__ == "__main__":

@@ -291,6 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     measure_grouped(writer, sizes, device)
     measure_probe(writer, sizes, device)
     measure_chunks(writer, sizes, device)
+    print(f"the record is {options.record}")
     return 1 if writer.failed else 0
 
 

@@ -39,8 +39,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[STARTED] = time.monotonic()
     path = session.config.getoption("--record")
+    if path is not None and (problem := json_lines.foreign(path)):
+        raise pytest.UsageError(problem)
     commit = session.config.getoption("--commit") or "unknown"
     session.config.stash[RECORD] = None if path is None else json_lines.Writer(path, commit)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    path = config.getoption("--record")
+    if path is not None:
+        terminalreporter.write_line(f"the record is {path}; python bench/report.py {path} makes tables and pictures")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -220,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     ask_attention(writer, device)
     ask_kernels(writer, device, small=options.tiny)
     print(f"{writer.failed} answers are no" if writer.failed else "every answer is yes")
+    print(f"the record is {options.record}")
     return 1 if writer.failed else 0
 
 

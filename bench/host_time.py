@@ -344,6 +344,7 @@ def main() -> int:
         }
         (RESULTS / "host.json").write_text(json.dumps(record), encoding="utf-8")
         (RESULTS / "README.md").write_text(page(record, shown), encoding="utf-8")
+        print(f"host.json and README.md are in {RESULTS}")
     return 0
 
 

@@ -60,6 +60,22 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def foreign(path: Path) -> str:
+    """Why a file may not be overwritten: it is no record of these benchmarks. "" if it is one, is empty or missing."""
+    if path.is_dir():
+        return f"{path} is a folder: name a file in it"
+    head = path.read_bytes()[:1000] if path.exists() else b""
+    if not head.strip() or b'"machine_info"' in head or b'"commit"' in head:
+        return ""
+    return f"{path} is no record of these benchmarks and would be overwritten: choose another name"
+
+
+def check_own(path: Path | None) -> None:
+    """Ends the program with a sentence if the file may not be overwritten."""
+    if path is not None and (problem := foreign(path)):
+        raise SystemExit(problem)
+
+
 def processor() -> str:
     """The name of the processor, where the system tells it."""
     info = Path("/proc/cpuinfo")
@@ -75,6 +91,7 @@ class Writer:
         self.budget = budget
         self.failed = 0
         self.started = time.monotonic()
+        check_own(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         place = {
             "python_version": platform.python_version(),

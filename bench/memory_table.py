@@ -129,6 +129,7 @@ smaller.
 {text}
 """
     OUT.joinpath("table.md").write_text(page)
+    print(f"table.json and table.md are in {OUT}")
 
 
 if __name__ == "__main__":

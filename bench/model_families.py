@@ -73,6 +73,7 @@ forward on one sequence. Sampler gap: the same between sampling and learning. Ra
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(lines)}
 """)
+    print(f"table.md is in {OUT}")
 
 
 if __name__ == "__main__":

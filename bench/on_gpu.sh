@@ -13,13 +13,19 @@
 # as such, and the next one runs. A failing part is kept and the next part runs; the exit status is that of the worst.
 # `tests` continues where an earlier run into the same OUT was cut off.
 #
+# OUT is a new or empty folder, or one of an earlier run.
+#
 # Sizes are small, default, all, and dry: the smallest, on a machine without a GPU (see bench/pretend_cuda.py).
 set -uo pipefail
 out=${1:?usage: bash bench/on_gpu.sh OUT [part [commit [size]]]}
 only=${2:-all}
 commit=${3:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 size=${4:-default}
-mkdir -p "$out"
+if [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -f "$out/.ppo_fast" ]; then
+    echo "$out holds files that this script did not write: choose a new or empty folder" >&2
+    exit 2
+fi
+mkdir -p "$out" && echo bench/on_gpu.sh >"$out/.ppo_fast" || exit 2
 export PYTHONPATH=".:tests:bench${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 worst=0
 python=(python3)
@@ -65,4 +71,5 @@ bench learn bench/bench_learn.py
 bench linear bench/bench_linear.py
 bench rows bench/bench_logprobs.py bench/bench_loss.py
 bench advantages bench/bench_gae.py bench/bench_advantages.py
+echo "logs and records are in $out"
 exit "$worst"

@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rows import CEILINGS, OURS, Groups, Row, axes_of, has_floor, is_ours, memory_mib, shown, shown_number, spread
+from rows import (
+    CEILINGS,
+    OURS,
+    Groups,
+    Row,
+    axes_of,
+    floor_ms,
+    has_floor,
+    is_ours,
+    memory_mib,
+    shown,
+    shown_number,
+    spread,
+)
 
 RED, PALE_RED, BLACK, GREY = "#c0392b", "#e59866", "#222222", "#7f8c8d"
 RIVALS = ("#2471a3", "#1e8449", "#7d3c98", "#b7950b", "#117864", "#5d6d7e", "#a04000", "#2e4053")
@@ -60,7 +73,10 @@ def lines(title: str, axis: str, rows: list[Row], path: Path) -> None:
         left.fill_between(x, [t[1] for t in times], [t[2] for t in times], color=look["color"], alpha=0.15, lw=0)
         if name not in CEILINGS and all(memory_mib(row) is not None for row in mine):
             right.plot(x, [max(MEMORY_FLOOR, memory_mib(row) or 0) for row in mine], **look)
-    floors = sorted({(axes_of(row)[axis], row["floor_ms"]) for row in rows if has_floor(row)})
+    floors = []
+    for x in sorted({axes_of(row)[axis] for row in rows}):
+        at_x = [row for row in rows if axes_of(row)[axis] == x]
+        floors += [(x, floor_ms(at_x))] * has_floor(at_x[0])
     if floors:
         left.plot(*zip(*floors, strict=True), color=BLACK, ls="--", lw=1, label="floor")
     for panel, told in ((left, "median time, ms"), (right, "peak extra memory, MiB")):
@@ -114,7 +130,7 @@ def bars(operation: str, groups: Groups, path: Path) -> None:
         left.bar_label(left.barh(names, times, color=colours), map(shown, times), padding=3, fontsize=8)
         right.bar_label(right.barh(names, sizes, color=colours), map(shown_number, sizes), padding=3, fontsize=8)
         if has_floor(rows[0]):
-            left.axvline(rows[0]["floor_ms"], color=BLACK, ls="--", lw=1)
+            left.axvline(floor_ms(rows), color=BLACK, ls="--", lw=1)
         right.set_yticklabels([])
         left.set_title(shape, loc="left", fontsize=9)
         for axis in (left, right):

@@ -340,6 +340,7 @@ def write(costs: Costs) -> None:
     rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in costs.items()]
     text = json.dumps(facts)[:-1] + ', "kernels": {\n' + ",\n".join(rows) + "\n}}\n"
     (RESULTS / "static" / "loops.json").write_text(text)
+    print(f"loops.json is in {RESULTS / 'static'}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Tables and pictures from the records of the benchmarks.
 
-    pytest bench --record bench/results/MACHINE/NAME.jsonl
-    python bench/report.py bench/results/MACHINE/*.json*
+    pytest bench --record runs/bench/NAME.jsonl
+    python bench/report.py runs/bench/*.jsonl [--out FOLDER]
 
-writes README.md and the pictures into the folder of the records. A record without machine, versions and commit is
+writes README.md and the pictures into a folder that is new, empty, or an earlier report (default: runs/report). The
+page of this repository is made with --out bench/results/MACHINE. A record without machine, versions and commit is
 refused. The shortest time of a group is bold, whoever's it is, and the page begins with the cells in which we are
 behind. Records of bench/against_*.py (whole programs) get a table of medians.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,23 @@ from typing import Any, NamedTuple
 
 import json_lines
 from plots import picture_of
-from rows import CEILINGS, OURS, Groups, Row, groups_of, has_floor, is_rival, memory_mib, shown, shown_number, spread
+from rows import (
+    CEILINGS,
+    OURS,
+    Groups,
+    Row,
+    floor_ms,
+    groups_of,
+    has_floor,
+    is_rival,
+    memory_mib,
+    shown,
+    shown_number,
+    spread,
+)
+
+from ppo_fast.errors import UserError
+from ppo_fast.folders import claim
 
 LEGEND = """\
 Each row is one way to do the same work on the same inputs in one process. *Times ours*: below 1 is faster than
@@ -114,7 +132,7 @@ def table(rows: list[Row]) -> list[str]:
             "median": f"**{shown(median)}**" if median == best else shown(median),
             "20 % ... 80 %": f"{shown(low)} ... {shown(high)}",
             "times ours": "" if ours is None else f"{median / ours:.2f}",
-            "of the floor": f"{100 * row['share_of_floor']:.3g} %" if has_floor(row) else "",
+            "of the floor": f"{100 * floor_ms(rows) / median:.3g} %" if has_floor(row) else "",
             "in a CUDA graph": shown(statistics.median(row["replay_ms"])) if "replay_ms" in row else "",
             "call, host": shown(row["call_us"] / 1e3) if "call_us" in row else "",
             "launches": str(row.get("launches", "-")).replace("-", ""),
@@ -125,15 +143,18 @@ def table(rows: list[Row]) -> list[str]:
     columns = [name for name in lines[0] if name == "" or any(line[name] for line in lines)]
     text = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     text += ["| " + " | ".join(line[name] for name in columns) + " |" for line in lines]
-    return [*text, *floor_in_words(rows[0])]
+    return [*text, *floor_in_words(rows)]
 
 
-def floor_in_words(row: Row) -> list[str]:
+def floor_in_words(rows: list[Row]) -> list[str]:
+    row, floor = rows[0], floor_ms(rows)
     if not row["bytes"] or not has_floor(row):
         return []
-    text = f"Floor {shown(row['floor_ms'])}: {row['bytes'] / 2**20:.3g} MiB at {row['copy_gb_per_s']:.4g} GB/s"
+    text = f"Floor {shown(floor)}: {row['bytes'] / 2**20:.3g} MiB at {row['copy_gb_per_s']:.4g} GB/s"
     if "gemm" in row:
         text += f", {row['flops'] / 1e12:.3g} TFLOP at {row['gemm_tflop_per_s']:.3g} TFLOP/s (GEMM {row['gemm']})"
+    if floor < row["floor_ms"]:
+        text += ", or the time of a ceiling, which is less"
     cache = f" L2 {row['l2']}." if row.get("l2", "").startswith("cold") else ""
     return ["", f"{text}.{cache}"]
 
@@ -216,10 +237,10 @@ def page(records: list[Record], folder: Path) -> str:
     operations = groups_of(rows)
     sources: dict[str, list[str]] = {}
     for record in records:
-        link = f"[{record.path.name}]({record.path.name})"
+        link = f"[{record.path.name}]({Path(os.path.relpath(record.path, folder)).as_posix()})"
         if link not in sources.setdefault(record.source, []):
             sources[record.source].append(link)
-    lines = ["# Measured", "", "Made by `python bench/report.py` from the records beside this page.", ""]
+    lines = ["# Measured", "", "Made by `python bench/report.py` from these records:", ""]
     lines += [f"- {', '.join(names)}: {source}" for source, names in sources.items()]
     if rows:
         lines += ["", LEGEND, "## Where we are behind", "", *behind(operations)]
@@ -247,17 +268,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "records", nargs="+", type=Path, help="records (JSON, JSON Lines), all in one folder: one machine"
     )
+    parser.add_argument(
+        "--out", default="runs/report", type=Path, metavar="FOLDER", help="folder of the page (default: runs/report)"
+    )
     options = parser.parse_args(arguments)
     folders = {path.parent for path in options.records}
     if len(folders) > 1:
         parser.error(f"the records lie in {len(folders)} folders; a report is about one machine")
-    folder = folders.pop()
     try:
-        text = page([record for path in options.records for record in read(path)], folder)
+        records = [record for path in options.records for record in read(path)]
+        folder = claim(options.out, "bench/report.py")
+        text = page(records, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    except (BadRecord, OSError) as error:
+    except (BadRecord, UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
+    print(f"README.md and its pictures are in {folder}")
     return 0
 
 

@@ -34,6 +34,11 @@ def has_floor(row: Row) -> bool:
     return "floor_ms" in row and ("gemm" in row or not row["flops"])
 
 
+def floor_ms(rows: list[Row]) -> float:
+    """The least time that the rows' task takes. A ceiling is a part of this task: the floor is not above its time."""
+    return min([rows[0]["floor_ms"], *(spread(row)[0] for row in rows if row["provider"] in CEILINGS)])
+
+
 def memory_mib(row: Row) -> float | None:
     """Peak extra memory, None where nothing measures it: NumPy's arrays are not PyTorch's."""
     return None if row["provider"] == "sb3" or "peak_extra_bytes" not in row else row["peak_extra_bytes"] / 2**20

@@ -61,6 +61,7 @@ def main() -> None:
     for dtype in ("bfloat16", "float32"):
         about = {"command": command, "model": arguments.name, "answers": size[0], "tokens": size[1], "dtype": dtype}
         writer.measure(about, functools.partial(gap, arguments.model, dtype, *size))
+    print(f"the record is {writer.path}")
 
 
 if __name__ == "__main__":

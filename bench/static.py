@@ -249,6 +249,7 @@ def write_page() -> None:
         table({name: {arch: Report(*r) for arch, r in row.items()} for name, row in shown["variants"].items()}),
     ]
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
+    print(f"README.md and the records are in {RESULTS}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -177,6 +177,16 @@ def test_a_failing_part_is_kept_and_told_by_the_exit_status(tmp_path: Path):
     assert "no such size" in (tmp_path / "rows.log").read_text()
 
 
+def test_the_folder_of_somebody_else_is_refused(tmp_path: Path):
+    (tmp_path / "rows.log").write_text("mine")
+    for out in (tmp_path, tmp_path / "rows.log"):
+        done = on_gpu(out, "rows", "0123abc", "dry")
+        assert done.returncode == 2
+        assert done.stderr == f"{out} holds files that this script did not write: choose a new or empty folder\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.log"]
+    assert (tmp_path / "rows.log").read_text() == "mine"
+
+
 def test_an_unknown_part_is_refused(tmp_path: Path):
     done = on_gpu(tmp_path, "everything")
     assert done.returncode == 2
@@ -350,8 +360,8 @@ def made(folder: Path, record: dict[str, Any]) -> tuple[int, str]:
     """Exit status of the report maker and the page, or nothing."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra ppo_fast[bench])")
     (folder / "record.json").write_text(json.dumps(record))
-    status = report.main([str(folder / "record.json")])
-    return status, (folder / "README.md").read_text() if status == 0 else ""
+    status = report.main([str(folder / "record.json"), "--out", str(folder / "report")])
+    return status, (folder / "report" / "README.md").read_text() if status == 0 else ""
 
 
 def test_the_report_leaves_out_a_row_or_says_not_where_it_comes_from(tmp_path: Path, gae_record: dict[str, Any]):
@@ -364,8 +374,57 @@ def test_the_report_leaves_out_a_row_or_says_not_where_it_comes_from(tmp_path: P
         assert page.count(f"| {name} |") == names.count(name)
     assert "commit 0123abc" in page
     assert f"torch {version('torch')}" in page
-    assert all(path.stat().st_size > 1000 for path in tmp_path.glob("*.png"))
-    assert len(list(tmp_path.glob("*.png"))) == len({info["operation"] for info in found})
+    assert all(path.stat().st_size > 1000 for path in (tmp_path / "report").glob("*.png"))
+    assert len(list((tmp_path / "report").glob("*.png"))) == len({info["operation"] for info in found})
+
+
+def test_the_report_names_its_folder_and_links_the_records(tmp_path: Path, gae_record, capsys):
+    _, page = made(tmp_path, gae_record)
+    assert capsys.readouterr().out == f"README.md and its pictures are in {tmp_path / 'report'}\n"
+    assert "[record.json](../record.json)" in page
+    assert made(tmp_path, gae_record)[1] == page, "an earlier report is replaced"
+
+
+def test_the_report_overwrites_nothing_of_somebody_else(tmp_path: Path, gae_record, capsys, monkeypatch):
+    """As in the root of the clone: its README.md stays, and so does a folder or a file that --out names."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra ppo_fast[bench])")
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("# My project")
+    Path("record.json").write_text(json.dumps(gae_record))
+    assert report.main(["record.json", "--out", "."]) == 1
+    assert "holds files that ppo_fast did not write, such as README.md" in capsys.readouterr().err
+    assert report.main(["record.json", "--out", "README.md"]) == 1
+    assert "README.md is a file, and the results need a folder" in capsys.readouterr().err
+    assert report.main(["record.json"]) == 0
+    assert capsys.readouterr().out == "README.md and its pictures are in runs/report\n"
+    assert Path("README.md").read_text() == "# My project"
+    assert sorted(path.name for path in Path().iterdir()) == ["README.md", "record.json", "runs"]
+
+
+@pytest.mark.parametrize("text", ['{"data": 1}\n', "# Notes\n"])
+def test_a_record_replaces_only_a_record(tmp_path: Path, text: str):
+    path = tmp_path / "x.jsonl"
+    json_lines.Writer(path, "0123abc")
+    json_lines.Writer(path, "4567def")
+    assert json_lines.read(path)["commit_info"]["id"] == "4567def"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"x.jsonl is no record of these benchmarks and would be overwritten"):
+        json_lines.Writer(path, "0123abc")
+    done = bench("bench/bench_gae.py", "--size", "tiny", "--record", str(path))
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "is no record of these benchmarks and would be overwritten: choose another name" in done.stderr
+    assert path.read_text() == text
+
+
+def test_no_ceiling_is_below_the_floor(tmp_path: Path, gae_record):
+    """A ceiling is a part of the task, so the task cannot be faster than it: its time is a floor, too."""
+    found = [synthetic(name, n, ms, 1) for n in (1, 2, 4) for name, ms in (("ppo_fast", 2.0), ("three GEMMs", 0.25))]
+    _, page = made(tmp_path, gae_record | {"benchmarks": [{"extra_info": info} for info in found]})
+    assert "Floor 250 us: " in page
+    assert "or the time of a ceiling, which is less" in page
+    assert page.count("| 12.5 % |") == 3
+    assert rows.floor_ms(found[:2]) == 0.25
+    assert rows.floor_ms(found[:1]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -408,7 +467,7 @@ def test_a_loss_of_ours_is_hidden(tmp_path: Path, gae_record: dict[str, Any]):
         "- x, N=4 V=8, float32: ppo_fast without x, 1.25 times as fast",
     ]
     assert "| other | **1 ms** | 1 ms ... 1 ms | 0.50 | 50 % |" in page
-    assert (tmp_path / "x-against-N.png").stat().st_size > 1000
+    assert (tmp_path / "report" / "x-against-N.png").stat().st_size > 1000
 
 
 def test_a_sweep_is_no_picture_or_mixes_two_widths():

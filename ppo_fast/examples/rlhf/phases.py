@@ -42,6 +42,7 @@ from ppo_fast.folders import claim
 from ppo_fast.heads import decoder_of
 from ppo_fast.loading import no_loading_bars
 from ppo_fast.models import Critic, load_reward_model
+from ppo_fast.plots import can_draw
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
 from ppo_fast.progress import counted, say
 from ppo_fast.rewards import Fluency
@@ -54,8 +55,9 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     """All phases; what DIR/report.json holds, too."""
     begun = time.perf_counter()
 
-    for name in ("sacrebleu", "matplotlib"):  # which the last phase needs
-        package(name, name)
+    package("sacrebleu", "sacrebleu")  # which the last phase needs, as it does the pictures
+    if not can_draw():
+        raise UserError("the pictures need matplotlib: pip install matplotlib")
     text = read_text(settings.text)
     given = read_pairs(settings.pairs) if settings.pairs else None  # errors in it come before any training
     out = Path(settings.out)
