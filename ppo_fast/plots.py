@@ -43,6 +43,7 @@ def _save(figure: Any, path: Path, dpi: int) -> None:
 def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
     """A PNG with one small plot for each of the first six curves that the history has."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     curves = {name: label for name, label in CURVES.items() if any(m.get(name) is not None for m in history)}
     figure = Figure(figsize=(11, 6.2), layout="constrained")
@@ -50,13 +51,44 @@ def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Pa
     axes = figure.subplots(2, 3).flat
     for (name, label), axis in zip(list(curves.items())[:6], axes, strict=False):
         points = [(metrics["step"], metrics[name]) for metrics in history if metrics.get(name) is not None]
-        axis.plot(*zip(*points, strict=True), color="#1f77b4", linewidth=1.4)
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) <= FEW_POINTS else None
+        axis.plot(steps, values, color="#1f77b4", linewidth=1.4, marker=marker, markersize=4)
+        axis.set_xlim(*_steps_shown([metrics["step"] for metrics in history]))
+        axis.set_ylim(*range_shown(values))
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("PPO step")
         axis.grid(alpha=0.3)
     for axis in axes:  # those that no curve has taken
         axis.set_visible(False)
     _save(figure, path, dpi=120)
+
+
+FEW_POINTS = 20  # each of which gets a dot
+SMALLEST = 1e-5  # half of the smallest range of an axis: differences below are noise of fp32
+
+
+def _steps_shown(steps: Sequence[float | None]) -> tuple[float, float]:
+    """The range of the axis of steps; of a single one, from the step before to the step after."""
+    known = [x for x in steps if x is not None]
+    low, high = min(known), max(known)
+    margin = 0.04 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def range_shown(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis that shows these values: what lies between them, with a margin.
+
+    Of a constant a tenth of it to both sides, of zeros -0.1 to 0.1.
+    """
+    low, high = min(values), max(values)
+    middle, half = (low + high) / 2, 1.1 * (high - low) / 2
+    largest = max(abs(low), abs(high))
+    if high - low <= SMALLEST * largest or largest <= SMALLEST:
+        half = 0.1 * largest if largest > SMALLEST else 0.1
+    return middle - half, middle + half
 
 
 TOKENS_DRAWN = 150  # a longer answer's picture would not be read

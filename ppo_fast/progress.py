@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ppo_fast.checkpoint import UNFINISHED, GrowingFile, reported, write_file
@@ -104,8 +104,9 @@ def say(console: Console, text: str) -> None:
 
 def _bar(console: Console) -> RichProgress:
     """A bar with the time left, where there is a terminal."""
+    room = max(8, console.width - 24)  # what count, time and a short bar leave
     return RichProgress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(max_width=room, no_wrap=True, overflow="ellipsis")),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
