@@ -323,19 +323,19 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     trainer.train()
     if trainer.stopped_by is not None:
         if trainer.world.first and not config.quiet:
-            print(f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; --resume continues it")
+            print(
+                f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; --resume continues it in {config.out}"
+            )
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None or not trainer.world.first:
         return 0
     from ppo_fast.plots import can_draw, draw_learning_curves
 
-    left = ["model", "metrics.jsonl", "samples.jsonl", *["tensorboard"] * config.tensorboard]
     if can_draw():
         title = f"PPO on {Path(run['prompts']).name}"
         draw_learning_curves(trainer.recorded, Path(config.out) / "learning_curves.png", title)
-        left.append("learning_curves.png")
-    if not config.quiet:
-        print(f"{', '.join(left[:-1])} and {left[-1]} are in {config.out}")
+    names = sorted(path.name for path in Path(config.out).iterdir() if not path.name.startswith("."))
+    say(console, f"{', '.join(names)} are in {config.out}")
     return 0
 
 
