@@ -205,6 +205,8 @@ def _load_rewards(specs: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: one is given twice, or cannot be loaded.
     """
+    from ppo_fast.rewards.spec import load_reward
+
     for spec in specs:
         if specs.count(spec) > 1:
             raise UserError(f"--reward {spec} is given twice: give it a weight with --reward-weight")
@@ -269,13 +271,13 @@ def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -
 
 
 def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
-    from ppo_fast.data import read_prompts
-    from ppo_fast.progress import console_of, say
-    from ppo_fast.rewards.spec import load_reward
+    from ppo_fast.console import console_of, say
 
     size = process_count()
     console = console_of(quiet=config.quiet or (size > 1 and this_rank(size) > 0))
-    say(console, f"reading {run['prompts']}, then importing transformers, which takes some seconds")
+    say(console, f"reading {run['prompts']}; importing PyTorch and transformers takes some seconds")
+    from ppo_fast.data import read_prompts
+
     rows, held_out = (
         None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
         for path in (run["prompts"], run["eval_prompts"])
@@ -322,10 +324,8 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         trainer.resume(allow_changes=arguments.allow_changes)
     trainer.train()
     if trainer.stopped_by is not None:
-        if trainer.world.first and not config.quiet:
-            print(
-                f"stopped by {trainer.stopped_by} after step {trainer.steps_done}; --resume continues it in {config.out}"
-            )
+        stopped = f"stopped by {trainer.stopped_by} after step {trainer.steps_done}"
+        say(console, f"{stopped}; --resume continues it in {config.out}")
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is None or not trainer.world.first:
         return 0

@@ -22,13 +22,14 @@ from ppo_fast import checkpoint
 from ppo_fast.checkpoint import check_folders
 from ppo_fast.cli import main
 from ppo_fast.config import PPOConfig, options_of, read_yaml
+from ppo_fast.console import Output
 from ppo_fast.device import ordinary_modes
 from ppo_fast.errors import UserError
 from ppo_fast.interrupt import stop_requests
 from ppo_fast.launched import local_rank, process_count, this_rank
 from ppo_fast.lock import absolute, locked
 from ppo_fast.parallel import start
-from ppo_fast.progress import Output, cut_back
+from ppo_fast.progress import cut_back
 from ppo_fast.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]

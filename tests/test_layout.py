@@ -19,7 +19,7 @@ LEVELS = [
     {"checks", "config"},
     {"ops"},
     {"", "data", "decoding", "device", "rollout", "checkpoint", "flash_calls"},  # "" is ppo_fast/__init__.py
-    {"folders", "interrupt", "hints", "invariants", "launched", "lock", "meeting"},
+    {"console", "folders", "interrupt", "hints", "invariants", "launched", "lock", "meeting"},
     {"flash"},
     {"attention"},
     {"packing"},

@@ -19,8 +19,10 @@ import sys
 import time
 from typing import Any
 
-if __name__ == "__main__" and "--quiet" not in sys.argv:  # before the imports that take seconds
-    print("importing PyTorch and transformers, which takes some seconds", flush=True)
+from ppo_fast.console import announce_imports, console_of, counted, say
+
+if __name__ == "__main__":
+    announce_imports()  # before the imports that take seconds
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,6 @@ from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.folders import claim
 from ppo_fast.plots import can_draw, draw_learning_curves
-from ppo_fast.progress import console_of, counted, say
 from ppo_fast.sample import generate
 from ppo_fast.trainer import PPOTrainer
 

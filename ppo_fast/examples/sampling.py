@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # before the imports that take seconds
-    print("importing PyTorch and transformers, which takes some seconds", flush=True)
+from ppo_fast.console import announce_imports, console_of, counted, say
+
+if __name__ == "__main__":
+    announce_imports()  # before the imports that take seconds
 
 import torch
 from rich.console import Console
@@ -34,7 +36,6 @@ from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.folders import claim
 from ppo_fast.models import load_actor
 from ppo_fast.plots import can_draw
-from ppo_fast.progress import console_of, counted, say
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
 from ppo_fast.sample import GenerateSampler, drop_long_prompts
 

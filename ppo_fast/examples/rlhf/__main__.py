@@ -18,13 +18,14 @@ anew, PPO goes on from its checkpoint. The result is DIR/report.md, with picture
 import argparse
 import sys
 
-if __name__ == "__main__" and "--quiet" not in sys.argv:  # before the imports that take seconds
-    print("importing PyTorch and transformers, which takes some seconds", flush=True)
+from ppo_fast.console import announce_imports, console_of
+
+if __name__ == "__main__":
+    announce_imports()  # before the imports that take seconds
 
 from ppo_fast.errors import UserError, plain_warnings
 from ppo_fast.examples.rlhf.common import Settings
 from ppo_fast.examples.rlhf.phases import run
-from ppo_fast.progress import console_of
 
 
 def main(argv: list[str] | None = None) -> int:

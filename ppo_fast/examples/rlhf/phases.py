@@ -25,6 +25,7 @@ from transformers import (
 
 from ppo_fast.checkpoint import UNFINISHED, recover, replace
 from ppo_fast.config import PPOConfig
+from ppo_fast.console import counted, say
 from ppo_fast.device import pick_device
 from ppo_fast.errors import UserError
 from ppo_fast.examples.rlhf import report
@@ -44,7 +45,6 @@ from ppo_fast.loading import no_loading_bars
 from ppo_fast.models import Critic, load_reward_model
 from ppo_fast.plots import can_draw
 from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
-from ppo_fast.progress import counted, say
 from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package
 from ppo_fast.sample import generate
