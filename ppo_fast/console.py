@@ -5,6 +5,7 @@ This module imports neither torch nor transformers, which takes seconds: a comma
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -65,7 +66,9 @@ def console_of(*, quiet: bool) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a sentence, as it is and in one line, at once."""
+    """Prints a sentence as it is, at once: in one line, or on a terminal in lines that end between words."""
+    if console.is_terminal and len(text) > console.width:
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from ppo_fast.console import counted
+from ppo_fast.console import counted, say
 from ppo_fast.progress import COLUMNS, heading, line
 
 METRICS = (
@@ -69,3 +69,14 @@ def test_quiet_phases_print_nothing(monkeypatch):
     file = StringIO()
     shown(Console(file=file, quiet=True), [3.0, 30.0], monkeypatch, [1, 400])
     assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_sentence_ends_its_lines_between_words_and_keeps_long_words(terminal):
+    file = StringIO()
+    console = Console(file=file, width=40, force_terminal=terminal, color_system=None)
+    path = "/a/very/long/path/of/more/than/forty/columns/model"
+    say(console, f"the model, metrics and [pictures] are in {path}")
+    lines = file.getvalue().splitlines()
+    assert " ".join(line.strip() for line in lines) == f"the model, metrics and [pictures] are in {path}"
+    assert len(lines) == (2 if terminal else 1)

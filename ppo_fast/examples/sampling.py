@@ -116,7 +116,12 @@ def draw(found: dict[str, Found], path: Path, title: str) -> None:
 
 def show(found: dict[str, Found], console: Console) -> None:
     """The same as a table."""
-    table = Table("", "log-likelihood", "diversity", "not repeated", "tokens")
+    narrow = console.is_terminal and console.width < 70
+    table = (
+        Table("", "log p", "div.", "varied", "tokens", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        if narrow
+        else Table("", "log-likelihood", "diversity", "not repeated", "tokens")
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, x in found.items():
