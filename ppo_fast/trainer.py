@@ -305,8 +305,10 @@ class PPOTrainer:
             allow_changes: prompts, rewards and tokenizer may differ from those of the checkpoint; a note names them.
 
         Raises:
-            UserError: the checkpoint is damaged, or another run's.
+            UserError: the checkpoint is damaged, or another run's; or there is neither an OUT nor a `folder`.
         """
+        if folder is None and self.config.out is None:
+            raise UserError("resume needs out, the folder of the run to continue, or a checkpoint's folder")
         if folder is None and self.config.out is not None:
             folder = self.world.gather(checkpoint.newest(Path(self.config.out) / "checkpoints"))[0]
         if folder is None:

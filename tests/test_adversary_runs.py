@@ -25,6 +25,7 @@ from ppo_fast.config import PPOConfig, options_of, read_yaml
 from ppo_fast.console import Output
 from ppo_fast.device import ordinary_modes
 from ppo_fast.errors import UserError
+from ppo_fast.folders import claim
 from ppo_fast.interrupt import stop_requests
 from ppo_fast.launched import local_rank, process_count, this_rank
 from ppo_fast.lock import absolute, locked
@@ -335,8 +336,7 @@ def test_an_out_that_is_renamed_during_the_run_keeps_what_it_had(tmp_path):
 @pytest.mark.parametrize("name", ["model", "best", "checkpoints", "eval"])
 def test_a_name_that_the_run_cannot_replace_is_refused_before_the_first_step(tmp_path, name):
     trainer = trainer_of(tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("mine")
+    (claim(tmp_path / "run") / name).write_text("mine")
     with pytest.raises(UserError, match=rf"{name} is a file, and the run needs a folder there"):
         trainer.train()
     assert trainer.steps_done == 0
@@ -432,7 +432,7 @@ def test_a_longer_run_may_not_change_the_rates_of_a_warm_up(tmp_path):
 def test_checkpoints_without_metrics_are_not_overwritten_unless_asked(tmp_path, capsys):
     save_tiny_model(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
-    (tmp_path / "out/checkpoints/step-2").mkdir(parents=True)
+    (claim(tmp_path / "out") / "checkpoints" / "step-2").mkdir(parents=True)
     paths = {name: str(tmp_path / name) for name in ("model", "out")}
     options = [x for name, path in paths.items() for x in (f"--{name}", path)]
     assert main(["train", *options, "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", "x:y"]) == 1

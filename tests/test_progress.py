@@ -1,6 +1,10 @@
 """What a run shows: numbers that fit the terminal, no minus before a zero, and how far each phase is."""
 
+import os
+import subprocess
+import sys
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -80,3 +84,31 @@ def test_a_sentence_ends_its_lines_between_words_and_keeps_long_words(terminal):
     lines = file.getvalue().splitlines()
     assert " ".join(line.strip() for line in lines) == f"the model, metrics and [pictures] are in {path}"
     assert len(lines) == (2 if terminal else 1)
+
+
+COMMANDS = {
+    "arithmetic": ["ppo_fast.examples.arithmetic"],
+    "rlhf": ["ppo_fast.examples.rlhf"],
+    "sampling": ["ppo_fast.examples.sampling", "--model", "m", "--prompts", "p.jsonl"],
+    "train": ["ppo_fast.cli", "train", "--model", "m", "--prompts", "p.jsonl", "--out", "out"],
+    "label": ["ppo_fast.cli", "label", "p.jsonl", "--out", "pairs.jsonl"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_what_it_does_before_the_imports_that_take_seconds(name, tmp_path):
+    """A stand-in for torch ends the process when it is imported."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    done = subprocess.run(
+        [sys.executable, "-m", *COMMANDS[name]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.strip() == "torch is imported"
+    (line,) = done.stdout.splitlines()
+    assert "importing" in line
+    assert "transformers" in line
+    assert "takes some seconds" in line

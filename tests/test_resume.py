@@ -340,3 +340,9 @@ def test_half_a_line_of_a_killed_run_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert cut_back(tmp_path, 2) == rows[:2]
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
+
+
+def test_resume_without_a_folder_says_what_it_needs():
+    trainer = PPOTrainer(PPOConfig(device="cpu", quiet=True), tiny_llama(258), byte_tokenizer(), ROWS, different)
+    with pytest.raises(UserError, match="resume needs out, the folder of the run to continue, or a checkpoint's"):
+        trainer.resume()
