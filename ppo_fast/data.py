@@ -56,7 +56,9 @@ def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool =
 
 
 def _is_parquet(path: Path) -> bool:
-    """By its name, or by its first bytes."""
+    """By its name, or by its first bytes; of a pipe, from which nothing can be read twice, neither."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return path.suffix == ".parquet" or file.read(4) == b"PAR1"
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,6 +325,18 @@ def test_other_peoples_files_are_read_right(tmp_path):
         assert read_prompts(folder / name) == rows, name
     with pytest.raises(UserError, match=r"is a folder, but .*: name a file in it, such as .*Üb ungen/array\.json$"):
         read_prompts(folder)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="no pipes with a name")
+def test_a_pipe_is_read_as_a_file_is():
+    """As a shell passes it: --prompts <(zcat prompts.jsonl.gz)."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{"prompt": "a"}\n')
+    os.close(writer)
+    try:
+        assert read_prompts(f"/dev/fd/{reader}") == [{"prompt": "a"}]
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize(
