@@ -19,6 +19,7 @@ from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 from ppo_fast import rewards
 from ppo_fast.cli import main
 from ppo_fast.errors import UserError
+from ppo_fast.reward import named_rewards
 from ppo_fast.rewards import (
     bleu,
     chrf,
@@ -617,6 +618,14 @@ def test_a_pool_says_why_an_answer_has_no_judgement(slow: str, capsys, answer, r
     pool = rewards.Pool(slow, timeout=30.0, fallback=-7.0, workers=1)
     assert pool(["p"] * 2, [answer, "ab"], weight=[1] * 2) == [-7, 2]
     assert f"1 of 2 answers have no judgement and get -7; the first: {reason}" in capsys.readouterr().err
+
+
+def test_a_pool_has_the_name_of_its_function(slow: str):
+    assert list(named_rewards(rewards.Pool(slow, timeout=1.0, fallback=0.0, workers=1))) == ["judge"]
+    options = "ppo_fast.rewards:f1(reference=solution)"
+    assert load_reward(options).__name__ == "f1"
+    for reward in (options, f1):
+        assert rewards.Pool(reward, timeout=1.0, fallback=0.0, workers=1).__name__ == "f1"
 
 
 def test_a_pool_without_workers_or_without_its_column_raises_a_user_error(tmp_path: Path, slow: str):
