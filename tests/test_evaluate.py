@@ -216,8 +216,8 @@ def test_the_page_of_an_evaluation_lacks_numbers_or_breaks_its_tables(tmp_path):
     assert (tmp_path / "eval" / "step-1.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_held_out_row_without_a_prompt_ends_in_a_traceback():
-    with pytest.raises(UserError, match="prompt 0: it must be a string or a list of messages, got NoneType"):
+def test_a_held_out_row_without_a_prompt_is_named():
+    with pytest.raises(UserError, match=r"eval_rows\[0\]: no field 'prompt'; the fields are 'question', 'base'"):
         trainer_of(None, eval_rows=[{"question": "b", "base": 0}])
 
 
