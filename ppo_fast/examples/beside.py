@@ -1,9 +1,8 @@
 """What the with_* examples share: progress with the time left, and errors of missing packages. Imports nothing slow."""
 
+import shutil
 import sys
 import time
-
-WIDTH = 20  # of the bar
 
 
 def announce(module: str, text: str) -> None:
@@ -30,14 +29,14 @@ class Progress:
     def show(self, done: int) -> None:
         """`done` steps are finished."""
         self.done = done
-        terminal = sys.stderr.isatty()
-        part = done * (WIDTH if terminal else 10) // self.total
-        if part == self.shown and not terminal:
-            return
-        self.shown = part
-        bar = f"[{'#' * part:{WIDTH}}] " if terminal else ""
-        start, end = ("\r", "\n" if done >= self.total else "") if terminal else ("", "\n")
-        print(f"{start}{self.what} {bar}{done}/{self.total}  {self.left(done)}", end=end, file=sys.stderr, flush=True)
+        tenths, count = 10 * done // self.total, f"{done}/{self.total}  {self.left(done)}"
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            text = f"{self.what} [{'#' * tenths:10}] {count}"[:width]
+            print(f"\r{text:{width}}", end="\n" if done >= self.total else "", file=sys.stderr, flush=True)
+        elif tenths != self.shown:
+            print(f"{self.what} {count}", file=sys.stderr, flush=True)
+        self.shown = tenths
 
     def left(self, done: int) -> str:
         """The time left after `done` steps, such as "1:05 left"."""
