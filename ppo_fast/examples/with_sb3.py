@@ -69,7 +69,7 @@ def compare(steps: int, seeds: int) -> list[tuple[float, ...]]:
                 model.set_random_seed(seed)
             model.learn(steps, callback=Shown((2 * seed + place) * steps))
             after.append(mean_return(model, 2000 + seed))
-            ms.append(1000 * sorted(seconds)[len(seconds) // 2])
+            ms.append(1000 * sorted(seconds)[(len(seconds) - 1) // 2])
         rows.append((before, *after, *ms))
     progress.show(runs * steps)
     return rows
