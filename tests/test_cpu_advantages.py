@@ -145,3 +145,22 @@ def test_the_loops_take_only_contiguous_fp32_tensors_that_may_be_read_by_address
     assert cpu_advantages.takes(x, mask, None)
     for other in (x.T, x[:, ::2], x.double(), x.half(), x[:0], x.to("meta"), torch._neg_view(x)):
         assert not cpu_advantages.takes(other)
+
+
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("size", [0, 20, 0.5])
+def test_a_damaged_cache_of_numba_is_not_read(monkeypatch, tmp_path, kind, size):
+    """As a full disk leaves it."""
+    config = pytest.importorskip("numba").config
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def total() -> float:
+        x, out = torch.arange(5.0), torch.zeros(1, dtype=torch.float64)
+        cpu_advantages._compiled.__wrapped__("sum")[0](x.data_ptr(), out.data_ptr(), 5)
+        return out.item()
+
+    assert total() == 10
+    (file,) = tmp_path.rglob(kind)
+    content = file.read_bytes()
+    file.write_bytes(content[: size if isinstance(size, int) else len(content) // 2])
+    assert total() == 10

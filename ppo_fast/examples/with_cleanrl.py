@@ -1,5 +1,6 @@
 """PPO on CartPole as a script of one piece, in the manner of CleanRL, with ppo_fast's advantages and loss.
 
+    pip install -c constraints.txt -e ".[classic,cpu]"
     python -m ppo_fast.examples.with_cleanrl [--plain] [--updates N] [--seed N]
 
 `--plain` computes both in plain PyTorch instead; the curve is the same. ppo_fast/integrations/cleanrl.md explains the
@@ -10,12 +11,17 @@ import argparse
 import sys
 import time
 
-import torch
-from torch import Tensor, nn
-from torch.distributions import Categorical
+from ppo_fast.examples.beside import Progress, announce, failed
 
-import ppo_fast as ppo
+announce(__name__, "PPO on CartPole-v1 as a script in the manner of CleanRL, with ppo_fast's advantages and loss")
 
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.distributions import Categorical  # noqa: E402
+
+import ppo_fast as ppo  # noqa: E402
+
+INSTALL = 'pip install -c constraints.txt -e ".[classic,cpu]"'
 LOGGED = ("policy_loss", "value_loss", "entropy", "approx_kl")
 
 
@@ -60,6 +66,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     actions, logprobs, rewards, dones, values = (torch.zeros(args.num_steps, args.num_envs) for _ in range(5))
     next_obs = torch.from_numpy(envs.reset(seed=args.seed)[0])
     next_done, running = torch.zeros(args.num_envs), torch.zeros(args.num_envs)
+    progress = Progress("update", args.updates)
 
     for update in range(args.updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / args.updates)
@@ -158,7 +165,9 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
             clipped = torch.stack(clipfracs).mean()
             print(
                 f"update {update + 1:4}  steps {(update + 1) * batch_size:7}  return {curve[-1]['return']:6.1f}  "
-                f"value loss {v_loss:8.3f}  entropy {entropy_loss:.3f}  KL {approx_kl:.4f}  clipped {clipped:.3f}"
+                f"value loss {v_loss:8.3f}  entropy {entropy_loss:.3f}  KL {approx_kl:.4f}  clipped {clipped:.3f}  "
+                f"{progress.left(update + 1)}",
+                flush=True,
             )
     envs.close()
     return curve
@@ -196,8 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         curve = train(args)
     except ImportError as error:
-        print(f'with_cleanrl: error: {error}; pip install "ppo_fast[classic]"', file=sys.stderr)
-        return 1
+        return failed("with_cleanrl", error, INSTALL)
     parts = (1000 * sum(row[part] for row in curve[1:]) / max(len(curve) - 1, 1) for part in ("advantages", "learn"))
     print("{:.2f} ms for advantages and {:.1f} ms for learning in an update".format(*parts))
     return 0

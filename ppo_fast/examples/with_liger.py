@@ -1,5 +1,6 @@
 """A small Llama learns by PPO without and with Liger's kernels for its layers: both curves, and seconds a step.
 
+    pip install -c constraints.txt -e ".[train]" "liger-kernel==0.8.*"
     python -m ppo_fast.examples.with_liger [--steps N] [--hidden N]
 
 Liger's kernels need a GPU. Random weights; the reward is the share of even digits in the answer. The fused cross
@@ -8,33 +9,35 @@ entropy stays off: log-probabilities and loss are ppo_fast's. See ppo_fast/integ
 
 import argparse
 import sys
+from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from ppo_fast.examples.beside import Progress, announce, failed
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.examples.arithmetic import make_tokenizer
-from ppo_fast.trainer import PPOTrainer
+announce(__name__, "A small Llama learns by PPO without and with Liger's kernels for its layers")
 
-INSTALL = "pip install liger-kernel"
+import torch  # noqa: E402
+
+INSTALL = 'pip install -c constraints.txt -e ".[train]" "liger-kernel==0.8.*"'
 
 
 def even_digits(prompts: list[str], completions: list[str]) -> list[float]:
     return [sum(c in "02468" for c in text) / max(len(text), 1) for text in completions]
 
 
-def add_liger(model: LlamaForCausalLM) -> None:
+def add_liger(model: Any) -> None:
     """RMSNorm, SwiGLU and rotary embedding by Liger, and nothing at the LM head."""
-    try:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-    except ImportError as error:
-        raise UserError(f"this example needs liger-kernel: {INSTALL} ({error})") from error
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
     apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def train(config: PPOConfig, *, hidden: int, liger: bool) -> list[dict[str, float]]:
+def train(config: Any, *, hidden: int, liger: bool, progress: Progress | None = None) -> list[dict[str, float]]:
     """The metrics of each step; the same random weights, prompts and answers with and without Liger."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ppo_fast.examples.arithmetic import make_tokenizer
+    from ppo_fast.trainer import PPOTrainer
+
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer()
     shape = LlamaConfig(
@@ -54,7 +57,12 @@ def train(config: PPOConfig, *, hidden: int, liger: bool) -> list[dict[str, floa
         add_liger(actor)
     rows = [{"prompt": f"{a}+{b}="} for a in range(10, 30) for b in range(10, 30)]
     trainer = PPOTrainer(config, actor, tokenizer, rows, even_digits)
-    return [trainer.step() for _ in range(config.total_steps)]
+    curve = []
+    for _ in range(config.total_steps):
+        curve.append(trainer.step())
+        if progress is not None:
+            progress.show(progress.done + 1)
+    return curve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,17 +75,26 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("with_liger: error: Liger's kernels need a GPU, and torch finds none", file=sys.stderr)
         return 1
+    try:
+        import liger_kernel  # noqa: F401
+
+        from ppo_fast.config import PPOConfig
+        from ppo_fast.errors import UserError
+    except ImportError as error:
+        return failed("with_liger", error, INSTALL)
     config = PPOConfig(total_steps=options.steps, max_new_tokens=16, lr=1e-4, critic_lr=1e-4, quiet=True)
+    progress = Progress("step", 2 * options.steps)
+    progress.show(0)
     try:  # Liger's rotary embedding replaces a function of transformers, so the run without it comes first
-        curves = {name: train(config, hidden=options.hidden, liger=name == "Liger") for name in ("plain", "Liger")}
+        plain, liger = (train(config, hidden=options.hidden, liger=x, progress=progress) for x in (False, True))
     except UserError as error:
         print(f"with_liger: error: {error}", file=sys.stderr)
         return 1
     print("step   even digits: plain   Liger     seconds of learning: plain   Liger")
-    for plain, liger in zip(*curves.values(), strict=True):
+    for without, with_it in zip(plain, liger, strict=True):
         print(
-            f"{plain['step']:4.0f}{plain['score']:21.3f}{liger['score']:8.3f}"
-            f"{plain['seconds/learn']:31.3f}{liger['seconds/learn']:8.3f}"
+            f"{without['step']:4.0f}{without['score']:21.3f}{with_it['score']:8.3f}"
+            f"{without['seconds/learn']:31.3f}{with_it['seconds/learn']:8.3f}"
         )
     return 0
 

@@ -1,11 +1,12 @@
 """PPO updates with OpenRLHF's own functions, as they are and with ppo_fast in their place: the same numbers.
 
+    pip install -e . "openrlhf==0.11.*" flash-attn
     python -m ppo_fast.examples.with_openrlhf [--updates N]
 
-A machine on which OpenRLHF can be imported is all it needs: no Ray cluster, no download. A tiny Llama of random weights
-answers once; the reward is the share of even tokens in an answer. Each update is one step of actor and critic on these
-answers; the time is that of OpenRLHF's functions and their backward, without the models. In a run of OpenRLHF
-`ppo_fast.integrations.openrlhf.patch()` in every process is all that changes.
+A machine on which OpenRLHF can be imported is all it needs, one with a GPU: no Ray cluster, no download. A tiny Llama
+of random weights answers once; the reward is the share of even tokens in an answer. Each update is one step of actor
+and critic on these answers; the time is that of OpenRLHF's functions and their backward, without the models. In a run
+of OpenRLHF `ppo_fast.integrations.openrlhf.patch()` in every process is all that changes.
 """
 
 import argparse
@@ -14,9 +15,14 @@ import sys
 import time
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from ppo_fast.examples.beside import Progress, announce, failed
 
+announce(__name__, "PPO updates with OpenRLHF's own functions, as they are and with ppo_fast in their place")
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+INSTALL = 'pip install -e . "openrlhf==0.11.*" flash-attn'
 VOCABULARY, PROMPTS, PROMPT, ANSWER, END = 2048, 8, 8, 48, 0
 
 
@@ -79,7 +85,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def train(answers: Answers, updates: int) -> list[Update]:
+def train(answers: Answers, updates: int, progress: Progress | None = None) -> list[Update]:
     """Looks OpenRLHF's functions up when it is called, so that a patch takes part."""
     from openrlhf.models import PolicyLoss, ValueLoss
     from openrlhf.models.utils import compute_approx_kl, compute_reward, log_probs_from_logits
@@ -118,6 +124,8 @@ def train(answers: Answers, updates: int) -> list[Update]:
         optimizer.step()
         numbers = (advantages, returns, logprobs.detach(), *gradients)
         made.append(Update(loss.item(), torch.cat([x[mask].flatten() for x in numbers]), ms))
+        if progress is not None:
+            progress.show(progress.done + 1)
     return made
 
 
@@ -126,11 +134,12 @@ def compare(updates: int) -> list[tuple[Update, Update]]:
     from ppo_fast.integrations import openrlhf as fast
 
     answers = make_answers(make_models()[0])
-    train(answers, 1)  # the first call of everything takes longer
-    theirs = train(answers, updates)
+    progress = Progress("update", 2 * (updates + 1))
+    train(answers, 1, progress)  # the first call of everything takes longer
+    theirs = train(answers, updates, progress)
     with fast.patch(quiet=True):
-        train(answers, 1)
-        ours = train(answers, updates)
+        train(answers, 1, progress)
+        ours = train(answers, updates, progress)
     return list(zip(theirs, ours, strict=True))
 
 
@@ -141,13 +150,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=8, help="PPO updates (default: 8)")
     updates = parser.parse_args(argv).updates
     try:
+        import transformers  # noqa: F401
+
         from ppo_fast.integrations import openrlhf as fast
 
-        with fast.patch():  # says what it replaces, or which version of OpenRLHF it wants
+        with fast.patch():  # prints what it replaces
             pass
-    except (ImportError, RuntimeError) as error:
-        print(f"with_openrlhf: error: {error}", file=sys.stderr)
-        return 1
+    except ImportError as error:
+        return failed("with_openrlhf", error, INSTALL)
     rows = compare(updates)
     print("update   loss: OpenRLHF  ppo_fast   largest difference   ms: OpenRLHF  ppo_fast")
     for i, (theirs, ours) in enumerate(rows, 1):

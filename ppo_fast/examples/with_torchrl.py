@@ -1,18 +1,21 @@
 """A PPO script of torchrl with ppo_fast's advantages and loss: one import is all that changes.
 
+pip install -c constraints.txt -e ".[cpu]" "torchrl==0.14.*" gymnasium
 python -m ppo_fast.examples.with_torchrl [--steps N]
 """
 
 import argparse
 import sys
 
-import torch
+from ppo_fast.examples.beside import Progress, failed
 
+INSTALL = 'pip install -c constraints.txt -e ".[cpu]" "torchrl==0.14.*" gymnasium'
 ROLLOUT, ROWS, EPOCHS = 1024, 128, 8  # steps of a rollout and of a mini-batch, passes over a rollout
 
 
 def train(GAE: type, ClipPPOLoss: type, steps: int) -> list[float]:
     """Learns CartPole-v1 with torchrl's collector and networks; the return of every episode, in order."""
+    import torch
     from tensordict.nn import TensorDictModule
     from torchrl.collectors import Collector
     from torchrl.envs import GymEnv, RewardSum, TransformedEnv
@@ -35,8 +38,11 @@ def train(GAE: type, ClipPPOLoss: type, steps: int) -> list[float]:
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
 
     returns: list[float] = []
+    done = 0
     options = {"frames_per_batch": ROLLOUT, "total_frames": steps, "auto_register_policy_transforms": True}
     collector = Collector(env, policy, **options)
+    progress = Progress("steps", steps)
+    progress.show(0)
     for rollout in collector:
         gae(rollout)
         for _ in range(EPOCHS):
@@ -47,6 +53,8 @@ def train(GAE: type, ClipPPOLoss: type, steps: int) -> list[float]:
                 optimizer.step()
                 optimizer.zero_grad()
         returns += rollout["next", "episode_reward"][rollout["next", "done"]].tolist()
+        done += ROLLOUT
+        progress.show(min(done, steps))
     collector.shutdown()
     return returns
 
@@ -57,11 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=20_480, help="environment steps (default: 20480)")
     steps = parser.parse_args(argv).steps
+    print(f"CartPole-v1: {steps} steps of a PPO script of torchrl, with ppo_fast's advantages and loss", flush=True)
     try:
+        import gymnasium  # noqa: F401
+
         from ppo_fast.integrations.torchrl import GAE, ClipPPOLoss  # not torchrl.objectives' ClipPPOLoss and value.GAE
     except ImportError as error:
-        print(f"with_torchrl: error: {error}", file=sys.stderr)
-        return 1
+        return failed("with_torchrl", error, INSTALL)
     returns = train(GAE, ClipPPOLoss, steps)
     if len(returns) < 20:
         print(f"with_torchrl: {len(returns)} episodes ended in {steps} steps: take more", file=sys.stderr)

@@ -1,5 +1,6 @@
 """TRL's GRPO trains a tiny Llama of random weights, with ppo_fast's log-probabilities and fused LM head inside.
 
+    pip install -c constraints.txt -e ".[train]" "trl==1.16.*"
     python -m ppo_fast.examples.with_trl [--steps N] [--plain]
 
 `--plain` leaves TRL as it is, to compare. Nothing is downloaded. The reward is the share of even digits in an answer.
@@ -12,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, set_seed
+from ppo_fast.examples.beside import Progress, failed
 
-from ppo_fast.examples.arithmetic import make_model, make_tokenizer
+INSTALL = 'pip install -c constraints.txt -e ".[train]" "trl==1.16.*"'
 
 
 def even_digits(completions: list[str], **_: Any) -> list[float]:
@@ -24,7 +25,16 @@ def even_digits(completions: list[str], **_: Any) -> list[float]:
 def train(steps: int, folder: Path) -> list[dict[str, float]]:
     """What TRL logs of each step. The model goes to a folder and comes back, as one that was downloaded would."""
     from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback, set_seed
     from trl import GRPOConfig, GRPOTrainer
+
+    from ppo_fast.examples.arithmetic import make_model, make_tokenizer
+
+    progress = Progress("step", steps)
+
+    class Shown(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            progress.show(state.global_step)
 
     set_seed(0)
     tokenizer = make_tokenizer()
@@ -52,6 +62,8 @@ def train(steps: int, folder: Path) -> list[dict[str, float]]:
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # thirty numbers a step
+    trainer.add_callback(Shown())
+    progress.show(0)
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -63,14 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=40, help="GRPO steps (default: 40)")
     parser.add_argument("--plain", action="store_true", help="TRL as it is")
     options = parser.parse_args(argv)
+    inside = "as it is" if options.plain else "with ppo_fast's log-probabilities and fused LM head inside"
+    print(f"{options.steps} steps of TRL's GRPO on a tiny Llama, {inside}", flush=True)
     try:
+        import ppo_fast.examples.arithmetic  # noqa: F401
         from ppo_fast.integrations import trl as fast
-
-        if not options.plain:
-            fast.patch()
-    except (ImportError, RuntimeError) as error:
-        print(f"with_trl: error: {error}", file=sys.stderr)
-        return 1
+    except ImportError as error:
+        return failed("with_trl", error, INSTALL)
+    if not options.plain:
+        fast.patch()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         rows = train(options.steps, Path(folder))

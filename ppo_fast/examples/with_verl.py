@@ -1,5 +1,6 @@
 """One PPO step of verl's own workers on a CPU, with verl's arithmetic and then with ppo_fast's in its place.
 
+    pip install -e ".[train]" verl==0.9.1 tensordict==0.10.0 transformers==5.10.4 fastapi uvicorn
     python -m ppo_fast.examples.with_verl
 
 A tiny Llama of random weights is the actor, another the critic; their answers are random tokens, and the reward is the
@@ -19,14 +20,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-import transformers
-from torch import Tensor
+from ppo_fast.examples.beside import Progress, announce, failed
 
-from ppo_fast.examples.arithmetic import make_model, make_tokenizer
+announce(__name__, "One PPO step of verl's workers on a CPU, with verl's arithmetic and then with ppo_fast's")
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 PROMPT, ANSWER, BATCH = 6, 8, 16
-INSTALL = "pip install verl==0.9.1 fastapi uvicorn"
+INSTALL = 'pip install -e ".[train]" verl==0.9.1 tensordict==0.10.0 transformers==5.10.4 fastapi uvicorn'
 
 
 def use_cpu() -> None:
@@ -56,6 +58,7 @@ def use_cpu() -> None:
             return True
 
     platform_manager.set_platform(Cpu())
+    import transformers
     import verl.utils.model
 
     verl.utils.model.load_valuehead_model = load_critic
@@ -76,6 +79,8 @@ def load_critic(local_path: str, torch_dtype: torch.dtype, model_config: Any, tr
 
 
 def save_model(folder: Path) -> None:
+    from ppo_fast.examples.arithmetic import make_model, make_tokenizer
+
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -144,6 +149,8 @@ def step(folder: Path, *, loss_mode: str = "vanilla") -> tuple[dict[str, float],
     from verl.workers.utils.losses import ppo_loss, value_loss
     from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
+    from ppo_fast.examples.arithmetic import make_tokenizer
+
     tokenizer = make_tokenizer()
     actor_config = ActorConfig(
         strategy="fsdp2",
@@ -211,17 +218,21 @@ def main(argv: list[str] | None = None) -> int:
         use_cpu()
         from verl.workers import engine_workers  # noqa: F401 - imported before the patch, which looks for every place
 
+        import ppo_fast.examples.arithmetic  # noqa: F401
         from ppo_fast.integrations import verl as fast
     except ImportError as error:
-        print(f"with_verl: error: this example needs verl: {INSTALL} ({error})", file=sys.stderr)
-        return 1
+        return failed("with_verl", error, INSTALL)
+    progress = Progress("step", 2)
+    progress.show(0)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):  # engines that are missing
         save_model(Path(folder))
         with open(os.devnull, "w") as nowhere:  # what verl says of memory and schedules
             with redirect_stdout(nowhere):
                 plain, plain_weights = step(Path(folder))
+            progress.show(1)
             with fast.patch(), redirect_stdout(nowhere):
                 ours, weights = step(Path(folder))
+    progress.show(2)
     torch.distributed.destroy_process_group()
     print(f"{'':24}{'verl':>12}{'ppo_fast':>12}")
     for name in plain:

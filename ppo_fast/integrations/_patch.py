@@ -2,22 +2,38 @@
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
+ANY_VERSION = "PPO_FAST_ANY_VERSION"
 
-def peer(package: str, module: str, install: str) -> ModuleType:
+
+def peer(package: str, module: str, tested: tuple[str, ...], note: str = "") -> ModuleType:
     """Imports a module of another project.
 
+    Args:
+        package: as it is installed, such as "verl".
+        tested: versions that it was tested with, each a prefix such as "0.9."; the first is recommended.
+        note: what else an installation needs.
+
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        ImportError: it is not installed; or its version was not tested, and the environment variable
+            PPO_FAST_ANY_VERSION is not 1.
     """
+    install = f'pip install "{package}=={tested[0]}*"{note}'
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
+        version = importlib.metadata.version(package)
+        if version.startswith(tested) or os.environ.get(ANY_VERSION) == "1":
+            return importlib.import_module(module)
+    except ImportError as error:  # also PackageNotFoundError
         raise ImportError(f"this integration needs {package}: {install} ({error})") from error
+    raise ImportError(
+        f"{package} {version} is installed, but ppo_fast was tested with {' and '.join(x + '*' for x in tested)}:"
+        f" {install}, or set the environment variable {ANY_VERSION}=1 and compare the numbers"
+    )
 
 
 class Patch:
@@ -25,32 +41,23 @@ class Patch:
 
     Args:
         package: as it is installed, such as "verl".
-        tested: versions that it was tested with, each a prefix such as "0.9.".
         replacements: "module:function" -> our function.
     """
 
-    def __init__(self, package: str, tested: tuple[str, ...], replacements: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, package: str, replacements: Mapping[str, Callable[..., Any]]) -> None:
         self.package = package
-        self.tested = tested
         self.replacements = replacements
         self.undone: list[tuple[dict[str, Any], str, Any]] = []  # a module's names, one of them, what stood there
 
-    def apply(self, *, any_version: bool = False, quiet: bool = False) -> "Patch":
+    def apply(self, *, quiet: bool = False) -> "Patch":
         """Replaces the functions, where they are defined, imported by name or registered, and prints which.
 
         Raises:
-            RuntimeError: the installed version was not tested, and `any_version` is False; or it is applied already.
+            RuntimeError: it is applied already.
             AttributeError: the package has no such function.
         """
         if self.undone:
             raise RuntimeError(f"{self.package} is patched already")
-        version = importlib.metadata.version(self.package)
-        if not any_version and not version.startswith(self.tested):
-            tested = ", ".join(x + "*" for x in self.tested)
-            raise RuntimeError(
-                f"{self.package} {version} is installed, but ppo_fast was tested with {tested}: install one of these,"
-                " or pass any_version=True and compare the numbers"
-            )
         for place, ours in self.replacements.items():
             module_name, name = place.split(":")
             theirs = getattr(importlib.import_module(module_name), name)
@@ -61,6 +68,7 @@ class Patch:
                         names[alias] = ours
         if not quiet:
             replaced = ", ".join(place.split(":")[1] for place in self.replacements)
+            version = importlib.metadata.version(self.package)
             print(f"ppo_fast: in {self.package} {version} replaced {replaced}")
         return self
 

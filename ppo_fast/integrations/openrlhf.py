@@ -6,8 +6,8 @@
 Ray starts every worker with it under `ray job submit --runtime-env-json
 '{"worker_process_setup_hook": "ppo_fast.integrations.openrlhf.patch"}' -- python3 -m openrlhf.cli.train_ppo_ray ...`.
 
-Tested with OpenRLHF 0.11. Nothing that stands at a masked position, NaN included, reaches a loss, and a batch without a
-counted step has loss 0 where OpenRLHF's is NaN. policy_loss_type="gspo" is refused.
+Tested with OpenRLHF 0.11. Nothing at a masked position, NaN included, reaches a loss, and a batch without a
+counted step has loss 0 where OpenRLHF's is NaN. policy_loss_type="gspo" is computed by OpenRLHF.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import Patch, peer
 
-_INSTALL = "pip install openrlhf, on a machine with a GPU"
-_loss = peer("openrlhf", "openrlhf.models.loss", _INSTALL)
-_utils = peer("openrlhf", "openrlhf.models.utils", _INSTALL)
-_maker = peer("openrlhf", "openrlhf.trainer.ppo_utils.experience_maker", _INSTALL)
 TESTED = ("0.11.",)
+_NOTE = ", on a machine with a GPU"
+_loss = peer("openrlhf", "openrlhf.models.loss", TESTED, _NOTE)
+_utils = peer("openrlhf", "openrlhf.models.utils", TESTED, _NOTE)
+_maker = peer("openrlhf", "openrlhf.trainer.ppo_utils.experience_maker", TESTED, _NOTE)
 
 
 def _mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
@@ -52,7 +52,7 @@ class PolicyLoss(_loss.PolicyLoss):  # type: ignore[name-defined, misc]
     """OpenRLHF's clipped policy loss with its dual clip and its corrections for the sampler's log-probabilities.
 
     Raises:
-        ValueError: policy_loss_type is not "ppo", or a clip range is out of bounds.
+        ValueError: policy_loss_type is unknown, or a clip range is out of bounds.
     """
 
     def __init__(
@@ -67,13 +67,11 @@ class PolicyLoss(_loss.PolicyLoss):  # type: ignore[name-defined, misc]
         is_correction_gating: str = "ratio",
         is_correction_threshold: Any = (0.5, 5.0),
     ) -> None:
-        if policy_loss_type != "ppo":
-            raise ValueError(
-                f"ppo_fast computes policy_loss_type='ppo' only, got {policy_loss_type!r}: use OpenRLHF's PolicyLoss"
-            )
+        if policy_loss_type not in ("ppo", "gspo"):
+            raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}")
         if not (0 <= clip_eps_low <= 1 and clip_eps_high >= 0):
             raise ValueError(
-                f"clip_eps must lie in [0, 1] below and be positive above: {clip_eps_low}, {clip_eps_high}"
+                f"clip_eps_low must be in [0, 1] and clip_eps_high non-negative, got {clip_eps_low}, {clip_eps_high}"
             )
         super().__init__(
             clip_eps_low,
@@ -99,6 +97,17 @@ class PolicyLoss(_loss.PolicyLoss):  # type: ignore[name-defined, misc]
         global_batch_size: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """loss, clip_ratio, ppo_kl, and with a correction vllm_kl and is_filter_ratio. Tensors are [B, T]."""
+        if self.policy_loss_type == "gspo":
+            return super().forward(
+                log_probs,
+                old_log_probs,
+                advantages,
+                action_mask,
+                rollout_log_probs,
+                dp_size,
+                batch_num_tokens,
+                global_batch_size,
+            )
         weights = kl = filtered = None
         if self.is_correction_level != "off":
             if rollout_log_probs is None:
@@ -217,6 +226,8 @@ def compute_reward(
 ) -> Tensor:
     """Rewards [B, T]: -kl_coef kl, and r [B] at the last token that the mask counts; 0 outside of the mask.
 
+    A row without such a token has r at its last position, as in OpenRLHF, which logs the sum of a row as its return.
+
     Args:
         r: scores, cut to reward_clip_range first.
         kl_coef: no penalty if it is negative.
@@ -227,7 +238,9 @@ def compute_reward(
     if reward_clip_range:
         r = r.clamp(*reward_clip_range)
     shaped = ppo.shape_rewards(r, kl, torch.zeros_like(kl), action_mask, kl_coef=max(kl_coef, 0.0), kl_estimator="k1")
-    return shaped[0].to(kl.dtype)
+    rewards = shaped[0].to(kl.dtype)
+    rewards[:, -1] += torch.where(action_mask.bool().any(-1), 0, r).to(kl.dtype)
+    return rewards
 
 
 def get_advantages_and_returns(
@@ -258,7 +271,6 @@ class RemoteExperienceMaker(_maker.RemoteExperienceMaker):  # type: ignore[name-
 
 _patch = Patch(
     "openrlhf",
-    TESTED,
     {
         **{f"openrlhf.models.loss:{c.__name__}": c for c in (PolicyLoss, ValueLoss)},
         **{
@@ -270,13 +282,13 @@ _patch = Patch(
 )
 
 
-def patch(*, any_version: bool = False, quiet: bool = False) -> Patch:
+def patch(*, quiet: bool = False) -> Patch:
     """Replaces OpenRLHF's functions and classes by these; also for `with patch(): ...`.
 
     Raises:
-        RuntimeError: another version of OpenRLHF is installed, or it is patched already.
+        RuntimeError: it is patched already.
     """
-    return _patch.apply(any_version=any_version, quiet=quiet)
+    return _patch.apply(quiet=quiet)
 
 
 def unpatch() -> None:

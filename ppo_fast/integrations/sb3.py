@@ -16,7 +16,8 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import peer
 
-_buffers = peer("stable-baselines3", "stable_baselines3.common.buffers", "pip install stable-baselines3")
+TESTED = ("2.9.",)
+_buffers = peer("stable-baselines3", "stable_baselines3.common.buffers", TESTED)
 
 
 def advantages_and_returns(

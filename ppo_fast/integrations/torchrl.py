@@ -7,16 +7,14 @@
 Both inherit from torchrl's: constructor, keys, set_keys, networks, distributions, entropy, masks and target parameters
 are its own. `GAE` computes the recursion by `ppo_fast.gae`, exactly, where torchrl's vectorised one drops terms below
 1e-7. `ClipPPOLoss` computes its objective by `ppo_fast.policy_loss`, and its critic's error by `ppo_fast.value_loss` if
-loss_critic_type is "l2"; "l1" and "smooth_l1" stay with torchrl. What ppo_fast does not compute is refused by name:
-reduction="none", max_importance_ratio, a clip_epsilon outside of [0, 1], gamma or lmbda that are no single number in
-[0, 1], and data with steps_to_next_obs. Neither has a second derivative.
+loss_critic_type is "l2"; "l1" and "smooth_l1" stay with torchrl, and so does every loss with reduction="none". What
+ppo_fast does not compute is rejected by name: a lower clip_epsilon outside of [0, 1], gamma or lmbda that are no single
+number in [0, 1], and data with steps_to_next_obs. Neither has a second derivative.
 
 Tested with torchrl 0.14.
 """
 
-import importlib.metadata
 import math
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,23 +24,16 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import peer
 
-_ppo = peer("torchrl", "torchrl.objectives.ppo", "pip install torchrl")
-_estimators = peer("torchrl", "torchrl.objectives.value.advantages", "pip install torchrl")
-_utils = peer("torchrl", "torchrl.objectives.utils", "pip install torchrl")
+TESTED = ("0.14.",)
+_ppo = peer("torchrl", "torchrl.objectives.ppo", TESTED)
+_estimators = peer("torchrl", "torchrl.objectives.value.advantages", TESTED)
+_utils = peer("torchrl", "torchrl.objectives.utils", TESTED)
 
 from tensordict import TensorDict, TensorDictBase  # noqa: E402  (after peer, which says how to install it)
 from tensordict.nn import dispatch, set_skip_existing  # noqa: E402
 
-TESTED = ("0.14.",)
 _NO_CLAMP = 1e38  # torchrl has none; finite, since infinity minus itself is NaN
 _NETWORKS = tuple(f"{which}_network_params" for which in ("actor", "critic", "target_actor", "target_critic"))
-
-if not importlib.metadata.version("torchrl").startswith(TESTED):
-    warnings.warn(
-        f"torchrl {importlib.metadata.version('torchrl')} is installed, but ppo_fast was tested with {TESTED[0]}*:"
-        " compare the numbers",
-        stacklevel=2,
-    )
 
 
 def _summed(td_errors: Tensor, done: Tensor, gamma: float, lam: float, *, time: int) -> Tensor:
@@ -187,12 +178,12 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
     make_value_estimator makes `GAE` where torchrl makes its own.
 
     Args:
-        clip_epsilon: a number, or (low, high), in [0, 1].
-        reduction: "mean" or "sum".
+        clip_epsilon: a number in [0, 1], or (low, high) with low in [0, 1) and any high that is not negative.
+        reduction: "mean" or "sum"; "none" is computed by torchrl.
         everything else: as in torchrl.
 
     Raises:
-        ValueError: reduction="none", max_importance_ratio, or a clip_epsilon out of range.
+        ValueError: another reduction, or a clip_epsilon out of range.
     """
 
     def __init__(
@@ -202,16 +193,18 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         *,
         clip_epsilon: float | tuple[float, float] = 0.2,
         reduction: str | None = None,
-        max_importance_ratio: float | None = None,
         **options: Any,
     ) -> None:
-        if reduction not in (None, "mean", "sum"):
-            raise ValueError(f"ppo_fast's ClipPPOLoss has reduction='mean' and 'sum', got {reduction!r}")
-        if max_importance_ratio is not None:
-            raise ValueError("ppo_fast's ClipPPOLoss has no max_importance_ratio: leave it away, or use torchrl's")
-        bounds = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
-        if not all(0 <= float(bound) <= 1 for bound in bounds):
-            raise ValueError(f"ppo_fast's ClipPPOLoss takes a clip_epsilon in [0, 1], got {clip_epsilon}")
+        if reduction not in (None, "none", "mean", "sum"):
+            raise ValueError(f"ClipPPOLoss takes reduction='none', 'mean' or 'sum', got {reduction!r}")
+        if not isinstance(clip_epsilon, (tuple, list)):  # torchrl checks a pair, but no single number
+            if float(clip_epsilon) < 0:
+                raise ValueError(f"clip_epsilon must be non-negative, got {clip_epsilon}")
+            if float(clip_epsilon) > 1:
+                raise ValueError(
+                    f"clip_epsilon must be at most 1, because 1 - clip_epsilon bounds the ratio from below, got"
+                    f" {clip_epsilon}: give a pair, such as (0.2, {clip_epsilon}), for a larger upper bound"
+                )
         super().__init__(actor_network, critic_network, clip_epsilon=clip_epsilon, reduction=reduction, **options)
         self._known: dict[str, tuple[Tensor, int, float]] = {}
 
@@ -236,6 +229,8 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses (loss_objective, loss_entropy, loss_critic) and statistics of a batch with advantage and targets."""
+        if self.reduction == "none":
+            return super().forward(tensordict)
         data = tensordict.clone(False)
         advantages = self._advantages(data)
         log_ratio, policy, kl, log_weights = self._log_weight(data, adv_shape=advantages.shape[:-1])
@@ -266,7 +261,10 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         missing = advantages is None
         if missing:
             if self.critic_network is None:
-                raise RuntimeError("ClipPPOLoss has neither advantages in the data nor a critic network to make them")
+                raise RuntimeError(
+                    "Critic network is not specified, cannot compute advantage within forward: give ClipPPOLoss a"
+                    " critic network, or write advantages to the data first"
+                )
             self.value_estimator(
                 data,
                 params=self._cached_critic_network_params_detached,
@@ -333,11 +331,23 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         """critic_coeff times the squared error, the share of clipped values, and the explained variance."""
         clip = None if self.clip_value is None else self._number("clip_value") or None
         inputs = data.detach() if self.separate_losses else data
-        target = _entry(inputs, self.tensor_keys.value_target, "the data; GAE writes it")
-        old = None if clip is None else _entry(inputs, self.tensor_keys.value, f"the data, for clip_value={clip}")
+        target = _entry(
+            inputs,
+            self.tensor_keys.value_target,
+            "in the input tensordict. Make sure you provided the right key and the value_target (i.e. the target"
+            " return) has been retrieved accordingly. Advantage classes such as GAE, TDLambdaEstimate and TDEstimate"
+            " all return a 'value_target' entry that can be used for the value loss.",
+        )
+        old = None
+        if clip is not None:
+            hint = "Make sure that the 'value_key' passed to PPO exists in the input tensordict."
+            old = _entry(inputs, self.tensor_keys.value, f"in the input tensordict, for clip_value={clip}. {hint}")
         run_with = self.critic_network_params.to_module if self.functional else lambda *_, **__: nullcontext()
         with run_with(self.critic_network, preserve_module_state=False):
-            value = _entry(self.critic_network(inputs), self.tensor_keys.value, "what the critic returns")
+            hint = "Make sure that the 'value_key' passed to PPO is accurate."
+            value = _entry(
+                self.critic_network(inputs), self.tensor_keys.value, f"in the critic output tensordict. {hint}"
+            )
         target, value, old = self._critic_loss_inputs(_constant("value_target", target), value, old)
         if target.shape != value.shape:
             raise RuntimeError(f"value_target {tuple(target.shape)} and values {tuple(value.shape)} differ in shape")
@@ -361,9 +371,10 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
 
 
 def _entry(data: TensorDictBase, key: Any, where: str) -> Tensor:
+    """An entry; where it is missing, torchrl's error."""
     x = data.get(key, None)
     if x is None:
-        raise KeyError(f"{key!r} is missing in {where}")
+        raise KeyError(f"the key {key} was not found {where}")
     return x
 
 

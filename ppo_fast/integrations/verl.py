@@ -22,9 +22,9 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import Patch, peer
 
-_core = peer("verl", "verl.trainer.ppo.core_algos", "pip install verl")
-_functional = peer("verl", "verl.utils.torch_functional", "pip install verl")
 TESTED = ("0.9.",)
+_core = peer("verl", "verl.trainer.ppo.core_algos", TESTED)
+_functional = peer("verl", "verl.utils.torch_functional", TESTED)
 
 
 def compute_gae_advantage_return(
@@ -258,7 +258,6 @@ def register() -> None:
 
 _patch = Patch(
     "verl",
-    TESTED,
     {
         **{
             f"verl.trainer.ppo.core_algos:{f.__name__}": f
@@ -278,13 +277,13 @@ _patch = Patch(
 )
 
 
-def patch(*, any_version: bool = False, quiet: bool = False) -> Patch:
+def patch(*, quiet: bool = False) -> Patch:
     """Replaces verl's functions, also those in its registries, by these; also for `with patch(): ...`.
 
     Raises:
-        RuntimeError: another version of verl is installed, or it is patched already.
+        RuntimeError: it is patched already.
     """
-    return _patch.apply(any_version=any_version, quiet=quiet)
+    return _patch.apply(quiet=quiet)
 
 
 def unpatch() -> None:

@@ -12,6 +12,7 @@ from gymnasium import spaces  # noqa: E402
 from stable_baselines3 import A2C, PPO  # noqa: E402
 from stable_baselines3.common import buffers  # noqa: E402
 
+from ppo_fast.examples import with_sb3  # noqa: E402
 from ppo_fast.integrations import sb3  # noqa: E402
 
 
@@ -120,3 +121,22 @@ def test_the_buffer_is_on_the_cpu_whatever_the_default_device_is():
     finally:
         torch.set_default_device(None)
     assert np.array_equal(mine.advantages, expected)
+
+
+def test_the_example_compares_means_of_sampled_episodes(capsys, monkeypatch):
+    """Of both, from the same weights; so the untrained policy cannot be lucky."""
+    from stable_baselines3.common import evaluation
+
+    calls, evaluate = [], evaluation.evaluate_policy
+    monkeypatch.setattr(
+        evaluation, "evaluate_policy", lambda *a, **options: calls.append(options) or evaluate(*a, **options)
+    )
+    assert with_sb3.main(["--steps", "2048", "--seeds", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert calls == [{"n_eval_episodes": 100, "deterministic": False}] * 3
+    seed, before, theirs, ours, their_ms, our_ms = map(float, out.splitlines()[-1].split())
+    assert seed == 0
+    assert 15 < before < 35  # of random actions: 22
+    assert theirs == pytest.approx(ours, abs=15)  # one update, the same up to rounding
+    assert min(their_ms, our_ms) > 0
+    assert err.splitlines()[-1].startswith("steps 4096/4096")

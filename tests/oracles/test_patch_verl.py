@@ -161,16 +161,9 @@ def test_a_patch_misses_a_place_or_stays_after_it_is_taken_back():
     assert (core_algos.agg_loss, losses.compute_value_loss, core_algos.POLICY_LOSS_REGISTRY["vanilla"]) == before
 
 
-def test_a_patch_says_nothing_or_takes_any_version(capsys, monkeypatch):
+def test_a_patch_says_what_it_replaces(capsys):
     with fast.patch():
         assert "ppo_fast: in verl 0.9" in capsys.readouterr().out
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0.0")
-    with pytest.raises(
-        RuntimeError, match=r"verl 1.0.0 is installed, but ppo_fast was tested with 0.9.\*: .*any_version"
-    ):
-        fast.patch()
-    fast.patch(any_version=True, quiet=True)
-    fast.unpatch()
 
 
 def test_the_module_for_every_process_changes_nothing():
