@@ -40,11 +40,17 @@ def _save(figure: Any, path: Path, dpi: int) -> None:
         write_file(path, buffer.getvalue())
 
 
-def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
-    """A PNG with one small plot for each of the first six curves that the history has."""
+def draw_learning_curves(
+    history: Sequence[Mapping[str, float | None]],
+    path: Path,
+    title: str,
+    labels: Mapping[str, str] = CURVES,
+    steps: str = "PPO step",
+) -> None:
+    """A PNG with one small plot for each of the first six of the `labels` that the history has, over its `steps`."""
     from matplotlib.figure import Figure
 
-    curves = {name: label for name, label in CURVES.items() if any(m.get(name) is not None for m in history)}
+    curves = {name: label for name, label in labels.items() if any(m.get(name) is not None for m in history)}
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 3).flat
@@ -52,7 +58,7 @@ def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Pa
         points = [(metrics["step"], metrics[name]) for metrics in history if metrics.get(name) is not None]
         axis.plot(*zip(*points, strict=True), color="#1f77b4", linewidth=1.4)
         axis.set_title(label, fontsize=10)
-        axis.set_xlabel("PPO step")
+        axis.set_xlabel(steps)
         axis.grid(alpha=0.3)
     for axis in axes:  # those that no curve has taken
         axis.set_visible(False)
