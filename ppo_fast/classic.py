@@ -150,7 +150,7 @@ class ClassicTrainer:
         if seen.categories and c.normalize_observations:
             raise UserError(f"{c.env} has the observation space {observation}: there is nothing to normalize")
         self.shape, self.discrete, self.num_actions = seen.shape, done.kind != "box", done.outputs
-        self.actions_of = done
+        self.actions_of, self._to_environment = done, done.to_environment
         self.observation_moments = Moments(self.shape)
         # Detail 13: policy and value are two networks, or one with two heads. Detail 2: orthogonal weights, times
         # sqrt(2) in hidden layers, 0.01 in the policy's last one, 1 in the value's; biases are 0
@@ -174,6 +174,7 @@ class ClassicTrainer:
     def _make_buffers(self) -> None:
         T, N = self.config.rollout_steps, self.envs.num_envs
         self.observations = torch.zeros(T + 1, N, *self.shape, dtype=self.policy.dtype)
+        self.rows = self.observations.numpy()
         self.noise = torch.zeros(T, N, self.num_actions)
         choices = () if self.actions_of.kind == "discrete" else (len(self.actions_of.sizes),)
         self.actions = torch.zeros(T, N, *choices, dtype=torch.int64) if self.discrete else torch.zeros_like(self.noise)
@@ -190,15 +191,16 @@ class ClassicTrainer:
     def _observe(self, raw: np.ndarray, t: int) -> None:
         """Observations of step t into row t + 1. With NEXT_STEP those after an episode's last step do not count: they
         are not in the moments, and after a termination, where nobody needs one, it is replaced by zeros."""
-        if not self.same_step and t >= 0 and self.finished_before.any():
-            counts = raw[~self.finished_before]
-            raw = np.array(raw)
-            raw[self.terminated.numpy()[t]] = self.policy.observations.start
-        else:
-            counts = raw
         if self.config.normalize_observations:
-            self.observation_moments.update(counts)
-        self.observations.numpy()[t + 1] = self.policy.encode(raw)
+            self.observation_moments.update(raw if self.same_step else raw[~self.finished_before])
+        row = self.rows[t + 1]
+        if self.same_step or not np.count_nonzero(self.finished_before):  # quicker than any()
+            row[...] = self.policy.encode(raw)
+            return
+        over, raw = self.terminated.numpy()[t], np.array(raw)
+        raw[over] = self.policy.observations.start  # it may be NaN, or outside of a Discrete space
+        row[...] = self.policy.encode(raw)
+        row[over] = 0
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -216,8 +218,7 @@ class ClassicTrainer:
             std = self.network.log_std.exp().cpu()
         self.final_observations.clear()
         self.observations[0] = self.observations[-1]
-        actions, to_environment = self.actions.numpy(), self.actions_of.to_environment
-        several = self.actions_of.kind == "several"
+        actions, several = self.actions.numpy(), self.actions_of.kind == "several"
         columns = [x.numpy() for x in (self.rewards, self.terminated, self.truncated, self.counted)]
         rewards, terminated, truncated, counted = columns
         rows = zip(self.observations.unbind(0), self.noise.unbind(0), self.actions.unbind(0), strict=False)
@@ -229,7 +230,7 @@ class ClassicTrainer:
                 torch.argmax(out.add_(noise), -1, out=action)
             else:
                 torch.addcmul(out, std, noise, out=action)
-            raw, rewards[t], terminated[t], truncated[t], infos = self.envs.step(to_environment(actions[t]))
+            raw, rewards[t], terminated[t], truncated[t], infos = self.envs.step(self._to_environment(actions[t]))
             self.position = t + 1
             if not self.same_step:
                 np.logical_not(self.finished_before, out=counted[t])

@@ -200,7 +200,7 @@ class Moments:
     """Running mean and variance of [n, ...] arrays in float64 (Chan et al. 1979)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), np.full((), 1e-4)
+        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), np.zeros(())
 
     def update(self, x: np.ndarray) -> None:
         if len(x):

@@ -32,7 +32,8 @@ class Policy:
         cnn = config.network == "cnn" or (observations.images and config.network == "auto")
         if cnn and (len(observations.shape) != 3 or self.moments is not None):
             raise UserError("network = cnn needs images [H, W, C] or [C, H, W], and no normalize_observations")
-        self.cnn, self.dtype = cnn, torch.uint8 if cnn and observations.images else torch.float32
+        self.cnn, self.in_bytes = cnn, cnn and observations.images
+        self.dtype = torch.uint8 if self.in_bytes else torch.float32
         scale = torch.ones(1, 1, 1) if observations.scale is None else torch.from_numpy(observations.scale)
         self.network = Network(
             observations.shape,
@@ -44,13 +45,14 @@ class Policy:
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Observations [B, ...] as the network takes them; those of a CNN are scaled inside it."""
-        if self.dtype == torch.uint8:
+        if self.in_bytes:
             return raw
         return self.observations.encode(raw, self.moments)
 
     def as_tensor(self, raw: np.ndarray) -> Tensor:
         """The same, on the device of the network."""
-        return torch.as_tensor(self.encode(np.asarray(raw))).to(next(self.network.parameters()).device, self.dtype)
+        device = self.network.policy_head.biases[0].device
+        return torch.as_tensor(self.encode(np.asarray(raw))).to(device, self.dtype)
 
     @torch.no_grad()
     def act(

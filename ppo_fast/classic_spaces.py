@@ -77,10 +77,12 @@ class Actions:
 
     def to_environment(self, actions: np.ndarray) -> np.ndarray:
         """Actions of the network [B] or [B, ...] as the environment takes them; always a copy."""
-        if self.kind != "box":
-            if self.start is not None:
-                actions = actions + self.start
-            return actions.reshape(-1, *self.shape).astype(self.dtype)
+        if self.kind == "discrete":
+            moved = actions if self.start is None else actions + self.start
+            return moved.copy() if moved.dtype == np.int64 and self.dtype == "int64" else moved.astype(self.dtype)
+        if self.kind == "several":
+            moved = actions if self.start is None else actions + self.start
+            return moved.reshape(-1, *self.shape).astype(self.dtype)
         if self.middle is not None:
             actions = self.middle + self.width * actions
         if np.dtype(self.dtype).kind != "f":
@@ -117,13 +119,14 @@ def read_actions(env: str, space: spaces.Space) -> Actions:
     if isinstance(space, spaces.Discrete):
         start = np.array([space.start]) if space.start else None
         return Actions("discrete", (int(space.n),), (), str(space.dtype), start)
-    if isinstance(space, spaces.MultiBinary) and math.prod(space.shape):
-        return Actions("several", (2,) * math.prod(space.shape), space.shape, str(space.dtype))
-    if isinstance(space, spaces.MultiDiscrete) and math.prod(space.shape):
+    count = math.prod(space.shape or ())
+    if isinstance(space, spaces.MultiBinary) and count:
+        return Actions("several", (2,) * count, space.shape, str(space.dtype))
+    if isinstance(space, spaces.MultiDiscrete) and count:
         start = np.asarray(getattr(space, "start", 0 * space.nvec)).flatten()  # not in Gymnasium 1.0
         sizes = tuple(space.nvec.flatten().tolist())
         return Actions("several", sizes, space.shape, str(space.dtype), start if start.any() else None)
-    if not isinstance(space, spaces.Box) or not math.prod(space.shape):
+    if not isinstance(space, spaces.Box) or not count:
         raise UserError(
             f"{env} has the action space {space}; this PPO takes Discrete, MultiDiscrete, MultiBinary and Box(n, ...):"
             " put a wrapper that makes it one of these around the environment"
