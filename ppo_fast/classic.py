@@ -19,6 +19,7 @@ environments that save their state (ours) continue where they were; all others s
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import signal
@@ -47,6 +48,7 @@ from ppo_fast.classic_spaces import COMPOSITE, read_actions, read_observations
 from ppo_fast.device import pick_device
 from ppo_fast.envs.vector import (
     environment_states,
+    make_env,
     make_envs,
     parse_arguments,
     resets_in_same_step,
@@ -54,7 +56,7 @@ from ppo_fast.envs.vector import (
 from ppo_fast.envs.workers import close
 from ppo_fast.envs.wrappers import Wrapper, load_wrappers
 from ppo_fast.errors import NonFiniteError, UserError
-from ppo_fast.interrupt import Request, stop_requests
+from ppo_fast.interrupt import GRACE, Request, stop_requests
 from ppo_fast.lock import locked
 
 __all__ = ["Batch", "ClassicConfig", "ClassicTrainer", "Policy", "Stopped", "add_arguments", "load", "main"]
@@ -123,7 +125,7 @@ class ClassicTrainer:
         self.steps_done = self.updates_done = 0
         self.position = 0  # steps of the current rollout, for the progress line
         self.collecting = False
-        self.request = Request()
+        self.request, self.asked = Request(), 0.0
         self.episodes = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.finished: list[tuple[int, float, int]] = []  # of the last rollout: steps done by then, return, length
@@ -136,11 +138,24 @@ class ClassicTrainer:
             choice = {"vectorization": c.vectorization, "autoreset": c.autoreset}
             return make_envs(c.env, self.env_kwargs, count=c.num_envs, wrappers=self.wrappers, **choice)
 
-        envs = make()
-        if isinstance(envs.single_observation_space, COMPOSITE):
-            close(envs)
-            self.wrappers.append(FlattenObservation)
+        if c.vectorization == "async":  # its shared memory takes fewer spaces than FlattenObservation
+            with contextlib.closing(make_env(c.env, self.env_kwargs, self.wrappers)) as env:
+                space, envs = env.observation_space, None
+        else:
             envs = make()
+            space = envs.single_observation_space
+        if isinstance(space, COMPOSITE):
+            if envs is not None:
+                close(envs)
+            self.wrappers.append(FlattenObservation)
+        else:
+            read_observations(c.env, space)
+        if envs is None or isinstance(space, COMPOSITE):
+            try:
+                envs = make()
+            except NotImplementedError:  # a part is of the package's own kind
+                read_observations(c.env, space)
+                raise
         weakref.finalize(self, close, envs)  # before multiprocessing ends, with SIGTERM, the processes of async ones
         return envs
 
@@ -232,6 +247,8 @@ class ClassicTrainer:
                 torch.addcmul(out, std, noise, out=action)
             raw, rewards[t], terminated[t], truncated[t], infos = self.envs.step(self._to_environment(actions[t]))
             self.position = t + 1
+            if self.request.name is not None and self._waited_long():
+                raise Stopped(self.request.name, f"stopped in update {self.updates_done + 1}")
             if not self.same_step:
                 np.logical_not(self.finished_before, out=counted[t])
                 self.finished_before = terminated[t] | truncated[t]
@@ -244,6 +261,11 @@ class ClassicTrainer:
             counted[:] = True
         self._count_episodes()
         self.position = 0
+
+    def _waited_long(self) -> bool:
+        """Whether a request to stop is older than a scheduler may wait before it kills the process."""
+        self.asked = self.asked or time.monotonic()
+        return time.monotonic() - self.asked > GRACE
 
     def _count_episodes(self) -> None:
         """Notes episodes that ended, and turns rewards into those that are learned from."""

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from ppo_fast.classic_network import Moments
 from ppo_fast.errors import UserError
 
+WIDE = 20  # a range of more than ten first standard deviations to either side
 UNBOUNDED = 2**31 - 1  # integers with this bound, or a larger one, have none that means anything
 COMPOSITE = (spaces.Dict, spaces.Tuple, spaces.MultiBinary, spaces.MultiDiscrete)  # FlattenObservation takes these
 
@@ -55,9 +56,10 @@ class Observations:
 class Actions:
     """What the environment gets for an output of the network.
 
-    A Box gets the Gaussian's draw, clipped to its bounds and, where it holds integers, rounded to the nearest. An
-    element whose range is finite and without 0, where the Gaussian begins, is measured from the middle of the range in
-    half widths; one whose range has one bound, and no 0, is measured from that bound.
+    A Box gets the Gaussian's draw, clipped to its bounds and, where it holds integers, rounded to the nearest. The
+    Gaussian begins at 0 with a standard deviation of 1: an element whose range is finite, and does not contain 0 or is
+    wider than WIDE, is measured from the middle of the range in half widths; one whose range has one bound, and no 0,
+    is measured from that bound.
     """
 
     kind: str  # discrete, several (MultiDiscrete, MultiBinary) or box
@@ -96,8 +98,8 @@ def read_observations(env: str, space: spaces.Space) -> Observations:
         return Observations((int(space.n),), categories=int(space.n), start=int(space.start))
     if not isinstance(space, spaces.Box) or not space.shape or not math.prod(space.shape):
         raise UserError(
-            f"{env} has the observation space {space}; this PPO takes Box(n, ...) and Discrete: put"
-            " gymnasium.wrappers.FlattenObservation, or a wrapper that selects a part, around the environment"
+            f"{env} has the observation space {space}; this PPO takes Box(n, ...), Discrete and what FlattenObservation"
+            " makes one of these: give a wrapper that selects a part, as in wrapper = minigrid.wrappers:ImgObsWrapper"
         )
     images = len(space.shape) == 3 and space.dtype == np.uint8
     return Observations(space.shape, images=images, scale=_scale(space))
@@ -129,22 +131,21 @@ def read_actions(env: str, space: spaces.Space) -> Actions:
     if not isinstance(space, spaces.Box) or not count:
         raise UserError(
             f"{env} has the action space {space}; this PPO takes Discrete, MultiDiscrete, MultiBinary and Box(n, ...):"
-            " put a wrapper that makes it one of these around the environment"
+            " give a wrapper that makes it one of these, as in wrapper = my_wrappers:Buttons"
         )
     integers = space.dtype is not None and space.dtype.kind != "f"
     low, high = (_inside(x.flatten(), to=to, integers=integers) for x, to in ((space.low, 1), (space.high, -1)))
-    moved = {}
-    if ((low > 0) | (high < 0)).any():
-        moved = dict(zip(("middle", "width"), _from_middle(low.astype(float), high.astype(float)), strict=True))
+    middle, width = _from_middle(low.astype(np.float64), high.astype(np.float64))
+    moved = {"middle": middle, "width": width} if middle.any() or (width != 1).any() else {}
     return Actions("box", (low.size,), space.shape, str(space.dtype), low=low, high=high, **moved)
 
 
 def _from_middle(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Middle and half width of each range without 0, and 0 and 1 for the others."""
-    with np.errstate(over="ignore"):
+    """Middle and half width of each range without 0, or wider than WIDE, and 0 and 1 for the others."""
+    with np.errstate(over="ignore", invalid="ignore"):
         bounded = high - low < UNBOUNDED
         middle = np.where(bounded, (low + high) / 2, np.where(low > 0, low, high))
-        far = (low > 0) | (high < 0)
+        far = (low > 0) | (high < 0) | (bounded & (high - low > WIDE))
         return np.where(far, middle, 0.0), np.where(far & bounded, np.maximum((high - low) / 2, 1e-8), 1.0)
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,15 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from ppo_fast import checkpoint
 from ppo_fast.classic_policy import spaces_state
-from ppo_fast.envs.vector import environment_states, make_env, restore_environments, write_frames
+from ppo_fast.envs.vector import (
+    OneOfVector,
+    environment_states,
+    make_env,
+    make_envs,
+    restore_environments,
+    write_frames,
+)
+from ppo_fast.envs.wrappers import Wrapper
 from ppo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,10 +73,7 @@ def evaluation_env(trainer: "ClassicTrainer", *, drawn: bool) -> gymnasium.Env:
     more = {"render_mode": "rgb_array"} if drawn else {}
     if trainer.eval_env is not None:
         return trainer.eval_env()
-    if trainer.own_envs:
-        env = make_env(trainer.config.env, {**trainer.env_kwargs, **more}, trainer.wrappers)
-    else:
-        env = _one_of(trainer.envs, more)
+    env = _one_like(trainer, more)
     try:
         _freeze_statistics(env, trainer.envs)
     except UserError:
@@ -76,9 +82,11 @@ def evaluation_env(trainer: "ClassicTrainer", *, drawn: bool) -> gymnasium.Env:
     return env
 
 
-def _one_of(envs: VectorEnv, more: dict[str, Any]) -> gymnasium.Env:
-    """An environment as those in `envs`."""
-    layer: Any = envs
+def _one_like(trainer: "ClassicTrainer", more: dict[str, Any]) -> gymnasium.Env:
+    """An environment as those of the training."""
+    if trainer.own_envs:
+        return _one_form(trainer.envs, trainer.config.env, trainer.env_kwargs, more, trainer.wrappers)
+    layer: Any = trainer.envs
     while isinstance(layer, RecordEpisodeStatistics):  # changes nothing
         layer = layer.env
     if type(layer) in (SyncVectorEnv, AsyncVectorEnv):
@@ -86,11 +94,24 @@ def _one_of(envs: VectorEnv, more: dict[str, Any]) -> gymnasium.Env:
     spec = layer.spec
     if layer is layer.unwrapped and spec is not None and spec.vector_entry_point is not None:  # of make_vec
         of_vectors = ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers")
-        return make_env(spec.id, {**{k: x for k, x in spec.kwargs.items() if k not in of_vectors}, **more})
+        return _one_form(layer, spec.id, {k: x for k, x in spec.kwargs.items() if k not in of_vectors}, more)
     raise UserError(
         f"one environment like those in {type(layer).__name__} cannot be made: pass eval_env, a function that makes one"
         " to evaluate in, with the same wrappers, or set eval_episodes = 0"
     )
+
+
+def _one_form(
+    envs: VectorEnv, name: str, arguments: dict[str, Any], more: dict[str, Any], wrappers: Sequence[Wrapper] = ()
+) -> gymnasium.Env:
+    """One environment, or the vector form of one, where that has the spaces of `envs` and the single form has not."""
+    env = make_env(name, {**arguments, **more}, wrappers)
+    base = envs.unwrapped
+    alike = (env.observation_space, env.action_space) == (base.single_observation_space, base.single_action_space)
+    if alike or type(base) in (SyncVectorEnv, AsyncVectorEnv):
+        return env
+    env.close()
+    return OneOfVector(make_envs(name, arguments, count=1, vectorization="vector_entry_point"))
 
 
 def _freeze_statistics(env: gymnasium.Env, envs: VectorEnv) -> None:

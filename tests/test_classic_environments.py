@@ -274,6 +274,14 @@ def test_a_space_that_cannot_be_flattened_is_named_with_what_to_do(register):
     with pytest.raises(UserError, match=r"observation space Text.*a wrapper that selects a part"):
         ClassicTrainer(small(env=name))
 
+    class Mission(spaces.Space):
+        """A space of a package's own, as MiniGrid has."""
+
+    space = spaces.Dict({"image": spaces.Box(0, 255, (2, 2, 3), np.uint8), "mission": Mission(None, None)})
+    name = register("Mission-v0", functools.partial(Given, space))
+    with pytest.raises(UserError, match=r"observation space Dict.*a wrapper that selects a part"):
+        ClassicTrainer(small(env=name, vectorization="async"))  # whose observations have no shared memory for it
+
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_moments_are_of_double_precision(dtype):
@@ -357,9 +365,12 @@ def test_the_largest_integers_do_not_overflow(dtype):
         (spaces.Box(-np.inf, 0, (1,), np.float32), [-20, 0, 0]),
         (spaces.Box(-2, 2, (1,), np.float32), [-2, 0, 0.5]),
         (spaces.Box(0, 1, (1,), np.float32), [0, 0, 0.5]),
+        (spaces.Box(0, 20, (1,), np.float32), [0, 0, 0.5]),
+        (spaces.Box(0, 512, (1,), np.float32), [0, 256, 384]),
+        (spaces.Box(-100, 100, (1,), np.int32), [-100, 0, 50]),
     ],
 )
-def test_a_range_without_zero_is_measured_from_its_middle_or_its_bound(space, wanted):
+def test_a_range_that_is_wide_or_without_zero_is_measured_from_its_middle_or_its_bound(space, wanted):
     given = read_actions("it", space).to_environment(np.array([[-20.0], [0.0], [0.5]], np.float32))
     assert all(space.contains(x) for x in given)
     assert given.ravel().tolist() == wanted
@@ -550,6 +561,24 @@ def test_a_vector_form_from_make_vec_is_evaluated_in_one_of_its_kind():
     assert trainer.evaluate(2) == [4.0, 4.0]
 
 
+def test_a_vector_form_with_other_spaces_is_evaluated_in_one_of_its_kind(register):
+    """As in ALE: the single form has frames, the vector form stacks of small ones."""
+
+    class Stacked(Vector):
+        def __init__(self, num_envs, render_mode=None):
+            super().__init__({"autoreset_mode": AutoresetMode.SAME_STEP})
+            self.num_envs, self.t = num_envs, np.zeros(num_envs, int)
+
+        def step(self, actions):
+            observations, _, over, _, _ = super().step(actions)
+            return observations, np.ones(self.num_envs), over, np.zeros(self.num_envs, bool), {}
+
+    name = register("Stacked-v0", Given, vector_entry_point=Stacked)
+    assert ClassicTrainer(small(env=name, eval_episodes=2)).train()["eval_returns"] == [5.0, 5.0]
+    envs = gymnasium.make_vec(name, num_envs=2)
+    assert ClassicTrainer(small(eval_episodes=1), envs=envs).train()["eval_returns"] == [5.0]
+
+
 def test_statistics_of_a_normalising_wrapper_are_those_of_the_training_and_stay():
     class Far(Given):
         def observe(self):
@@ -626,6 +655,19 @@ def test_modules_in_the_current_folder_are_found_by_the_installed_command(tmp_pa
     done = subprocess.run(command, cwd=tmp_path / "mine", env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "mean return 2," in done.stdout
+
+
+def test_an_unknown_environment_may_belong_to_a_package():
+    with pytest.raises(UserError, match=r"doesn't exist\. If another package brings it, write PACKAGE:MiniGrid-Empty"):
+        ClassicTrainer(small(env="MiniGrid-Empty-5x5-v0"))
+
+
+def test_a_library_that_an_environment_lacks_is_one_sentence(register):
+    def broken(**given):
+        raise OSError("libmujoco.so: cannot open shared object file")
+
+    with pytest.raises(UserError, match=r"cannot make the environment Broken-v0: libmujoco\.so: cannot open"):
+        ClassicTrainer(small(env=register("Broken-v0", broken)))
 
 
 @pytest.mark.parametrize(

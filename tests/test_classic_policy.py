@@ -284,6 +284,25 @@ def test_a_stopped_run_without_a_folder_says_that_nothing_is_saved(number):
     assert str(stopped) == f"{number.name}: stopped after update 3; nothing was saved, because out is not set"
 
 
+def test_a_long_rollout_is_given_up_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppo_fast.classic.GRACE", 0.2)
+
+    class Slow(Given):
+        def step(self, action):
+            if self.total == 20:
+                signal.raise_signal(signal.SIGTERM)
+            self.seconds = 0.05 if self.total >= 20 else 0.0
+            return super().step(action)
+
+    trainer = ClassicTrainer(small(rollout_steps=500, out=str(tmp_path)), envs=SyncVectorEnv([Slow, Slow]))
+    began = time.monotonic()
+    with pytest.raises(Stopped, match=r"SIGTERM: stopped after update 0; .*step-0 is the checkpoint of update 0"):
+        trainer.train()
+    assert 0.2 < time.monotonic() - began < 5
+    resumed = small(rollout_steps=500, out=str(tmp_path), resume=True)
+    assert ClassicTrainer(resumed, envs=SyncVectorEnv([Given] * 2)).train()["steps"] >= 64
+
+
 class DyingWorker(Given):
     """A process of AsyncVectorEnv that gets the signal of its parent, and has no handler of ours."""
 

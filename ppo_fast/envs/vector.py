@@ -61,6 +61,25 @@ def make_envs(
     return _made(gymnasium.make_vec, name, {**arguments, **more, "num_envs": count, "vectorization_mode": mode})
 
 
+class OneOfVector(gymnasium.Env):
+    """One environment in the vector form that its package has, for packages whose single form is another one."""
+
+    def __init__(self, envs: VectorEnv) -> None:
+        self.envs, self.metadata, self.spec = envs, {**envs.metadata, "render_modes": []}, envs.spec
+        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict[str, Any]]:
+        observations, _ = self.envs.reset(seed=seed, options=options)
+        return observations[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observations, rewards, terminated, truncated, _ = self.envs.step(np.asarray(action)[None])
+        return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def close(self) -> None:
+        self.envs.close()
+
+
 def parse_arguments(text: str) -> dict[str, Any]:
     """Arguments of an environment from JSON."""
     try:
@@ -77,7 +96,10 @@ def _made(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any
         search_here()
     try:
         return make(name, **arguments)
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+    except gymnasium.error.UnregisteredEnv as error:
+        hint = "" if ":" in name else f" If another package brings it, write PACKAGE:{name}"
+        raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from error
+    except (gymnasium.error.Error, ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from error
     except (AssertionError, LookupError) as error:  # such as KeyError('9x9'), which says little without its name
         raise UserError(f"cannot make the environment {name}: {error!r}") from error

@@ -47,4 +47,5 @@ def close(envs: VectorEnv) -> None:
         pass
     for process in getattr(base, "processes", ()):
         process.kill()
+        process.join()
     base.closed = True  # else its __del__ closes it once more
