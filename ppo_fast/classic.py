@@ -123,7 +123,7 @@ class ClassicTrainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.return_moments = Moments(())
         self.steps_done = self.updates_done = 0
-        self.position = 0  # steps of the current rollout, for the progress line
+        self.position = self.evaluated = 0  # steps of the current rollout, and episodes, for the progress line
         self.collecting = False
         self.request, self.asked = Request(), 0.0
         self.episodes = 0
@@ -532,8 +532,7 @@ class ClassicTrainer:
             log.say(self._description())
             saved = self._run(log)
             seconds = time.perf_counter() - start
-            if c.eval_episodes:
-                log.say(f"evaluation: {c.eval_episodes} episodes with the likeliest actions")
+            log.doing = lambda: f"evaluation: {self.evaluated} of {c.eval_episodes} episodes"
             returns = self.evaluate(c.eval_episodes, record=c.record) if c.eval_episodes else []
             if self.request.name is not None:
                 raise Stopped(self.request.name, f"stopped in the evaluation; the training is complete, {saved}")

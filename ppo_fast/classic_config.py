@@ -30,7 +30,7 @@ class ClassicConfig:
     num_envs: int = setting(8, "environments that run side by side (N)", 1)
     vectorization: str = setting(
         "auto",
-        "auto: the environment's own vector form if it has one, else sync",
+        "auto: the environment's own vector form if it has one and there is no wrapper, else sync",
         choices=("auto", "vector_entry_point", "sync", "async"),
     )
     autoreset: str = setting(

@@ -43,6 +43,7 @@ class Log:
     def __init__(self, config: Any, steps_done: int, recent: int, position: Callable[[], int] | None = None) -> None:
         self.config, self.began, self.recent, self.start = config, steps_done, recent, time.perf_counter()
         self.position = position or (lambda: int(self.metrics.get("step", self.began)))
+        self.doing: Callable[[], str] | None = None  # what is shown in the place of the progress
         self.metrics: dict[str, float] = {}
         self.history: list[dict[str, float | None]] = []  # as in metrics.jsonl
         self.file: GrowingFile | None = None
@@ -113,6 +114,8 @@ class Log:
 
     def line(self) -> str:
         """The progress by now: steps, speed, time left, and the metrics of the last update."""
+        if self.doing is not None:
+            return self.doing()
         total, done, metrics = self.config.total_steps, self.position(), self.metrics
         speed = max(done - self.began, 1) / max(time.perf_counter() - self.start, 1e-9)
         filled = round(BAR * min(done / total, 1.0))

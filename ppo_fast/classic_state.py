@@ -152,6 +152,7 @@ def evaluate(trainer: "ClassicTrainer", episodes: int, *, record: str = "none") 
             picture(env)
         for episode in range(episodes):
             raw, _ = env.reset(seed=trainer.config.seed + 1_000_000 + episode)
+            trainer.evaluated = episode
             total, frames = 0.0, [picture(env)] if more and episode == 0 else []
             for _ in range(trainer.config.eval_max_steps):
                 raw, reward, terminated, truncated, _ = env.step(trainer.act(np.asarray(raw)[None])[0])

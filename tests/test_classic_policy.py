@@ -197,6 +197,14 @@ def test_progress_is_shown_within_a_rollout(monkeypatch, capsys):
     assert re.match(r"\d\d?/100 steps  \d+/s  \d+ s left$", line)  # in the first rollout: no metrics yet
 
 
+def test_progress_is_shown_within_an_evaluation(monkeypatch, capsys):
+    monkeypatch.setattr("ppo_fast.classic_log.FIRST_LINE", 0.1)
+    monkeypatch.setattr("ppo_fast.classic_log.LINES_EVERY", 0.1)
+    envs = SyncVectorEnv([functools.partial(Given, seconds=0.01)] * 2)
+    ClassicTrainer(small(eval_episodes=10, quiet=False), envs=envs).train()
+    assert re.search(r"^evaluation: [1-9] of 10 episodes$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_terminal_gets_one_line_with_a_bar_that_fits_in(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("ppo_fast.progress.Output.isatty", lambda self: True, raising=False)
