@@ -42,6 +42,8 @@ class Policy:
             discrete=actions.kind != "box",
             pixel_scale=(scale if observations.images else torch.ones(1, 1, 1)) if cnn else None,
         )
+        self.weight = next(self.network.parameters())  # where it is, the others are
+        self.raw_shape = () if observations.categories else observations.shape
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Observations [B, ...] as the network takes them; those of a CNN are scaled inside it."""
@@ -51,8 +53,7 @@ class Policy:
 
     def as_tensor(self, raw: np.ndarray) -> Tensor:
         """The same, on the device of the network."""
-        device = self.network.policy_head.biases[0].device
-        return torch.as_tensor(self.encode(np.asarray(raw))).to(device, self.dtype)
+        return torch.as_tensor(self.encode(np.asarray(raw))).to(self.weight.device, self.dtype)
 
     @torch.no_grad()
     def act(
@@ -71,7 +72,7 @@ class Policy:
         Returns:
             The action as the environment takes it, or a batch of actions.
         """
-        raw, shape = np.asarray(observation), () if self.observations.categories else self.observations.shape
+        raw, shape = np.asarray(observation), self.raw_shape
         single = raw.shape == shape
         if raw.dtype.kind not in "biuf" or (not single and raw.shape[1:] != shape) or raw.ndim > len(shape) + 1:
             wanted = ", ".join(map(str, shape))
