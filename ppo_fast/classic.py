@@ -2,8 +2,10 @@
 
     ppo-fast classic --env CartPole-v1 --out runs/cartpole
 
-Environments, network, sampling, advantages, learning: in this order. Around it stand classic_config.py (every option),
-classic_network.py (layers, Adam), classic_state.py (checkpoints, evaluation) and classic_log.py (what a run shows).
+Environments, network, sampling, advantages, learning: in this order. Around it are classic_config.py (every option),
+classic_spaces.py (from observations to inputs, from outputs to actions), classic_network.py (layers, Adam),
+classic_policy.py (acting, also with a saved policy), classic_state.py (checkpoints, evaluation) and classic_log.py
+(what a run shows).
 "Detail n" marks where each of the 13 core details of Huang et al. 2022, "The 37 Implementation Details of Proximal
 Policy Optimization", happens. T steps of N environments make a rollout; tensors are [T, N], time first.
 
@@ -13,41 +15,51 @@ log-probabilities are computed for all of it after the last step; the gradients 
 all weights live in one flat tensor, so that clipping and Adam are a handful of operations.
 
 A run that goes on from a checkpoint gives the same bits as one that was not stopped, if both save at the same updates:
-environments with get_state and set_state (ours) go on where they were; all others start new episodes at a checkpoint.
+environments that save their state (ours) continue where they were; all others start new episodes at a checkpoint.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import signal
+import sys
 import time
+import weakref
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import FlattenObservation
 from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast import checkpoint, classic_state
 from ppo_fast.classic_config import ClassicConfig, add_arguments
 from ppo_fast.classic_log import Log
-from ppo_fast.classic_network import Adam, Dense, Moments, Network
+from ppo_fast.classic_network import Adam, Dense, Moments
+from ppo_fast.classic_policy import Policy, load
+from ppo_fast.classic_spaces import COMPOSITE, read_actions, read_observations
 from ppo_fast.device import pick_device
 from ppo_fast.envs.vector import (
     environment_states,
+    make_env,
     make_envs,
     parse_arguments,
     resets_in_same_step,
 )
+from ppo_fast.envs.workers import close
+from ppo_fast.envs.wrappers import Wrapper, load_wrappers
 from ppo_fast.errors import NonFiniteError, UserError
-from ppo_fast.interrupt import Request, stop_requests
+from ppo_fast.interrupt import GRACE, Request, stop_requests
 from ppo_fast.lock import locked
 
-__all__ = ["Batch", "ClassicConfig", "ClassicTrainer", "add_arguments", "main"]
+__all__ = ["Batch", "ClassicConfig", "ClassicTrainer", "Policy", "Stopped", "add_arguments", "load", "main"]
 
 CHUNK = 8192  # observations in one forward pass without gradients
 RECENT = 100  # episodes that the reported return is the mean of
@@ -64,13 +76,23 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped the run after an update; the message names the checkpoint."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.number = signal.Signals[name].value
+
+
 class ClassicTrainer:
     """PPO (Schulman et al. 2017) on a Gymnasium vector environment.
 
     Args:
         config: every option.
         env_kwargs: more arguments of the environment, such as functions, which JSON cannot hold.
-        envs: the environments, if they are not to be made from `config`; `evaluate` then makes its own all the same.
+        wrappers: functions from an environment to a wrapped one, the innermost first, after those of `config`.
+        envs: the environments, if they are not to be made from `config`.
+        eval_env: makes an environment to evaluate in. None: one that is made, and wrapped, as those of the training.
 
     >>> trainer = ClassicTrainer(ClassicConfig(env="CartPole-v1", total_steps=2048, quiet=True))
     >>> trainer.train()["steps"] >= 2048
@@ -78,56 +100,80 @@ class ClassicTrainer:
     """
 
     def __init__(
-        self, config: ClassicConfig, *, env_kwargs: dict[str, Any] | None = None, envs: VectorEnv | None = None
+        self,
+        config: ClassicConfig,
+        *,
+        env_kwargs: dict[str, Any] | None = None,
+        wrappers: list[Wrapper] | None = None,
+        envs: VectorEnv | None = None,
+        eval_env: Callable[[], gymnasium.Env] | None = None,
     ) -> None:
         self.config, self.env_kwargs = config, parse_arguments(config.env_kwargs) | (env_kwargs or {})
         self.device = pick_device(config.device, config.backend)  # type: ignore[arg-type]
-        choice = {"vectorization": config.vectorization, "autoreset": config.autoreset}
+        self.wrappers: list[Wrapper] = [*load_wrappers(config.wrapper), *(wrappers or [])]
+        self.own_envs, self.eval_env = envs is None, eval_env
+        if envs is not None and self.wrappers:
+            raise UserError("wrappers belong to the environments that config names: put them around those in envs")
         # Detail 1: N environments step together
-        self.envs = envs or make_envs(config.env, self.env_kwargs, count=config.num_envs, **choice)
+        self.envs = self._make_envs() if envs is None else envs
         self.same_step = resets_in_same_step(self.envs)
         self._read_spaces()
         self._make_network()
         self._make_buffers()
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.observation_moments, self.return_moments = Moments(self.shape), Moments(())
+        self.return_moments = Moments(())
         self.steps_done = self.updates_done = 0
+        self.position = self.evaluated = 0  # steps of the current rollout, and episodes, for the progress line
+        self.collecting = False
+        self.request, self.asked = Request(), 0.0
         self.episodes = 0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.finished: list[tuple[int, float, int]] = []  # of the last rollout: steps done by then, return, length
         self.start_environments(config.seed)
 
-    def _read_spaces(self) -> None:
-        action, observation = self.envs.single_action_space, self.envs.single_observation_space
-        if not isinstance(action, spaces.Discrete) and not (isinstance(action, spaces.Box) and len(action.shape) == 1):
-            raise UserError(f"{self.config.env} has the action space {action}; this PPO takes Discrete and Box(n,)")
-        sized = isinstance(observation, spaces.Box) and len(observation.shape) > 0
-        if not isinstance(observation, spaces.Discrete) and not sized:
-            raise UserError(
-                f"{self.config.env} has the observation space {observation}; this PPO takes Box(n, ...) and Discrete:"
-                " put gymnasium.wrappers.FlattenObservation around the environment"
-            )
-        self.discrete = isinstance(action, spaces.Discrete)
-        self.first_action = int(getattr(action, "start", 0))
-        self.num_actions = int(action.n) if isinstance(action, spaces.Discrete) else action.shape[0]
-        self.categories = int(observation.n) if isinstance(observation, spaces.Discrete) else 0  # become one-hot
-        if self.categories and self.config.normalize_observations:
-            raise UserError(f"{self.config.env} has the observation space {observation}: there is nothing to normalize")
-        self.shape = (self.categories,) if self.categories else tuple(observation.shape or ())
-        pixels = len(self.shape) == 3 and observation.dtype == np.uint8
-        cnn = self.config.network == "cnn" or (pixels and self.config.network == "auto")
-        if cnn and (len(self.shape) != 3 or self.config.normalize_observations):
-            raise UserError("network = cnn needs images [H, W, C] or [C, H, W], and no normalize_observations")
-        self.pixel_scale = (1 / 255 if pixels else 1.0) if cnn else None
-        self.dtype = torch.uint8 if cnn and pixels else torch.float32
-
-    def _make_network(self) -> None:
-        """The network, its weights as views of one flat tensor, and Adam on that."""
+    def _make_envs(self) -> VectorEnv:
         c = self.config
+
+        def make() -> VectorEnv:
+            choice = {"vectorization": c.vectorization, "autoreset": c.autoreset}
+            return make_envs(c.env, self.env_kwargs, count=c.num_envs, wrappers=self.wrappers, **choice)
+
+        if c.vectorization == "async":  # its shared memory takes fewer spaces than FlattenObservation
+            with contextlib.closing(make_env(c.env, self.env_kwargs, self.wrappers)) as env:
+                space, envs = env.observation_space, None
+        else:
+            envs = make()
+            space = envs.single_observation_space
+        if isinstance(space, COMPOSITE):
+            if envs is not None:
+                close(envs)
+            self.wrappers.append(FlattenObservation)
+        else:
+            read_observations(c.env, space)
+        if envs is None or isinstance(space, COMPOSITE):
+            try:
+                envs = make()
+            except NotImplementedError:  # a part is of the package's own kind
+                read_observations(c.env, space)
+                raise
+        weakref.finalize(self, close, envs)  # before multiprocessing ends, with SIGTERM, the processes of async ones
+        return envs
+
+    def _read_spaces(self) -> None:
+        c, observation, action = self.config, self.envs.single_observation_space, self.envs.single_action_space
+        seen, done = read_observations(c.env, observation), read_actions(c.env, action)
+        if seen.categories and c.normalize_observations:
+            raise UserError(f"{c.env} has the observation space {observation}: there is nothing to normalize")
+        self.shape, self.discrete, self.num_actions = seen.shape, done.kind != "box", done.outputs
+        self.actions_of, self._to_environment = done, done.to_environment
+        self.observation_moments = Moments(self.shape)
         # Detail 13: policy and value are two networks, or one with two heads. Detail 2: orthogonal weights, times
         # sqrt(2) in hidden layers, 0.01 in the policy's last one, 1 in the value's; biases are 0
-        network = Network(self.shape, self.num_actions, c, discrete=self.discrete, pixel_scale=self.pixel_scale)
-        self.network = network.to(self.device)
+        self.policy = Policy(c, seen, done, self.observation_moments)
+
+    def _make_network(self) -> None:
+        """The weights of the network as views of one flat tensor, and Adam on that."""
+        self.network = self.policy.network.to(self.device)
         self.weights = list(self.network.parameters())
         flat, sizes = torch.cat([w.detach().flatten() for w in self.weights]), [w.numel() for w in self.weights]
         self.gradient = torch.zeros_like(flat)
@@ -138,13 +184,15 @@ class ClassicTrainer:
             if isinstance(module, Dense):
                 module.gradients = [tuple(gradients[w].view_as(w) for w in layer) for layer in module.layers]
         self.std_gradient = None if self.discrete else gradients[self.network.log_std]
-        self.adam = Adam(flat, c.adam_eps)  # Detail 3: epsilon is 1e-5, not 1e-8
+        self.adam = Adam(flat, self.config.adam_eps)  # Detail 3: epsilon is 1e-5, not 1e-8
 
     def _make_buffers(self) -> None:
         T, N = self.config.rollout_steps, self.envs.num_envs
-        self.observations = torch.zeros(T + 1, N, *self.shape, dtype=self.dtype)
+        self.observations = torch.zeros(T + 1, N, *self.shape, dtype=self.policy.dtype)
+        self.rows = self.observations.numpy()
         self.noise = torch.zeros(T, N, self.num_actions)
-        self.actions = torch.zeros(T, N, dtype=torch.int64) if self.discrete else torch.zeros(T, N, self.num_actions)
+        choices = () if self.actions_of.kind == "discrete" else (len(self.actions_of.sizes),)
+        self.actions = torch.zeros(T, N, *choices, dtype=torch.int64) if self.discrete else torch.zeros_like(self.noise)
         self.rewards = torch.zeros(T, N)
         self.terminated, self.truncated, self.counted = (torch.zeros(T, N, dtype=torch.bool) for _ in range(3))
         self.final_observations: list[tuple[int, int, np.ndarray]] = []  # same_step: (t, environment, observation)
@@ -153,28 +201,21 @@ class ClassicTrainer:
         N = self.envs.num_envs
         self.finished_before = np.zeros(N, dtype=bool)  # the last step ended an episode
         self.episode_return, self.episode_length, self.discounted_return = np.zeros(N), np.zeros(N, int), np.zeros(N)
-        self._observe(self.envs.reset(seed=seed)[0], -1)
-
-    def _encoded(self, raw: np.ndarray) -> np.ndarray:
-        """Observations as the network takes them."""
-        if self.categories:
-            first = self.envs.single_observation_space.start  # type: ignore[attr-defined]
-            return np.eye(self.categories, dtype=np.float32)[np.asarray(raw) - first]
-        if not self.config.normalize_observations:
-            return raw
-        moments = self.observation_moments
-        return np.clip((raw - moments.mean) / np.sqrt(moments.var + 1e-8), -10, 10)
+        self._observe(self.envs.reset(seed=seed)[0], -2)
 
     def _observe(self, raw: np.ndarray, t: int) -> None:
+        """Observations of step t into row t + 1. With NEXT_STEP those after an episode's last step do not count: they
+        are not in the moments, and after a termination, where nobody needs one, it is replaced by zeros."""
         if self.config.normalize_observations:
-            self.observation_moments.update(raw)
-        self.observations.numpy()[t] = self._encoded(raw)
-
-    def _to_environment(self, actions: np.ndarray) -> np.ndarray:
-        if self.discrete:
-            return actions + self.first_action if self.first_action else actions
-        space = self.envs.single_action_space
-        return np.clip(actions, space.low, space.high).astype(space.dtype)  # type: ignore[attr-defined]
+            self.observation_moments.update(raw if self.same_step else raw[~self.finished_before])
+        row = self.rows[t + 1]
+        if self.same_step or not np.count_nonzero(self.finished_before):  # quicker than any()
+            row[...] = self.policy.encode(raw)
+            return
+        over, raw = self.terminated.numpy()[t], np.array(raw)
+        raw[over] = self.policy.observations.start  # it may be NaN, or outside of a Discrete space
+        row[...] = self.policy.encode(raw)
+        row[over] = 0
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -192,29 +233,39 @@ class ClassicTrainer:
             std = self.network.log_std.exp().cpu()
         self.final_observations.clear()
         self.observations[0] = self.observations[-1]
-        before, actions = self.finished_before, self.actions.numpy()
+        actions, several = self.actions.numpy(), self.actions_of.kind == "several"
         columns = [x.numpy() for x in (self.rewards, self.terminated, self.truncated, self.counted)]
         rewards, terminated, truncated, counted = columns
         rows = zip(self.observations.unbind(0), self.noise.unbind(0), self.actions.unbind(0), strict=False)
         for t, (observation, noise, action) in enumerate(rows):
             out = policy(observation.to(self.device)).cpu() if to_device else policy(observation)
-            if self.discrete:
+            if several:
+                action.copy_(self.policy.argmax(out.add_(noise)))
+            elif self.discrete:
                 torch.argmax(out.add_(noise), -1, out=action)
             else:
                 torch.addcmul(out, std, noise, out=action)
             raw, rewards[t], terminated[t], truncated[t], infos = self.envs.step(self._to_environment(actions[t]))
+            self.position = t + 1
+            if self.request.name is not None and self._waited_long():
+                raise Stopped(self.request.name, f"stopped in update {self.updates_done + 1}")
             if not self.same_step:
-                np.logical_not(before, out=counted[t])
-                before = terminated[t] | truncated[t]
-            self._observe(raw, t + 1)
+                np.logical_not(self.finished_before, out=counted[t])
+                self.finished_before = terminated[t] | truncated[t]
+            self._observe(raw, t)
             if self.same_step and truncated[t].any():  # raw is already the first of the next episode
                 for i in np.flatnonzero(truncated[t]):
-                    last = self._encoded(np.asarray(infos["final_obs"][i])[None])[0]
+                    last = self.policy.encode(np.array(infos["final_obs"][i])[None])[0]
                     self.final_observations.append((t, int(i), last))
-        self.finished_before = before
         if self.same_step:
             counted[:] = True
         self._count_episodes()
+        self.position = 0
+
+    def _waited_long(self) -> bool:
+        """Whether a request to stop is older than a scheduler may wait before it kills the process."""
+        self.asked = self.asked or time.monotonic()
+        return time.monotonic() - self.asked > GRACE
 
     def _count_episodes(self) -> None:
         """Notes episodes that ended, and turns rewards into those that are learned from."""
@@ -251,7 +302,7 @@ class ClassicTrainer:
         if self.final_observations:
             final_values = final_values.clone()
             at, environments, last = zip(*self.final_observations, strict=True)
-            last_ones = torch.as_tensor(np.stack(last), dtype=self.dtype, device=self.device)
+            last_ones = torch.as_tensor(np.stack(last), dtype=self.policy.dtype, device=self.device)
             final_values[at, environments] = self.network.value(last_ones)
         rewards, terminated, truncated, counted, actions = (
             x.to(self.device) for x in (self.rewards, self.terminated, self.truncated, self.counted, self.actions)
@@ -314,7 +365,7 @@ class ClassicTrainer:
                 parts = self._minibatches(batch)
             for part in parts:
                 tapes = None
-                if self.pixel_scale is None:
+                if not self.policy.cnn:
                     policy, values, tapes = self.network.taped(part.observations)
                 else:
                     policy, values = self.network(part.observations)
@@ -382,7 +433,9 @@ class ClassicTrainer:
         """One rollout and its update; the metrics. Times are in seconds."""
         c, before, start = self.config, self.steps_done, time.perf_counter()
         left = max(0.0, 1 - before / c.total_steps)
+        self.collecting = True
         self.collect()
+        self.collecting = False
         collected = time.perf_counter()
         batch, metrics = self.advantages()
         # Detail 4: the learning rate falls linearly to 0, and so may the clip range
@@ -405,47 +458,59 @@ class ClassicTrainer:
             "steps_per_second": (self.steps_done - before) / (end - start),
         }
 
-    def _as_tensor(self, raw: np.ndarray) -> Tensor:
-        return torch.as_tensor(self._encoded(np.asarray(raw))).to(self.device, self.dtype)
-
     @torch.no_grad()
     def values(self, raw: np.ndarray) -> np.ndarray:
         """The value [B] of each raw observation [B, ...], in units of the rewards that are learned from."""
-        return self.network.value(self._as_tensor(raw)).cpu().numpy()
+        return self.network.value(self.policy.as_tensor(raw)).cpu().numpy()
 
-    @torch.no_grad()
     def act(self, raw: np.ndarray) -> np.ndarray:
         """The likeliest action for each raw observation [B, ...], as the environment takes it."""
-        policy = self.network.policy(self._as_tensor(raw))
-        return self._to_environment((policy.argmax(-1) if self.discrete else policy).cpu().numpy())
+        return np.asarray(self.policy.act(raw))
 
     def evaluate(self, episodes: int, *, record: str = "none") -> list[float]:
         """Returns of episodes with the likeliest actions; pictures of the first go to OUT/episode.gif or OUT/frames."""
         return classic_state.evaluate(self, episodes, record=record)
 
-    def _run(self, log: Log, parent: Path) -> None:
-        """Updates up to the last one, with checkpoints. Ctrl-C and SIGTERM come after an update, if there is an OUT."""
-        c, saved = self.config, self.updates_done if self.config.resume else None
-        with stop_requests(lambda _: None) if c.out else nullcontext(Request()) as request:
-            while self.steps_done < c.total_steps and request.name is None:
+    def _run(self, log: Log) -> Path | None:
+        """Updates up to the last one, with checkpoints; the last of these. A signal ends the run after an update, and
+        an error of the environments at once: what was learned until then is saved."""
+        c, failure = self.config, None
+        saved = checkpoint.newest(Path(c.out) / "checkpoints") if c.out and c.resume else None
+        saved_at = self.updates_done if c.resume else None
+        while self.steps_done < c.total_steps and self.request.name is None:
+            try:
                 log.record(self.step())
-                if c.save_every and self.updates_done % c.save_every == 0 and classic_state.save(self):
-                    saved = self.updates_done
-                    classic_state.go_on(self, environment_states(self.envs))
+            except (Exception, KeyboardInterrupt) as error:  # of any kind: user code
+                if not self.collecting or c.out is None:
+                    raise
+                failure = error
+                time.sleep(0.1)  # a signal that has ended a process of the environments may be on its way to this one
+                break
+            if c.save_every and self.updates_done % c.save_every == 0 and (folder := classic_state.save(self)):
+                saved, saved_at = folder, self.updates_done
+                classic_state.restart_environments(self, environment_states(self.envs))
         # Stopped between two checkpoints, a run whose environments would start anew here, unlike in one that was not
-        # stopped, goes on from the last of them
-        wait = request.name is not None and c.save_every and saved and environment_states(self.envs) is None
-        if saved != self.updates_done and not wait:
-            saved = self.updates_done
-            classic_state.save(self)
-        if request.name is not None:
-            log.say(f"{request.name} after update {self.updates_done}: --resume goes on after update {saved}")
-            raise KeyboardInterrupt
+        # stopped, continues from the last of them
+        stopped = failure is not None or self.request.name is not None
+        anew = failure is not None or environment_states(self.envs) is None
+        if saved_at != self.updates_done and not (stopped and anew and c.save_every and saved):
+            saved, saved_at = classic_state.save(self, whole=failure is None), self.updates_done
+        if self.request.name is not None:
+            where = "nothing was saved, because out is not set"
+            if saved is not None:
+                where = f"{saved} is the checkpoint of update {saved_at}, from which --resume continues"
+            raise Stopped(self.request.name, f"stopped after update {self.updates_done}; {where}") from failure
+        if failure is not None:
+            log.say(f"the environments failed in update {self.updates_done + 1}; {saved} has what was learned before")
+            raise failure
+        return saved
 
     def train(self) -> dict[str, Any]:
         """Runs to the end, evaluates, and returns a summary, which is also written to OUT/summary.json.
 
-        With an OUT, Ctrl-C lets an update come to its end before it raises KeyboardInterrupt; `resume` goes on.
+        Raises:
+            Stopped: a KeyboardInterrupt. After Ctrl-C, SIGTERM or SIGHUP an update comes to its end, and with an OUT
+                the run is saved; `resume` continues it.
         """
         with locked(self.config.out):
             return self._train()
@@ -457,13 +522,20 @@ class ClassicTrainer:
             if newest is None:
                 raise UserError(f"nothing to resume: there is no checkpoint in {parent}; start anew in another folder")
             classic_state.load(self, newest)
-        if c.eval_episodes:  # what cannot be evaluated, or drawn, shall fail at once
+        if c.eval_episodes:  # what cannot be evaluated, or drawn, must fail at once
             self.evaluate(0, record=c.record)
         start, began = time.perf_counter(), self.steps_done
-        with Log(c, self.steps_done, RECENT) as log:
-            self._run(log, parent)
+        with (
+            Log(c, self.steps_done, RECENT, lambda: self.steps_done + self.position * self.envs.num_envs) as log,
+            stop_requests(lambda text: log.say(text) if c.out else None) as self.request,
+        ):
+            log.say(self._description())
+            saved = self._run(log)
             seconds = time.perf_counter() - start
+            log.doing = lambda: f"evaluation: {self.evaluated} of {c.eval_episodes} episodes"
             returns = self.evaluate(c.eval_episodes, record=c.record) if c.eval_episodes else []
+            if self.request.name is not None:
+                raise Stopped(self.request.name, f"stopped in the evaluation; the training is complete, {saved}")
             summary = {
                 "env": c.env,
                 "steps": self.steps_done,
@@ -477,17 +549,36 @@ class ClassicTrainer:
             log.close_with(summary)
         return summary
 
+    def _description(self) -> str:
+        """What learns, in one line."""
+        c, space = self.config, self.envs.single_action_space
+        network = "CNN" if self.policy.cnn else f"MLP of {c.hidden_layers} layers of {c.hidden_size}"
+        kind = f"one {network} with two heads" if c.shared else f"policy and value: one {network} each"
+        seen = f"{'x'.join(map(str, self.shape))} numbers"
+        return f"observations: {seen}; actions: {space}; {kind}, {self.adam.weights.numel()} weights on {self.device}"
+
 
 def main(arguments: argparse.Namespace) -> int:
-    """Trains as the options of `add_arguments` say; bad input raises UserError."""
+    """Trains as the options of `add_arguments` say and returns the exit status, 128 + signal after a signal; bad input
+    raises UserError."""
     config = ClassicConfig(
         **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ClassicConfig)}
     )
     if config.threads:
         torch.set_num_threads(config.threads)
+    if not config.quiet:
+        threads = torch.get_num_threads()
+        print(
+            f"PPO on {config.env}: {config.total_steps} steps of {config.num_envs} environments;"
+            f" PyTorch uses {threads} thread{'s' * (threads > 1)}",
+            flush=True,
+        )
     trainer = ClassicTrainer(config)
     try:
         trainer.train()
+    except Stopped as stopped:
+        print(f"ppo-fast: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     finally:
-        trainer.envs.close()
+        close(trainer.envs)
     return 0

@@ -22,10 +22,15 @@ class ClassicConfig:
     # The environments
     env: str = setting("CartPole-v1", "Gymnasium's name of the environment, or module:Name-v0")
     env_kwargs: str = setting("{}", 'arguments of the environment as JSON, such as {"size": 9}')
+    wrapper: tuple[str, ...] = setting(
+        (),
+        "wrappers around each environment, the innermost first, as MODULE:NAME or with options, such as"
+        " gymnasium.wrappers:TimeLimit(max_episode_steps=100)",
+    )
     num_envs: int = setting(8, "environments that run side by side (N)", 1)
     vectorization: str = setting(
         "auto",
-        "auto: the environment's own vector form if it has one, else sync",
+        "auto: the environment's own vector form if it has one and there is no wrapper, else sync",
         choices=("auto", "vector_entry_point", "sync", "async"),
     )
     autoreset: str = setting(
@@ -90,9 +95,12 @@ class ClassicConfig:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             check_setting(option.name, getattr(self, option.name), option)
+        self.wrapper = tuple(self.wrapper)
         if self.num_envs * self.rollout_steps < self.minibatches:
             rollout = self.num_envs * self.rollout_steps
             raise UserError(f"minibatches must be at most num_envs * rollout_steps = {rollout}, got {self.minibatches}")
+        if self.wrapper and self.vectorization == "vector_entry_point":
+            raise UserError("wrapper needs vectorization = sync or async: an environment's own vector takes none")
         if self.autoreset == "same_step" and self.vectorization == "vector_entry_point":
             raise UserError("autoreset = same_step needs vectorization = sync or async: an environment's own vector")
         if self.out is None and (self.resume or self.record != "none"):

@@ -3,24 +3,55 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from ppo_fast.checkpoint import GrowingFile, reported, write_file
 from ppo_fast.errors import UserError
-from ppo_fast.progress import Events, step_in
+from ppo_fast.plots import can_draw, draw_learning_curves
+from ppo_fast.progress import Events, Output, step_in
+
+LIVE_EVERY, FIRST_LINE, LINES_EVERY = 0.5, 2.0, 5.0  # seconds between lines; without a terminal they are added
+BAR = 20  # characters
+CURVES = {
+    "return": "return (mean of the last 100 episodes)",
+    "episode_length": "steps of an episode",
+    "entropy": "entropy (nats per action)",
+    "approx_kl": "KL of an update (nats)",
+    "clip_fraction": "clip fraction",
+    "explained_variance": "explained variance of the values",
+}
 
 
 class Log:
-    """Metrics as JSON Lines and TensorBoard events, and a line of progress; a context manager."""
+    """Metrics as JSON Lines and TensorBoard events, and a line of progress; a context manager.
 
-    def __init__(self, config: Any, steps_done: int, recent: int) -> None:
+    A thread shows the progress, so that a slow environment does not delay it.
+
+    Args:
+        config: of the run.
+        steps_done: steps before this run; later rows of the metrics are removed.
+        recent: how many episodes the reported return is the mean of.
+        position: gives the steps done by now, also within a rollout; None: those of the last recorded metrics.
+    """
+
+    def __init__(self, config: Any, steps_done: int, recent: int, position: Callable[[], int] | None = None) -> None:
         self.config, self.began, self.recent, self.start = config, steps_done, recent, time.perf_counter()
+        self.position = position or (lambda: int(self.metrics.get("step", self.began)))
+        self.doing: Callable[[], str] | None = None  # what is shown in the place of the progress
+        self.metrics: dict[str, float] = {}
+        self.history: list[dict[str, float | None]] = []  # as in metrics.jsonl
         self.file: GrowingFile | None = None
         self.events: Events | None = None
-        self.shown, self.live = self.start, sys.stdout.isatty()
+        self.output = None if config.quiet or sys.stdout is None else Output(cast(TextIO, sys.stdout))
+        self.live, self.open_line = self.output is not None and self.output.isatty(), False
+        self.lock, self.ended = threading.RLock(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
         if config.out is None:
             return
         folder = Path(config.out)
@@ -37,59 +68,121 @@ class Log:
             write_file(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve
+        self.history = [json.loads(row) for row in kept]
         self.file = GrowingFile(path)
         if config.tensorboard:
             self.events = Events(folder / "tensorboard")
-            for row in kept:
-                self.events.add(json.loads(row))
+            for row in self.history:
+                self.events.add(row)
 
     def __enter__(self) -> "Log":
+        if self.output is not None:
+            self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop_watching()
         for stream in (self.file, self.events):
             if stream is not None:
                 stream.close()
 
+    def _stop_watching(self) -> None:
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join()
+        self._end_line()
+
+    def _watch(self) -> None:
+        wait = LIVE_EVERY if self.live else FIRST_LINE
+        while not self.ended.wait(wait):
+            self.show()
+            elapsed = time.perf_counter() - self.start
+            wait = LIVE_EVERY if self.live else min(max(LINES_EVERY, elapsed / 50), 60.0)
+
     def record(self, metrics: dict[str, float]) -> None:
-        if self.file is not None:
+        """Keeps the metrics of an update, and shows those of the last one."""
+        if self.config.out is not None:
             finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+            self.history.append(finite)
+        if self.file is not None:
             self.file.write_row(finite)
         if self.events is not None:
             self.events.add(metrics)
-        shown = {"return": math.nan, "approx_kl": math.nan, "clip_fraction": math.nan, **metrics}  # not all are there
-        now, last = time.perf_counter(), metrics["step"] >= self.config.total_steps
-        if self.config.quiet or (now - self.shown < (0.2 if self.live else 5.0) and not last):
-            return
-        self.shown = now
-        speed = max(metrics["step"] - self.began, 1) / (now - self.start)
-        text = (
-            f"{int(metrics['step'])}/{self.config.total_steps} steps  {speed:.0f}/s"
-            f"  {max(0.0, (self.config.total_steps - metrics['step']) / speed):.0f} s left"
-            f"  return {shown['return']:.4g}  entropy {metrics['entropy']:.3f}"
-            f"  kl {shown['approx_kl']:.4f}  clip {shown['clip_fraction']:.3f}"
-            f"  explained variance {metrics['explained_variance']:.2f}"
-        )
-        print(f"\r{text}\x1b[K" if self.live else text, end="\n" if last or not self.live else "", flush=True)
+        self.metrics = metrics
+        if metrics["step"] >= self.config.total_steps:
+            self.show()
+
+    def line(self) -> str:
+        """The progress by now: steps, speed, time left, and the metrics of the last update."""
+        if self.doing is not None:
+            return self.doing()
+        total, done, metrics = self.config.total_steps, self.position(), self.metrics
+        speed = max(done - self.began, 1) / max(time.perf_counter() - self.start, 1e-9)
+        filled = round(BAR * min(done / total, 1.0))
+        text = f"[{'#' * filled}{'.' * (BAR - filled)}] " if self.live else ""
+        text += f"{done}/{total} steps  {speed:.0f}/s  {_duration((total - done) / speed)} left"
+        forms = {"return": "return {:.4g}", "entropy": "entropy {:.3f}", "approx_kl": "kl {:.4f}"}
+        forms |= {"clip_fraction": "clip {:.3f}", "explained_variance": "explained variance {:.2f}"}
+        return "  ".join([text, *(form.format(metrics[name]) for name, form in forms.items() if name in metrics)])
+
+    def show(self) -> None:
+        """Prints the progress."""
+        with self.lock:
+            if self.output is None:
+                return
+            if self.live:
+                columns = shutil.get_terminal_size().columns
+                self.output.write(f"\r{self.line()[: columns - 1]}\x1b[K")  # a line that wraps could not be replaced
+                self.open_line = True
+            else:
+                self.output.write(self.line() + "\n")
+            self.output.flush()
+
+    def _end_line(self) -> None:
+        with self.lock:
+            if self.open_line and self.output is not None:
+                self.output.write("\n")
+                self.open_line = False
 
     def say(self, text: str) -> None:
-        if not self.config.quiet:
-            print(f"\n{text}" if self.live else text, flush=True)
+        """Prints a sentence."""
+        with self.lock:
+            self._end_line()
+            if self.output is not None:
+                self.output.write(text + "\n")
+                self.output.flush()
 
     def close_with(self, summary: dict[str, Any]) -> None:
-        c = self.config
-        if c.out is not None:
-            path = Path(c.out) / "summary.json"
-            with reported(f"{path} could not be written", path):
-                write_file(path, json.dumps(summary, indent=2) + "\n")
-        if c.quiet:
-            return
-        print(f"{summary['steps']} steps in {summary['seconds']:.1f} s, {summary['episodes']} episodes", end="")
-        print(f", last {self.recent}: mean return {summary['return']:.4g}" if summary["return"] is not None else "")
+        """Writes summary and curves to OUT, and says what came out and where it is."""
+        self._stop_watching()
+        out = None if self.config.out is None else Path(self.config.out)
+        if out is not None:
+            with reported(f"{out / 'summary.json'} could not be written", out / "summary.json"):
+                write_file(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            if can_draw():
+                title = f"PPO on {self.config.env}"
+                draw_learning_curves(self.history, out / "learning_curves.png", title, CURVES, "steps of environments")
+        text = f"{summary['steps']} steps in {summary['seconds']:.1f} s, {summary['episodes']} episodes"
+        if summary["return"] is not None:
+            text += f", last {self.recent}: mean return {summary['return']:.4g}"
+        self.say(text)
         if summary["eval_returns"]:
             low, high = min(summary["eval_returns"]), max(summary["eval_returns"])
-            print(f"evaluation, likeliest actions, {len(summary['eval_returns'])} episodes: ", end="")
-            print(f"mean return {summary['eval_return']:.4g}, {low:.4g} to {high:.4g}")
-        if c.out is not None:
-            names = ("metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "episode.gif", "frames")
-            print(f"{', '.join(name for name in names if (Path(c.out) / name).exists())} are in {c.out}")
+            self.say(
+                f"evaluation, likeliest actions, {len(summary['eval_returns'])} episodes:"
+                f" mean return {summary['eval_return']:.4g}, {low:.4g} to {high:.4g}"
+            )
+        if out is None:
+            self.say("nothing was saved: --out FOLDER keeps the policy, metrics and curves")
+            return
+        names = ("checkpoints", "metrics.jsonl", "summary.json", "config.json", "tensorboard", "learning_curves.png")
+        found = [name for name in (*names, "episode.gif", "frames") if (out / name).exists()]
+        self.say(f"{', '.join(found[:-1])} and {found[-1]} are in {out}; to use the policy:")
+        self.say(f"  ppo_fast.classic.load({str(out)!r}).act(observation)")
+
+
+def _duration(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

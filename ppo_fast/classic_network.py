@@ -57,18 +57,25 @@ class Dense(nn.Module):
 
 
 class Pixels(nn.Module):
-    """Images [B, H, W, C] or [B, C, H, W], whose shorter end is the channels, to [B, C, H, W] times `scale`."""
+    """Images [B, H, W, C] or [B, C, H, W], whose shorter end is the channels, to [B, C, H, W] times `scale` [1 or H, 1
+    or W, 1 or C] (or in the other order)."""
 
-    def __init__(self, shape: tuple[int, ...], scale: float) -> None:
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...], scale: Tensor) -> None:
         super().__init__()
-        self.last, self.scale, self.channels = shape[-1] <= shape[0], scale, min(shape[0], shape[-1])
+        self.last, self.channels = shape[-1] <= shape[0], min(shape[0], shape[-1])
+        self.register_buffer("scale", self._channels_first(scale[None]), persistent=False)
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2) if self.last else x
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.permute(0, 3, 1, 2) if self.last else x).float() * self.scale
+        return self._channels_first(x).float() * self.scale
 
 
 def make_trunk(
-    shape: tuple[int, ...], config: ClassicConfig, pixel_scale: float | None, generator: torch.Generator
+    shape: tuple[int, ...], config: ClassicConfig, pixel_scale: Tensor | None, generator: torch.Generator
 ) -> nn.Module:
     """Observations [B, *shape] to features [B, hidden_size]: a small CNN, or with pixel_scale=None an MLP."""
     gain = math.sqrt(2)
@@ -89,20 +96,29 @@ def make_trunk(
 
 
 class Network(nn.Module):
-    """Policy and value of an observation: two networks, or one with two heads (detail 13)."""
+    """Policy and value of an observation: two networks, or one with two heads (detail 13).
+
+    Args:
+        shape: of one observation.
+        sizes: with `discrete`, the choices of each action that is taken at once; else (n,), n numbers.
+        config: what the layers are like.
+        discrete: the policy gives logits of choices, else means of a Gaussian.
+        pixel_scale: a CNN that multiplies images by this; None: an MLP.
+    """
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        actions: int,
+        sizes: tuple[int, ...],
         config: ClassicConfig,
         *,
         discrete: bool,
-        pixel_scale: float | None,
+        pixel_scale: Tensor | None,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
-        self.discrete, self.shared = discrete, config.shared
+        actions = sum(sizes)
+        self.discrete, self.shared, self.sizes = discrete, config.shared, sizes
         self.policy_trunk = make_trunk(shape, config, pixel_scale, generator)
         self.value_trunk = self.policy_trunk if config.shared else make_trunk(shape, config, pixel_scale, generator)
         width = math.prod(shape) if pixel_scale is None and not config.hidden_layers else config.hidden_size
@@ -153,6 +169,10 @@ class Network(nn.Module):
             constant = self.log_std.sum() + 0.5 * len(self.log_std) * math.log(2 * math.pi)
             logp = -0.5 * z.square().sum(-1) - constant
             return logp, (constant + 0.5 * len(self.log_std)).expand_as(logp) if with_entropy else None
+        if actions.ndim > 1:  # several choices, each from logits of its own
+            columns = zip(policy.split(self.sizes, -1), actions.unbind(-1), strict=True)
+            logps, entropies = zip(*(self.logprobs(*x, with_entropy=with_entropy) for x in columns), strict=True)
+            return sum(logps), sum(entropies) if with_entropy else None
         if not with_entropy:
             return -F.cross_entropy(policy, actions, reduction="none"), None
         table = torch.log_softmax(policy, -1)  # ppo.token_logprobs is made for vocabularies, not for a few actions
@@ -177,13 +197,14 @@ class Adam:
 
 
 class Moments:
-    """Running mean and variance of [n, ...] arrays (Chan et al. 1979)."""
+    """Running mean and variance of [n, ...] arrays in float64 (Chan et al. 1979)."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), np.full((), 1e-4)
+        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), np.zeros(())
 
     def update(self, x: np.ndarray) -> None:
         if len(x):
+            x = np.asarray(x, np.float64)
             delta, total = x.mean(0) - self.mean, self.count + len(x)
             self.var = (self.var * self.count + x.var(0) * len(x) + delta**2 * self.count * len(x) / total) / total
             self.mean, self.count = self.mean + delta * len(x) / total, total

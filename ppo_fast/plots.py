@@ -40,12 +40,18 @@ def _save(figure: Any, path: Path, dpi: int) -> None:
         write_file(path, buffer.getvalue())
 
 
-def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Path, title: str) -> None:
-    """A PNG with one small plot for each of the first six curves that the history has."""
+def draw_learning_curves(
+    history: Sequence[Mapping[str, float | None]],
+    path: Path,
+    title: str,
+    labels: Mapping[str, str] = CURVES,
+    steps: str = "PPO step",
+) -> None:
+    """A PNG with one small plot for each of the first six of the `labels` that the history has, over its `steps`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    curves = {name: label for name, label in CURVES.items() if any(m.get(name) is not None for m in history)}
+    curves = {name: label for name, label in labels.items() if any(m.get(name) is not None for m in history)}
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 3).flat
@@ -59,7 +65,7 @@ def draw_learning_curves(history: Sequence[Mapping[str, float | None]], path: Pa
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.set_title(label, fontsize=10)
-        axis.set_xlabel("PPO step")
+        axis.set_xlabel(steps)
         axis.grid(alpha=0.3)
     for axis in axes:  # those that no curve has taken
         axis.set_visible(False)

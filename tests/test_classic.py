@@ -6,7 +6,6 @@ import json
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from ppo_fast import checkpoint, classic  # noqa: E402
 from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
 from ppo_fast.classic_log import Log  # noqa: E402
 from ppo_fast.classic_network import Adam, Moments  # noqa: E402
-from ppo_fast.envs.vector import environment_states  # noqa: E402
 from ppo_fast.errors import NonFiniteError, UserError  # noqa: E402
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
@@ -200,8 +198,8 @@ def test_normalised_rewards_count_the_step_that_only_resets(mode):
             discounted = discounted * 0.9 + reward
             returns.append(discounted)
             discounted = 0.0 if terminated or truncated else discounted
-    np.testing.assert_allclose(trainer.return_moments.mean, np.mean(returns), atol=1e-4)  # the prior weighs 1e-4
-    np.testing.assert_allclose(trainer.return_moments.var, np.var(returns), atol=1e-3)
+    np.testing.assert_allclose(trainer.return_moments.mean, np.mean(returns), atol=1e-6)  # rewards are fp32
+    np.testing.assert_allclose(trainer.return_moments.var, np.var(returns), atol=1e-6)
     assert trainer.rewards[~trainer.counted].abs().sum() == 0
 
 
@@ -217,7 +215,8 @@ def test_final_observation_is_not_normalised_like_the_others(mode):
     seen = np.concatenate([trainer.observations.flatten(0, 1).numpy(), *([np.stack(rows)] if rows else [])])
     assert abs(seen.mean()) < 0.5
     assert 0.5 < seen.std() < 1.5
-    assert moments.count > 50
+    counted = trainer.counted.sum() if mode == AutoresetMode.NEXT_STEP else 48
+    assert 0 <= moments.count - counted <= 3  # and those after the rollout, from which it goes on
 
 
 def test_moments_differ_from_those_of_all_data_at_once():
@@ -226,8 +225,8 @@ def test_moments_differ_from_those_of_all_data_at_once():
     for part in np.split(data, [1, 10, 60]):
         moments.update(part)
     moments.update(data[:0])
-    np.testing.assert_allclose(moments.mean, data.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(moments.var, data.var(0), rtol=1e-3)
+    np.testing.assert_allclose(moments.mean, data.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.var, data.var(0), rtol=1e-12)
 
 
 def test_adam_by_hand_differs_from_pytorchs():
@@ -486,22 +485,16 @@ def test_a_killed_run_leaves_fewer_metrics_than_its_checkpoint_knows_of_or_half_
         assert [row["step"] for row in without_times(tmp_path)] == [48, 96]
 
 
-def test_a_rollout_that_only_resets_cannot_be_shown(capsys, monkeypatch):
-    """A live line is written for every update here, also for one in which nothing was learned."""
+def test_a_rollout_that_only_resets_is_shown(capsys):
     config = small(num_envs=1, rollout_steps=1, minibatches=1, total_steps=3, quiet=False)
     trainer = ClassicTrainer(config, envs=SyncVectorEnv([Target]))
-    times = iter(range(10**6))
-    monkeypatch.setattr("ppo_fast.classic_log.time", SimpleNamespace(perf_counter=lambda: 10.0 * next(times)))
-    trainer.train()
-    assert trainer.updates_done == 5
-    assert capsys.readouterr().out.count("steps  ") == 5
-
-
-def test_an_environment_of_another_kind_is_evaluated_after_the_training():
-    trainer = ClassicTrainer(small(eval_episodes=1, total_steps=50), envs=diaries(MODES[0]))  # config.env: CartPole
-    with pytest.raises(UserError, match=r"CartPole-v1 has .* eval_episodes = 0"):
-        trainer.train()
-    assert trainer.steps_done == 0
+    with Log(config, 0, 100) as log:
+        for step in (1, 1, 2, 2, 3):
+            metrics = trainer.step()
+            assert metrics["step"] == step
+            log.record(metrics)
+            log.show()
+    assert capsys.readouterr().out.count(" steps  ") == 6
 
 
 def test_an_evaluation_without_an_end_never_ends():
@@ -511,38 +504,6 @@ def test_an_evaluation_without_an_end_never_ends():
     trainer.act = lambda observations: np.zeros(1, int)
     with pytest.warns(RuntimeWarning, match="episode 0 is cut after 50 steps"):
         assert trainer.evaluate(1) == [0.0]
-
-
-class Guarded(Target):
-    """Ends never; its state is the user's own affair, or something that JSON cannot hold."""
-
-    def step(self, action):
-        return np.ones(1, np.float32), 1.0, False, False, {}
-
-    def get_state(self):
-        return np.zeros(3)
-
-
-class Stateful(Guarded):
-    def get_state(self):
-        return {}
-
-    def set_state(self, state):
-        pass
-
-
-class Unwritable(Stateful):
-    def get_state(self):
-        return {"array": np.zeros(3)}
-
-
-def test_a_state_that_is_no_whole_state_is_saved():
-    """Neither get_state alone, nor what JSON cannot hold, nor an environment below a step limit that counts."""
-    for made, kept in ((Stateful, True), (Guarded, False), (Unwritable, False)):
-        assert (environment_states(SyncVectorEnv([made])) is not None) == kept
-    limited = SyncVectorEnv([lambda: gymnasium.wrappers.TimeLimit(Stateful(), 5)])
-    assert environment_states(limited) is None
-    assert environment_states(gymnasium.make_vec("ppo_fast/Maze-v0", num_envs=2)) is not None
 
 
 class Drawn(Target):
@@ -630,7 +591,6 @@ def test_a_bad_option_is_accepted(options, message):
         ({"env_kwargs": "{"}, "env_kwargs is not JSON"),
         ({"env_kwargs": "[1]"}, "must be a JSON object"),
         ({"env_kwargs": '{"colour": 1}'}, "unexpected keyword argument"),
-        ({"env": "Blackjack-v1"}, "observation space Tuple"),
         ({"network": "cnn"}, "network = cnn needs images"),
         ({"device": "abacus"}, "got 'abacus'"),
         ({"env": "FrozenLake-v1", "normalize_observations": True}, r"Discrete\(16\): there is nothing to normalize"),
@@ -641,11 +601,6 @@ def test_a_bad_option_is_accepted(options, message):
 def test_what_cannot_be_made_ends_in_a_traceback(options, message):
     with pytest.raises(UserError, match=message):
         ClassicTrainer(small(**options))
-
-
-def test_action_space_that_is_not_implemented_fails_late():
-    with pytest.raises(UserError, match="action space MultiDiscrete"):
-        ClassicTrainer(small(), envs=diaries(MODES[0], action_space=spaces.MultiDiscrete([2, 2])))
 
 
 def test_an_observation_without_a_dimension_fails_late():

@@ -258,5 +258,7 @@ def test_the_examples_do_not_run(tmp_path, capsys):
     texts = json.loads((tmp_path / "text" / "texts.json").read_text())
     before, after = (np.mean([reward for _, reward in texts[when]]) for when in ("before", "after"))
     assert after > before
+    assert classic_text.main(["--total-steps", "2000", "--out", str(tmp_path / "other")]) == 0
+    assert capsys.readouterr().out.endswith(f"all texts are in {tmp_path / 'other' / 'texts.json'}\n")
     assert classic_text.main(["--total-steps", "4000", "--out", out]) == 1  # an earlier run is there
     assert "already holds a run" in capsys.readouterr().err

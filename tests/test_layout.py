@@ -28,7 +28,7 @@ LEVELS = [
     {"policy", "parallel", "export"},
     {"sample", "rewards", "reward", "learn", "controllers", "progress", "recipes"},
     {"evaluate", "run_state", "preferences", "memory", "probe_sampling"},
-    {"envs", "classic_log", "classic_config", "classic_network"},
+    {"envs", "classic_log", "classic_config", "classic_network", "classic_spaces", "classic_policy"},
     {"classic_state"},
     {"trainer", "classic", "label"},
     {"cli", "examples", "doctor"},

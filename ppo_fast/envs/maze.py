@@ -81,6 +81,7 @@ class Maze(gymnasium.Env):
     '#####'
     """
 
+    ppo_fast_saves_state = True  # get_state and set_state are of the whole state, for checkpoints
     metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 8}  # noqa: RUF012  # Gymnasium's
 
     def __init__(

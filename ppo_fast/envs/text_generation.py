@@ -128,6 +128,7 @@ class TextGeneration(gymnasium.Env):
     (1.0, True, False)
     """
 
+    ppo_fast_saves_state = True  # get_state and set_state are of the whole state, for checkpoints
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012  # Gymnasium's interface
 
     def __init__(

@@ -78,7 +78,10 @@ def run(config: ClassicConfig) -> dict[str, list[tuple[str, float]]]:
     texts["after"] = write_texts(trainer, TEXTS, config.seed)
     if not config.quiet:
         show("after learning", texts["after"])
-    (Path(str(config.out)) / "texts.json").write_text(json.dumps(texts, indent=2) + "\n")
+    path = Path(str(config.out)) / "texts.json"
+    path.write_text(json.dumps(texts, indent=2) + "\n")
+    if not config.quiet:
+        print(f"all texts are in {path}")
     return texts
 
 
