@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from ppo_fast.checkpoint import GrowingFile, reported, write_file
+from ppo_fast.console import Output
 from ppo_fast.errors import UserError
 from ppo_fast.plots import can_draw, draw_learning_curves
-from ppo_fast.progress import Events, Output, step_in
+from ppo_fast.progress import Events, step_in
 
 LIVE_EVERY, FIRST_LINE, LINES_EVERY = 0.5, 2.0, 5.0  # seconds between lines; without a terminal they are added
 BAR = 20  # characters

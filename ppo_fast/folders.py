@@ -1,4 +1,4 @@
-"""Output folders: a command writes to a folder that is new, empty or its own, and to no other.
+"""Output folders: a command writes to a folder that is new or its own, or that holds nothing which it could replace.
 
 The mark of an own folder is the file `.ppo_fast` in it.
 """
@@ -8,10 +8,13 @@ from pathlib import Path
 from ppo_fast.errors import UserError
 
 MARK = ".ppo_fast"
+# What commands write to the top of a folder, besides folders: files of others with these endings may have such a name.
+# Anything else, such as a log to which the shell redirects the output, may be there before
+ENDINGS = {".jsonl", ".json", ".yaml", ".md", ".png", ".gif", ".lock", ".holder"}
 
 
 def claim(folder: str | Path, by: str = "") -> Path:
-    """Makes and marks an output folder. One that exists must be empty, or have the mark.
+    """Makes and marks an output folder. One that exists must have the mark, or hold nothing that could be replaced.
 
     Args:
         folder: made if it is missing, with those above it.
@@ -31,7 +34,7 @@ def claim(folder: str | Path, by: str = "") -> Path:
             if by and owner != by:
                 raise UserError(f"{folder} holds the results of {owner}: choose another --out")
             return folder
-        foreign = min((path.name for path in folder.iterdir()), default=None)
+        foreign = min((x.name for x in folder.iterdir() if x.is_dir() or _ending(x) in ENDINGS), default=None)
         if foreign is not None:
             raise UserError(
                 f"{folder} holds files that ppo_fast did not write, such as {foreign}: choose a new or empty folder"
@@ -41,6 +44,10 @@ def claim(folder: str | Path, by: str = "") -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _ending(path: Path) -> str:
+    return path.suffix or path.name  # of `.lock`, the name
 
 
 def mark(folder: Path, by: str = "") -> None:

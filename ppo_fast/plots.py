@@ -45,9 +45,9 @@ def draw_learning_curves(
     path: Path,
     title: str,
     labels: Mapping[str, str] = CURVES,
-    steps: str = "PPO step",
+    step_label: str = "PPO step",
 ) -> None:
-    """A PNG with one small plot for each of the first six of the `labels` that the history has, over its `steps`."""
+    """A PNG with one small plot for each of the first six of the `labels` that the history has, over its steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -65,7 +65,7 @@ def draw_learning_curves(
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.set_title(label, fontsize=10)
-        axis.set_xlabel(steps)
+        axis.set_xlabel(step_label)
         axis.grid(alpha=0.3)
     for axis in axes:  # those that no curve has taken
         axis.set_visible(False)

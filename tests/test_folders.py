@@ -11,7 +11,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.examples import arithmetic, sampling
 from ppo_fast.examples.rlhf import __main__ as rlhf
-from ppo_fast.folders import MARK, claim
+from ppo_fast.folders import ENDINGS, MARK, claim
 from ppo_fast.trainer import PPOTrainer
 
 
@@ -29,7 +29,7 @@ def test_a_folder_is_made_and_marked_and_belongs_to_its_command(tmp_path):
     assert claim(tmp_path / "a" / "empty") == tmp_path / "a" / "empty"
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".git", ".lock"])
+@pytest.mark.parametrize("name", ["notes.md", "metrics.jsonl", ".lock", ".lock.holder"])
 def test_a_folder_with_other_files_is_refused(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=rf"holds files that ppo_fast did not write, such as {name}: choose a new or"):
@@ -39,6 +39,19 @@ def test_a_folder_with_other_files_is_refused(tmp_path, name):
         claim(tmp_path / name)
     with pytest.raises(UserError, match=r"cannot write to .*: Not a directory"):
         claim(tmp_path / name / "x")
+
+
+def test_a_folder_with_folders_of_others_is_refused(tmp_path):
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(UserError, match=r"holds files that ppo_fast did not write, such as \.git: choose a new or"):
+        claim(tmp_path)
+
+
+def test_files_that_no_command_could_replace_may_be_there_before(tmp_path):
+    for name in ("log.txt", "slurm-17.out", "run.sh", ".gitignore"):
+        (tmp_path / name).write_text("mine")
+    claim(tmp_path)
+    assert contents(tmp_path).keys() == {"log.txt", "slurm-17.out", "run.sh", ".gitignore", MARK}
 
 
 @pytest.fixture
@@ -122,3 +135,30 @@ def test_a_recipe_follows_no_link_and_names_its_folder(tmp_path, capsys):
     assert main(["recipe", "dialogue", str(tmp_path / "new")]) == 0
     said = f"recipe.yaml, prompts.jsonl, held_out.jsonl are in {tmp_path / 'new'}; ppo-fast train"
     assert capsys.readouterr().out.startswith(said)
+
+
+def endings_in(folder: Path) -> set[str]:
+    return {x.suffix or x.name for x in folder.iterdir() if x.is_file() and x.name != MARK}
+
+
+def test_every_file_at_the_top_of_an_output_folder_has_a_known_ending(tmp_path):
+    options = PPOConfig(
+        out=str(tmp_path / "llm"), device="cpu", quiet=True, total_steps=2, prompts_per_step=4, max_new_tokens=3
+    )
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    PPOTrainer(
+        options,
+        tiny_llama(),
+        byte_tokenizer(),
+        rows,
+        lambda prompts, completions: [float(len(x)) for x in completions],
+        eval_rows=[{"prompt": "c"}],
+    ).train()
+    assert {".jsonl", ".yaml", ".png"} <= endings_in(tmp_path / "llm") <= ENDINGS
+
+
+def test_every_file_that_classic_leaves_has_a_known_ending(tmp_path):
+    pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
+    command = ["classic", "--env", "ppo_fast/Maze-v0", "--total-steps", "300", "--record", "gif", "--quiet"]
+    assert main([*command, "--eval-episodes", "1", "--eval-max-steps", "5", "--out", str(tmp_path / "maze")]) == 0
+    assert {".jsonl", ".json", ".gif"} <= endings_in(tmp_path / "maze") <= ENDINGS
