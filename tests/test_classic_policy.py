@@ -207,7 +207,7 @@ def test_progress_is_shown_within_an_evaluation(monkeypatch, capsys):
 
 def test_a_terminal_gets_one_line_with_a_bar_that_fits_in(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("ppo_fast.progress.Output.isatty", lambda self: True, raising=False)
+    monkeypatch.setattr("ppo_fast.console.Output.isatty", lambda self: True, raising=False)
     with Log(small(quiet=False, total_steps=1000), 0, 100, lambda: 500) as log:
         log.record({"step": 400, "entropy": 0.5, "return": 10.0})
         log.show()

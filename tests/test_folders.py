@@ -154,7 +154,7 @@ def test_every_file_at_the_top_of_an_output_folder_has_a_known_ending(tmp_path):
         lambda prompts, completions: [float(len(x)) for x in completions],
         eval_rows=[{"prompt": "c"}],
     ).train()
-    assert {".jsonl", ".yaml", ".png"} <= endings_in(tmp_path / "llm") <= ENDINGS
+    assert {".jsonl", ".yaml"} <= endings_in(tmp_path / "llm") <= ENDINGS
 
 
 def test_every_file_that_classic_leaves_has_a_known_ending(tmp_path):
