@@ -1,6 +1,6 @@
 """What waiting threads cost: workloads on quiet cores, beside a busy process, and beside a copy of themselves.
 
-    python bench/wait_policy.py OUT [--rounds 5] [--seconds 4] [--workload sampling ...] [--commit HASH]
+    python bench/wait_policy.py OUT [--rounds N] [--seconds 3] [--workload sampling ...] [--commit HASH]
 
 Each workload runs in a process of its own, under OpenMP's default wait policy ("before") and under
 OMP_WAIT_POLICY=PASSIVE ("after"), which commands, examples, tests and benchmarks set. The conditions are "quiet"
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 POLICIES = {"before": None, "after": "PASSIVE"}
-CONDITIONS = ("quiet", "busy", "copies", "trio")
+# With their rounds: the first compares single percents
+CONDITIONS = {"quiet": 5, "busy": 2, "copies": 3, "trio": 1}
 BOUND_QUIET, BOUND_COPIES = 1.02, 2.2
 
 
@@ -229,8 +230,9 @@ def page(record: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, in each process")
+    rounds = ", ".join(f"{count} {condition}" for condition, count in CONDITIONS.items())
+    parser.add_argument("--rounds", type=int, default=None, help=f"of each condition (default: {rounds})")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring, in each process")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--condition", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--commit", default=None)
@@ -243,11 +245,14 @@ def main() -> int:
     from json_lines import Writer  # which sets the policy of this process: not in a child
     from static import git
 
-    record = given.out / "wait_policy.jsonl"
+    from ppo_fast.folders import claim
+
+    record = claim(given.out, "bench/wait_policy.py") / "wait_policy.jsonl"
     if not given.page:
         writer = Writer(record, given.commit or git("rev-parse", "HEAD") or "unknown")
-        for number in range(given.rounds):
-            for condition, name in itertools.product(given.condition, given.workload):
+        for number in range(given.rounds or max(CONDITIONS.values())):
+            conditions = [x for x in given.condition if number < (given.rounds or CONDITIONS[x])]
+            for condition, name in itertools.product(conditions, given.workload):
                 for policy in sorted(POLICIES, reverse=bool(number % 2)):
                     for found in measured(name, POLICIES[policy], condition, given.seconds, given.out):
                         about = {"workload": name, "policy": policy, "condition": condition, "round": number}

@@ -1,5 +1,6 @@
 """Waiting threads of commands, examples and benchmarks sleep; runs say how many threads they use."""
 
+import json
 import os
 import subprocess
 import sys
@@ -96,3 +97,21 @@ def test_the_note_names_the_number_of_threads_and_a_policy_that_keeps_cores_busy
     )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads.threads_note() == "1 thread"
+
+
+def test_the_benchmark_of_the_wait_policy_compares_both_policies(tmp_path: Path):
+    command = [sys.executable, "bench/wait_policy.py", str(tmp_path / "out"), "--rounds", "1", "--seconds", "0.01"]
+    command += ["--workload", "gae (numba)", "--condition", "quiet", "copies", "--commit", "abc1234567"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/wait_policy.jsonl").read_text().splitlines()[1:]]
+    assert [(row["condition"], row["policy"]) for row in rows] == [
+        *[("quiet", "after"), ("quiet", "before")],
+        *[("copies", "after")] * 2,
+        *[("copies", "before")] * 2,
+    ]
+    assert all(0 < row["mean"] < 60 and row["calls"] >= 1 for row in rows)
+    page = (tmp_path / "out/README.md").read_text()
+    assert "| gae (numba) |" in page
+    assert "commit abc1234," in page
