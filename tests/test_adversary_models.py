@@ -277,11 +277,11 @@ def test_a_reward_model_that_truncates_leaves_the_saved_tokenizer_as_it_was(tmp_
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (list(PROMPTS), "row 0 is 'hi'"),
+        (list(PROMPTS), r"rows\[0\] is 'hi'"),
         ({"prompt": list(PROMPTS)}, "got dict"),
         ("prompts.jsonl", "got str"),
         (None, "got NoneType"),
-        ([{"prompt": "a", 1: 2}], "the column 1: names of columns must be texts"),
+        ([{"prompt": "a", 1: 2}], r"rows\[0\]: the field 1 must have a text as its name"),
     ],
 )
 def test_rows_from_python_that_are_no_dicts_are_rejected(rows, message):
@@ -296,7 +296,7 @@ def test_rows_may_come_from_a_generator():
 @pytest.mark.parametrize("prompt", ["a\ud800b", [{"role": "user", "content": "a\ud800b"}]])
 def test_half_of_a_character_in_a_prompt_is_rejected(prompt):
     # huggingface/transformers#43459: the tokenizer's own message names another cause
-    with pytest.raises(UserError, match=r"prompt 0: the prompt has '\\ud800'.*a lone surrogate"):
+    with pytest.raises(UserError, match=r"rows\[0\]: the prompt has '\\ud800'.*a lone surrogate"):
         trainer_of(rows=[{"prompt": prompt}])
 
 
