@@ -14,7 +14,7 @@ from ppo_fast import threads
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
     "rlhf",
-    *(x.stem for x in (ROOT / "ppo_fast/examples").glob("[a-z]*.py") if "__main__" in x.read_text(encoding="utf-8")),
+    *(x.stem for x in (ROOT / "ppo_fast/examples").glob("[a-z]*.py") if "def main(" in x.read_text(encoding="utf-8")),
 ]
 BENCHMARKS = [  # without those of pytest bench, host_time (one thread) and wait_policy (which measures both)
     x.stem
