@@ -208,14 +208,9 @@ class ClassicTrainer:
         are not in the moments, and after a termination, where nobody needs one, it is replaced by zeros."""
         if self.config.normalize_observations:
             self.observation_moments.update(raw if self.same_step else raw[~self.finished_before])
-        row = self.rows[t + 1]
-        if self.same_step or not np.count_nonzero(self.finished_before):  # quicker than any()
-            row[...] = self.policy.encode(raw)
-            return
-        over, raw = self.terminated.numpy()[t], np.array(raw)
-        raw[over] = self.policy.observations.start  # it may be NaN, or outside of a Discrete space
-        row[...] = self.policy.encode(raw)
-        row[over] = 0
+        self.rows[t + 1] = self.policy.encode(raw)
+        if not self.same_step and np.count_nonzero(self.finished_before):  # quicker than any()
+            self.rows[t + 1, self.terminated.numpy()[t]] = 0  # it may be NaN
 
     @torch.no_grad()
     def collect(self) -> None:

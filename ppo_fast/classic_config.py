@@ -89,7 +89,8 @@ class ClassicConfig:
         "checkpoint every n updates; 0: only at the end or Ctrl-C. Environments with no state to save start anew then",
         0,
     )
-    resume: bool = setting(False, "go on from the newest checkpoint in OUT")
+    resume: bool = setting(False, "continue from the newest checkpoint in OUT")
+    overwrite: bool = setting(False, "replace an earlier run in OUT")
     quiet: bool = setting(False, "print nothing but errors")
 
     def __post_init__(self) -> None:
@@ -103,8 +104,10 @@ class ClassicConfig:
             raise UserError("wrapper needs vectorization = sync or async: an environment's own vector takes none")
         if self.autoreset == "same_step" and self.vectorization == "vector_entry_point":
             raise UserError("autoreset = same_step needs vectorization = sync or async: an environment's own vector")
-        if self.out is None and (self.resume or self.record != "none"):
-            raise UserError("resume and record need out, the folder to read and write")
+        if self.out is None and (self.resume or self.overwrite or self.record != "none"):
+            raise UserError("resume, overwrite and record need out, the folder to read and write")
+        if self.resume and self.overwrite:
+            raise UserError("resume continues the run in out, and overwrite replaces it: give one of them")
         if self.record != "none" and not self.eval_episodes:
             raise UserError(f"record = {self.record} needs eval_episodes of at least 1: it draws the first of them")
 

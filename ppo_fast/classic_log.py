@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from ppo_fast.checkpoint import GrowingFile, reported, write_file
+from ppo_fast.checkpoint import GrowingFile, remove, reported, write_file
 from ppo_fast.console import Output
 from ppo_fast.errors import UserError
 from ppo_fast.plots import can_draw, draw_learning_curves
@@ -19,6 +19,8 @@ from ppo_fast.progress import Events, step_in
 
 LIVE_EVERY, FIRST_LINE, LINES_EVERY = 0.5, 2.0, 5.0  # seconds between lines; without a terminal they are added
 BAR = 20  # characters
+FILES = ("summary.json", "config.json", "learning_curves.png", "episode.gif")  # of a run, besides metrics.jsonl
+FOLDERS = ("checkpoints", "tensorboard", "frames")
 CURVES = {
     "return": "return (mean of the last 100 episodes)",
     "episode_length": "steps of an episode",
@@ -55,23 +57,34 @@ class Log:
         self.thread = threading.Thread(target=self._watch, daemon=True)
         if config.out is None:
             return
-        folder = Path(config.out)
-        path = folder / "metrics.jsonl"
-        if path.exists() and not config.resume:
-            raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another --out")
+        self._open(Path(config.out), steps_done)
+
+    def _open(self, folder: Path, steps_done: int) -> None:
+        """Opens the files of a run that begins, or that continues after `steps_done`."""
+        path, c = folder / "metrics.jsonl", self.config
+        if path.exists() and not c.resume and not c.overwrite:
+            raise UserError(
+                f"{folder} already holds a run; choose another --out, continue it with --resume, or replace it with"
+                " --overwrite"
+            )
+        foreign = next((folder / name for name in (*FILES, *FOLDERS) if (folder / name).exists()), None)
+        if foreign is not None and not path.exists() and not c.resume:
+            raise UserError(f"{foreign} is not of a run, which would have a metrics.jsonl: choose another --out")
         with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
             rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
             kept = [  # half a line is no row, and what is later will be done again
                 row for number, row in enumerate(rows, start=1) if step_in(row, f"{path}, line {number}") <= steps_done
             ]
+            if c.overwrite:
+                _remove_run(folder)
             write_file(path, "".join(row + "\n" for row in kept))
-            write_file(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            write_file(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=2) + "\n")
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve
         self.history = [json.loads(row) for row in kept]
         self.file = GrowingFile(path)
-        if config.tensorboard:
+        if c.tensorboard:
             self.events = Events(folder / "tensorboard")
             for row in self.history:
                 self.events.add(row)
@@ -176,10 +189,18 @@ class Log:
         if out is None:
             self.say("nothing was saved: --out FOLDER keeps the policy, metrics and curves")
             return
-        names = ("checkpoints", "metrics.jsonl", "summary.json", "config.json", "tensorboard", "learning_curves.png")
-        found = [name for name in (*names, "episode.gif", "frames") if (out / name).exists()]
+        found = [name for name in ("metrics.jsonl", *FOLDERS, *FILES) if (out / name).exists()]
         self.say(f"{', '.join(found[:-1])} and {found[-1]} are in {out}; to use the policy:")
         self.say(f"  ppo_fast.classic.load({str(out)!r}).act(observation)")
+
+
+def _remove_run(folder: Path) -> None:
+    """Removes what an earlier run has left in its folder, and nothing else."""
+    for name in FOLDERS:
+        if (folder / name).exists():
+            remove(folder / name)
+    for name in FILES:  # metrics.jsonl, which marks a run, is the last that changes
+        (folder / name).unlink(missing_ok=True)
 
 
 def _duration(seconds: float) -> str:

@@ -62,7 +62,8 @@ class Policy:
         """The likeliest action for an observation, or for each in a batch.
 
         Args:
-            observation: as the environment gives it, or a batch [B, ...] of such.
+            observation: as the environment gives it, with the wrappers of the run, or a batch [B, ...] of such. Of a
+                Dict or Tuple: what gymnasium.wrappers.FlattenObservation makes of it.
             sample: draw from the policy instead.
             generator: of PyTorch, on the CPU, for `sample`; None: PyTorch's own.
 
@@ -72,6 +73,10 @@ class Policy:
         Returns:
             The action as the environment takes it, or a batch of actions.
         """
+        if isinstance(observation, dict | tuple):
+            raise UserError(
+                "the policy takes what gymnasium.wrappers.FlattenObservation makes of observations of a Dict or Tuple"
+            )
         raw, shape = np.asarray(observation), self.raw_shape
         single = raw.shape == shape
         if raw.dtype.kind not in "biuf" or (not single and raw.shape[1:] != shape) or raw.ndim > len(shape) + 1:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MOST_FRAMES = 500
 RUNNING = ("episode_return", "episode_length", "discounted_return")  # arrays [N] of a trainer
 # Options that may differ between a run and its continuation
-FREE = {"out", "resume", "quiet", "save_every", "tensorboard", "total_steps", "threads"}
+FREE = {"out", "resume", "overwrite", "quiet", "save_every", "tensorboard", "total_steps", "threads"}
 FREE |= {"eval_episodes", "eval_max_steps", "record"}
 
 

@@ -574,6 +574,8 @@ def test_an_earlier_run_is_overwritten(tmp_path):
         ({"num_envs": 1, "rollout_steps": 2, "minibatches": 3}, "minibatches must be at most"),
         ({"network": "transformer"}, "network must be one of"),
         ({"resume": True}, "need out"),
+        ({"overwrite": True}, "need out"),
+        ({"overwrite": True, "resume": True, "out": "x"}, "give one of them"),
         ({"record": "gif", "eval_episodes": 3}, "need out"),
         ({"record": "gif", "eval_episodes": 0, "out": "x"}, "eval_episodes of at least 1"),
         ({"autoreset": "same_step", "vectorization": "vector_entry_point"}, "same_step needs"),

@@ -312,6 +312,7 @@ def test_the_observation_after_a_termination_is_not_needed(normalize, action):
     trainer.train()
     assert trainer.steps_done >= 64
     assert np.isfinite(trainer.observation_moments.mean).all()
+    assert torch.isfinite(trainer.observations).all()
 
 
 def test_moments_count_the_observations_that_are_acted_on():

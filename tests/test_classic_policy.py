@@ -123,11 +123,18 @@ def test_sampled_actions_follow_the_policy_and_the_generator(tmp_path, action):
         np.testing.assert_allclose(counts, out[:n].softmax(-1), atol=0.04)  # five standard deviations
 
 
-@pytest.mark.parametrize("observation", [np.zeros(4), np.zeros((2, 2, 3)), 0.0, np.zeros((3, 4)), {"a": 1}, "abc"])
+@pytest.mark.parametrize("observation", [np.zeros(4), np.zeros((2, 2, 3)), 0.0, np.zeros((3, 4)), "abc"])
 def test_an_observation_of_another_shape_is_named(tmp_path, observation):
     trained(tmp_path)
     with pytest.raises(UserError, match=r"the policy takes observations \[3\] or batches of them, got"):
         classic.load(tmp_path).act(observation)
+
+
+def test_a_policy_says_how_composite_observations_are_flattened(tmp_path):
+    trained(tmp_path)
+    for observation in ({"a": np.zeros(3)}, (0, 1, 2)):
+        with pytest.raises(UserError, match=r"takes what gymnasium\.wrappers\.FlattenObservation makes"):
+            classic.load(tmp_path).act(observation)
 
 
 def test_folders_without_a_policy_are_named(tmp_path):
@@ -166,14 +173,44 @@ def test_a_policy_of_other_options_is_named(tmp_path):
 # What a run shows and leaves
 
 
+def test_an_earlier_run_is_replaced_on_request_and_nothing_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    trained(tmp_path, tensorboard=True)
+    first = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"already holds a run; .* --resume, or replace it with --overwrite"):
+        trained(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == first
+    trainer = trained(tmp_path, total_steps=32, overwrite=True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == trainer.updates_done < len(first.splitlines())
+    assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == [f"step-{trainer.steps_done}"]
+    assert not (tmp_path / "tensorboard").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_a_run_leaves_curves_and_says_where_everything_is(tmp_path, capsys):
     trained(tmp_path, quiet=False)
     assert (tmp_path / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
     assert out.startswith("observations: 3 numbers; actions: Discrete(2); policy and value: one MLP of 2 layers of 8")
     last = out.strip().splitlines()[-2:]
-    assert last[0].startswith("checkpoints, metrics.jsonl, summary.json, config.json and learning_curves.png are in")
+    assert last[0].startswith("metrics.jsonl, checkpoints, summary.json, config.json and learning_curves.png are in")
     assert f"ppo_fast.classic.load('{tmp_path}').act(observation)" in last[1]
+
+
+@pytest.mark.parametrize("name", ["config.json", "learning_curves.png", "checkpoints"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_not_overwritten(tmp_path, name, overwrite):
+    if name == "checkpoints":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is not of a run, .*: choose another --out"):
+        trained(tmp_path, overwrite=overwrite)
+    assert [x.name for x in tmp_path.iterdir() if not x.name.startswith(".")] == [name]
+    (tmp_path / "metrics.jsonl").write_text("my own metrics\n")
+    with pytest.raises(UserError, match=r"already holds a run|is not a row that ppo-fast wrote"):
+        trained(tmp_path, overwrite=overwrite)
+    assert (tmp_path / name).exists()
 
 
 def test_a_run_without_matplotlib_leaves_out_its_curves(tmp_path, monkeypatch, capsys):
