@@ -67,9 +67,6 @@ class Log:
                 f"{folder} already holds a run; choose another --out, continue it with --resume, or replace it with"
                 " --overwrite"
             )
-        foreign = next((folder / name for name in (*FILES, *FOLDERS) if (folder / name).exists()), None)
-        if foreign is not None and not path.exists() and not c.resume:
-            raise UserError(f"{foreign} is not of a run, which would have a metrics.jsonl: choose another --out")
         with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
             rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
@@ -199,7 +196,7 @@ def _remove_run(folder: Path) -> None:
     for name in FOLDERS:
         if (folder / name).exists():
             remove(folder / name)
-    for name in FILES:  # metrics.jsonl, which marks a run, is the last that changes
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -204,13 +204,9 @@ def test_files_of_others_are_not_overwritten(tmp_path, name, overwrite):
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"{name} is not of a run, .*: choose another --out"):
+    with pytest.raises(UserError, match=rf"files that ppo_fast did not write, such as {name}"):
         trained(tmp_path, overwrite=overwrite)
-    assert [x.name for x in tmp_path.iterdir() if not x.name.startswith(".")] == [name]
-    (tmp_path / "metrics.jsonl").write_text("my own metrics\n")
-    with pytest.raises(UserError, match=r"already holds a run|is not a row that ppo-fast wrote"):
-        trained(tmp_path, overwrite=overwrite)
-    assert (tmp_path / name).exists()
+    assert [x.name for x in tmp_path.iterdir()] == [name]
 
 
 def test_a_run_without_matplotlib_leaves_out_its_curves(tmp_path, monkeypatch, capsys):
