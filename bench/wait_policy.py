@@ -2,12 +2,12 @@
 
     python bench/wait_policy.py OUT [--rounds N] [--seconds 3] [--workload sampling ...] [--commit HASH]
 
-Each workload runs in a process of its own, under OpenMP's default wait policy ("before") and under
-OMP_WAIT_POLICY=PASSIVE ("after"), which commands, examples, tests and benchmarks set. The conditions are "quiet"
-(nothing else runs), "busy" (one other process computes without a pause), "copies" (two processes of the workload, both
-measured) and "trio" (three). Policies alternate within a round. The time of a call is the mean over its process; the
-table has the median over rounds. OUT gets wait_policy.jsonl, a line for each process as soon as it ends, and README.md,
-which `--page` makes again from that record without measuring. Run it on a machine with nothing else to do.
+Each workload runs in a process of its own, under OpenMP's default wait policy ("before") and under that of
+ppo_fast/threads.py ("after"), which commands, examples, tests and benchmarks set. The conditions are "quiet" (nothing
+else runs), "busy" (one other process computes without a pause), "copies" (two processes of the workload, both measured)
+and "trio" (three). Policies alternate within a round. The time of a call is the mean over its process; the table has
+the median over rounds. OUT gets wait_policy.jsonl, a line for each process as soon as it ends, and README.md, which
+`--page` makes again from that record without measuring. Run it on a machine with nothing else to do.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-POLICIES = {"before": None, "after": "PASSIVE"}
-# With their rounds: the first compares single percents
-CONDITIONS = {"quiet": 5, "busy": 2, "copies": 3, "trio": 1}
+from ppo_fast.threads import PASSIVE
+
+POLICIES: dict[str, dict[str, str]] = {"before": {}, "after": PASSIVE}
+CONDITIONS = {"quiet": 4, "busy": 1, "copies": 2, "trio": 1}  # with their rounds: the first compares single percents
 BOUND_QUIET, BOUND_COPIES = 1.02, 2.2
 
 
@@ -155,11 +156,9 @@ def work(name: str, seconds: float, start_file: Path) -> None:
     print(json.dumps(found | {"mean": statistics.fmean(calls)}), flush=True)
 
 
-def measured(name: str, policy: str | None, condition: str, seconds: float, folder: Path) -> list[dict[str, Any]]:
+def measured(name: str, policy: dict[str, str], condition: str, seconds: float, folder: Path) -> list[dict[str, Any]]:
     """The figures of each process of the workload that ran together."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    if policy is not None:
-        environment["OMP_WAIT_POLICY"] = policy
+    environment = {k: v for k, v in os.environ.items() if k not in PASSIVE} | policy
     start_file = folder / "start"
     start_file.unlink(missing_ok=True)
     command = [sys.executable, __file__, str(folder), "--child", name, "--seconds", str(seconds)]
@@ -193,6 +192,16 @@ def medians(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], float]:
     }
 
 
+def ratios(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """After / before of a workload on quiet cores, by round: a machine's speed drifts between rounds."""
+    times = {
+        (row["round"], row["policy"]): row["mean"]
+        for row in rows
+        if (row["workload"], row["condition"]) == (name, "quiet")
+    }
+    return [times[number, "after"] / times[number, "before"] for number, policy in times if policy == "after"]
+
+
 def page(record: Path) -> str:
     """The table in Markdown."""
     header, rows = json.loads(record.read_text(encoding="utf-8").splitlines()[0]), rows_of(record)
@@ -204,7 +213,9 @@ def page(record: Path) -> str:
         "# Waiting threads",
         "",
         "Milliseconds of a call (median over rounds of the mean of a process), by `python bench/wait_policy.py OUT`."
-        " Before: OpenMP's default wait policy. After: `OMP_WAIT_POLICY=PASSIVE`. Quiet: nothing else runs. Busy:"
+        " Before: OpenMP's default wait policy. After: that of ppo_fast/threads.py, "
+        + " ".join(f"`{name}={value}`" for name, value in PASSIVE.items())
+        + ". Quiet: nothing else runs. Busy:"
         " beside one process that computes without a pause. Copies: two processes of it at once; trio: three.",
         "",
         f"{machine['cpu']['brand_raw']}, {os.cpu_count()} cores, torch {machine['versions']['torch']}, commit"
@@ -215,7 +226,7 @@ def page(record: Path) -> str:
     ]
     for name in dict.fromkeys(row["workload"] for row in rows):
         cells = [f"{1000 * found[name, policy, condition]:.2f}" for condition, policy in columns]
-        quiet = found[name, "after", "quiet"] / found[name, "before", "quiet"]
+        quiet = statistics.median(ratios(rows, name))
         copies = found[name, "after", "copies"] / found[name, "after", "quiet"]
         marks = [
             f"{quiet:.3f}" + " (over)" * (quiet > BOUND_QUIET),

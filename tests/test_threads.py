@@ -67,7 +67,7 @@ def policy_at_torch(command: list[str], folder: Path, **environment: str) -> str
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_waiting_threads_sleep_in_every_command_example_and_benchmark(name: str, tmp_path: Path):
-    assert policy_at_torch(COMMANDS[name], tmp_path) == "PASSIVE None"
+    assert policy_at_torch(COMMANDS[name], tmp_path) == "PASSIVE 1000"
 
 
 def test_the_users_own_wait_policy_is_kept(tmp_path: Path):
@@ -96,7 +96,7 @@ def test_the_note_names_the_number_of_threads_and_a_policy_that_keeps_cores_busy
     monkeypatch.delenv(threads.POLICY)
     assert threads.threads_note() == (
         "2 threads; while they wait they keep their cores busy (OMP_WAIT_POLICY = unset): on a shared machine set"
-        " OMP_WAIT_POLICY=PASSIVE before torch is imported"
+        " GOMP_SPINCOUNT=1000 before torch is imported"
     )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads.threads_note() == "1 thread"
