@@ -130,7 +130,8 @@ class Log:
         total, done, metrics = self.config.total_steps, self.position(), self.metrics
         speed = max(done - self.began, 1) / max(time.perf_counter() - self.start, 1e-9)
         filled = round(BAR * min(done / total, 1.0))
-        text = f"[{'#' * filled}{'.' * (BAR - filled)}] " if self.live else ""
+        wide = shutil.get_terminal_size().columns >= 3 * BAR  # else the bar would leave no room for the time left
+        text = f"[{'#' * filled}{'.' * (BAR - filled)}] " if self.live and wide else ""
         text += f"{done}/{total} steps  {speed:.0f}/s  {_duration((total - done) / speed)} left"
         forms = {"return": "return {:.4g}", "entropy": "entropy {:.3f}", "approx_kl": "kl {:.4f}"}
         forms |= {"clip_fraction": "clip {:.3f}", "explained_variance": "explained variance {:.2f}"}

@@ -238,8 +238,12 @@ def test_progress_is_shown_within_an_evaluation(monkeypatch, capsys):
     assert re.search(r"^evaluation: [1-9] of 10 episodes$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_terminal_gets_one_line_with_a_bar_that_fits_in(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")
+@pytest.mark.parametrize(
+    ("columns", "start"),
+    [(80, r"\[##########\.{10}\] 500/1000 steps  \d+/s  \d+ s left"), (40, r"500/1000 steps  \d+/s")],
+)
+def test_a_terminal_gets_one_line_that_fits_in_with_a_bar_where_there_is_room(monkeypatch, capsys, columns, start):
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("ppo_fast.console.Output.isatty", lambda self: True, raising=False)
     with Log(small(quiet=False, total_steps=1000), 0, 100, lambda: 500) as log:
         log.record({"step": 400, "entropy": 0.5, "return": 10.0})
@@ -248,8 +252,9 @@ def test_a_terminal_gets_one_line_with_a_bar_that_fits_in(monkeypatch, capsys):
         log.say("a sentence")
     out = capsys.readouterr().out
     first, second = re.findall(r"\r(.*?)\x1b\[K", out)[:2]
-    assert first.startswith("[##########..........] 500/1000 steps"[:39])
-    assert len(first) == len(second) == 39
+    assert re.match(start, first)
+    assert len(first) <= columns - 1
+    assert len(second) <= columns - 1
     assert out.endswith("\x1b[K\na sentence\n")
 
 
