@@ -205,7 +205,7 @@ class ClassicTrainer:
 
     def _observe(self, raw: np.ndarray, t: int) -> None:
         """Observations of step t into row t + 1. With NEXT_STEP those after an episode's last step do not count: they
-        are not in the moments, and after a termination, where nobody needs one, it is replaced by zeros."""
+        are not in the moments, and after a termination, where none is needed, it is replaced by zeros."""
         if self.config.normalize_observations:
             self.observation_moments.update(raw if self.same_step else raw[~self.finished_before])
         self.rows[t + 1] = self.policy.encode(raw)

@@ -46,7 +46,7 @@ class Log:
     def __init__(self, config: Any, steps_done: int, recent: int, position: Callable[[], int] | None = None) -> None:
         self.config, self.began, self.recent, self.start = config, steps_done, recent, time.perf_counter()
         self.position = position or (lambda: int(self.metrics.get("step", self.began)))
-        self.doing: Callable[[], str] | None = None  # what is shown in the place of the progress
+        self.doing: Callable[[], str] | None = None  # what is shown instead of the progress
         self.metrics: dict[str, float] = {}
         self.history: list[dict[str, float | None]] = []  # as in metrics.jsonl
         self.file: GrowingFile | None = None
