@@ -267,7 +267,7 @@ PAIR = '{"prompt": "q", "chosen": "c", "rejected": "d"}'
     [
         (f"[{PAIR}]".encode(), "does not hold JSON Lines of pairs: choose another --out"),
         (PAIR.encode("utf-16"), "does not hold JSON Lines of pairs: choose another --out"),
-        (gzip.compress(PAIR.encode()), "does not hold JSON Lines of pairs: choose another --out"),
+        (gzip.compress(PAIR.encode(), mtime=0), "does not hold JSON Lines of pairs: choose another --out"),
         (b"My diary\n", "does not hold JSON Lines of pairs: choose another --out"),
         (b'{"prompt": "p", "answers": ["a", "b"]}\n', "line 1: no field 'chosen'"),
         (None, "cannot write to .*: Is a directory"),
