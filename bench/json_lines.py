@@ -65,7 +65,7 @@ def foreign(path: Path) -> str:
     if path.is_dir():
         return f"{path} is a folder: name a file in it"
     head = path.read_bytes()[:1000] if path.exists() else b""
-    if not head.strip() or b'"machine_info"' in head or b'"commit"' in head:
+    if not head.strip() or b'"machine_info"' in head or (b'"commit"' in head and b'"versions"' in head):
         return ""
     return f"{path} is no record of these benchmarks and would be overwritten: choose another name"
 

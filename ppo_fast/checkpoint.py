@@ -256,18 +256,26 @@ def _step_of(folder: Path) -> int:
 def sweep(parent: Path) -> None:
     """Removes what a killed process left half written or half removed."""
     for folder in [*parent.glob("*" + UNFINISHED), *parent.glob("*" + OUTDATED)]:
-        shutil.rmtree(folder)
+        _delete(folder)
 
 
 def remove(folder: Path) -> None:
     """Removes a folder; its name goes first, so that no half of it is taken for a whole."""
-    shutil.rmtree(_set_aside(folder))
+    _delete(_set_aside(folder))
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder; of a link to one, which may lie on another disk, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _set_aside(folder: Path) -> Path:
     outdated = folder.with_name(folder.name + OUTDATED)
-    if outdated.exists():
-        shutil.rmtree(outdated)
+    if outdated.exists() or outdated.is_symlink():
+        _delete(outdated)
     return folder.rename(outdated)
 
 
@@ -283,7 +291,7 @@ def replace(new: Path, folder: Path) -> None:
     os.rename(new, folder)
     sync(folder.parent)
     if outdated is not None:
-        shutil.rmtree(outdated)
+        _delete(outdated)
 
 
 def recover(folder: Path) -> None:

@@ -69,7 +69,8 @@ class Log:
             )
         with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+            continued = path.exists() and not c.overwrite
+            rows = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if continued else []
             kept = [  # half a line is no row, and what is later will be done again
                 row for number, row in enumerate(rows, start=1) if step_in(row, f"{path}, line {number}") <= steps_done
             ]

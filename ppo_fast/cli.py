@@ -249,7 +249,16 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
             world.first_says(claim)
         else:
             claim()
+        if arguments.resume and config.dtype == "auto":
+            config = dataclasses.replace(config, dtype=_dtype_of_run(Path(str(config.out))))
         return _train(arguments, config, run)
+
+
+def _dtype_of_run(out: Path) -> str:
+    """The dtype that an earlier run in OUT has chosen, since a second measurement may choose another one; else auto."""
+    file = out / "config.yaml"
+    fields = [option.name for option in dataclasses.fields(PPOConfig)]
+    return read_yaml(file, [*RUN_OPTIONS, *fields]).get("dtype", "auto") if file.exists() else "auto"
 
 
 def _holds_run(out: Path) -> bool:

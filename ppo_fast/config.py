@@ -166,7 +166,7 @@ class PPOConfig:
 
     # Machine and output
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    threads: int = setting(0, "PyTorch's threads on the CPU, in each process; 0: as many as it chooses", 0)
+    threads: int = setting(0, "PyTorch's threads on the CPU, in each process; 0: as many as it chooses", 0, 4096)
     parallel: str = setting(
         "auto",
         "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",

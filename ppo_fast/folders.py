@@ -34,11 +34,12 @@ def claim(folder: str | Path, by: str = "") -> Path:
             if by and owner != by:
                 raise UserError(f"{folder} holds the results of {owner}: choose another --out")
             return folder
-        foreign = min((x.name for x in folder.iterdir() if x.is_dir() or _ending(x) in ENDINGS), default=None)
+        names = (x.name for x in folder.iterdir() if x.is_dir() or _ending(x) in ENDINGS)
+        foreign = min((name for name in names if name != "lost+found"), default=None)  # at the top of a disk
         if foreign is not None:
             raise UserError(
                 f"{folder} holds files that ppo_fast did not write, such as {foreign}: choose a new or empty folder"
-                " (--out)"
+                f" (--out); a copy of an output folder needs its hidden file {MARK}, too"
             )
         mark(folder, by)
     except OSError as error:

@@ -45,7 +45,7 @@ def _equal_scores(hints: Hints, metrics: Mapping[str, float], scores: Sequence[f
 
 def _clipping(hints: Hints, metrics: Mapping[str, float], scores: Sequence[float]) -> str | None:
     clipped = metrics.get("learn/clip_fraction", 0.0)
-    if metrics["step"] != hints.config.critic_warmup_steps + 1 or clipped <= CLIPPED:
+    if metrics["step"] != hints.config.critic_warmup_steps + 1 or not clipped > CLIPPED:
         return None
     c = hints.config
     return (
@@ -74,7 +74,7 @@ def _empty(hints: Hints, metrics: Mapping[str, float], scores: Sequence[float]) 
 
 
 def _far(hints: Hints, metrics: Mapping[str, float], scores: Sequence[float]) -> str | None:
-    if metrics.get("kl", 0.0) <= FAR:
+    if not metrics.get("kl", 0.0) > FAR:  # NaN is not
         return None
     return (
         f"the KL to the reference is {metrics['kl']:.2f} nats per token, so the answers have little left of the start"

@@ -401,7 +401,7 @@ def test_the_report_overwrites_nothing_of_somebody_else(tmp_path: Path, gae_reco
     assert sorted(path.name for path in Path().iterdir()) == ["README.md", "record.json", "runs"]
 
 
-@pytest.mark.parametrize("text", ['{"data": 1}\n', "# Notes\n"])
+@pytest.mark.parametrize("text", ['{"data": 1}\n', '{"commit": "mine"}\n', "# Notes\n"])
 def test_a_record_replaces_only_a_record(tmp_path: Path, text: str):
     path = tmp_path / "x.jsonl"
     json_lines.Writer(path, "0123abc")

@@ -187,6 +187,27 @@ def test_an_earlier_run_is_replaced_on_request_and_nothing_else(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_whose_metrics_are_damaged_is_replaced(tmp_path):
+    trained(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n')
+    trainer = trained(tmp_path, overwrite=True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == trainer.updates_done
+
+
+def test_of_a_link_to_a_folder_elsewhere_the_link_is_replaced(tmp_path):
+    """A user who keeps checkpoints on a larger disk."""
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    trained(out)
+    (out / "checkpoints").rename(elsewhere)
+    (out / "checkpoints").symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    trained(out, overwrite=True)
+    assert not (out / "checkpoints").is_symlink()
+    assert classic.load(out)
+    assert sorted(elsewhere.rglob("*")) == before
+    assert not list(out.glob("*.outdated"))
+
+
 def test_a_run_leaves_curves_and_says_where_everything_is(tmp_path, capsys):
     trained(tmp_path, quiet=False)
     assert (tmp_path / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"

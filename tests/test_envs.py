@@ -261,4 +261,5 @@ def test_the_examples_do_not_run(tmp_path, capsys):
     assert classic_text.main(["--total-steps", "2000", "--out", str(tmp_path / "other")]) == 0
     assert capsys.readouterr().out.endswith(f"all texts are in {tmp_path / 'other' / 'texts.json'}\n")
     assert classic_text.main(["--total-steps", "4000", "--out", out]) == 1  # an earlier run is there
+    assert classic_text.main(["--total-steps", "2000", "--out", out, "--overwrite", "--quiet"]) == 0
     assert "already holds a run" in capsys.readouterr().err

@@ -54,6 +54,19 @@ def test_files_that_no_command_could_replace_may_be_there_before(tmp_path):
     assert contents(tmp_path).keys() == {"log.txt", "slurm-17.out", "run.sh", ".gitignore", MARK}
 
 
+def test_the_top_of_a_disk_is_an_output_folder(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    assert claim(tmp_path) == tmp_path
+
+
+def test_a_copy_without_the_mark_is_told_what_it_lacks(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"a copy of an output folder needs its hidden file \.ppo_fast, too$"):
+        claim(tmp_path)
+    (tmp_path / MARK).write_text("ppo_fast\n")
+    assert claim(tmp_path) == tmp_path
+
+
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     """A folder of another program, with names that ours write, and the files that a run needs beside it."""

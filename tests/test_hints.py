@@ -24,6 +24,11 @@ def test_a_calm_run_gets_no_hint():
     assert given([{"learn/clip_fraction": 0.3, "kl": 1.0, "ended": 0.01}] * 5) == [[]] * 5
 
 
+def test_a_number_that_is_none_gets_no_hint():
+    nan = float("nan")
+    assert given([{"learn/clip_fraction": nan, "kl": nan, "explained_variance": nan}] * 3) == [[]] * 3
+
+
 def test_equal_scores_of_three_steps_in_a_row_get_one_hint():
     even = [0.5, 0.5]
     found = given([{}] * 9, [even, even, [0.5, 0.6], even, even, even, even, [0.0, 1.0], even])

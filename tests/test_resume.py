@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ppo_fast import checkpoint
+from ppo_fast.cli import main
 from ppo_fast.config import PPOConfig
 from ppo_fast.errors import UserError
 from ppo_fast.progress import cut_back
@@ -346,3 +347,19 @@ def test_resume_without_a_folder_says_what_it_needs():
     trainer = PPOTrainer(PPOConfig(device="cpu", quiet=True), tiny_llama(258), byte_tokenizer(), ROWS, different)
     with pytest.raises(UserError, match="resume needs out, the folder of the run to continue, or a checkpoint's"):
         trainer.resume()
+
+
+def test_a_resumed_run_keeps_the_dtype_that_auto_chose(tmp_path, monkeypatch, capsys):
+    """A second measurement, which other work disturbs, may choose another one."""
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
+    (tmp_path / "r.py").write_text("def f(prompts, completions): return [float(len(c)) for c in completions]\n")
+    command = ["train", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "p.jsonl"), "--quiet"]
+    command += ["--reward", f"{tmp_path / 'r.py'}:f", "--dtype", "auto", "--device", "cpu", "--out"]
+    command += [str(tmp_path / "run"), "--prompts-per-step", "4", "--max-new-tokens", "3", "--save-every", "1"]
+    monkeypatch.setattr("ppo_fast.device.bfloat16_cost", lambda: 0.6)
+    assert main([*command, "--lr-schedule", "constant", "--total-steps", "1"]) == 0
+    monkeypatch.setattr("ppo_fast.device.bfloat16_cost", lambda: 0.8)
+    assert main([*command, "--lr-schedule", "constant", "--total-steps", "2", "--resume"]) == 0, capsys.readouterr().err
+    assert "dtype: bfloat16\n" in (tmp_path / "run" / "config.yaml").read_text()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ppo_fast import threads
+from ppo_fast.config import PPOConfig
+from ppo_fast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
@@ -118,3 +120,10 @@ def test_the_benchmark_of_the_wait_policy_compares_both_policies(tmp_path: Path)
     page = (tmp_path / "out/README.md").read_text()
     assert "| gae (numba) |" in page
     assert "commit abc1234," in page
+
+
+@pytest.mark.parametrize("count", [-1, 100_000, 10**12])
+def test_a_number_of_threads_that_no_machine_has_is_rejected(count):
+    """PyTorch fails with a traceback, or takes as many as it is told."""
+    with pytest.raises(UserError, match=rf"threads must lie in \[0, 4096\], got {count}"):
+        PPOConfig(threads=count)

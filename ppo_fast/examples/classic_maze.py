@@ -21,7 +21,7 @@ from ppo_fast.envs.maze import MOVES, Cell, Maze, distances
 from ppo_fast.errors import UserError
 
 
-def make_config(seed: int, out: str, *, total_steps: int, quiet: bool) -> ClassicConfig:
+def make_config(seed: int, out: str, *, total_steps: int, quiet: bool, overwrite: bool = False) -> ClassicConfig:
     return ClassicConfig(
         env="ppo_fast/Maze-v0",
         num_envs=16,
@@ -35,6 +35,7 @@ def make_config(seed: int, out: str, *, total_steps: int, quiet: bool) -> Classi
         seed=seed,
         out=out,
         quiet=quiet,
+        overwrite=overwrite,
     )
 
 
@@ -122,10 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/classic_maze", help="folder of the results (default: runs/classic_maze)")
     parser.add_argument("--total-steps", type=int, default=300_000, help="moves in all (default: 300000)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        config = make_config(arguments.seed, arguments.out, total_steps=arguments.total_steps, quiet=arguments.quiet)
+        more = {"quiet": arguments.quiet, "overwrite": arguments.overwrite}
+        config = make_config(arguments.seed, arguments.out, total_steps=arguments.total_steps, **more)
         run(config, arguments.size)
     except UserError as error:
         print(f"classic_maze: error: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ def make_scorer() -> Scorer:
     return SumScorer({WordScorer([word for word in WORDS.split() if len(word) > 2]): 1.0, sentence_end: 3.0})
 
 
-def make_config(seed: int, out: str, *, total_steps: int, quiet: bool) -> ClassicConfig:
+def make_config(seed: int, out: str, *, total_steps: int, quiet: bool, overwrite: bool = False) -> ClassicConfig:
     return ClassicConfig(
         env="ppo_fast/TextGeneration-v0",
         num_envs=16,
@@ -43,6 +43,7 @@ def make_config(seed: int, out: str, *, total_steps: int, quiet: bool) -> Classi
         seed=seed,
         out=out,
         quiet=quiet,
+        overwrite=overwrite,
     )
 
 
@@ -93,10 +94,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/classic_text", help="folder of the results (default: runs/classic_text)")
     parser.add_argument("--total-steps", type=int, default=300_000, help="characters in all (default: 300000)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUT")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        run(make_config(arguments.seed, arguments.out, total_steps=arguments.total_steps, quiet=arguments.quiet))
+        more = {"quiet": arguments.quiet, "overwrite": arguments.overwrite}
+        run(make_config(arguments.seed, arguments.out, total_steps=arguments.total_steps, **more))
     except UserError as error:
         print(f"classic_text: error: {error}", file=sys.stderr)
         return 1
