@@ -75,7 +75,9 @@ class ClassicConfig:
 
     # Machine and output
     device: str = setting("cpu", "of the network: cpu, cuda, ...; small networks are fastest on a cpu")
-    threads: int = setting(1, "PyTorch's threads; small networks are fastest with 1; 0: as they are", 0, 4096)
+    threads: int = setting(
+        1, "PyTorch's threads, which the command sets; small networks are fastest with 1; 0: as they are", 0, 4096
+    )
     backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
     eval_episodes: int = setting(10, "episodes of the evaluation after the last update, likeliest actions", 0)
     eval_max_steps: int = setting(100_000, "where an evaluation episode is cut: a policy may walk in circles", 1)

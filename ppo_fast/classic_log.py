@@ -62,6 +62,8 @@ class Log:
     def _open(self, folder: Path, steps_done: int) -> None:
         """Opens the files of a run that begins, or that continues after `steps_done`."""
         path, c = folder / "metrics.jsonl", self.config
+        if (folder / "config.yaml").exists():
+            raise UserError(f"{folder} holds a run of `ppo-fast train`: choose another --out")
         if path.exists() and not c.resume and not c.overwrite:
             raise UserError(
                 f"{folder} already holds a run; choose another --out, continue it with --resume, or replace it with"

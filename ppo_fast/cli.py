@@ -272,6 +272,8 @@ def _holds_run(out: Path) -> bool:
 def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -> None:
     """Locks OUT until the stack is closed, and refuses one that holds another run."""
     stack.enter_context(locked(config.out))
+    if config.out is not None and (Path(config.out) / "config.json").exists():
+        raise UserError(f"{config.out} holds a run of `ppo-fast classic`: choose another --out")
     if config.out is not None and _holds_run(Path(config.out)) and not (arguments.overwrite or arguments.resume):
         raise UserError(
             f"{config.out} already holds a run; choose another --out, continue it with --resume, or replace it with"

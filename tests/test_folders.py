@@ -175,3 +175,25 @@ def test_every_file_that_classic_leaves_has_a_known_ending(tmp_path):
     command = ["classic", "--env", "ppo_fast/Maze-v0", "--total-steps", "300", "--record", "gif", "--quiet"]
     assert main([*command, "--eval-episodes", "1", "--eval-max-steps", "5", "--out", str(tmp_path / "maze")]) == 0
     assert {".jsonl", ".json", ".gif"} <= endings_in(tmp_path / "maze") <= ENDINGS
+
+
+def unlocked(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if ".lock" not in name}
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
+def test_train_and_classic_do_not_replace_a_run_of_the_other(foreign, tmp_path, capsys, more):
+    pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
+    (command, arguments), out = commands(foreign.parent, str(tmp_path / "out"))["train"], tmp_path / "out"
+    for name, owner in (("config.yaml", "train"), ("config.json", "classic")):
+        claim(out)
+        (out / "config.yaml").unlink(missing_ok=True)
+        (out / name).write_text("of a run")
+        (out / "metrics.jsonl").write_text('{"step": 1}\n')
+        before = unlocked(out)
+        other = (command, arguments) if owner == "classic" else (main, ["classic", "--out", str(out)])
+        assert other[0]([*other[1], *more]) == 1
+        said = capsys.readouterr().err
+        if owner == "classic" or more != ["--resume"]:  # which finds no checkpoint
+            assert f"holds a run of `ppo-fast {owner}`: choose another --out" in said
+        assert unlocked(out) == before
