@@ -1,13 +1,14 @@
 """Records that are complete at every moment: JSON Lines, each line written as soon as it is known.
 
-The first line is the header: machine, versions, commit, date. Each further line is a row. A run that is killed leaves
-a record of everything that it measured.
+The first line is the header: machine, versions, commit, date, command. Each further line is a row. A run that is killed
+leaves a record of everything that it measured.
 """
 
 import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -99,7 +100,9 @@ class Writer:
             **machine(),
         }
         date = datetime.datetime.now(datetime.UTC).isoformat()
-        path.write_text(json.dumps({"machine_info": place, "commit_info": {"id": commit}, "datetime": date}) + "\n")
+        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        header = {"machine_info": place, "commit_info": {"id": commit}, "datetime": date, "command": command}
+        path.write_text(json.dumps(header) + "\n")
 
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

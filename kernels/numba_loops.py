@@ -49,9 +49,7 @@ def c_function(
     signature = types.void(*arguments)
     try:
         code = numba.cfunc(signature, cache=True, **options)(body)
-    except (
-        Exception
-    ):  # no folder for a cache, a full disk, or a damaged file, for which pickle has errors of many types
+    except Exception:  # the cache has no folder, or a damaged file, for which pickle has errors of many types
         code = numba.cfunc(signature, **options)(body)
     c_types = {types.float32: ctypes.c_float, types.float64: ctypes.c_double, types.int64: ctypes.c_int64}
     return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code

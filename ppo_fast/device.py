@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ppo_fast.errors import UserError
 from ppo_fast.ops import Backend, uses_triton
 
-SLOW = 2.0  # a run in bfloat16 is told of a cost from this on
+SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
 GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
 
 

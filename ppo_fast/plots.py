@@ -85,7 +85,7 @@ def _steps_shown(steps: Sequence[float | None]) -> tuple[float, float]:
 
 
 def range_shown(values: Sequence[float]) -> tuple[float, float]:
-    """The range of an axis that shows these values: what lies between them, with a margin.
+    """The range of an axis that shows these values: from the smallest to the largest, with a margin.
 
     Of a constant a tenth of it to both sides, of zeros -0.1 to 0.1.
     """

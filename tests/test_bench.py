@@ -358,7 +358,7 @@ def test_rows_beyond_the_budget_run_on_or_cost_the_record(tmp_path: Path):
 
 def made(folder: Path, record: dict[str, Any]) -> tuple[int, str]:
     """Exit status of the report maker and the page, or nothing."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra ppo_fast[bench])")
+    pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install "ppo_fast[bench]"')
     (folder / "record.json").write_text(json.dumps(record))
     status = report.main([str(folder / "record.json"), "--out", str(folder / "report")])
     return status, (folder / "report" / "README.md").read_text() if status == 0 else ""
@@ -387,7 +387,7 @@ def test_the_report_names_its_folder_and_links_the_records(tmp_path: Path, gae_r
 
 def test_the_report_overwrites_nothing_of_somebody_else(tmp_path: Path, gae_record, capsys, monkeypatch):
     """As in the root of the clone: its README.md stays, and so does a folder or a file that --out names."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra ppo_fast[bench])")
+    pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install "ppo_fast[bench]"')
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("# My project")
     Path("record.json").write_text(json.dumps(gae_record))

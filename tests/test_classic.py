@@ -216,7 +216,7 @@ def test_final_observation_is_not_normalised_like_the_others(mode):
     assert abs(seen.mean()) < 0.5
     assert 0.5 < seen.std() < 1.5
     counted = trainer.counted.sum() if mode == AutoresetMode.NEXT_STEP else 48
-    assert 0 <= moments.count - counted <= 3  # and those after the rollout, from which it goes on
+    assert 0 <= moments.count - counted <= 3  # and those after the rollout, where the next one begins
 
 
 def test_moments_differ_from_those_of_all_data_at_once():

@@ -17,6 +17,7 @@ import torch
 
 gymnasium = pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
 
+import given  # noqa: E402
 from gymnasium import spaces  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv  # noqa: E402
 
@@ -28,27 +29,19 @@ from ppo_fast.errors import UserError  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
-class Given(gymnasium.Env):
-    """Episodes of 5 steps with any spaces; observations are samples."""
-
-    metadata = {"render_modes": []}  # noqa: RUF012  # Gymnasium's interface
+class Given(given.Given):
+    """Episodes of 5 steps, each of which takes some seconds; one of all steps may fail."""
 
     def __init__(self, observation=None, action=None, seconds=0.0, fails_at=None):
-        self.observation_space = spaces.Box(-1, 1, (3,), np.float32) if observation is None else observation
-        self.action_space = spaces.Discrete(2) if action is None else action
+        super().__init__(observation, action)
         self.seconds, self.fails_at, self.total = seconds, fails_at, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observation_space.sample(), {}
 
     def step(self, action):
         time.sleep(self.seconds)
-        self.t, self.total = self.t + 1, self.total + 1
+        self.total += 1
         if self.total == self.fails_at:
             raise RuntimeError("the simulator has ended")
-        return self.observation_space.sample(), 1.0, self.t >= 5, False, {}
+        return super().step(action)
 
 
 def small(**options) -> ClassicConfig:
@@ -279,7 +272,7 @@ def test_a_terminal_gets_one_line_that_fits_in_with_a_bar_where_there_is_room(mo
     assert out.endswith("\x1b[K\na sentence\n")
 
 
-def test_output_that_nobody_reads_does_not_end_a_run(tmp_path):
+def test_a_closed_output_does_not_end_a_run(tmp_path):
     command = [sys.executable, "-m", "ppo_fast.cli", "classic", "--total-steps", "2000", "--out", str(tmp_path / "x")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith(
@@ -313,7 +306,7 @@ def stop_command(out: Path, number: int, *options: str) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.skipif(os.name == "nt", reason="process groups and signals of POSIX")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups and signals of POSIX")
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_all_processes_saves_the_run(tmp_path, number, vectorization):

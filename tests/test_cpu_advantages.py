@@ -151,7 +151,9 @@ def test_the_loops_take_only_contiguous_fp32_tensors_that_may_be_read_by_address
 @pytest.mark.parametrize("size", [0, 20, 0.5])
 def test_a_damaged_cache_of_numba_is_not_read(monkeypatch, tmp_path, kind, size):
     """As a full disk leaves it."""
-    config = pytest.importorskip("numba").config
+    import numba
+
+    config = numba.config
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
 
     def total() -> float:

@@ -34,6 +34,7 @@ from ppo_fast.run_state import digest_of_rows
 from ppo_fast.sample import GenerateSampler, drop_long_prompts, respond
 from ppo_fast.trainer import PPOTrainer
 
+NO_PYARROW = 'pyarrow is not installed: pip install "ppo_fast[data]"'
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
 TEMPLATE = (
     "<s>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -140,7 +141,8 @@ EXPECTED = [{"prompt": f"q{i}", "answer": i, "tags": ["a", None]} for i in range
 
 
 def test_parquet_files_lose_a_column_or_their_order(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=NO_PYARROW)
     for name, rows in (("b.parquet", ROWS[3:]), ("a.parquet", ROWS[:3])):
         parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / name)
     assert read_prompts(tmp_path / "a.parquet", "question") == EXPECTED[:3]
@@ -153,13 +155,14 @@ def test_parquet_files_lose_a_column_or_their_order(tmp_path):
 
 
 def test_chats_in_parquet_are_not_lists_of_messages(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=NO_PYARROW)
     parquet.write_table(arrow.Table.from_pylist([{"messages": CHAT, "n": 1}]), tmp_path / "chat.parquet")
     assert read_prompts(tmp_path / "chat.parquet", "messages") == [{"prompt": CHAT, "n": 1}]
 
 
 def test_data_set_folders_lose_a_column_or_their_order(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason='datasets is not installed: pip install "ppo_fast[data]"')
     datasets.disable_progress_bars()
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "whole")
@@ -327,7 +330,7 @@ def test_other_peoples_files_are_read_right(tmp_path):
         read_prompts(folder)
 
 
-@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="no pipes with a name")
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="this system has no /dev/fd, where a pipe has a name")
 def test_a_pipe_is_read_as_a_file_is():
     """As a shell passes it: --prompts <(zcat prompts.jsonl.gz)."""
     reader, writer = os.pipe()
@@ -352,14 +355,14 @@ def test_a_pipe_is_read_as_a_file_is():
 )
 def test_a_file_that_is_no_text_is_named_with_what_to_do(tmp_path, data, message):
     if data.startswith(b"PAR1"):
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow", reason=NO_PYARROW)
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_prompts(path)
 
 
-@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="needs a user without rights")
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="only root can become another user")
 def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     """Root may read everything: another user tries."""
     locked = tmp_path / "locked"
@@ -376,7 +379,8 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
 
 
 def test_parquet_columns_of_other_types_are_read_or_named(tmp_path):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=NO_PYARROW)
     texts = arrow.array(["a", "b"])
     for name, column in {
         "large": texts.cast(arrow.large_string()),

@@ -24,7 +24,7 @@ NEEDS = {
     r"ppo_fast\.examples\.(arithmetic|sampling)": {"train"},
     r"ppo-fast classic|ppo_fast\.examples\.classic": {"classic"},
     r"^pytest bench|&& pytest bench|bench/report\.py": {"bench"},
-    r"&& pytest -n": {"test", "train", "cpu", "peft", "classic", "rewards"},
+    r"&& pytest -n": {"test", "train", "cpu", "peft", "classic", "rewards", "data"},
     r"flash-attn": {"train"},
 }
 INSTALL = re.compile(r'pip install (?:-c constraints\.txt )?-e "\.\[([\w,]+)\]"')

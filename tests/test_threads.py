@@ -124,6 +124,6 @@ def test_the_benchmark_of_the_wait_policy_compares_both_policies(tmp_path: Path)
 
 @pytest.mark.parametrize("count", [-1, 100_000, 10**12])
 def test_a_number_of_threads_that_no_machine_has_is_rejected(count):
-    """PyTorch fails with a traceback, or takes as many as it is told."""
+    """PyTorch fails with a traceback, or starts any number of them."""
     with pytest.raises(UserError, match=rf"threads must lie in \[0, 4096\], got {count}"):
         PPOConfig(threads=count)

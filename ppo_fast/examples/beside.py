@@ -1,4 +1,7 @@
-"""What the with_* examples share: progress with the time left, and errors of missing packages. Imports nothing slow."""
+"""What the with_* examples share: progress with the time left, and errors of missing packages.
+
+Unlike ppo_fast/console.py, it needs no package besides Python: an environment of another project may lack rich.
+"""
 
 import shutil
 import sys
