@@ -25,6 +25,7 @@ import ppo_fast as ppo
 from ppo_fast.integrations._patch import peer
 
 TESTED = ("0.14.",)
+VALUE_KEY = "set torchrl's value_key (set_keys(value=...)) to"
 _ppo = peer("torchrl", "torchrl.objectives.ppo", TESTED)
 _estimators = peer("torchrl", "torchrl.objectives.value.advantages", TESTED)
 _utils = peer("torchrl", "torchrl.objectives.utils", TESTED)
@@ -262,8 +263,8 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         if missing:
             if self.critic_network is None:
                 raise RuntimeError(
-                    "Critic network is not specified, cannot compute advantage within forward: give ClipPPOLoss a"
-                    " critic network, or write advantages to the data first"
+                    "ClipPPOLoss has no critic network that could give the advantages: pass critic_network, or write"
+                    " advantages to the data first"
                 )
             self.value_estimator(
                 data,
@@ -334,20 +335,17 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         target = _entry(
             inputs,
             self.tensor_keys.value_target,
-            "in the input tensordict. Make sure you provided the right key and the value_target (i.e. the target"
-            " return) has been retrieved accordingly. Advantage classes such as GAE, TDLambdaEstimate and TDEstimate"
-            " all return a 'value_target' entry that can be used for the value loss.",
+            "in the input tensordict: call GAE, or another value estimator, first, or name the entry of the returns by"
+            " set_keys(value_target=...)",
         )
         old = None
         if clip is not None:
-            hint = "Make sure that the 'value_key' passed to PPO exists in the input tensordict."
-            old = _entry(inputs, self.tensor_keys.value, f"in the input tensordict, for clip_value={clip}. {hint}")
+            where = f"in the input tensordict, for clip_value={clip}: {VALUE_KEY} that of the rollout's values"
+            old = _entry(inputs, self.tensor_keys.value, where)
         run_with = self.critic_network_params.to_module if self.functional else lambda *_, **__: nullcontext()
         with run_with(self.critic_network, preserve_module_state=False):
-            hint = "Make sure that the 'value_key' passed to PPO is accurate."
-            value = _entry(
-                self.critic_network(inputs), self.tensor_keys.value, f"in the critic output tensordict. {hint}"
-            )
+            where = f"in the critic output tensordict: {VALUE_KEY} the critic's out_key"
+            value = _entry(self.critic_network(inputs), self.tensor_keys.value, where)
         target, value, old = self._critic_loss_inputs(_constant("value_target", target), value, old)
         if target.shape != value.shape:
             raise RuntimeError(f"value_target {tuple(target.shape)} and values {tuple(value.shape)} differ in shape")
