@@ -286,7 +286,7 @@ def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, Any]]:
             if twice is not None:
                 raise UserError(f"{file} has the column {twice!r} twice: remove one")
             read = parquet.read_table(str(file), partitioning=None).to_pylist()
-        except (OSError, ValueError, arrow.ArrowException) as error:  # ValueError: not UTF-8, or no such time
+        except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:  # not UTF-8, no such time
             raise UserError(f"cannot read the prompts: {file}: {error}") from error
         rows += _rows(read, str(file), prompt_field)
     return rows

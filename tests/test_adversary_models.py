@@ -311,13 +311,17 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a"}]
 
 
-@pytest.mark.parametrize("kind", ["time", "text"])
+@pytest.mark.parametrize("kind", ["year", "days", "text"])
 def test_parquet_values_that_python_cannot_hold_are_reported_with_the_file(tmp_path, kind):
     pytest.importorskip("pyarrow", reason='pyarrow is not installed: pip install "ppo_fast[data]"')
     import pyarrow as arrow
     from pyarrow import parquet
 
-    odd = arrow.array([1], arrow.timestamp("ns")) if kind == "time" else arrow.array([b"\xff"]).view(arrow.string())
+    odd = {
+        "year": arrow.array([10**12], arrow.timestamp("s")),
+        "days": arrow.array([10**17], arrow.timestamp("ms")),
+        "text": arrow.array([b"\xff"]).view(arrow.string()),
+    }[kind]
     parquet.write_table(arrow.table({"prompt": ["a"], "odd": odd}), str(tmp_path / "p.parquet"))
     with pytest.raises(UserError, match=r"cannot read the prompts: .*p\.parquet"):
         read_prompts(tmp_path / "p.parquet")
