@@ -42,7 +42,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
 
-from ppo_fast.classic import Batch, ClassicConfig, ClassicTrainer
+from ppo_fast.classic import ClassicConfig, ClassicTrainer
+from ppo_fast.classic.ppo import Batch
 
 EVALUATION_EPISODES = 100
 PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3")

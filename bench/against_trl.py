@@ -183,9 +183,9 @@ def run_trl(seed: int, steps: int) -> dict[str, list[float]]:
 
 
 def run_ours(seed: int, steps: int) -> dict[str, list[float]]:
-    from ppo_fast.config import PPOConfig
-    from ppo_fast.models import frozen_copy
-    from ppo_fast.trainer import PPOTrainer
+    from ppo_fast.llm.config import PPOConfig
+    from ppo_fast.llm.models.reference import frozen_copy
+    from ppo_fast.llm.trainer import PPOTrainer
 
     actor, tokenizer, prompts = make(seed)
     config = PPOConfig(

@@ -139,7 +139,7 @@ def test_gae(compare, monkeypatch, device, backend, provider: str, rows: int, T:
     elif provider in OURS:
         if device.type != "cpu":
             pytest.skip("numba is for a CPU")
-        from ppo_fast.kernels import eager_gae
+        from ppo_fast.kernels.gae import eager as eager_gae
 
         monkeypatch.setattr(eager_gae, "numba_works", lambda: False)
         run = partial(ppo.gae, r, v, **ours, backend="torch")

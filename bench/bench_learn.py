@@ -66,11 +66,11 @@ class Task(NamedTuple):
 
 def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     transformers = peer("transformers", "transformers")
-    from ppo_fast.config import PPOConfig
-    from ppo_fast.learn import evaluate
-    from ppo_fast.packing import cut
-    from ppo_fast.rollout import Rollout
-    from ppo_fast.trainer import build_models
+    from ppo_fast.llm.config import PPOConfig
+    from ppo_fast.llm.experience import evaluate
+    from ppo_fast.llm.models.build import build_models
+    from ppo_fast.llm.packing.pack import cut
+    from ppo_fast.llm.packing.rollout import Rollout
 
     layers, width, heads, groups, inner, V, sequences, prompt, answer = shape
     torch.manual_seed(0)
@@ -224,8 +224,9 @@ class Parts(NamedTuple):
 
 
 def ours(task: Task, off: tuple[str, ...]) -> Parts:
-    from ppo_fast.heads import decoder_of, hidden_states
-    from ppo_fast.learn import accumulate_gradients, cut_as, packed
+    from ppo_fast.llm.experience import cut_as, packed
+    from ppo_fast.llm.learn import accumulate_gradients
+    from ppo_fast.llm.models.head import decoder_of, hidden_states
 
     policy, rollout, options = task.policy, task.rollout, task.options
     kept = {"packed": "packing" not in off, "linear": "linear loss" not in off}
@@ -342,7 +343,7 @@ def measure_step(
 ) -> None:
     """One row: the step, then its parts, each measured alone."""
     task = make(shape, device, backend)
-    from ppo_fast.learn import Optimizer
+    from ppo_fast.llm.optimizer import Optimizer
 
     rollout, options = task.rollout, task.options
     parts = eager(task) if provider == EAGER else ours(task, PROVIDERS[provider])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.kernels import reference
-from ppo_fast.ops import Backend
+from ppo_fast.ops.backend import Backend
 
 SHAPES = {  # (N, D, V) by --size, for a CPU and for a GPU
     ("cpu", "tiny"): [(2, 16, 130)],

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ppo_fast as ppo
-from ppo_fast.attention import Layout, packed_attention
-from ppo_fast.heads import decoder_of, head_of
-from ppo_fast.models import compute_in
-from ppo_fast.probe import PROBE_LENGTHS, probe, rounding_bound
+from ppo_fast.llm.models.head import decoder_of, head_of
+from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe, rounding_bound
+from ppo_fast.llm.packing.attention import Layout, packed_attention
 
 MIB = 2**20
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels import launch
+from ppo_fast.kernels.common import launch
 
 SECONDS = {"tiny": 0.01, "small": 0.1, "default": 0.2, "all": 1.0}  # of sampling, for one row
 STARTED = pytest.StashKey[float]()

@@ -23,8 +23,9 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ppo_fast import attention, doctor
-from ppo_fast import device as devices
+from ppo_fast import doctor
+from ppo_fast.common import device as devices
+from ppo_fast.llm.packing import attention
 
 LENGTHS = (7, 1, 30, 16, 129)
 HEAD_SIZE, SCALE = 64, 0.2

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))  # for a checkout that is not installed
 
-from ppo_fast.threads import POLICY, wait_passively
+from ppo_fast.common.threads import POLICY, wait_passively
 
 wait_passively()  # before torch is imported: every script of this folder that computes imports this module first
 

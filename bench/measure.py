@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from ppo_fast.kernels import launch
+from ppo_fast.kernels.common import launch
 
 Run = Callable[[], Any]
 

@@ -2,8 +2,8 @@
 
     python bench/memory_table.py --write    # bench/results/memory/table.md and table.json
 
-Nothing is measured: see ppo_fast/memory.py, and tests/accelerator/test_memory.py, which compares the calculation with
-what tensors hold.
+Nothing is measured: see ppo_fast/llm/memory.py, and tests/accelerator/test_memory.py, which compares the calculation
+with what tensors hold.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import transformers
 from static import git
 from transformers import Qwen2Config
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.memory import Estimate, estimate
-from ppo_fast.policy import with_chunk_bytes
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.memory import Estimate, estimate
+from ppo_fast.llm.models.policy import with_chunk_bytes
 
 OUT = Path(__file__).parent / "results" / "memory"
 SHAPES = {  # width, inner width, layers, heads, groups, tied head; from the models' published config.json
@@ -117,8 +117,8 @@ def write(made: dict[tuple[str, str], dict[int, Estimate]], text: str, about: di
     page = f"""# Peak memory of a PPO step, by calculation
 
 Made by `{about["command"]}`. Commit {about["commit"]}, {versions}, {about["date"]}. Calculated by
-`ppo_fast/memory.py`, not measured; `tests/accelerator/test_memory.py` compares the calculation with what tensors hold
-at small sizes (within 10 %).
+`ppo_fast/llm/memory.py`, not measured; `tests/accelerator/test_memory.py` compares the calculation with what tensors
+hold at small sizes (within 10 %).
 
 `--dtype bfloat16` (autocast on fp32 weights), 64 prompts of up to {PROMPT} tokens, answers of up to 512, packs of 4096
 tokens, a critic of its own unless shared, and a reference (with LoRA the actor without its adapters). GiB, at the peak

@@ -35,8 +35,8 @@ from rows import (
     spread,
 )
 
-from ppo_fast.errors import UserError
-from ppo_fast.folders import claim
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.folders import claim
 
 LEGEND = """\
 Each row is one way to do the same work on the same inputs in one process. *Times ours*: below 1 is faster than

@@ -2,7 +2,7 @@
 
     python bench/sampler_gap.py --model DIR --name NAME    # bench/results/sampler_gap/NAME.jsonl, in nats per token
 
-The bounds in ppo_fast/invariants.py are explained by these figures. DIR holds a model with a chat template.
+The bounds in ppo_fast/llm/invariants.py are explained by these figures. DIR holds a model with a chat template.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from pathlib import Path
 from json_lines import Writer
 from static import git
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.models import load_actor
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.trainer import PPOTrainer
 
 OUT = Path(__file__).parent / "results" / "sampler_gap"
 QUESTIONS = (

@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for a checkout that is not in
 import predict  # noqa: E402
 from loops import Loop, amd_loops, cuda_loops  # noqa: E402
 
-from ppo_fast.kernels.launch import Variant, interpreting  # noqa: E402
+from ppo_fast.kernels.common.launch import Variant, interpreting  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "static"
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
@@ -76,7 +76,8 @@ def problems(name: str, arch: str, report: Report) -> list[str]:
 def pretend_hip() -> None:
     """Makes the launchers choose what they choose on an AMD GPU, in a process that compiles for one."""
     torch.version.hip = "pretended"
-    from ppo_fast.kernels import linear, logprobs
+    from ppo_fast.kernels.linear import launch as linear
+    from ppo_fast.kernels.logprobs import launch as logprobs
 
     for module in (linear, logprobs):
         module.warp_size = lambda device: TARGETS["gfx942"].warp_size

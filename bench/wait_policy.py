@@ -3,10 +3,10 @@
     python bench/wait_policy.py OUT [--rounds N] [--seconds 3] [--workload sampling ...] [--commit HASH]
 
 Each workload runs in a process of its own, under OpenMP's default wait policy ("before") and under that of
-ppo_fast/threads.py ("after"), which commands, examples, tests and benchmarks set. The conditions are "quiet" (nothing
-else runs), "busy" (one other process computes without a pause), "copies" (two processes of the workload, both measured)
-and "trio" (three). Policies alternate within a round. The time of a call is the mean over its process; the table has
-the median over rounds. OUT gets wait_policy.jsonl, a line for each process as soon as it ends, and README.md, which
+ppo_fast/common/threads.py ("after"), which commands, examples, tests and benchmarks set. The conditions are "quiet"
+(nothing else runs), "busy" (one other process computes without a pause), "copies" (two processes of the workload, both
+measured) and "trio" (three). Policies alternate within a round. The time of a call is the mean over its process; the
+table has the median over rounds. OUT gets wait_policy.jsonl, a line for each process as soon as it ends, and README.md, which
 `--page` makes again from that record without measuring. Run it on a machine with nothing else to do.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.threads import PASSIVE
+from ppo_fast.common.threads import PASSIVE
 
 POLICIES: dict[str, dict[str, str]] = {"before": {}, "after": PASSIVE}
 CONDITIONS = {"quiet": 4, "busy": 1, "copies": 2, "trio": 1}  # with their rounds: the first compares single percents
@@ -213,7 +213,7 @@ def page(record: Path) -> str:
         "# Waiting threads",
         "",
         "Milliseconds of a call (median over rounds of the mean of a process), by `python bench/wait_policy.py OUT`."
-        " Before: OpenMP's default wait policy. After: that of ppo_fast/threads.py, "
+        " Before: OpenMP's default wait policy. After: that of ppo_fast/common/threads.py, "
         + " ".join(f"`{name}={value}`" for name, value in PASSIVE.items())
         + ". Quiet: nothing else runs. Busy:"
         " beside one process that computes without a pause. Copies: two processes of it at once; trio: three.",
@@ -256,7 +256,7 @@ def main() -> int:
     from json_lines import Writer  # which sets the policy of this process: not in a child
     from static import git
 
-    from ppo_fast.folders import claim
+    from ppo_fast.common.folders import claim
 
     record = claim(given.out, "bench/wait_policy.py") / "wait_policy.jsonl"
     if not given.page:

@@ -1,28 +1,17 @@
 """ppo_fast: a fast, correct core of PPO for language models and classic RL. `import ppo_fast as ppo`.
 
 The operations, and torch with them, are imported at their first use: a command first sets what torch reads when it is
-imported (`ppo_fast/threads.py`), and reports wrong options at once.
+imported (`ppo_fast/common/threads.py`), and reports wrong options at once.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_fast.ops import (
-        AdvantageOutput,
-        LinearLossOutput,
-        LossOutput,
-        gae,
-        linear_logprobs,
-        linear_ppo_loss,
-        masked_whiten,
-        policy_loss,
-        ppo_loss,
-        rlhf_advantages,
-        shape_rewards,
-        token_logprobs,
-        value_loss,
-    )
+    from ppo_fast.ops.advantages import AdvantageOutput, gae, masked_whiten, rlhf_advantages, shape_rewards
+    from ppo_fast.ops.linear import LinearLossOutput, linear_logprobs, linear_ppo_loss
+    from ppo_fast.ops.logprobs import token_logprobs
+    from ppo_fast.ops.losses import LossOutput, policy_loss, ppo_loss, value_loss
 
 __version__ = "0.1.0"
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import ppo_fast as ppo
-from ppo_fast import device as devices
-from ppo_fast import flash
-from ppo_fast.errors import UserError
+from ppo_fast.common import device as devices
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.threads import threads_note
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.linear_chunks import product_path
-from ppo_fast.kernels.numba_loops import numba_works
-from ppo_fast.threads import threads_note
+from ppo_fast.kernels.common.numba_loops import numba_works
+from ppo_fast.kernels.linear.chunks import product_path
+from ppo_fast.llm.packing import flash
 
 _PRODUCTS = {  # of the linear operations: see product_path
     "exact": "as it is",
@@ -357,7 +357,9 @@ def compile_loops() -> None:
     """
     if not numba_works():
         raise UserError('there is nothing to compile without numba: pip install "ppo_fast[cpu]"')
-    from ppo_fast.kernels import cpu, cpu_advantages, cpu_loss
+    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    from ppo_fast.kernels.gae import cpu
+    from ppo_fast.kernels.loss import cpu as cpu_loss
 
     loops: list[Callable[[], tuple[Callable[..., None], Any]]] = [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
     start = time.perf_counter()

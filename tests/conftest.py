@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_fast.threads import wait_passively
+from ppo_fast.common.threads import wait_passively
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported

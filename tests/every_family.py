@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.heads import without_cache
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.head import without_cache
+from ppo_fast.llm.trainer import PPOTrainer
 
 KINDS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 LARGEST = 20_000_000  # parameters of a tiny model

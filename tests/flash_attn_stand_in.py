@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast import device as devices
-from ppo_fast import flash
-from ppo_fast.flash_calls import TRIAL_LENGTHS
+from ppo_fast.common import device as devices
+from ppo_fast.llm.packing import flash
+from ppo_fast.llm.packing.flash_calls import TRIAL_LENGTHS
 
 CALLS: list[tuple[str, dict[str, Any]]] = []  # name and arguments of each call, trials included
 FAULT: list[str] = []  # a fault to compute with: "leak", "window", "scale", "raises" or "backward"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.kernels import launch
+from ppo_fast.kernels.common import launch
 
 NOT_INTERPRETED = pytest.mark.skipif(
     launch.interpreting() and not torch.cuda.is_available(),

@@ -4,7 +4,9 @@ import torch
 from accuracy import assert_error_at_most_twice_eager
 from torch import Tensor
 
-from ppo_fast.kernels import eager_logprobs, logprobs, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.logprobs import eager as eager_logprobs
+from ppo_fast.kernels.logprobs import launch as logprobs
 
 BACKENDS = {"triton": logprobs.token_logprobs, "torch": eager_logprobs.token_logprobs}
 

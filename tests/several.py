@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.sample import Answers
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.sample import Answers
+from ppo_fast.llm.trainer import PPOTrainer
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ppo_fast.trainer", "torch.utils.tensorboard", "peft"])
+SERVER.set_forkserver_preload(["ppo_fast.llm.trainer", "torch.utils.tensorboard", "peft"])
 CPU = torch.device("cpu")
 TEXTS = ("hi", "what time is it", "a", "the fox jumps over it", "no", "well", "seven")
 ROWS = [{"prompt": text, "bonus": float(i)} for i, text in enumerate(TEXTS)]

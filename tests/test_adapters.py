@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 
-from ppo_fast.adapters import AdapterReference, has_trained_adapters
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.adapters import has_trained_adapters
+from ppo_fast.llm.models.reference import AdapterReference
+from ppo_fast.llm.trainer import PPOTrainer
 
 peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels import eager_advantages, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.advantages import eager as eager_advantages
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 ROOT = Path(__file__).parent.parent

@@ -13,11 +13,14 @@ from accuracy import assert_error_at_most_twice_eager as assert_close
 from torch import Tensor
 
 import ppo_fast as ppo
-from ppo_fast.kernels import advantages, advantages_launch, eager_advantages, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.advantages import custom_op as advantages
+from ppo_fast.kernels.advantages import eager as eager_advantages
+from ppo_fast.kernels.advantages import launch as advantages_launch
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 ROOT = Path(__file__).parent.parent
-KERNELS = ("_advantages_kernel", "_whiten_kernel", "_moments_kernel", "_merge_kernel", "_shape_kernel")
+KERNELS = ("advantages_kernel", "whiten_kernel", "moments_kernel", "merge_kernel", "shape_kernel")
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
 Inputs = dict[str, Tensor]
 
@@ -274,7 +277,7 @@ def test_the_option_backend_is_ignored(launches):
     ppo.masked_whiten(x["values"], x["mask"], backend="triton")
     del x["values"]
     ppo.shape_rewards(**x, backend="triton")
-    assert launches == ["_advantages_kernel", "_whiten_kernel", "_moments_kernel", "_whiten_kernel", "_shape_kernel"]
+    assert launches == ["advantages_kernel", "whiten_kernel", "moments_kernel", "whiten_kernel", "shape_kernel"]
 
 
 def test_compiled_code_recompiles_for_every_length_or_coefficient():

@@ -29,15 +29,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.data import read_prompts
-from ppo_fast.decoding import AnswerText, StopTexts
-from ppo_fast.errors import RewardError, UserError
-from ppo_fast.evaluate import visible
-from ppo_fast.models import Critic, load_actor
-from ppo_fast.reward import RewardModel
-from ppo_fast.sample import Answers
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.data import read_prompts
+from ppo_fast.llm.decoding import AnswerText, StopTexts
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.report.explanation import visible
+from ppo_fast.llm.sample import Answers
+from ppo_fast.llm.trainer import PPOTrainer
 
 END, PAD = 256, 257
 ROWS = [{"prompt": text} for text in PROMPTS]
@@ -428,7 +429,7 @@ def test_a_sampler_of_another_kind_is_rejected():
         def sample(self, prompts, config):
             return [[65]] * len(prompts), [True] * len(prompts)
 
-    with pytest.raises(UserError, match=r"must return an object of ppo_fast.sample.Answers, got tuple"):
+    with pytest.raises(UserError, match=r"must return an object of ppo_fast.llm.sample.Answers, got tuple"):
         train(sampler=Pairs())
 
 

@@ -18,20 +18,21 @@ import pytest
 import torch
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast import checkpoint
-from ppo_fast.checkpoint import check_folders
-from ppo_fast.cli import main
-from ppo_fast.config import PPOConfig, options_of, read_yaml
-from ppo_fast.console import Output
-from ppo_fast.device import ordinary_modes
-from ppo_fast.errors import UserError
-from ppo_fast.folders import claim
-from ppo_fast.interrupt import stop_requests
-from ppo_fast.launched import local_rank, process_count, this_rank
-from ppo_fast.lock import absolute, locked
-from ppo_fast.parallel import start
-from ppo_fast.progress import cut_back
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.cli.main import main
+from ppo_fast.common import checkpoint
+from ppo_fast.common.checkpoint import check_folders
+from ppo_fast.common.console import Output
+from ppo_fast.common.device import ordinary_modes
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.folders import claim
+from ppo_fast.common.launched import local_rank, process_count, this_rank
+from ppo_fast.common.lock import absolute, locked
+from ppo_fast.common.options import read_yaml
+from ppo_fast.common.signals import stop_requests
+from ppo_fast.llm.config import PPOConfig, options_of
+from ppo_fast.llm.distributed import start
+from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
 TIMED = ("seconds", "tokens_per_second", "memory_mib")
@@ -443,7 +444,7 @@ def test_checkpoints_without_metrics_are_not_overwritten_unless_asked(tmp_path, 
 
 
 def test_an_out_without_a_step_can_be_used_again(tmp_path, monkeypatch):
-    from ppo_fast.cli import _holds_run
+    from ppo_fast.cli.train import _holds_run
 
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     with pytest.raises(UserError, match="tensorboard is not installed"):

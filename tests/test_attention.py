@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ppo_fast import attention, flash
-from ppo_fast.attention import Layout, cudnn_attention, packed_attention, repeats_heads
-from ppo_fast.config import PPOConfig
-from ppo_fast.flash import Request
-from ppo_fast.flash_calls import TRIAL_LENGTHS, trial
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.packing import attention, flash
+from ppo_fast.llm.packing.attention import Layout, cudnn_attention, packed_attention, repeats_heads
+from ppo_fast.llm.packing.flash import Request
+from ppo_fast.llm.packing.flash_calls import TRIAL_LENGTHS, trial
+from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 12, 1, 9]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.autograd import direct_apply
+from ppo_fast.kernels.common.autograd import direct_apply
 
 
 class Square(torch.autograd.Function):

@@ -122,7 +122,7 @@ def test_pytorchs_attention_is_called_directly_in_each_version(version, heads, m
 
 
 def test_libraries_that_need_a_newer_gpu_are_skipped_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr("ppo_fast.device.compute_capability", lambda device: (7, 5))
+    monkeypatch.setattr("ppo_fast.common.device.compute_capability", lambda device: (7, 5))
     monkeypatch.setattr(first_minutes, "compare_attention", lambda *_: {"passed": True})
     writer = json_lines.Writer(tmp_path / "record.jsonl", "0123abc")
     first_minutes.ask_attention(writer, torch.device("cpu"))

@@ -25,11 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.cli import main
+from ppo_fast.cli.main import main
 
 STEPS = 5
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ppo_fast.cli", "ppo_fast.trainer", "torch.utils.tensorboard", "matplotlib.figure"])
+SERVER.set_forkserver_preload(["ppo_fast.cli", "ppo_fast.llm.trainer", "torch.utils.tensorboard", "matplotlib.figure"])
 
 
 @pytest.fixture(scope="module")

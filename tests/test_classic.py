@@ -16,11 +16,13 @@ gymnasium = pytest.importorskip("gymnasium", reason='gymnasium is not installed:
 from gymnasium import spaces  # noqa: E402
 from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
 
-from ppo_fast import checkpoint, classic  # noqa: E402
 from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
-from ppo_fast.classic_log import Log  # noqa: E402
-from ppo_fast.classic_network import Adam, Moments  # noqa: E402
-from ppo_fast.errors import NonFiniteError, UserError  # noqa: E402
+from ppo_fast.classic import ppo as classic  # noqa: E402
+from ppo_fast.classic.logger import Log  # noqa: E402
+from ppo_fast.classic.normalize import Moments  # noqa: E402
+from ppo_fast.classic.optimizer import Adam  # noqa: E402
+from ppo_fast.common import checkpoint  # noqa: E402
+from ppo_fast.common.errors import NonFiniteError, UserError  # noqa: E402
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
 
@@ -620,7 +622,7 @@ def test_same_step_with_gymnasium_1_0_ends_in_a_traceback(monkeypatch):
 
 
 def test_triton_without_a_gpu_ends_in_a_traceback(monkeypatch):
-    monkeypatch.setattr("ppo_fast.kernels.launch.interpreting", lambda: False)
+    monkeypatch.setattr("ppo_fast.kernels.common.launch.interpreting", lambda: False)
     with pytest.raises(UserError, match="backend='triton' needs"):
         ClassicTrainer(small(backend="triton"))
 

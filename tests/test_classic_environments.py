@@ -20,12 +20,15 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers import NormalizeObservation, RescaleAction, TimeLimit  # noqa: E402
 from gymnasium.wrappers.vector import RecordEpisodeStatistics, RescaleObservation  # noqa: E402
 
-from ppo_fast import classic_state  # noqa: E402
-from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
-from ppo_fast.classic_spaces import read_actions, read_observations  # noqa: E402
-from ppo_fast.envs.maze import Maze  # noqa: E402
-from ppo_fast.envs.vector import environment_states, resets_in_same_step  # noqa: E402
-from ppo_fast.errors import UserError  # noqa: E402
+from ppo_fast.classic import (  # noqa: E402
+    ClassicConfig,
+    ClassicTrainer,
+    evaluate,
+)
+from ppo_fast.classic.envs.maze import Maze  # noqa: E402
+from ppo_fast.classic.envs.vector import environment_states, resets_in_same_step  # noqa: E402
+from ppo_fast.classic.spaces import read_actions, read_observations  # noqa: E402
+from ppo_fast.common.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -562,7 +565,7 @@ def test_statistics_of_a_normalising_wrapper_are_those_of_the_training_and_stay(
     far = functools.partial(Far, spaces.Box(-np.inf, np.inf, (3,), np.float32))
     trainer = trainer_of(lambda: NormalizeObservation(far()), rollout_steps=200)
     trainer.collect()
-    env = classic_state.evaluation_env(trainer, drawn=False)
+    env = evaluate.evaluation_env(trainer, drawn=False)
     raw = np.concatenate([env.reset(seed=9)[0][None], *[env.step(0)[0][None] for _ in range(4)]])
     assert abs(raw.mean()) < 1  # fresh statistics give 0 first; these would of 100 without them
     assert env.obs_rms.mean == pytest.approx(trainer.envs.envs[0].obs_rms.mean)
@@ -621,7 +624,7 @@ def test_modules_in_the_current_folder_are_found_by_the_installed_command(tmp_pa
     """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "my_envs.py").write_text("\n".join(line[4:] for line in code.split("\n")))
-    start = "import sys; from ppo_fast.cli import main; sys.exit(main())"
+    start = "import sys; from ppo_fast.cli.main import main; sys.exit(main())"
     # -P, as in an installed command: the current folder is not searched
     command = [sys.executable, "-P", "-W", "ignore", "-c", start, "classic", "--env", "my_envs:here/Here-v0"]
     command += ["--wrapper", "my_envs:Twice", "--total-steps", "64", "--num-envs", "2", "--rollout-steps", "16"]

@@ -21,10 +21,12 @@ import given  # noqa: E402
 from gymnasium import spaces  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv  # noqa: E402
 
-from ppo_fast import checkpoint, classic  # noqa: E402
-from ppo_fast.classic import ClassicConfig, ClassicTrainer, Stopped  # noqa: E402
-from ppo_fast.classic_log import Log  # noqa: E402
-from ppo_fast.errors import UserError  # noqa: E402
+from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
+from ppo_fast.classic import ppo as classic  # noqa: E402
+from ppo_fast.classic.logger import Log  # noqa: E402
+from ppo_fast.classic.ppo import Stopped  # noqa: E402
+from ppo_fast.common import checkpoint  # noqa: E402
+from ppo_fast.common.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,7 +226,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, name, overwrite):
 
 
 def test_a_run_without_matplotlib_leaves_out_its_curves(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ppo_fast.classic_log.can_draw", lambda: False)
+    monkeypatch.setattr("ppo_fast.classic.logger.can_draw", lambda: False)
     trained(tmp_path, quiet=False)
     assert not (tmp_path / "learning_curves.png").exists()
     assert "learning_curves.png" not in capsys.readouterr().out
@@ -236,7 +238,7 @@ def test_a_run_that_keeps_nothing_says_so(capsys):
 
 
 def test_progress_is_shown_within_a_rollout(monkeypatch, capsys):
-    monkeypatch.setattr("ppo_fast.classic_log.FIRST_LINE", 0.1)
+    monkeypatch.setattr("ppo_fast.classic.logger.FIRST_LINE", 0.1)
     envs = SyncVectorEnv([functools.partial(Given, seconds=0.01)] * 2)
     config = small(rollout_steps=50, total_steps=100, quiet=False)
     ClassicTrainer(config, envs=envs).train()
@@ -245,8 +247,8 @@ def test_progress_is_shown_within_a_rollout(monkeypatch, capsys):
 
 
 def test_progress_is_shown_within_an_evaluation(monkeypatch, capsys):
-    monkeypatch.setattr("ppo_fast.classic_log.FIRST_LINE", 0.1)
-    monkeypatch.setattr("ppo_fast.classic_log.LINES_EVERY", 0.1)
+    monkeypatch.setattr("ppo_fast.classic.logger.FIRST_LINE", 0.1)
+    monkeypatch.setattr("ppo_fast.classic.logger.LINES_EVERY", 0.1)
     envs = SyncVectorEnv([functools.partial(Given, seconds=0.01)] * 2)
     ClassicTrainer(small(eval_episodes=10, quiet=False), envs=envs).train()
     assert re.search(r"^evaluation: [1-9] of 10 episodes$", capsys.readouterr().out, re.MULTILINE)
@@ -258,7 +260,7 @@ def test_progress_is_shown_within_an_evaluation(monkeypatch, capsys):
 )
 def test_a_terminal_gets_one_line_that_fits_in_with_a_bar_where_there_is_room(monkeypatch, capsys, columns, start):
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr("ppo_fast.console.Output.isatty", lambda self: True, raising=False)
+    monkeypatch.setattr("ppo_fast.common.console.Output.isatty", lambda self: True, raising=False)
     with Log(small(quiet=False, total_steps=1000), 0, 100, lambda: 500) as log:
         log.record({"step": 400, "entropy": 0.5, "return": 10.0})
         log.show()

@@ -15,8 +15,8 @@ from transformers import (
     ViTConfig,
 )
 
-from ppo_fast.cli import main
-from ppo_fast.errors import plain_warnings
+from ppo_fast.cli.main import main
+from ppo_fast.common.errors import plain_warnings
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +152,7 @@ def test_a_column_that_rewards_need_is_missed_only_after_sampling(folder, capsys
     def sample(*arguments):
         raise AssertionError("answers were sampled")
 
-    monkeypatch.setattr("ppo_fast.trainer.respond", sample)
+    monkeypatch.setattr("ppo_fast.llm.trainer.respond", sample)
     pool = folder / "pool.py"
     judge = "Pool('ppo_fast.rewards:f1(reference=solution)', timeout=1.0, fallback=0.0)"
     pool.write_text(f"from ppo_fast.rewards import Pool\njudge = {judge}\n")
@@ -175,7 +175,7 @@ def test_a_column_that_some_rows_lack_ends_the_run_at_a_step_without_it(folder):
 
 
 def test_triton_without_a_gpu_ends_in_a_traceback(folder, capsys, monkeypatch):
-    monkeypatch.setattr("ppo_fast.kernels.launch.interpreting", lambda: False)
+    monkeypatch.setattr("ppo_fast.kernels.common.launch.interpreting", lambda: False)
     assert main(command(folder, backend="triton")) == 1
     assert "backend='triton' needs" in capsys.readouterr().err
 

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from tiny import save_tiny_model
 
-from ppo_fast.cli import RUN_OPTIONS, build_parser, main, resolve
-from ppo_fast.config import PPOConfig, options_of, read_yaml, yaml_text
-from ppo_fast.errors import UserError
+from ppo_fast.cli.main import build_parser, main
+from ppo_fast.cli.train import RUN_OPTIONS, resolve
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.options import read_yaml
+from ppo_fast.llm.config import PPOConfig, options_of, yaml_text
 
 FIELDS = [option.name for option in dataclasses.fields(PPOConfig)]
 NEEDED = "model: m\nprompts: p.jsonl\n"

@@ -6,7 +6,9 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason='numba is not installed: pip install "ppo_fast[cpu]"')
 
-from ppo_fast.kernels import cpu_advantages, eager_advantages, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.advantages import cpu as cpu_advantages
+from ppo_fast.kernels.advantages import eager as eager_advantages
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 

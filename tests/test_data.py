@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.data import (
+from ppo_fast.common.errors import RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.data import (
     RESERVED,
     Prompts,
     added_ids,
@@ -28,11 +29,11 @@ from ppo_fast.data import (
     read_prompts,
     tokenizer_notes,
 )
-from ppo_fast.errors import RewardError, UserError
-from ppo_fast.reward import RewardModel, score
-from ppo_fast.run_state import digest_of_rows
-from ppo_fast.sample import GenerateSampler, drop_long_prompts, respond
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.reward.scoring import score
+from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts, respond
+from ppo_fast.llm.state import digest_of_rows
+from ppo_fast.llm.trainer import PPOTrainer
 
 NO_PYARROW = 'pyarrow is not installed: pip install "ppo_fast[data]"'
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]

@@ -11,15 +11,16 @@ import pytest
 import torch
 from tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
 
-from ppo_fast import cli, parallel
-from ppo_fast import device as devices
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.export import copy_on_cpu
-from ppo_fast.kernels import linear_chunks
-from ppo_fast.kernels.linear_chunks import Rows, make_plan
-from ppo_fast.policy import with_chunk_bytes
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.cli import train
+from ppo_fast.common import device as devices
+from ppo_fast.common.errors import UserError
+from ppo_fast.kernels.linear import chunks as linear_chunks
+from ppo_fast.kernels.linear.chunks import Rows, make_plan
+from ppo_fast.llm import distributed as parallel
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.policy import with_chunk_bytes
+from ppo_fast.llm.report.export import copy_on_cpu
+from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -97,8 +98,8 @@ def test_scoring_and_the_loss_use_the_same_chunks(chunk_bytes):
 
 def test_the_trainer_passes_chunk_bytes_on(monkeypatch):
     asked: list[int | None] = []
-    plan = linear_chunks._make_plan
-    monkeypatch.setattr(linear_chunks, "_make_plan", lambda *args: asked.append(args[6]) or plan(*args))
+    plan = linear_chunks.compute_plan
+    monkeypatch.setattr(linear_chunks, "compute_plan", lambda *args: asked.append(args[6]) or plan(*args))
     trainer(chunk_bytes=40_000, kl_coef=0.0).step()
     assert set(asked) == {40_000}
 
@@ -192,11 +193,11 @@ def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypat
         rank_one.append(f"load {spec}")
         raise UserError("enough")
 
-    monkeypatch.setattr("ppo_fast.rewards.spec.load_reward", load)
+    monkeypatch.setattr("ppo_fast.llm.reward.function.load_reward", load)
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
-    run = {**cli.RUN_OPTIONS, "model": "m", "prompts": str(tmp_path / "p.jsonl"), "reward": ["x:y"]}
+    run = {**train.RUN_OPTIONS, "model": "m", "prompts": str(tmp_path / "p.jsonl"), "reward": ["x:y"]}
     with pytest.raises(UserError, match="enough"):
-        cli.train(SimpleNamespace(resume=False, overwrite=False, allow_changes=False), PPOConfig(), run)
+        train.train(SimpleNamespace(resume=False, overwrite=False, allow_changes=False), PPOConfig(), run)
     assert rank_one[-1] == "load x:y"
     assert "set_device 1" in rank_one[:-1]
 
@@ -207,7 +208,7 @@ def test_the_allocator_may_grow_segments_unless_the_user_chose(chosen, monkeypat
         monkeypatch.delenv(name, raising=False)
     if chosen is not None:
         monkeypatch.setenv(chosen, "max_split_size_mb:64")
-    cli._let_segments_grow()
+    train._let_segments_grow()
     found = os.environ.get("PYTORCH_ALLOC_CONF")
     assert found == {None: "expandable_segments:True", "PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}.get(chosen)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
@@ -218,8 +219,8 @@ def test_a_run_on_the_cpu_calls_nothing_of_cuda(tmp_path):
     program = """
 import torch
 from tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
-from ppo_fast.config import PPOConfig
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.trainer import PPOTrainer
 
 def refuse(*_, **__):
     raise AssertionError("a CUDA context would be opened")
@@ -248,7 +249,7 @@ print("trained")
 
 
 def test_a_run_without_matplotlib_leaves_a_model_without_a_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr("ppo_fast.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("ppo_fast.common.plots.find_spec", lambda name: None)
     made = trainer(out=str(tmp_path), save_every=0)
     made.train()
     names = {file.name for file in (tmp_path / "model").iterdir()}

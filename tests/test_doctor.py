@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import ppo_fast as ppo
-from ppo_fast import doctor, ops
-from ppo_fast.cli import main
+from ppo_fast import doctor
+from ppo_fast.cli.main import main
+from ppo_fast.ops import advantages
+from ppo_fast.ops import losses as ops
 
 
 def test_doctor_finds_every_operation_right_and_is_quick(capsys):
@@ -67,7 +69,7 @@ def test_the_report_can_be_pasted_and_says_what_was_compiled(capsys):
 def test_kernels_are_known_by_their_code_and_not_by_the_folder_of_the_source(monkeypatch):
     from triton.runtime.jit import JITFunction
 
-    from ppo_fast.kernels import memory
+    from ppo_fast.kernels.common import memory
 
     def variant(folder: str, code: str) -> SimpleNamespace:
         ptx = f".version 8.7\n.visible .entry probe()\n{{\n\t.loc 1 3 0 // {folder}/a.py:3\n\t{code}\n}}\n"
@@ -98,7 +100,7 @@ def test_the_driver_is_named_by_nvidia_smi(monkeypatch, tmp_path):
 
 
 def test_doctor_reports_a_wrong_operation_and_fails(monkeypatch, capsys):
-    right = ops.gae
+    right = advantages.gae
 
     def slightly_wrong(*args, **kwargs):
         advantages, returns = right(*args, **kwargs)
@@ -156,7 +158,9 @@ def test_doctor_reports_flash_attn_that_cannot_be_imported(tmp_path):
 
 def test_loops_are_compiled_ahead_of_time_and_found_by_later_processes(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("numba", reason="numba is not installed")
-    from ppo_fast.kernels import cpu, cpu_advantages, cpu_loss
+    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    from ppo_fast.kernels.gae import cpu
+    from ppo_fast.kernels.loss import cpu as cpu_loss
 
     assert main(["compile"]) == 0
     *loops, last = capsys.readouterr().out.splitlines()
@@ -164,7 +168,7 @@ def test_loops_are_compiled_ahead_of_time_and_found_by_later_processes(capsys: p
     assert last.startswith("10 loops in ")
     folder = Path(last.partition(" are in ")[2])
     assert {x.name.split(".")[0] for x in folder.glob("*.nbc")} >= {"cpu", "cpu_loss", "cpu_advantages"}
-    later = "from ppo_fast.kernels import cpu; print([loop()[1].cache_hits for loop in cpu.ALL])"
+    later = "from ppo_fast.kernels.gae import cpu; print([loop()[1].cache_hits for loop in cpu.ALL])"
     done = subprocess.run([sys.executable, "-c", later], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1, 1, 1, 1]"
 

@@ -10,11 +10,11 @@ gymnasium = pytest.importorskip("gymnasium", reason='gymnasium is not installed:
 
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
-import ppo_fast.envs  # noqa: E402
-from ppo_fast.envs import text_generation as text  # noqa: E402
-from ppo_fast.envs.maze import MOVES, Maze, carve, distances  # noqa: E402
-from ppo_fast.envs.text_generation import ALPHABET, TextGeneration, WordScorer  # noqa: E402
-from ppo_fast.errors import UserError  # noqa: E402
+import ppo_fast.classic.envs  # noqa: E402
+from ppo_fast.classic.envs import text_generation as text  # noqa: E402
+from ppo_fast.classic.envs.maze import MOVES, Maze, carve, distances  # noqa: E402
+from ppo_fast.classic.envs.text_generation import ALPHABET, TextGeneration, WordScorer  # noqa: E402
+from ppo_fast.common.errors import UserError  # noqa: E402
 
 NAMES = ["ppo_fast/TextGeneration-v0", "ppo_fast/Maze-v0"]
 
@@ -46,7 +46,7 @@ def test_a_second_import_warns_that_the_environments_are_registered():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        importlib.reload(ppo_fast.envs)
+        importlib.reload(ppo_fast.classic.envs)
     assert set(NAMES) <= set(gymnasium.registry)
 
 

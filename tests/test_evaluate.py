@@ -12,12 +12,14 @@ from rich.console import Console
 from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.decoding import AnswerText
-from ppo_fast.errors import UserError
-from ppo_fast.evaluate import Evaluation, distinct, explain, markdown, own_random_state, show, visible, write
-from ppo_fast.sample import generate
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.decoding import AnswerText
+from ppo_fast.llm.report.evaluation import Evaluation, distinct, own_random_state
+from ppo_fast.llm.report.evaluation_page import markdown, show, write
+from ppo_fast.llm.report.explanation import explain, visible
+from ppo_fast.llm.sample import generate
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "base": i} for i, text in enumerate(("hi", "what time is it", "a", "the fox jumps", "no"))]
 HELD_OUT = [{"prompt": text, "base": 0} for text in ("yes", "which *one*", "two")]

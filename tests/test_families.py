@@ -26,15 +26,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.heads import Sampling, decoder_of
-from ppo_fast.learn import cut_as, packed
-from ppo_fast.models import Critic
-from ppo_fast.probe import Reach, named_lengths, probe, probe_all
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.experience import cut_as, packed
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.head import Sampling, decoder_of
+from ppo_fast.llm.models.probe import Reach, named_lengths, probe, probe_all
+from ppo_fast.llm.sample import drop_long_prompts
+from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards.fluency import Fluency
-from ppo_fast.sample import drop_long_prompts
-from ppo_fast.trainer import PPOTrainer
 
 # In fp32 the models of this file differ by less than 1e-4 between two orders of summation.
 ROUNDING = 1e-3
@@ -176,7 +176,7 @@ def test_lengths_that_the_configuration_names_are_found_as_far_as_the_run_reache
 
 
 def test_lengths_without_time_to_check_run_on_the_models_own_forward(monkeypatch):
-    monkeypatch.setattr("ppo_fast.probe.RATES", {"cpu": 1.0})
+    monkeypatch.setattr("ppo_fast.llm.models.probe.RATES", {"cpu": 1.0})
     with pytest.warns(UserWarning, match="more than 64 tokens differently, and the probe has no time") as caught:
         head = probe(longrope(), reach=Reach(longest=100))
     assert len(caught) == 1

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast.checkpoint import UNFINISHED, GrowingFile, reported, write_file
-from ppo_fast.cli import main
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.evaluate import write
-from ppo_fast.export import save_model
-from ppo_fast.plots import can_draw, draw_learning_curves
-from ppo_fast.progress import Events, cut_back
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.cli.main import main
+from ppo_fast.common.checkpoint import UNFINISHED, GrowingFile, reported, write_file
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.logger import Events
+from ppo_fast.common.plots import can_draw, draw_learning_curves
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.report.evaluation_page import write
+from ppo_fast.llm.report.export import save_model
+from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
 TIMED = ("seconds", "tokens_per_second", "memory_mib")
@@ -214,9 +215,9 @@ def test_files_of_a_classic_run_on_a_full_disk_end_in_a_sentence(tmp_path):
     pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
     import numpy as np
 
-    from ppo_fast.classic_config import ClassicConfig
-    from ppo_fast.classic_log import Log
-    from ppo_fast.envs.vector import write_frames
+    from ppo_fast.classic.config import ClassicConfig
+    from ppo_fast.classic.envs.vector import write_frames
+    from ppo_fast.classic.logger import Log
 
     config = ClassicConfig(env="CartPole-v1", out=str(tmp_path), quiet=True, tensorboard=False)
 

@@ -11,10 +11,10 @@ import torch
 from tiny import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from ppo_fast.reward import RewardModel
+from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.reward.fingerprint import reward_fingerprint
+from ppo_fast.llm.state import digest
 from ppo_fast.rewards import Configured, Fluency, Pool, load_reward, numeric, rouge_l
-from ppo_fast.rewards.fingerprint import reward_fingerprint
-from ppo_fast.run_state import digest
 
 CODE = """
 import functools
@@ -100,7 +100,7 @@ def test_it_is_the_same_in_another_process(tmp_path):
     before = list(map(of, made(module_of(tmp_path, CODE))))
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import rewards_of_test as r;"
-        "from ppo_fast.rewards.fingerprint import reward_fingerprint;"
+        "from ppo_fast.llm.reward.fingerprint import reward_fingerprint;"
         "print(*(reward_fingerprint(x, str) for x in (r.reward, r.with_cache, r.Judge(), r.counting())))"
     )
     environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}  # another order of sets

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast.cli import main
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
+from ppo_fast.cli.main import main
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.folders import ENDINGS, MARK, claim
 from ppo_fast.examples import arithmetic, sampling
 from ppo_fast.examples.rlhf import __main__ as rlhf
-from ppo_fast.folders import ENDINGS, MARK, claim
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.trainer import PPOTrainer
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,9 @@ import variants
 from torch import Tensor
 
 import ppo_fast as ppo
-from ppo_fast.kernels import eager_gae, gae, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.gae import eager as eager_gae
+from ppo_fast.kernels.gae import launch as gae
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -292,7 +294,7 @@ def test_compiled_gae_recompiles_for_every_length_or_discount(name):
 @pytest.mark.parametrize("time_major", [False, True])
 def test_threads_change_the_bits(monkeypatch, time_major):
     """Every thread has its own rows (also where rows don't divide evenly, and beyond one per row)."""
-    cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
+    cpu = pytest.importorskip("ppo_fast.kernels.gae.cpu", reason="numba is not installed")
     monkeypatch.setattr(cpu, "_STEPS_PER_THREAD", 1)
     shape = (50, 11) if time_major else (11, 50)
     options = {"rewards": torch.randn(shape), "values": torch.randn(shape), "terminated": torch.rand(shape) < 0.1}
@@ -308,7 +310,7 @@ def test_threads_change_the_bits(monkeypatch, time_major):
 
 
 def test_an_error_in_a_helping_thread_is_swallowed():
-    cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
+    cpu = pytest.importorskip("ppo_fast.kernels.gae.cpu", reason="numba is not installed")
     before = torch.get_num_threads()
 
     caller = threading.get_ident()

@@ -2,9 +2,9 @@
 
 from tiny import byte_tokenizer, tiny_llama
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.hints import CRITIC_STEPS, Hints
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.hints import CRITIC_STEPS, Hints
+from ppo_fast.llm.trainer import PPOTrainer
 
 CALM = {"learn/clip_fraction": 0.1, "ended": 0.5, "answer_tokens": 7.0, "kl": 0.01, "explained_variance": 0.4}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import byte_tokenizer, distinct, tiny_llama
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import InvariantError, NonFiniteError, RewardError, UserError
-from ppo_fast.invariants import ROUNDING, Bound, check_first_kl, check_ratio, gap_problem, rounding_of
-from ppo_fast.sample import GenerateSampler
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import InvariantError, NonFiniteError, RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.invariants import ROUNDING, Bound, check_first_kl, check_ratio, gap_problem, rounding_of
+from ppo_fast.llm.sample import GenerateSampler
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello"}]
 
@@ -113,7 +113,7 @@ def test_an_evaluation_checks_the_gap_too(tmp_path):
 def test_the_percentile_is_that_of_numpy_without_interpolation():
     import numpy as np
 
-    from ppo_fast.learn import _quantile
+    from ppo_fast.llm.experience import _quantile
 
     torch.manual_seed(0)
     for tokens in (1, 7, 100, 101, 250, 1000):

@@ -8,9 +8,9 @@ import torch
 from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
-from ppo_fast import sample
-from ppo_fast.config import PPOConfig
-from ppo_fast.sample import Answers, generate
+from ppo_fast.llm import sample
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.sample import Answers, generate
 
 PROMPTS = [[72, 105], [84] * 11, [5]]
 

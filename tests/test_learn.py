@@ -10,14 +10,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
 import ppo_fast as ppo
-from ppo_fast.config import PPOConfig
-from ppo_fast.controllers import EntropyController, KLController
-from ppo_fast.errors import RewardError, UserError
-from ppo_fast.learn import cut_as, evaluate, learn, packed, reference_logprobs
-from ppo_fast.models import AdapterReference, Critic, load_actor
-from ppo_fast.reward import RewardModel
-from ppo_fast.sample import Answers, GenerateSampler, generate, respond
-from ppo_fast.trainer import PPOTrainer, build_models
+from ppo_fast.common.errors import RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.controllers import EntropyController, KLController
+from ppo_fast.llm.experience import cut_as, evaluate, packed, reference_logprobs
+from ppo_fast.llm.learn import learn
+from ppo_fast.llm.models.build import build_models
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.loading import AdapterReference, load_actor
+from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.sample import Answers, GenerateSampler, generate, respond
+from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps")]
@@ -431,7 +434,7 @@ def test_learn_without_a_trainer_needs_one():
     rollout = respond(GenerateSampler(policy.actor, tokenizer), tokenizer, ROWS, options, CPU)
     packs = cut_as(rollout, list(range(4)), options)
     experience = evaluate(policy, reference, rollout, torch.ones(4), packs, options)
-    from ppo_fast.learn import Optimizer
+    from ppo_fast.llm.optimizer import Optimizer
 
     optimizers = Optimizer(policy.actor, 1e-3, options), Optimizer(policy.critic, 1e-3, options)
     (stats,) = learn(policy, rollout, experience, packs, *optimizers, options, torch.Generator())

@@ -8,7 +8,9 @@ import torch
 from accuracy import assert_error_at_most_twice_eager
 from torch import Tensor
 
-from ppo_fast.kernels import eager_linear, linear, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.linear import eager as eager_linear
+from ppo_fast.kernels.linear import launch as linear
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_fast.kernels import eager_linear, linear, linear_chunks, linear_scale, linear_steps, reference
-from ppo_fast.kernels.linear_op import public_functions
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.linear import chunks as linear_chunks
+from ppo_fast.kernels.linear import eager as eager_linear
+from ppo_fast.kernels.linear import function as linear_steps
+from ppo_fast.kernels.linear import launch as linear
+from ppo_fast.kernels.linear import scale_kernel as linear_scale
+from ppo_fast.kernels.linear.api import public_functions
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about lanes that nobody stores
 
@@ -635,7 +640,7 @@ class Recorder:
         self.launches.add((self.name, *sorted(types.items()), *sorted(constexprs_and_options.items())))
 
 
-KERNELS = ("_linear_score_kernel", "_linear_policy_kernel", "_linear_gradient_kernel")
+KERNELS = ("linear_score_kernel", "linear_policy_kernel", "linear_gradient_kernel")
 
 
 def test_the_launches_are_the_variants_that_the_gate_compiles(monkeypatch, device):

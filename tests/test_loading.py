@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_tiny_model, tiny_gpt2, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.loading import check_finite, stored_dtype
-from ppo_fast.models import Critic, load_actor, load_reward_model, source_dtype
-from ppo_fast.preferences import Pair, train_reward_model
-from ppo_fast.reward import RewardModel
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.loading import load_actor, source_dtype
+from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
+from ppo_fast.llm.models.weights import check_finite, stored_dtype
+from ppo_fast.llm.preferences.reward_model import Pair, train_reward_model
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": "ab"}, {"prompt": "cde"}]
 

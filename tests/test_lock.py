@@ -8,15 +8,15 @@ import threading
 import pytest
 from tiny import byte_tokenizer, distinct, save_tiny_model, tiny_llama
 
-from ppo_fast.cli import main
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.lock import HOLDER, locked
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.cli.main import main
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.lock import HOLDER, locked
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.trainer import PPOTrainer
 
 HOLD = """
 import sys, time
-from ppo_fast.lock import locked
+from ppo_fast.common.lock import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from logprob_cases import BACKENDS, check, differentiate, make
 
-from ppo_fast.kernels import eager_logprobs, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.logprobs import eager as eager_logprobs
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),

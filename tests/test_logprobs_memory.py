@@ -11,14 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ppo_fast.kernels import eager_logprobs, linear, logprobs, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.linear import launch as linear
+from ppo_fast.kernels.logprobs import eager as eager_logprobs
+from ppo_fast.kernels.logprobs import launch as logprobs
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
 ]
 
-KERNELS = {name: getattr(logprobs, name) for name in ("_token_logprobs_fwd_kernel", "_token_logprobs_bwd_kernel")}
+KERNELS = {name: getattr(logprobs, name) for name in ("token_logprobs_fwd_kernel", "token_logprobs_bwd_kernel")}
 BACKENDS = {"triton": logprobs.token_logprobs, "torch": eager_logprobs.token_logprobs}
 
 
@@ -484,4 +487,4 @@ def test_a_call_launches_one_kernel_forward_and_one_backward(monkeypatch, device
 
     names, _ = launched_by(run, device)
     kernels = sorted(name for name in names if not name.startswith("Mem"))
-    assert kernels == ["_token_logprobs_bwd_kernel", "_token_logprobs_fwd_kernel"]
+    assert kernels == ["token_logprobs_bwd_kernel", "token_logprobs_fwd_kernel"]

@@ -23,7 +23,9 @@ from loss_cases import (
 )
 from torch import Tensor
 
-from ppo_fast.kernels import eager_loss, loss, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.loss import autograd as loss
+from ppo_fast.kernels.loss import eager as eager_loss
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 

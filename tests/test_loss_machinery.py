@@ -29,7 +29,9 @@ from loss_cases import (
 from test_loss import backend as backend_fixture
 from torch import Tensor
 
-from ppo_fast.kernels import eager_loss, loss, reference
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.loss import autograd as loss
+from ppo_fast.kernels.loss import eager as eager_loss
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -573,7 +575,7 @@ def test_a_cuda_graph_cannot_capture_it(backend, device):
 
 def test_small_losses_take_the_compiled_loop_where_it_cannot_do_them_or_not_at_all(monkeypatch):
     pytest.importorskip("numba", reason="numba is not installed")
-    from ppo_fast.kernels import cpu_loss
+    from ppo_fast.kernels.loss import cpu as cpu_loss
 
     taken = []
     forward = cpu_loss.forward

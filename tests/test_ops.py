@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import ppo_fast as ppo
-from ppo_fast import config, data, ops
-from ppo_fast.kernels import launch
+from ppo_fast.kernels.common import launch
+from ppo_fast.llm import config, data
+from ppo_fast.ops import losses as ops
 
 F = torch.zeros(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)

@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from ppo_fast.attention import Layout, own_config, packed_attention
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.kernels import linear_chunks
-from ppo_fast.learn import accumulate_gradients, packed
-from ppo_fast.models import frozen_copy, recomputing
-from ppo_fast.packing import balance, cut, make_pack
-from ppo_fast.policy import Policy
-from ppo_fast.probe import probe
-from ppo_fast.rollout import Rollout
-from ppo_fast.sample import GenerateSampler, respond
-from ppo_fast.trainer import build_models
+from ppo_fast.common.errors import UserError
+from ppo_fast.kernels.linear import chunks as linear_chunks
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.experience import packed
+from ppo_fast.llm.learn import accumulate_gradients
+from ppo_fast.llm.models.build import build_models
+from ppo_fast.llm.models.modes import recomputing
+from ppo_fast.llm.models.policy import Policy
+from ppo_fast.llm.models.probe import probe
+from ppo_fast.llm.models.reference import frozen_copy
+from ppo_fast.llm.packing.attention import Layout, own_config, packed_attention
+from ppo_fast.llm.packing.pack import balance, cut, make_pack
+from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.sample import GenerateSampler, respond
 
 CPU = torch.device("cpu")
 PROMPTS, ANSWERS = [3, 9, 1, 6, 2], [7, 2, 12, 1, 5]
@@ -52,7 +54,7 @@ def policy_of(actor, options: PPOConfig) -> Policy:
 
 def experience_of(policy: Policy, batch: Rollout):
     """Old quantities a little beside the present ones, so that ratios and values differ from them."""
-    from ppo_fast.learn import evaluate
+    from ppo_fast.llm.experience import evaluate
 
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(len(batch), generator=generator)
@@ -234,7 +236,7 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "window"), [((4, 4), None), ((8, 2), None), ((4, 2), 5)])
 def test_flash_attention_on_a_gpu_equals_attention_sequence_by_sequence(dtype, heads, window):
-    from ppo_fast import attention, flash, flash_calls
+    from ppo_fast.llm.packing import attention, flash, flash_calls
 
     torch.manual_seed(0)
     lengths = [7, 1, 30, 16, 129]

@@ -32,18 +32,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from ppo_fast import cli
-from ppo_fast.config import PPOConfig
-from ppo_fast.device import has_weights
-from ppo_fast.errors import UserError
-from ppo_fast.learn import accumulate_gradients, cut_as, evaluate, filler_of, packed
-from ppo_fast.models import AdapterReference, load_actor
-from ppo_fast.parallel import World, full, join_rollouts, start
-from ppo_fast.reward import score
-from ppo_fast.rollout import Rollout
-from ppo_fast.run_state import capture, learned
-from ppo_fast.sample import generate, respond
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.cli import main as cli
+from ppo_fast.common.device import has_weights
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.distributed import World, full, start
+from ppo_fast.llm.experience import cut_as, evaluate, filler_of, packed
+from ppo_fast.llm.learn import accumulate_gradients
+from ppo_fast.llm.models.loading import AdapterReference, load_actor
+from ppo_fast.llm.packing.rollout import Rollout, join_rollouts
+from ppo_fast.llm.reward.scoring import score
+from ppo_fast.llm.sample import generate, respond
+from ppo_fast.llm.state import capture, learned
+from ppo_fast.llm.trainer import PPOTrainer
 
 
 def first_gradient(config: PPOConfig) -> tuple[dict[str, torch.Tensor], dict[str, float], bool]:
@@ -413,10 +414,10 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
         return history
 
     run_training = PPOTrainer.train
-    fixed = mock.patch("ppo_fast.trainer.GenerateSampler", return_value=Fixed())
+    fixed = mock.patch("ppo_fast.llm.trainer.GenerateSampler", return_value=Fixed())
     with fixed, mock.patch.object(PPOTrainer, "train", train):
         largest.__enter__()
-        assert cli.train(parsed, *cli.resolve(parsed, train_parser)) == 0
+        assert train.train(parsed, *train.resolve(parsed, train_parser)) == 0
     return {**found, "largest": largest.elements}
 
 
@@ -510,7 +511,7 @@ def refused_by_the_probe(config: PPOConfig) -> str:
     first = int(os.environ["RANK"]) == 0
     with torch.device("cpu" if first else "meta"):
         actor = tiny_llama(258)
-    complaint = mock.patch("ppo_fast.trainer.probe_all", side_effect=UserError("no packed rows"))
+    complaint = mock.patch("ppo_fast.llm.trainer.probe_all", side_effect=UserError("no packed rows"))
     with complaint if first else nullcontext(), pytest.raises(UserError) as error:
         PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge)
     return str(error.value)

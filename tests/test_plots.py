@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppo_fast.plots import can_draw, draw_learning_curves, range_shown
+from ppo_fast.common.plots import can_draw, draw_learning_curves, range_shown
 
 pytestmark = pytest.mark.skipif(not can_draw(), reason="matplotlib is not installed")
 SCORE = "score (mean of a step's answers)"
@@ -30,7 +30,7 @@ def figure(monkeypatch):
     from matplotlib.figure import Figure
 
     kept = []
-    monkeypatch.setattr("ppo_fast.plots._save", lambda figure, path, dpi: kept.append(figure))
+    monkeypatch.setattr("ppo_fast.common.plots._save", lambda figure, path, dpi: kept.append(figure))
 
     def draw(history):
         draw_learning_curves(history, "nowhere.png", "title")

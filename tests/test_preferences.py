@@ -11,11 +11,11 @@ from rich.console import Console
 from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from ppo_fast.cli import main
-from ppo_fast.errors import NonFiniteError, UserError
-from ppo_fast.label import label
-from ppo_fast.models import load_reward_model
-from ppo_fast.preferences import (
+from ppo_fast.cli.main import main
+from ppo_fast.common.errors import NonFiniteError, UserError
+from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
+from ppo_fast.llm.preferences.label import label
+from ppo_fast.llm.preferences.reward_model import (
     Pair,
     accuracy,
     bradley_terry_loss,
@@ -25,7 +25,6 @@ from ppo_fast.preferences import (
     train_reward_model,
     write_pairs,
 )
-from ppo_fast.reward import RewardModel
 
 
 def classifier(seed: int = 0, labels: int = 1) -> LlamaForSequenceClassification:

@@ -14,10 +14,10 @@ from tiny import byte_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
-from ppo_fast import attention, flash
-from ppo_fast.errors import UserError
-from ppo_fast.heads import Head, decoder_of
-from ppo_fast.probe import PROBE_LENGTHS, probe, probe_all
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.models.head import Head, decoder_of
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe, probe_all
+from ppo_fast.llm.packing import attention, flash
 from ppo_fast.rewards.fluency import Fluency
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -21,18 +21,21 @@ from tiny import byte_tokenizer, tiny_llama
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
-from ppo_fast import checkpoint, cli, interrupt
-from ppo_fast.config import PPOConfig
-from ppo_fast.device import derived_seed
-from ppo_fast.errors import UserError
-from ppo_fast.interrupt import stop_requests
-from ppo_fast.meeting import Meeting
-from ppo_fast.models import Critic
-from ppo_fast.parallel import full, why_lost
+from ppo_fast.cli import main as cli
+from ppo_fast.cli import train
+from ppo_fast.common import checkpoint
+from ppo_fast.common import signals as interrupt
+from ppo_fast.common.device import derived_seed
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.signals import stop_requests
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.distributed import full, why_lost
+from ppo_fast.llm.meeting import Meeting
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.reward.isolation import isolated
+from ppo_fast.llm.state import digest_of_rows
+from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Pool
-from ppo_fast.rewards.isolation import isolated
-from ppo_fast.run_state import digest_of_rows
-from ppo_fast.trainer import PPOTrainer
 
 posix = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 
@@ -117,7 +120,7 @@ def test_a_process_that_failed_ends_the_wait_of_the_others_at_once(store):
 
 
 def test_processes_that_no_longer_answer_are_named(store, monkeypatch):
-    monkeypatch.setattr("ppo_fast.meeting.SILENCE", 0.3)
+    monkeypatch.setattr("ppo_fast.llm.meeting.SILENCE", 0.3)
     three = meetings(store, 3)
     in_threads(*[lambda m=m: m("step 4") for m in three])
     assert in_threads(three[0].lost, three[1].lost) == ["rank 2, last seen after 'step 4'"] * 2
@@ -126,7 +129,7 @@ def test_processes_that_no_longer_answer_are_named(store, monkeypatch):
 
 def test_only_errors_of_collective_operations_are_taken_for_a_lost_process(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr("ppo_fast.parallel._meetings", [])
+    monkeypatch.setattr("ppo_fast.llm.distributed._meetings", [])
     gloo = "[/src/gloo/gloo/transport/tcp/{}] "
     for error, expected in [
         (RuntimeError(gloo.format("pair.cc:553") + "Connection closed by peer [127.0.0.1]:1453"), "has ended"),
@@ -232,7 +235,7 @@ def test_paths_quiet_and_the_order_of_sets_may_differ_and_other_code_of_a_reward
 
 
 def test_rows_with_sets_have_one_digest_under_each_hash_seed():
-    code = "from ppo_fast.run_state import digest_of_rows as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
+    code = "from ppo_fast.llm.state import digest_of_rows as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
     here = digest_of_rows([{"a": set("hello"), "b": [{"x", 1}]}])
     environment = {**os.environ, "PYTHONHASHSEED": "4", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -469,7 +472,7 @@ def in_process(folder: Path, arguments: list[str]) -> None:
     parser, train_parser = cli.build_parser()
     places = ["--model", str(folder / "model"), "--prompts", str(folder / "p.jsonl")]
     parsed = parser.parse_args(["train", *places, *SMALL.split(), *arguments])
-    assert cli.train(parsed, *cli.resolve(parsed, train_parser)) == 0
+    assert train.train(parsed, *train.resolve(parsed, train_parser)) == 0
 
 
 def of_steps(out: Path) -> list[dict[str, float]]:
@@ -670,13 +673,13 @@ UNDER_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-no
 GIVEN = ("--model", "model", "--prompts", "p.jsonl", "--reward", "r.py:steady", "--out", "out", "--device", "cpu")
 OTHER_OPTIONS = """
 import os, sys
-from ppo_fast.cli import main
+from ppo_fast.cli.main import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:] + ["--resume"] * int(os.environ["RANK"])))
 """
 KILLED_IN_A_COLLECTIVE = """
 import os, signal, sys, time
-from ppo_fast import cli, trainer
+from ppo_fast.cli import main as cli; from ppo_fast.llm import trainer
 def killed(*arguments, original=trainer.learn, calls=[], **options):
     calls.append(1)
     if len(calls) == 2 and os.environ["RANK"] == "1":

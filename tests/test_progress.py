@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ppo_fast.console import counted, say
-from ppo_fast.progress import COLUMNS, heading, line
+from ppo_fast.common.console import counted, say
+from ppo_fast.llm.report.progress import COLUMNS, heading, line
 
 METRICS = (
     {name: 0.5 for _, _, _, name in COLUMNS}
@@ -41,7 +41,7 @@ def test_a_line_fits_the_terminal_and_its_heading(width, steps):
 def shown(console: Console, seconds: list[float], monkeypatch, counts: list[int]) -> None:
     """A phase of 400 steps whose clock shows these seconds, at these counts."""
     times = iter([0.0, *seconds])
-    monkeypatch.setattr("ppo_fast.console.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("ppo_fast.common.console.time.perf_counter", lambda: next(times))
     with counted(console, "supervised", 400) as advance:
         for count in counts:
             advance(count, f"loss {count / 100:.1f}")

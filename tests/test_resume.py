@@ -10,13 +10,13 @@ import torch
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ppo_fast import checkpoint
-from ppo_fast.cli import main
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.progress import cut_back
-from ppo_fast.run_state import restore
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.cli.main import main
+from ppo_fast.common import checkpoint
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.state import restore
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
 TIMED = ("seconds", "tokens_per_second", "memory_mib")
@@ -357,9 +357,9 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(tmp_path, monkeypatch, ca
     command = ["train", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "p.jsonl"), "--quiet"]
     command += ["--reward", f"{tmp_path / 'r.py'}:f", "--dtype", "auto", "--device", "cpu", "--out"]
     command += [str(tmp_path / "run"), "--prompts-per-step", "4", "--max-new-tokens", "3", "--save-every", "1"]
-    monkeypatch.setattr("ppo_fast.device.bfloat16_cost", lambda: 0.6)
+    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda: 0.6)
     assert main([*command, "--lr-schedule", "constant", "--total-steps", "1"]) == 0
-    monkeypatch.setattr("ppo_fast.device.bfloat16_cost", lambda: 0.8)
+    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda: 0.8)
     assert main([*command, "--lr-schedule", "constant", "--total-steps", "2", "--resume"]) == 0, capsys.readouterr().err
     assert "dtype: bfloat16\n" in (tmp_path / "run" / "config.yaml").read_text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2

@@ -13,12 +13,12 @@ import torch
 import transformers
 from tiny import byte_tokenizer, tiny_llama
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import RewardError
-from ppo_fast.reward import score
+from ppo_fast.common.errors import RewardError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.reward.scoring import score
+from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import load_reward, matches, stays_in_role
-from ppo_fast.rollout import Rollout
-from ppo_fast.trainer import PPOTrainer
 
 CONFIG = PPOConfig()
 

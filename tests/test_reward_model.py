@@ -25,7 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from ppo_fast.reward import RewardModel
+from ppo_fast.llm.models.reward_model import RewardModel
 
 POSITIONS = 32
 PAD, CLS, SEP = 257, 258, 259  # of `encoder_tokenizer`

@@ -17,9 +17,9 @@ import pytest
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast import rewards
-from ppo_fast.cli import main
-from ppo_fast.errors import UserError
-from ppo_fast.reward import named_rewards
+from ppo_fast.cli.main import main
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.reward.scoring import named_rewards
 from ppo_fast.rewards import (
     bleu,
     chrf,
@@ -548,7 +548,7 @@ def test_a_column_that_the_data_lacks_is_a_type_error():
 
 
 def test_an_option_never_takes_its_value_from_a_column_unnoticed():
-    from ppo_fast.rewards.spec import arguments_of
+    from ppo_fast.llm.reward.function import arguments_of
 
     with pytest.raises(UserError, match=r"'low' is an option of the reward 'length_band' and a column of the data"):
         arguments_of(length_band, {"low": [1, 2]})

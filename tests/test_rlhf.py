@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ppo_fast.errors import UserError
+from ppo_fast.common.errors import UserError
 from ppo_fast.examples.rlhf import __main__ as command
 from ppo_fast.examples.rlhf.common import Settings, coherence
 from ppo_fast.examples.rlhf.judge import NGrams, repetition

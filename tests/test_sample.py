@@ -6,12 +6,12 @@ from tiny import byte_tokenizer, tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.decoding import AnswerText, StopTexts
-from ppo_fast.errors import UserError
-from ppo_fast.evaluate import visible
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.decoding import AnswerText, StopTexts
+from ppo_fast.llm.report.explanation import visible
+from ppo_fast.llm.sample import Answers, GenerateSampler, generate, respond
 from ppo_fast.rewards import Fluency
-from ppo_fast.sample import Answers, GenerateSampler, generate, respond
 
 CPU = torch.device("cpu")
 SPECIAL = {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<pad>"}

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.learn import rate_of_step
-from ppo_fast.trainer import PPOTrainer, notes_on_sampling
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.checks import notes_on_sampling
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.optimizer import rate_of_step
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello"}]
 

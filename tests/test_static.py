@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed: it exists for Lin
 import static
 from ptx.emulator import Emulator
 
-from ppo_fast.kernels import logprobs
+from ppo_fast.kernels.logprobs import launch as logprobs
 
 ROOT = Path(__file__).parent.parent
 OTHERS = [name for name in static.TARGETS if name != "sm_90"]

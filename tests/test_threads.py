@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppo_fast import threads
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
+from ppo_fast.common import threads
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [

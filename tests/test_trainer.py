@@ -9,13 +9,16 @@ import torch
 from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import NonFiniteError, UserError
-from ppo_fast.learn import Optimizer, accumulate_gradients, cut_as, evaluate, learn, packed
-from ppo_fast.reward import score
-from ppo_fast.rollout import Rollout
-from ppo_fast.sample import GenerateSampler, respond
-from ppo_fast.trainer import PPOTrainer, build_models
+from ppo_fast.common.errors import NonFiniteError, UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.experience import cut_as, evaluate, packed
+from ppo_fast.llm.learn import accumulate_gradients, learn
+from ppo_fast.llm.models.build import build_models
+from ppo_fast.llm.optimizer import Optimizer
+from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.reward.scoring import score
+from ppo_fast.llm.sample import GenerateSampler, respond
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "weight": float(i)} for i, text in enumerate(["hi", "what time is it", "a", "the fox jumps"])]
 

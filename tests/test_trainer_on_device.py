@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.attention import Layout, packed_attention
-from ppo_fast.config import PPOConfig
-from ppo_fast.models import compute_in
-from ppo_fast.probe import PROBE_LENGTHS, probe
-from ppo_fast.sample import generate
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe
+from ppo_fast.llm.packing.attention import Layout, packed_attention
+from ppo_fast.llm.sample import generate
+from ppo_fast.llm.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = pytest.mark.parametrize(("family", "dtype"), [(f, d) for d in tiny.DTYPES for f in tiny.FAMILIES])
@@ -79,7 +79,9 @@ def test_the_same_seed_samples_the_same_answers(device, family):
 def test_a_resumed_run_samples_the_answers_of_the_run_that_went_on(tmp_path, monkeypatch, last_device, family):
     """Weights and generators come back bit for bit. Gradients repeat bit for bit on a CPU; a GPU may add them in
     another order, so what follows from them is compared up to rounding."""
-    monkeypatch.setattr("ppo_fast.export.draw_learning_curves", lambda *_: None)  # a GPU machine may lack matplotlib
+    monkeypatch.setattr(
+        "ppo_fast.llm.report.export.draw_learning_curves", lambda *_: None
+    )  # a GPU machine may lack matplotlib
 
     def trainer_in(out: Path) -> PPOTrainer:
         return tiny.tiny_trainer(family, "float32", last_device, out=str(out), save_every=1, keep_checkpoints=9)
@@ -147,9 +149,9 @@ def test_packed_rows_are_as_exact_as_rows_one_by_one(device, family, dtype):
 
 TRAIN = """
 import sys
-from ppo_fast import plots
+from ppo_fast.common import plots
 plots.draw_learning_curves = lambda *_: None  # a GPU machine may lack matplotlib
-from ppo_fast import cli
+from ppo_fast.cli import main as cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ppo_fast as ppo
-from ppo_fast import checks, doctor
-from ppo_fast.kernels import eager_gae
-from ppo_fast.kernels.memory import addressable
+from ppo_fast import doctor
+from ppo_fast.kernels.common.memory import addressable
+from ppo_fast.kernels.gae import eager as eager_gae
+from ppo_fast.ops import checks
 
 CPU = torch.device("cpu")
 ALL = list(doctor.CHECKS)
@@ -152,8 +153,9 @@ def test_nothing_is_read_by_address_while_it_is_traced_or_transformed():
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_compiled_loop_is_given_memory_that_may_not_be_read_by_address(name, monkeypatch):
-    cpu = pytest.importorskip("ppo_fast.kernels.cpu", reason="numba is not installed")
-    from ppo_fast.kernels import cpu_advantages, cpu_loss
+    cpu = pytest.importorskip("ppo_fast.kernels.gae.cpu", reason="numba is not installed")
+    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    from ppo_fast.kernels.loss import cpu as cpu_loss
 
     for module in (eager_gae, cpu_loss, cpu_advantages):
         monkeypatch.setattr(module, "addressable", lambda *_: False)

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.trainer import PPOTrainer
 
 FAMILIES = ("llama", "gpt2")
 DTYPES = ("float32", "bfloat16")

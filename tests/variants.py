@@ -10,7 +10,7 @@ import random_calls
 from ptx.emulator import ARCHITECTURES, Emulator, Launch, compile_launch
 from triton.backends.compiler import GPUTarget
 
-from ppo_fast.kernels.launch import Variant
+from ppo_fast.kernels.common.launch import Variant
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 CALLS = 4000  # random calls that are captured

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from ppo_fast.console import announce_imports, console_of, counted, say
+from ppo_fast.common.console import announce_imports, console_of, counted, say
 
 if __name__ == "__main__":
     announce_imports()  # before the imports that take seconds
@@ -32,14 +32,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppo_fast.checkpoint import reported, write_file
-from ppo_fast.config import PPOConfig
-from ppo_fast.device import pick_device
-from ppo_fast.errors import UserError, plain_warnings
-from ppo_fast.folders import claim
-from ppo_fast.plots import can_draw, draw_learning_curves
-from ppo_fast.sample import generate
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.checkpoint import reported, write_file
+from ppo_fast.common.device import pick_device
+from ppo_fast.common.errors import UserError, plain_warnings
+from ppo_fast.common.folders import claim
+from ppo_fast.common.plots import can_draw, draw_learning_curves
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.sample import generate
+from ppo_fast.llm.trainer import PPOTrainer
 
 SEED = 0
 TEST_PROBLEMS = 1024

@@ -1,6 +1,6 @@
 """What the with_* examples share: progress with the time left, and errors of missing packages.
 
-Unlike ppo_fast/console.py, it needs no package besides Python: an environment of another project may lack rich.
+Unlike ppo_fast/common/console.py, it needs no package besides Python: an environment of another project may lack rich.
 """
 
 import shutil

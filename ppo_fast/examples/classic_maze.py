@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppo_fast.classic import ClassicConfig, ClassicTrainer
-from ppo_fast.envs.maze import MOVES, Cell, Maze, distances
-from ppo_fast.errors import UserError
+from ppo_fast.classic.envs.maze import MOVES, Cell, Maze, distances
+from ppo_fast.classic.ppo import ClassicConfig, ClassicTrainer
+from ppo_fast.common.errors import UserError
 
 
 def make_config(seed: int, out: str, *, total_steps: int, quiet: bool, overwrite: bool = False) -> ClassicConfig:

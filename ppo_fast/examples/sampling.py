@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.console import announce_imports, console_of, counted, say
+from ppo_fast.common.console import announce_imports, console_of, counted, say
 
 if __name__ == "__main__":
     announce_imports()  # before the imports that take seconds
@@ -27,17 +27,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_fast.checkpoint import reported, write_file
-from ppo_fast.config import PPOConfig
-from ppo_fast.data import prompt_ids, read_prompts
-from ppo_fast.decoding import AnswerText
-from ppo_fast.device import pick_device
-from ppo_fast.errors import UserError, plain_warnings
-from ppo_fast.folders import claim
-from ppo_fast.models import load_actor
-from ppo_fast.plots import can_draw
+from ppo_fast.common.checkpoint import reported, write_file
+from ppo_fast.common.device import pick_device
+from ppo_fast.common.errors import UserError, plain_warnings
+from ppo_fast.common.folders import claim
+from ppo_fast.common.plots import can_draw
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.data import prompt_ids, read_prompts
+from ppo_fast.llm.decoding import AnswerText
+from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
-from ppo_fast.sample import GenerateSampler, drop_long_prompts
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"top_k": 1},

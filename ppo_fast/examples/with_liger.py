@@ -36,7 +36,7 @@ def train(config: Any, *, hidden: int, liger: bool, progress: Progress | None = 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ppo_fast.examples.arithmetic import make_tokenizer
-    from ppo_fast.trainer import PPOTrainer
+    from ppo_fast.llm.trainer import PPOTrainer
 
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer()
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import liger_kernel  # noqa: F401
 
-        from ppo_fast.config import PPOConfig
-        from ppo_fast.errors import UserError
+        from ppo_fast.common.errors import UserError
+        from ppo_fast.llm.config import PPOConfig
     except ImportError as error:
         return failed("with_liger", error, INSTALL)
     config = PPOConfig(total_steps=options.steps, max_new_tokens=16, lr=1e-4, critic_lr=1e-4, quiet=True)

@@ -9,8 +9,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from ppo_fast.config import nearest
-from ppo_fast.errors import UserError
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.options import nearest
 
 NAMES = ("question_answering", "summarisation", "translation", "dialogue", "free_text", "classification")
 _FILES = ("recipe.yaml", "prompts.jsonl", "held_out.jsonl")

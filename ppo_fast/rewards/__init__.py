@@ -14,6 +14,7 @@ text, or a list of texts of which the best counts. An answer without one (None) 
 teach the model something wrong.
 """
 
+from ppo_fast.llm.reward.function import Configured, load_reward
 from ppo_fast.rewards.dialogue import length_band, no_echo, no_repetition, stays_in_role
 from ppo_fast.rewards.fluency import Fluency
 from ppo_fast.rewards.form import json_schema, matches
@@ -23,7 +24,6 @@ from ppo_fast.rewards.matching import exact_match, f1
 from ppo_fast.rewards.numbers import number_in, numeric
 from ppo_fast.rewards.overlap import bleu, chrf, rouge_l
 from ppo_fast.rewards.pool import Pool
-from ppo_fast.rewards.spec import Configured, load_reward
 
 __all__ = [
     "Configured",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import ppo_fast as ppo
-from ppo_fast.device import upload
-from ppo_fast.errors import UserError
+from ppo_fast.common.device import upload
+from ppo_fast.common.errors import UserError
 
 
 class Fluency:
@@ -45,7 +45,7 @@ class Fluency:
     ) -> None:
         self.follows_trainer = isinstance(model, str | Path) and device is None
         if isinstance(model, str | Path):
-            from ppo_fast.models import load_actor
+            from ppo_fast.llm.models.loading import load_actor
 
             model, tokenizer = load_actor(str(model))
         if tokenizer is None:
@@ -72,7 +72,7 @@ class Fluency:
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float]:
         """One number for each answer."""
-        from ppo_fast.data import prompt_ids
+        from ppo_fast.llm.data import prompt_ids
 
         if not completions:
             return []
@@ -95,7 +95,7 @@ class Fluency:
     def _computed_alike(self, lengths: list[int]) -> list[list[int]]:
         """The numbers of texts that may share a batch: a model may compute a batch by its longest text, and differently
         beyond a length that its configuration names (longrope)."""
-        from ppo_fast.probe import named_lengths
+        from ppo_fast.llm.models.probe import named_lengths
 
         boundaries = named_lengths(self.model, max(lengths))
         alike: dict[int, list[int]] = {}
@@ -118,7 +118,7 @@ class Fluency:
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""
-        from ppo_fast.heads import text_config
+        from ppo_fast.llm.models.head import text_config
 
         positions = getattr(text_config(self.model), "max_position_embeddings", None)
         if positions is not None:
@@ -140,8 +140,8 @@ class Fluency:
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
-        from ppo_fast.heads import decoder_of, head_of, without_cache
-        from ppo_fast.probe import probe_head
+        from ppo_fast.llm.models.head import decoder_of, head_of, without_cache
+        from ppo_fast.llm.models.probe import probe_head
 
         if self.head is None:
             self.head = probe_head(self.model)

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from ppo_fast.errors import UserError
+from ppo_fast.common.errors import UserError
 from ppo_fast.rewards.matching import best_of, references_of, rows_of, words
 
 

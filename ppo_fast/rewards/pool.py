@@ -21,9 +21,9 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 from typing import Any
 
-from ppo_fast.errors import UserError
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.reward.function import arguments_of, check_columns, load_reward
 from ppo_fast.rewards.overlap import package
-from ppo_fast.rewards.spec import arguments_of, check_columns, load_reward
 
 POSIX = os.name == "posix"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

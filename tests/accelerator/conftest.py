@@ -57,7 +57,7 @@ def second_testgpu(testgpu: torch.device) -> torch.device:
 @pytest.fixture
 def as_cuda(testgpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The first test device, and both are an H100 to the project: choices by compute capability are those of a GPU."""
-    from ppo_fast import device as project_device
+    from ppo_fast.common import device as project_device
 
     asked = project_device.compute_capability
     monkeypatch.setattr(

@@ -8,11 +8,11 @@ import torch
 from tiny import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.reward import RewardModel
-from ppo_fast.run_state import random_state
-from ppo_fast.sample import Answers
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.sample import Answers
+from ppo_fast.llm.state import random_state
+from ppo_fast.llm.trainer import PPOTrainer
 
 TEXTS = ("hi", "what time is it", "a", "the fox jumps", "over", "it all")
 ROWS = [{"prompt": text, "weight": float(i)} for i, text in enumerate(TEXTS)]

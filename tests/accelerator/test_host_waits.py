@@ -8,8 +8,8 @@ import torch
 from accelerator import runs
 from accelerator.waits import Waits, record_waits
 
-from ppo_fast.packing import cut
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.packing.pack import cut
+from ppo_fast.llm.trainer import PPOTrainer
 
 PHASES = 4  # sample, reward, advantages, learn: each ends with a synchronisation, for its time
 SAMPLED = 2  # tokens and log-probabilities of a batch of answers

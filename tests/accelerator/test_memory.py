@@ -16,12 +16,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_fast import memory
-from ppo_fast import trainer as trainer_module
-from ppo_fast.config import PPOConfig
-from ppo_fast.errors import UserError
-from ppo_fast.models import Critic, add_lora
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm import memory
+from ppo_fast.llm import trainer as trainer_module
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.lora import add_lora
+from ppo_fast.llm.trainer import PPOTrainer
 
 QWEN2 = Qwen2Config(
     vocab_size=258,
@@ -231,8 +232,8 @@ def test_adapters_that_the_actor_brings_are_calculated_as_they_are():
 
 
 def test_merging_adapters_takes_no_memory_of_the_device(testgpu: torch.device):
-    from ppo_fast.export import merged
-    from ppo_fast.models import add_lora
+    from ppo_fast.llm.models.lora import add_lora
+    from ppo_fast.llm.report.export import merged
 
     actor = add_lora(tiny_llama(258), rank=4, alpha=8, targets="all-linear", language_model=True).to(testgpu)
     module = torch.get_device_module(testgpu)

@@ -10,7 +10,7 @@ from accelerator.waits import record_waits
 from torch import Tensor
 
 import ppo_fast as ppo
-from ppo_fast.kernels import linear_chunks
+from ppo_fast.kernels.linear import chunks as linear_chunks
 
 B, T, V, D = 5, 13, 97, 16
 Inputs = dict[str, Tensor]

@@ -11,7 +11,7 @@ from accelerator.collectives import run_child
 from accelerator.runs import PARALLEL, FixedAnswers, assert_same_metrics, metrics, parallel_runs, trainer
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ppo_fast.trainer", "torch.utils.tensorboard", "peft"])
+SERVER.set_forkserver_preload(["ppo_fast.llm.trainer", "torch.utils.tensorboard", "peft"])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from accelerator.runs import FixedAnswers, assert_same_metrics, classifier, reward_model, trainer, untouched
 from tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast.preferences import Pair, accuracy, calibrate, train_reward_model
+from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, train_reward_model
 from ppo_fast.rewards.fluency import Fluency
 
 PROMPTS, ANSWERS = ["hi", "what is it", "a"], ["there", "a fox", "bc"]

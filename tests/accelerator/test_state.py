@@ -10,7 +10,7 @@ from accelerator.runs import HELD_OUT, llama, metrics, off_device, trainer, unto
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.trainer import PPOTrainer
 
 RUNS: dict[str, dict[str, Any]] = {
     "fp32": {},

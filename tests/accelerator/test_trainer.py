@@ -27,9 +27,10 @@ from accelerator.waits import record_waits
 from flash_attn_stand_in import machine
 from tiny import byte_tokenizer
 
-from ppo_fast import flash
-from ppo_fast.models import Critic, add_lora
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.lora import add_lora
+from ppo_fast.llm.packing import flash
+from ppo_fast.llm.trainer import PPOTrainer
 
 # The orders of sums differ: attention takes SDPA's math path here and a fused one on a CPU, and the chunks of logits
 # have other sizes. Each is off by a few 2^-24, and two steps of training add up some.
@@ -265,7 +266,7 @@ def test_the_current_device_is_used_by_a_name_without_an_index(second_testgpu: t
 
 
 def test_a_device_that_does_not_exist_is_rejected_with_those_that_do(testgpu: torch.device) -> None:
-    from ppo_fast.errors import UserError
+    from ppo_fast.common.errors import UserError
 
     with pytest.raises(UserError, match=r"'testgpu:3' does not exist; this machine has testgpu:0, testgpu:1"):
         trainer("testgpu:3")

@@ -144,15 +144,15 @@ def test_a_wait_of_a_kernel_in_backward_has_the_line_of_the_call(testgpu: torch.
 def test_waits_belong_to_the_package_whose_line_is_innermost(testgpu: torch.device) -> None:
     from tiny import tiny_llama
 
-    from ppo_fast.kernels.linear_chunks import counted_rows
+    from ppo_fast.kernels.linear.chunks import counted_rows
 
     model = tiny_llama(258).to(testgpu)
     ids = torch.ones(2, 5, dtype=torch.int64, device=testgpu)
     with record_waits() as waits:
         counted_rows(ids > 0, None, 10)
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
-    assert [wait.place.split(":")[0] for wait in waits.of("ppo_fast")] == ["kernels/linear_chunks.py"]
-    assert waits.called_from("kernels/linear_chunks.py") == waits.of("ppo_fast")
+    assert [wait.place.split(":")[0] for wait in waits.of("ppo_fast")] == ["kernels/linear/chunks.py"]
+    assert waits.called_from("kernels/linear/chunks.py") == waits.of("ppo_fast")
     assert {wait.place.split(":")[0] for wait in waits.of("transformers")} >= {"generation/utils.py"}
     assert len(waits.of("ppo_fast")) + len(waits.of("transformers")) == len(waits)
     assert "generation/utils.py" in str(waits)

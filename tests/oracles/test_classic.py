@@ -11,7 +11,8 @@ functional = pytest.importorskip("torchrl.objectives.value.functional", reason=M
 import against_sb3  # noqa: E402
 from oracles.test_sb3 import filled_buffer  # noqa: E402
 
-from ppo_fast.classic import Batch, ClassicConfig, ClassicTrainer  # noqa: E402
+from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
+from ppo_fast.classic.ppo import Batch  # noqa: E402
 
 HYPERPARAMETERS = dict(envs=4, steps=1024, rollout=64, batch=32, lam=0.9, gamma=0.98, epochs=3, lr=1e-3)
 

@@ -18,10 +18,10 @@ from tiny import byte_tokenizer, tiny_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 import ppo_fast as ppo  # noqa: E402
-from ppo_fast.config import PPOConfig  # noqa: E402
 from ppo_fast.examples import with_liger  # noqa: E402
-from ppo_fast.probe import probe  # noqa: E402
-from ppo_fast.trainer import PPOTrainer  # noqa: E402
+from ppo_fast.llm.config import PPOConfig  # noqa: E402
+from ppo_fast.llm.models.probe import probe  # noqa: E402
+from ppo_fast.llm.trainer import PPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger on CPU tensors")
 IDS = torch.arange(14).view(2, 7) * 5 % 250

@@ -219,7 +219,8 @@ class Emulator:
         Row kernels may store to the padding of a chunk of logits, and must ignore what they load from it: it is filled
         with NaN.
         """
-        from ppo_fast.kernels import launch, linear_chunks
+        from ppo_fast.kernels.common import launch
+        from ppo_fast.kernels.linear import chunks as linear_chunks
 
         originals = JITFunction.run, launch.interpreting, linear_chunks.chunk_buffer
 

@@ -13,19 +13,19 @@ from ptx.emulator import Emulator, poison, poisoned_allocations
 
 
 @triton.jit
-def _scale_kernel(x_ptr, out_ptr, factor, n, BLOCK: tl.constexpr):
+def scale_kernel(x_ptr, out_ptr, factor, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n) * factor, mask=at < n)
 
 
 @triton.jit
-def _sum_of_flags_kernel(out_ptr, A: tl.constexpr, B: tl.constexpr):
+def sum_of_flags_kernel(out_ptr, A: tl.constexpr, B: tl.constexpr):
     flags = (A, B)
     tl.store(out_ptr, flags[0] + flags[1])
 
 
 @triton.jit
-def _difference_of_exponentials_kernel(x_ptr, out_ptr):
+def difference_of_exponentials_kernel(x_ptr, out_ptr):
     """2^x - 2^(x + 2^-12) at x of order 1: the noise of ex2 is large against the result."""
     at = tl.arange(0, 32)
     x = tl.load(x_ptr + at)
@@ -33,7 +33,7 @@ def _difference_of_exponentials_kernel(x_ptr, out_ptr):
 
 
 @triton.jit
-def _fused_kernel(x_ptr, out_ptr):
+def fused_kernel(x_ptr, out_ptr):
     at = tl.arange(0, 32)
     x = tl.load(x_ptr + at)
     tl.store(out_ptr + at, x * x - 1.00048828125)
@@ -50,7 +50,7 @@ def test_a_kernel_computes_on_cpu_tensors_and_is_compiled_once(own):
     x = torch.randn(100)
     for factor in (2.0, 3.0):
         out = torch.empty_like(x)
-        _scale_kernel[(4,)](x, out, factor, 100, BLOCK=32)
+        scale_kernel[(4,)](x, out, factor, 100, BLOCK=32)
         assert torch.equal(out, factor * x)
     assert len(own.launches) == 1
     assert not own.issues
@@ -60,7 +60,7 @@ def test_a_launch_is_specialised_as_on_a_gpu(own):
     """Triton assumes that aligned pointers and multiples of 16 stay so, and makes the integer 1 a constant."""
     x = torch.randn(65)
     for tensor, n in ((x[:64], 64), (x[1:], 64), (x[:64], 1), (x[:64], 63)):
-        _scale_kernel[(4,)](tensor, torch.empty(64), 2.0, n, BLOCK=32)
+        scale_kernel[(4,)](tensor, torch.empty(64), 2.0, n, BLOCK=32)
     assert len(own.launches) == 4
     names = [sorted(name for name, _ in launch.attributes) for launch in own.launches]
     assert names[0] == ["n", "out_ptr", "x_ptr"]
@@ -69,7 +69,7 @@ def test_a_launch_is_specialised_as_on_a_gpu(own):
 
 
 @triton.jit
-def _last_program_kernel(out_ptr):
+def last_program_kernel(out_ptr):
     tl.store(out_ptr, tl.program_id(0))
 
 
@@ -81,7 +81,7 @@ def test_the_order_of_programs_depends_on_the_seed_and_the_number_of_the_launch(
         with emulator.installed():
             for _ in range(3):
                 out = torch.zeros(1, dtype=torch.int32)
-                _last_program_kernel[(100,)](out)
+                last_program_kernel[(100,)](out)
                 found.append(out.item())
         return found
 
@@ -95,7 +95,7 @@ def test_the_order_of_programs_depends_on_the_seed_and_the_number_of_the_launch(
 @pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536), (2**31,)])
 def test_a_grid_that_no_gpu_can_run_raises_an_error(own, grid):
     with pytest.raises(ValueError, match="no GPU can run a grid"):
-        _last_program_kernel[grid](torch.zeros(1, dtype=torch.int32))
+        last_program_kernel[grid](torch.zeros(1, dtype=torch.int32))
 
 
 def test_all_architectures_compute_the_same():
@@ -103,14 +103,14 @@ def test_all_architectures_compute_the_same():
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
         with Emulator(architecture).installed() as emulator:
             out = torch.empty(64)
-            _scale_kernel[(2,)](x, out, 0.5, 64, BLOCK=32)
+            scale_kernel[(2,)](x, out, 0.5, 64, BLOCK=32)
         assert torch.equal(out, x / 2), architecture
         assert not emulator.issues
 
 
 def test_sums_of_flags_from_a_tuple_are_reported(own):
     out = torch.zeros(1, dtype=torch.int32)
-    _sum_of_flags_kernel[(1,)](out, A=True, B=True)
+    sum_of_flags_kernel[(1,)](out, A=True, B=True)
     assert out.item() == 0  # modulo 2, where Python says 2
     assert {issue.message for issue in own.issues} == {"integer arithmetic on bools, modulo 2"}
 
@@ -123,7 +123,7 @@ def test_results_that_depend_on_the_last_bits_of_an_approximation_differ_by_more
     for amplitude in (0.0, 1.0):
         with Emulator(amplitude=amplitude).installed():
             out = torch.empty(32)
-            _difference_of_exponentials_kernel[(1,)](x, out)
+            difference_of_exponentials_kernel[(1,)](x, out)
         errors[amplitude] = (out - truth).abs().max()
     assert errors[0.0] <= 2 * eager
     assert errors[1.0] > 2 * eager
@@ -137,7 +137,7 @@ def test_a_contraction_is_run_both_ways_and_turned_off_by_the_launch_option():
             emulator.contract = contract
             with emulator.installed():
                 out = torch.empty(32)
-                _fused_kernel[(1,)](x, out, enable_fp_fusion=fusion)
+                fused_kernel[(1,)](x, out, enable_fp_fusion=fusion)
             results[fusion, contract] = out[0].item()
     assert results[False, True] == results[False, False] == 0.0
     assert results[True, True] == 2.0**-24
@@ -154,7 +154,7 @@ def test_new_tensors_are_poisoned_inside_the_block_only():
 
 
 @triton.jit
-def _copy_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+def copy_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n, other=0), mask=at < n)
 
@@ -162,7 +162,7 @@ def _copy_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 def test_a_store_outside_of_a_view_is_reported(own):
     """The storage has more elements than the view."""
     for n, message in ((7, set()), (8, {"store outside of the view out_ptr"})):
-        _copy_kernel[(1,)](torch.ones(8), torch.empty(16)[:7], n, BLOCK=16)
+        copy_kernel[(1,)](torch.ones(8), torch.empty(16)[:7], n, BLOCK=16)
         assert {issue.message for issue in own.issues} == message
 
 
@@ -170,13 +170,13 @@ def test_a_store_outside_of_a_view_is_reported(own):
 def test_every_second_element_that_nobody_has_written_is_reported(own, dtype):
     x = poison(torch.empty(64, dtype=dtype))
     x[::2] = 1
-    _copy_kernel[(1,)](x, torch.empty_like(x), 64, BLOCK=64)
+    copy_kernel[(1,)](x, torch.empty_like(x), 64, BLOCK=64)
     assert "load of bytes of x_ptr that have never been written" in {issue.message for issue in own.issues}
 
 
 def test_every_value_of_int8_may_be_loaded(own):
     x, out = torch.arange(-128, 128).to(torch.int8), torch.empty(256, dtype=torch.int8)
-    _copy_kernel[(1,)](x, out, 256, BLOCK=256)
+    copy_kernel[(1,)](x, out, 256, BLOCK=256)
     assert torch.equal(x, out)
     assert not own.issues
 

@@ -18,12 +18,12 @@ anew, PPO goes on from its checkpoint. The result is DIR/report.md, with picture
 import argparse
 import sys
 
-from ppo_fast.console import announce_imports, console_of
+from ppo_fast.common.console import announce_imports, console_of
 
 if __name__ == "__main__":
     announce_imports()  # before the imports that take seconds
 
-from ppo_fast.errors import UserError, plain_warnings
+from ppo_fast.common.errors import UserError, plain_warnings
 from ppo_fast.examples.rlhf.common import Settings
 from ppo_fast.examples.rlhf.phases import run
 

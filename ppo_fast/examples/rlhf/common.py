@@ -7,12 +7,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_fast.device import pick_device
+from ppo_fast.common.device import pick_device
 from ppo_fast.examples.rlhf.judge import NGrams, repetition
 from ppo_fast.examples.rlhf.text import Stretch, stretches
-from ppo_fast.loading import no_loading_bars
-from ppo_fast.models import load_reward_model
-from ppo_fast.reward import RewardModel
+from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
+from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.rewards import Fluency
 
 

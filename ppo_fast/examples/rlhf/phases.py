@@ -23,32 +23,25 @@ from transformers import (
     set_seed,
 )
 
-from ppo_fast.checkpoint import UNFINISHED, recover, replace
-from ppo_fast.config import PPOConfig
-from ppo_fast.console import counted, say
-from ppo_fast.device import pick_device
-from ppo_fast.errors import UserError
+from ppo_fast.common.checkpoint import UNFINISHED, recover, replace
+from ppo_fast.common.console import counted, say
+from ppo_fast.common.device import pick_device
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.folders import claim
+from ppo_fast.common.plots import can_draw
 from ppo_fast.examples.rlhf import report
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
-from ppo_fast.examples.rlhf.text import (
-    ANSWER_TOKENS,
-    KINDS,
-    cut,
-    make_tokenizer,
-    read_text,
-    spoil,
-    stretches,
-)
-from ppo_fast.folders import claim
-from ppo_fast.heads import decoder_of
-from ppo_fast.loading import no_loading_bars
-from ppo_fast.models import Critic, load_reward_model
-from ppo_fast.plots import can_draw
-from ppo_fast.preferences import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
+from ppo_fast.examples.rlhf.text import ANSWER_TOKENS, KINDS, cut, make_tokenizer, read_text, spoil, stretches
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.head import decoder_of
+from ppo_fast.llm.models.reward_model import load_reward_model
+from ppo_fast.llm.models.weights import no_loading_bars
+from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
+from ppo_fast.llm.sample import generate
+from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package
-from ppo_fast.sample import generate
-from ppo_fast.trainer import PPOTrainer
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:

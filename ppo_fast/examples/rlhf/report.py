@@ -11,17 +11,17 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.device import pick_device
-from ppo_fast.evaluate import distinct
+from ppo_fast.common.device import pick_device
+from ppo_fast.common.plots import draw_learning_curves, read_metrics
+from ppo_fast.common.text import shortened
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
-from ppo_fast.loading import no_loading_bars
-from ppo_fast.plots import draw_learning_curves, read_metrics
-from ppo_fast.progress import shortened
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.weights import no_loading_bars
+from ppo_fast.llm.report.evaluation import distinct
+from ppo_fast.llm.sample import generate
 from ppo_fast.rewards import Fluency
-from ppo_fast.sample import generate
 
 SHOWN = {
     "reward_model": "reward model (0: real text)",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ppo_fast.data import read_text as read_file
-from ppo_fast.errors import UserError
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.data import read_text as read_file
 
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 64

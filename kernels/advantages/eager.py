@@ -1,0 +1,261 @@
+"""The torch backend of shape_rewards, masked_whiten, rlhf_advantages and (from eager_gae.py) gae: CPU, or any device.
+
+The same numbers as reference.py in fewer passes over the data. Nothing here carries a graph: rewards, advantages and
+returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu_advantages.py).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppo_fast.kernels.common.numba_loops import numba_works
+from ppo_fast.kernels.gae.eager import float_dtype, gae
+
+__all__ = ["gae", "masked_whiten", "merge_over_group", "rlhf_advantages", "shape_rewards"]
+
+_LOG_RATIO_CLAMP = 20.0  # as in reference.kl_estimate
+_STATISTICS = ("score_mean", "reward_mean", "kl_mean", "return_mean", "advantage_mean", "advantage_std")
+
+
+def _compiled_loops_take(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not numba_works():
+        return False
+    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+
+    return cpu_advantages.takes(*tensors)
+
+
+def _kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """reference.kl_estimate, one temporary at most."""
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square_().mul_(0.5)
+    if kind == "k3":
+        return torch.exp(-d.clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)).sub_(1).add_(d)
+    return d.abs_()
+
+
+def _real(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype)
+
+
+def _score_slot(mask: Tensor, reward_at: str) -> tuple[Tensor, Tensor]:
+    """The slot of each row's score, [B], and whether the row has one: the last counted step, or the one behind it."""
+    T = mask.shape[-1]
+    steps = torch.arange(1, T + 1, dtype=torch.int32, device=mask.device)
+    last = (mask * steps).amax(-1).long()  # counted from 1, so that 0 is: none
+    slot = last - 1 if reward_at == "last" else last.clamp(max=T - 1)
+    return slot.clamp_(min=0), last > 0
+
+
+def shape_rewards(
+    scores: Tensor,  # [B] or [B, T]
+    logprobs: Tensor,  # [B, T]
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    score_clip: float | None = None,
+    reward_at: str = "last",
+) -> tuple[Tensor, ...]:
+    """Rewards and KL, and for "after_last" the longer mask: reference.shape_rewards without a graph."""
+    if _compiled_loops_take(scores, logprobs, ref_logprobs, mask):
+        from ppo_fast.kernels.advantages import cpu as cpu_advantages
+
+        return cpu_advantages.shape_rewards(
+            scores,
+            logprobs,
+            ref_logprobs,
+            mask,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            score_clip=score_clip,
+            reward_at=reward_at,
+            clamp=_LOG_RATIO_CLAMP,
+        )
+    dtype = float_dtype(scores, logprobs, ref_logprobs)
+    with torch.no_grad():
+        kl = _kl(_real(logprobs, dtype), _real(ref_logprobs, dtype), kl_estimator)
+        kl = torch.where(mask, kl, 0)
+        score = _real(scores, dtype)
+        if score_clip is not None:
+            score = score.clamp(-float(score_clip), float(score_clip))
+        rewards = kl * -float(kl_coef)
+        if scores.ndim == mask.ndim:
+            return rewards.add_(torch.where(mask, score, 0)), kl
+        if mask.numel() == 0:
+            return (rewards, kl) if reward_at == "last" else (rewards, kl, mask.clone())
+        slot, present = _score_slot(mask, reward_at)
+        slot = slot.unsqueeze(-1)
+        rewards.scatter_add_(-1, slot, torch.where(present, score, 0).unsqueeze(-1))
+        if reward_at == "last":
+            return rewards, kl
+        return rewards, kl, mask.scatter(-1, slot, mask.gather(-1, slot) | present.unsqueeze(-1))
+
+
+def merge_over_group(count: Tensor, mean: Tensor, m2: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Count, mean and sum of squared deviations of the elements of all ranks (Chan, Golub and LeVeque 1979).
+
+    Every rank adds the same numbers in rank order, hence the same bits everywhere. fp64, so that counts are exact.
+    """
+    mine = torch.stack([count.double(), mean.double(), m2.double()])
+    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, mine, group=group)
+    counts, means, m2s = torch.stack(ranks, dim=1)
+    total = counts.sum()
+    merged = (counts * means).sum() / total.clamp(min=1)
+    return total, merged, m2s.sum() + (counts * (means - merged).square()).sum()
+
+
+def _moments(x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """Count, mean and sum of squared deviations over the counted elements, and x - mean with 0 elsewhere."""
+    kept = x if mask is None else torch.where(mask, x, 0)
+    count = torch.full_like(x.sum(), x.numel()) if mask is None else mask.sum().to(x.dtype)
+    mean = kept.sum() / count.clamp(min=1)
+    centred = kept - mean if mask is None else torch.where(mask, x - mean, 0)
+    m2 = torch.linalg.vector_norm(centred).square()
+    if group is None:
+        return count, mean, m2, centred
+    total, merged, m2 = merge_over_group(count, mean, m2, group)
+    shift = (mean - merged).to(x.dtype)
+    centred = centred + shift if mask is None else torch.where(mask, centred + shift, 0)
+    return total, merged.to(x.dtype), m2, centred
+
+
+def _whiten(
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whitened x, and mean and standard deviation (unbiased or not) of what came in."""
+    count, mean, m2, centred = _moments(x, mask, group)
+    variance = m2 / (count - int(unbiased)).clamp(min=1)
+    scale = torch.where(count > 1, torch.rsqrt(variance + float(eps)), 1).to(x.dtype)
+    whitened = centred * scale
+    if not shift_mean:
+        whitened = whitened + mean if mask is None else torch.where(mask, whitened + mean, 0)
+    return whitened, mean, variance.sqrt().to(x.dtype)
+
+
+def _whiten_compiled(
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+    group: dist.ProcessGroup | None,
+    in_place: bool = False,
+) -> tuple[Tensor, float, float]:
+    """`_whiten` by compiled loops, with mean and standard deviation as numbers."""
+    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+
+    count, mean, m2 = cpu_advantages.moments(x, mask)
+    if group is not None:
+        count, mean, m2 = (
+            y.item()
+            for y in merge_over_group(*torch.tensor((count, mean, m2), dtype=torch.float64, device="cpu"), group)
+        )
+    variance = m2 / max(count - int(unbiased), 1.0)
+    spread = math.sqrt(variance + float(eps))
+    scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread
+    shift = 0.0 if shift_mean else mean
+    whitened = cpu_advantages.scaled(x, mask, mean=mean, scale=scale, shift=shift, in_place=in_place)
+    return whitened, mean, math.sqrt(variance)
+
+
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """reference.masked_whiten without a graph; with `group`, count, mean and variance are those of all its ranks."""
+    how = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
+    if _compiled_loops_take(x, mask):
+        return _whiten_compiled(x, mask, **how)[0]
+    with torch.no_grad():
+        return _whiten(_real(x, float_dtype(x)), mask, **how)[0]
+
+
+def _mean(x: Tensor, counted: Tensor) -> Tensor:
+    """Mean where counted; x is 0 elsewhere."""
+    return x.sum() / counted.sum().clamp(min=1)
+
+
+def rlhf_advantages(
+    scores: Tensor,  # [B] or [B, T]
+    logprobs: Tensor,  # [B, T]
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    score_clip: float | None = None,
+    reward_at: str = "last",
+    gamma: float | Tensor = 1.0,  # or [B]
+    lam: float | Tensor = 0.95,
+    bootstrap: Tensor | None = None,  # [B]
+    whiten: bool = True,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Advantages, returns, rewards, KL and statistics: shape_rewards, gae and masked_whiten in a row."""
+    shaping = {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "score_clip": score_clip, "reward_at": reward_at}
+    whitening = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
+    compiled = _compiled_loops_take(scores, logprobs, ref_logprobs, values, mask)
+    if compiled:
+        from ppo_fast.kernels.advantages import cpu as cpu_advantages
+
+        sums = torch.empty(len(mask), len(cpu_advantages.SUMS), dtype=torch.float64, device="cpu")
+        rewards, kl, *longer = cpu_advantages.shape_rewards(
+            scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, sums=sums, **shaping
+        )
+    else:
+        rewards, kl, *longer = shape_rewards(scores, logprobs, ref_logprobs, mask, **shaping)
+    steps = longer[0] if longer else mask
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
+    stats: Sequence[Tensor]
+    with torch.no_grad():
+        if compiled:
+            whitened, *spread = _whiten_compiled(advantages, mask, in_place=whiten, **whitening)
+            means = _compiled_means(sums, returns, steps if longer else None)
+            stats = torch.tensor((*means, *spread), dtype=torch.float32, device="cpu").unbind()
+        else:
+            whitened, mean, std = _whiten(advantages, mask, **whitening)
+            rows, score = mask.any(-1), _real(scores, rewards.dtype)
+            score = torch.where(rows if score.ndim == 1 else mask, score, 0)
+            stats = _mean(score, rows), _mean(rewards, rows), _mean(kl, mask), _mean(returns, steps), mean, std
+        if not whiten:
+            whitened = torch.where(mask, advantages, 0) if longer else advantages
+    return whitened, returns, rewards, kl, dict(zip(_STATISTICS, stats, strict=True))
+
+
+def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> list[float]:
+    """Scores and rewards per row, KL per token, returns per step; returns are 0 where nothing counts.
+
+    sums [B, len(SUMS)] are those of cpu_advantages.shape_rewards; steps are those of the mask if not given.
+    """
+    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+
+    rows, tokens, kl, rewards, scores = sums.sum(0).tolist()
+    count = tokens if steps is None else int(steps.sum())
+    total = cpu_advantages.total(returns)
+    parts = ((scores, rows), (rewards, rows), (kl, tokens), (total, count))
+    return [x / max(n, 1) for x, n in parts]

@@ -1,0 +1,314 @@
+"""The device code of advantages.py: reference.shape_rewards, masked_whiten and rlhf_advantages.
+
+The scan is that of gae_kernels.py, over rewards that never exist in memory before they are used: each tile makes them
+from log-probabilities, scores and mask. Whitening needs the moments of all rows, hence another launch, which
+whiten_kernels.py has; the scan leaves the moments and sums of what each of its programs wrote.
+"""
+
+import triton
+import triton.language as tl
+
+from ppo_fast.kernels.advantages.whiten_kernel import add_elements, over_lanes
+from ppo_fast.kernels.gae.kernel import apply_map, chain, compose, is_given, row_numbers, row_start, row_tile, step_maps
+
+LOG_RATIO_CLAMP = tl.constexpr(20.0)  # as in reference.kl_estimate
+
+
+@triton.jit
+def _kl(d, kind):
+    """reference.kl_estimate. All four cost less than a variant of the kernel for each would."""
+    exponent = tl.where(d > LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP, tl.where(d < -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP, -d))
+    k3 = tl.exp(exponent) - 1.0 + d
+    return tl.where(kind == 0, d, tl.where(kind == 1, 0.5 * d * d, tl.where(kind == 2, k3, tl.abs(d))))
+
+
+@triton.jit
+def _clipped(x, clip):
+    """Clamped to +-clip; a NaN stays, where minimum and maximum would lose it."""
+    return tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
+
+
+@triton.jit
+def _last_counted(mask, T, lowest, inside, W: tl.constexpr):
+    """The last counted step of each row if it is not before `lowest`, else something below that.
+
+    From the end backwards, and no further than needed: answers end near the end of their row.
+    """
+    found = tl.full(inside.shape, -1, tl.int32)
+    first = T
+    while (first > lowest) & (tl.min(tl.where(inside, found, 0)) < 0):
+        first -= W
+        t = tl.arange(0, W)[None, :] + first
+        counted = tl.load(mask + t, mask=inside[:, None] & (t >= 0), other=0) != 0
+        found = tl.maximum(found, tl.max(tl.where(counted, t, -1), 1))
+    return found
+
+
+@triton.jit
+def _score_slots(mask, scores_ptr, score_stride, row, inside, T, lowest, per_token, behind, W: tl.constexpr):
+    """Each row's slot for the score and the score; whether the row has a counted step, and whether its slot is beyond.
+
+    The last two only if `lowest` is at most 0.
+    """
+    last = _last_counted(mask, T, lowest, inside, 4 * W)
+    slot = tl.where(last >= 0, tl.minimum(last + behind.to(tl.int32), T - 1), -1)
+    present = inside & (last >= 0)
+    score = tl.load(scores_ptr + row * score_stride, mask=present & ~per_token, other=0.0)
+    return slot, score, present, present & (slot > last)
+
+
+@triton.jit
+def _shaped_tile(
+    inputs,  # (R, 1) pointers to the first step of logprobs, ref_logprobs, scores per token, mask
+    numbers,  # clip, kl_coef, kind
+    per_token,  # whether there are scores per token
+    slot,  # (R,): the step of each row's score, -1 for none
+    score,  # (R,): clipped
+    t,
+    here,
+):
+    """Of a tile: which steps count, rewards, KL, and the scores per token before the clip (or 0)."""
+    logprobs, refs, scores, mask = inputs
+    clip, kl_coef, kind = numbers
+    counted = tl.load(mask + t, mask=here, other=0) != 0
+    logprob = tl.load(logprobs + t, mask=here, other=0.0).to(tl.float32)
+    d = logprob - tl.load(refs + t, mask=here, other=0.0).to(tl.float32)
+    token_scores = tl.where(counted, tl.load(scores + t, mask=here & per_token, other=0.0), 0.0)
+    kl = tl.where(counted, _kl(d, kind), 0.0)
+    reward = tl.where(counted, tl.fma(-kl_coef, kl, _clipped(token_scores, clip)), 0.0)
+    reward = tl.where(t == slot[:, None], reward + score[:, None], reward)
+    return counted, reward, kl, token_scores
+
+
+@triton.jit(do_not_specialize=list(range(18)))
+def shape_kernel(
+    logprobs_ptr,  # (rows, T), steps contiguous
+    refs_ptr,
+    mask_ptr,
+    scores_ptr,  # (rows,), or (rows, T) if per_token
+    rewards_ptr,  # (rows, T) without gaps, as all outputs
+    kl_ptr,
+    longer_ptr,  # any address if not behind
+    kl_coef: tl.float32,
+    clip: tl.float32,
+    kind: tl.int32,  # which estimator
+    behind: tl.int32,  # 1 if the score comes after the last counted step
+    per_token: tl.int32,
+    rows: tl.int32,
+    T: tl.int32,
+    l_stride: tl.int64,  # from row to row
+    ref_stride: tl.int64,
+    m_stride: tl.int64,
+    score_stride: tl.int64,
+    ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TILES: tl.constexpr,  # of a program
+):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < rows
+    first = tl.program_id(1) * TILES * W
+    if ALIGNED:
+        T = T // 4 * 4
+    has_token_scores = per_token != 0
+    mask = row_start(mask_ptr, row * m_stride, ALIGNED)
+    inputs = (
+        row_start(logprobs_ptr, row * l_stride, ALIGNED),
+        row_start(refs_ptr, row * ref_stride, ALIGNED),
+        row_start(scores_ptr, row * score_stride, ALIGNED),
+        mask,
+    )
+    slot, score, _present, _beyond = _score_slots(
+        mask, scores_ptr, score_stride, row, inside, T, first - 1, has_token_scores, behind, W
+    )
+    score = _clipped(score, clip)
+    for j in range(tl.minimum(tl.cdiv(T - first, W), TILES)):
+        t = tl.arange(0, W)[None, :] + (first + j * W)
+        here = inside[:, None] & (t < T)
+        numbers = clip, kl_coef, kind
+        counted, reward, kl, _scores = _shaped_tile(inputs, numbers, has_token_scores, slot, score, t, here)
+        tl.store(row_start(rewards_ptr, row * T, ALIGNED) + t, reward, mask=here)
+        tl.store(row_start(kl_ptr, row * T, ALIGNED) + t, kl, mask=here)
+        longer = counted | (t == slot[:, None])
+        tl.store(row_start(longer_ptr, row * T, ALIGNED) + t, longer, mask=here & (behind != 0))
+
+
+@triton.jit
+def _lane_sums(x, R: tl.constexpr, W: tl.constexpr):
+    """Sums of the four neighbouring steps that a thread holds, (R, W // 4): no exchange between threads."""
+    return tl.sum(tl.reshape(x, [R, W // 4, 4]), 2)
+
+
+@triton.jit
+def _shaped_span(
+    inputs,  # (R, 1) pointers to the first step of logprobs, ref_logprobs, scores per token, mask
+    values,  # likewise
+    outputs,  # likewise of advantages, returns, rewards, KL
+    numbers,
+    per_token,
+    slot,
+    score,
+    first,
+    T,
+    inside,
+    tiles,
+    gamma,
+    decay,
+    s,
+    sums,  # the moments of the advantages, (R, W), and sums of rewards, KL, returns, scores per token, (R, W // 4)
+    WRITE: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """gae_kernels.scan_span for shaped rewards. Returns the span's map and, with WRITE, the sums with this span's."""
+    n, mean, m2, rewards, kls, returns, scores = sums
+    span_a = tl.full([R], 1.0, tl.float32)
+    span_b = tl.zeros([R], tl.float32)
+    for j in range(tiles):
+        t = tl.arange(0, W)[None, :] + (first + (tiles - 1 - j) * W)
+        here = inside[:, None] & (t < T)
+        v = tl.load(values + t, mask=here, other=0.0).to(tl.float32)
+        counted, r, kl, token_scores = _shaped_tile(inputs, numbers, per_token, slot, score, t, here)
+        step = counted | (t == slot[:, None])  # after the last token, the score's slot is a step too
+        td_error = r - v
+        a, b = step_maps(td_error, v, step, gamma[:, None], decay[:, None])
+        following, tile_a, tile_b = row_tile(a, b, apply_map(span_a, span_b, s), R, W)
+        if WRITE:
+            advantage = tl.where(counted, td_error + following, 0.0)
+            value_target = tl.where(step, r + following, 0.0)
+            tl.store(outputs[0] + t, advantage, mask=here)
+            tl.store(outputs[1] + t, value_target, mask=here)
+            tl.store(outputs[2] + t, r, mask=here)
+            tl.store(outputs[3] + t, kl, mask=here)
+            n, mean, m2 = add_elements(n, mean, m2, advantage, counted)
+            rewards += _lane_sums(r, R, W)
+            kls += _lane_sums(kl, R, W)
+            returns += _lane_sums(value_target, R, W)
+            scores += _lane_sums(token_scores, R, W)
+        span_a, span_b = compose(span_a, span_b, tile_a, tile_b)
+    return span_a, span_b, n, mean, m2, rewards, kls, returns, scores
+
+
+@triton.jit
+def _sums_column(sums_ptr):
+    """What the program leaves for whiten_kernels.py, (9, programs): where its column begins, and the next plane."""
+    plane = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
+    return sums_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), plane
+
+
+@triton.jit
+def _store_sums(sums_ptr, sums, row_scores, rows, slots_beyond):
+    n, mean, m2, rewards, kls, returns, scores = sums
+    at, plane = _sums_column(sums_ptr)
+    n_all, mean_all, m2_all = over_lanes(n, mean, m2)
+    tl.store(at, n_all)
+    tl.store(at + plane, mean_all)
+    tl.store(at + 2 * plane, m2_all)
+    tl.store(at + 3 * plane, row_scores + tl.sum(scores))
+    tl.store(at + 4 * plane, tl.sum(rewards))
+    tl.store(at + 5 * plane, tl.sum(kls))
+    tl.store(at + 6 * plane, tl.sum(returns))
+    tl.store(at + 7 * plane, rows)
+    tl.store(at + 8 * plane, n_all + slots_beyond)  # steps: counted ones, and slots after the last of them
+
+
+@triton.jit(do_not_specialize=list(range(26)))
+def advantages_kernel(
+    logprobs_ptr,  # (rows, T), steps contiguous
+    refs_ptr,
+    values_ptr,
+    mask_ptr,
+    scores_ptr,  # (rows,), or (rows, T) per token
+    numbers_ptr,  # (1 to 3, rows): those of bootstrap, gammas, lams that are given
+    advantages_ptr,  # (rows, T) without gaps, as the next three
+    returns_ptr,
+    rewards_ptr,
+    kl_ptr,
+    maps_ptr,  # (2, spans, rows): the map of each span, if there is more than one launch of this kernel
+    sums_ptr,  # (9, programs)
+    present: tl.int32,  # bits 0 to 3: bootstrap, gammas, lams are given, and scores are per token
+    gamma: tl.float32,
+    lam: tl.float32,
+    kl_coef: tl.float32,
+    clip: tl.float32,
+    kind: tl.int32,  # which estimator
+    behind: tl.int32,  # 1 if the score comes after the last counted step
+    rows: tl.int32,
+    T: tl.int32,
+    l_stride: tl.int64,  # from row to row
+    ref_stride: tl.int64,
+    v_stride: tl.int64,
+    m_stride: tl.int64,
+    score_stride: tl.int64,
+    WRITE: tl.constexpr,  # False: only compose the maps of all spans but the first, one span in a program
+    ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
+    R: tl.constexpr,
+    W: tl.constexpr,
+    TILES: tl.constexpr,  # of a span
+):
+    if ALIGNED:
+        T = T // 4 * 4
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < rows
+    per_token = is_given(present, 3)
+    mask = row_start(mask_ptr, row * m_stride, ALIGNED)
+    inputs = (
+        row_start(logprobs_ptr, row * l_stride, ALIGNED),
+        row_start(refs_ptr, row * ref_stride, ALIGNED),
+        row_start(scores_ptr, row * score_stride, ALIGNED),
+        mask,
+    )
+    values = row_start(values_ptr, row * v_stride, ALIGNED)
+    outputs = (
+        row_start(advantages_ptr, row * T, ALIGNED),
+        row_start(returns_ptr, row * T, ALIGNED),
+        row_start(rewards_ptr, row * T, ALIGNED),
+        row_start(kl_ptr, row * T, ALIGNED),
+    )
+    g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, 0)
+    numbers = clip, kl_coef, kind
+    spans = tl.cdiv(T, TILES * W)
+    plane = spans.to(tl.int64) * rows
+    zeros, none = tl.zeros([R, W], tl.float32), tl.zeros([R, W // 4], tl.float32)
+    n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, none, none, none, none
+    walks = tl.num_programs(1) == 1
+    if WRITE:
+        first_span = tl.where(walks, 0, tl.program_id(1))
+        last_span = tl.where(walks, spans - 1, tl.program_id(1))
+    else:
+        first_span = tl.program_id(1) + 1
+        last_span = first_span
+    slot, score, has_step, beyond = _score_slots(
+        mask, scores_ptr, score_stride, row, inside, T, first_span * TILES * W - 1, per_token, behind, W
+    )
+    clipped = _clipped(score, clip)
+    if WRITE:
+        # every span of a row knows its score; the first, which has seen the whole row, counts it
+        counts = has_step & (first_span == 0)
+        row_score = tl.sum(tl.where(counts, score, 0.0))
+        row_count = tl.sum(counts.to(tl.float32))
+        slots_beyond = tl.sum((beyond & counts).to(tl.float32))
+        later = spans - 1 - last_span
+        s = chain(maps_ptr + row + last_span.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
+        for back in range(last_span - first_span + 1):
+            first = (last_span - back) * TILES * W
+            here = tl.minimum(tl.cdiv(T - first, W), TILES)
+            sums = n, mean, m2, rewards, kls, returns, scores
+            a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
+                inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decay, s, sums,
+                True, R, W,
+            )  # fmt: skip
+            s = apply_map(a, b, s)
+        sums = n, mean, m2, rewards, kls, returns, scores
+        _store_sums(sums_ptr, sums, row_score, row_count, slots_beyond)
+    else:
+        first = first_span * TILES * W
+        here = tl.minimum(tl.cdiv(T - first, W), TILES)
+        sums = n, mean, m2, rewards, kls, returns, scores
+        a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
+            inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decay, s, sums,
+            False, R, W,
+        )  # fmt: skip
+        own_map = maps_ptr + row + first_span.to(tl.int64) * rows
+        tl.store(own_map, a, mask=inside)
+        tl.store(own_map + plane, b, mask=inside)

@@ -1,0 +1,418 @@
+"""Scans over time compiled by numba for a CPU: what eager_advantages.py uses where numba is installed.
+
+Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t (see eager_advantages.py). The kernels
+are C callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
+fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. The caller makes sure that
+every tensor may be read by address (memory.addressable).
+
+Bytes: every input is read once and both outputs are written once.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numba
+import torch
+from numba import types
+from torch import Tensor
+
+from ppo_fast.kernels.common.numba_loops import c_function
+from ppo_fast.kernels.common.numba_threads import in_threads, shares
+
+# Bits of `options`: which of the optional tensors are there.
+_MASK, _TERMINATED, _TRUNCATED, _BOOTSTRAP, _GAMMAS, _LAMS, _PACKED = (1 << bit for bit in range(7))
+_BLOCK = 1024  # columns at a time, so that the scratch stays in the first-level cache
+_FEW_ROWS = 8  # below this the loop over rows is too short to be vectorised
+
+
+@numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+def _step(
+    kind: int,  # a constant where it is called: _MASK, _TERMINATED, or 0 for neither
+    rewards: Any,
+    values: Any,
+    flags: Any,
+    advantages: Any,
+    returns: Any,
+    r_at: int,
+    v_at: int,
+    flag_at: int,
+    out_at: int,
+    g: float,
+    decay: float,
+    s: float,  # of the next counted step
+) -> float:
+    """Writes one step of one row and returns its s."""
+    zero = g - g
+    r, v, flag = rewards[r_at], values[v_at], False
+    if kind != 0:
+        flag = flags[flag_at] != 0
+    following = zero if kind == _TERMINATED and flag else s
+    counted = kind != _MASK or flag
+    advantages[out_at] = (r - v) + following if counted else zero
+    returns[out_at] = r + following if counted else zero
+    # Written so that only one multiply-add depends on the step before.
+    s_here = (g * v + decay * (r - v)) + decay * following
+    return s_here if counted else s
+
+
+@numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+def _one_or_two_rows(
+    kind: int,
+    rewards: Any,
+    values: Any,
+    flags: Any,
+    advantages: Any,
+    returns: Any,
+    T: int,
+    row: int,
+    other: int,  # the row behind it; the same row if there is none
+    r_row: int,
+    v_row: int,
+    flag_row: int,
+    o_row: int,
+    g0: float,
+    g1: float,
+    d0: float,  # gamma lam
+    d1: float,
+    s0: float,  # gamma times the value behind the row
+    s1: float,
+) -> None:
+    """A step has to wait for the one after it; a second row gives the processor something to do meanwhile."""
+    r0, v0, f0, o0 = row * r_row, row * v_row, row * flag_row, row * o_row
+    if row == other:
+        for t in range(T - 1, -1, -1):
+            s0 = _step(kind, rewards, values, flags, advantages, returns, r0 + t, v0 + t, f0 + t, o0 + t, g0, d0, s0)
+    else:
+        r1, v1, f1, o1 = other * r_row, other * v_row, other * flag_row, other * o_row
+        for t in range(T - 1, -1, -1):
+            s0 = _step(kind, rewards, values, flags, advantages, returns, r0 + t, v0 + t, f0 + t, o0 + t, g0, d0, s0)
+            s1 = _step(kind, rewards, values, flags, advantages, returns, r1 + t, v1 + t, f1 + t, o1 + t, g1, d1, s1)
+
+
+def _scan_rows(
+    rewards: Any,  # (rows, T) with the strides below; (total,) if packed
+    values: Any,
+    mask: Any,
+    terminated: Any,
+    truncated: Any,
+    final_values: Any,
+    advantages: Any,
+    returns: Any,
+    bootstrap: Any,  # (rows,)
+    gammas: Any,  # (rows,)
+    lams: Any,  # (rows,)
+    cu_seqlens: Any,  # (rows + 1,)
+    state: Any,  # this and the next are for _scan_columns
+    incoming: Any,
+    gamma: float,
+    lam: float,
+    T: int,
+    first_row: int,
+    last_row: int,
+    options: int,
+    r_row: int,
+    r_step: int,
+    v_row: int,
+    v_step: int,
+    m_row: int,
+    m_step: int,
+    e_row: int,
+    e_step: int,
+    c_row: int,
+    c_step: int,
+    f_row: int,
+    f_step: int,
+    o_row: int,
+    o_step: int,
+) -> None:
+    """One row after the other, backwards in time: for rows that are contiguous, few, or packed."""
+    zero = gamma - gamma  # of the kernel's float type
+    plain = options & (_MASK | _TERMINATED | _TRUNCATED)
+    flag_step = m_step if plain == _MASK else (e_step if plain == _TERMINATED else 1)
+    general = first_row  # the first row for the general loop
+    one_kind = plain in (0, _MASK, _TERMINATED) and not options & _PACKED
+    if one_kind and r_step == 1 and v_step == 1 and o_step == 1 and flag_step == 1:
+        general = last_row
+    for row in range(first_row, general, 2):
+        other = min(row + 1, last_row - 1)
+        g0, g1, d0, d1 = gamma, gamma, lam, lam
+        if options & _GAMMAS:
+            g0, g1 = gammas[row], gammas[other]
+        if options & _LAMS:
+            d0, d1 = lams[row], lams[other]
+        s0, s1 = zero, zero
+        if options & _BOOTSTRAP:
+            s0, s1 = g0 * bootstrap[row], g1 * bootstrap[other]
+        d0, d1 = g0 * d0, g1 * d1
+        if plain == _MASK:
+            _one_or_two_rows(
+                _MASK,
+                rewards,
+                values,
+                mask,
+                advantages,
+                returns,
+                T,
+                row,
+                other,
+                r_row,
+                v_row,
+                m_row,
+                o_row,
+                g0,
+                g1,
+                d0,
+                d1,
+                s0,
+                s1,
+            )
+        elif plain == _TERMINATED:
+            _one_or_two_rows(
+                _TERMINATED,
+                rewards,
+                values,
+                terminated,
+                advantages,
+                returns,
+                T,
+                row,
+                other,
+                r_row,
+                v_row,
+                e_row,
+                o_row,
+                g0,
+                g1,
+                d0,
+                d1,
+                s0,
+                s1,
+            )
+        else:
+            _one_or_two_rows(
+                0,
+                rewards,
+                values,
+                mask,
+                advantages,
+                returns,
+                T,
+                row,
+                other,
+                r_row,
+                v_row,
+                m_row,
+                o_row,
+                g0,
+                g1,
+                d0,
+                d1,
+                s0,
+                s1,
+            )
+    for row in range(general, last_row):
+        g, decay = gamma, lam
+        if options & _GAMMAS:
+            g = gammas[row]
+        if options & _LAMS:
+            decay = lams[row]
+        decay = g * decay
+        place, start, stop = row, 0, T
+        if options & _PACKED:
+            place, start, stop = 0, cu_seqlens[row], cu_seqlens[row + 1]
+        s = zero
+        if options & _BOOTSTRAP:
+            s = g * bootstrap[row]
+        for t in range(stop - 1, start - 1, -1):
+            counted = True
+            if options & _MASK:
+                counted = mask[place * m_row + t * m_step] != 0
+            cut, end_value = False, zero
+            if options & _TRUNCATED:  # noqa: SIM102
+                if truncated[place * c_row + t * c_step] != 0:
+                    cut, end_value = True, g * final_values[place * f_row + t * f_step]
+            if options & _TERMINATED:  # noqa: SIM102
+                if terminated[place * e_row + t * e_step] != 0:
+                    cut, end_value = True, zero
+            r, v = rewards[place * r_row + t * r_step], values[place * v_row + t * v_step]
+            following = end_value if cut else s
+            out = place * o_row + t * o_step
+            advantages[out] = (r - v) + following if counted else zero
+            returns[out] = r + following if counted else zero
+            # Written so that only one multiply-add depends on the step before.
+            s_here = (g * v + decay * (r - v)) + decay * following
+            s = s_here if counted else s
+
+
+def _scan_columns(
+    rewards: Any,
+    values: Any,
+    mask: Any,
+    terminated: Any,
+    truncated: Any,
+    final_values: Any,
+    advantages: Any,
+    returns: Any,
+    bootstrap: Any,
+    gammas: Any,
+    lams: Any,
+    cu_seqlens: Any,  # unused: packed rows are never time-major
+    state: Any,  # (_BLOCK,) scratch: s_t
+    incoming: Any,  # (_BLOCK,) scratch: what stands for s_{t + 1} after the cuts, then s_t of a counted step
+    gamma: float,
+    lam: float,
+    T: int,
+    first_row: int,
+    last_row: int,
+    options: int,
+    r_row: int,
+    r_step: int,
+    v_row: int,
+    v_step: int,
+    m_row: int,
+    m_step: int,
+    e_row: int,
+    e_step: int,
+    c_row: int,
+    c_step: int,
+    f_row: int,
+    f_step: int,
+    o_row: int,
+    o_step: int,
+) -> None:
+    """All rows of a block at each step: for time-major tensors, where neighbouring rows are neighbours in memory.
+
+    Short loops with few arrays each: LLVM gives up vectorising a loop with too many pointers that may overlap.
+    """
+    zero = gamma - gamma
+    for low in range(first_row, last_row, _BLOCK):
+        high = min(low + _BLOCK, last_row)
+        width = high - low
+        for n in range(width):
+            state[n] = zero
+        if options & _BOOTSTRAP:
+            for n in range(width):
+                state[n] = (gammas[low + n] if options & _GAMMAS else gamma) * bootstrap[low + n]
+        for back in range(T):
+            t = (T - 1 - back) ^ (options >> 8)
+            for n in range(width):
+                incoming[n] = state[n]
+            if options & _TRUNCATED:
+                for n in range(low, high):
+                    if truncated[n * c_row + t * c_step] != 0:
+                        g = gammas[n] if options & _GAMMAS else gamma
+                        incoming[n - low] = g * final_values[n * f_row + t * f_step]
+            if options & _TERMINATED:
+                for n in range(width):
+                    ended = terminated[(low + n) * e_row + t * e_step] != 0
+                    incoming[n] = zero if ended else incoming[n]
+            for n in range(width):
+                v, r = values[(low + n) * v_row + t * v_step], rewards[(low + n) * r_row + t * r_step]
+                advantages[(low + n) * o_row + t * o_step] = (r - v) + incoming[n]
+            for n in range(width):
+                r = rewards[(low + n) * r_row + t * r_step]
+                returns[(low + n) * o_row + t * o_step] = r + incoming[n]
+            for n in range(width):
+                g = gammas[low + n] if options & _GAMMAS else gamma
+                decay = g * (lams[low + n] if options & _LAMS else lam)
+                v, advantage = values[(low + n) * v_row + t * v_step], advantages[(low + n) * o_row + t * o_step]
+                incoming[n] = g * v + decay * advantage
+            if options & _MASK:
+                for n in range(width):
+                    before, here = state[n], incoming[n]
+                    state[n] = here if mask[(low + n) * m_row + t * m_step] != 0 else before
+                for n in range(width):
+                    advantage = advantages[(low + n) * o_row + t * o_step]
+                    counted = mask[(low + n) * m_row + t * m_step] != 0
+                    advantages[(low + n) * o_row + t * o_step] = advantage if counted else zero
+                for n in range(width):
+                    value = returns[(low + n) * o_row + t * o_step]
+                    counted = mask[(low + n) * m_row + t * m_step] != 0
+                    returns[(low + n) * o_row + t * o_step] = value if counted else zero
+            else:
+                for n in range(width):
+                    state[n] = incoming[n]
+
+
+@lru_cache(maxsize=4)
+def _compiled(columns: bool, double: bool) -> tuple[Callable[..., None], Any]:
+    """The C function, and the numba object that keeps its machine code alive."""
+    real = types.float64 if double else types.float32
+    floats, flags = types.CPointer(real), types.CPointer(types.uint8)
+    pointers = (floats, floats, flags, flags, flags, *[floats] * 6, types.CPointer(types.int64), floats, floats)
+    # "contract" only fuses a multiply with an add: NaN and infinity keep their meaning.
+    return c_function(
+        _scan_columns if columns else _scan_rows, [*pointers, real, real, *[types.int64] * 18], {"contract"}
+    )
+
+
+# What `ppo-fast compile` compiles
+ALL = [functools.partial(_compiled, columns, double) for columns in (False, True) for double in (False, True)]
+
+
+def gae(
+    rewards: Tensor,  # [rows, T], or [T, rows] if time is 0; any strides, fp32 or fp64; [1, total] with cu_seqlens
+    values: Tensor,  # of the same dtype, as are all floating tensors here
+    advantages: Tensor,  # outputs, with equal strides
+    returns: Tensor,
+    gamma: float | Tensor,  # or [rows], contiguous
+    lam: float | Tensor,
+    mask: Tensor | None,  # bool or any 0/1 dtype, as the other flags
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,  # [rows], contiguous
+    final_values: Tensor | None,
+    cu_seqlens: Tensor | None,  # [S + 1] int64, contiguous
+    time: int,
+) -> None:
+    """Writes advantages and returns, as eager_gae.py describes them."""
+    rows, T = rewards.shape if time else reversed(rewards.shape)
+    steps = rows * T
+    pointers = [
+        rewards.data_ptr(),
+        values.data_ptr(),
+        0,
+        0,
+        0,
+        0,
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        0,
+        0,
+        0,
+        0,
+    ]
+    strides = [*rewards.stride(), *values.stride(), 0, 0, 0, 0, 0, 0, 0, 0, *advantages.stride()]
+    options, kept = 0, [rewards, values, advantages, returns]
+    for place, bit, flag in ((2, _MASK, mask), (3, _TERMINATED, terminated), (4, _TRUNCATED, truncated)):
+        if flag is not None:
+            x = flag if flag.dtype is torch.bool else flag != 0
+            options, pointers[place], strides[2 * place : 2 * place + 2] = options | bit, x.data_ptr(), x.stride()
+            kept.append(x)
+    if final_values is not None:
+        pointers[5], strides[10:12] = final_values.data_ptr(), final_values.stride()
+        kept.append(final_values)
+    for place, bit, x in ((8, _BOOTSTRAP, bootstrap), (9, _GAMMAS, gamma), (10, _LAMS, lam), (11, _PACKED, cu_seqlens)):
+        if isinstance(x, Tensor):
+            options, pointers[place] = options | bit, x.data_ptr()
+            kept.append(x)
+    if not time:
+        strides[::2], strides[1::2] = strides[1::2], strides[::2]
+    if cu_seqlens is not None:
+        rows = len(cu_seqlens) - 1
+    columns = rows > _FEW_ROWS and strides[-2] == 1 and cu_seqlens is None
+    double = values.dtype is torch.float64
+    scan, _ = _compiled(columns, double)
+    scalars = (0.0 if options & _GAMMAS else gamma, 0.0 if options & _LAMS else lam, T)
+    parts = shares(rows, steps, cu_seqlens)
+    workers, block_bytes = len(parts) - 1, _BLOCK * (8 if double else 4)
+    scratch = torch.empty(workers * 2 * block_bytes, dtype=torch.uint8, device="cpu") if columns else None
+    scratch_ptr = 0 if scratch is None else scratch.data_ptr()
+
+    def work(share: int, _kept: object = (kept, scratch)) -> None:  # an interrupted caller must not free what it reads
+        state = scratch_ptr + 2 * share * block_bytes
+        scan(*pointers, state, state + block_bytes, *scalars, parts[share], parts[share + 1], options, *strides)
+
+    in_threads(work, workers, workers)

@@ -1,0 +1,306 @@
+"""linear_logprobs and linear_ppo_loss in Triton: what happens to a chunk of logits between the matrix products.
+
+One program owns a row of the chunk. For reference.linear_ppo_loss it reads the row twice: an online softmax
+(softmax_rows.py) gives logp and entropy, the scalar loss (loss_terms.py) their gradients g and h, and the second loop
+writes d loss / d logits in the dtype of the products' operands. reference.linear_logprobs has one loop for its values,
+and another in its backward, over logits that are computed again.
+
+Chunk buffers pad their rows to 128 bytes, so every load and store here is 16 bytes a thread, the last block's too.
+Bytes for a row: policy 2 V reads of logits and V writes of dlogits; score V reads; gradient V reads and V writes.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
+from ppo_fast.kernels.common.online_softmax import (
+    warp_size,
+)
+from ppo_fast.kernels.linear.api import public_functions
+from ppo_fast.kernels.linear.chunks import LINE, Head
+from ppo_fast.kernels.linear.function import RowMath
+from ppo_fast.kernels.linear.kernel import linear_gradient_kernel, linear_policy_kernel, linear_score_kernel
+from ppo_fast.kernels.linear.scale_kernel import scale_gradients
+from ppo_fast.kernels.loss import autograd as loss
+from ppo_fast.kernels.loss import launch as loss_launch
+from ppo_fast.kernels.loss.launch import KL_ESTIMATORS
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors, named_stats, wanted_stats
+
+
+class _Tile(NamedTuple):
+    BLOCK: int
+    LANES: int  # partial sums kept per row: those of one thread, whether 32 or 64 of them execute together
+    threads: int
+
+
+_POLICY_REGISTERS = 128  # two blocks of the larger tile on a multiprocessor
+# One for all V, so that a row's bits depend on nothing but the row. Smaller where tanh needs registers.
+_TILES = {False: _Tile(8192, 2048, 256), True: _Tile(2048, 1024, 128)}
+
+
+def _kernel(kind: str) -> triton.JITFunction:
+    return {"score": linear_score_kernel, "policy": linear_policy_kernel, "gradient": linear_gradient_kernel}[kind]
+
+
+@functools.cache
+def _config(
+    kind: str,  # "score", "policy" or "gradient"
+    transformed: bool,
+    logits: torch.dtype,
+    dlogits: torch.dtype,
+    with_entropy: bool,
+    threads_per_warp: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constexprs of a launch and its options. Where tanh costs more, the entropy is always computed."""
+    kernel = _kernel(kind)
+    values: dict[str, Any] = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
+    values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
+    values["WITH_ENTROPY"] = with_entropy or transformed
+    registers = {"score": None, "policy": _POLICY_REGISTERS, "gradient": REGISTERS}[kind]
+    options = launch_options(_TILES[transformed].threads // threads_per_warp, registers)
+    return {name: values[name] for name in kernel.arg_names if name in values}, options
+
+
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# (logits, dlogits): operands of 2 bytes, whose products may be 4 bytes; or all 4 bytes.
+_DTYPES = [(logits, low) for low in (torch.float16, torch.bfloat16) for logits in (torch.float32, low)]
+_DTYPES += [(torch.float32, torch.float32)]
+
+
+@functools.cache
+def _keywords(*key: Any) -> dict[str, Any]:
+    """Both in one. Do not change the result: it is shared."""
+    constexprs, options = _config(*key)
+    return constexprs | options
+
+
+def variants(threads_per_warp: int = 32) -> list[Variant]:
+    """Everything that the launchers below can start on a GPU with such warps."""
+    found = []
+    for transformed in (False, True):
+        for logits, dlogits in _DTYPES:
+            name = f"aligned {str(logits)[6:]} {str(dlogits)[6:]}{' transformed' if transformed else ''}"
+            for kind in ("policy", "gradient"):
+                config = _config(kind, transformed, logits, dlogits, True, threads_per_warp)
+                types = _types(_kernel(kind), logits, dlogits)
+                found.append(Variant(f"linear {kind} {name}", _kernel(kind), types, *config))
+        kernel = linear_score_kernel
+        for logits in _POINTERS:
+            for with_entropy in (True,) if transformed else (False, True):
+                name = f"linear score aligned {str(logits)[6:]}{' transformed' if transformed else ''}"
+                name += "" if with_entropy else " without entropy"
+                config = _config("score", transformed, logits, logits, with_entropy, threads_per_warp)
+                found.append(Variant(name, kernel, _types(kernel, logits, logits), *config))
+    return found
+
+
+def _types(kernel: triton.JITFunction, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, str]:
+    """Argument -> type, from the kernel's own names."""
+    special = {"logits_ptr": _POINTERS[logits], "dlogits_ptr": _POINTERS[dlogits]}
+    special |= {"tokens_ptr": "*i64", "chosen_ptr": "*i64", "first": "i64", "n": "i64"}
+    types = {}
+    for name in kernel.arg_names:
+        if name.islower() or name == "V":
+            is_integer = name.startswith("has_") or name in ("V", "kl_estimator")
+            default = "i64" if name.endswith("_stride") else "i32" if is_integer else "fp32"
+            types[name] = special.get(name, "*fp32" if name.endswith("_ptr") else default)
+    return types
+
+
+class _HeadScalars(NamedTuple):
+    """The head as the kernels take it."""
+
+    transformed: bool
+    bias: Tensor | None
+    has_bias: int
+    logit_scale: float
+    softcap: float
+    z_scale: float
+    scale: float
+    factor: float
+
+
+def _scalars(head: Head) -> _HeadScalars:
+    transformed = head.bias is not None or head.softcap is not None or head.logit_scale <= 0
+    z_scale = 1.0 / head.temperature if transformed else head.factor
+    softcap = 0.0 if head.softcap is None else float(head.softcap)
+    numbers = float(head.logit_scale), softcap, z_scale, math.log2(math.e) * z_scale, head.factor
+    return _HeadScalars(transformed, head.bias, int(head.bias is not None), *numbers)
+
+
+def _or(x: Tensor | None, address: Tensor) -> Tensor:
+    """A tensor, or an address of the same type that will not be read."""
+    return address if x is None else x
+
+
+Where = tuple[Tensor | None, int]  # the counted tokens (None: all), and the place of a chunk's first row among them
+
+
+def _score(
+    logits: Tensor,
+    tokens: Tensor,
+    where: Where,
+    head: Head,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    statistics: Tensor | None,
+) -> None:
+    s, (rows, V), dtype, (chosen, first) = _scalars(head), logits.shape, logits.dtype, where
+    with_entropy = entropy is not None
+    keywords = _keywords("score", s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
+    with device_guard(logits):
+        linear_score_kernel.run(
+            logits,
+            tokens,
+            _or(chosen, tokens),
+            _or(s.bias, logprobs),
+            logprobs,
+            _or(entropy, logprobs),
+            _or(statistics, logprobs),
+            int(chosen is not None),
+            s.has_bias,
+            int(with_entropy),
+            int(statistics is not None),
+            s.logit_scale,
+            s.softcap,
+            s.z_scale,
+            s.scale,
+            first,
+            0 if statistics is None else statistics.stride(0),
+            V,
+            logits.stride(0),
+            grid=(rows,),
+            warmup=False,
+            **keywords,
+        )
+
+
+def _policy(
+    logits: Tensor,
+    dlogits: Tensor,
+    per_token: tuple[Tensor | None, ...],  # tokens, old_logprobs, advantages, weights, ref_logprobs, share
+    where: Where,
+    o: LossOptions,
+    head: Head,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> None:
+    s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
+    tokens, old, advantages, weights, ref, share = per_token
+    with_kl = ref is not None and o.kl_coef != 0
+    keywords = _keywords("policy", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    with device_guard(logits):
+        linear_policy_kernel.run(
+            logits,
+            dlogits,
+            tokens,
+            _or(chosen, tokens),
+            _or(s.bias, logprobs),
+            _or(old, logprobs),
+            advantages,
+            _or(weights, logprobs),
+            _or(ref, logprobs),
+            _or(share, logprobs),
+            logprobs,
+            entropy,
+            int(chosen is not None),
+            s.has_bias,
+            int(old is not None),
+            int(weights is not None),
+            int(with_kl),
+            int(share is not None),
+            s.logit_scale,
+            s.softcap,
+            s.z_scale,
+            s.scale,
+            s.factor,
+            1.0 - o.clip_low,
+            1.0 + o.clip_high,
+            math.inf if o.dual_clip is None else float(o.dual_clip),
+            float(o.log_ratio_clamp),
+            float(o.entropy_coef),
+            float(o.kl_coef) if with_kl else 0.0,
+            KL_ESTIMATORS.index(o.kl_estimator),
+            first,
+            V,
+            logits.stride(0),
+            dlogits.stride(0),
+            grid=(rows,),
+            warmup=False,
+            **keywords,
+        )
+
+
+def _gradient(
+    logits: Tensor,
+    dlogits: Tensor,
+    tokens: Tensor,
+    where: Where,
+    g: Tensor | None,  # d loss / d logp
+    h: Tensor | None,  # d loss / d H
+    head: Head,
+    statistics: Tensor,
+) -> None:
+    s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
+    keywords = _keywords("gradient", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    with device_guard(logits):
+        linear_gradient_kernel.run(
+            logits,
+            dlogits,
+            tokens,
+            _or(chosen, tokens),
+            _or(s.bias, statistics),
+            _or(g, statistics),
+            _or(h, statistics),
+            statistics,
+            int(chosen is not None),
+            s.has_bias,
+            int(g is not None),
+            int(h is not None),
+            s.logit_scale,
+            s.softcap,
+            s.scale,
+            s.factor,
+            first,
+            statistics.stride(0),
+            V,
+            logits.stride(0),
+            dlogits.stride(0),
+            grid=(rows,),
+            warmup=False,
+            **keywords,
+        )
+
+
+def _loss(
+    logprobs: Tensor, entropy: Tensor, t: LossTensors, o: LossOptions
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss, statistics and 1 / divisor of the loss."""
+    if t.old_logprobs is None:
+        t = t._replace(old_logprobs=logprobs)
+    wanted, names = wanted_stats(True, True, False, t, o)
+    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False), wanted)
+    return loss, named_stats(stats, names), workspace[0]
+
+
+_MATH = RowMath(
+    name="triton",
+    native=lambda device: True,
+    in_place=False,
+    scratch_bytes=lambda weight, softcap: 0,
+    score=_score,
+    policy=_policy,
+    gradient=_gradient,
+    policy_loss=loss.policy_loss,
+    indexed=True,
+    loss=_loss,
+    shares=loss_launch.token_shares,
+    scale_gradients=scale_gradients,
+)
+
+linear_logprobs, linear_ppo_loss = public_functions(_MATH)

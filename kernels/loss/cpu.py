@@ -1,0 +1,265 @@
+"""PPO's scalar losses in one compiled loop for a CPU: what eager_loss.py uses for small fp32 tensors where numba is.
+
+Same terms, gradients and statistics as eager_loss.py, in one traversal instead of about forty: at 256 steps, as in
+classic RL, an operation of PyTorch costs some microseconds whatever its size. Sums are kept in fp64. The kernel is a
+C callback, as those of cpu.py. Packed sequences and a mask of the value loss alone are left to eager_loss.py.
+
+Bytes: every input is read once, the mask twice or three times, and every gradient is written once.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numba
+import torch
+from numba import types
+from torch import Tensor
+
+from ppo_fast.kernels.common.memory import addressable
+from ppo_fast.kernels.common.numba_loops import c_function
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors
+
+_KINDS = ("k1", "k2", "k3", "abs")
+_POLICY, _VALUE, _MASK, _ENTROPY, _VALUE_CLIP = (1 << bit for bit in range(5))
+_DUAL_CLIP, _WEIGHTS, _REFERENCE, _SEQUENCES, _ROW_MEANS = (1 << bit for bit in range(5, 10))
+MOST = 1 << 15  # steps; beyond, PyTorch's threads pay
+
+# In the helpers `zero`, `one` and `half` are made of an argument: numba takes a literal as fp64, and all that it meets.
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _surrogate(
+    d: float, advantage: float, low: float, high: float, clamp: float, dual_clip: float, options: int
+) -> tuple[float, float, float, bool, bool]:
+    """Ratio, objective to maximise and its derivative by the log-probability; clipped, and below the dual bound.
+
+    A tie of minimum or maximum halves the derivative: `order` is 1, 0 or -1 as in eager_loss.py.
+    """
+    zero, one, half = low - low, (low - low) + 1, (low - low) + 0.5
+    exponent = min(max(d, -clamp), clamp) if d == d else d
+    ratio = math.exp(exponent)
+    inside = min(max(ratio, low), high) if ratio == ratio else ratio
+    plain, other = advantage * ratio, advantage * inside
+    order = one if other > plain else (-one if other < plain else zero)
+    objective, slope = other if other < plain else plain, plain
+    if ratio != inside:
+        slope = slope * (one - half * (one - order))
+    if d != exponent:
+        slope = slope * zero
+    bounded = False
+    if options & _DUAL_CLIP:
+        bound = (advantage if advantage < zero else zero) * dual_clip
+        bounded = objective < bound
+        order = -one if bounded else (one if objective > bound else zero)
+        slope = slope * (half + half * order)
+        objective = bound if bounded else objective
+    return ratio, objective, slope, other < plain, bounded
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _kl(d: float, clamp: float, kind: int) -> tuple[float, float]:
+    """reference.kl_estimate and its derivative by the log-probability; `kind` is an index in _KINDS."""
+    zero, one, half = clamp - clamp, (clamp - clamp) + 1, (clamp - clamp) + 0.5
+    if kind == 0:
+        return d, one
+    if kind == 1:
+        return half * d * d, d
+    if kind == 3:
+        return abs(d), one if d > zero else (-one if d < zero else zero)
+    exponent = min(max(d, -clamp), clamp) if d == d else d
+    inverse_ratio = math.exp(-exponent)
+    return (inverse_ratio - one) + d, one - inverse_ratio * (one if d == exponent else zero)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _squared_error(v: float, old: float, r: float, clip: float, clipped: int) -> tuple[float, float, bool]:
+    """(v - r)^2 and half of its derivative by v, and whether the clipped error is the larger."""
+    zero, one, half = v - v, (v - v) + 1, (v - v) + 0.5
+    slope = v - r
+    squared = slope * slope
+    if not clipped:
+        return squared, slope, False
+    inside = min(max(v, old - clip), old + clip) if v == v and old == old else v + old  # NaN stays
+    other = (inside - r) * (inside - r)
+    order = one if squared > other else (-one if squared < other else zero)
+    if v != inside:
+        slope = slope * (one - half * (one - order))
+    return squared if squared >= other else other, slope, squared < other
+
+
+def _loop(
+    logprobs: Any,  # (rows, T) each
+    old_logprobs: Any,
+    advantages: Any,
+    weights: Any,
+    ref_logprobs: Any,
+    entropy: Any,
+    values: Any,
+    old_values: Any,
+    returns: Any,
+    d_logprobs: Any,  # outputs
+    d_values: Any,
+    d_entropy: Any,
+    loss: Any,  # (1,)
+    stats: Any,  # those of loss_op.stat_names
+    mask: Any,
+    low: float,  # 1 - clip_low
+    high: float,
+    clamp: float,
+    dual_clip: float,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    kl_coef: float,
+    denominator: float,  # 0 stands for the counted steps, or with _SEQUENCES for the rows that have any
+    norm: float,
+    rows: int,
+    T: int,
+    kind: int,
+    options: int,
+) -> None:
+    count, sequences = rows * T, rows
+    if options & _MASK:
+        count, sequences = 0, 0
+        for row in range(rows):
+            before = count
+            for i in range(row * T, row * T + T):
+                count += mask[i] != 0
+            sequences += count > before
+    if denominator == 0:
+        denominator = 1.0 * max(sequences if options & _SEQUENCES else count, 1)
+    policy, bonus, value, ratio_sum, ratio_max, kl_sum, entropy_sum, ref_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    clipped_count, dual_count, value_count = 0, 0, 0
+    for row in range(rows):
+        scale = 1.0 / (denominator * norm)
+        if options & _ROW_MEANS:
+            length = T
+            if options & _MASK:
+                length = 0
+                for i in range(row * T, row * T + T):
+                    length += mask[i] != 0
+            scale /= max(length, 1)
+        for i in range(row * T, row * T + T):
+            if options & _MASK:  # noqa: SIM102
+                if mask[i] == 0:
+                    if options & _POLICY:
+                        d_logprobs[i] = 0.0
+                    if options & _ENTROPY:
+                        d_entropy[i] = 0.0
+                    if options & _VALUE:
+                        d_values[i] = 0.0
+                    continue
+            if options & _POLICY:
+                d = logprobs[i] - old_logprobs[i]
+                ratio, objective, slope, clipped, bounded = _surrogate(
+                    d, advantages[i], low, high, clamp, dual_clip, options
+                )
+                clipped_count += clipped
+                dual_count += bounded
+                kl_sum += (ratio - 1.0) - d
+                ratio_sum += ratio
+                if ratio > ratio_max or ratio != ratio:
+                    ratio_max = ratio
+                if options & _WEIGHTS:
+                    objective, slope = objective * weights[i], slope * weights[i]
+                policy -= objective * scale
+                slope = -slope
+                if options & _REFERENCE:
+                    ref_kl, kl_slope = _kl(logprobs[i] - ref_logprobs[i], clamp, kind)
+                    ref_sum += ref_kl
+                    bonus += kl_coef * ref_kl * scale
+                    slope += kl_coef * kl_slope
+                d_logprobs[i] = slope * scale
+                if options & _ENTROPY:
+                    entropy_sum += entropy[i]
+                    bonus -= entropy_coef * entropy[i] * scale
+                    d_entropy[i] = -entropy_coef * scale
+            if options & _VALUE:
+                old = old_values[i] if options & _VALUE_CLIP else values[i]
+                squared, slope, clipped = _squared_error(values[i], old, returns[i], value_clip, options & _VALUE_CLIP)
+                value_count += clipped
+                value += 0.5 * squared * scale
+                d_values[i] = value_coef * slope * scale
+    count, k = max(count, 1), 0
+    loss[0] = policy + bonus + value_coef * value
+    if options & _POLICY:
+        stats[0], stats[1], stats[2] = policy, kl_sum / count, clipped_count / count
+        stats[3], stats[4], k = ratio_sum / count, ratio_max, 5
+    if options & _DUAL_CLIP:
+        stats[k], k = dual_count / count, k + 1
+    if options & _ENTROPY:
+        stats[k], k = entropy_sum / count, k + 1
+    if options & _REFERENCE:
+        stats[k], k = ref_sum / count, k + 1
+    if options & _VALUE:
+        stats[k], k = value, k + 1
+    if options & _VALUE_CLIP:
+        stats[k] = value_count / count
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> tuple[Callable[..., None], Any]:
+    """The C function, and the numba object that keeps its machine code alive."""
+    pointers = (*[types.CPointer(types.float32)] * 14, types.CPointer(types.uint8))
+    return c_function(_loop, [*pointers, *[types.float32] * 8, *[types.float64] * 2, *[types.int64] * 4])
+
+
+ALL = [_compiled]  # what `ppo-fast compile` compiles
+
+
+def takes(
+    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
+) -> bool:
+    """Whether `forward` can do it: small contiguous fp32 tensors that may be read by address."""
+    first = values if logprobs is None else logprobs
+    assert first is not None
+    if not 0 < first.numel() <= MOST or t.value_mask is not None or t.cu_seqlens is not None:
+        return False
+    given = [x for x in (logprobs, entropy, values, *t) if x is not None]
+    for x in given:
+        if not ((x.dtype is torch.float32 or x is t.mask) and x.is_contiguous()):
+            return False
+    return addressable(*given, o.denominator if isinstance(o.denominator, Tensor) else None)
+
+
+def _aggregation(o: LossOptions, T: int) -> tuple[float, float, int]:
+    """denominator, norm and options of the loop."""
+    if o.aggregation == "token-sum":
+        return 1.0, 1.0, 0
+    given = o.denominator.detach() if isinstance(o.denominator, Tensor) else o.denominator
+    denominator = 0.0 if given is None else float(given)
+    if o.aggregation == "token-mean":
+        return denominator, 1.0, 0
+    norm = 1.0
+    if o.aggregation == "seq-mean-token-sum-norm":
+        norm = float(T if o.norm_length is None else o.norm_length)
+    return denominator, norm, _SEQUENCES | (_ROW_MEANS if o.aggregation == "seq-mean-token-mean" else 0)
+
+
+def forward(
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    t: LossTensors,
+    o: LossOptions,
+    num_stats: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """loss, statistics in the order of loss_op.stat_names, and the gradients by logprobs, entropy and values."""
+    first = values if logprobs is None else logprobs
+    assert first is not None
+    T = first.shape[-1] if first.ndim else 1
+    denominator, norm, options = _aggregation(o, T)
+    given = ((_POLICY, logprobs), (_VALUE, values), (_MASK, t.mask), (_ENTROPY, entropy), (_VALUE_CLIP, o.value_clip))
+    given += ((_DUAL_CLIP, o.dual_clip), (_WEIGHTS, t.weights), (_REFERENCE, t.ref_logprobs))
+    options |= sum(bit for bit, x in given if x is not None)
+    inputs = (logprobs, t.old_logprobs, t.advantages, t.weights, t.ref_logprobs, entropy)
+    inputs += (values, t.old_values, t.returns)
+    gradients = tuple(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
+    loss, stats = first.new_empty(()), first.new_empty(num_stats)
+    pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, t.mask)]
+    scalars = (1 - o.clip_low, 1 + o.clip_high, o.log_ratio_clamp, o.dual_clip or 0.0, o.value_clip or 0.0)
+    scalars += (o.value_coef, o.entropy_coef, o.kl_coef, denominator, norm)
+    _compiled()[0](*pointers, *scalars, first.numel() // T, T, _KINDS.index(o.kl_estimator), options)
+    return loss, stats, (gradients[0], gradients[2], gradients[1])

@@ -1,0 +1,392 @@
+"""The launches of loss.py: forward (two), backward (one), and every variant of them for the ahead-of-time gate.
+
+The workspace is one buffer of fp32: two scales, padded; up to three gradients, each padded; one column of partial sums
+per program. The backward needs all but the last part.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
+from ppo_fast.kernels.loss.kernel import (
+    loss_bwd_kernel,
+    loss_flat_kernel,
+    loss_reduce_kernel,
+    loss_rows_kernel,
+    shares_kernel,
+)
+from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors
+from ppo_fast.kernels.loss.terms import bit, num_columns, padding
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # by the number that the kernels take
+
+# Steps of a program and its warps. A thread takes 16 bytes of each contiguous input; more than that, or than 2 steps
+# of a sequence, spill registers on some architecture.
+_BLOCK, _SCALE_BLOCK, _REDUCE_BLOCK = 512, 1024, 256
+_FLAT = {4: launch_options(4), 2: launch_options(2)}  # by the bytes of an element
+_ROWS = {False: launch_options(4, REGISTERS), True: launch_options(8, REGISTERS)}  # by whether they are sequences
+_SCALE = launch_options(4)
+_SHARES = launch_options(4)
+_REDUCE = launch_options(4)
+_PAD, _COLUMNS = padding(), num_columns()
+_EVERY_STATISTIC = 2 ** len(ALL_STATS) - 1
+_WANTED = tuple(bit(name) for name in ("d_logprobs", "d_entropy", "d_values"))
+_NEEDS = {  # which of the three gradients are wanted -> their bits, and how many they are
+    needs: (sum(flag for flag, need in zip(_WANTED, needs, strict=True) if need), sum(needs))
+    for needs in itertools.product((False, True), repeat=3)
+}
+_MASK, _VALUE_MASK, _CU_SEQLENS, _MEAN = (bit(name) for name in ("mask", "value_mask", "cu_seqlens", "mean"))
+# Of logprobs, old_logprobs, advantages, weights, entropy, ref_logprobs, values, old_values and returns.
+_VALUE_CLIP = bit("value_clip")
+_FLAGS = (bit("policy"), 0, 0, bit("weights"), bit("entropy"), bit("ref_logprobs"), bit("value"), _VALUE_CLIP, 0)
+_BY_STEPS, _BY_SEQUENCES, _BY_NUMBER, _BY_TENSOR = range(4)  # what divides the loss
+
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_INDICES = {torch.int32: "*i32", torch.int64: "*i64"}
+_DENOMINATORS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
+# The dtype of values and old_values, and that of everything else. Other mixtures are converted to fp32.
+_DTYPES = [(x, x) for x in _POINTERS] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+
+
+class _Plan(NamedTuple):
+    """How an aggregation is computed."""
+
+    divisor: int
+    by_sequence: bool  # a program takes a sequence, not a block of steps
+    mean: bool  # a step is weighted by 1 / length of its sequence
+
+
+_PLANS = {
+    "token-mean": _Plan(_BY_STEPS, False, False),
+    "token-sum": _Plan(_BY_NUMBER, False, False),
+    "seq-mean-token-sum": _Plan(_BY_SEQUENCES, True, False),
+    "seq-mean-token-mean": _Plan(_BY_SEQUENCES, True, True),
+    "seq-mean-token-sum-norm": _Plan(_BY_SEQUENCES, True, False),
+}
+
+
+def _plan(o: LossOptions) -> _Plan:
+    plan = _PLANS[o.aggregation]
+    if o.denominator is None or plan.divisor == _BY_NUMBER:
+        return plan
+    return _Plan(_BY_TENSOR if isinstance(o.denominator, Tensor) else _BY_NUMBER, plan.mean, plan.mean)
+
+
+def _stride(steps: int) -> int:
+    """Distance of two stored gradients, in elements."""
+    return -(-steps // _PAD) * _PAD
+
+
+def kept(steps: int, stored: int) -> int:
+    """Elements of the workspace that the backward reads: scales and `stored` gradients."""
+    return _PAD + stored * _stride(steps)
+
+
+@functools.cache
+def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An address of that type for an argument that will not be read."""
+    return torch.empty((), dtype=dtype, device=device)
+
+
+def _in_listed_dtypes(tensors: list[Tensor], is_given: list[bool]) -> list[Tensor]:
+    """The per-step floats, converted to fp32 unless _DTYPES has their mixture; an absent one is replaced again."""
+    of_values = {tensors[i].dtype for i in (6, 7) if is_given[i]}
+    others = {tensors[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
+    if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
+        return tensors
+    wide = {id(x): x.to(torch.float32) for x in tensors}  # one conversion for all places where an input stands in
+    return [wide[id(x)] for x in tensors]
+
+
+def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
+    """A tensor whose rows of T steps are contiguous, and the stride of the rows; copied if it has no such view."""
+    if x.is_contiguous():
+        return x, T
+    rows = x if x.ndim == 2 else x.reshape(-1, T)
+    if T > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def _reduce(
+    workspace: Tensor, o: LossOptions, plan: _Plan, T: int, steps: int, programs: int, stored: int, wanted: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and the wanted statistics."""
+    given, number, norm = workspace, 1.0, 1.0
+    loss = torch.empty_strided((), (), dtype=torch.float32, device=workspace.device)  # quicker than torch.empty(())
+    stats = workspace.new_empty(wanted.bit_count())
+    if o.denominator is not None:
+        if plan.divisor == _BY_TENSOR:
+            given = o.denominator if o.denominator.dtype in _DENOMINATORS else o.denominator.float()
+        elif o.aggregation != "token-sum":
+            number = float(o.denominator)
+    if o.aggregation == "seq-mean-token-sum-norm":
+        norm = float(max(T, 1) if o.norm_length is None else o.norm_length)
+    loss_reduce_kernel.run(
+        workspace,
+        loss,
+        stats,
+        given,
+        number,
+        norm,
+        float(o.entropy_coef),
+        float(o.kl_coef),
+        float(o.value_coef),
+        steps,
+        programs,
+        stored | plan.divisor << 2 | plan.mean << 4 | wanted << 5,
+        _REDUCE_BLOCK,
+        grid=(1,),
+        warmup=False,
+        **_REDUCE,
+    )
+    return loss, stats
+
+
+def _scalars(o: LossOptions) -> tuple[float | int, ...]:
+    return (
+        1.0 - o.clip_low,
+        1.0 + o.clip_high,
+        math.inf if o.dual_clip is None else float(o.dual_clip),
+        float(o.log_ratio_clamp),
+        float(o.entropy_coef),
+        float(o.kl_coef),
+        float(o.value_coef),
+        math.inf if o.value_clip is None else float(o.value_clip),
+        KL_ESTIMATORS.index(o.kl_estimator),
+    )
+
+
+def forward(
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    t: LossTensors,
+    o: LossOptions,
+    needs: tuple[bool, ...],  # gradients wanted: of logprobs, entropy, values
+    wanted: int = _EVERY_STATISTIC,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace, which the backward needs."""
+    like = values if logprobs is None else logprobs
+    assert like is not None
+    steps, T, plan = like.numel(), like.shape[-1], _plan(o)
+    given, stored = _NEEDS[needs]
+    packed = plan.by_sequence and t.cu_seqlens is not None
+    programs = -(-steps // _BLOCK)
+    if steps and plan.by_sequence:
+        programs = len(t.cu_seqlens) - 1 if packed else steps // T
+    size = kept(steps, stored) + _COLUMNS * programs
+    # Without a sequence there is no program that could clear the gradients.
+    workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=like.device)
+    with device_guard(like):
+        if programs:
+            present, is_flat, tensors = _inputs(logprobs, entropy, values, t, o.value_clip is not None)
+            given |= present
+            if is_flat and not plan.by_sequence:
+                options = _FLAT[tensors[0].element_size()]
+                arguments = *tensors, workspace, *_scalars(o), given, steps, _BLOCK
+                loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **options)
+            else:
+                _forward_rows(tensors, is_flat, workspace, t, o, plan, given, steps, T, programs, packed)
+        loss, stats = _reduce(workspace, o, plan, T, steps, programs, stored, wanted)
+    return loss, stats, workspace
+
+
+def _inputs(
+    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, has_clip: bool
+) -> tuple[int, bool, list[Tensor]]:
+    """The bits of what is present, whether all of it is contiguous and aligned, and the first arguments of the kernels,
+    where an address of the same type replaces what is absent."""
+    policy = logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs
+    inputs = (*policy, values, t.old_values if has_clip else None, t.returns)
+    other = t.returns if logprobs is None else logprobs
+    assert other is not None
+    dtype = other.dtype
+    present, is_flat, is_listed, addresses, tensors = 0, True, dtype in _POINTERS, 0, []
+    for x, flag in zip(inputs, _FLAGS, strict=True):
+        if x is None:
+            tensors.append(values if flag == _VALUE_CLIP and values is not None else other)
+            continue
+        present |= flag
+        addresses |= x.data_ptr()
+        if x.dtype is not dtype:
+            is_listed = False
+        if not x.is_contiguous():
+            is_flat = False
+        tensors.append(x)
+    if not is_listed:
+        tensors = _in_listed_dtypes(tensors, [x is not None for x in inputs])
+        for x in tensors:
+            addresses |= x.data_ptr()
+    for mask, flag in ((t.mask, _MASK), (t.value_mask, _VALUE_MASK)):
+        if mask is None:
+            tensors.append(_unread(torch.bool, other.device))
+        else:
+            present |= flag
+            addresses |= mask.data_ptr()
+            is_flat = is_flat and mask.is_contiguous()
+            tensors.append(mask)
+    return present, is_flat and not addresses & 15, tensors
+
+
+def _forward_rows(
+    tensors: list[Tensor],
+    is_flat: bool,  # all that are read are contiguous
+    workspace: Tensor,
+    t: LossTensors,
+    o: LossOptions,
+    plan: _Plan,
+    given: int,
+    steps: int,
+    T: int,
+    programs: int,
+    packed: bool,
+) -> None:
+    strides = [T] * len(tensors)
+    if not is_flat:
+        views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
+        tensors, strides = [views[id(x)][0] for x in tensors], [views[id(x)][1] for x in tensors]
+    cu_seqlens = _unread(torch.int32, workspace.device)
+    if packed:
+        given |= _CU_SEQLENS
+        cu_seqlens = t.cu_seqlens.contiguous()
+    loss_rows_kernel.run(
+        *tensors,
+        workspace,
+        *_scalars(o),
+        given | (_MEAN if plan.mean else 0),
+        steps,
+        cu_seqlens,
+        T,
+        *strides,
+        plan.by_sequence,
+        _BLOCK,
+        grid=(programs,),
+        warmup=False,
+        **_ROWS[plan.by_sequence],
+    )
+
+
+def token_shares(like: Tensor, t: LossTensors) -> Tensor:
+    """For each step 1 / counted steps of its sequence, as in seq-mean-token-mean; 0 outside of all sequences."""
+    steps, T, device = like.numel(), like.shape[-1], like.device
+    cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
+    if t.mask is not None:
+        (mask, mask_stride), given = _as_rows(t.mask, T), _MASK
+    programs, packed = steps // max(T, 1), t.cu_seqlens is not None
+    if packed:
+        cu_seqlens, given = t.cu_seqlens.contiguous(), given | _CU_SEQLENS
+        programs = len(cu_seqlens) - 1
+    shares = (torch.zeros if packed else torch.empty)(like.shape, dtype=torch.float32, device=device)
+    if steps and programs:
+        with device_guard(like):
+            arguments = mask, cu_seqlens, shares, given, steps, T, mask_stride, _BLOCK
+            shares_kernel.run(*arguments, grid=(programs,), warmup=False, **_SHARES)
+    return shares
+
+
+@functools.cache
+def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch.dtype | None, ...], bool]:
+    """The bits of the gradients that have a dtype, their dtypes in the kernel, and whether these are the same."""
+    given = sum(flag for flag, dtype in zip(_WANTED, dtypes, strict=True) if dtype is not None)
+    *policy, of_values = dtypes
+    others = {x for x in policy if x is not None} or {of_values}
+    if len(others) == 1 and (of_values or next(iter(others)), *others) in _DTYPES:
+        return given, dtypes, True
+    return given, tuple(None if x is None else torch.float32 for x in dtypes), False
+
+
+def backward(
+    workspace: Tensor, grad_loss: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype | None, ...]
+) -> list[Tensor | None]:
+    """The gradients of logprobs, entropy and values; None where there is no dtype."""
+    given, written, is_listed = _gradients(dtypes)
+    device = workspace.device
+    # With sizes one by one torch.empty takes half the time that it takes with a torch.Size.
+    made = [None if x is None else torch.empty(*shape, dtype=x, device=device) for x in written]
+    d_logprobs, d_entropy, d_values = made
+    other = d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy
+    assert other is not None
+    steps = other.numel()
+    if steps:
+        with device_guard(workspace):
+            loss_bwd_kernel.run(
+                workspace,
+                grad_loss,
+                other,
+                other if d_entropy is None else d_entropy,
+                other if d_values is None else d_values,
+                given,
+                steps,
+                _SCALE_BLOCK,
+                grid=(-(-steps // _SCALE_BLOCK),),
+                warmup=False,
+                **_SCALE,
+            )
+    return made if is_listed else [None if x is None else x.to(y) for x, y in zip(made, dtypes, strict=True)]
+
+
+def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
+    """The gradients in a workspace and their scales: what `backward` multiplies, for torch.compile to fuse."""
+    first, found = _PAD, []
+    for shape, scale in zip(shapes, (workspace[0], workspace[0], workspace[1]), strict=True):
+        if shape is None:
+            found.append(None)
+            continue
+        steps = math.prod(shape)  # shape.numel() would make the size a constant of the graph
+        found.append((workspace[first : first + steps].view(shape), scale))
+        first += _stride(steps)
+    return found
+
+
+_INTEGERS = {"kl_estimator": "i32", "given": "i32", "programs": "i32", "modes": "i32"}
+_INTEGERS |= {"steps": "i64", "T": "i64"}
+
+
+def _types(kernel: triton.JITFunction, pointers: dict[str, str]) -> dict[str, str]:
+    """Argument -> type, from the kernel's own names and those of pointers that are not fp32."""
+    types = {}
+    for name in kernel.arg_names:
+        if name not in ("SEQUENCES", "BLOCK"):
+            default = "*fp32" if name.endswith("_ptr") else "i64" if name.endswith("_stride") else "fp32"
+            types[name] = pointers.get(name) or _INTEGERS.get(name, default)
+    return types
+
+
+def _dtype_name(of_values: torch.dtype, others: torch.dtype) -> str:
+    name = _POINTERS[others][1:]
+    return name if of_values == others else f"{name} values {_POINTERS[of_values][1:]}"
+
+
+def variants() -> list[Variant]:
+    """Everything that the launchers above can start."""
+    found = []
+    policy = ("logprobs", "old_logprobs", "advantages", "weights", "entropy", "ref_logprobs", "returns")
+    for of_values, others in _DTYPES:
+        name = _dtype_name(of_values, others)
+        pointers = {f"{x}_ptr": _POINTERS[others] for x in policy} | {"mask_ptr": "*u1", "value_mask_ptr": "*u1"}
+        pointers |= {f"{x}_ptr": _POINTERS[of_values] for x in ("values", "old_values")}
+        kernel, options = loss_flat_kernel, _FLAT[others.itemsize]
+        found.append(Variant(f"loss forward flat {name}", kernel, _types(kernel, pointers), {"BLOCK": _BLOCK}, options))
+        for sequences, index in ((False, torch.int32), (True, torch.int32), (True, torch.int64)):
+            title = f"loss forward {f'sequences {_INDICES[index][1:]}' if sequences else 'rows'} {name}"
+            types = _types(loss_rows_kernel, pointers | {"cu_seqlens_ptr": _INDICES[index]})
+            constexprs: dict[str, Any] = {"SEQUENCES": sequences, "BLOCK": _BLOCK}
+            found.append(Variant(title, loss_rows_kernel, types, constexprs, _ROWS[sequences]))
+        pointers = {"d_logprobs_ptr": _POINTERS[others], "d_entropy_ptr": _POINTERS[others]}
+        types = _types(loss_bwd_kernel, pointers | {"d_values_ptr": _POINTERS[of_values]})
+        found.append(Variant(f"loss backward {name}", loss_bwd_kernel, types, {"BLOCK": _SCALE_BLOCK}, _SCALE))
+    for pointer in _INDICES.values():
+        types = _types(shares_kernel, {"mask_ptr": "*u1", "cu_seqlens_ptr": pointer})
+        found.append(Variant(f"loss shares {pointer[1:]}", shares_kernel, types, {"BLOCK": _BLOCK}, _SHARES))
+    for pointer in _DENOMINATORS.values():
+        types = _types(loss_reduce_kernel, {"denominator_ptr": pointer})
+        title = f"loss reduce denominator {pointer[1:]}"
+        found.append(Variant(title, loss_reduce_kernel, types, {"BLOCK": _REDUCE_BLOCK}, _REDUCE))
+    return found

@@ -1,0 +1,26 @@
+"""Classic RL: PPO for Gymnasium's environments. `ClassicTrainer` trains a policy, and `load` reads a saved one.
+
+The parts are imported at their first use, as in `ppo_fast`, so that a command can report wrong options at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_fast.classic.config import ClassicConfig
+    from ppo_fast.classic.policy import load
+    from ppo_fast.classic.ppo import ClassicTrainer
+
+__all__ = ["ClassicConfig", "ClassicTrainer", "load"]
+
+_MODULES = {"ClassicConfig": "config", "ClassicTrainer": "ppo", "load": "policy"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ppo_fast.classic' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ppo_fast.classic.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

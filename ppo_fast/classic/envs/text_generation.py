@@ -1,0 +1,192 @@
+"""ppo_fast/TextGeneration-v0: write a text one character at a time; a scorer says what it is worth."""
+
+import string
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from ppo_fast.common.errors import UserError
+
+ALPHABET = string.ascii_lowercase + " ."
+END = "."
+# For the scorer of words: short, so that a small network finds many of them within a minute
+WORDS = """
+a all an and are at bed bee big bird blue boy can car cat cow day dog door eat egg farm far fish fly for fox fun
+girl go good green hat he hen her his hot house i in is it jam joy key king lake let lion little love man moon my
+near new no not now of on one our owl pen pig red rose run sea see she sit sky so song star sun tea the they tree
+two under up us was we well wind with wood yes you zoo
+"""
+
+# scorer(text, ended): the reward for the character written last; `ended` is True once, when the text is complete
+Scorer = Callable[[str, bool], float]
+
+
+def sentence_end(text: str, ended: bool) -> float:
+    """1 for a text that ends with a full stop, at its end; 0 for all else.
+
+    >>> sentence_end("ab.", True), sentence_end("ab", True), sentence_end("ab", False)
+    (1.0, 0.0, 0.0)
+    """
+    return float(ended and text.endswith(END))
+
+
+class WordScorer:
+    """Words of a list: a letter on the way to one gains 0.1, a new word 0.5 for each of its letters, all else nothing.
+
+    A word counts when a space or the full stop closes it, and once in a text. Nothing costs: a learner that is punished
+    for closing what is no word ends by closing nothing.
+
+    >>> score = WordScorer(["a", "at"])
+    >>> [score("at x a."[:n], n == 7) for n in range(1, 8)]
+    [0.1, 0.1, 1.0, 0.0, 0.0, 0.1, 0.5]
+    """
+
+    def __init__(self, words: Iterable[str] = tuple(WORDS.split())) -> None:
+        given = [] if isinstance(words, str) else list(words)  # a text would be a list of its letters
+        wrong = [x for x in given if not (isinstance(x, str) and x and set(x) <= set(string.ascii_lowercase))]
+        if wrong or not given:
+            raise UserError(f"words must be a list of words of the letters a to z, got {wrong[:5] or words!r}")
+        self.words = frozenset(given)
+        self.prefixes = frozenset(x[:n] for x in self.words for n in range(1, len(x) + 1))
+
+    def __call__(self, text: str, ended: bool) -> float:
+        if text[-1] not in " .":
+            return 0.1 if text.split(" ")[-1] in self.prefixes else 0.0
+        *before, last = text[:-1].split(" ")
+        return 0.5 * len(last) if last in self.words and last not in before else 0.0
+
+
+class LengthScorer:
+    """At the end of a text, 1 less the share by which its length is off `target` characters; at least 0.
+
+    >>> LengthScorer(4)("abc.", True), LengthScorer(4)("a.", True), LengthScorer(4)("a.", False)
+    (1.0, 0.5, 0.0)
+    """
+
+    def __init__(self, target: int) -> None:
+        if target < 1:
+            raise UserError(f"the target length must be at least 1 character, got {target}")
+        self.target = target
+
+    def __call__(self, text: str, ended: bool) -> float:
+        return max(0.0, 1 - abs(len(text) - self.target) / self.target) if ended else 0.0
+
+
+def diversity(text: str, ended: bool) -> float:
+    """At the end of a text, the share of its characters that differ from all before them.
+
+    >>> diversity("abc.", True), diversity("aaaa", True)
+    (1.0, 0.25)
+    """
+    return len(set(text)) / len(text) if ended else 0.0
+
+
+class SumScorer:
+    """The weighted sum of several scorers.
+
+    >>> SumScorer({sentence_end: 2.0, diversity: 1.0})("ab.", True)
+    3.0
+    """
+
+    def __init__(self, weights: dict[Scorer, float]) -> None:
+        if not all(callable(scorer) for scorer in weights):
+            raise UserError(f"scorers must be functions f(text, ended), got {list(weights)!r}")
+        self.weights = weights
+
+    def __call__(self, text: str, ended: bool) -> float:
+        return sum(weight * scorer(text, ended) for scorer, weight in self.weights.items())
+
+
+SCORERS: dict[str, Callable[[int], Scorer]] = {  # by name, for the command line; each is given max_steps
+    "sentence_end": lambda max_steps: sentence_end,
+    "words": lambda max_steps: WordScorer(),
+    "length": lambda max_steps: LengthScorer(max(1, max_steps // 2)),
+    "diversity": lambda max_steps: diversity,
+}
+
+
+class TextGeneration(gymnasium.Env):
+    """Each action writes one character of "a" to "z", space and full stop.
+
+    The observation [max_steps, 28] has a row for each position, counted backwards from the character written last, so
+    that a word looks the same wherever it stands: one-hot, or zeros beyond the beginning. A full stop or the last
+    position ends the episode; both are terminations, not truncations, because the observation shows how many positions
+    are left.
+
+    Args:
+        max_steps: most characters of a text.
+        scorer: f(text, ended), the reward for the last character; or one of the names sentence_end, words, length
+            (half of max_steps), diversity.
+        render_mode: "ansi": render returns the text; "human": prints it.
+
+    >>> env = TextGeneration(max_steps=5)
+    >>> _ = env.reset(seed=0)
+    >>> env.step(ALPHABET.index("."))[1:4]
+    (1.0, True, False)
+    """
+
+    ppo_fast_saves_state = True  # get_state and set_state are of the whole state, for checkpoints
+    metadata = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012  # Gymnasium's interface
+
+    def __init__(
+        self, max_steps: int = 20, scorer: Scorer | str = "sentence_end", render_mode: str | None = None
+    ) -> None:
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise UserError(f"max_steps must be a whole number of at least 1 character, got {max_steps!r}")
+        if scorer not in SCORERS if isinstance(scorer, str) else not callable(scorer):
+            raise UserError(f"scorer must be a function or one of {', '.join(SCORERS)}; got {scorer!r}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UserError(f"render_mode must be ansi, human or None, got {render_mode!r}")
+        self.max_steps, self.render_mode = max_steps, render_mode
+        self.scorer = SCORERS[scorer](max_steps) if isinstance(scorer, str) else scorer
+        self.action_space = spaces.Discrete(len(ALPHABET))
+        self.observation_space = spaces.Box(0.0, 1.0, (max_steps, len(ALPHABET)), np.float32)
+        self.text = ""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.text = ""
+        self._show()
+        return self._observation(), {"text": self.text}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if not self.action_space.contains(action):
+            raise UserError(f"an action must be a whole number from 0 to {len(ALPHABET) - 1}, got {action!r}")
+        if self._complete():
+            raise UserError("the text is complete: call reset before the next step")
+        self.text += ALPHABET[int(action)]
+        ended = self._complete()
+        reward = float(self.scorer(self.text, ended))
+        self._show()
+        return self._observation(), reward, ended, False, {"text": self.text}
+
+    def render(self) -> str | None:
+        """What is written, and a mark where the next character goes."""
+        text = self.text if self._complete() else self.text + "_"
+        if self.render_mode == "human":
+            print(text)
+        return text if self.render_mode == "ansi" else None
+
+    def get_state(self) -> dict[str, Any]:
+        """All that the episode is, for JSON."""
+        return {"text": self.text, "random": self.np_random.bit_generator.state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `get_state` returned."""
+        self.text = state["text"]
+        self.np_random.bit_generator.state = state["random"]
+
+    def _complete(self) -> bool:
+        return self.text.endswith(END) or len(self.text) >= self.max_steps
+
+    def _observation(self) -> np.ndarray:
+        rows = np.zeros((self.max_steps, len(ALPHABET)), np.float32)
+        rows[range(len(self.text)), [ALPHABET.index(x) for x in reversed(self.text)]] = 1.0
+        return rows
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()

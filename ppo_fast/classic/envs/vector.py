@@ -1,0 +1,194 @@
+"""Around Gymnasium's environments: making them, telling how they reset, keeping their state, writing their pictures."""
+
+import functools
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
+
+from ppo_fast.classic.envs.workers import defer_signals
+from ppo_fast.classic.envs.wrappers import Wrapper, search_here
+from ppo_fast.common.checkpoint import UNFINISHED, replace, reported, write_file
+from ppo_fast.common.errors import UserError
+
+
+def make_env(name: str, arguments: dict[str, Any], wrappers: Sequence[Wrapper] = ()) -> gymnasium.Env:
+    """One environment; UserError says what is wrong with the name, the arguments or the wrappers."""
+
+    def make(name: str, **arguments: Any) -> gymnasium.Env:
+        env = gymnasium.make(name, **arguments)
+        for wrapper in wrappers:
+            env = wrapper(env)
+        return env
+
+    return _made(make, name, arguments)
+
+
+def make_envs(
+    name: str,
+    arguments: dict[str, Any],
+    *,
+    count: int,
+    vectorization: str = "auto",
+    autoreset: str = "next_step",
+    wrappers: Sequence[Wrapper] = (),
+) -> VectorEnv:
+    """`count` environments that step together: the environment's own vector form if it has one and there are no
+    wrappers, else one by one."""
+    more: dict[str, Any] = {}
+    if wrappers and vectorization == "auto":
+        vectorization = "sync"
+    if autoreset == "same_step":
+        try:
+            from gymnasium.vector import AutoresetMode
+        except ImportError as error:
+            raise UserError(f"autoreset = same_step needs Gymnasium 1.1, this is {gymnasium.__version__}") from error
+        more["vector_kwargs"] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        vectorization = "sync" if vectorization == "auto" else vectorization
+    mode = None if vectorization == "auto" else vectorization
+    if mode == "async":
+        wrappers = [*wrappers, functools.partial(defer_signals, trainer=os.getpid())]
+    if wrappers:
+        more["wrappers"] = wrappers
+    return _made(gymnasium.make_vec, name, {**arguments, **more, "num_envs": count, "vectorization_mode": mode})
+
+
+class OneOfVector(gymnasium.Env):
+    """One environment in the vector form that its package has, for packages whose single form is another one."""
+
+    def __init__(self, envs: VectorEnv) -> None:
+        self.envs, self.metadata, self.spec = envs, {**envs.metadata, "render_modes": []}, envs.spec
+        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict[str, Any]]:
+        observations, _ = self.envs.reset(seed=seed, options=options)
+        return observations[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observations, rewards, terminated, truncated, _ = self.envs.step(np.asarray(action)[None])
+        return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """Arguments of an environment from JSON."""
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"env_kwargs is not JSON: {text}: {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f'env_kwargs must be a JSON object such as {{"size": 9}}, got {text}')
+    return arguments
+
+
+def _made(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any:
+    if ":" in name:  # module:Name-v0
+        search_here()
+    try:
+        return make(name, **arguments)
+    except gymnasium.error.UnregisteredEnv as error:
+        hint = "" if ":" in name else f" If another package brings it, write PACKAGE:{name}"
+        raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from error
+    except (gymnasium.error.Error, ImportError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from error
+    except (AssertionError, LookupError) as error:  # such as KeyError('9x9'), which says little without its name
+        raise UserError(f"cannot make the environment {name}: {error!r}") from error
+
+
+def resets_in_same_step(envs: VectorEnv) -> bool:
+    """True for SAME_STEP, False for NEXT_STEP.
+
+    Raises:
+        UserError: the environments do not say how they reset, or in another way.
+    """
+    mode = _autoreset_mode(envs)
+    if mode not in ("NextStep", "SameStep"):
+        raise UserError(f"the environments have autoreset mode {mode}; PPO needs NextStep or SameStep")
+    return mode == "SameStep"
+
+
+def _autoreset_mode(envs: VectorEnv) -> str:
+    """What the outermost layer that declares a mode declares."""
+    layer = envs
+    while (mode := _declared(layer)) is None and isinstance(layer, VectorWrapper):
+        layer = layer.env
+    if mode is not None:
+        return str(getattr(mode, "value", mode))  # a member of AutoresetMode, or its text
+    # Gymnasium 1.0 has this mode only. make_vec warns, and Gymnasium's wrappers take it for this mode, too
+    gymnasiums = isinstance(layer, SyncVectorEnv | AsyncVectorEnv) or type(layer).__module__.startswith("gymnasium.")
+    if layer.spec is not None or (gymnasiums and not hasattr(gymnasium.vector, "AutoresetMode")):
+        return "NextStep"
+    raise UserError(
+        f'{type(layer).__name__} does not say when it resets environments: set its metadata["autoreset_mode"] to'
+        " gymnasium.vector.AutoresetMode.NEXT_STEP or SAME_STEP"
+    )
+
+
+def _declared(layer: VectorEnv) -> Any:
+    """The autoreset mode in a layer's own metadata, or None."""
+    if type(layer) in (SyncVectorEnv, AsyncVectorEnv) and hasattr(layer, "autoreset_mode"):
+        return layer.autoreset_mode  # in Gymnasium 1.1 all vectors of one class of environments share their metadata
+    if isinstance(layer, VectorWrapper) and layer.metadata is layer.env.metadata:
+        return None
+    return layer.metadata.get("autoreset_mode")
+
+
+def environment_states(envs: VectorEnv) -> list[dict[str, Any]] | None:
+    """The state of each environment, where all classes say that get_state and set_state save and restore all of it, by
+    `ppo_fast_saves_state = True`, and no wrapper has a state of its own, as TimeLimit has; None for others."""
+    base = envs.unwrapped
+    if type(base) is not SyncVectorEnv or not all(_saves_state(env) for env in base.envs):
+        return None
+    return [env.unwrapped.get_state() for env in base.envs]  # type: ignore[attr-defined]
+
+
+def _saves_state(env: gymnasium.Env) -> bool:
+    while isinstance(env, OrderEnforcing | PassiveEnvChecker):  # gymnasium.make puts these around all
+        env = env.env
+    # Of the class itself: one that is derived from it may have more state
+    return env is env.unwrapped and vars(type(env)).get("ppo_fast_saves_state") is True
+
+
+def restore_environments(envs: VectorEnv, states: list[dict[str, Any]], finished: np.ndarray) -> None:
+    """Puts environments back where they were; `finished` [N] are those that the next step shall reset."""
+    base = envs.unwrapped
+    assert isinstance(base, SyncVectorEnv)
+    for env, state in zip(base.envs, states, strict=True):
+        env.unwrapped.set_state(state)  # type: ignore[attr-defined]
+    base._autoreset_envs = finished.copy()
+
+
+def write_frames(frames: list[np.ndarray], folder: Path, kind: str, *, fps: float) -> Path:
+    """RGB frames as an animated FOLDER/episode.gif, or as numbered PNG files in FOLDER/frames; the file or folder."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames]
+    new = folder / ("frames" + UNFINISHED)
+    try:
+        with reported(f"the frames could not be written to {folder}", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if kind == "gif":
+                duration = max(20, round(1000 / fps))  # ms; viewers slow down what is quicker
+                buffer = io.BytesIO()
+                images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+                write_file(folder / "episode.gif", buffer.getvalue())
+                return folder / "episode.gif"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            for number, image in enumerate(images):
+                image.save(new / f"{number:04}.png")
+            replace(new, folder / "frames")
+    except UserError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return folder / "frames"

@@ -1,0 +1,1 @@
+"""The command line: `ppo-fast` and `python -m ppo_fast.cli`."""

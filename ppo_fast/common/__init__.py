@@ -1,0 +1,1 @@
+"""What trainers and commands share: errors, options, devices, files, signals, the terminal. No PPO."""

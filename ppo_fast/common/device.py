@@ -1,0 +1,220 @@
+"""The device that options name, and what it can do.
+
+Only this module asks PyTorch about a type of device; everything else asks it with the device of a tensor or of the run,
+never about the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.common.errors import UserError
+from ppo_fast.ops.backend import Backend, uses_triton
+
+SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
+GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
+
+
+def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") -> torch.device:
+    """The device `name`, with its index; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: the device does not exist, `backend` cannot compute on it, or it has no bfloat16 and `dtype` is that.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device must be cpu, cuda, cuda:1, ... or auto, got {name!r}") from error
+    _check_exists(device)
+    probe = torch.zeros((), device=device)
+    try:
+        uses_triton(backend, probe)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    if dtype == "bfloat16" and not has_bfloat16(probe.device):
+        major, minor = compute_capability(probe.device) or (0, 0)
+        raise UserError(
+            f"dtype = bfloat16 needs a GPU of compute capability 8.0 or newer, and {probe.device} has {major}.{minor};"
+            " use --dtype float32"
+        )
+    return probe.device
+
+
+def _check_exists(device: torch.device) -> None:
+    """Raises UserError with what this machine has instead."""
+    start = f"device {str(device)!r} cannot be used: PyTorch {torch.__version__}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "finds no GPU or no driver" if built else "is built for the CPU only"
+        raise UserError(f"{start} {reason}; use --device cpu")
+    try:
+        count = device_module(device).device_count()
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{start} does not support it; use --device cpu") from error
+    if device.type != "cpu" and (device.index or 0) >= count:
+        names = ", ".join(f"{device.type}:{i}" for i in range(count)) or "none"
+        raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")
+
+
+def device_module(device: torch.device) -> Any:
+    """torch.cuda, torch.cpu, ...: the module with the functions of the device's type."""
+    return torch.get_device_module(device)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of an NVIDIA GPU; None for every other device."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; on a CPU always true: PyTorch emulates it, and
+    `bfloat16_cost` measures how fast it is."""
+    capability = compute_capability(device)
+    return capability is None or capability >= (8, 0)
+
+
+@functools.cache
+def bfloat16_cost() -> float:
+    """How many times as long as in fp32 a small product of matrices takes in bfloat16 on this CPU; measured once.
+
+    0.2 on a processor with AMX, several hundred on one without any instructions for bfloat16.
+    """
+    cost = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = (torch.ones(n, 256, dtype=dtype, device="cpu") for n in (128, 256))
+        cost[dtype] = _shortest(functools.partial(torch.mm, rows, weight.T))
+    return cost[torch.bfloat16] / cost[torch.float32]
+
+
+def _shortest(call: Callable[[], object], budget: float = 0.05) -> float:
+    """The shortest time of a call in seconds, after a first one that does not count; several calls within `budget`."""
+    call()
+    times: list[float] = []
+    while not times or (sum(times) < budget and len(times) < 20):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
+    """The dtype that a run computes in where `dtype` is asked for, and a sentence about it; "" if there is none.
+
+    auto is bfloat16 on a GPU that multiplies it in hardware, and on a CPU that is faster in it than in fp32.
+
+    >>> choose_dtype("float32", torch.device("cpu"))
+    ('float32', '')
+    """
+    if dtype == "float32":
+        return dtype, ""
+    if device.type != "cpu":
+        chosen = "bfloat16" if dtype == "bfloat16" or has_bfloat16(device) else "float32"
+        return chosen, f"dtype = auto: {chosen} on {device}" if dtype == "auto" else ""
+    cost = bfloat16_cost()
+    chosen = "bfloat16" if dtype == "bfloat16" or cost <= GAIN else "float32"
+    measured = f"a small product takes {round(cost) if cost > 10 else f'{cost:.2g}'} times as long in bfloat16 as in"
+    measured += " float32 on this CPU"
+    if dtype == "auto":
+        return chosen, f"dtype = auto: {chosen} ({measured})"
+    if cost > SLOW:
+        return chosen, f"warning: dtype = bfloat16 is slow here ({measured}): use --dtype float32 or auto"
+    return chosen, f"dtype = bfloat16: {measured}"
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory on a GPU, also what is in use; None for devices that share the memory of the CPU."""
+    if device.type in ("cpu", "mps"):
+        return None
+    return device_module(device).get_device_properties(device).total_memory
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was launched."""
+    if device.type != "cpu":
+        device_module(device).synchronize(device)
+
+
+def made_current(device: torch.device) -> AbstractContextManager:
+    """The device is the current one inside this block, as libraries expect that launch kernels from Python."""
+    return nullcontext() if device.type == "cpu" else device_module(device).device(device)
+
+
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Inside this block PyTorch has the modes in which a run computes, whatever the caller has set: gradients are
+    recorded, autocast is off, and new tensors are fp32 and on the CPU unless they name something else."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # else without this mode, which every call of PyTorch would pass
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def get_rng_state(device: torch.device) -> Tensor | None:
+    """The state of the device's own default generator; None on a CPU, whose generator is PyTorch's global one."""
+    return None if device.type == "cpu" else device_module(device).get_rng_state(device)
+
+
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Restores what `get_rng_state` returned."""
+    device_module(device).set_rng_state(state, device)
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed below 2^32 that depends on all parts, such as a run's seed and a process's rank, and on their order.
+
+    Sums would overlap: seed 0 in rank 1 is not seed 1 in rank 0. Each part is an integer from 0 to 2^32 - 1.
+
+    >>> derived_seed(0, 1) == derived_seed(1, 0)
+    False
+    >>> derived_seed(0, 1) == derived_seed(0, 1, 0)
+    False
+    """
+    # their number: SeedSequence takes missing parts as zeros
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
+
+
+def seed(number: int, device: torch.device) -> None:
+    """Seeds the generators of the CPU and of this device, and of no other device."""
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        with made_current(device):
+            device_module(device).manual_seed(number)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, through pinned memory: the host does not wait for what the device has still to do."""
+    if device.type in ("cpu", "mps"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on the device with one copy: views of one buffer, in their shapes."""
+    if device.type == "cpu" or not tensors:
+        return list(tensors)
+    buffer = upload(torch.cat([x.flatten() for x in tensors]), device)
+    parts = buffer.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Whether all of the model has memory, none of it being on the meta device."""
+    return not any(x.is_meta for x in (*model.parameters(), *model.buffers()))

@@ -1,0 +1,60 @@
+"""Output folders: a command writes to a folder that is new or its own, or that holds nothing which it could replace.
+
+The mark of an own folder is the file `.ppo_fast` in it.
+"""
+
+from pathlib import Path
+
+from ppo_fast.common.errors import UserError
+
+MARK = ".ppo_fast"
+# What commands write to the top of a folder, besides folders: files of others with these endings may have such a name.
+# Anything else, such as a log to which the shell redirects the output, may be there before
+ENDINGS = {".jsonl", ".json", ".yaml", ".md", ".png", ".gif", ".lock", ".holder"}
+
+
+def claim(folder: str | Path, by: str = "") -> Path:
+    """Makes and marks an output folder. One that exists must have the mark, or hold nothing that could be replaced.
+
+    Args:
+        folder: made if it is missing, with those above it.
+        by: the command, as its mark names it; the mark of another command is then rejected. "": any mark is accepted.
+
+    Raises:
+        UserError: the folder holds files that this project did not write, or another command's results, or it cannot
+            be written.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, and the results need a folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MARK).is_file():
+            owner = (folder / MARK).read_text(encoding="utf-8", errors="replace").strip()
+            if by and owner != by:
+                raise UserError(f"{folder} holds the results of {owner}: choose another --out")
+            return folder
+        names = (x.name for x in folder.iterdir() if x.is_dir() or _ending(x) in ENDINGS)
+        foreign = min((name for name in names if name != "lost+found"), default=None)  # at the top of a disk
+        if foreign is not None:
+            raise UserError(
+                f"{folder} holds files that ppo_fast did not write, such as {foreign}: choose a new or empty folder"
+                f" (--out); a copy of an output folder needs its hidden file {MARK}, too"
+            )
+        mark(folder, by)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _ending(path: Path) -> str:
+    return path.suffix or path.name  # of `.lock`, the name
+
+
+def mark(folder: Path, by: str = "") -> None:
+    """Writes the mark of an own folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / MARK).write_text(f"{by or 'ppo_fast'}\n", encoding="utf-8")

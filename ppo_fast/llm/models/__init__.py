@@ -1,0 +1,1 @@
+"""Models of transformers in PPO: loading, heads, actor and critic, reference, LoRA."""

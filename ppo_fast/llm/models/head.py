@@ -1,0 +1,225 @@
+"""How a model computes a pack: hidden states or its own logits, from packed rows, padded rows or single sequences.
+
+`Head` holds the choices. `probe.probe` makes them at load.
+"""
+
+import functools
+import inspect
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import ppo_fast as ppo
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.packing.attention import Layout
+from ppo_fast.llm.packing.pack import Pack
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model's hidden states and logits are computed."""
+
+    linear: bool  # softcap(logit_scale (h W^T + b)) from its decoder's hidden states; else by its own forward
+    packed: bool  # its attention takes packed rows
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    batched: bool = True  # a batch of several sequences gives what each gives alone
+    boundaries: tuple[int, ...] = ()  # a sequence of at most so many tokens shares no batch with a longer one
+
+    def regime(self, length: int) -> int:
+        """The number of boundaries below a length; sequences of one regime may share a batch."""
+        return bisect_left(self.boundaries, length)
+
+    def cutting(self, max_tokens: int) -> dict[str, Any]:
+        """Arguments of `packing.cut`: which sequences may share a pack."""
+        return {"max_tokens": max_tokens if self.batched else 1, "regime": self.regime}
+
+    def splits(self, lengths: Sequence[int]) -> bool:
+        """Whether sequences of these lengths must not share a batch. Packs that were cut by `cutting` never do."""
+        return len(lengths) > 1 and (not self.batched or len({self.regime(n) for n in lengths}) > 1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an actor's own `generate` is used, as `probe_sampling` decided it."""
+
+    left_padding: bool = True  # a batch may hold prompts of different lengths
+    cache: bool = True  # keys and values of earlier tokens are kept
+    boundaries: tuple[int, ...] = ()  # as those of `Head`
+
+    def batches(self, lengths: Sequence[int], *, new_tokens: int, size: int) -> list[list[int]]:
+        """The numbers of prompts of these lengths, in batches of at most `size`.
+
+        A sequence that may cross a boundary shares its batch only with those that cross it at the same token.
+        """
+        alike: dict[tuple[bool, int], list[int]] = {}
+        for i, length in enumerate(lengths):
+            crosses = any(length <= b < length + new_tokens for b in self.boundaries)
+            exact = crosses or not self.left_padding
+            alike.setdefault((exact, length if exact else bisect_left(self.boundaries, length)), []).append(i)
+        return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
+
+
+TOGETHER = Head(linear=True, packed=True)  # all sequences may share a batch
+
+
+def bare(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, without what peft has put around it."""
+    unwrap: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    inner = model if unwrap is None else unwrap()
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of the part that reads and writes text: the model's own, or a part of a composite one."""
+    return bare(model).config.get_text_config(decoder=True)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part that ends in hidden states: what `get_decoder` returns, or the base model if that is something else.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    inner = bare(model)
+    embeddings = _embeddings(inner)
+    for part in (inner.get_decoder(), inner.base_model, *inner.children()):
+        if isinstance(part, PreTrainedModel) and part is not inner and _embeddings(part) is embeddings:
+            return part
+    raise UserError(
+        f"cannot find the hidden states of this {model_name(model)}: no part of it is a model that shares its"
+        " input embeddings"
+    )
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def head_of(model: nn.Module) -> Any:
+    """The LM head, by transformers' name: nn.Linear in most models."""
+    return bare(model).get_output_embeddings()
+
+
+def model_name(model: nn.Module) -> str:
+    """The name of the model's class, without peft."""
+    return type(bare(model)).__name__
+
+
+@functools.cache
+def _parameters(model_type: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_type.forward).parameters)
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    kind: Any = type(bare(model))
+    return name in _parameters(kind)
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The argument of a forward that keeps no cache; none for a model that never has one, such as GPT-1."""
+    known = accepts(model, "use_cache") or hasattr(text_config(model), "use_cache")
+    return {"use_cache": False} if known else {}
+
+
+def hidden_states(decoder: nn.Module, pack: Pack, head: Head) -> Tensor:
+    """[total, D]: the decoder's last hidden states of a pack's tokens. Packed: inside `packed_attention` only."""
+    return _outputs(decoder, pack, head, "last_hidden_state", None)
+
+
+def own_logits(model: nn.Module, pack: Pack, head: Head) -> Tensor:
+    """[n, V]: the logits from which the pack's answer tokens are drawn, by the model's own forward."""
+    return _outputs(model, pack, head, "logits", pack.states)
+
+
+def _outputs(model: nn.Module, pack: Pack, head: Head, name: str, tokens: Tensor | None) -> Tensor:
+    """A tensor of the model's output at the given tokens of a pack, or at all."""
+    if head.splits(pack.lengths) or not (head.packed or head.batched):
+        each = [getattr(_run_single(model, ids, packed=head.packed), name)[0] for ids in _split(pack)]
+        found = torch.cat(each)
+    elif head.packed:
+        found = getattr(_run_packed(model, pack.input_ids, pack.position_ids, pack.layout), name)[0]
+    else:
+        rows = padded(pack)
+        out = getattr(model(**rows.inputs(), **without_cache(model)), name).flatten(0, 1)
+        return out.index_select(0, rows.tokens if tokens is None else rows.tokens[tokens])
+    return found if tokens is None else found[tokens]
+
+
+def _split(pack: Pack) -> list[Tensor]:
+    """[1, L] each"""
+    return list(pack.input_ids.split(pack.lengths, dim=1))
+
+
+def _run_single(model: nn.Module, ids: Tensor, *, packed: bool) -> Any:
+    if not packed:
+        return model(input_ids=ids, **without_cache(model))
+    position = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    return _run_packed(model, ids, position, Layout.of([ids.shape[1]], ids.device))
+
+
+def _run_packed(model: nn.Module, ids: Tensor, position: Tensor, layout: Layout) -> Any:
+    return model(input_ids=ids, position_ids=position, **without_cache(model), **layout.arguments())
+
+
+class PaddedRows(NamedTuple):
+    """A pack's sequences, each in a row of its own, padded on the right to the longest, L."""
+
+    input_ids: Tensor  # [S, L] int64
+    position_ids: Tensor  # [S, L] int64, 0 in the padding
+    attention_mask: Tensor  # [S, L] bool
+    tokens: Tensor  # [total] int64: where each of the pack's tokens is in the flattened rows
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of a model."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask.long(),
+        }
+
+
+def padded(pack: Pack) -> PaddedRows:
+    """The pack as padded rows. Its sizes are known on the host, so nothing here waits for a GPU."""
+    ends, L = pack.layout.cu_seqlens, pack.layout.longest
+    column = torch.arange(L, device=ends.device)
+    mask = column < ends.diff().unsqueeze(1)
+    row = torch.arange(len(ends) - 1, device=ends.device)
+    row = row.repeat_interleave(ends.diff(), output_size=pack.input_ids.shape[1])
+    tokens = row * L + pack.position_ids[0]
+    ids = pack.input_ids.new_zeros(mask.numel()).index_copy_(0, tokens, pack.input_ids[0]).view(mask.shape)
+    return PaddedRows(ids, torch.where(mask, column, 0), mask, tokens)
+
+
+def logprobs_of(
+    model: nn.Module, head: Head, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [n] of the pack's answer tokens at the sampling temperature, with a graph."""
+    options: dict[str, Any] = {"temperature": config.temperature, "with_entropy": True, "backend": config.backend}
+    if not head.linear:
+        logits = own_logits(model, pack, head)
+        return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]
+    if hidden is None:
+        hidden = hidden_states(decoder_of(model), pack, head)
+    layer = head_of(model)
+    return ppo.linear_logprobs(  # type: ignore[return-value]
+        hidden[pack.states].to(layer.weight.dtype),
+        layer.weight,
+        pack.tokens,
+        bias=layer.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        chunk_bytes=config.chunk_bytes,
+        **options,
+    )

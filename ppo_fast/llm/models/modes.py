@@ -1,0 +1,84 @@
+"""TODO docstring."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ppo_fast.common.device import has_weights
+from ppo_fast.llm.models.head import model_name
+from ppo_fast.llm.packing.attention import own_config
+
+
+def recomputed_layers(model: nn.Module) -> list[Any]:
+    """The layers that gradient checkpointing recomputes: those of models that support it."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
+    layers = {id(m): m for part in models for m in part.modules() if isinstance(m, GradientCheckpointingLayer)}
+    return list(layers.values())
+
+
+def warn_if_not_recomputed(*models: nn.Module | None) -> None:
+    """Warns once of models for which gradient checkpointing does nothing."""
+    without = [model_name(model) for model in models if model is not None and not recomputed_layers(model)]
+    if without:
+        warnings.warn(
+            f"gradient_checkpointing does nothing for {' and '.join(without)}: no layer of such a model supports it, so"
+            " the run needs as much memory as without it",
+            stacklevel=2,
+        )
+
+
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        def quiet(*given: Any) -> Any:
+            before, layer.training = layer.training, False
+            try:
+                return function(*given)
+            finally:
+                layer.training = before
+
+        return checkpoint(quiet, *arguments)
+
+    return run
+
+
+@contextmanager
+def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
+
+    transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
+    off, also where a layer calls it as a function of its own mode. Sampling, outside, keeps its cache.
+    """
+    layers = recomputed_layers(model) if enabled else []
+    if layers:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
+                # transformers 5.2x renamed it
+                switch = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
+                switch({"use_reentrant": False})
+    for layer in layers:
+        layer._gradient_checkpointing_func = _in_evaluation_mode(layer, layer._gradient_checkpointing_func)
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to bf16, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def prepare(model: nn.Module, device: torch.device) -> nn.Module:
+    """On its device, without dropout, and with a config object of its own; without weights it stays on meta."""
+    own_config(model)
+    return model.to(device).eval() if has_weights(model) else model.eval()

@@ -1,0 +1,1 @@
+"""Rollouts as packed rows, and attention over them."""

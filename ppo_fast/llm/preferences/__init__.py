@@ -1,0 +1,1 @@
+"""Preferences: pairs of answers, their labels, and reward models trained on them."""

@@ -1,0 +1,132 @@
+"""Human feedback in the terminal: two answers to a prompt, a person's choice, one more line in a file of pairs."""
+
+import codecs
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import printable
+from ppo_fast.llm.data import json_rows
+from ppo_fast.llm.preferences.reward_model import Pair, read_pairs
+
+KEYS = "1 or 2: the better answer; s: skip; q: save and leave"
+
+
+def read_choices(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file with a prompt and two answers or more.
+
+    Raises:
+        UserError: the message names file and line.
+    """
+    rows = []
+    for where, row in json_rows(path, "answers"):
+        answers = row.get("answers")
+        right = isinstance(answers, list) and len(answers) >= 2 and all(isinstance(x, str) for x in answers)
+        if not right or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{where}: expected {{"prompt": text, "answers": [text, text]}}')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has nothing to choose from: it is empty")
+    return rows
+
+
+def label(
+    answers: str | Path, out: str | Path, *, console: Console | None = None, ask: Callable[[str], str] = input
+) -> int:
+    """Asks about every row of `answers` that `out` does not have yet, and appends each choice to it at once.
+
+    Args:
+        answers: JSON Lines with {"prompt": text, "answers": [text, text, ...]}; the first two that differ are shown.
+        out: JSON Lines of pairs, {"prompt", "chosen", "rejected", "kind": "person"}, made if it is missing.
+        console: where to show them.
+        ask: takes a question and returns what the person typed.
+
+    Returns:
+        How many choices were made.
+
+    Raises:
+        UserError: one of the files cannot be read or written.
+    """
+    console = console or Console()
+    rows, made = read_choices(answers), 0
+    known = {(p.prompt, frozenset((p.chosen, p.rejected))) for p in _pairs_in(out)}
+    _append(out, "")  # before anybody chooses
+    console.print(KEYS)
+    for number, row in enumerate(rows, start=1):
+        first = row["answers"][0]
+        second = next((text for text in row["answers"][1:] if text != first), None)
+        if second is None or (row["prompt"], frozenset((first, second))) in known:
+            continue
+        _show(console, row["prompt"], first, second, f"{number} of {len(rows)}")
+        choice = _choice(ask)
+        if choice == "q":
+            break
+        if choice == "s":
+            continue
+        chosen, rejected = (first, second) if choice == "1" else (second, first)
+        pair = dataclasses.asdict(Pair(row["prompt"], chosen, rejected, "person"))
+        _append(out, json.dumps(pair, ensure_ascii=False) + "\n")
+        made += 1
+    console.print(f"{made} choices were added to {out}")
+    return made
+
+
+def _pairs_in(path: str | Path) -> list[Pair]:
+    """The pairs that the file holds already. Only a file to which lines can be added is accepted."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+    start = data.removeprefix(codecs.BOM_UTF8).strip()
+    if not start:
+        return []
+    if not start.startswith(b"{"):
+        raise UserError(f"{path} does not hold JSON Lines of pairs: choose another --out")
+    return read_pairs(path)
+
+
+def _show(console: Console, prompt: str, first: str, second: str, title: str) -> None:
+    console.print(Panel(_lines(prompt), title=title))
+    panels = [Panel(_lines(text), title=name) for name, text in (("1", first), ("2", second))]
+    console.print(Columns(panels, equal=True, expand=True))
+
+
+def _lines(text: str) -> Text:
+    return Text("\n".join(map(printable, text.split("\n"))))
+
+
+def _choice(ask: Callable[[str], str]) -> str:
+    while True:
+        try:
+            typed = ask("which is better? ").strip().lower()
+        except (EOFError, KeyboardInterrupt):
+            return "q"
+        except RuntimeError as error:  # what input() raises without standard input
+            raise UserError(f"nobody can choose here: {error}") from error
+        if typed in ("1", "2", "s", "q"):
+            return typed
+
+
+def _append(path: str | Path, line: str) -> None:
+    """Writes a line, behind a line break if the file ends within one."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("a+b") as file:
+            cut = False
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                cut = file.read() != b"\n"
+            file.write(("\n" * cut + line).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error

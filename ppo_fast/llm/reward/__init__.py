@@ -1,0 +1,1 @@
+"""Reward functions: how they are loaded, called, checked and weighted."""

@@ -1,0 +1,238 @@
+"""TODO docstring."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.kernels.common import memory
+from ppo_fast.kernels.linear import eager as eager_linear
+from ppo_fast.ops import checks
+from ppo_fast.ops.backend import Backend, uses_triton
+from ppo_fast.ops.checks import Aggregation, KLEstimator, check_aggregation, check_policy_options, public_operation
+
+
+class LinearLossOutput(NamedTuple):
+    """What `linear_ppo_loss` returns: a `LossOutput`, and per token the detached `logprobs` and `entropy`."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+    num_counted: int | None,
+) -> Tensor | None:
+    """Checks what the operations on hidden states share; the mask as bool."""
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight)
+    shape, head = hidden.shape, weight.shape
+    if not shape or len(head) != 2 or head[1] != shape[-1] or not head[0]:
+        raise ValueError(
+            f"hidden must have shape [..., D] and weight [V, D] with V > 0, got {tuple(shape)} and {tuple(head)}"
+        )
+    if hidden.dtype is not weight.dtype:
+        raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    place = hidden.device
+    if weight.device != place:
+        checks.device("weight", weight, place, "hidden")
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.shape("bias", bias, head[:1], "weight's rows")
+        checks.device("bias", bias, place, "hidden")
+    rows = shape[:-1]
+    mask = checks.flag("mask", mask, rows, place, "hidden without its last dimension")
+    checks.token_ids(tokens, mask, rows, place, "hidden without its last dimension", head[0])
+    checks.temperature(temperature)
+    if softcap is not None:
+        checks.positive("softcap", softcap)
+    if not logit_scale > 0:
+        checks.positive("logit_scale", logit_scale)
+    if chunk_bytes is not None:
+        checks.positive("chunk_bytes", chunk_bytes)
+    if logits_dtype is not None and logits_dtype not in (torch.float32, hidden.dtype):
+        raise ValueError(
+            f"logits_dtype must be torch.float32 or the dtype of hidden, {hidden.dtype}; got {logits_dtype}"
+        )
+    if mask is not None and memory.traced(hidden, mask):
+        raise NotImplementedError(
+            "mask is not supported under make_fx and FakeTensorMode, since the number of rows would depend on its"
+            " values; use torch.compile, or drop the masked rows first"
+        )
+    if num_counted is not None:
+        if mask is None:
+            raise ValueError(f"num_counted={num_counted} belongs to a mask, which was not given")
+        if checks.readable(mask) and int(mask.sum()) != num_counted:
+            raise ValueError(f"num_counted must be the number of counted tokens, {int(mask.sum())}; got {num_counted}")
+    return mask
+
+
+@public_operation
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    with_entropy: bool = False,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_counted: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` straight from hidden states: the logits exist only a chunk of tokens at a time.
+
+    z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature, without softcap logit_scale (h W^T + b) /
+    temperature. Without gradients this is one GEMM; the backward pass recomputes each chunk (four GEMMs in all), so
+    that any gradient per token may come. For PPO's own loss see `linear_ppo_loss`, which needs three.
+
+    Args:
+        hidden: [..., D]; weight: [V, D], the LM head; bias: [V] or None.
+        tokens, mask: [...]; rows that do not count are dropped before the first GEMM. On a GPU a mask costs one wait
+            for its count, unless num_counted gives it.
+        softcap: of Gemma 2; logit_scale: of Cohere.
+        chunk_bytes: what the chunk buffers may take; the default depends on shapes and dtypes only.
+        logits_dtype: fp32, or the dtype of hidden for less traffic and less exact log-probabilities.
+
+    Returns:
+        logp [...], or (logp, entropy), fp32 (fp64 for fp64), 0 where masked.
+
+    >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    >>> logp = linear_logprobs(hidden, weight, torch.tensor([0, 2]))
+    >>> [round(x, 4) for x in logp.tolist()]
+    [-0.5514, -0.2395]
+    """
+    head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
+    mask = _check_head(hidden, weight, tokens, mask, *head)
+    kernel = eager_linear
+    if uses_triton(backend, hidden, weight, bias):
+        from ppo_fast.kernels.linear import launch as kernel  # type: ignore[no-redef]
+    return kernel.linear_logprobs(
+        hidden,
+        weight,
+        tokens,
+        mask,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        with_entropy=with_entropy,
+        chunk_bytes=chunk_bytes,
+        logits_dtype=logits_dtype,
+        num_counted=num_counted,
+    )
+
+
+@public_operation
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k2",
+    weights: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_counted: int | None = None,
+    backend: Backend = "auto",
+) -> LinearLossOutput:
+    """`policy_loss` straight from hidden states, with all gradients made in the forward pass: three GEMMs.
+
+    The gradient of a token's loss with respect to its logits depends on that row alone, so each chunk of tokens goes
+    from logits to the gradients of hidden states and weight at once, and nothing of it is kept. The entropy of each
+    token is computed inside, so entropy_coef needs no argument of its own. There is no value term.
+
+    Args:
+        hidden, weight, tokens, mask, bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted:
+            as in `linear_logprobs`.
+        old_logprobs: [...], or None for this pass's own, detached: every ratio is then 1.
+        advantages: [...], one for each token. All other options: as in `policy_loss`.
+
+    Returns:
+        loss, stats as of `policy_loss` with entropy, and logprobs and entropy per token, detached.
+
+    >>> hidden, weight = torch.eye(2), torch.zeros(3, 2, requires_grad=True)
+    >>> out = linear_ppo_loss(hidden, weight, torch.tensor([0, 2]), None, torch.tensor([1.0, -1.0]))
+    >>> out.stats["ratio_mean"].item(), round(out.entropy[0].item(), 4)
+    (1.0, 1.0986)
+    """
+    head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
+    mask = _check_head(hidden, weight, tokens, mask, *head)
+    checks.floating("advantages", advantages)
+    checks.shape("advantages", advantages, tokens.shape, "tokens")
+    checks.device("advantages", advantages, hidden.device, "hidden")
+    same = advantages.shape, advantages.dtype, advantages.device
+    if not checks.alike(*same, old_logprobs, ref_logprobs, weights):
+        for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("weights", weights)):
+            if x is not None:
+                checks.matching(name, x, advantages, "advantages")
+    if ref_logprobs is None and kl_coef != 0:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    check_aggregation(advantages, "advantages", aggregation, denominator, norm_length, cu_seqlens)
+    kernel = eager_linear
+    if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
+        from ppo_fast.kernels.linear import launch as kernel  # type: ignore[no-redef]
+    return LinearLossOutput(
+        *kernel.linear_ppo_loss(
+            hidden,
+            weight,
+            tokens,
+            old_logprobs,
+            advantages,
+            mask,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            weights=weights,
+            aggregation=aggregation,
+            denominator=denominator,
+            norm_length=norm_length,
+            cu_seqlens=cu_seqlens,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            chunk_bytes=chunk_bytes,
+            logits_dtype=logits_dtype,
+            num_counted=num_counted,
+        )
+    )

@@ -1,0 +1,294 @@
+"""The public operations of ppo_fast: each checks its arguments and calls one backend.
+
+Shared by all: B sequences, T steps, V vocabulary, N tokens, S packed sequences. `mask` is True where a step counts,
+and the value at a masked position never reaches a result, not even NaN. Inputs are fp16, bf16, fp32 (the torch backend
+also takes fp64) with any strides; arithmetic and results are fp32 (fp64 for fp64), gradients come back in the input's
+dtype. `backend` is "auto" (Triton for CUDA tensors, PyTorch elsewhere), "triton" or "torch". No operation waits for
+the device, except that linear_logprobs and linear_ppo_loss wait for the count of a mask unless num_counted gives it.
+
+Unusual tensors: a pending negation and efficient zeros are written out first. Under make_fx and FakeTensorMode "auto"
+is the torch backend, and "triton" raises an error. torch.jit.trace, transforms of torch.func (vmap, grad, jvp,
+functionalize), forward-mode AD, DTensors, and options that require a gradient raise an error.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ppo_fast.kernels.loss import eager as eager_loss
+from ppo_fast.ops import checks
+from ppo_fast.ops.backend import Backend, uses_triton
+from ppo_fast.ops.checks import Aggregation, KLEstimator, check_aggregation, check_policy_options, public_operation
+
+
+class LossOutput(NamedTuple):
+    """What the losses return: `loss`, a scalar that carries the graph, and `stats`, detached scalars on the device."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+@public_operation
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k2",
+    weights: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """PPO's clipped surrogate objective, negated (Schulman et al. 2017, "Proximal Policy Optimization", eq. 7).
+
+    r = exp(clamp(logp - old_logp, +-log_ratio_clamp)); term = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)).
+    loss = agg(weights term) - entropy_coef agg(entropy) + kl_coef agg(kl). The paper maximises min(...); we minimise
+    its negative, and allow two clip ranges (Yu et al. 2025, DAPO) and a second bound for A < 0 (Ye et al. 2020, eq. 5).
+
+    Args:
+        logprobs, old_logprobs, advantages: [..., T] (or [total] with cu_seqlens). Gradients flow to logprobs and
+        entropy. mask: the same shape, True where a token counts.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1; where A < 0 the term is at most -c A.
+        log_ratio_clamp: bound of every exponent, in nats.
+        entropy, entropy_coef: bonus for a policy that stays random; entropy [..., T] in nats.
+        ref_logprobs, kl_coef, kl_estimator: penalty for leaving a reference, with d = logp - ref: k1 = d, k2 = d^2/2,
+            k3 = exp(-d) - 1 + d, abs = |d|. As a loss only k2 has the gradient of the true KL; k1's has mean 0.
+        weights: [..., T] factors of the term, for instance a truncated importance correction for the sampler.
+        aggregation: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-mean, or seq-mean-token-sum-norm (which
+            divides each sequence's sum by norm_length, default T). Sequences without a counted token do not count.
+        denominator: replaces the number of tokens (token-mean) or sequences (seq-mean-*), so that the loss does not
+            depend on how a batch is cut into micro-batches or over ranks.
+        cu_seqlens: [S + 1] boundaries of packed sequences.
+
+    Returns:
+        loss, and stats: policy_loss, approx_kl = mean(r - 1 - log r), clip_fraction, ratio_mean, ratio_max, and where
+        their inputs are given entropy, ref_kl, dual_clip_fraction. Means are over the counted tokens of this call.
+
+    >>> out = policy_loss(torch.tensor([0.0, 0.5]), torch.zeros(2), torch.tensor([1.0, 1.0]))
+    >>> round(out.loss.item(), 4), out.stats["clip_fraction"].item()  # -(1 + 1.2) / 2: the second ratio is clipped
+    (-1.1, 0.5)
+    """
+    checks.floating("logprobs", logprobs)
+    _check_policy(logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights, entropy_coef, kl_coef)
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
+    mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
+    kernel = eager_loss
+    if uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights):
+        from ppo_fast.kernels.loss import autograd as kernel  # type: ignore[no-redef]
+    loss, stats = kernel.policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        weights=weights,
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        cu_seqlens=cu_seqlens,
+    )
+    return LossOutput(loss, stats)
+
+
+def _check_policy(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    entropy_coef: float,
+    kl_coef: float,
+) -> None:
+    """Checks the tensors of the policy loss, and that bonus and penalty have what they need."""
+    same = logprobs.shape, logprobs.dtype, logprobs.device
+    given = old_logprobs is not None and advantages is not None
+    if not given or not checks.alike(*same, old_logprobs, advantages, entropy, ref_logprobs, weights):
+        checks.matching("old_logprobs", old_logprobs, logprobs, "logprobs")
+        checks.matching("advantages", advantages, logprobs, "logprobs")
+        for name, x in (("entropy", entropy), ("ref_logprobs", ref_logprobs), ("weights", weights)):
+            if x is not None:
+                checks.matching(name, x, logprobs, "logprobs")
+    if entropy is None and entropy_coef != 0:
+        raise ValueError(f"entropy_coef={entropy_coef} needs entropy, which was not given")
+    if ref_logprobs is None and kl_coef != 0:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
+
+
+@public_operation
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip: float | None = 0.2,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """The clipped squared error of the critic: 0.5 max((v - R)^2, (old_v + clamp(v - old_v, +-clip) - R)^2).
+
+    With clip=None it is 0.5 (v - R)^2 and old_values may be None. The clipping is that of openai/baselines' ppo2
+    (Engstrom et al. 2020, "Implementation Matters", section 3); the paper has the plain square.
+
+    Args:
+        values, old_values, returns: [..., T] (or [total] with cu_seqlens). Gradients flow to values.
+        mask: the same shape, True where a step counts.
+        clip: how far a value may move from old_values before its gradient stops, in units of the return.
+        aggregation, denominator, norm_length, cu_seqlens: as in `policy_loss`.
+
+    Returns:
+        loss, and stats: value_loss, and with a clip value_clip_fraction.
+
+    >>> loss = value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0])).loss  # 0.5 (0.2 - 2)^2
+    >>> round(loss.item(), 4)
+    1.62
+    """
+    checks.floating("values", values)
+    _check_value(values, old_values, returns, clip)
+    check_aggregation(values, "values", aggregation, denominator, norm_length, cu_seqlens)
+    mask = checks.flag("mask", mask, values.shape, values.device, "values")
+    kernel = eager_loss
+    if uses_triton(backend, values, old_values, returns):
+        from ppo_fast.kernels.loss import autograd as kernel  # type: ignore[no-redef]
+    loss, stats = kernel.value_loss(
+        values,
+        old_values,
+        returns,
+        mask,
+        clip=clip,
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        cu_seqlens=cu_seqlens,
+    )
+    return LossOutput(loss, stats)
+
+
+def _check_value(values: Tensor, old_values: Tensor | None, returns: Tensor, clip: float | None) -> None:
+    if returns is None or not checks.alike(values.shape, values.dtype, values.device, returns, old_values):
+        checks.matching("returns", returns, values, "values")
+        if old_values is not None:
+            checks.matching("old_values", old_values, values, "values")
+    if clip is not None:
+        if not clip >= 0:
+            checks.not_negative("the value clip", clip)
+        if old_values is None:
+            raise ValueError(f"a value clip of {clip} needs old_values, which is None")
+
+
+@public_operation
+def ppo_loss(
+    logprobs: Tensor,
+    values: Tensor,
+    old_logprobs: Tensor,
+    old_values: Tensor | None,
+    advantages: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    value_coef: float = 0.5,
+    value_clip: float | None = 0.2,
+    value_mask: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k2",
+    weights: Tensor | None = None,
+    aggregation: Aggregation = "token-mean",
+    denominator: float | Tensor | None = None,
+    norm_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> LossOutput:
+    """Policy and value loss together (Schulman et al. 2017, eq. 9): policy_loss + value_coef value_loss.
+
+    One pass computes the loss, its statistics and all gradients; the backward pass only scales them.
+
+    Args:
+        logprobs, old_logprobs, advantages: as in `policy_loss`; the options are those of `policy_loss`.
+        values, old_values, returns: as in `value_loss`.
+        value_coef: weight of the value loss (c1 in the paper). The entropy bonus is entropy_coef (c2).
+        value_clip: `clip` of `value_loss`.
+        value_mask: True where a value counts; `mask` if not given. Shape as `mask`. A `denominator` replaces both
+        counts.
+
+    Returns:
+        loss, and the stats of both losses.
+
+    >>> one = torch.ones(1, 3)
+    >>> out = ppo_loss(0 * one, one, 0 * one, one, advantages=one, returns=one, mask=torch.ones(1, 3, dtype=torch.bool))
+    >>> out.loss.item(), out.stats["ratio_mean"].item()
+    (-1.0, 1.0)
+    """
+    checks.floating("logprobs", logprobs)
+    _check_policy(logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights, entropy_coef, kl_coef)
+    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
+    check_aggregation(logprobs, "logprobs", aggregation, denominator, norm_length, cu_seqlens)
+    mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
+    if not checks.alike(logprobs.shape, logprobs.dtype, logprobs.device, values):
+        checks.matching("values", values, logprobs, "logprobs")
+    _check_value(values, old_values, returns, value_clip)
+    if value_mask is not None:
+        value_mask = checks.flag("value_mask", value_mask, values.shape, values.device, "values")
+    others = (values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
+    kernel = eager_loss
+    if uses_triton(backend, logprobs, *others):
+        from ppo_fast.kernels.loss import autograd as kernel  # type: ignore[no-redef]
+    loss, stats = kernel.ppo_loss(
+        logprobs,
+        values,
+        old_logprobs,
+        old_values,
+        advantages,
+        returns,
+        mask,
+        value_coef=value_coef,
+        value_clip=value_clip,
+        value_mask=value_mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        weights=weights,
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        cu_seqlens=cu_seqlens,
+    )
+    return LossOutput(loss, stats)
