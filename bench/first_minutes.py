@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import json_lines
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 from ppo_fast import doctor

@@ -2,7 +2,7 @@
 
     python bench/model_families.py --write    # bench/results/families/table.md; takes minutes
 
-Each model makes one step in fp32 with weights that do not change (tests/every_family.py).
+Each model makes one step in fp32 with weights that do not change (tests/support/every_family.py).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from static import git
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
 
-from every_family import KINDS, Outcome, build, outcome_of  # noqa: E402
+from support.every_family import KINDS, Outcome, build, outcome_of  # noqa: E402
 
 OUT = ROOT / "results" / "families"
 SLOW = ("kimi_linear",)  # its recurrence takes minutes on a CPU

@@ -34,7 +34,7 @@ tests=(tests)
 if [ "$size" = dry ]; then
     python=(python3 bench/pretend_cuda.py)
     scale=(--tiny)
-    tests=(tests/test_trainer_on_device.py -k "two_steps or probe")
+    tests=(tests/llm/test_trainer_on_device.py -k "two_steps or probe")
     size=tiny
 fi
 

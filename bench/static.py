@@ -86,7 +86,7 @@ def pretend_hip() -> None:
 @functools.cache
 def launches() -> dict[str, Any]:
     """Name of a variant -> its launch, in a fixed order."""
-    import variants
+    from support import variants
 
     listed, found = variants.listed(64 if torch.version.hip else 32), variants.captured()
     names = {key: listed[key].name if key in listed else variants.name(found[key].launch) for key in found}
@@ -95,14 +95,14 @@ def launches() -> dict[str, Any]:
 
 def listed(threads_per_warp: int) -> dict[str, Variant]:
     """What the launchers list, by name."""
-    import variants
+    from support import variants
 
     return {variant.name: variant for variant in variants.listed(threads_per_warp).values()}
 
 
 def compile_variant(variant: Any, target: GPUTarget) -> Any:
     """Triton's compiled kernel of a listed variant or a captured launch."""
-    import variants
+    from support import variants
 
     return variants.compile_for(variant, target)
 

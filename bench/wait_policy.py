@@ -6,8 +6,8 @@ Each workload runs in a process of its own, under OpenMP's default wait policy (
 ppo_fast/common/threads.py ("after"), which commands, examples, tests and benchmarks set. The conditions are "quiet"
 (nothing else runs), "busy" (one other process computes without a pause), "copies" (two processes of the workload, both
 measured) and "trio" (three). Policies alternate within a round. The time of a call is the mean over its process; the
-table has the median over rounds. OUT gets wait_policy.jsonl, a line for each process as soon as it ends, and README.md, which
-`--page` makes again from that record without measuring. Run it on a machine with nothing else to do.
+table has the median over rounds. OUT gets wait_policy.jsonl, a line for each process as soon as it ends, and README.md,
+which `--page` makes again from that record without measuring. Run it on a machine with nothing else to do.
 """
 
 import argparse

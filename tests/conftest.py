@@ -25,7 +25,7 @@ if EMULATED:
     from ptx.emulator import Emulator, Launch, poisoned_allocations
 
 elif not torch.cuda.is_available():
-    import triton_interpreter
+    from support import triton_interpreter
 
     triton_interpreter.round_fma_once()
 

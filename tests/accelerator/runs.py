@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from support.tiny import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from ppo_fast.llm.config import PPOConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from support.tiny import byte_tokenizer, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerator.runs import FixedAnswers, assert_same_metrics, classifier, reward_model, trainer, untouched
-from tiny import byte_tokenizer, save_tiny_model, tiny_llama
+from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, train_reward_model
 from ppo_fast.rewards.fluency import Fluency

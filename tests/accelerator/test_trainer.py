@@ -24,8 +24,8 @@ from accelerator.runs import (
 )
 from accelerator.stand_ins import varlen_calls
 from accelerator.waits import record_waits
-from flash_attn_stand_in import machine
-from tiny import byte_tokenizer
+from support.flash_attn_stand_in import machine
+from support.tiny import byte_tokenizer
 
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.lora import add_lora

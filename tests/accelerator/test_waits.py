@@ -142,7 +142,7 @@ def test_a_wait_of_a_kernel_in_backward_has_the_line_of_the_call(testgpu: torch.
 
 
 def test_waits_belong_to_the_package_whose_line_is_innermost(testgpu: torch.device) -> None:
-    from tiny import tiny_llama
+    from support.tiny import tiny_llama
 
     from ppo_fast.kernels.linear.chunks import counted_rows
 

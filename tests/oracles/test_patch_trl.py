@@ -10,7 +10,7 @@ MISSING = "trl is not installed: pip install -c constraints.txt -r tests/oracles
 pytest.importorskip("trl", reason=MISSING)
 
 import trl.trainer.grpo_trainer as grpo  # noqa: E402
-from tiny import byte_tokenizer, save_tiny_model  # noqa: E402
+from support.tiny import byte_tokenizer, save_tiny_model  # noqa: E402
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 

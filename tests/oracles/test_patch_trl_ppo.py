@@ -19,7 +19,7 @@ pytest.importorskip("trl.experimental.ppo", reason=MISSING)
 
 import against_trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from tiny import byte_tokenizer, tiny_llama  # noqa: E402
+from support.tiny import byte_tokenizer, tiny_llama  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import LlamaForSequenceClassification, TrainerCallback  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402

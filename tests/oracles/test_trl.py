@@ -1,7 +1,7 @@
 """TRL 1.16 as an oracle: log-probabilities and entropy from logits and from hidden states.
 
 TRL removed PPO in 1.13, so its GAE and its reward layout (the score one slot after the answer, our
-reward_at="after_last") cannot be compared with an installed TRL; tests/test_advantages.py works them by hand.
+reward_at="after_last") cannot be compared with an installed TRL; tests/kernels/test_advantages.py works them by hand.
 """
 
 import pytest

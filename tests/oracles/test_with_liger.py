@@ -14,7 +14,7 @@ import liger_kernel.ops.rms_norm as liger_rms_norm  # noqa: E402
 import liger_kernel.ops.swiglu as liger_swiglu  # noqa: E402
 from liger_kernel.transformers import apply_liger_kernel_to_llama  # noqa: E402
 from liger_kernel.transformers.model import llama as liger_llama  # noqa: E402
-from tiny import byte_tokenizer, tiny_llama  # noqa: E402
+from support.tiny import byte_tokenizer, tiny_llama  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 import ppo_fast as ppo  # noqa: E402

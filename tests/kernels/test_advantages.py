@@ -1,0 +1,137 @@
+"""shape_rewards, masked_whiten and rlhf_advantages against the reference in fp64, and over two processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppo_fast.kernels import reference
+from ppo_fast.kernels.advantages import eager as eager_advantages
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+ROOT = Path(__file__).parents[2]
+
+
+def make(B: int = 5, T: int = 9, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(B, T, generator=g) < 0.6
+    mask[1] = False
+    mask[2, -1] = True
+    spoiled = {
+        k: torch.where(mask, torch.randn(B, T, generator=g), torch.nan) for k in ("logprobs", "ref_logprobs", "values")
+    }
+    scores = 3 * torch.randn(B, generator=g)
+    scores[1] = torch.nan  # a row without a counted token has no score
+    return spoiled | {"scores": scores, "mask": mask}
+
+
+def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
+
+
+def close(actual: tuple, truth: tuple) -> None:
+    """Within fp32 rounding of sums over a few dozen terms."""
+    assert len(actual) == len(truth)
+    for a, t in zip(actual, truth, strict=True):
+        if isinstance(a, dict):
+            assert set(a) == set(t)
+            close(tuple(a[k] for k in t), tuple(t.values()))
+        else:
+            assert not a.requires_grad
+            torch.testing.assert_close(a.to(t.dtype), t, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_estimator", reference.KL_ESTIMATORS)
+@pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
+def test_rewards_are_wrong(kl_estimator, reward_at):
+    x = make()
+    del x["values"]
+    options = dict(kl_coef=0.3, kl_estimator=kl_estimator, score_clip=1.0, reward_at=reward_at)
+    close(eager_advantages.shape_rewards(**x, **options), reference.shape_rewards(**double(x), **options))
+
+
+def test_token_scores_are_wrong():
+    x = make()
+    x["scores"] = torch.where(x["mask"], torch.randn(5, 9), torch.nan)
+    del x["values"]
+    close(eager_advantages.shape_rewards(**x), reference.shape_rewards(**double(x)))
+
+
+def test_the_score_behind_the_last_token_stands_elsewhere_by_hand():
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    zero = torch.zeros(2, 4)
+    rewards, _, longer = eager_advantages.shape_rewards(
+        torch.tensor([1.0, 2.0]), zero, zero, mask, reward_at="after_last"
+    )
+    assert (rewards + 0.0).tolist() == [[0, 0, 1, 0], [0, 0, 0, 2]]
+    assert longer.tolist() == [[True, True, True, False], [True] * 4]
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_whitening_is_wrong(shift_mean, unbiased):
+    x = make()
+    options = dict(shift_mean=shift_mean, unbiased=unbiased)
+    actual = eager_advantages.masked_whiten(x["values"], x["mask"], **options)
+    close((actual,), (reference.masked_whiten(x["values"].double(), x["mask"], **options),))
+    assert not actual[~x["mask"]].any()
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_whitening_one_element_or_none_scales_it(counted):
+    x, mask = torch.tensor([3.0, 5.0]), torch.tensor([counted == 1, False])
+    assert eager_advantages.masked_whiten(x, mask).tolist() == [0.0, 0.0]
+    assert eager_advantages.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0 * counted, 0.0]
+
+
+def test_whitening_cancels_where_the_mean_is_large():
+    """Sums of squares in fp32 would lose the variance of 10000 + noise."""
+    x = 1e4 + torch.randn(4000)
+    truth = reference.masked_whiten(x.double())
+    assert (eager_advantages.masked_whiten(x).double() - truth).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
+def test_rlhf_advantages_differ_from_their_parts(whiten, reward_at):
+    x = make()
+    if reward_at == "after_last":  # the slot behind the answer has a value of its own
+        x["values"] = torch.where(x["mask"], x["values"], 0.25)
+    options = dict(gamma=0.9, lam=0.8, kl_coef=0.2, whiten=whiten, reward_at=reward_at, bootstrap=torch.ones(5))
+    truth_options = options | {"bootstrap": torch.ones(5).double()}
+    close(eager_advantages.rlhf_advantages(**x, **options), reference.rlhf_advantages(**double(x), **truth_options))
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+import ppo_fast as ppo
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+x, mask = 100 + torch.randn(7, 5), torch.rand(7, 5) < 0.7
+mine = slice(0, 2) if rank == 0 else slice(2, 7)
+whole = ppo.masked_whiten(x, mask)
+part = ppo.masked_whiten(x[mine], mask[mine], group=dist.group.WORLD)
+assert (part - whole[mine]).abs().max() < 1e-5, (part - whole[mine]).abs().max()
+alone = ppo.masked_whiten(x[mine], mask[mine])
+assert (alone - whole[mine]).abs().max() > 1e-3, "the split makes no difference, so nothing is shown"
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_whiten_otherwise_than_one(tmp_path):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)

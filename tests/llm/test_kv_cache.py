@@ -1,0 +1,98 @@
+"""Sampling under autocast keeps keys and values in autocast's dtype, and samples what it sampled before."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import families
+from support.tiny import byte_tokenizer
+from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
+
+from ppo_fast.llm import sample
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.sample import Answers, generate
+
+PROMPTS = [[72, 105], [84] * 11, [5]]
+
+
+def config(**options: Any) -> PPOConfig:
+    return PPOConfig(**{"dtype": "bfloat16", "max_new_tokens": 12, "device": "cpu", **options})
+
+
+def answers(model: Any, options: PPOConfig, *, greedy: bool = False) -> Answers:
+    torch.manual_seed(3)
+    return generate(model, byte_tokenizer(), PROMPTS, options, greedy=greedy)
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[DynamicCache]:
+    """Every cache that is made, by this project or by transformers."""
+    made: list[DynamicCache] = []
+    init = DynamicCache.__init__
+
+    def noted(self: DynamicCache, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(DynamicCache, "__init__", noted)
+    return made
+
+
+def held(cache: DynamicCache) -> tuple[set[torch.dtype], int]:
+    """Dtypes and bytes of the keys and values."""
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return {x.dtype for x in tensors}, sum(x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_cache_is_in_bf16_and_samples_are_the_same_bits(name, greedy, tmp_path, caches, monkeypatch):
+    model = families.load(name, tmp_path)
+    ours, (cache,) = answers(model, config(), greedy=greedy), caches
+    monkeypatch.setattr(sample, "cache_options", lambda actor, config: {})
+    before, (_, own) = answers(model, config(), greedy=greedy), caches
+    assert type(cache) is sample.HalfCache
+    assert type(own) is DynamicCache
+    assert (ours.ids, ours.logprobs, ours.ended) == (before.ids, before.logprobs, before.ended)
+    assert [type(x) for x in cache.layers] == [type(x) for x in own.layers]  # sliding windows stay
+    assert held(cache)[0] == {torch.bfloat16}
+    if name in ("gpt2", "cohere"):  # learned positions, and rotary ones that are rounded again
+        assert held(own) == held(cache)
+    else:
+        assert held(own)[0] == {torch.float32}  # rotary embeddings make keys fp32, and the cache values with them
+        assert held(own)[1] == 2 * held(cache)[1]
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_run_without_autocast_keeps_its_own_cache(weights, tmp_path, caches):
+    model = families.load("llama", tmp_path).to(weights)
+    answers(model, config(dtype="float32"))
+    assert [type(x) for x in caches] == [DynamicCache]
+    assert held(caches[0])[0] == {weights}
+
+
+def test_a_model_with_a_cache_of_its_own_keeps_it():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8, bos_token_id=None)
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(**shape, eos_token_id=256, pad_token_id=257)).eval()
+    assert sample.cache_options(mamba, config()) == {}
+    assert all(len(ids) >= 1 for ids in answers(mamba, config()).ids)
+
+
+def test_adapters_that_fill_the_cache_keep_theirs(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
+    model = families.load("llama", tmp_path)
+    prefix = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    assert sample.cache_options(prefix, config()) == {}
+    lora = peft.get_peft_model(families.load("llama", tmp_path), peft.LoraConfig(task_type="CAUSAL_LM")).eval()
+    assert set(sample.cache_options(lora, config())) == {"past_key_values"}
+    assert all(len(ids) >= 1 for ids in answers(lora, config()).ids)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_cudnn_is_left_out_of_sampling_unless_asked_for(allowed, tmp_path):
+    model, seen = families.load("llama", tmp_path), set()
+    model.register_forward_pre_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    answers(model, config(cudnn_attention=allowed))
+    assert seen == {allowed}
+    assert torch.backends.cuda.cudnn_sdp_enabled()

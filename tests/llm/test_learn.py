@@ -1,0 +1,441 @@
+"""What the options of learning do: KL controllers, warm-up, early stop, bootstrap, importance weights, LoRA, bf16."""
+
+import copy
+
+import pytest
+import torch
+from support import families
+from support.tiny import byte_tokenizer, tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
+
+import ppo_fast as ppo
+from ppo_fast.common.errors import RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.controllers import EntropyController, KLController
+from ppo_fast.llm.experience import cut_as, evaluate, packed, reference_logprobs
+from ppo_fast.llm.learn import learn
+from ppo_fast.llm.models.build import build_models
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.loading import AdapterReference, load_actor
+from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.sample import Answers, GenerateSampler, generate, respond
+from ppo_fast.llm.trainer import PPOTrainer
+
+CPU = torch.device("cpu")
+ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps")]
+
+
+def config(**options) -> PPOConfig:
+    small = dict(
+        total_steps=3,
+        prompts_per_step=8,
+        max_new_tokens=7,
+        minibatches=2,
+        epochs=2,
+        lr=1e-3,
+        critic_lr=1e-3,
+        quiet=True,
+        device="cpu",
+    )
+    return PPOConfig(**{**small, **options})
+
+
+def trainer_of(actor=None, **options) -> PPOTrainer:
+    actor = tiny_llama(258) if actor is None else actor
+    names = [k for k in ("sampler", "reward_weights", "critic", "reference") if not isinstance(options.get(k, ""), str)]
+    arguments = {k: options.pop(k) for k in names}
+    rewards = options.pop("rewards", letters)
+    return PPOTrainer(config(**options), actor, byte_tokenizer(), ROWS, rewards, **arguments)
+
+
+def letters(prompts, completions):
+    return [float(sum(c.isalpha() for c in text)) for text in completions]
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_the_adaptive_kl_coefficient_moves_the_wrong_way_or_too_far():
+    """Ziegler et al. 2019: the relative error is clipped to +-0.2, and one horizon of answers applies it once."""
+    controller = KLController(PPOConfig(kl_coef=0.1, kl_controller="adaptive", kl_target=5.0, kl_horizon=100.0))
+    controller.update(50.0, 10)
+    assert controller.coef == pytest.approx(0.1 * (1 + 0.2 * 10 / 100))
+    controller.update(4.5, 100)
+    assert controller.coef == pytest.approx(0.102 * (1 - 0.1))
+    fixed = KLController(PPOConfig(kl_coef=0.1))
+    fixed.update(50.0, 10)
+    assert fixed.coef == 0.1
+
+
+def test_the_adaptive_coefficient_does_not_reach_the_next_step():
+    trainer = trainer_of(kl_controller="adaptive", kl_target=1e-5, kl_horizon=8.0, kl_estimator="k3")
+    history = trainer.train()
+    assert history[0]["kl_coef"] == 0.05
+    assert history[1]["kl_coef"] == pytest.approx(0.05 * 0.8), "the first KL is 0, far below the target"
+    assert history[2]["kl_coef"] == pytest.approx(0.04 * 1.2), "and then it is beyond it"
+
+
+def test_the_entropy_coefficient_moves_away_from_the_target_or_below_zero():
+    """He et al. 2025: a step up below the target, a step down above it."""
+    controller = EntropyController(PPOConfig(entropy_coef=0.003, entropy_target=2.0, entropy_step=0.002))
+    found = []
+    for entropy in (1.9, 2.1, 2.1, 2.1, 0.0):
+        controller.update(entropy)
+        found.append(controller.coef)
+    assert found == pytest.approx([0.005, 0.003, 0.001, 0.0, 0.002])
+    fixed = EntropyController(PPOConfig(entropy_coef=0.003))
+    fixed.update(0.0)
+    assert fixed.coef == 0.003
+
+
+def test_the_adapted_entropy_coefficient_does_not_reach_the_loss():
+    """A bonus by far larger than everything else pulls the entropy up; the coefficient starts at 0."""
+    runs = {}
+    for step in (0.0, 100.0):
+        trainer = trainer_of(entropy_target=50.0, entropy_step=step, total_steps=2, lr=1e-3)
+        history = trainer.train()
+        assert [x["entropy_coef"] for x in history] == [0.0, step]
+        runs[step] = {name: p.detach().clone() for name, p in trainer.policy.actor.named_parameters()}
+    assert any(not torch.equal(runs[0.0][name], runs[100.0][name]) for name in runs[0.0])
+
+
+def test_kl_in_the_loss_also_stands_in_the_reward():
+    trainer = trainer_of(kl_in="loss", kl_coef=0.5, total_steps=2, kl_estimator="k3")
+    second = trainer.train()[1]
+    assert second["kl"] > 0
+    assert second["learn/ref_kl"] > 0
+    rollout = trainer.last_rollout
+    minibatches = cut_as(rollout, list(range(len(rollout))), trainer.config)
+    scores = torch.ones(len(rollout))
+    experience = evaluate(trainer.policy, trainer.reference, rollout, scores, minibatches, trainer.config)
+    assert experience.rewards.sum() == len(rollout), "the score alone"
+
+
+def test_critic_warm_up_moves_the_actor_or_not_the_critic():
+    for critic in ("own", "shared"):
+        trainer = trainer_of(critic_warmup_steps=2, critic=critic)
+        actor, value_head = snapshot(trainer.actor), snapshot(trainer.critic)
+        for _ in range(2):
+            metrics = trainer.step()
+        assert not changed(trainer.actor, actor)
+        assert changed(trainer.critic, value_head)
+        assert "learn/policy_loss" not in metrics
+        trainer.step()
+        assert changed(trainer.actor, actor)
+
+
+def test_a_large_kl_does_not_stop_the_step():
+    trainer = trainer_of(target_kl=1e-4, lr=3e-2, lr_schedule="constant", warmup_ratio=0.0)
+    metrics = trainer.step()
+    assert metrics["updates"] < 4
+    assert all(p.grad is None for p in trainer.policy.parameters()), "a gradient is left over for the next step"
+    assert trainer_of(lr=3e-2).step()["updates"] == 4
+
+
+def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
+    """With the option V(end) follows the last token; an answer that ended gets no such thing."""
+    actor = tiny_llama(258)
+    for bootstrap in (False, True):
+        options = config(bootstrap_truncated=bootstrap, gamma=0.5, lam=0.0, whiten_advantages=False, kl_coef=0.0)
+        policy, _ = build_models(options, actor, None, None, CPU)
+        with torch.no_grad():
+            policy.critic.head.bias.fill_(2.0)
+        tokenizer = byte_tokenizer()
+        torch.manual_seed(0)
+        rollout = respond(GenerateSampler(actor, tokenizer), tokenizer, ROWS, options, CPU)
+        rollout.ended = [False, True, False, True]
+        minibatches = cut_as(rollout, [0, 1, 2, 3], options)
+        experience = evaluate(policy, None, rollout, torch.zeros(4), minibatches, options)
+        last = [experience.advantages[row, n - 1].item() for row, n in enumerate(rollout.answer_lengths)]
+        expected = 0.5 * 2.0 - 2.0 if bootstrap else -2.0
+        assert last == pytest.approx([expected, -2.0, expected, -2.0])
+
+
+def test_the_spread_of_advantages_before_whitening_is_recorded():
+    trainer = trainer_of(lam=0.9)
+    metrics = trainer.step()
+    mask, experience = trainer.last_rollout.answer_mask, trainer.last_experience
+    raw = (experience.returns - experience.values)[mask]
+    assert metrics["advantage_std"] == pytest.approx(raw.std(correction=0).item(), rel=1e-5)
+    assert experience.advantages[mask].std().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_hidden_states_in_bfloat16_reach_a_head_in_fp32():
+    """OPT's decoder ends in a projection, whose output is bf16 under autocast."""
+    torch.manual_seed(0)
+    opt = OPTConfig(
+        vocab_size=258,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        do_layer_norm_before=False,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    trainer = trainer_of(OPTForCausalLM(opt).eval(), dtype="bfloat16")
+    assert trainer.policy.head.linear
+    metrics = trainer.step()
+    assert metrics["sampler_gap_max"] < 0.05
+    assert any("learning computes the LM head in fp32, and sampling in bfloat16" in note for note in trainer.notes)
+
+
+class Echo:
+    """A sampler that is not generate(): it answers with the prompt, and claims to have been sure of it."""
+
+    def sample(self, prompts, config):
+        ids = [prompt[: config.max_new_tokens] for prompt in prompts]
+        return Answers(ids, [False] * len(ids), [[-0.5] * len(answer) for answer in ids])
+
+
+def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
+    trainer = trainer_of(sampler=Echo(), max_sampler_gap=None, importance_cap=0.01, rewards={"letters": letters})
+    metrics = trainer.step()
+    assert set(trainer.last_rollout.completions) == {"hi", "what ti", "a", "the fox"}
+    assert metrics["sampler_gap_mean"] == pytest.approx(4.9, abs=1.0), "ln 258 = 5.6 against 0.5"
+    rollout = trainer.last_rollout
+    minibatches = cut_as(rollout, list(range(len(rollout))), trainer.config)
+    experience = evaluate(trainer.policy, None, rollout, torch.zeros(len(rollout)), minibatches, trainer.config)
+    expected = (experience.logprobs - rollout.logprobs).exp().clamp(max=0.01)[rollout.answer_mask]
+    torch.testing.assert_close(experience.weights[rollout.answer_mask], expected)
+
+
+def test_importance_weights_do_not_reach_the_loss():
+    """Weights all equal to the cap scale the policy's gradient by it."""
+    gradients = []
+    for cap in (None, 0.004):
+        trainer = trainer_of(
+            sampler=Echo(), max_sampler_gap=None, importance_cap=cap, epochs=1, minibatches=1, max_grad_norm=None
+        )
+        trainer.actor_optimizer.step = lambda: None
+        trainer.step()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.actor.parameters()]))
+    weights = 0.004
+    share = (gradients[1] @ gradients[0]) / (gradients[0] @ gradients[0])
+    assert share == pytest.approx(weights, rel=0.3), "a few tokens are likelier than the cap says"
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (lambda n: Answers([[1]] * (n - 1), [True] * n), "returned 7 ids for 8 prompts"),
+        (lambda n: Answers([[1]] * n, [True]), "returned 1 ended for 8 prompts"),
+        (lambda n: Answers([[1] * 8] * n, [True] * n), "8 tokens for prompt 0; 1 to max_new_tokens=7"),
+        (lambda n: Answers([[]] * n, [True] * n), "0 tokens for prompt 0"),
+        (lambda n: Answers([[1]] * n, [True] * n, [[-1.0, -1.0]] * n), "2 logprobs for the 1 tokens of prompt 0"),
+    ],
+)
+def test_a_sampler_that_breaks_its_promise_is_believed(answers, message):
+    class Broken:
+        def sample(self, prompts, config):
+            return answers(len(prompts))
+
+    with pytest.raises(UserError, match=message):
+        trainer_of(sampler=Broken()).step()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_generate_reports_logprobs_that_the_trainer_does_not_compute(temperature):
+    """At the sampling temperature, left padding and the KV cache included."""
+    trainer = trainer_of(temperature=temperature)
+    metrics = trainer.step()
+    assert 0 < metrics["sampler_gap_max"] < 1e-4
+
+
+def test_an_answer_goes_on_after_its_stop_text():
+    actor, tokenizer = tiny_llama(258), byte_tokenizer()
+    options = config(stop=("e", "zz"), max_new_tokens=40)
+    torch.manual_seed(0)
+    answers = generate(actor, tokenizer, [[1, 2]] * 64, options)
+    texts = tokenizer.batch_decode(answers.ids)
+    stopped = [text for text in texts if "e" in text and not text.endswith("<end>")]
+    assert stopped
+    assert all(text.index("e") == len(text) - 1 for text in stopped)
+    assert [ended for ended in answers.ended] == [text.endswith(("e", "zz", "<end>")) for text in texts]
+    assert [len(row) for row in answers.logprobs] == [len(ids) for ids in answers.ids]
+
+
+def test_lora_trains_the_base_weights_or_moves_the_reference():
+    pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
+    base = tiny_llama(258)
+    plain = copy.deepcopy(base)
+    trainer = trainer_of(base, lora_rank=4)
+    assert isinstance(trainer.reference, AdapterReference)
+    before, value_before = snapshot(trainer.actor), snapshot(trainer.critic)
+    for _ in range(2):
+        trainer.step()
+    moved, value_moved = changed(trainer.actor, before), changed(trainer.critic, value_before)
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert value_moved - {"head.weight", "head.bias"}
+    assert all("lora_" in name or name.startswith("head.") for name in value_moved)
+    (pack,) = cut_as(trainer.last_rollout, [0, 1, 2], config(minibatches=1))[0]
+    with torch.no_grad(), packed(trainer.policy):
+        ref = reference_logprobs(trainer.policy, trainer.reference, pack)
+        now = trainer.policy(pack).logprobs
+    other, _ = build_models(config(), plain, None, None, CPU)
+    with torch.no_grad(), packed(other):
+        expected = other(pack).logprobs
+    torch.testing.assert_close(ref, expected, rtol=0, atol=1e-5)
+    assert (now - expected).abs().max() > 1e-4
+    assert all(p.requires_grad == ("lora_" in name) for name, p in trainer.actor.named_parameters())
+
+
+def test_adapters_that_were_trained_before_are_switched_off_in_the_reference():
+    """TRL #495, #4723: the reference of a run that starts from a trained adapter is that adapter."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = trainer_of(peft.get_peft_model(tiny_llama(258), adapter), kl_estimator="k3")
+    assert trainer.reference.starts_trained
+    first = trainer.step()
+    assert first["kl"] == 0
+    before = {n: p for n, p in snapshot(trainer.actor).items() if AdapterReference.NAME in n}
+    assert before
+    second = trainer.step()
+    assert second["kl"] > 0
+    assert all(torch.equal(p, dict(trainer.actor.named_parameters())[n]) for n, p in before.items())
+    assert trainer.actor.active_adapter == "default"
+
+
+def test_compute_in_bf16_trains_bf16_weights():
+    trainer = trainer_of(dtype="bfloat16")
+    before = snapshot(trainer.actor)
+    metrics = trainer.step()
+    assert changed(trainer.actor, before)
+    assert all(p.dtype == torch.float32 for p in trainer.policy.parameters())
+    assert metrics["learn/ratio_max"] > 0
+    again = trainer_of(dtype="bfloat16", epochs=1, minibatches=1).step()
+    assert again["learn/ratio_max"] == 1.0
+    exact = trainer_of(epochs=1, minibatches=1).step()
+    assert again["entropy"] != exact["entropy"], "bf16 was not used"
+
+
+def test_a_shared_critic_has_a_backbone_or_does_not_train_the_actors():
+    trainer = trainer_of(critic="shared", value_coef=1.0)
+    assert trainer.critic.backbone is None
+    before = snapshot(trainer.actor)
+    trainer.step()
+    assert changed(trainer.actor, before)
+
+
+def reward_model(labels: int = 1) -> LlamaForSequenceClassification:
+    shape = tiny_llama(258).config
+    shape.num_labels = labels
+    torch.manual_seed(4)
+    return LlamaForSequenceClassification(shape).eval()
+
+
+def test_a_reward_model_scores_padding_or_another_answer():
+    """Each score equals that of the text alone."""
+    model, tokenizer = reward_model(), byte_tokenizer()
+    score = RewardModel(model, tokenizer, batch_size=2)
+    prompts, completions = ["a", "bcd", "what"], ["xyz", "", "is this longer"]
+    together = score(prompts, completions)
+    for prompt, completion, value in zip(prompts, completions, together, strict=True):
+        ids = tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert model(ids).logits.item() == pytest.approx(value, abs=1e-5)
+
+
+def test_a_reward_model_with_a_chat_template_reads_the_bare_text():
+    model, tokenizer = reward_model(), byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    templated = RewardModel(model, tokenizer)(["hi"], ["yo"])
+    tokenizer.chat_template = None
+    assert templated == RewardModel(model, tokenizer)(["[user]hi[assistant]"], ["yo"])
+
+
+def test_a_critic_from_a_reward_model_starts_elsewhere():
+    model = reward_model()
+    critic = Critic.from_reward_model(model)
+    ids = torch.arange(5).unsqueeze(0)
+    with torch.no_grad():
+        states = critic.backbone(ids).last_hidden_state[0]
+        assert critic(states)[-1].item() == pytest.approx(model(ids).logits.item(), abs=1e-5)
+        model.config.score_offset = 1.5  # as `preferences.calibrate` leaves it: rewards are that much lower
+        calibrated = Critic.from_reward_model(model)
+        assert calibrated(states)[-1].item() == pytest.approx(model(ids).logits.item() - 1.5, abs=1e-5)
+    metrics = trainer_of(critic=critic).step()
+    assert metrics["value"] != 0
+
+
+def test_weights_of_rewards_are_ignored():
+    rewards = {"a": letters, "b": lambda prompts, completions: [1.0] * len(prompts)}
+    one, other = trainer_of(rewards=rewards), trainer_of(rewards=rewards, reward_weights={"a": 0.0, "b": 3.0})
+    assert other.step()["score"] == 3.0
+    assert one.step()["score"] > 1.0
+    with pytest.raises(RewardError, match="names 'c', but the rewards are 'a'"):
+        trainer_of(rewards={"a": letters}, reward_weights={"c": 1.0})
+
+
+def test_a_reward_that_fails_for_one_sample_does_not_name_it():
+    def fragile(prompts, completions):
+        return [1.0 / (len(prompt) - 1) for prompt in prompts]
+
+    with pytest.raises(RewardError, match=r"ZeroDivisionError.*at answer \d+ .* to 'a'"):
+        trainer_of(rewards=fragile).step()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2", "cohere"])
+def test_a_family_does_not_go_through_three_steps_and_back(name, tmp_path):
+    families.load(name, tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path / name)
+    actor, tokenizer = load_actor(tmp_path / name)
+    trainer = PPOTrainer(config(out=str(tmp_path / "out"), tensorboard=False), actor, tokenizer, ROWS, letters)
+    history = trainer.train()
+    assert history[0]["learn/clip_fraction"] >= 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trainer.actor(ids).logits)
+
+
+def test_the_loss_in_packs_is_another_than_of_the_whole_by_hand():
+    """One update's loss against ppo_loss on padded tensors of the model's own logits."""
+    trainer = trainer_of(epochs=1, minibatches=1, kl_coef=0.0, entropy_coef=0.02, whiten_advantages=False)
+    torch.nn.init.normal_(trainer.critic.head.weight, std=0.1)
+    actor, critic = copy.deepcopy(trainer.actor), copy.deepcopy(trainer.critic)
+    metrics = trainer.step()
+    rollout = trainer.last_rollout
+    P = rollout.tokens.shape[1] - rollout.answer_width
+    column = torch.arange(rollout.tokens.shape[1])
+    lengths = torch.tensor([rollout.prompt_lengths, rollout.answer_lengths]).unsqueeze(-1)
+    attended = (column >= P - lengths[0]) & (column < P + lengths[1])
+    position = (attended.cumsum(1) - 1).clamp(min=0)
+    inputs = dict(input_ids=rollout.tokens, attention_mask=attended.long(), position_ids=position)
+    with torch.no_grad():
+        logits = actor(**inputs).logits[:, P - 1 : -1]
+        values = critic(critic.backbone(**inputs).last_hidden_state[:, P - 1 : -1])
+    mask = rollout.answer_mask
+    logprobs, entropy = ppo.token_logprobs(logits, rollout.tokens[:, P:], mask, with_entropy=True)
+    scores = torch.tensor(rollout.scores)
+    rewards, _ = ppo.shape_rewards(scores, logprobs, logprobs, mask, kl_coef=0.0)
+    advantages, returns = ppo.gae(rewards, values, mask=mask)
+    out = ppo.ppo_loss(
+        logprobs, values, logprobs, values, advantages, returns, mask, entropy=entropy, entropy_coef=0.02
+    )
+    assert metrics["learn/loss"] == pytest.approx(out.loss.item(), rel=1e-4)
+
+
+def test_learn_without_a_trainer_needs_one():
+    """The verbs work alone."""
+    options = config(minibatches=1, epochs=1)
+    policy, reference = build_models(options, tiny_llama(258), None, None, CPU)
+    tokenizer = byte_tokenizer()
+    rollout = respond(GenerateSampler(policy.actor, tokenizer), tokenizer, ROWS, options, CPU)
+    packs = cut_as(rollout, list(range(4)), options)
+    experience = evaluate(policy, reference, rollout, torch.ones(4), packs, options)
+    from ppo_fast.llm.optimizer import Optimizer
+
+    optimizers = Optimizer(policy.actor, 1e-3, options), Optimizer(policy.critic, 1e-3, options)
+    (stats,) = learn(policy, rollout, experience, packs, *optimizers, options, torch.Generator())
+    assert stats["ratio_max"] == 1.0
