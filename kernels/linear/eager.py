@@ -217,7 +217,7 @@ def _policy_slopes(
         t = t._replace(old_logprobs=logprobs)
     bonus = o.entropy_coef != 0
     o = o._replace(aggregation="token-sum", denominator=None)
-    _, _, (g, h, _), _ = eager_loss._forward(logprobs, entropy, None, t, o, (True, bonus, False))
+    _, _, (g, h, _), _ = eager_loss.forward(logprobs, entropy, None, t, o, (True, bonus, False))
     assert g is not None
     g = torch.where(logprobs.isnan(), logprobs, g)
     h = h if bonus else None

@@ -210,7 +210,7 @@ def _value(values: Tensor, t: LossTensors, o: LossOptions, dtype: torch.dtype, n
     return _Parts(loss, scale, (gradient,), {"value_loss": loss, **stats})
 
 
-def _forward(
+def forward(
     logprobs: Tensor | None,
     entropy: Tensor | None,
     values: Tensor | None,
@@ -252,7 +252,7 @@ class _Loss(torch.autograd.Function):
         needs: tuple[bool, ...],
         names: list[str],
     ) -> tuple[Tensor, ...]:
-        loss, stats, gradients, divisors = _forward(logprobs, entropy, values, t, o, needs)
+        loss, stats, gradients, divisors = forward(logprobs, entropy, values, t, o, needs)
         on_device = [x if isinstance(x, Tensor) else None for x in divisors]
         ctx.save_for_backward(*gradients, *on_device)
         ctx.divisors = [None if isinstance(x, Tensor) else x for x in divisors]
@@ -339,7 +339,7 @@ def _loss(
             ordered = [x.detach() for x in ordered]
         return loss, dict(zip(names, ordered, strict=True))
     with torch.no_grad():  # a constant that requires a gradient gets none here either
-        loss, stats, _, _ = _forward(logprobs, entropy, values, t, o, needs)
+        loss, stats, _, _ = forward(logprobs, entropy, values, t, o, needs)
     return loss, {name: stats[name] for name in names}
 
 

@@ -41,7 +41,7 @@ def notes_on_options(config: PPOConfig) -> list[str]:
     return notes
 
 
-def _reward_models(rewards: dict[str, RewardFunction]) -> dict[str, nn.Module]:
+def reward_models_of(rewards: dict[str, RewardFunction]) -> dict[str, nn.Module]:
     """The models that reward functions hold as attributes, by their roles."""
     return {
         f"the {attribute} of the reward {name}": x

@@ -23,11 +23,11 @@ from ppo_fast.common.plots import can_draw
 from ppo_fast.common.signals import Request, stop_requests, stop_requests_of_several
 from ppo_fast.common.threads import set_threads, threads_note
 from ppo_fast.llm.checks import (
-    _reward_models,
     notes_on_options,
     notes_on_rewards,
     notes_on_sampling,
     notes_on_unreached,
+    reward_models_of,
 )
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
@@ -65,7 +65,6 @@ from ppo_fast.llm.state import (
     restore,
     restore_random,
 )
-from ppo_fast.rewards import Fluency
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same place, or none
 
@@ -158,7 +157,7 @@ class PPOTrainer:
             )
         self._check_memory(actor, kept, critic, reference)
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
-        check_separate(learning, _reward_models(self.rewards))
+        check_separate(learning, reward_models_of(self.rewards))
         # one that is given may be any model, or a copy of the actor
         self.reference_is_start = reference is None or self.world.find(
             lambda: digest(reference) == digest(actor), of=nn.ModuleList([actor, reference])
@@ -188,7 +187,7 @@ class PPOTrainer:
         self.prompts = Prompts(kept, seed=config.seed)
         check_rewards(self.rewards, kept)
         for function in self.rewards.values():
-            if isinstance(function, Fluency):  # which may have a model of its own, with no device named
+            if getattr(function, "follows_trainer", False):  # it has a model, and no device was named for it
                 function.place(self.device)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)

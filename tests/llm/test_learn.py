@@ -17,7 +17,8 @@ from ppo_fast.llm.experience import cut_as, evaluate, packed, reference_logprobs
 from ppo_fast.llm.learn import learn
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.loading import AdapterReference, load_actor
+from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.sample import Answers, GenerateSampler, generate, respond
 from ppo_fast.llm.trainer import PPOTrainer

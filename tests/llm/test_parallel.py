@@ -39,7 +39,8 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import World, full, start
 from ppo_fast.llm.experience import cut_as, evaluate, filler_of, packed
 from ppo_fast.llm.learn import accumulate_gradients
-from ppo_fast.llm.models.loading import AdapterReference, load_actor
+from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.packing.rollout import Rollout, join_rollouts
 from ppo_fast.llm.reward.scoring import score
 from ppo_fast.llm.sample import generate, respond

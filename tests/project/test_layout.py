@@ -1,10 +1,12 @@
 """The layout of the repository: what must not exist, what must resolve, and which way imports go."""
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,90 +14,126 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ppo_fast"
 
-# A file may import from its own level and from those before it.
-LEVELS = [
-    {"errors", "threads"},
-    {"kernels"},
-    {"checks", "config"},
-    {"ops"},
-    {"", "data", "decoding", "device", "rollout", "checkpoint", "flash_calls"},  # "" is ppo_fast/__init__.py
-    {"console", "folders", "interrupt", "hints", "invariants", "launched", "lock", "meeting"},
-    {"flash"},
-    {"attention"},
-    {"packing"},
-    {"heads", "loading", "adapters"},
-    {"models", "plots", "probe"},
-    {"policy", "parallel", "export"},
-    {"sample", "rewards", "reward", "learn", "controllers", "progress", "recipes"},
-    {"evaluate", "run_state", "preferences", "memory", "probe_sampling"},
-    {"envs", "classic_log", "classic_config", "classic_network", "classic_spaces", "classic_policy"},
-    {"classic_state"},
-    {"trainer", "classic", "label"},
-    {"cli", "examples", "doctor"},
+# Layers from bottom to top: a module imports from its own package and from the layers before it. Packages in one layer do
+# not import each other.
+LAYERS = [
+    ["kernels"],
+    ["ops"],
+    [""],  # ppo_fast/__init__.py, which offers the operations
+    ["common"],
+    ["llm", "classic", "integrations", "recipes"],
+    ["rewards"],
+    ["doctor"],
+    ["cli"],
+    ["examples"],
 ]
-SIDE = {"integrations": {"ops", "", "errors"}}  # these import the operations only
-EXTRA = {
-    "doctor": {"kernels"},
-    "memory": {"kernels"},
-    "run_state": {"trainer"},
-    "classic_state": {"classic"},
-}  # doctor reads the reference, memory the plan of a chunk, the others name a type
-
-
-def level(name: str) -> int:
-    return next(i for i, names in enumerate(LEVELS) if name in names)
-
-
-def imports_of(file: Path) -> set[str]:
-    """First-level modules of ppo_fast that a file imports, "" for the package itself."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ppo_fast":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                parts = alias.name.split(".")
-                if parts[0] == "ppo_fast":
-                    found.add(parts[1] if len(parts) > 1 else "")
-    known = set().union(*LEVELS) | set(SIDE)
-    return {name if name in known else "" for name in found}
-
-
-def module_name(file: Path) -> str:
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return "" if parts == ("__init__",) else parts[0]
+# Modules that read kernels below ops: the reference and the loops, the plan of a chunk of logits
+READERS_OF_KERNELS = {"ppo_fast.doctor", "ppo_fast.llm.memory"}
 
 
 def python_files() -> list[Path]:
     files = [f for f in PACKAGE.rglob("*.py") if "kernels" not in f.parts[len(PACKAGE.parts) :]]
-    return sorted(files) + sorted((PACKAGE / "kernels").glob("*.py"))
+    return sorted(files) + sorted((PACKAGE / "kernels").rglob("*.py"))
 
 
-@pytest.mark.parametrize("file", python_files(), ids=lambda f: str(f.relative_to(ROOT)))
-def test_no_import_goes_upward(file: Path):
-    own = module_name(file)
-    for imported in imports_of(file):
-        if own in SIDE:
-            assert imported in SIDE[own] | {own}, f"{own} imports {imported}"
-        elif imported in SIDE:
-            assert own in LEVELS[-1], f"{own} imports {imported}"
-        elif imported not in EXTRA.get(own, set()):
-            assert level(imported) <= level(own), f"{own} imports {imported}, which stands above it"
+def module_name(file: Path) -> str:
+    parts = ("ppo_fast", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_only_ops_its_checks_doctor_and_memory_read_the_kernels():
-    readers = {module_name(f) for f in python_files() if "kernels" in imports_of(f)} - {"kernels"}
-    assert readers <= {"ops", "checks", "doctor", "memory"}
+FILES = {module_name(file): file for file in python_files()}
 
 
-def test_kernels_import_nothing_of_the_package_but_themselves():
-    for file in (PACKAGE / "kernels").glob("*.py"):
-        assert imports_of(file) <= {"kernels"}, file.name
+def imported_names(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """Module, name ("" for the module itself) and local name of every import from ppo_fast, wherever it is."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ppo_fast":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (
+                    (full, "", alias.asname or alias.name)
+                    if full in FILES
+                    else (
+                        node.module,
+                        alias.name,
+                        alias.asname or alias.name,
+                    )
+                )
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "ppo_fast":
+                    yield alias.name, "", alias.asname or "ppo_fast"
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Each module, and the modules of ppo_fast that it imports."""
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+    return {name: {module for module, _, _ in imported_names(tree)} - {name} for name, tree in trees.items()}
+
+
+def layer(module: str) -> int:
+    package = (*module.split("."), "")[1]
+    return next(number for number, packages in enumerate(LAYERS) if package in packages)
+
+
+def test_layers_are_all_that_exist():
+    packages = {(*name.split("."), "")[1] for name in FILES}
+    assert packages == {package for packages in LAYERS for package in packages}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_downward(name: str):
+    for imported in graph()[name]:
+        assert imported in FILES, f"{name} imports {imported}, which does not exist"
+        same_package = imported.split(".")[1:2] == name.split(".")[1:2]
+        assert same_package or layer(imported) < layer(name), f"{name} imports {imported}"
+
+
+def test_imports_have_no_cycle():
+    seen: dict[str, str] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in seen:
+            for imported in sorted(graph()[name]):
+                visit(imported, (*path, name))
+            seen[name] = ""
+
+    for name in graph():
+        visit(name, ())
+
+
+def test_kernels_are_read_by_ops_doctor_and_memory_only():
+    readers = {name for name, imported in graph().items() if any(x.startswith("ppo_fast.kernels") for x in imported)}
+    outside = {name for name in readers if name.split(".")[1] not in ("kernels", "ops")}
+    assert outside <= READERS_OF_KERNELS
+
+
+def test_integrations_import_the_operations_and_errors_only():
+    for name, imported in graph().items():
+        if name.startswith("ppo_fast.integrations"):
+            others = {x for x in imported if not x.startswith("ppo_fast.integrations")}
+            assert others <= {"ppo_fast", "ppo_fast.common.errors"}, name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_with_an_underscore_stay_in_their_file(name: str):
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    modules = {}
+    for module, imported, local in imported_names(tree):
+        private = imported.startswith("_") and not imported.startswith("__")
+        assert not private or module.endswith("._patch"), f"{name} imports {imported} of {module}"
+        if not imported:
+            modules[local] = module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert not private, f"{name}, line {node.lineno}: {node.value.id}.{node.attr}"
 
 
 def test_kernels_folder_has_no_init_that_would_shadow_hugging_face():
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
 
 
 def test_kernels_link_resolves_to_the_folder_at_the_root():
@@ -158,8 +196,8 @@ def test_wheel_holds_the_kernels_as_real_files(tmp_path: Path):
     assert done.returncode == 0, done.stderr + done.stdout
     (wheel,) = tmp_path.glob("*.whl")  # built from the sdist, so that both are tried
     names = zipfile.ZipFile(wheel).namelist()
-    for file in (ROOT / "kernels").glob("*.py"):
-        assert f"ppo_fast/kernels/{file.name}" in names
+    for file in (ROOT / "kernels").rglob("*.py"):
+        assert f"ppo_fast/{file.relative_to(ROOT).as_posix()}" in names
     for file in [*(PACKAGE / "recipes").rglob("*.*l"), *(PACKAGE / "integrations").glob("*.md")]:
         assert file.relative_to(ROOT).as_posix() in names
     assert not any(name.startswith("kernels/") for name in names)

@@ -25,9 +25,10 @@ class Found(NamedTuple):
 
 
 def modules() -> list[str]:
-    """Modules of kernels/ that define variants()."""
+    """Modules of kernels/ that define variants(), as dotted names below ppo_fast.kernels."""
     files = sorted(KERNELS.rglob("*.py"))
-    return [f.stem for f in files if re.search(r"^def variants\(", f.read_text(encoding="utf-8"), re.MULTILINE)]
+    found = [f for f in files if re.search(r"^def variants\(", f.read_text(encoding="utf-8"), re.MULTILINE)]
+    return [".".join(f.relative_to(KERNELS).with_suffix("").parts) for f in found]
 
 
 def listed(threads_per_warp: int = 32) -> dict[Any, Variant]:
