@@ -187,8 +187,9 @@ class PPOTrainer:
         self.prompts = Prompts(kept, seed=config.seed)
         check_rewards(self.rewards, kept)
         for function in self.rewards.values():
-            if getattr(function, "follows_trainer", False):  # it has a model, and no device was named for it
-                function.place(self.device)
+            follow = getattr(function, "follow_trainer", None)  # of a reward with a model, such as Fluency
+            if follow is not None:
+                follow(self.device)
         self.actor_optimizer = Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps)
         self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
         self.kl_controller = KLController(config)

@@ -59,7 +59,7 @@ class Fluency:
         self.head: Any = None  # how its logits are computed, once it is known where
         self.__name__ = "fluency"
 
-    def place(self, device: torch.device) -> None:
+    def follow_trainer(self, device: torch.device) -> None:
         """Moves a model that was loaded from a folder to the trainer's device; the trainer calls this at its start."""
         if self.follows_trainer:
             self.model = self.model.to(device)

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ppo_fast"
 
-# Layers from bottom to top: a module imports from its own package and from the layers before it. Packages in one layer do
-# not import each other.
+# Layers from bottom to top: a module imports from its own package and from the layers before it. Packages in one layer
+# do not import each other.
 LAYERS = [
     ["kernels"],
     ["ops"],
