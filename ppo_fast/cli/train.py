@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""ppo-fast train: resolve the options, load data and models, and run the trainer."""
 
 import argparse
 import dataclasses
@@ -14,10 +14,10 @@ from typing import Any
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.launched import process_count, this_rank
 from ppo_fast.common.lock import absolute, locked
-from ppo_fast.common.options import read_yaml
-from ppo_fast.llm.config import PPOConfig, options_of
+from ppo_fast.common.options import options, read_yaml
+from ppo_fast.llm.config import DtypeOption, PPOConfig, options_of
 
-# What stands around the fields of PPOConfig, with its defaults; a configuration file may hold it, too
+# What a run needs besides PPOConfig, with its defaults; a configuration file may contain it, too
 RUN_OPTIONS: dict[str, Any] = {
     "model": None,
     "prompts": None,
@@ -34,8 +34,8 @@ RUN_OPTIONS: dict[str, Any] = {
 
 
 def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[PPOConfig, dict[str, Any]]:
-    """PPOConfig and the options around it: the command line's, else the configuration file's, else the defaults."""
-    fields = {option.name for option in dataclasses.fields(PPOConfig)}
+    """Return PPOConfig and the run options: from the command line, else the configuration file, else the defaults."""
+    fields = options(PPOConfig)
     given, file = vars(arguments), {}
     if "config" in given:
         file = read_yaml(arguments.config, [*RUN_OPTIONS, *fields])
@@ -51,13 +51,13 @@ def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> t
 
 
 def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
-    """A value of a configuration file as the command line would have made it: its type, and a list where it takes one.
+    """Check a value of a configuration file as the command line would: its type, and a list where one is expected.
 
-    1 for 1.0 will do.
+    An int is accepted as a float.
     """
     several = action.nargs == "+" or isinstance(action, argparse._AppendAction)
     kind = bool if isinstance(action, argparse.BooleanOptionalAction) else action.type or str
-    assert isinstance(kind, type)
+    assert isinstance(kind, type)  # not a function: our own options have bool, float or str
     values = value if several and isinstance(value, list) else [value]
     for x in values:
         if not isinstance(x, (float, int) if kind is float else kind) or (isinstance(x, bool) and kind is not bool):
@@ -66,7 +66,7 @@ def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def load_rewards(specs: Sequence[str]) -> dict[str, Any]:
-    """The reward functions by their names in metrics: the function's name alone where no other has it.
+    """Load the reward functions, by their names in metrics: the name of the function alone where it is unique.
 
     Raises:
         UserError: one is given twice, or cannot be loaded.
@@ -79,7 +79,7 @@ def load_rewards(specs: Sequence[str]) -> dict[str, Any]:
     functions = [load_reward(spec) for spec in specs]
     names = [spec.partition("(")[0].rpartition(":")[2].strip() for spec in specs]
     for number, function in enumerate(functions):
-        if names[number] == type(function).__name__:  # an object, such as a Pool, whose own name is its function's
+        if names[number] == type(function).__name__:  # an object such as a Pool, which has the name of its function
             names[number] = getattr(function, "__name__", names[number])
     return {
         name if names.count(name) == 1 else spec: function
@@ -88,19 +88,22 @@ def load_rewards(specs: Sequence[str]) -> dict[str, Any]:
 
 
 def _let_segments_grow() -> None:
-    """Asks PyTorch's allocator for segments that grow, unless the user chose: packs differ in size from step to step,
-    and segments of fixed sizes leave gaps. The allocator reads this at its first use."""
+    """Configure PyTorch's allocator with segments that can grow, unless the user has configured it.
+
+    Packs differ in size from step to step, and segments of fixed sizes leave gaps. The allocator reads this at its
+    first use.
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
-    """Reads what the options name, trains, and says where the results are; the exit status."""
+    """Run `ppo-fast train`: read the inputs, train, and print where the results are. Returns the exit status."""
     _let_segments_grow()
     if arguments.allow_changes and not arguments.resume:
         raise UserError("--allow-changes belongs to --resume: a run that starts has nothing to differ from")
     if arguments.resume and config.out is None:
-        raise UserError("--resume needs --out, the folder of the run to go on with")
+        raise UserError("--resume needs --out, the folder of the run to resume")
     if config.out is not None:  # a reward's module may change the working directory
         config = dataclasses.replace(config, out=str(absolute(config.out)))
     with ExitStack() as stack:
@@ -120,15 +123,14 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
         return _train(arguments, config, run)
 
 
-def _dtype_of_run(out: Path) -> str:
-    """The dtype that an earlier run in OUT has chosen, since a second measurement may choose another one; else auto."""
+def _dtype_of_run(out: Path) -> DtypeOption:
+    """Return the dtype of an earlier run in OUT, since a second measurement may choose another one; else "auto"."""
     file = out / "config.yaml"
-    fields = [option.name for option in dataclasses.fields(PPOConfig)]
-    return read_yaml(file, [*RUN_OPTIONS, *fields]).get("dtype", "auto") if file.exists() else "auto"
+    return read_yaml(file, [*RUN_OPTIONS, *options(PPOConfig)]).get("dtype", "auto") if file.exists() else "auto"
 
 
 def _holds_run(out: Path) -> bool:
-    """Whether OUT holds a run, or what was left of it; one that ended before its first step left no metrics."""
+    """Whether OUT holds a run or parts of one; a run that ended before its first step has no metrics."""
     metrics = out / "metrics.jsonl"
     return (metrics.exists() and metrics.stat().st_size > 0) or any(
         (out / name).exists() for name in ("checkpoints", "model", "best")
@@ -136,7 +138,7 @@ def _holds_run(out: Path) -> bool:
 
 
 def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -> None:
-    """Locks OUT until the stack is closed, and refuses one that holds another run."""
+    """Lock OUT until the stack is closed, and reject one that holds another run."""
     stack.enter_context(locked(config.out))
     if config.out is not None and (Path(config.out) / "config.json").exists():
         raise UserError(f"{config.out} holds a run of `ppo-fast classic`: choose another --out")

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ppo_fast.common.errors import UserError
 from ppo_fast.ops.backend import Backend, uses_triton
 
+ComputeDtype = Literal["float32", "bfloat16"]
 SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
 GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
 
@@ -107,7 +108,7 @@ def _shortest(call: Callable[[], object], budget: float = 0.05) -> float:
     return min(times)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
+def choose_dtype(dtype: str, device: torch.device) -> tuple[ComputeDtype, str]:
     """The dtype that a run computes in where `dtype` is asked for, and a sentence about it; "" if there is none.
 
     auto is bfloat16 on a GPU that multiplies it in hardware, and on a CPU that is faster in it than in fp32.
@@ -115,8 +116,9 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
     >>> choose_dtype("float32", torch.device("cpu"))
     ('float32', '')
     """
+    chosen: ComputeDtype
     if dtype == "float32":
-        return dtype, ""
+        return "float32", ""
     if device.type != "cpu":
         chosen = "bfloat16" if dtype == "bfloat16" or has_bfloat16(device) else "float32"
         return chosen, f"dtype = auto: {chosen} on {device}" if dtype == "auto" else ""

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.text import printable
+from ppo_fast.common.text import escape_control
 from ppo_fast.llm.data import json_rows
 from ppo_fast.llm.preferences.reward_model import Pair, read_pairs
 
@@ -103,7 +103,7 @@ def _show(console: Console, prompt: str, first: str, second: str, title: str) ->
 
 
 def _lines(text: str) -> Text:
-    return Text("\n".join(map(printable, text.split("\n"))))
+    return Text("\n".join(map(escape_control, text.split("\n"))))
 
 
 def _choice(ask: Callable[[str], str]) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.plots import can_draw, draw_tokens
-from ppo_fast.common.text import printable, shortened
+from ppo_fast.common.text import escape_control, shortened
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import as_text
 from ppo_fast.llm.report.evaluation import Evaluation
@@ -125,4 +125,4 @@ def _table(names: list[str], rows: list[list[str]]) -> str:
 
 def _escaped(text: str) -> str:
     """Text as Markdown shows it unchanged, in one line."""
-    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", printable(" ".join(text.split())))
+    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", escape_control(" ".join(text.split())))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.common.text import printable
+from ppo_fast.common.text import escape_control
 from ppo_fast.llm.data import as_text
 from ppo_fast.llm.decoding import BROKEN, AnswerText
 from ppo_fast.llm.experience import Experience, packed
@@ -61,4 +61,4 @@ def visible(texts: AnswerText, token: int) -> str:
     if BROKEN in text or not text:
         # an embedding may have more rows than the tokenizer has tokens
         text = str(texts.tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
-    return printable(text.replace(" ", "␣"))
+    return escape_control(text.replace(" ", "␣"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import nearest
+from ppo_fast.common.text import nearest
 from ppo_fast.llm.data import RESERVED
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<name>[A-Za-z_]\w*)\s*(?P<call>\(.*\))?", re.DOTALL)
