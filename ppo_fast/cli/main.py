@@ -225,7 +225,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 def _classic(given: list[str]) -> int:
     try:
-        from ppo_fast.classic import ppo as classic
+        from ppo_fast.classic import trainer as classic
     except ImportError as error:
         print(f"ppo-fast: error: classic RL needs the extra ppo_fast[classic]: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 """Text for terminals, tables and messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def escape_control(text: str) -> str:
@@ -13,6 +13,12 @@ def shortened(text: str, longest: int = 160) -> str:
     """Shorten a text for a table cell: each run of whitespace becomes a space, and the middle is left out."""
     flat = escape_control(" ".join(text.split())) if text.strip() else repr(text)
     return flat if len(flat) <= longest else f"{flat[: longest // 2]} ... {flat[-longest // 2 :]}"
+
+
+def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> str:
+    """Format a Markdown table; `align` is the separator of every column except the first."""
+    separators = ["---", *[align] * (len(heading) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, separators, *rows))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

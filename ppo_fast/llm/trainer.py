@@ -228,18 +228,18 @@ class PPOTrainer:
         # the handlers of signals stay until all else is done: torchrun sends SIGTERM while an error is on its way
         with self._stop_requests(progress) as request, progress, self._lost_processes_named():
             if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
-                progress.record({"step": 0, **evaluation.metrics})
+                progress.log_metrics({"step": 0, **evaluation.metrics})
                 self._report(evaluation, progress)
                 self._check_gap({}, evaluation, progress)
             while self.steps_done < self.config.total_steps and not self._stops(request):
                 metrics = self._step_or_save(progress)
                 evaluation = self._evaluation()
-                progress.show(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
+                progress.log_step(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
                 self._report(evaluation, progress)
                 self._check_gap(metrics, evaluation, progress)
                 metrics |= evaluation.metrics if evaluation is not None else {}
                 for hint in self.hints.after(metrics, self.last_rollout.scores if self.last_rollout else []):
-                    progress.say(hint)
+                    progress.info(hint)
                 history.append(metrics)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
@@ -248,7 +248,7 @@ class PPOTrainer:
             else:
                 if self.steps_done < self.config.total_steps:
                     self.stopped_by = request.name
-            self.recorded = progress.recorded
+            self.recorded = progress.rows
             if self.stopped_by is not None:
                 self._checkpoint(progress)
             else:
@@ -268,9 +268,9 @@ class PPOTrainer:
 
     def _save_model(self, progress: Progress) -> None:
         """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
-        card = model_card(self.config, self.run_options, progress.recorded)
+        card = model_card(self.config, self.run_options, progress.rows)
         try:
-            self.save("model", {"README.md": card}, progress.recorded)
+            self.save("model", {"README.md": card}, progress.rows)
         except UserError as error:
             last = Path(self.config.out or "") / "checkpoints" / f"step-{self.steps_done}"
             if self.world.size == 1 and not last.exists():  # of several processes, the others wait in `save`
@@ -610,19 +610,19 @@ class PPOTrainer:
             config = dataclasses.replace(config, quiet=True, out=None)
         progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
         for note in (f"{self.device}: {threads_note()}", *self.notes):
-            progress.say(note)
+            progress.info(note)
         answers = config.prompts_per_step * config.samples_per_prompt
         left = config.total_steps - self.steps_done
-        progress.say(f"{left} PPO steps of {answers} answers, from {len(self.prompts.rows)} prompts")
+        progress.info(f"{left} PPO steps of {answers} answers, from {len(self.prompts.rows)} prompts")
         return progress
 
     def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:
         if self.config.out is None:
             return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
         return (
-            stop_requests(progress.say)
+            stop_requests(progress.info)
             if self.world.size == 1
-            else stop_requests_of_several(progress.say, self._give_up)
+            else stop_requests_of_several(progress.info, self._give_up)
         )
 
     def _stops(self, request: Request) -> bool:
@@ -676,7 +676,7 @@ class PPOTrainer:
         with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
             for name in ("best", "model"):
                 checkpoint.recover(out / name)
-            checkpoint.sweep(out / "checkpoints")
+            checkpoint.remove_partial(out / "checkpoints")
             checkpoint.drop_after(out / "checkpoints", self.steps_done)
         checkpoint.prune(out / "checkpoints", self.config.keep_checkpoints)
         drop_best_after(out / "best", self.steps_done)

@@ -20,7 +20,7 @@ SCORE = "score (mean of a step's answers)"
         ([1e-4, 3e-4], (0.9e-4, 3.1e-4)),
     ],
 )
-def test_the_range_of_an_axis_is_not_that_of_rounding(values, expected):
+def test_the_range_of_an_axis_exceeds_rounding(values, expected):
     assert range_shown(values) == pytest.approx(expected, abs=1e-7)
 
 

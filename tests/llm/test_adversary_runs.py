@@ -31,7 +31,7 @@ from ppo_fast.common.options import read_yaml
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig, options_of
 from ppo_fast.llm.distributed import start
-from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
@@ -420,7 +420,7 @@ def test_an_option_that_this_version_lacks_is_named(stopped):
 def test_a_row_without_an_end_of_line_is_kept(stopped, end):
     file = stopped / "metrics.jsonl"
     file.write_bytes(file.read_bytes().rstrip(b"\n").replace(b"\n", end.encode() or b"\n") + end.encode())
-    assert [row["step"] for row in cut_back(stopped, 2)] == [1, 2]
+    assert [row["step"] for row in truncate_logs(stopped, 2)] == [1, 2]
 
 
 def test_a_longer_run_may_not_change_the_rates_of_a_warm_up(tmp_path):

@@ -14,7 +14,7 @@ from ppo_fast.cli.main import main
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.state import restore
 from ppo_fast.llm.trainer import PPOTrainer
 
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_loaded(tmp_path, saved, name, harm):
     else:
         (saved / name).write_bytes(data if harm == "flipped bit" else data[:-1])
     what = "is missing" if harm == "missing" else "is not as it was written"
-    match = rf"the checkpoint .*step-2 is damaged: {name} {what}; there is no other: start anew with --overwrite"
+    match = rf"the checkpoint .*step-2 is damaged: {name} {what}; there is no other: start again with --overwrite"
     with pytest.raises(UserError, match=match):
         trainer_of(tmp_path / "run").resume()
 
@@ -339,7 +339,7 @@ def test_half_a_line_of_a_killed_run_is_kept(tmp_path):
     rows = [{"step": 1, "score": None}, {"step": 2, "score": 1.0}, {"step": 3, "score": 2.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "sco'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert cut_back(tmp_path, 2) == rows[:2]
+    assert truncate_logs(tmp_path, 2) == rows[:2]
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
 
 

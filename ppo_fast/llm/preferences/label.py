@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.jsonl import as_lines
 from ppo_fast.common.text import escape_control
 from ppo_fast.llm.data import json_rows
 from ppo_fast.llm.preferences.reward_model import Pair, read_pairs
@@ -74,7 +74,7 @@ def label(
             continue
         chosen, rejected = (first, second) if choice == "1" else (second, first)
         pair = dataclasses.asdict(Pair(row["prompt"], chosen, rejected, "person"))
-        _append(out, json.dumps(pair, ensure_ascii=False) + "\n")
+        _append(out, as_lines([pair]))
         made += 1
     console.print(f"{made} choices were added to {out}")
     return made

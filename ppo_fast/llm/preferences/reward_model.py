@@ -4,7 +4,6 @@ The loss is that of Bradley and Terry (1952), as in Christiano et al. 2017 (equa
 (equation 1): -log sigmoid(r(prompt, chosen) - r(prompt, rejected)).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.errors import NonFiniteError, UserError
+from ppo_fast.common.jsonl import as_lines
 from ppo_fast.llm.data import json_rows
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.models.weights import check_trained_in_fp32
@@ -68,7 +68,7 @@ def _pair(row: dict[str, Any]) -> Pair:
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     """The file that `read_pairs` reads."""
-    text = "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
+    text = as_lines(map(asdict, pairs))
     with reported(f"the pairs could not be written to {path}"):
         write_file(Path(path), text)
 

@@ -1,6 +1,5 @@
 """TODO docstring."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_fast.common.checkpoint import reported, write_file
+from ppo_fast.common.jsonl import as_lines
 from ppo_fast.common.plots import can_draw, draw_tokens
-from ppo_fast.common.text import escape_control, shortened
+from ppo_fast.common.text import escape_control, markdown_table, shortened
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import as_text
 from ppo_fast.llm.report.evaluation import Evaluation
@@ -81,8 +81,7 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
     name = folder / f"step-{evaluation.step}"
     with reported(f"the evaluation could not be written to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in samples(evaluation)]
-        write_file(name.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+        write_file(name.with_suffix(".jsonl"), as_lines(samples(evaluation)))
         write_file(name.with_suffix(".md"), markdown(evaluation))
     if evaluation.explained is not None and can_draw():
         e = evaluation.explained
@@ -119,8 +118,7 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def _table(names: list[str], rows: list[list[str]]) -> str:
-    lines = [names, ["---"] * len(names), *([_escaped(x) for x in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(names, [[_escaped(x) for x in row] for row in rows])
 
 
 def _escaped(text: str) -> str:

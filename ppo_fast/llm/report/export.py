@@ -18,6 +18,7 @@ import ppo_fast
 from ppo_fast.common.checkpoint import UNFINISHED, replace, reported
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.plots import can_draw, draw_learning_curves
+from ppo_fast.common.text import markdown_table
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.head import bare, text_config
 from ppo_fast.llm.models.loading import source_dtype
@@ -244,7 +245,7 @@ def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping
         " answers with proximal policy optimisation (Schulman et al. 2017), by ppo_fast.",
         *(["## What came out", _results(history), *picture] if history else []),
         "## How it was made",
-        _table(("", ""), [*named.items(), *((k, str(v)) for k, v in changed.items())]),
+        markdown_table(("", ""), [*named.items(), *((k, str(v)) for k, v in changed.items())]),
         "Every other option has its default. Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "What the model is good for, and its licence, follow from the start model, the prompts and the rewards.",
     ]
@@ -257,11 +258,7 @@ def _results(history: Sequence[Mapping[str, Any]]) -> str:
         values = [m[name] for m in history if m.get(name) is not None]
         if values:
             rows.append((label, f"{values[0]:z.4g}", f"{values[-1]:z.4g}"))
-    return _table(("", "first", "last"), rows)
-
-
-def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ("---",) * len(heading), *rows))
+    return markdown_table(("", "first", "last"), rows)
 
 
 def _names(value: Any) -> str:
