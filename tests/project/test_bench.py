@@ -195,7 +195,8 @@ def test_an_unknown_part_is_refused(tmp_path: Path):
 
 def test_gpu_selects_the_tests_with_a_device_and_those_that_need_one():
     """Collected without a GPU, where the latter are selected, too, and skipped when they run."""
-    files = [f"tests/test_{name}.py" for name in ("gae", "packing", "trainer_on_device", "data")]
+    names = ("kernels/test_gae", "llm/test_packing", "llm/test_trainer_on_device", "llm/test_data")
+    files = [f"tests/{name}.py" for name in names]
     found = {}
     for selection in ("gpu", "not gpu"):
         done = bench(*files, "--collect-only", "-m", selection)
