@@ -211,7 +211,7 @@ def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    # its default, rgb_array, lets Box2D fly particles that nobody sees: three quarters of LunarLander's time
+    # its default, rgb_array, lets Box2D fly particles that are not shown: three quarters of LunarLander's time
     envs = make_vec_env(env, n_envs=zoo["envs"], seed=seed, env_kwargs={"render_mode": None})
     if zoo.get("norm"):
         envs = VecNormalize(envs, gamma=zoo["gamma"])

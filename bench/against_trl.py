@@ -174,7 +174,7 @@ def run_trl(seed: int, steps: int) -> dict[str, list[float]]:
             callbacks=[Notes()],
         )
         ppo_trainer.batch_generation, numpy.random.permutation = timed_sample, timed_permutation
-        numpy.random.seed(seed)  # TRL draws its minibatches from numpy, which nobody seeds
+        numpy.random.seed(seed)  # TRL draws its minibatches from numpy, which it does not seed
         try:
             trainer.train()
         finally:

@@ -146,7 +146,7 @@ def test_advantages(compare, device: torch.device, backend: str, operation: str,
         shape=f"B={B} T={T}",
         dtype="float32",
         bytes=BYTES[operation] * B * T,
-        results=lambda: [t[mask] for t in run()[compared]],  # rivals leave numbers at masked steps
+        results=lambda: [t[mask] for t in run()[compared]],  # the others leave numbers at masked steps
         truth=[t[mask] for t in truth[compared]],
         small=True,
         replay=provider.startswith("ppo_fast"),

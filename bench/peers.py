@@ -1,4 +1,4 @@
-"""Rivals, imported only where a benchmark wants them."""
+"""Baselines, imported only where a benchmark wants them."""
 
 import importlib
 import sys

@@ -72,7 +72,7 @@ def use_cpu() -> None:
 
 
 def load_critic(local_path: str, torch_dtype: torch.dtype, model_config: Any, trust_remote_code: bool) -> Any:
-    """In the place of verl's function of these arguments, which insists on flash-attn."""
+    """Replaces verl's function of these arguments, which requires flash-attn."""
     from transformers import AutoModelForTokenClassification
 
     return AutoModelForTokenClassification.from_pretrained(local_path, dtype=torch_dtype, config=model_config)

@@ -1,4 +1,4 @@
-"""Puts our functions in the place of another project's, everywhere it has imported them, and takes them out again."""
+"""Replaces functions of another project by ours, everywhere it has imported them, and restores them."""
 
 import importlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""OpenRLHF: its PPO arithmetic by ppo_fast, in the place of OpenRLHF's own functions.
+"""OpenRLHF: its PPO arithmetic by ppo_fast, instead of OpenRLHF's own functions.
 
 >>> import ppo_fast.integrations.openrlhf as fast  # doctest: +SKIP
 >>> fast.patch()  # before the trainer is made, in every process; fast.unpatch() takes it back  # doctest: +SKIP

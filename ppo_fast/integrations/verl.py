@@ -1,4 +1,4 @@
-"""verl: its PPO arithmetic by ppo_fast, in the place of verl's own functions, or as a plug-in by name.
+"""verl: its PPO arithmetic by ppo_fast, instead of verl's own functions, or as a plug-in by name.
 
 verl imports the modules that VERL_USE_EXTERNAL_MODULES names in every process (hand the variable on to Ray's workers,
 in runtime_env.env_vars):
@@ -10,8 +10,8 @@ in runtime_env.env_vars):
 Importing this module registers the policy loss "ppo_fast" and the advantage estimator "gae_ppo_fast". verl 0.9 hands
 values to its own estimator "gae" only: for GAE keep algorithm.adv_estimator=gae and use the first line, or `patch()`.
 
-Tested with verl 0.9. Where verl leaves numbers at masked positions, which it masks later, these return 0, and nothing
-that stands at a masked position, NaN included, reaches a result.
+Tested with verl 0.9. Where verl leaves numbers at masked positions, which it masks later, these return 0, and no
+value at a masked position, NaN included, reaches a result.
 """
 
 from typing import Any

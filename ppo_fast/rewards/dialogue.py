@@ -46,7 +46,7 @@ def length_band(
 
 
 def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -> list[float]:
-    """1 minus the share of an answer's word n-grams that stand in the prompt, or in the user's last turn of a chat.
+    """1 minus the share of an answer's word n-grams that occur in the prompt, or in the user's last turn of a chat.
 
     An answer of fewer than n words is looked for as a whole; an empty one repeats nothing: 1.
 
@@ -65,7 +65,7 @@ def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -
 def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 3) -> list[float]:
     """1 minus the share of an answer's word n-grams that it has written before (Welleck et al. 2020, seq-rep-n).
 
-    >>> no_repetition(["Go on:"] * 2, ["so it goes so it goes so it goes", "all is well"])
+    >>> no_repetition(["Continue:"] * 2, ["so it goes so it goes so it goes", "all is well"])
     [0.42857142857142855, 1.0]
     """
     grams = [ngrams(words(completion), n) for completion in completions]

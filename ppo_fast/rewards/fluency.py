@@ -21,7 +21,7 @@ class Fluency:
     Args:
         model: a causal language model, or the folder of one with its tokenizer; it is frozen.
         tokenizer: its tokenizer; None with a folder.
-        same_tokens: the model has the actor's tokenizer, and judges the very tokens that the actor wrote, its end token
+        same_tokens: the model has the actor's tokenizer, and evaluates the very tokens that the actor sampled, its end token
             included; else the answer's text is turned into the model's own tokens.
         batch_size: answers judged at once.
         device: where it runs. None: a model stays where it is; one loaded from a folder goes to the trainer's device,

@@ -95,7 +95,7 @@ def _ndcg(completion: str, relevance: Any, k: int, row: int) -> float:
     graded = relevance if isinstance(relevance, Mapping) else dict.fromkeys(items, 1.0)
     for item, grade in graded.items():
         if grade is not None and not (isinstance(grade, float | int) and 0 <= grade <= 100):
-            raise ValueError(f"the relevance of {item!r} to prompt {row} must lie between 0 and 100, got {grade!r}")
+            raise ValueError(f"the relevance of {item!r} to prompt {row} must be in [0, 100], got {grade!r}")
     gains = {normalised(item): 2.0 ** (grade or 0) - 1 for item, grade in graded.items()}
     lines = [
         normalised(re.sub(r"^\s*(?:\d+[.)]|[-*•])\s+", "", line)) for line in completion.splitlines() if line.strip()

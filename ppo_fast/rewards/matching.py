@@ -16,7 +16,7 @@ def rows_of(completions: Sequence[str], column: Sequence[Any]) -> Iterator[tuple
     """
     if isinstance(column, str):
         raise ValueError(
-            f"one entry for each answer is expected, got the text {column!r:.80}; the name of a column stands without"
+            f"one entry for each answer is expected, got the text {column!r:.80}; the name of a column has no"
             " quotation marks"
         )
     if len(column) != len(completions):

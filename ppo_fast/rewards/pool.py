@@ -2,7 +2,7 @@
 
 A signal for the trainer's process group, such as Ctrl-C, reaches no worker: a judgement ends as usual, and the trainer
 saves the run. Each worker has a session of its own, with all subprocesses that user code starts in it. Only this module
-ends them, together: after the time limit, with the pool, and when the trainer is gone.
+ends them, together: after the time limit, with the pool, and when the trainer has ended.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""OpenRLHF with our functions in the place of its own, its GPU packages stubbed: the same numbers and gradients."""
+"""OpenRLHF with our functions instead of its own, its GPU packages stubbed: the same numbers and gradients."""
 
 import inspect
 import itertools

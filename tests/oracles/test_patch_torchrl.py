@@ -1,4 +1,4 @@
-"""torchrl with our GAE and ClipPPOLoss in the place of its own: the same numbers, gradients and training."""
+"""torchrl with our GAE and ClipPPOLoss instead of its own: the same numbers, gradients and training."""
 
 import itertools
 import math

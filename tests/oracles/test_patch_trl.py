@@ -1,4 +1,4 @@
-"""TRL with our functions in the place of its own: the same numbers, and the same GRPO run."""
+"""TRL with our functions instead of its own: the same numbers, and the same GRPO run."""
 
 import re
 

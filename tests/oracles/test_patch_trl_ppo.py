@@ -1,4 +1,4 @@
-"""TRL 1.12, the last release with a PPOTrainer, with our functions in the place of its own: the same training.
+"""TRL 1.12, the last release with a PPOTrainer, with our functions instead of its own: the same training.
 
 TRL 1.16 and 1.12 exclude each other. Into a folder of its own, beside the environment of peers.txt:
 

@@ -1,4 +1,4 @@
-"""verl with our functions in the place of its own: the same numbers and gradients, found by name, and taken back."""
+"""verl with our functions instead of its own: the same numbers and gradients, found by name, and taken back."""
 
 import itertools
 import os

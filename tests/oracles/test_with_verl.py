@@ -1,4 +1,4 @@
-"""One update of verl's own actor and critic workers on a CPU, with our functions in the place of its own.
+"""One update of verl's own actor and critic workers on a CPU, with our functions instead of its own.
 
 verl's FSDP engine is not made for a CPU: ppo_fast/examples/with_verl.py describes one to it. Its workers import two
 packages that verl's own requirements leave out: pip install fastapi uvicorn.

@@ -455,7 +455,7 @@ def synthetic(provider: str, n: int, ms: float, mib: float) -> dict[str, Any]:
 
 
 def test_a_loss_of_ours_is_hidden(tmp_path: Path, gae_record: dict[str, Any]):
-    """A rival is faster at N=1, needs less memory at N=2, we are better without x at N=4; a ceiling is no rival."""
+    """A baseline is faster at N=1, needs less memory at N=2, we are better without x at N=4; a ceiling is no baseline."""
     table = {1: [("ppo_fast", 2.0, 4), ("other", 1.0, 9)], 2: [("ppo_fast", 1.0, 4), ("other", 3.0, 1)]}
     table[4] = [("ppo_fast", 1.0, 4), ("one GEMM", 0.7, 0), ("ppo_fast without x", 0.8, 1)]
     found = [synthetic(name, n, ms, mib) for n, entries in table.items() for name, ms, mib in entries]

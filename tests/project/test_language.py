@@ -17,7 +17,7 @@ PHRASES = {
     r"\blies (in|between|behind|there)\b|\blie (in|between)\b": "is in, is between",
     r"\bshall\b": "must",
     r"\bin the place of\b": "instead of",
-    r"\bstands?\b(?! for)": "is",
+    r"\bstands?\b(?! for| in for|-in)": "is",
     r"\bcomes? along\b|\bcame along\b": "is included",
     r"\botherwise than\b": "differently from",
     r"\bnot a word\b|\bin silence\b": "without a warning",

@@ -41,7 +41,7 @@ from ppo_fast.rewards import (
     stays_in_role,
 )
 
-P = [""]  # a prompt that nobody looks at
+P = [""]  # a prompt that is not read
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_question_answering_follows_squad(answer, right, exact, shared):
         ("It costs -$1,234.56.", Fraction(-123456, 100)),
         ("It costs $-3.", -3),
         ("10 - 7 = 3", 3),
-        ("10-7", 7),  # no sign: it stands between numbers
+        ("10-7", 7),  # no sign: it is between numbers
         ("x = -7", -7),
         ("minus: \u22127", -7),
         ("50%", 50),
@@ -259,7 +259,7 @@ def test_what_is_no_reference_is_compared_as_text(reference):
 
 @pytest.mark.parametrize("function", [exact_match, bleu, ndcg])
 def test_a_column_in_quotation_marks_is_read_letter_by_letter(function):
-    with pytest.raises(ValueError, match="got the text 'ab'; the name of a column stands without quotation marks"):
+    with pytest.raises(ValueError, match="got the text 'ab'; the name of a column has no quotation marks"):
         function(P * 2, ["a", "b"], "ab")
     with pytest.raises(ValueError, match="a column has 3 entries for 2 answers"):
         function(P * 2, ["a", "b"], ["a", "b", "c"])
@@ -436,7 +436,7 @@ def test_what_tables_write_for_nothing_or_for_one_is_read_letter_by_letter():
     assert ndcg(P * 2, ["Aliens", "A"], ["Aliens", "Aliens"]) == [1.0, 0.0]
     assert ndcg(P, ["b"], [{"a": None, "b": 1}]) == [1.0]
     for grade in (-1, "3", math.nan, 5000):
-        with pytest.raises(ValueError, match="the relevance of 'a' to prompt 0 must lie between 0 and 100"):
+        with pytest.raises(ValueError, match="the relevance of 'a' to prompt 0 must be in \\[0, 100\\]"):
             ndcg(P, ["a"], [{"a": grade}])
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         ndcg(P, ["a"], [["a"]], k=0)
@@ -707,7 +707,7 @@ def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path, answ
     child.wait()
     deadline = time.monotonic() + 20
     while any(_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker goes on"
+        assert time.monotonic() < deadline, "a worker still runs"
         time.sleep(0.1)
 
 

@@ -80,7 +80,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 
 
 def _same_settings(out: Path, settings: Settings) -> None:
-    """Refuses to go on with folders that other settings have made."""
+    """Rejects folders that other settings have made."""
     free = {"out", "quiet", "sweep", "device"}
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
     path = out / "settings.json"
@@ -291,7 +291,7 @@ def ppo(
     *,
     fixed_kl: float | None = None,
 ) -> None:
-    """Phase 4, in out/name; goes on from its own checkpoint."""
+    """Phase 4, in out/name; resumes from its own checkpoint."""
     if (out / name / "model").exists():
         say(console, f"{name}: there already")
         return
