@@ -1,7 +1,7 @@
 """policy_loss, value_loss and ppo_loss beside plain PyTorch, torch.compile, verl and OpenRLHF, on per-token tensors.
 
-Bytes by design: each fp32 input and the mask read once, each gradient written once. No baseline but verl's and OpenRLHF's
-modules has a function for all terms; theirs are added, value_coef = 0.5.
+Bytes by design: each fp32 input and the mask read once, each gradient written once. Of the baselines only verl
+and OpenRLHF have functions for all terms; theirs are added, value_coef = 0.5.
 """
 
 from collections.abc import Callable

@@ -21,9 +21,9 @@ class Fluency:
     Args:
         model: a causal language model, or the folder of one with its tokenizer; it is frozen.
         tokenizer: its tokenizer; None with a folder.
-        same_tokens: the model has the actor's tokenizer, and evaluates the very tokens that the actor sampled, its end token
-            included; else the answer's text is turned into the model's own tokens.
-        batch_size: answers judged at once.
+        same_tokens: the model has the actor's tokenizer, and evaluates the tokens that the actor sampled, its end token
+            included; else the completion's text is turned into the model's own tokens.
+        batch_size: completions in one forward pass.
         device: where it runs. None: a model stays where it is; one loaded from a folder goes to the trainer's device,
             and is on the CPU without a trainer.
 
