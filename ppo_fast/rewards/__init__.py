@@ -10,8 +10,8 @@ or, on the command line, with options and the names of the data's own columns:
         --reward 'ppo_fast.rewards:length_band(high=40)' --reward-weight 1 0.1
 
 Each is in [0, 1] unless its docstring says otherwise. `reference` is the column with what is right: one for each
-completion, a text, or a list of texts of which the best counts. An answer without one (None) raises ValueError: a silent 0 would
-teach the model something wrong.
+completion, a text, or a list of texts of which the best counts. An answer without one (None) raises
+ValueError: a silent 0 would teach the model something wrong.
 """
 
 from ppo_fast.llm.reward.function import Configured, load_reward

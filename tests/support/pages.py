@@ -11,6 +11,7 @@ MARKS = (
     "needs a GPU",
     "needs two machines",
     "needs its own environment",
+    "needs clang++",
 )  # in the comment of a command that CI cannot run
 
 
@@ -20,7 +21,7 @@ class Command(NamedTuple):
     page: str
     section: str
     text: str
-    mark: str  # what of MARKS its comment says, or ""
+    mark: str  # what of MARKS its comment says, or a comment in the first line of its block, or ""
 
     def parts(self) -> list[list[str]]:
         """The words of each command that `&&` joins, without assignments to environment variables."""
@@ -50,10 +51,11 @@ def commands(page: Path) -> list[Command]:
     found = []
     for title, text in sections(page.read_text(encoding="utf-8")).items():
         for block in blocks(text, "bash"):
+            whole = next((mark for mark in MARKS if mark in block.splitlines()[0] and block.startswith("#")), "")
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
                 code, _, comment = line.partition("  #")
                 if code.strip() and not code.strip().startswith("#"):
-                    mark = next((mark for mark in MARKS if mark in comment), "")
+                    mark = whole or next((mark for mark in MARKS if mark in comment), "")
                     found.append(Command(str(page.relative_to(ROOT)), title, code.strip(), mark))
     return found
 
