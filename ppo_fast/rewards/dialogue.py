@@ -10,7 +10,7 @@ UNITS = ("words", "characters", "tokens")
 
 
 def length_band(
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]] | None = None,
     *,
@@ -45,7 +45,7 @@ def length_band(
     return [n / low if n < low else max(0.0, 1.0 - max(0, n - high) / high) for n in lengths]
 
 
-def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -> list[float]:
+def no_echo(prompts: Sequence[object], completions: Sequence[str], *, n: int = 4) -> list[float]:
     """1 minus the share of an answer's word n-grams that occur in the prompt, or in the user's last turn of a chat.
 
     An answer of fewer than n words is looked for as a whole; an empty one repeats nothing: 1.
@@ -62,7 +62,7 @@ def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -
     return found
 
 
-def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 3) -> list[float]:
+def no_repetition(prompts: Sequence[object], completions: Sequence[str], *, n: int = 3) -> list[float]:
     """1 minus the share of an answer's word n-grams that it has written before (Welleck et al. 2020, seq-rep-n).
 
     >>> no_repetition(["Continue:"] * 2, ["so it goes so it goes so it goes", "all is well"])
@@ -73,7 +73,7 @@ def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int 
 
 
 def stays_in_role(
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completions: Sequence[str],
     raw_completions: Sequence[str] | None = None,
     ended: Sequence[bool] | None = None,
@@ -116,7 +116,7 @@ def _marked(raw: str, ended: bool) -> bool:
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<<SYS>>|</?(?:start|end)_of_turn>|###\s*(?:Instruction|Input)", re.I)
 
 
-def ngrams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
+def ngrams(items: Sequence[object], n: int) -> list[tuple[object, ...]]:
     """All stretches of n items; none for n = 0."""
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)] if n > 0 else []
 

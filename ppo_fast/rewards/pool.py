@@ -91,7 +91,7 @@ class Pool:
     """
 
     def __init__(
-        self, reward: Callable[..., Sequence[Any]] | str, *, timeout: float, fallback: float, workers: int = 2
+        self, reward: Callable[..., Sequence[object]] | str, *, timeout: float, fallback: float, workers: int = 2
     ) -> None:
         numbers = all(isinstance(x, float | int) and math.isfinite(x) for x in (timeout, fallback))
         if not (numbers and timeout > 0 and isinstance(workers, int) and workers >= 1):
@@ -115,7 +115,7 @@ class Pool:
         )
         weakref.finalize(self, _stop, self._pool)  # also when Python ends
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> list[Any]:
+    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> list[Any]:
         """One number for each answer, in their order."""
         taken = self.columns_taken(columns)
         jobs = [
@@ -202,7 +202,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _judge(prompt: Any, completion: str, columns: dict[str, Any]) -> float | str:
+def _judge(prompt: object, completion: str, columns: dict[str, object]) -> float | str:
     """One answer, in a worker: its number, or why there is none."""
     try:
         values = list(_LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()}))
