@@ -35,7 +35,7 @@ def compute_gae_advantage_return(
     lam: float | Tensor | None = None,
     *,
     config: Any = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages, and returns, [B, T] each; steps that the mask leaves out are skipped.
 
@@ -234,7 +234,7 @@ def linear_cross_entropy(
     labels: Tensor,
     temperature: float = 1.0,
     reduction: str = "none",
-    dist_process_group: Any = None,
+    dist_process_group: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] from hidden states [..., D] and the LM head [V, D], without the logits.
 
@@ -287,7 +287,7 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Takes them back."""
+    """Restores verl's functions."""
     _patch.undo()
 
 

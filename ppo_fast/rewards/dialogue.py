@@ -63,7 +63,7 @@ def no_echo(prompts: Sequence[object], completions: Sequence[str], *, n: int = 4
 
 
 def no_repetition(prompts: Sequence[object], completions: Sequence[str], *, n: int = 3) -> list[float]:
-    """1 minus the share of an answer's word n-grams that it has written before (Welleck et al. 2020, seq-rep-n).
+    """1 minus the share of a completion's word n-grams that occur earlier in it (Welleck et al. 2020, seq-rep-n).
 
     >>> no_repetition(["Continue:"] * 2, ["so it goes so it goes so it goes", "all is well"])
     [0.42857142857142855, 1.0]
@@ -80,7 +80,7 @@ def stays_in_role(
     *,
     others: Sequence[str] = ("user", "human", "system", "assistant", "customer", "question", "q"),
 ) -> list[float]:
-    """0 for an answer in which somebody else begins to speak, else 1.
+    """0 for a completion in which another speaker begins, else 1.
 
     That is a line that begins with one of `others` and a colon, perhaps bold or as a heading ("### Human:"),
     or a mark of a chat template such as <|im_start|>, [INST] or <start_of_turn>. In many tokenizers these are special

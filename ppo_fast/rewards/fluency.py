@@ -1,4 +1,4 @@
-"""Fluency: how likely a frozen language model finds an answer."""
+"""Fluency: the likelihood of a completion under a frozen language model."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -117,7 +117,7 @@ class Fluency:
         return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""
+        """Truncates to the model's positions: a long prompt at its beginning, a long completion at its end."""
         from ppo_fast.llm.models.head import text_config
 
         positions = getattr(text_config(self.model), "max_position_embeddings", None)

@@ -45,7 +45,7 @@ def best_of(
     judge: Callable[[str, Any], float],
     also: tuple[type, ...] = (),
 ) -> list[float]:
-    """Each answer against the reference that it meets best."""
+    """Scores each completion against the reference with the highest score."""
     return [
         max(float(judge(completion, right)) for right in references_of(rights, row, also))
         for row, completion, rights in rows_of(completions, reference)

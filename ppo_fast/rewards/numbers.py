@@ -64,7 +64,7 @@ def numeric(
 
 
 def number_in(text: str) -> Fraction | None:
-    r"""The number that an answer gives, exactly; None: there is none.
+    r"""The number of a completion, as an exact fraction, or None.
 
     It is, of these the first that there is:
 
@@ -153,7 +153,7 @@ def _marked(text: str) -> Iterator[tuple[re.Match[str], str]]:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last \\boxed{} has; None: there is none."""
+    """The contents of the last \\boxed{}, or None."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None

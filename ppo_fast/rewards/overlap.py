@@ -10,7 +10,7 @@ from ppo_fast.rewards.matching import best_of, references_of, rows_of, words
 
 
 def package(name: str, install: str) -> Any:
-    """An optional package, or an error that says how to get it."""
+    """Imports an optional package; the error names the extra that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -61,7 +61,7 @@ class _Words:
 def bleu(
     prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[object], *, tokenize: str = "13a"
 ) -> list[float]:
-    """BLEU of each answer by itself, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
+    """BLEU of each completion alone, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
 
     One sentence has few 4-grams: orders it cannot have are left out, and missing ones smoothed (sacrebleu's
     effective_order and "exp").
@@ -85,7 +85,7 @@ def bleu(
 def chrf(
     prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, word_order: int = 0
 ) -> list[float]:
-    """chrF of each answer by itself, from 0 to 1 (Popovic 2015), by sacrebleu; good for every script.
+    """chrF of each completion alone, from 0 to 1 (Popovic 2015), by sacrebleu; suitable for every script.
 
     Arguments and errors as for `bleu`; `word_order=2` is chrF++.
 

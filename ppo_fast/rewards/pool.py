@@ -69,7 +69,7 @@ def _kill_session(leader: int) -> None:
 
 
 class Pool:
-    """A reward function that judges one answer at a time, several of them at once, within a time limit.
+    """A reward function that runs in worker processes, one completion at a time in each, within a time limit.
 
     An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process and the
     subprocesses of that are then killed) gets `fallback`. A call with such answers prints one line to stderr, with
@@ -154,7 +154,7 @@ class Pool:
         return taken
 
     def _result(self, job: Any) -> float | str:
-        """A number, or why there is none."""
+        """A number, or the reason why there is none."""
         try:
             return job.result()
         except BrokenProcessPool as error:
@@ -175,7 +175,7 @@ _LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward 
 
 
 def _prepare(pickled: bytes) -> None:
-    """Begins a worker.
+    """Sets the signal handlers of a worker.
 
     The reward is pickled once more: its module, which may start subprocesses, is imported after signals are unblocked.
     """
@@ -194,7 +194,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends a judgement that hangs, and its subprocesses, when the trainer was killed."""
+    """Ends a reward that hangs, and its subprocesses, after the trainer was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -203,7 +203,7 @@ def _end_with_parent() -> None:
 
 
 def _judge(prompt: object, completion: str, columns: dict[str, object]) -> float | str:
-    """One answer, in a worker: its number, or why there is none."""
+    """The reward of one completion, in a worker: its number, or the reason why there is none."""
     try:
         values = list(_LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()}))
         if len(values) != 1:
