@@ -7,6 +7,7 @@ dtype, plus 1e-6 of the largest value for rounding where the reference happens t
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -362,14 +363,15 @@ def compile_loops() -> None:
     from ppo_fast.kernels.loss import cpu as cpu_loss
 
     loops: list[Callable[[], tuple[Callable[..., None], Any]]] = [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
-    start = time.perf_counter()
+    start, folders = time.perf_counter(), []
     for number, loop in enumerate(loops, 1):
         _, code = loop()
         print(f"loop {number} of {len(loops)}: {(code.cache_hits and 'cached') or 'compiled'}", flush=True)
-    folder = getattr(code._cache, "cache_path", None)
-    if folder is None:
-        raise UserError("numba found no folder for its cache: set NUMBA_CACHE_DIR to a folder that can be written")
-    print(f"{len(loops)} loops in {time.perf_counter() - start:.1f} s are in {folder}")
+        folder = getattr(code._cache, "cache_path", None)
+        if folder is None:
+            raise UserError("numba found no folder for its cache: set NUMBA_CACHE_DIR to a folder that can be written")
+        folders.append(folder)
+    print(f"{len(loops)} loops in {time.perf_counter() - start:.1f} s are below {os.path.commonpath(folders)}")
 
 
 def main(*, as_json: bool, report: bool = False) -> int:
