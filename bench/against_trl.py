@@ -56,7 +56,7 @@ def shape() -> LlamaConfig:
 
 
 def make(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[list[int]]]:
-    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely now and then: ragged answers."""
+    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely at some positions, for answers of different lengths."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def reward(ids: list[int]) -> float:
 
 
 class _States(nn.Module):
-    """Hidden states [B, P + T, 1]: at each token the reward of the answer up to it."""
+    """Hidden states [B, P + T, 1]: at each token the reward of the answer up to this token."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
         answer = attention_mask[:, PROMPT:].bool()

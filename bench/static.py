@@ -49,7 +49,7 @@ WIDTHS = (128, 64, 32, 16, 8)  # bits of one load
 
 
 class Report(NamedTuple):
-    """What a binary says about itself."""
+    """Resources of a binary, from its disassembly."""
 
     registers: int
     shared_bytes: int
