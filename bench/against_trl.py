@@ -56,7 +56,7 @@ def shape() -> LlamaConfig:
 
 
 def make(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[list[int]]]:
-    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely at some positions, for answers of different lengths."""
+    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely at some positions."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(seed)
