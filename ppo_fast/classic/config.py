@@ -34,7 +34,7 @@ class ClassicConfig:
     0.99
     >>> ClassicConfig(gamma=1.5)
     Traceback (most recent call last):
-    ppo_fast.common.errors.UserError: gamma must lie in [0, 1], got 1.5
+    ppo_fast.common.errors.UserError: gamma must be in [0, 1], got 1.5
     """
 
     # The environments

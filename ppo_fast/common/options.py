@@ -171,7 +171,7 @@ def _sentence(option: Option, error: str, value: Any) -> str:
 def _bounds(option: Option) -> str:
     if option.high is None:
         return f"be at least {_plain(option.low)}"
-    return f"lie in [{_plain(option.low)}, {_plain(option.high)}]"
+    return f"be in [{_plain(option.low)}, {_plain(option.high)}]"
 
 
 def _plain(bound: float | None) -> str:

@@ -1,4 +1,4 @@
-"""classic.py: advantages over real episodes in both autoreset modes, resuming, learning, and what is refused."""
+"""PPO on real episodes: advantages in both autoreset modes, updates, resuming, learning, and errors."""
 
 import argparse
 import dataclasses
@@ -574,7 +574,7 @@ def test_an_earlier_run_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\]"),
+        ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
         ({"num_envs": 0}, "num_envs must be at least 1"),
         ({"num_envs": 1, "rollout_steps": 2, "minibatches": 3}, "minibatches must be at most"),
         ({"network": "transformer"}, "network must be one of"),

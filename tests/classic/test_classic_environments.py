@@ -1,4 +1,4 @@
-"""classic.py with other people's environments: autoreset modes, spaces, wrappers, states."""
+"""Classic RL with environments of others: autoreset modes, spaces, wrappers, evaluation, states."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""classic.py: saved policies, what a run shows and leaves, and signals."""
+"""Saved policies, output and files of a classic run, signals and failures."""
 
 import functools
 import json

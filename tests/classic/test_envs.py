@@ -1,4 +1,4 @@
-"""Our Gymnasium environments: clean for Gymnasium's checker, and true to what they promise."""
+"""The included environments pass Gymnasium's checker and behave as documented."""
 
 import json
 import warnings

@@ -115,7 +115,7 @@ def write(folder: Path, text: str) -> dict[str, str]:
         (lambda f: {"reward": f"{f / 'rewards.py'}:too_few"}, "returned 1 values for 4 answers"),
         (lambda f: {"reward": f"{f / 'rewards.py'}:nan"}, "expected a finite number, got nan"),
         (lambda f: {"model": str(save_tiny_model(f / "nopad", pad=False))}, "has no pad token"),
-        (lambda f: {"gamma": "2"}, "gamma must lie in [0, 1], got 2.0"),
+        (lambda f: {"gamma": "2"}, "gamma must be in [0, 1], got 2.0"),
         (
             lambda f: {"reward": "ppo_fast.rewards:f1(reference=solution)"},
             "ppo-fast: error: the data has no column 'solution', which the reward 'f1' asks for; it has answer\n",

@@ -1,4 +1,4 @@
-"""The doctor: right on a healthy machine, an error on a broken operation."""
+"""ppo-fast doctor: every check passes, and a wrong operation is an error."""
 
 import json
 import re

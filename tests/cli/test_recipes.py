@@ -1,4 +1,4 @@
-"""Recipes are copied whole, run as they are, and their prompts are fit for their rewards."""
+"""Recipes are copied completely, run unchanged, and have prompts that match their rewards."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""A run that was killed, stopped, or met a full disk goes on bit for bit.
+"""A run that was killed, stopped, or met a full disk is resumed bit for bit.
 
 The runs are processes of their own, forked from a server that has everything imported, and die by SIGKILL.
 """
@@ -94,7 +94,7 @@ def run(*arguments, **options) -> int:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> dict:
-    """What a run leaves that nobody has disturbed."""
+    """The files of a run that was not disturbed."""
     assert run(folder, "whole") == 0, (folder / "whole.log").read_text()
     begun = time.perf_counter()  # the server has its imports now
     assert run(folder, "whole", "--overwrite") == 0, (folder / "whole.log").read_text()

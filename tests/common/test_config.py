@@ -1,4 +1,4 @@
-"""Options from a file and from the command line: which wins, what is refused, and that a run's own file repeats it."""
+"""Options from a file and from the command line: precedence, errors, and a run repeated from its own file."""
 
 import argparse
 import dataclasses
@@ -55,7 +55,7 @@ def test_rewards_of_the_command_line_are_added_to_those_of_the_file(tmp_path):
         ("kl-coef: 1\nkl_coef: 2\n", "c.yaml: the option kl_coef occurs twice"),
         ("- lr\n", "c.yaml must hold lines like `lr: 1.0e-6`, got list"),
         ("lr: [1\n", "c.yaml is not YAML: "),
-        ("gamma: 1.5\n", "gamma must lie in [0, 1], got 1.5"),
+        ("gamma: 1.5\n", "gamma must be in [0, 1], got 1.5"),
         ("total_steps: 0\n", "total_steps must be at least 1, got 0"),
         ("eval_every: -1\n", "eval_every must be at least 0, got -1"),
         ("eval_samples: 0\n", "eval_samples must be at least 1, got 0"),
@@ -99,7 +99,7 @@ def test_yaml_that_python_cannot_read_is_named(tmp_path, text, message):
 
 def test_a_seed_has_at_most_32_bits():
     assert PPOConfig(seed=2**32 - 1).seed == 4294967295
-    with pytest.raises(UserError, match=r"seed must lie in \[0, 4294967295\], got 4294967296"):
+    with pytest.raises(UserError, match=r"seed must be in \[0, 4294967295\], got 4294967296"):
         PPOConfig(seed=2**32)
 
 

@@ -1,4 +1,4 @@
-"""Output folders: what somebody else wrote is never replaced, by any command."""
+"""Output folders: no command replaces files of others."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One run per folder, and a folder that stays where it was."""
+"""One run per folder, and folders that do not depend on the current folder."""
 
 import os
 import subprocess

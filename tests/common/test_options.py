@@ -26,7 +26,7 @@ CONFIGS = [PPOConfig, ClassicConfig]
         ({"seed": True}, "seed must be of type int, got True"),
         ({"seed": 1.0}, "seed must be of type int, got 1.0"),
         ({"seed": np.int64(3)}, "seed must be of type int, got np.int64(3)"),
-        ({"seed": -1}, "seed must lie in [0, 4294967295], got -1"),
+        ({"seed": -1}, "seed must be in [0, 4294967295], got -1"),
         ({"lr": True}, "lr must be of type float, got True"),
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"lr": float("inf")}, "lr must be a finite number, got inf"),

@@ -1,4 +1,4 @@
-"""Curves have axes that mean something, also those of one step and of a constant."""
+"""Ranges and ticks of the axes of learning curves, also for one step and for a constant."""
 
 import pytest
 
