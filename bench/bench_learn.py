@@ -69,7 +69,7 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     from ppo_fast.llm.config import PPOConfig
     from ppo_fast.llm.experience import evaluate
     from ppo_fast.llm.models.build import build_models
-    from ppo_fast.llm.packing.pack import cut
+    from ppo_fast.llm.packing.pack import split_minibatches
     from ppo_fast.llm.packing.rollout import Rollout
 
     layers, width, heads, groups, inner, V, sequences, prompt, answer = shape
@@ -108,7 +108,7 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
         tokens[row, P - p : P + a] = torch.randint(1, V, (p + a,))
     texts = [""] * sequences
     rollout = Rollout(tokens, prompts, answers, [True] * sequences, texts, {"prompt": texts}, device=device)
-    packs = cut(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
+    packs = split_minibatches(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
     scores = torch.randn(sequences, device=device)
     experience = evaluate(policy, None, rollout, scores, packs, options)
     experience.logprobs += LONG_BEFORE * torch.randn_like(experience.logprobs) * rollout.answer_mask
@@ -224,21 +224,21 @@ class Parts(NamedTuple):
 
 
 def ours(task: Task, off: tuple[str, ...]) -> Parts:
-    from ppo_fast.llm.experience import cut_as, packed
+    from ppo_fast.llm.experience import packed_mode, split_minibatches_of
     from ppo_fast.llm.learn import accumulate_gradients
     from ppo_fast.llm.models.head import decoder_of, hidden_states
 
     policy, rollout, options = task.policy, task.rollout, task.options
     kept = {"packed": "packing" not in off, "linear": "linear loss" not in off}
     policy.head, policy.critic_head = (dataclasses.replace(x, **kept) for x in (policy.head, policy.critic_head))
-    packs = cut_as(rollout, list(range(len(rollout))), options)[0]
+    packs = split_minibatches_of(rollout, list(range(len(rollout))), options)[0]
 
     def gradients(experience: Any) -> Tensor:
-        with packed(policy):
+        with packed_mode(policy):
             return accumulate_gradients(policy, packs, experience, options)["loss"]
 
     def backbones() -> None:
-        with packed(policy):
+        with packed_mode(policy):
             for pack in packs:
                 with policy.autocast():
                     models = ((decoder_of(policy.actor), policy.head), (policy.critic.backbone, policy.critic_head))

@@ -5,7 +5,7 @@ from torch import nn
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import World
+from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.policy import Policy
 from ppo_fast.llm.models.reference import is_adapted
@@ -73,12 +73,12 @@ def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) 
     check_separate(learning, others)
 
 
-def unreached_parameters(policy: Policy, config: PPOConfig, home: torch.device, world: World) -> list[str]:
+def unreached_parameters(policy: Policy, config: PPOConfig, home: torch.device, distributed: Distributed) -> list[str]:
     """What `unreached` finds. FSDP2 does not need it: a model that computes on a GPU only is trained without."""
     try:
         return unreached(policy, config, home)
     except RuntimeError:
-        if world.kind != "fsdp":
+        if distributed.strategy != "fsdp":
             raise
         return []
 

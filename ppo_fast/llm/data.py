@@ -408,15 +408,15 @@ class Prompts:
     def __init__(self, rows: list[dict[str, Any]], *, seed: int = 0) -> None:
         self.rows = rows
         self.seed = seed
-        self.dealt = 0  # rows given out since the start: the whole state
+        self.num_drawn = 0  # rows given out since the start: the whole state
 
     def take(self, n: int) -> list[dict[str, Any]]:
         taken: list[dict[str, Any]] = []
         while len(taken) < n:
-            epoch, position = divmod(self.dealt, len(self.rows))
+            epoch, position = divmod(self.num_drawn, len(self.rows))
             some = self._order(epoch)[position : position + n - len(taken)]
             taken += [self.rows[i] for i in some]
-            self.dealt += len(some)
+            self.num_drawn += len(some)
         return taken
 
     def _order(self, epoch: int) -> list[int]:

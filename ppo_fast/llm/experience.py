@@ -10,12 +10,12 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.common.device import upload
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import ONE, World
-from ppo_fast.llm.models.head import TOGETHER, Head
-from ppo_fast.llm.models.policy import Judgement, Policy
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
+from ppo_fast.llm.models.head import UNRESTRICTED, HeadInfo
+from ppo_fast.llm.models.policy import Policy, PolicyOutput
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
 from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
-from ppo_fast.llm.packing.pack import Pack, cut, make_pack
+from ppo_fast.llm.packing.pack import Pack, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
 
 
@@ -35,7 +35,7 @@ class Experience:
 
 
 @contextmanager
-def packed(policy: Policy, reference: Reference = None) -> Iterator[None]:
+def packed_mode(policy: Policy, reference: Reference = None) -> Iterator[None]:
     """Actor, critic and reference take packed rows inside this block, if they can."""
     models = policy.packing_models()
     if isinstance(reference, FrozenReference) and reference.head.packed:
@@ -54,7 +54,7 @@ def evaluate(
     config: PPOConfig,
     *,
     kl_coef: float | None = None,
-    world: World = ONE,
+    distributed: Distributed = SINGLE_PROCESS,
 ) -> Experience:
     """Log-probabilities of actor and reference, values, rewards, advantages and returns. No reference: no KL.
 
@@ -65,23 +65,23 @@ def evaluate(
     judged_here = torch.zeros(4, *mask.shape, device=mask.device)
     old, ref, values, entropy = judged_here
     after = torch.zeros(len(rollout), device=mask.device)
-    filler = filler_of(rollout) if world.size > 1 else None
-    with torch.no_grad(), packed(policy, reference):
-        for own in (pack for minibatch in minibatches for pack in world.deal(minibatch)):
+    filler = dummy_pack(rollout) if distributed.size > 1 else None
+    with torch.no_grad(), packed_mode(policy, reference):
+        for own in (pack for minibatch in minibatches for pack in distributed.assign_packs(minibatch)):
             pack = own or filler
             assert pack is not None
             judged = policy(pack)
-            assert isinstance(judged, Judgement)
+            assert isinstance(judged, PolicyOutput)
             ref_logprobs = None if reference is None else reference_logprobs(policy, reference, pack)
             if own is None:
                 continue
             for target, source in ((old, judged.logprobs), (entropy, judged.entropy), (values, judged.values)):
-                pack.put(target, source)
-            after[pack.sequence_rows] = judged.values_after
+                pack.scatter_(target, source)
+            after[pack.sequence_rows] = judged.bootstrap_values
             if ref_logprobs is not None:
-                pack.put(ref, ref_logprobs)
-    world.sum(judged_here)
-    world.sum(after)
+                pack.scatter_(ref, ref_logprobs)
+    distributed.all_reduce_sum(judged_here)
+    distributed.all_reduce_sum(after)
     if reference is None:
         ref = old
     bootstrap = after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None
@@ -172,20 +172,24 @@ def reference_logprobs(policy: Policy, reference: FrozenReference | AdapterRefer
     return reference(pack)
 
 
-def filler_of(rollout: Rollout) -> Pack:
+def dummy_pack(rollout: Rollout) -> Pack:
     """What a process without a pack of its own runs and does not count, since the others wait for it: little."""
     shortest = min(range(len(rollout)), key=lambda i: rollout.prompt_lengths[i] + rollout.answer_lengths[i])
     return make_pack(rollout, [shortest])
 
 
-def cut_as(
-    rollout: Rollout, order: list[int], config: PPOConfig, world: World = ONE, head: Head | None = None
+def split_minibatches_of(
+    rollout: Rollout,
+    order: list[int],
+    config: PPOConfig,
+    distributed: Distributed = SINGLE_PROCESS,
+    head: HeadInfo | None = None,
 ) -> list[list[Pack]]:
     """`packing.cut` as the options say, with packs for all processes; `head` says which sequences may share one."""
-    return cut(
+    return split_minibatches(
         rollout,
         order,
         minibatches=config.minibatches,
-        multiple_of=world.size,
-        **(head or TOGETHER).cutting(config.micro_batch_tokens),
+        multiple_of=distributed.size,
+        **(head or UNRESTRICTED).cutting(config.micro_batch_tokens),
     )

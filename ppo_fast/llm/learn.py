@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ppo_fast.common.errors import NonFiniteError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import ONE, World
-from ppo_fast.llm.experience import Experience, cut_as, filler_of, packed
-from ppo_fast.llm.models.modes import recomputing
-from ppo_fast.llm.models.policy import Policy, Targets
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
+from ppo_fast.llm.experience import Experience, dummy_pack, packed_mode, split_minibatches_of
+from ppo_fast.llm.models.modes import gradient_checkpointing
+from ppo_fast.llm.models.policy import LossInputs, Policy
 from ppo_fast.llm.optimizer import Optimizer
 from ppo_fast.llm.packing.pack import Pack
 from ppo_fast.llm.packing.rollout import Rollout
@@ -33,7 +33,7 @@ def learn(
     kl_coef: float | None = None,
     entropy_coef: float | None = None,
     train_actor: bool = True,
-    world: World = ONE,
+    distributed: Distributed = SINGLE_PROCESS,
     check_first: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """All epochs over one rollout; the statistics of every minibatch, in order.
@@ -48,12 +48,12 @@ def learn(
     """
     history: list[dict[str, float]] = []
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
-    filler = filler_of(rollout) if world.size > 1 else None
-    with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
+    filler = dummy_pack(rollout) if distributed.size > 1 else None
+    with packed_mode(policy), gradient_checkpointing(policy, enabled=config.gradient_checkpointing):
         for epoch in range(config.epochs):
             if epoch > 0:
                 order = torch.randperm(len(rollout), generator=generator).tolist()
-                minibatches = cut_as(rollout, order, config, world, policy.head)
+                minibatches = split_minibatches_of(rollout, order, config, distributed, policy.head)
             for minibatch in minibatches:
                 stats = accumulate_gradients(
                     policy,
@@ -63,7 +63,7 @@ def learn(
                     kl_coef=kl_coef,
                     entropy_coef=entropy_coef,
                     train_actor=train_actor,
-                    world=world,
+                    distributed=distributed,
                     filler=filler,
                 )
                 if train_actor:
@@ -106,7 +106,7 @@ def accumulate_gradients(
     entropy_coef: float | None = None,
     train_actor: bool = True,
     backward: Callable[[Tensor], None] = Tensor.backward,
-    world: World = ONE,
+    distributed: Distributed = SINGLE_PROCESS,
     filler: Pack | None = None,
 ) -> dict[str, Tensor]:
     """Adds one minibatch's gradient to actor and critic and returns its statistics.
@@ -114,22 +114,24 @@ def accumulate_gradients(
     The loss is normalised by the minibatch's own count, so that the gradient does not depend on the packs. Of several
     processes each runs its packs; one that has none left runs `filler`, which counts nothing.
     """
-    tokens = sum(pack.size for pack in minibatch)
+    tokens = sum(pack.num_tokens for pack in minibatch)
     sequences = sum(len(pack.sequences) for pack in minibatch)
     denominator = float(tokens if config.aggregation == "token-mean" else sequences)
     collected = []
-    mine = world.deal(minibatch)
+    mine = distributed.assign_packs(minibatch)
     for number, own in enumerate(mine, start=1):
         pack = own or filler
         assert pack is not None
-        with world.last_only(number == len(mine)):
+        with distributed.sync_gradients(number == len(mine)):
             targets = _targets(pack, experience, config, kl_coef, entropy_coef, denominator)
-            loss, stats = world.module(policy)(pack, targets, train_actor=train_actor)
+            loss, stats = distributed.wrapped_module(policy)(pack, targets, train_actor=train_actor)
             # DDP and FSDP2 divide the sum over processes by their number
-            backward(loss * (world.size if own else 0.0) if world.size > 1 else loss)
+            backward(loss * (distributed.size if own else 0.0) if distributed.size > 1 else loss)
         stats = {"loss": loss.detach(), **stats}
-        collected.append((pack.size / tokens, stats) if own else (0.0, {name: _nothing(name, stats) for name in stats}))
-    return _over_processes(merge_stats(collected), world)
+        collected.append(
+            (pack.num_tokens / tokens, stats) if own else (0.0, {name: _nothing(name, stats) for name in stats})
+        )
+    return _over_processes(merge_stats(collected), distributed)
 
 
 def _targets(
@@ -139,15 +141,15 @@ def _targets(
     kl_coef: float,
     entropy_coef: float | None,
     denominator: float,
-) -> Targets:
+) -> LossInputs:
     in_loss = config.kl_in == "loss" and kl_coef > 0
-    return Targets(
-        old_logprobs=pack.of(experience.logprobs),
-        advantages=pack.of(experience.advantages),
-        old_values=pack.of(experience.values),
-        returns=pack.of(experience.returns),
-        ref_logprobs=pack.of(experience.ref_logprobs) if in_loss else None,
-        weights=None if experience.weights is None else pack.of(experience.weights),
+    return LossInputs(
+        old_logprobs=pack.gather(experience.logprobs),
+        advantages=pack.gather(experience.advantages),
+        old_values=pack.gather(experience.values),
+        returns=pack.gather(experience.returns),
+        ref_logprobs=pack.gather(experience.ref_logprobs) if in_loss else None,
+        weights=None if experience.weights is None else pack.gather(experience.weights),
         denominator=denominator,
         kl_coef=kl_coef,
         entropy_coef=config.entropy_coef if entropy_coef is None else entropy_coef,
@@ -159,10 +161,10 @@ def _nothing(name: str, stats: dict[str, Tensor]) -> Tensor:
     return torch.full_like(stats[name], float("-inf") if name.endswith("_max") else 0.0)
 
 
-def _over_processes(stats: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    if world.size == 1:
+def _over_processes(stats: dict[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
+    if distributed.size == 1:
         return stats
-    for maxima, reduce in ((False, world.sum), (True, world.largest)):
+    for maxima, reduce in ((False, distributed.all_reduce_sum), (True, distributed.all_reduce_max)):
         names = [name for name in stats if name.endswith("_max") is maxima]
         if names:
             stats |= zip(names, reduce(torch.stack([stats[name].float() for name in names])), strict=True)

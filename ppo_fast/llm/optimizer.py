@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import full
-from ppo_fast.llm.experience import cut_as, packed
-from ppo_fast.llm.models.policy import Policy, Targets
+from ppo_fast.llm.distributed import to_full_tensor
+from ppo_fast.llm.experience import packed_mode, split_minibatches_of
+from ppo_fast.llm.models.policy import LossInputs, Policy
 from ppo_fast.llm.packing.rollout import Rollout
 
 
@@ -36,12 +36,12 @@ def unreached(policy: Policy, config: PPOConfig, device: torch.device) -> list[s
     `device` is where the weights are: under FSDP2 the CPU, where the backend that trains may not run.
     """
     rollout = Rollout(torch.tensor([[1, 2, 1]]), [1], [2], [True], [""], {"prompt": [""]}, device=device)
-    ((pack,),) = cut_as(rollout, [0], dataclasses.replace(config, minibatches=1))
-    zeros = torch.zeros(pack.size, device=device)
-    targets = Targets(zeros, zeros, zeros, zeros, None, None, 1.0, 0.0, config.entropy_coef)
+    ((pack,),) = split_minibatches_of(rollout, [0], dataclasses.replace(config, minibatches=1))
+    zeros = torch.zeros(pack.num_tokens, device=device)
+    targets = LossInputs(zeros, zeros, zeros, zeros, None, None, 1.0, 0.0, config.entropy_coef)
     given, policy.config = policy.config, dataclasses.replace(policy.config, backend="auto")
     try:
-        with packed(policy):
+        with packed_mode(policy):
             loss, _ = policy(pack, targets)
     finally:
         policy.config = given
@@ -88,7 +88,7 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Clips the gradient to max_grad_norm and returns the norm it had, a device scalar."""
         limit = self.config.max_grad_norm
-        return full(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
+        return to_full_tensor(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
 
     def step(self) -> None:
         """One update. Parameters that have no gradient stay as they are."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.head import Sampling, model_name, text_config, without_cache
-from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.probe import (
     CALL_ERRORS,
     PROBE_LENGTHS,
@@ -57,8 +57,8 @@ def probe_sampling(
         actor: on its device, as it is at the start of the run.
         tokenizer: its tokenizer.
         config: dtype, temperature and strict are read.
-        boundaries: of the actor's `Head`.
-        reach: as in `probe.probe_all`.
+        boundaries: of the actor's `HeadInfo`.
+        reach: as in `probe.detect_heads`.
 
     Raises:
         UserError: no way of sampling agrees with the forward; or the first one does not, with config.strict.
@@ -78,11 +78,11 @@ def probe_sampling(
             " what its own generate() samples; give a sampler that samples what its forward computes"
         )
     if reason is not None:
-        _complain(f"{reason}: {consequence}, which takes more time", config)
+        warn_or_raise(f"{reason}: {consequence}, which takes more time", config)
     for b in boundaries:
         crossing = _prompts(actor, tokenizer, [b - 1])
         if b > 1 and _problem(actor, tokenizer, crossing, options, found) is not None:
-            _complain(
+            warn_or_raise(
                 f"this {model_name(actor)} samples the tokens before and after {b} differently and learns all of a"
                 " longer sequence in one way, so that sampler_gap is large for an answer that crosses this length:"
                 " importance_cap corrects for it, and lengths on one side avoid it",
@@ -105,7 +105,7 @@ def _lengths(actor: Any, boundaries: tuple[int, ...], reach: Reach) -> list[int]
     return [n for n in lengths if not any(n <= b < n + NEW_TOKENS for b in boundaries)]
 
 
-def _complain(reason: str, config: PPOConfig) -> None:
+def warn_or_raise(reason: str, config: PPOConfig) -> None:
     if config.strict:
         raise UserError(f"{reason} (strict = true makes this an error)")
     warnings.warn(reason, stacklevel=3)
@@ -152,7 +152,7 @@ def _gap(
         assert answers.logprobs is not None
         sampled += [x for row in answers.logprobs for x in row]
         sequences += zip(asked, answers.ids, strict=True)
-    with compute_in(config.dtype, actor.device):
+    with autocast(config.dtype, actor.device):
 
         def forward() -> Tensor:
             return torch.cat([_logprobs(actor, prompt, answer, config.temperature) for prompt, answer in sequences])

@@ -25,10 +25,10 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import columns, prompt_ids
 from ppo_fast.llm.decoding import AnswerText, StopTexts
-from ppo_fast.llm.distributed import ONE, World
-from ppo_fast.llm.models.head import Sampling, bare, text_config
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
+from ppo_fast.llm.models.head import Sampling, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import end_tokens
-from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.packing.attention import cudnn_attention
 from ppo_fast.llm.packing.rollout import Rollout
 
@@ -176,25 +176,25 @@ class GenerateSampler:
         actor: Any,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        world: World = ONE,
+        distributed: Distributed = SINGLE_PROCESS,
         call: Callable[..., Any] | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
     ) -> None:
         self.actor = actor
         self.tokenizer = tokenizer
-        self.world = world
+        self.distributed = distributed
         self.call = call
         self.sampling = sampling
 
     def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
         """Answers in batches of config.sample_batch_size, in the order of the prompts."""
-        in_step = self.world.kind == "fsdp"
+        in_step = self.distributed.strategy == "fsdp"
         batches = self.sampling.batches(
             list(map(len, prompts)), new_tokens=config.max_new_tokens, size=config.sample_batch_size
         )
         rounds = len(batches)
         if in_step:
-            rounds = int(self.world.largest(torch.tensor(rounds, device=self.world.device)))
+            rounds = int(self.distributed.all_reduce_max(torch.tensor(rounds, device=self.distributed.device)))
         answered: dict[int, tuple[list[int], bool, list[float]]] = {}
         for round_ in range(rounds):
             batch = batches[round_] if round_ < len(batches) else []
@@ -270,7 +270,7 @@ class HalfCache(DynamicCache):
 
 def cache_options(actor: Any, config: PPOConfig) -> dict[str, Any]:
     """The argument of `generate` for a cache in the compute dtype; none where the model brings a cache of its own."""
-    model: Any = bare(actor)
+    model: Any = unwrap_peft(actor)
     own = "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache()
     adapters = getattr(actor, "peft_config", {})
     own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
@@ -320,7 +320,7 @@ def generate(
     recorder = _Recorder(config.temperature)
     with (
         _generation_config(actor, generation, cache=cache),
-        compute_in(config.dtype, actor.device),
+        autocast(config.dtype, actor.device),
         cudnn_attention(enabled=config.cudnn_attention),
     ):
         sequences = (call or actor.generate)(
@@ -348,7 +348,7 @@ def _generation_config(actor: Any, generation: GenerationConfig, *, cache: bool)
     generate() fills what a given config leaves open from the model's: a repetition penalty or top-k saved with the
     model would make samples from another distribution than the one that the loss differentiates.
     """
-    model: Any = bare(actor)  # peft only passes reading through
+    model: Any = unwrap_peft(actor)  # peft only passes reading through
     configs = [c for c in {id(c): c for c in (model.config, text_config(model))}.values() if hasattr(c, "use_cache")]
     own, before = model.generation_config, [c.use_cache for c in configs]
     model.generation_config = generation

@@ -19,7 +19,7 @@ from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed, get_rng_state, has_weights, set_rng_state
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import World, copy_full, like, on_first
+from ppo_fast.llm.distributed import Distributed, copy_from_full, gather_to_main, shard_like
 from ppo_fast.llm.optimizer import Optimizer, rate_of_step
 from ppo_fast.llm.reward.fingerprint import tokenizer_fingerprint
 
@@ -27,9 +27,25 @@ if TYPE_CHECKING:
     from ppo_fast.llm.trainer import PPOTrainer
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note says so
-FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
-FREE |= {"process_timeout", "gather_for_sampling", "threads"}
+RESUMABLE_OPTIONS = {
+    "out",
+    "quiet",
+    "tensorboard",
+    "show_samples_every",
+    "save_every",
+    "keep_checkpoints",
+    "merge_adapters",
+}
+RESUMABLE_OPTIONS |= {
+    "eval_every",
+    "eval_samples",
+    "device",
+    "parallel",
+    "check_memory",
+    "save_dtype",
+    "max_sampler_gap",
+}
+RESUMABLE_OPTIONS |= {"process_timeout", "gather_for_sampling", "threads"}
 # What each checkpoint has: in state.json, and as files
 PARTS = {"step", "run", "made_with", "kl_coef", "dealt", "random"}
 FILES = {"weights", "optimizers", "random"}
@@ -44,26 +60,26 @@ def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[s
     Collective: each process takes part, and the first alone has the tensors, whole and on the CPU.
     """
     optimizers = {"actor": trainer.actor_optimizer, "critic": trainer.critic_optimizer}
-    names = {x: name for name, x in learned(trainer.policy)}
-    moments = on_first(
+    names = {x: name for name, x in trainable_state(trainer.policy)}
+    moments = gather_to_main(
         (f"{which}/{names[p]}/{key}", value)
         for which, optimizer in optimizers.items()
         for p in optimizer.parameters
         for key, value in optimizer.adamw.state.get(p, {}).items()
     )
     randoms = {"order": trainer.generator.get_state()}
-    states = trainer.world.gather(trainer.randoms)
+    states = trainer.distributed.all_gather_object(trainer.randoms)
     for rank, (tensors, _) in enumerate(states):
         randoms |= {f"{name}-of-{rank}": x for name, x in tensors.items()}
     state = {
-        "run": identity(trainer),
-        "made_with": made_with(trainer),
+        "run": run_fingerprint(trainer),
+        "made_with": environment_info(trainer),
         "kl_coef": trainer.kl_controller.coef,
         "entropy_coef": trainer.entropy_controller.coef,
-        "dealt": trainer.prompts.dealt,
+        "dealt": trainer.prompts.num_drawn,
         "random": [words for _, words in states],
     }
-    weights = on_first((name, x.detach()) for name, x in learned(trainer.policy))
+    weights = gather_to_main((name, x.detach()) for name, x in trainable_state(trainer.policy))
     return {"weights": weights, "optimizers": moments, "random": randoms}, state
 
 
@@ -92,23 +108,23 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
             f"{checkpoint.folder} was changed, or is that of a run of another kind: it has no {lacking[0]}; continue"
             " from another checkpoint"
         )
-    here, there = identity(trainer), state["run"]
+    here, there = run_fingerprint(trainer), state["run"]
     _refuse_another_run(here, there, checkpoint, allow_changes)
     others = [what for name, what in CHANGEABLE.items() if _differ(here, there, name)]
-    _load(dict(learned(trainer.policy)), checkpoint.tensors["weights"], checkpoint)
+    _load(dict(trainable_state(trainer.policy)), checkpoint.tensors["weights"], checkpoint)
     parameters = dict(trainer.policy.named_parameters())
     for which, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
         _restore_moments(optimizer, parameters, checkpoint.tensors["optimizers"], which)
     trainer.kl_controller.coef = state["kl_coef"]
     trainer.entropy_controller.coef = state.get("entropy_coef", trainer.config.entropy_coef)  # older ones have none
-    trainer.prompts.dealt = state["dealt"]
+    trainer.prompts.num_drawn = state["dealt"]
     trainer.steps_done = state["step"]
     trainer.generator.set_state(checkpoint.tensors["random"]["order"])
-    made_here, made_there = made_with(trainer), state["made_with"]
+    made_here, made_there = environment_info(trainer), state["made_with"]
     if made_here["processes"] == made_there["processes"]:
-        _restore_random(checkpoint, trainer.world.rank, trainer.device)
+        _restore_random(checkpoint, trainer.distributed.rank, trainer.device)
     else:  # no state belongs to this process: new ones, which no earlier step has used
-        transformers.set_seed(derived_seed(trainer.config.seed, trainer.world.rank, trainer.steps_done))
+        transformers.set_seed(derived_seed(trainer.config.seed, trainer.distributed.rank, trainer.steps_done))
     trainer.randoms = random_state(trainer.device)
     options, saved = options_as_json(trainer.config), state["run"]["config"]
     changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
@@ -123,7 +139,7 @@ def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: boo
     ]
 
 
-def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def trainable_state(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that training changes. Frozen weights come from the start model, again."""
     if isinstance(policy, FSDPModule):
         policy.reshard()  # a pass without a backward leaves its weights gathered
@@ -132,15 +148,15 @@ def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, b) for name, b in policy.named_buffers() if name in kept)
 
 
-def identity(trainer: "PPOTrainer") -> dict[str, Any]:
+def run_fingerprint(trainer: "PPOTrainer") -> dict[str, Any]:
     """What makes two runs the same run."""
     return {
         "config": options_as_json(trainer.config),
-        "start model": trainer.start_digest,
-        "prompts": digest_of_rows(trainer.prompts.rows),
-        "tokenizer": trainer.tokenizer_digest,
+        "start model": trainer.start_hash,
+        "prompts": rows_hash(trainer.prompts.rows),
+        "tokenizer": trainer.tokenizer_hash,
         "rewards and their weights": trainer.reward_weights,
-        "code of the rewards": trainer.reward_digests,
+        "code of the rewards": trainer.reward_hashes,
     }
 
 
@@ -153,13 +169,13 @@ CHANGEABLE = {
 }
 
 
-def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
+def tokenizer_hash_of(tokenizer: Any, ends: list[int]) -> str:
     """A short name for all of a tokenizer that changes tokens or texts, and for the tokens that end an answer."""
     parts = [tokenizer_fingerprint(tokenizer), sorted(tokenizer.special_tokens_map.items(), key=str), ends]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def digest_of_rows(rows: list[dict[str, Any]]) -> str:
+def rows_hash(rows: list[dict[str, Any]]) -> str:
     """A short name for rows in their order. Of an object that JSON does not know, its address does not count."""
 
     def described(x: Any) -> Any:
@@ -171,11 +187,11 @@ def digest_of_rows(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_same_weights(world: World, models: dict[str, nn.Module | None]) -> None:
+def check_same_weights(distributed: Distributed, models: dict[str, nn.Module | None]) -> None:
     """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
-    if world.size > 1:
+    if distributed.size > 1:
         present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
-        world.agree({f"the weights of the {name}": digest(model) for name, model in present.items()})
+        distributed.check_equal({f"the weights of the {name}": weights_hash(model) for name, model in present.items()})
 
 
 def options_as_json(config: PPOConfig) -> dict[str, Any]:
@@ -183,7 +199,7 @@ def options_as_json(config: PPOConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def digest(model: nn.Module) -> str:
+def weights_hash(model: nn.Module) -> str:
     """A short name for the values of all parameters: the same on every device, in any order of summation."""
     found = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -196,10 +212,10 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
+def environment_info(trainer: "PPOTrainer") -> dict[str, Any]:
     """What may change the last bits of a run, and does not forbid going on."""
     return {
-        "processes": trainer.world.size,
+        "processes": trainer.distributed.size,
         "threads": torch.get_num_threads(),
         "device": trainer.device.type,
         "chunk_bytes": trainer.policy.config.chunk_bytes,
@@ -218,7 +234,7 @@ def _refuse_another_run(
 ) -> None:
     # an option that is newer than the checkpoint had its default
     options, saved = here["config"], {**options_as_json(PPOConfig()), **there["config"]}
-    free = FREE | ({"total_steps"} if _same_rates(options, saved) else set())
+    free = RESUMABLE_OPTIONS | ({"total_steps"} if _same_rates(options, saved) else set())
     changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
@@ -260,7 +276,7 @@ def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Chec
         )
     with torch.no_grad():
         for name, target in targets.items():
-            copy_full(target, saved[name])
+            copy_from_full(target, saved[name])
 
 
 def _restore_moments(
@@ -276,7 +292,7 @@ def _restore_moments(
             if slot == "step":
                 optimizer.adamw.state[parameter][slot] = value.clone() if counts else value.to(parameter.device)
             else:
-                optimizer.adamw.state[parameter][slot] = like(parameter, value)
+                optimizer.adamw.state[parameter][slot] = shard_like(parameter, value)
 
 
 def _restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:

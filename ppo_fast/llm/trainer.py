@@ -32,17 +32,17 @@ from ppo_fast.llm.checks import (
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
 from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
-from ppo_fast.llm.distributed import start, whole_state, why_lost
-from ppo_fast.llm.experience import Experience, advantages_of, cut_as, evaluate, filler_of, packed
+from ppo_fast.llm.distributed import full_state_dict, init_distributed, peer_failure
+from ppo_fast.llm.experience import Experience, advantages_of, dummy_pack, evaluate, packed_mode, split_minibatches_of
 from ppo_fast.llm.hints import Hints
 from ppo_fast.llm.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.llm.learn import accumulate_gradients, as_floats, learn, means_of
 from ppo_fast.llm.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import bare
+from ppo_fast.llm.models.head import unwrap_peft
 from ppo_fast.llm.models.loading import check_language_model, check_others, check_tokenizer, end_tokens, vocabulary_of
-from ppo_fast.llm.models.modes import recomputing
+from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.probe import Reach, named_lengths
 from ppo_fast.llm.models.reference import is_adapted
@@ -58,12 +58,12 @@ from ppo_fast.llm.reward.scoring import RewardFunction, check_rewards, check_wei
 from ppo_fast.llm.sample import GenerateSampler, Sampler, drop_long_prompts, respond
 from ppo_fast.llm.state import (
     capture,
-    digest,
-    digest_of_rows,
-    digest_of_tokenizer,
     random_state,
     restore,
     restore_random,
+    rows_hash,
+    tokenizer_hash_of,
+    weights_hash,
 )
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same place, or none
@@ -117,33 +117,33 @@ class PPOTrainer:
         set_threads(config.threads)
         if config.tf32:
             torch.set_float32_matmul_precision("high")
-        self.world = start(config)
-        dtype, note = self.world.first_says(lambda: choose_dtype(config.dtype, self.world.device))
+        self.distributed = init_distributed(config)
+        dtype, note = self.distributed.run_on_main(lambda: choose_dtype(config.dtype, self.distributed.device))
         config = dataclasses.replace(config, dtype=dtype)
         self.config = config
         self.rewards = named_rewards(rewards)
         self.reward_weights = check_weights(reward_weights, self.rewards)
-        if self.world.size > 1:
+        if self.distributed.size > 1:
             self._check_agreement(rows, eval_rows)
             given = {"a critic": critic, "a reference": reference, "a sampler": sampler}
             has = {f"whether there is {name}": x is not None for name, x in given.items()}
-            self.world.agree(has | {"whether the actor has adapters": is_adapted(actor)})
-        if not has_weights(actor) and (self.world.first or self.world.kind != "fsdp"):
+            self.distributed.check_equal(has | {"whether the actor has adapters": is_adapted(actor)})
+        if not has_weights(actor) and (self.distributed.is_main or self.distributed.strategy != "fsdp"):
             raise UserError(
                 "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
                 " do without"
             )
         self.notes: list[str] = [note] if note else []  # to be said at the start
-        self.start_digest, self.tokenizer_digest, self.reward_digests = "", "", {}
+        self.start_hash, self.tokenizer_hash, self.reward_hashes = "", "", {}
         if config.out is not None:  # a checkpoint knows what it began with
-            self.start_digest = self.world.find(lambda: digest(actor), of=actor)
-        if config.out is not None or self.world.size > 1:
-            self.tokenizer_digest = digest_of_tokenizer(tokenizer, end_tokens(tokenizer, actor))
-            self.reward_digests = {name: reward_fingerprint(f, digest) for name, f in self.rewards.items()}
-            self.world.agree({"the tokenizer, the chat template or the end tokens": self.tokenizer_digest})
-            self.notes += notes_on_rewards(self.world.gather(self.reward_digests))
+            self.start_hash = self.distributed.run_with_weights(lambda: weights_hash(actor), of=actor)
+        if config.out is not None or self.distributed.size > 1:
+            self.tokenizer_hash = tokenizer_hash_of(tokenizer, end_tokens(tokenizer, actor))
+            self.reward_hashes = {name: reward_fingerprint(f, weights_hash) for name, f in self.rewards.items()}
+            self.distributed.check_equal({"the tokenizer, the chat template or the end tokens": self.tokenizer_hash})
+            self.notes += notes_on_rewards(self.distributed.all_gather_object(self.reward_hashes))
         self.tokenizer = tokenizer
-        self.device = self.world.device
+        self.device = self.distributed.device
         others = (None if critic is None else critic.backbone, reference)
         kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config, *others)
         self.notes += tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
@@ -159,8 +159,8 @@ class PPOTrainer:
         learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
         check_separate(learning, reward_models_of(self.rewards))
         # one that is given may be any model, or a copy of the actor
-        self.reference_is_start = reference is None or self.world.find(
-            lambda: digest(reference) == digest(actor), of=nn.ModuleList([actor, reference])
+        self.reference_is_start = reference is None or self.distributed.run_with_weights(
+            lambda: weights_hash(reference) == weights_hash(actor), of=nn.ModuleList([actor, reference])
         )
         reach = self._reach(kept, eval_rows or [], actor, critic, reference)
         self.policy, self.reference = build_models(
@@ -169,21 +169,25 @@ class PPOTrainer:
             critic,
             reference,
             self.device,
-            self.world,
+            self.distributed,
             tokenizer=tokenizer if sampler is None else None,
             reach=reach,
         )
         self.notes += notes_on_unreached(self.policy.unreached)
         self.actor: Any = self.policy.actor
         self.critic = self.policy.critic
-        if config.out is not None and self.world.first:
+        if config.out is not None and self.distributed.is_main:
             self.notes += check_saving(self.actor, tokenizer, config)
         own = GenerateSampler(
-            self.actor, tokenizer, world=self.world, call=self.policy.generate, sampling=self.policy.sampling
+            self.actor,
+            tokenizer,
+            distributed=self.distributed,
+            call=self.policy.generate,
+            sampling=self.policy.sampling,
         )
         self.sampler, self.samples_itself = (own, True) if sampler is None else (sampler, False)
-        if self.world.size > 1:
-            transformers.set_seed(derived_seed(config.seed, self.world.rank))  # each samples other answers
+        if self.distributed.size > 1:
+            transformers.set_seed(derived_seed(config.seed, self.distributed.rank))  # each samples other answers
         self.prompts = Prompts(kept, seed=config.seed)
         check_rewards(self.rewards, kept)
         for function in self.rewards.values():
@@ -217,13 +221,13 @@ class PPOTrainer:
         the signal.
         """
         with ExitStack() as stack:
-            self.world.first_says(lambda: stack.enter_context(locked(self.config.out)))
+            self.distributed.run_on_main(lambda: stack.enter_context(locked(self.config.out)))
             self.owns_out = True
             return self._train(after_step)
 
     def _train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None) -> list[dict]:
         history = []
-        self.world.first_says(self._clean_up)
+        self.distributed.run_on_main(self._clean_up)
         progress = self._progress()
         # the handlers of signals stay until all else is done: torchrun sends SIGTERM while an error is on its way
         with self._stop_requests(progress) as request, progress, self._lost_processes_named():
@@ -243,7 +247,7 @@ class PPOTrainer:
                 history.append(metrics)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
-                if after_step is not None and self.world.any(self._ask(after_step, metrics, progress)):
+                if after_step is not None and self.distributed.any_rank(self._ask(after_step, metrics, progress)):
                     break
             else:
                 if self.steps_done < self.config.total_steps:
@@ -262,7 +266,7 @@ class PPOTrainer:
         try:
             return bool(after_step(self, metrics))
         except Exception:  # user code: of any class
-            if self.world.size == 1:  # other processes would wait in vain
+            if self.distributed.size == 1:  # other processes would wait in vain
                 self._checkpoint(progress)
             raise
 
@@ -273,7 +277,7 @@ class PPOTrainer:
             self.save("model", {"README.md": card}, progress.recorded)
         except UserError as error:
             last = Path(self.config.out or "") / "checkpoints" / f"step-{self.steps_done}"
-            if self.world.size == 1 and not last.exists():  # of several processes, the others wait in `save`
+            if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`
                 self._save_before(error, progress)
             raise
 
@@ -295,7 +299,7 @@ class PPOTrainer:
         if folder is None and self.config.out is None:
             raise UserError("resume needs out, the folder of the run to continue, or a checkpoint's folder")
         if folder is None and self.config.out is not None:
-            folder = self.world.gather(checkpoint.newest(Path(self.config.out) / "checkpoints"))[0]
+            folder = self.distributed.all_gather_object(checkpoint.newest(Path(self.config.out) / "checkpoints"))[0]
         if folder is None:
             return False
         self.notes += restore(self, checkpoint.read(Path(folder)), allow_changes=allow_changes)
@@ -323,7 +327,7 @@ class PPOTrainer:
         return metrics
 
     def _one_step(self) -> dict[str, float]:
-        config, world = self.config, self.world
+        config, distributed = self.config, self.distributed
         rounding = rounding_of(config, self.device.type)
         train_actor = self.steps_done >= config.critic_warmup_steps
         lr, critic_lr = (x.begin(self.steps_done) for x in (self.actor_optimizer, self.critic_optimizer))
@@ -331,19 +335,31 @@ class PPOTrainer:
             self._warm_up()
         seconds: dict[str, float] = {}
         with _timed(seconds, self.device, "sample"):
-            rows = world.share(self.prompts.take(config.prompts_per_step))
+            rows = distributed.local_rows(self.prompts.take(config.prompts_per_step))
             vocabulary = vocabulary_of(self.actor)
             mine = respond(self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary)
         with _timed(seconds, self.device, "reward"):
             scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
-            world.meet(f"the rewards of step {self.steps_done + 1}")  # where a process can take much longer than others
-            reward_means = world.combined(reward_means, len(mine))
-            rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
+            distributed.rendezvous(
+                f"the rewards of step {self.steps_done + 1}"
+            )  # where a process can take much longer than others
+            reward_means = distributed.reduce_metrics(reward_means, len(mine))
+            rollout, scores = distributed.gather_rollout(mine, scores, self.tokenizer.pad_token_id)
         with _timed(seconds, self.device, "advantages"):
             order = torch.randperm(len(rollout), generator=self.generator).tolist()
-            minibatches, kl_coef = cut_as(rollout, order, config, world, self.policy.head), self.kl_controller.coef
+            minibatches, kl_coef = (
+                split_minibatches_of(rollout, order, config, distributed, self.policy.head),
+                self.kl_controller.coef,
+            )
             experience = evaluate(
-                self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
+                self.policy,
+                self.reference,
+                rollout,
+                scores,
+                minibatches,
+                config,
+                kl_coef=kl_coef,
+                distributed=distributed,
             )
         if self.steps_done == 0 and self.reference is not None and self.reference_is_start:
             check_first_kl((experience.logprobs - experience.ref_logprobs).abs().max().item(), rounding)
@@ -361,7 +377,7 @@ class PPOTrainer:
                 kl_coef=kl_coef,
                 entropy_coef=entropy_coef,
                 train_actor=train_actor,
-                world=world,
+                distributed=distributed,
                 check_first=lambda stats: check_ratio(stats, rounding),
             )
         metrics = as_floats(experience.metrics)
@@ -370,7 +386,7 @@ class PPOTrainer:
             self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
         self.steps_done += 1
         self.last_rollout, self.last_experience = rollout, experience
-        seconds = world.slowest(seconds)
+        seconds = distributed.max_over_ranks(seconds)
         return {
             "step": self.steps_done,
             "score": sum(rollout.scores) / len(rollout),
@@ -386,7 +402,7 @@ class PPOTrainer:
             "critic_lr": critic_lr,
             **{f"seconds/{name}": x for name, x in seconds.items()},
             "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
-            **world.slowest(peak_memory(self.device)),
+            **distributed.max_over_ranks(peak_memory(self.device)),
         }
 
     def _step_or_save(self, progress: Progress) -> dict[str, float]:
@@ -395,13 +411,13 @@ class PPOTrainer:
         The step is repeated from its start when the run continues; after a NonFiniteError on the weights that the
         updates before it made. Of several processes all must have the same error.
         """
-        dealt, order = self.prompts.dealt, self.generator.get_state()
+        dealt, order = self.prompts.num_drawn, self.generator.get_state()
         try:
             return self._step()
         except UserError as error:
-            if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
+            if self.distributed.size > 1 and not isinstance(error, COMMON_ERRORS):
                 raise
-            self.prompts.dealt = dealt
+            self.prompts.num_drawn = dealt
             self.generator.set_state(order)
             self._save_before(error, progress)
             raise
@@ -457,10 +473,10 @@ class PPOTrainer:
         if is_adapted(actor):
             config = with_adapters_of(actor, config)
         longest = max(map(len, prompt_ids(self.tokenizer, [row["prompt"] for row in rows])))
-        processes = self.world.size if self.world.kind == "fsdp" else 1
+        processes = self.distributed.size if self.distributed.strategy == "fsdp" else 1
         try:
             check_fits(
-                bare(actor).config,
+                unwrap_peft(actor).config,
                 config,
                 longest,
                 capacity,
@@ -505,19 +521,25 @@ class PPOTrainer:
         answer = [self.tokenizer.pad_token_id] * min(2, config.max_new_tokens)
         tokens = torch.tensor([prompt + answer])
         rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
-        minibatches = cut_as(rollout, [0], config, self.world, policy.head)
+        minibatches = split_minibatches_of(rollout, [0], config, self.distributed, policy.head)
         experience = evaluate(
-            policy, self.reference, rollout, torch.zeros(1, device=self.device), minibatches, config, world=self.world
+            policy,
+            self.reference,
+            rollout,
+            torch.zeros(1, device=self.device),
+            minibatches,
+            config,
+            distributed=self.distributed,
         )
-        with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
+        with packed_mode(policy), gradient_checkpointing(policy, enabled=config.gradient_checkpointing):
             accumulate_gradients(
                 policy,
                 minibatches[0],
                 experience,
                 config,
                 kl_coef=config.kl_coef,
-                world=self.world,
-                filler=filler_of(rollout),
+                distributed=self.distributed,
+                filler=dummy_pack(rollout),
             )
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             optimizer.forget()
@@ -528,10 +550,10 @@ class PPOTrainer:
 
     def _check_agreement(self, rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None) -> None:
         """Refuses processes that differ in what all of them compute with: they would learn something else."""
-        self.world.agree(
+        self.distributed.check_equal(
             {
-                "the prompts or their order": digest_of_rows(rows),
-                "the held-out prompts or their order": digest_of_rows(eval_rows or []),
+                "the prompts or their order": rows_hash(rows),
+                "the held-out prompts or their order": rows_hash(eval_rows or []),
                 "the rewards": list(self.rewards),
                 "the weights of the rewards": self.reward_weights,
             }
@@ -558,7 +580,7 @@ class PPOTrainer:
             sampler=self.sampler,
             rewards=self.rewards,
             reward_weights=self.reward_weights,
-            world=self.world,
+            distributed=self.distributed,
         )
 
     def _evaluation(self) -> Evaluation | None:
@@ -573,7 +595,7 @@ class PPOTrainer:
             return
         show(evaluation, progress.console, tables=self.config.show_samples_every > 0)
         if self.config.out is not None:
-            if self.world.first:
+            if self.distributed.is_main:
                 write(evaluation, Path(self.config.out) / "eval", self.config)
             self.evaluator.keep_best(evaluation, self.save)
 
@@ -588,9 +610,9 @@ class PPOTrainer:
             return None
         folder = Path(self.config.out) / name
         if not self.owns_out:
-            self.world.first_says(lambda: claim(folder.parent))
-        weights = whole_state(self.actor) if self.world.kind == "fsdp" else None
-        if self.world.first:
+            self.distributed.run_on_main(lambda: claim(folder.parent))
+        weights = full_state_dict(self.actor) if self.distributed.strategy == "fsdp" else None
+        if self.distributed.is_main:
             save_model(
                 self.actor,
                 self.tokenizer,
@@ -601,12 +623,12 @@ class PPOTrainer:
                 history=history,
                 dtype=saved_dtype(self.actor, self.config),
             )
-        self.world.barrier()
+        self.distributed.barrier()
         return folder
 
     def _progress(self) -> Progress:
         config = self.config
-        if not self.world.first:
+        if not self.distributed.is_main:
             config = dataclasses.replace(config, quiet=True, out=None)
         progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
         for note in (f"{self.device}: {threads_note()}", *self.notes):
@@ -621,13 +643,13 @@ class PPOTrainer:
             return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
         return (
             stop_requests(progress.say)
-            if self.world.size == 1
+            if self.distributed.size == 1
             else stop_requests_of_several(progress.say, self._give_up)
         )
 
     def _stops(self, request: Request) -> bool:
         """Whether a process was asked to stop. All are at the end of a step then, and a checkpoint can be written."""
-        name = self.world.meet(f"step {self.steps_done}", signal=request.name or "")
+        name = self.distributed.rendezvous(f"step {self.steps_done}", signal=request.name or "")
         if name:
             request.name = name
             request.agreed.set()
@@ -636,7 +658,7 @@ class PPOTrainer:
     def _give_up(self, name: str) -> None:
         """What a process says that got a signal and whose peers did not reach the end of their step."""
         print(
-            f"ppo-fast: rank {self.world.rank}: {name}, and not all processes reached the end of step"
+            f"ppo-fast: rank {self.distributed.rank}: {name}, and not all processes reached the end of step"
             f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self._newest()}",
             file=sys.stderr,
             flush=True,
@@ -651,11 +673,11 @@ class PPOTrainer:
         try:
             yield
         except UserError as error:
-            if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
+            if self.distributed.size > 1 and not isinstance(error, COMMON_ERRORS):
                 error.args = (f"{error}{self._newest()}",)
             raise
         except RuntimeError as error:
-            reason = why_lost(error)
+            reason = peer_failure(error)
             if not reason:
                 raise
             raise UserError(f"{reason}{self._newest()}") from error
@@ -685,13 +707,13 @@ class PPOTrainer:
         """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path; nothing without an OUT."""
         parent = Path(self.config.out or "") / "checkpoints"
         folder = parent / f"step-{self.steps_done}"
-        written = self.world.any(folder.exists())
+        written = self.distributed.any_rank(folder.exists())
         if self.config.out is not None and self.steps_done > 0 and not written:
             progress.sync()
             tensors, state = capture(self)
-            if self.world.first:
+            if self.distributed.is_main:
                 checkpoint.write(parent, self.steps_done, tensors, state, keep=self.config.keep_checkpoints)
-            self.world.barrier()
+            self.distributed.barrier()
         return folder
 
 

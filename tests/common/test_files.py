@@ -20,7 +20,7 @@ from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.report.evaluation_page import write
 from ppo_fast.llm.report.export import save_model
-from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
@@ -200,14 +200,14 @@ def test_the_command_line_prints_one_line_for_a_full_disk(tmp_path, capsys):
 def test_a_line_that_no_run_wrote_is_named_at_resume(tmp_path, name, line):
     (tmp_path / name).write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match=rf"{name}, line 2 is not a row that ppo-fast wrote .*: remove this line"):
-        cut_back(tmp_path, 2)
+        truncate_logs(tmp_path, 2)
 
 
 def test_what_others_put_beside_evaluations_stays(tmp_path):
     (tmp_path / "eval").mkdir()
     for name in ("step-1.md", "step-3.md", "step-x.md", "step-3.jsonl" + UNFINISHED):
         (tmp_path / "eval" / name).write_text("")
-    cut_back(tmp_path, 2)
+    truncate_logs(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step-1.md", "step-x.md"]
 
 

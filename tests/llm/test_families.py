@@ -28,10 +28,10 @@ from transformers import (
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.experience import cut_as, packed
+from ppo_fast.llm.experience import packed_mode, split_minibatches_of
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import Sampling, decoder_of
-from ppo_fast.llm.models.probe import Reach, named_lengths, probe, probe_all
+from ppo_fast.llm.models.probe import Reach, detect_head, detect_heads, named_lengths
 from ppo_fast.llm.sample import drop_long_prompts
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards.fluency import Fluency
@@ -149,10 +149,10 @@ def test_a_pack_that_was_cut_without_the_boundaries_is_computed_one_sequence_at_
     rollout, experience = trainer.last_rollout, trainer.last_experience
     assert rollout is not None
     assert experience is not None
-    ((pack,),) = cut_as(rollout, [0, 1], trainer.config)
-    with torch.no_grad(), packed(trainer.policy):
+    ((pack,),) = split_minibatches_of(rollout, [0, 1], trainer.config)
+    with torch.no_grad(), packed_mode(trainer.policy):
         logprobs = trainer.policy(pack).logprobs
-    assert (logprobs - pack.of(experience.logprobs)).abs().max() < 1e-5
+    assert (logprobs - pack.gather(experience.logprobs)).abs().max() < 1e-5
 
 
 def test_a_run_that_stays_below_a_length_keeps_the_fast_path():
@@ -178,7 +178,7 @@ def test_lengths_that_the_configuration_names_are_found_as_far_as_the_run_reache
 def test_lengths_without_time_to_check_run_on_the_models_own_forward(monkeypatch):
     monkeypatch.setattr("ppo_fast.llm.models.probe.RATES", {"cpu": 1.0})
     with pytest.warns(UserWarning, match="more than 64 tokens differently, and the probe has no time") as caught:
-        head = probe(longrope(), reach=Reach(longest=100))
+        head = detect_head(longrope(), reach=Reach(longest=100))
     assert len(caught) == 1
     assert not head.batched
     assert not head.packed
@@ -208,9 +208,9 @@ def values_of(trainer: PPOTrainer, tokens: int) -> torch.Tensor:
     assert rollout is not None
     values = torch.zeros(rollout.answer_mask.shape)
     config = PPOConfig(micro_batch_tokens=tokens, minibatches=1)
-    with torch.no_grad(), packed(trainer.policy):
-        for pack in cut_as(rollout, list(range(len(rollout))), config)[0]:
-            pack.put(values, trainer.policy(pack).values)
+    with torch.no_grad(), packed_mode(trainer.policy):
+        for pack in split_minibatches_of(rollout, list(range(len(rollout))), config)[0]:
+            pack.scatter_(values, trainer.policy(pack).values)
     return values
 
 
@@ -240,7 +240,7 @@ def test_a_reference_of_another_family_has_its_own_softcap_and_rows():
 
 def test_boundaries_are_common_to_all_models_of_a_run():
     with pytest.warns(UserWarning, match="separately"):
-        heads = probe_all(tiny_llama(), decoder_of(longrope()), None, reach=Reach(longest=100))
+        heads = detect_heads(tiny_llama(), decoder_of(longrope()), None, reach=Reach(longest=100))
     assert heads.critic is not None
     assert heads.actor.boundaries == heads.critic.boundaries == (64,)
     assert heads.actor.packed

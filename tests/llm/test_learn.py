@@ -13,7 +13,7 @@ import ppo_fast as ppo
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
-from ppo_fast.llm.experience import cut_as, evaluate, packed, reference_logprobs
+from ppo_fast.llm.experience import evaluate, packed_mode, reference_logprobs, split_minibatches_of
 from ppo_fast.llm.learn import learn
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.critic import Critic
@@ -112,7 +112,7 @@ def test_kl_in_the_loss_also_stands_in_the_reward():
     assert second["kl"] > 0
     assert second["learn/ref_kl"] > 0
     rollout = trainer.last_rollout
-    minibatches = cut_as(rollout, list(range(len(rollout))), trainer.config)
+    minibatches = split_minibatches_of(rollout, list(range(len(rollout))), trainer.config)
     scores = torch.ones(len(rollout))
     experience = evaluate(trainer.policy, trainer.reference, rollout, scores, minibatches, trainer.config)
     assert experience.rewards.sum() == len(rollout), "the score alone"
@@ -151,7 +151,7 @@ def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
         torch.manual_seed(0)
         rollout = respond(GenerateSampler(actor, tokenizer), tokenizer, ROWS, options, CPU)
         rollout.ended = [False, True, False, True]
-        minibatches = cut_as(rollout, [0, 1, 2, 3], options)
+        minibatches = split_minibatches_of(rollout, [0, 1, 2, 3], options)
         experience = evaluate(policy, None, rollout, torch.zeros(4), minibatches, options)
         last = [experience.advantages[row, n - 1].item() for row, n in enumerate(rollout.answer_lengths)]
         expected = 0.5 * 2.0 - 2.0 if bootstrap else -2.0
@@ -204,7 +204,7 @@ def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
     assert set(trainer.last_rollout.completions) == {"hi", "what ti", "a", "the fox"}
     assert metrics["sampler_gap_mean"] == pytest.approx(4.9, abs=1.0), "ln 258 = 5.6 against 0.5"
     rollout = trainer.last_rollout
-    minibatches = cut_as(rollout, list(range(len(rollout))), trainer.config)
+    minibatches = split_minibatches_of(rollout, list(range(len(rollout))), trainer.config)
     experience = evaluate(trainer.policy, None, rollout, torch.zeros(len(rollout)), minibatches, trainer.config)
     expected = (experience.logprobs - rollout.logprobs).exp().clamp(max=0.01)[rollout.answer_mask]
     torch.testing.assert_close(experience.weights[rollout.answer_mask], expected)
@@ -279,12 +279,12 @@ def test_lora_trains_the_base_weights_or_moves_the_reference():
     assert all("lora_" in name for name in moved)
     assert value_moved - {"head.weight", "head.bias"}
     assert all("lora_" in name or name.startswith("head.") for name in value_moved)
-    (pack,) = cut_as(trainer.last_rollout, [0, 1, 2], config(minibatches=1))[0]
-    with torch.no_grad(), packed(trainer.policy):
+    (pack,) = split_minibatches_of(trainer.last_rollout, [0, 1, 2], config(minibatches=1))[0]
+    with torch.no_grad(), packed_mode(trainer.policy):
         ref = reference_logprobs(trainer.policy, trainer.reference, pack)
         now = trainer.policy(pack).logprobs
     other, _ = build_models(config(), plain, None, None, CPU)
-    with torch.no_grad(), packed(other):
+    with torch.no_grad(), packed_mode(other):
         expected = other(pack).logprobs
     torch.testing.assert_close(ref, expected, rtol=0, atol=1e-5)
     assert (now - expected).abs().max() > 1e-4
@@ -433,7 +433,7 @@ def test_learn_without_a_trainer_needs_one():
     policy, reference = build_models(options, tiny_llama(258), None, None, CPU)
     tokenizer = byte_tokenizer()
     rollout = respond(GenerateSampler(policy.actor, tokenizer), tokenizer, ROWS, options, CPU)
-    packs = cut_as(rollout, list(range(4)), options)
+    packs = split_minibatches_of(rollout, list(range(4)), options)
     experience = evaluate(policy, reference, rollout, torch.ones(4), packs, options)
     from ppo_fast.llm.optimizer import Optimizer
 

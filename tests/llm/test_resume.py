@@ -14,7 +14,7 @@ from ppo_fast.cli.main import main
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.state import restore
 from ppo_fast.llm.trainer import PPOTrainer
 
@@ -339,7 +339,7 @@ def test_half_a_line_of_a_killed_run_is_kept(tmp_path):
     rows = [{"step": 1, "score": None}, {"step": 2, "score": 1.0}, {"step": 3, "score": 2.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "sco'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert cut_back(tmp_path, 2) == rows[:2]
+    assert truncate_logs(tmp_path, 2) == rows[:2]
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
 
 

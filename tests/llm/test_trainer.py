@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.common.errors import NonFiniteError, UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.experience import cut_as, evaluate, packed
+from ppo_fast.llm.experience import evaluate, packed_mode, split_minibatches_of
 from ppo_fast.llm.learn import accumulate_gradients, learn
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.optimizer import Optimizer
@@ -62,7 +62,7 @@ def prepare(actor, options: PPOConfig):
     rollout = make_rollout(actor, options)
     policy, reference = build_models(options, actor, None, None, torch.device("cpu"))
     torch.nn.init.normal_(policy.critic.head.weight, std=0.1)
-    minibatches = cut_as(rollout, list(range(len(rollout))), options)
+    minibatches = split_minibatches_of(rollout, list(range(len(rollout))), options)
     scores, _ = score(rollout, {"vowels": count_e}, options)
     experience = evaluate(policy, reference, rollout, scores, minibatches, options)
     return rollout, policy, minibatches, experience
@@ -86,7 +86,9 @@ def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(actor):
 def test_other_packs_give_a_first_ratio_that_is_one_but_for_rounding(actor):
     options = config()
     rollout, policy, minibatches, experience = prepare(actor, options)
-    others = cut_as(rollout, list(range(len(rollout))), dataclasses.replace(options, micro_batch_tokens=1000))
+    others = split_minibatches_of(
+        rollout, list(range(len(rollout))), dataclasses.replace(options, micro_batch_tokens=1000)
+    )
     assert len(others[0]) < len(minibatches[0])
     history = learn(policy, rollout, experience, others, *optimizers_of(policy, options), options, torch.Generator())
     assert abs(history[0]["ratio_max"] - 1) < 1e-4
@@ -103,10 +105,12 @@ def test_gradient_does_not_depend_on_the_packs(actor, aggregation, critic):
     rollout, policy, _, experience = prepare(actor, options)
     gradients = []
     for budget, parts in ((1000, 1), (100, 2), (1, 10)):
-        (minibatch,) = cut_as(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=budget))
+        (minibatch,) = split_minibatches_of(
+            rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=budget)
+        )
         assert len(minibatch) >= parts
         policy.zero_grad()
-        with packed(policy):
+        with packed_mode(policy):
             accumulate_gradients(policy, minibatch, experience, options)
         gradients.append(gradient_of(policy))
     scale = gradients[0].abs().max()
@@ -119,7 +123,7 @@ def test_neighbours_in_a_pack_change_a_logprob(actor):
     """One sequence alone equals the same sequence in a pack with others."""
     options = config(micro_batch_tokens=1000, minibatches=1)
     rollout, policy, _, together = prepare(actor, options)
-    alone = cut_as(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=1))
+    alone = split_minibatches_of(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=1))
     scores, _ = score(rollout, {"vowels": count_e}, options)
     single = evaluate(policy, None, rollout, scores, alone, options)
     torch.testing.assert_close(single.logprobs, together.logprobs, rtol=0, atol=1e-5)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.models.modes import compute_in
-from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe
+from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, detect_head
 from ppo_fast.llm.packing.attention import Layout, packed_attention
 from ppo_fast.llm.sample import generate
 from ppo_fast.llm.trainer import PPOTrainer
@@ -102,7 +102,7 @@ def test_a_resumed_run_samples_the_answers_of_the_run_that_went_on(tmp_path, mon
 @pytest.mark.parametrize("name", families.NAMES)
 def test_the_probe_takes_every_family_as_linear_and_packed(tmp_path, device, name):
     """`strict` turns the warning of a slower path into an error."""
-    head = probe(families.load(name, tmp_path).to(device), strict=True)
+    head = detect_head(families.load(name, tmp_path).to(device), strict=True)
     assert head.linear
     assert head.packed
 
@@ -113,7 +113,7 @@ def sequence_by_sequence(model, ids: Tensor) -> Tensor:
 
 
 def as_one_row(model, ids: Tensor) -> Tensor:
-    layout = Layout.of(list(PROBE_LENGTHS), ids.device)
+    layout = Layout.from_lengths(list(PROBE_LENGTHS), ids.device)
     positions = torch.cat([torch.arange(n, device=ids.device) for n in PROBE_LENGTHS]).unsqueeze(0)
     with packed_attention(model):
         out = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **layout.arguments())
@@ -131,7 +131,7 @@ def test_packed_rows_are_as_exact_as_rows_one_by_one(device, family, dtype):
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def evaluated(function) -> list[Tensor]:
-        with compute_in(dtype, device):
+        with autocast(dtype, device):
             logits = function(model, ids)
         return [logits.detach(), *torch.autograd.grad((logits * upstream).sum(), weights)]
 

@@ -15,26 +15,26 @@ from torch import Tensor, nn
 
 import ppo_fast as ppo
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import kept_gathered
+from ppo_fast.llm.distributed import keep_gathered
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import Head, Sampling, decoder_of, head_of, hidden_states, logprobs_of
-from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.head import HeadInfo, Sampling, decoder_of, head_of, hidden_states, logprobs_of
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.packing.pack import Pack
 
 
 @dataclass(frozen=True)
-class Judgement:
+class PolicyOutput:
     """What a pass without gradients says of a pack: [n] fp32 each, [S] after the last token."""
 
     logprobs: Tensor
     entropy: Tensor
     values: Tensor
-    values_after: Tensor
+    bootstrap_values: Tensor
 
 
 @dataclass(frozen=True)
-class Targets:
+class LossInputs:
     """What the loss needs to know of a pack, [n] each, and how the whole minibatch is normalised."""
 
     old_logprobs: Tensor
@@ -77,10 +77,10 @@ class Policy(nn.Module):
         self,
         actor: nn.Module,
         critic: Critic,
-        head: Head,
+        head: HeadInfo,
         config: PPOConfig,
         *,
-        critic_head: Head | None = None,
+        critic_head: HeadInfo | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
     ) -> None:
         super().__init__()
@@ -98,16 +98,16 @@ class Policy(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         """bf16 compute on fp32 master weights, if so configured."""
-        return compute_in(self.config.dtype, next(self.actor.parameters()).device)
+        return autocast(self.config.dtype, next(self.actor.parameters()).device)
 
     def forward(
         self,
         pack: Pack,
-        targets: Targets | None = None,
+        targets: LossInputs | None = None,
         *,
         train_actor: bool = True,
         reference: AdapterReference | None = None,
-    ) -> Judgement | tuple[Tensor, dict[str, Tensor]] | Tensor:
+    ) -> PolicyOutput | tuple[Tensor, dict[str, Tensor]] | Tensor:
         """Without targets what actor and critic say of the pack; with them the loss, and its statistics.
 
         With `reference` the log-probabilities [n] under the actor's own weights without, or with other, adapters.
@@ -121,16 +121,18 @@ class Policy(nn.Module):
     def generate(self, **options: Any) -> Any:
         """The actor's own; through here, so that FSDP2 has its weights gathered."""
         actor: Any = self.actor
-        with kept_gathered(self) if self.config.gather_for_sampling else nullcontext():
+        with keep_gathered(self) if self.config.gather_for_sampling else nullcontext():
             return actor.generate(**options)
 
-    def _judge(self, pack: Pack) -> Judgement:
+    def _judge(self, pack: Pack) -> PolicyOutput:
         hidden = self._hidden(pack) if self._wants_hidden() else None
         logprobs, entropy = logprobs_of(self.actor, self.head, pack, self.config, hidden=hidden)
         states = self._critic_states(pack, hidden)
-        return Judgement(logprobs, entropy, self.critic(states[pack.states]), self.critic(states[pack.last]))
+        return PolicyOutput(
+            logprobs, entropy, self.critic(states[pack.logit_positions]), self.critic(states[pack.last])
+        )
 
-    def _loss(self, pack: Pack, targets: Targets, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, pack: Pack, targets: LossInputs, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
             hidden = self._hidden(pack) if self._wants_hidden(train_actor) else None
@@ -139,7 +141,7 @@ class Policy(nn.Module):
         if train_actor:
             loss, stats = self._policy_loss(pack, targets, hidden)
         values = ppo.value_loss(
-            self.critic(self._critic_states(pack, hidden)[pack.states]),
+            self.critic(self._critic_states(pack, hidden)[pack.logit_positions]),
             targets.old_values,
             targets.returns,
             clip=config.value_clip,
@@ -147,7 +149,7 @@ class Policy(nn.Module):
         )
         return loss + config.value_coef * values.loss, {**stats, **values.stats}
 
-    def _policy_loss(self, pack: Pack, t: Targets, hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy_loss(self, pack: Pack, t: LossInputs, hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         options: dict[str, Any] = {
             "clip_low": config.clip_low,
@@ -163,7 +165,7 @@ class Policy(nn.Module):
         if self.head.linear and hidden is not None:
             layer = head_of(self.actor)
             out = ppo.linear_ppo_loss(
-                hidden[pack.states].to(layer.weight.dtype),
+                hidden[pack.logit_positions].to(layer.weight.dtype),
                 layer.weight,
                 pack.tokens,
                 t.old_logprobs,
@@ -194,7 +196,7 @@ class Policy(nn.Module):
         return hidden
 
 
-def _aggregation(config: PPOConfig, pack: Pack, targets: Targets) -> dict[str, Any]:
+def _aggregation(config: PPOConfig, pack: Pack, targets: LossInputs) -> dict[str, Any]:
     options: dict[str, Any] = {
         "aggregation": config.aggregation,
         "denominator": targets.denominator,

@@ -20,7 +20,7 @@ class Pack:
     input_ids: Tensor  # [1, total] int64
     position_ids: Tensor  # [1, total] int64, from 0 in each sequence
     layout: Layout
-    states: Tensor  # [n] int64: the token before each answer token, whose hidden state chooses it
+    logit_positions: Tensor  # [n] int64: the token before each answer token, whose hidden state chooses it
     last: Tensor  # [S] int64: the last token of each sequence
     tokens: Tensor  # [n] int64: the answer tokens themselves
     rows: Tensor  # [n] int64: the rollout's row of each
@@ -31,15 +31,15 @@ class Pack:
     lengths: list[int]  # S: tokens of each sequence, prompt and answer
 
     @property
-    def size(self) -> int:
+    def num_tokens(self) -> int:
         """n."""
         return len(self.tokens)
 
-    def of(self, per_token: Tensor) -> Tensor:
+    def gather(self, per_token: Tensor) -> Tensor:
         """[n], this pack's part of a tensor over the rollout [B, T]."""
         return per_token[self.rows, self.columns]
 
-    def put(self, per_token: Tensor, values: Tensor) -> None:
+    def scatter_(self, per_token: Tensor, values: Tensor) -> None:
         """Writes values [n] to their places in [B, T]."""
         per_token[self.rows, self.columns] = values.to(per_token.dtype)
 
@@ -70,8 +70,8 @@ def _build(rollout: Rollout, sequences: list[int]) -> Pack:
     return Pack(
         input_ids=input_ids.unsqueeze(0),
         position_ids=position.unsqueeze(0),
-        layout=Layout.of(lengths.tolist(), CPU),
-        states=answer_tokens - 1,
+        layout=Layout.from_lengths(lengths.tolist(), CPU),
+        logit_positions=answer_tokens - 1,
         last=starts + lengths - 1,
         tokens=input_ids[answer_tokens],
         rows=rows.repeat_interleave(answers),
@@ -97,7 +97,7 @@ def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
     ]
 
 
-def cut(
+def split_minibatches(
     rollout: Rollout,
     order: list[int],
     *,
@@ -119,12 +119,14 @@ def cut(
         apart: dict[int, list[int]] = {}
         for i in part.tolist():
             apart.setdefault(0 if regime is None else regime(lengths[i]), []).append(i)
-        groups.append([rows for alike in apart.values() for rows in balance(alike, lengths, max_tokens, multiple_of)])
+        groups.append(
+            [rows for alike in apart.values() for rows in balance_packs(alike, lengths, max_tokens, multiple_of)]
+        )
     packs = iter(make_packs(rollout, [rows for part in groups for rows in part]))
     return [[next(packs) for _ in part] for part in groups]
 
 
-def balance(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
+def balance_packs(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
     """Sequences in as few groups as their tokens need at best, or in more where they do not fit."""
     longest_first = sorted(sequences, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     count = max(1, -(-sum(lengths[i] for i in sequences) // max_tokens))

@@ -8,14 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.common.text import printable
 from ppo_fast.llm.data import as_text
 from ppo_fast.llm.decoding import BROKEN, AnswerText
-from ppo_fast.llm.experience import Experience, packed
-from ppo_fast.llm.models.policy import Judgement, Policy
+from ppo_fast.llm.experience import Experience, packed_mode
+from ppo_fast.llm.models.policy import Policy, PolicyOutput
 from ppo_fast.llm.packing.pack import make_pack
 from ppo_fast.llm.packing.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class Explained:
+class TokenExplanation:
     """One answer of a training step, token by token: why, and how far, the update moved the policy."""
 
     prompt: str
@@ -28,7 +28,7 @@ class Explained:
 @torch.no_grad()
 def explain(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, experience: Experience, *, with_kl: bool
-) -> Explained:
+) -> TokenExplanation:
     """The answer that pushed the policy hardest (by its sum of |advantages|), and what the step made of it.
 
     The ratio is p(token) after the step over p(token) when it was sampled.
@@ -37,16 +37,16 @@ def explain(
     length = rollout.answer_lengths[row]
     prompt = rollout.tokens[row, : -rollout.answer_width].tolist()[-rollout.prompt_lengths[row] :]
     texts = AnswerText(tokenizer, [prompt])
-    with packed(policy):
+    with packed_mode(policy):
         after = policy(make_pack(rollout, [row]))
-    assert isinstance(after, Judgement)
+    assert isinstance(after, PolicyOutput)
     numbers = {"reward": experience.rewards[row, :length]}
     if with_kl:
         numbers["kl"] = experience.kl[row, :length]
     numbers["value"] = experience.values[row, :length]
     numbers["advantage"] = experience.advantages[row, :length]
     numbers["ratio"] = (after.logprobs - experience.logprobs[row, :length]).exp()
-    return Explained(
+    return TokenExplanation(
         prompt=as_text(rollout.columns["prompt"][row]),
         answer=rollout.completions[row],
         score=rollout.scores[row],

@@ -78,7 +78,7 @@ class Progress:
     def _open(self, folder: Path) -> None:
         with reported(f"cannot write to {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.recorded = cut_back(folder, self.steps_done)
+            self.recorded = truncate_logs(folder, self.steps_done)
             write_file(folder / "config.yaml", yaml_text(self.config, self.run_options))
             for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()  # two runs in one folder would be drawn as one curve
@@ -171,7 +171,7 @@ class Progress:
         self.console.print(table)
 
 
-def cut_back(folder: Path, step: int) -> list[dict[str, float | None]]:
+def truncate_logs(folder: Path, step: int) -> list[dict[str, float | None]]:
     """Takes what is later than `step` out of metrics.jsonl, samples.jsonl and eval/; the metrics that stay.
 
     A killed process may have left half a line: it is later than every checkpoint.
