@@ -189,7 +189,8 @@ class Distributed:
             )
         if self.strategy == "fsdp":
             shard(policy, self, dtype)
-            register_fsdp_forward_method(policy, "generate")
+            for method in ("evaluate", "adapter_logprobs", "generate"):
+                register_fsdp_forward_method(policy, method)
 
     def wrapped_module(self, policy: nn.Module) -> nn.Module:
         """What to call instead of the policy."""

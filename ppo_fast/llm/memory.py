@@ -395,7 +395,7 @@ def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocati
     copies = FILTERED_LOGITS if config.top_k or config.top_p < 1 or config.min_p else SAMPLED_LOGITS
     ids = torch.zeros(sizes.batch, sizes.prompt, dtype=torch.int64)
     plain = DynamicCache(config=models.actor.config)
-    cache: DynamicCache = cache_options(models.actor, config).get("past_key_values", plain)
+    cache: DynamicCache = cache_options(models.actor, config.dtype).get("past_key_values", plain)
     add = cache.update
 
     def update(*args: Any, **options: Any) -> Any:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from support import families
+from support.learning import learner_of
 from support.tiny import byte_tokenizer, tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,17 +15,16 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear import chunks as linear_chunks
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.experience import packed_mode
-from ppo_fast.llm.learn import accumulate_gradients
+from ppo_fast.llm.experience import ExperienceMaker
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.modes import gradient_checkpointing
-from ppo_fast.llm.models.policy import Policy
+from ppo_fast.llm.models.policy import Policy, packed_mode
 from ppo_fast.llm.models.probe import detect_head
 from ppo_fast.llm.models.reference import frozen_copy
 from ppo_fast.llm.packing.attention import Layout, copy_configs, packed_attention
-from ppo_fast.llm.packing.pack import make_pack, split_minibatches
+from ppo_fast.llm.packing.pack import balance_packs, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
-from ppo_fast.llm.sample import GenerateSampler, respond
+from ppo_fast.llm.sample import GenerateSampler, SamplingParams, sample_rollout
 
 CPU = torch.device("cpu")
 PROMPTS, ANSWERS = [3, 9, 1, 6, 2], [7, 2, 12, 1, 5]
@@ -41,9 +41,7 @@ def rollout() -> Rollout:
     tokens = torch.full((len(PROMPTS), P + T), 257)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         tokens[row, P - prompt : P + answer] = torch.randint(0, 256, (prompt + answer,), generator=generator)
-    return Rollout(
-        tokens, PROMPTS, ANSWERS, [True] * len(PROMPTS), [""] * len(PROMPTS), {"prompt": [""] * len(PROMPTS)}
-    )
+    return Rollout.from_lengths(tokens, PROMPTS, ANSWERS)
 
 
 def policy_of(actor, options: PPOConfig) -> Policy:
@@ -54,11 +52,10 @@ def policy_of(actor, options: PPOConfig) -> Policy:
 
 def experience_of(policy: Policy, batch: Rollout):
     """Old quantities a little beside the present ones, so that ratios and values differ from them."""
-    from ppo_fast.llm.experience import evaluate
-
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(len(batch), generator=generator)
-    experience = evaluate(policy, None, batch, scores, [[make_pack(batch, list(range(len(batch))))]], policy.config)
+    experience = ExperienceMaker(policy, None, policy.config).make(batch, scores)
+    assert len(experience.minibatches) == len(experience.minibatches[0]) == 1
     experience.logprobs += 0.1 * torch.randn(experience.logprobs.shape, generator=generator)
     return experience
 
@@ -66,7 +63,7 @@ def experience_of(policy: Policy, batch: Rollout):
 def gradients(policy: Policy, batch: Rollout, experience, *, recompute: bool = False) -> dict[str, Tensor]:
     policy.zero_grad()
     with packed_mode(policy), gradient_checkpointing(policy, enabled=recompute):
-        accumulate_gradients(policy, [make_pack(batch, list(range(len(batch))))], experience, policy.config)
+        learner_of(policy, policy.config).accumulate_gradients([make_pack(batch, list(range(len(batch))))], experience)
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -81,8 +78,8 @@ def test_a_family_gives_other_numbers_packed_than_one_by_one(name, tmp_path):
     assert policy.head.packed
     batch = rollout()
     with torch.no_grad(), packed_mode(policy):
-        judged = policy(make_pack(batch, [2, 0, 4, 1, 3]))
-    start = batch.tokens.shape[1] - batch.answer_width
+        judged = policy.evaluate(make_pack(batch, [2, 0, 4, 1, 3]))
+    start = batch.tokens.shape[1] - batch.completion_width
     at = 0
     for row in [2, 0, 4, 1, 3]:
         P, T = PROMPTS[row], ANSWERS[row]
@@ -140,7 +137,7 @@ def test_generation_is_another_after_learning_code_ran(tmp_path):
 
     def sample() -> list[list[int]]:
         torch.manual_seed(3)
-        return sampler.sample(prompts, options).ids
+        return sampler.sample(prompts, SamplingParams.from_config(options)).ids
 
     implementation, before = actor.config._attn_implementation, sample()
     policy, batch = policy_of(actor, options), rollout()
@@ -224,8 +221,8 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
     assert not policy.head.packed
     batch = rollout()
     with torch.no_grad(), packed_mode(policy):
-        logprobs = policy(make_pack(batch, [0])).logprobs
-        start = batch.tokens.shape[1] - batch.answer_width
+        logprobs = policy.evaluate(make_pack(batch, [0])).logprobs
+        start = batch.tokens.shape[1] - batch.completion_width
         ids = batch.tokens[:1, start - PROMPTS[0] : start + ANSWERS[0]]
         logp = bloom(ids).logits[0, PROMPTS[0] - 1 : -1].log_softmax(-1)
     expected = logp.gather(-1, ids[0, PROMPTS[0] :].unsqueeze(-1)).squeeze(-1)
@@ -312,7 +309,7 @@ def test_the_head_takes_more_products_or_passes_than_it_must():
     for linear in (True, False):
         policy.head = dataclasses.replace(policy.head, linear=linear)
         with packed_mode(policy), Touched(5003) as counts[linear]:
-            accumulate_gradients(policy, [pack], experience, policy.config)
+            learner_of(policy, policy.config).accumulate_gradients([pack], experience)
     assert counts[True].products == 3
     assert counts[True].others <= 13, "operands of the row math, on one block of rows, in cache"
     assert counts[False].others > 1.5 * counts[True].others
@@ -345,17 +342,17 @@ def test_a_minibatch_gets_another_number_of_sequences():
 def test_a_pack_names_other_tokens_than_the_rollout():
     batch = rollout()
     pack = make_pack(batch, [3, 0])
-    start = batch.tokens.shape[1] - batch.answer_width
+    start = batch.tokens.shape[1] - batch.completion_width
     assert pack.tokens.tolist() == [*batch.tokens[3, start : start + 1], *batch.tokens[0, start : start + 7]]
     assert pack.position_ids[0].tolist() == [*range(7), *range(10)]
     assert pack.last.tolist() == [6, 16]
-    assert pack.cu_answers.tolist() == [0, 1, 8]
+    assert pack.cu_completions.tolist() == [0, 1, 8]
     per_token = torch.arange(5 * 12).view(5, 12)
     assert pack.gather(per_token).tolist() == [36, *range(7)]
 
 
 def test_log_probabilities_of_the_sampler_have_another_width_than_the_answers(tmp_path):
     actor, tokenizer = families.load("llama", tmp_path), byte_tokenizer()
-    batch = respond(GenerateSampler(actor, tokenizer), tokenizer, [{"prompt": "ab"}] * 4, config(), CPU)
+    batch = sample_rollout(GenerateSampler(actor, tokenizer), tokenizer, [{"prompt": "ab"}] * 4, config(), CPU)
     assert batch.logprobs is not None
-    assert batch.logprobs.shape == (4, batch.answer_width)
+    assert batch.logprobs.shape == (4, batch.completion_width)

@@ -37,14 +37,13 @@ from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import Distributed, init_distributed, to_full_tensor
-from ppo_fast.llm.experience import dummy_pack, evaluate, packed_mode, split_minibatches_of
-from ppo_fast.llm.learn import accumulate_gradients
 from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.models.reference import AdapterReference
-from ppo_fast.llm.packing.rollout import Rollout, join_rollouts
+from ppo_fast.llm.packing.rollout import Rollout, join_rollouts, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import generate, respond
-from ppo_fast.llm.state import capture, trainable_state
+from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.state import trainable_state
 from ppo_fast.llm.trainer import PPOTrainer
 
 
@@ -53,21 +52,12 @@ def first_gradient(config: PPOConfig) -> tuple[dict[str, torch.Tensor], dict[str
     trainer = trainer_of(config, sampler=Fixed())
     distributed, policy = trainer.distributed, trainer.policy
     torch.nn.init.constant_(trainer.critic.head.bias, 0.1)
-    mine = respond(trainer.sampler, trainer.tokenizer, distributed.local_rows(ROWS[:5]), config, CPU)
+    mine = sample_rollout(trainer.sampler, trainer.tokenizer, distributed.local_rows(ROWS[:5]), config, CPU)
     scores, _ = score(mine, trainer.rewards, config)
     rollout, scores = distributed.gather_rollout(mine, scores, 257)
-    minibatches = split_minibatches_of(rollout, list(range(5)), config, distributed)
-    experience = evaluate(policy, trainer.reference, rollout, scores, minibatches, config, distributed=distributed)
+    experience = trainer.learner.experience_maker.make(rollout, scores)
     with packed_mode(policy):
-        stats = accumulate_gradients(
-            policy,
-            minibatches[0],
-            experience,
-            config,
-            distributed=distributed,
-            filler=dummy_pack(rollout),
-            kl_coef=0.05,
-        )
+        stats = trainer.learner.accumulate_gradients(experience.minibatches[0], experience)
     gradient = {name: to_full_tensor(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
     sharded = all(isinstance(p, DTensor) for p in policy.parameters())
     return gradient, {name: x.item() for name, x in stats.items()}, sharded
@@ -115,21 +105,15 @@ def generated(config: PPOConfig) -> list[list[list[int]]]:
     trainer = trainer_of(config)
     prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.distributed.local_rows(TEXTS)]
     found = []
+    params = SamplingParams.from_config(config)
+    how = GenerateOptions(call=trainer.policy.generate, synced_gpus=trainer.distributed.strategy == "fsdp")
     for _ in range(2):
         weights = {name: to_full_tensor(x.detach()).clone() for name, x in trainer.actor.state_dict().items()}
         plain = tiny_llama(258)
         plain.load_state_dict(weights)
         found += [
-            generate(
-                trainer.actor,
-                trainer.tokenizer,
-                prompts,
-                config,
-                greedy=True,
-                call=trainer.policy.generate,
-                synced_gpus=trainer.distributed.strategy == "fsdp",
-            ).ids,
-            generate(plain, trainer.tokenizer, prompts, config, greedy=True).ids,
+            generate(trainer.actor, trainer.tokenizer, prompts, params, options=how, greedy=True).ids,
+            generate(plain, trainer.tokenizer, prompts, params, greedy=True).ids,
         ]
         trainer.step()
         trainer.step()
@@ -158,9 +142,11 @@ def gathers_and_captures(config: PPOConfig) -> tuple[list[int], list[list[int]],
     for whole in (True, False):
         trainer.policy.config = dataclasses.replace(trainer.policy.config, gather_for_sampling=whole)
         with mock.patch.object(collectives, "foreach_all_gather", side_effect=gather) as gathered:
-            answers.append(trainer.sampler.sample(prompts, dataclasses.replace(config, top_k=1)).ids)
+            answers.append(
+                trainer.sampler.sample(prompts, SamplingParams.from_config(dataclasses.replace(config, top_k=1))).ids
+            )
         counts.append(gathered.call_count)
-    tensors, _ = capture(trainer)
+    tensors, _ = trainer.state_dict()
     trainer.step()  # what was gathered is divided again, and learns
     return counts, answers, {name: len(x) for name, x in tensors.items()}
 
@@ -226,8 +212,8 @@ def test_a_checkpoint_of_two_processes_holds_other_numbers_for_one(tmp_path, par
     for name, p in alone.policy.named_parameters():
         assert torch.equal(p, weights[name]), name
     assert any("processes was 2 and is 1 now" in note for note in alone.notes)
-    moments = [x.abs().sum() for slots in alone.actor_optimizer.adamw.state.values() for x in slots.values()]
-    assert len(moments) == 3 * len(alone.actor_optimizer.parameters)
+    moments = [x.abs().sum() for slots in alone.learner.optimizers.actor.adamw.state.values() for x in slots.values()]
+    assert len(moments) == 3 * len(alone.learner.optimizers.actor.parameters)
     assert all(x > 0 for x in moments)
     alone.train()  # writes step-3, which three processes go on with
     longer = dataclasses.replace(config, total_steps=4)
@@ -300,8 +286,10 @@ def test_joined_rollouts_mix_up_prompts_answers_or_columns():
         tokens = [[9] * (P - len(p)) + p + a + [9] * (T - len(a)) for p, a in zip(prompts, answers, strict=True)]
         return Rollout(
             tokens=torch.tensor(tokens),
+            mask=mask_of_lengths(list(map(len, answers))),
+            prompt_index=list(range(len(prompts))),
             prompt_lengths=list(map(len, prompts)),
-            answer_lengths=list(map(len, answers)),
+            completion_lengths=list(map(len, answers)),
             ended=[True] * len(prompts),
             completions=[str(a) for a in answers],
             columns={"prompt": [str(p) for p in prompts], **columns},
@@ -311,6 +299,8 @@ def test_joined_rollouts_mix_up_prompts_answers_or_columns():
     whole = join_rollouts([part([[1, 2, 3]], [[4]]), part([[5], [6, 7]], [[8, 8, 8], [0]], extra=["x", "y"])], 9)
     assert whole.tokens.tolist() == [[1, 2, 3, 4, 9, 9], [9, 9, 5, 8, 8, 8], [9, 6, 7, 0, 9, 9]]
     assert whole.completion_ids == [[4], [8, 8, 8], [0]]
+    assert whole.mask.tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+    assert whole.prompt_index == [0, 1, 2]
     assert whole.raw_completions == ["[4]", "[8, 8, 8]", "[0]"]
     assert whole.columns == {"prompt": ["[1, 2, 3]", "[5]", "[6, 7]"], "extra": [None, "x", "y"]}
     assert whole.logprobs is not None
@@ -346,11 +336,10 @@ def kept_copies(config: PPOConfig) -> int:
     """Bytes of copies of layer weights that a forward pass keeps for its backward, besides the weights themselves."""
     trainer = trainer_of(config, sampler=Fixed())
     distributed, policy = trainer.distributed, trainer.policy
-    mine = respond(trainer.sampler, trainer.tokenizer, distributed.local_rows(ROWS[:5]), config, CPU)
+    mine = sample_rollout(trainer.sampler, trainer.tokenizer, distributed.local_rows(ROWS[:5]), config, CPU)
     scores, _ = score(mine, trainer.rewards, config)
     rollout, scores = distributed.gather_rollout(mine, scores, 257)
-    minibatches = split_minibatches_of(rollout, list(range(5)), config, distributed)
-    experience = evaluate(policy, trainer.reference, rollout, scores, minibatches, config, distributed=distributed)
+    experience = trainer.learner.experience_maker.make(rollout, scores)
     shapes = {tuple(p.shape) for p in trainer.actor.model.layers.parameters() if p.ndim == 2}
     shapes |= {shape[::-1] for shape in shapes}
     own = {p.untyped_storage().data_ptr() for p in policy.parameters() if not isinstance(p, DTensor)}
@@ -368,15 +357,7 @@ def kept_copies(config: PPOConfig) -> int:
         loss.backward()
 
     with packed_mode(policy), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        accumulate_gradients(
-            policy,
-            minibatches[0],
-            experience,
-            config,
-            distributed=distributed,
-            filler=dummy_pack(rollout),
-            backward=backward,
-        )
+        trainer.learner.accumulate_gradients(experience.minibatches[0], experience, backward=backward)
     return max(found)
 
 
@@ -427,7 +408,7 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
         found["weights"] = {name: to_full_tensor(p.detach()) for name, p in self.policy.named_parameters()}
         found["buffers"] = dict(self.policy.named_buffers())
         found["tied"] = self.actor.get_input_embeddings().weight is self.actor.get_output_embeddings().weight
-        found["digest"] = self.start_hash
+        found["digest"] = self.hashes.start_model
         return history
 
     run_training = PPOTrainer.train
@@ -528,7 +509,7 @@ def refused_by_the_probe(config: PPOConfig) -> str:
     first = int(os.environ["RANK"]) == 0
     with torch.device("cpu" if first else "meta"):
         actor = tiny_llama(258)
-    complaint = mock.patch("ppo_fast.llm.trainer.detect_heads", side_effect=UserError("no packed rows"))
+    complaint = mock.patch("ppo_fast.llm.models.build.detect_heads", side_effect=UserError("no packed rows"))
     with complaint if first else nullcontext(), pytest.raises(UserError) as error:
         PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge)
     return str(error.value)

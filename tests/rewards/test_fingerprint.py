@@ -12,8 +12,8 @@ from support.tiny import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.models.weights import weights_hash
 from ppo_fast.llm.reward.fingerprint import reward_fingerprint
-from ppo_fast.llm.state import weights_hash
 from ppo_fast.rewards import Configured, Fluency, Pool, load_reward, numeric, rouge_l
 
 CODE = """

@@ -20,6 +20,9 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.packing.attention import Layout
 from ppo_fast.llm.packing.pack import Pack
 
+# A PreTrainedModel with `generate`, or peft's PeftModel around one: the two have no common class with these methods
+LanguageModel = Any
+
 
 @dataclass(frozen=True)
 class HeadInfo:
@@ -36,18 +39,18 @@ class HeadInfo:
         """The number of boundaries below a length; sequences of one regime may share a batch."""
         return bisect_left(self.boundaries, length)
 
-    def cutting(self, max_tokens: int) -> dict[str, Any]:
-        """Arguments of `packing.cut`: which sequences may share a pack."""
-        return {"max_tokens": max_tokens if self.batched else 1, "regime": self.regime}
+    def tokens_per_pack(self, budget: int) -> int:
+        """The most tokens in a pack: the budget, or 1 where each sequence needs a pack of its own."""
+        return budget if self.batched else 1
 
     def splits(self, lengths: Sequence[int]) -> bool:
-        """Whether sequences of these lengths must not share a batch. Packs that were cut by `cutting` never do."""
+        """Whether sequences of these lengths must not share a batch. Packs of `split_minibatches` never do."""
         return len(lengths) > 1 and (not self.batched or len({self.regime(n) for n in lengths}) > 1)
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an actor's own `generate` is used, as `probe_sampling` decided it."""
+class GenerateInfo:
+    """How an actor's own `generate` is used, as `detect_generate` found it."""
 
     left_padding: bool = True  # a batch may hold prompts of different lengths
     cache: bool = True  # keys and values of earlier tokens are kept
@@ -64,9 +67,6 @@ class Sampling:
             exact = crosses or not self.left_padding
             alike.setdefault((exact, length if exact else bisect_left(self.boundaries, length)), []).append(i)
         return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
-
-
-UNRESTRICTED = HeadInfo(linear=True, packed=True)  # all sequences may share a batch
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:

@@ -246,18 +246,18 @@ def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.d
 
 
 def _sequences(model: Any, lengths: Sequence[int]) -> Rollout:
-    """Sequences of these lengths, as a rollout whose answers are everything but the first token."""
+    """Sequences of these lengths, as a rollout whose completions are everything but the first token."""
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     ids = (torch.arange(sum(lengths)) * 7919 + 1) % vocabulary
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for row, part in zip(tokens, ids.split(list(lengths)), strict=True):
         row[: len(part)] = part
-    return Rollout(tokens, [1] * len(lengths), [n - 1 for n in lengths], [True] * len(lengths), [], {}, device=device)
+    return Rollout.from_lengths(tokens, [1] * len(lengths), [n - 1 for n in lengths], device=device)
 
 
 def _rows(sequences: Rollout) -> list[Tensor]:
     """[1, L] each"""
-    lengths = [1 + n for n in sequences.answer_lengths]
+    lengths = [1 + n for n in sequences.completion_lengths]
     moved = sequences.tokens.to(sequences.device)
     return [row[:length].unsqueeze(0) for row, length in zip(moved, lengths, strict=True)]
 
@@ -361,9 +361,14 @@ def _compute(model: nn.Module, sequences: Rollout, head: HeadInfo) -> Tensor:
     """[total, X]: what a run computes for the sequences, in their order: hidden states, or the model's own logits."""
     found: dict[int, Tensor] = {}
     with packed_attention(model) if head.packed else nullcontext():
-        for pack in split_minibatches(
-            sequences, list(range(len(sequences))), minibatches=1, **head.cutting(sequences.tokens.numel())
-        )[0]:
+        (packs,) = split_minibatches(
+            sequences,
+            list(range(len(sequences))),
+            minibatches=1,
+            max_tokens=head.tokens_per_pack(sequences.tokens.numel()),
+            regime=head.regime,
+        )
+        for pack in packs:
             if head_of(model) is None:
                 out = hidden_states(model, pack, head)
             elif head.linear:

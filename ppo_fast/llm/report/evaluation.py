@@ -19,8 +19,7 @@ from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
-from ppo_fast.llm.experience import Experience, split_minibatches_of
-from ppo_fast.llm.experience import evaluate as judge
+from ppo_fast.llm.experience import Experience, ExperienceMaker
 from ppo_fast.llm.learn import as_floats
 from ppo_fast.llm.models.loading import vocabulary_of
 from ppo_fast.llm.models.policy import Policy
@@ -29,7 +28,7 @@ from ppo_fast.llm.packing.rollout import Rollout
 from ppo_fast.llm.report.explanation import TokenExplanation, explain
 from ppo_fast.llm.reward.isolation import own_random_state
 from ppo_fast.llm.reward.scoring import RewardFunction, score
-from ppo_fast.llm.sample import Sampler, drop_long_prompts, respond
+from ppo_fast.llm.sample import Sampler, drop_long_prompts, sample_rollout
 
 EVALUATION = 2**32 - 1  # in place of a step: its seeds are not those of training
 
@@ -91,13 +90,11 @@ class Evaluator:
         every = self.config.eval_every
         return step in (0, self.config.total_steps) or bool(every and step % every == 0)
 
-    def run(
-        self, step: int, kl_coef: float, trained: Rollout | None = None, experience: Experience | None = None
-    ) -> Evaluation:
-        """Answers to all held-out prompts and their metrics; `trained` and `experience` are the last step's."""
+    def run(self, step: int, kl_coef: float, trained: Experience | None = None) -> Evaluation:
+        """Completes all held-out prompts and measures the completions; `trained` is the experience of the last step."""
         explained = None
-        if trained is not None and experience is not None:
-            explained = explain(self.policy, self.tokenizer, trained, experience, with_kl=self.reference is not None)
+        if trained is not None:
+            explained = explain(self.policy, self.tokenizer, trained, with_kl=self.reference is not None)
         config = dataclasses.replace(
             self.config, prompts_per_step=len(self.rows), samples_per_prompt=self.config.eval_samples, minibatches=1
         )
@@ -107,29 +104,29 @@ class Evaluator:
         with own_random_state(derived_seed(config.seed, distributed.rank, EVALUATION), self.device):
             vocabulary = vocabulary_of(self.policy.actor)
             rows = distributed.local_rows(self.rows)
-            mine = respond(self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary)
-            scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
-        distributed.rendezvous(
-            f"the rewards of the evaluation after step {step}"
-        )  # one process may take much longer than others
-        reward_means = distributed.reduce_metrics(reward_means, len(mine))
-        rollout, scores = distributed.gather_rollout(mine, scores, self.tokenizer.pad_token_id)
-        minibatches = split_minibatches_of(rollout, list(range(len(rollout))), config, distributed, self.policy.head)
-        judged = judge(
-            self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, distributed=distributed
-        )
+            seed = derived_seed(config.seed, distributed.rank, EVALUATION)
+            local = sample_rollout(
+                self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary, seed=seed
+            )
+            scores, reward_means = score(local, self.rewards, config, self.reward_weights)
+        # one process can take much longer than others
+        distributed.rendezvous(f"the rewards of the evaluation after step {step}")
+        reward_means = distributed.reduce_metrics(reward_means, len(local))
+        rollout, scores = distributed.gather_rollout(local, scores, self.tokenizer.pad_token_id)
+        maker = ExperienceMaker(self.policy, self.reference, config, distributed)
+        experience = maker.make(rollout, scores, kl_coef=kl_coef)
         special = set(self.tokenizer.all_special_ids)
         words = [[i for i in ids if i not in special] for ids in rollout.completion_ids]
         metrics = {
             "score": sum(rollout.scores) / len(rollout),
             **reward_means,
-            "answer_tokens": sum(rollout.answer_lengths) / len(rollout),
+            "answer_tokens": sum(rollout.completion_lengths) / len(rollout),
             "ended": sum(rollout.ended) / len(rollout),
             "distinct_1": distinct(words, 1),
             "distinct_2": distinct(words, 2),
-            **as_floats(judged.metrics),
+            **as_floats(experience.metrics),
         }
-        kl = None if self.reference is None else judged.kl.sum(1).tolist()
+        kl = None if self.reference is None else experience.kl.sum(1).tolist()
         return Evaluation(step, {f"eval/{name}": x for name, x in metrics.items()}, rollout, kl, explained)
 
     def keep_best(self, evaluation: Evaluation, save: Callable[[str, dict[str, str]], Any]) -> bool:

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Explanation of one completion of a training step, token by token."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common.text import printable
 from ppo_fast.llm.data import as_text
-from ppo_fast.llm.decoding import BROKEN, AnswerText
-from ppo_fast.llm.experience import Experience, packed_mode
-from ppo_fast.llm.models.policy import Policy, PolicyOutput
+from ppo_fast.llm.decoding import BROKEN, CompletionText
+from ppo_fast.llm.experience import Experience
+from ppo_fast.llm.models.policy import Policy, packed_mode
 from ppo_fast.llm.packing.pack import make_pack
-from ppo_fast.llm.packing.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,19 @@ class TokenExplanation:
 
 @torch.no_grad()
 def explain(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, experience: Experience, *, with_kl: bool
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, experience: Experience, *, with_kl: bool
 ) -> TokenExplanation:
     """The answer that pushed the policy hardest (by its sum of |advantages|), and what the step made of it.
 
     The ratio is p(token) after the step over p(token) when it was sampled.
     """
+    rollout = experience.rollout
     row = int(experience.advantages.abs().sum(1).argmax())
-    length = rollout.answer_lengths[row]
-    prompt = rollout.tokens[row, : -rollout.answer_width].tolist()[-rollout.prompt_lengths[row] :]
-    texts = AnswerText(tokenizer, [prompt])
+    length = rollout.completion_lengths[row]
+    prompt = rollout.tokens[row, : -rollout.completion_width].tolist()[-rollout.prompt_lengths[row] :]
+    texts = CompletionText(tokenizer, [prompt])
     with packed_mode(policy):
-        after = policy(make_pack(rollout, [row]))
-    assert isinstance(after, PolicyOutput)
+        after = policy.evaluate(make_pack(rollout, [row]))
     numbers = {"reward": experience.rewards[row, :length]}
     if with_kl:
         numbers["kl"] = experience.kl[row, :length]
@@ -55,7 +54,7 @@ def explain(
     )
 
 
-def visible(texts: AnswerText, token: int) -> str:
+def visible(texts: CompletionText, token: int) -> str:
     """A token's text with its spaces visible; the tokenizer's own name for a part of a character."""
     text = texts.token(token)
     if BROKEN in text or not text:

@@ -73,7 +73,7 @@ class Progress:
         if config.out is not None:
             self._open(Path(config.out))
         if prompts_left_out:
-            self.say(f"{prompts_left_out} prompts are too long and were left out")
+            self.info(f"{prompts_left_out} prompts are too long and were left out")
 
     def _open(self, folder: Path) -> None:
         with reported(f"cannot write to {folder}", folder):
@@ -110,10 +110,10 @@ class Progress:
         if self.events is not None:
             self.events.close()
 
-    def show(self, metrics: dict[str, float], rollout: Rollout | None) -> None:
+    def log_step(self, metrics: dict[str, float], rollout: Rollout | None) -> None:
         """One step's line, and every `show_samples_every` steps its table of answers."""
         step = int(metrics["step"])
-        self.record(metrics)
+        self.log_metrics(metrics)
         self.bar.update(self.task, completed=step)
         width = self.console.width if self.console.is_terminal else None
         if self.lines % HEADING_EVERY == 0:
@@ -124,11 +124,11 @@ class Progress:
         if rollout is not None and every and (step % every == 0 or step == 1):
             self._show_samples(rollout, step)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A sentence, as it is and in one line."""
         say(self.console, text)
 
-    def record(self, metrics: dict[str, float]) -> None:
+    def log_metrics(self, metrics: dict[str, float]) -> None:
         """Writes the metrics of one step to file and TensorBoard; what is not finite becomes null, which is JSON."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._reopen()
@@ -150,7 +150,7 @@ class Progress:
             write_file(folder / "config.yaml", yaml_text(self.config, self.run_options))
             write_file(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.recorded))
         self._open_files(folder)
-        self.say(f"{folder} was removed or renamed during the run: its metrics are written again, other files are not")
+        self.info(f"{folder} was removed or renamed during the run: its metrics are written again, other files are not")
 
     def sync(self) -> None:
         """All that was recorded is on the disk; a checkpoint must not know of more steps than the metrics file."""

@@ -73,8 +73,8 @@ def score(
     if all(isinstance(value, float) for values in weighted for value in values):
         scores = torch.tensor(weighted, dtype=torch.float64).sum(0).clamp_(-limit, limit)
         return upload(_fp32(scores + torch.tensor(penalties), rollout), rollout.device), means
-    scores = torch.zeros(len(rollout), rollout.answer_width, dtype=torch.float64)
-    last = torch.tensor(rollout.answer_lengths) - 1
+    scores = torch.zeros(len(rollout), rollout.completion_width, dtype=torch.float64)
+    last = torch.tensor(rollout.completion_lengths) - 1
     for values in weighted:
         for row, value in enumerate(values):
             if isinstance(value, float):
@@ -247,7 +247,7 @@ def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[floa
         where = f"reward function {name!r}, answer {row} ({rollout.completions[row]!r:.80})"
         value = _plain(value)
         if isinstance(value, list | tuple):
-            expected = rollout.answer_lengths[row]
+            expected = rollout.completion_lengths[row]
             if len(value) != expected:
                 raise RewardError(
                     f"{where}: {len(value)} values for {expected} tokens; give one number for the answer, or one for"
