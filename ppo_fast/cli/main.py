@@ -210,16 +210,16 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         print(f"{name}: stopped", file=sys.stderr)
         status = 130
     except RuntimeError as error:
-        from ppo_fast.llm.distributed import why_lost
+        from ppo_fast.llm.distributed import peer_failure
 
-        reason = why_lost(error)
+        reason = peer_failure(error)
         if not reason:
             raise
         print(f"{name}: error: {reason}", file=sys.stderr)
         status = 1
-    from ppo_fast.llm.distributed import leave
+    from ppo_fast.llm.distributed import shutdown
 
-    leave(status)
+    shutdown(status)
     return status
 
 

@@ -109,13 +109,13 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
     with ExitStack() as stack:
         claim = functools.partial(_claim, stack, arguments, config)
         if process_count() > 1:
-            from ppo_fast.llm.distributed import start
+            from ppo_fast.llm.distributed import init_distributed
 
             # first: rewards and models that ask for "cuda" must find this process's own GPU
-            world = start(config)
+            distributed = init_distributed(config)
             given = {"--resume": arguments.resume, "--allow-changes": arguments.allow_changes}
-            world.agree({**given, "whether --critic-model is given": run["critic_model"] is not None})
-            world.first_says(claim)
+            distributed.check_equal({**given, "whether --critic-model is given": run["critic_model"] is not None})
+            distributed.run_on_main(claim)
         else:
             claim()
         if arguments.resume and config.dtype == "auto":
@@ -174,24 +174,24 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     # transformers takes seconds to import: bad input is reported before
     import torch
 
-    from ppo_fast.llm.distributed import load_on_first, start
+    from ppo_fast.llm.distributed import init_distributed, load_on_main
     from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.loading import load_actor
     from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
     from ppo_fast.llm.trainer import PPOTrainer
 
-    world = start(config)  # before models are loaded: a device that does not exist is reported at once
+    distributed = init_distributed(config)  # before models are loaded: a device that does not exist is reported at once
     say(console, f"loading {run['model']}")
     how = {name: run[name] for name in ("pad_token", "trust_remote_code")}
-    actor, tokenizer = load_on_first(world, lambda weights: load_actor(run["model"], weights=weights, **how))
+    actor, tokenizer = load_on_main(distributed, lambda weights: load_actor(run["model"], weights=weights, **how))
     for folder in run["reward_model"]:
         model, its_tokenizer = load_reward_model(folder)
-        rewards[folder] = RewardModel(model, its_tokenizer, device=world.device)
+        rewards[folder] = RewardModel(model, its_tokenizer, device=distributed.device)
     critic = None
     if run["critic_model"] is not None:
         folder = run["critic_model"]
-        critic_model, _ = load_on_first(
-            world, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)
+        critic_model, _ = load_on_main(
+            distributed, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)
         )
         critic = Critic.from_reward_model(critic_model)
     reward_weights = dict(zip(names, weights, strict=True))
@@ -207,7 +207,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         stopped = f"stopped by {trainer.stopped_by} after step {trainer.steps_done}"
         say(console, f"{stopped}; --resume continues it in {config.out}")
         return 128 + signal.Signals[trainer.stopped_by].value
-    if config.out is None or not trainer.world.first:
+    if config.out is None or not trainer.distributed.is_main:
         return 0
     from ppo_fast.common.plots import can_draw, draw_learning_curves
 

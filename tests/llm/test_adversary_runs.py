@@ -30,7 +30,7 @@ from ppo_fast.common.lock import absolute, locked
 from ppo_fast.common.options import read_yaml
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig, options_of
-from ppo_fast.llm.distributed import start
+from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.trainer import PPOTrainer
 
@@ -534,7 +534,7 @@ def test_variables_that_torchrun_did_not_set_are_named(monkeypatch, variables, m
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        start(PPOConfig(device="cpu"))
+        init_distributed(PPOConfig(device="cpu"))
 
 
 def test_what_torchrun_sets_is_read(monkeypatch):
@@ -549,4 +549,4 @@ def test_a_process_that_waits_for_others_in_vain_is_told_where(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"did not meet at localhost:1 .* within 0\.5 s"):
-        start(PPOConfig(device="cpu", process_timeout=0.5))
+        init_distributed(PPOConfig(device="cpu", process_timeout=0.5))

@@ -15,7 +15,6 @@ from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.report.progress import truncate_logs
-from ppo_fast.llm.state import restore
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
@@ -98,9 +97,9 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_p
     older = checkpoint.read(saved)
     for name in ("tf32", "chunk_bytes", "cudnn_attention"):
         del older.state["run"]["config"][name]
-    assert restore(trainer_of(tmp_path / "other"), older) == []
+    assert trainer_of(tmp_path / "other").load_state_dict(older) == []
     with pytest.raises(UserError, match="chunk_bytes was None and is 1000"):
-        restore(trainer_of(tmp_path / "third", chunk_bytes=1000), older)
+        trainer_of(tmp_path / "third", chunk_bytes=1000).load_state_dict(older)
 
 
 def test_a_run_without_a_checkpoint_does_not_start_at_the_start(tmp_path):
@@ -253,7 +252,7 @@ def test_another_thread_count_is_not_said(tmp_path, saved):
         assert trainer.resume()
     finally:
         torch.set_num_threads(threads)
-    said = f"threads was {threads} and is {threads + 1} now: the run goes on, but not bit for bit as it would have"
+    said = f"threads was {threads} and is {threads + 1} now: the run continues, but not bit for bit as it would have"
     assert said in trainer.notes
 
 

@@ -18,10 +18,9 @@ from ppo_fast.common.text import markdown_table, shortened
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
-from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.report.evaluation import distinct
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import SamplingParams, generate
 from ppo_fast.rewards import Fluency
 
 SHOWN = {
@@ -58,9 +57,7 @@ def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[
     for name, model in (("before", before.to(device)), ("after", after.to(device))):
         torch.manual_seed(settings.seed + 7)
         ids = tokenizer(prompts)["input_ids"]
-        answers = generate(
-            model.eval(), tokenizer, ids, PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
-        )
+        answers = generate(model.eval(), tokenizer, ids, SamplingParams(max_new_tokens=ANSWER_TOKENS))
         texts[name] = tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
         found[name] = judged(prompts, texts[name], answers.ids, rewards)
         own = Fluency(model, tokenizer, same_tokens=True)(prompts, texts[name], answers.ids)

@@ -1,6 +1,6 @@
 """How a model computes a pack: hidden states or its own logits, from packed rows, padded rows or single sequences.
 
-`Head` holds the choices. `probe.probe` makes them at load.
+`HeadInfo` holds the choices. `probe.probe` makes them at load.
 """
 
 import functools
@@ -20,9 +20,12 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.packing.attention import Layout
 from ppo_fast.llm.packing.pack import Pack
 
+# A PreTrainedModel with `generate`, or peft's PeftModel around one: the two have no common class with these methods
+LanguageModel = Any
+
 
 @dataclass(frozen=True)
-class Head:
+class HeadInfo:
     """How a model's hidden states and logits are computed."""
 
     linear: bool  # softcap(logit_scale (h W^T + b)) from its decoder's hidden states; else by its own forward
@@ -36,22 +39,22 @@ class Head:
         """The number of boundaries below a length; sequences of one regime may share a batch."""
         return bisect_left(self.boundaries, length)
 
-    def cutting(self, max_tokens: int) -> dict[str, Any]:
-        """Arguments of `packing.cut`: which sequences may share a pack."""
-        return {"max_tokens": max_tokens if self.batched else 1, "regime": self.regime}
+    def tokens_per_pack(self, budget: int) -> int:
+        """The most tokens in a pack: the budget, or 1 where each sequence needs a pack of its own."""
+        return budget if self.batched else 1
 
     def splits(self, lengths: Sequence[int]) -> bool:
-        """Whether sequences of these lengths must not share a batch. Packs that were cut by `cutting` never do."""
+        """Whether sequences of these lengths must not share a batch. Packs of `split_minibatches` never do."""
         return len(lengths) > 1 and (not self.batched or len({self.regime(n) for n in lengths}) > 1)
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an actor's own `generate` is used, as `probe_sampling` decided it."""
+class GenerateInfo:
+    """How an actor's own `generate` is used, as `detect_generate` found it."""
 
     left_padding: bool = True  # a batch may hold prompts of different lengths
     cache: bool = True  # keys and values of earlier tokens are kept
-    boundaries: tuple[int, ...] = ()  # as those of `Head`
+    boundaries: tuple[int, ...] = ()  # as those of `HeadInfo`
 
     def batches(self, lengths: Sequence[int], *, new_tokens: int, size: int) -> list[list[int]]:
         """The numbers of prompts of these lengths, in batches of at most `size`.
@@ -66,10 +69,7 @@ class Sampling:
         return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
 
 
-TOGETHER = Head(linear=True, packed=True)  # all sequences may share a batch
-
-
-def bare(model: nn.Module) -> PreTrainedModel:
+def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The transformers model, without what peft has put around it."""
     unwrap: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
     inner = model if unwrap is None else unwrap()
@@ -79,7 +79,7 @@ def bare(model: nn.Module) -> PreTrainedModel:
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
     """The configuration of the part that reads and writes text: the model's own, or a part of a composite one."""
-    return bare(model).config.get_text_config(decoder=True)
+    return unwrap_peft(model).config.get_text_config(decoder=True)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -88,7 +88,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model has no such part.
     """
-    inner = bare(model)
+    inner = unwrap_peft(model)
     embeddings = _embeddings(inner)
     for part in (inner.get_decoder(), inner.base_model, *inner.children()):
         if isinstance(part, PreTrainedModel) and part is not inner and _embeddings(part) is embeddings:
@@ -108,12 +108,12 @@ def _embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 def head_of(model: nn.Module) -> Any:
     """The LM head, by transformers' name: nn.Linear in most models."""
-    return bare(model).get_output_embeddings()
+    return unwrap_peft(model).get_output_embeddings()
 
 
 def model_name(model: nn.Module) -> str:
     """The name of the model's class, without peft."""
-    return type(bare(model)).__name__
+    return type(unwrap_peft(model)).__name__
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def _parameters(model_type: Any) -> frozenset[str]:
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's forward has an argument of this name."""
-    kind: Any = type(bare(model))
+    kind: Any = type(unwrap_peft(model))
     return name in _parameters(kind)
 
 
@@ -133,17 +133,17 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if known else {}
 
 
-def hidden_states(decoder: nn.Module, pack: Pack, head: Head) -> Tensor:
+def hidden_states(decoder: nn.Module, pack: Pack, head: HeadInfo) -> Tensor:
     """[total, D]: the decoder's last hidden states of a pack's tokens. Packed: inside `packed_attention` only."""
     return _outputs(decoder, pack, head, "last_hidden_state", None)
 
 
-def own_logits(model: nn.Module, pack: Pack, head: Head) -> Tensor:
+def model_logits(model: nn.Module, pack: Pack, head: HeadInfo) -> Tensor:
     """[n, V]: the logits from which the pack's answer tokens are drawn, by the model's own forward."""
-    return _outputs(model, pack, head, "logits", pack.states)
+    return _outputs(model, pack, head, "logits", pack.logit_positions)
 
 
-def _outputs(model: nn.Module, pack: Pack, head: Head, name: str, tokens: Tensor | None) -> Tensor:
+def _outputs(model: nn.Module, pack: Pack, head: HeadInfo, name: str, tokens: Tensor | None) -> Tensor:
     """A tensor of the model's output at the given tokens of a pack, or at all."""
     if head.splits(pack.lengths) or not (head.packed or head.batched):
         each = [getattr(_run_single(model, ids, packed=head.packed), name)[0] for ids in _split(pack)]
@@ -166,7 +166,7 @@ def _run_single(model: nn.Module, ids: Tensor, *, packed: bool) -> Any:
     if not packed:
         return model(input_ids=ids, **without_cache(model))
     position = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    return _run_packed(model, ids, position, Layout.of([ids.shape[1]], ids.device))
+    return _run_packed(model, ids, position, Layout.from_lengths([ids.shape[1]], ids.device))
 
 
 def _run_packed(model: nn.Module, ids: Tensor, position: Tensor, layout: Layout) -> Any:
@@ -203,18 +203,18 @@ def padded(pack: Pack) -> PaddedRows:
 
 
 def logprobs_of(
-    model: nn.Module, head: Head, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
+    model: nn.Module, head: HeadInfo, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy [n] of the pack's answer tokens at the sampling temperature, with a graph."""
     options: dict[str, Any] = {"temperature": config.temperature, "with_entropy": True, "backend": config.backend}
     if not head.linear:
-        logits = own_logits(model, pack, head)
+        logits = model_logits(model, pack, head)
         return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]
     if hidden is None:
         hidden = hidden_states(decoder_of(model), pack, head)
     layer = head_of(model)
     return ppo.linear_logprobs(  # type: ignore[return-value]
-        hidden[pack.states].to(layer.weight.dtype),
+        hidden[pack.logit_positions].to(layer.weight.dtype),
         layer.weight,
         pack.tokens,
         bias=layer.bias,

@@ -16,7 +16,7 @@ from transformers import (
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic, hidden_size_of, input_embedding
-from ppo_fast.llm.models.head import bare, head_of, model_name, text_config
+from ppo_fast.llm.models.head import head_of, model_name, text_config, unwrap_peft
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_tokenizer, load_weights, stored_dtype
 from ppo_fast.llm.packing.flash_calls import first_line
@@ -64,7 +64,7 @@ def load_actor(
 
 def source_dtype(actor: nn.Module) -> torch.dtype | None:
     """The dtype of the weights in the folder from which `load_actor` loaded the actor; None for any other actor."""
-    return getattr(bare(actor), "ppo_fast_source_dtype", None)
+    return getattr(unwrap_peft(actor), "ppo_fast_source_dtype", None)
 
 
 def vocabulary_of(model: Any) -> int:
@@ -163,13 +163,13 @@ def check_language_model(actor: nn.Module) -> None:
             f"this {name} has adapters in its layers, which an earlier run or peft put there: give the PeftModel around"
             " it, or load the model again"
         )
-    if not getattr(bare(actor).config, "return_dict", True):
+    if not getattr(unwrap_peft(actor).config, "return_dict", True):
         raise UserError(f"the configuration of this {name} has return_dict = false: set it to true")
     try:
         config = text_config(actor)
     except ValueError as error:
         raise UserError(f"{name} cannot be trained: {first_line(error)}") from error
-    if getattr(bare(actor).config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
+    if getattr(unwrap_peft(actor).config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{name} is an encoder-decoder model, which PPO does not train here: give a decoder-only model, as"
             " AutoModelForCausalLM loads them"

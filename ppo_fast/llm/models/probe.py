@@ -26,20 +26,20 @@ from torch import Tensor, nn
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.models.head import (
-    Head,
+    HeadInfo,
     accepts,
     decoder_of,
     head_of,
     hidden_states,
+    model_logits,
     model_name,
-    own_logits,
     text_config,
 )
 from ppo_fast.llm.models.head import without_cache as no_cache
 from ppo_fast.llm.packing import flash
 from ppo_fast.llm.packing.attention import packed_attention
 from ppo_fast.llm.packing.flash_calls import first_line
-from ppo_fast.llm.packing.pack import cut
+from ppo_fast.llm.packing.pack import split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
 
 PROBE_LENGTHS = (5, 3, 1)
@@ -80,16 +80,16 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Heads:
+class ModelHeads:
     """What the probe decided for each model of a run. Boundaries and `batched` are common to all: packs are, too."""
 
-    actor: Head
-    critic: Head | None = None
-    reference: Head | None = None
+    actor: HeadInfo
+    critic: HeadInfo | None = None
+    reference: HeadInfo | None = None
 
 
 @torch.no_grad()
-def probe_all(
+def detect_heads(
     actor: nn.Module,
     critic: nn.Module | None,
     reference: nn.Module | None,
@@ -98,7 +98,7 @@ def probe_all(
     dtype: str = "float32",
     device: torch.device | None = None,
     reach: Reach = Reach(),
-) -> Heads:
+) -> ModelHeads:
     """Finds out how every model of a run is computed.
 
     Args:
@@ -114,7 +114,7 @@ def probe_all(
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
     models = (actor, critic, reference)
     said: set[tuple[Any, ...]] = set()
-    found: list[Head | None] = []
+    found: list[HeadInfo | None] = []
     for model in models:
         if model is None:
             found.append(None)
@@ -125,36 +125,36 @@ def probe_all(
         key = (type(text_config(model)), head)
         if key not in said:
             for problem in problems:
-                _complain(problem, strict)
+                warn_or_raise(problem, strict)
         said.add(key)
     known = [head for head in found if head is not None]
     batched, boundaries = all(h.batched for h in known), tuple(sorted({b for h in known for b in h.boundaries}))
     heads = [h and dataclasses.replace(h, batched=batched, boundaries=boundaries) for h in found]
     assert heads[0] is not None
-    return Heads(heads[0], heads[1], heads[2])
+    return ModelHeads(heads[0], heads[1], heads[2])
 
 
 @torch.no_grad()
-def probe(
+def detect_head(
     model: nn.Module,
     *,
     strict: bool = False,
     dtype: str = "float32",
     device: torch.device | None = None,
     reach: Reach = Reach(),
-) -> Head:
-    """Finds out how one model is computed; arguments as in `probe_all`."""
-    return probe_all(model, None, None, strict=strict, dtype=dtype, device=device, reach=reach).actor
+) -> HeadInfo:
+    """Finds out how one model is computed; arguments as in `detect_heads`."""
+    return detect_heads(model, None, None, strict=strict, dtype=dtype, device=device, reach=reach).actor
 
 
 @torch.no_grad()
-def probe_head(model: nn.Module, *, strict: bool = False) -> Head:
+def detect_unpacked_head(model: nn.Module, *, strict: bool = False) -> HeadInfo:
     """Finds out how the model's logits are computed, for rows that are not packed: attention is not asked for, and
     what `probe` found of a run's attention is kept."""
     with exact_products():
         head, problem = _linear_head(model, _sequences(model, PROBE_LENGTHS))
     if problem is not None:
-        _complain(problem, strict)
+        warn_or_raise(problem, strict)
     return head
 
 
@@ -186,7 +186,7 @@ def _older_precision() -> str | None:
         return None
 
 
-def _complain(reason: str, strict: bool) -> None:
+def warn_or_raise(reason: str, strict: bool) -> None:
     if strict:
         raise UserError(f"{reason} (strict = true makes this an error)")
     warnings.warn(reason, stacklevel=5)
@@ -246,18 +246,18 @@ def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.d
 
 
 def _sequences(model: Any, lengths: Sequence[int]) -> Rollout:
-    """Sequences of these lengths, as a rollout whose answers are everything but the first token."""
+    """Sequences of these lengths, as a rollout whose completions are everything but the first token."""
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     ids = (torch.arange(sum(lengths)) * 7919 + 1) % vocabulary
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for row, part in zip(tokens, ids.split(list(lengths)), strict=True):
         row[: len(part)] = part
-    return Rollout(tokens, [1] * len(lengths), [n - 1 for n in lengths], [True] * len(lengths), [], {}, device=device)
+    return Rollout.from_lengths(tokens, [1] * len(lengths), [n - 1 for n in lengths], device=device)
 
 
 def _rows(sequences: Rollout) -> list[Tensor]:
     """[1, L] each"""
-    lengths = [1 + n for n in sequences.answer_lengths]
+    lengths = [1 + n for n in sequences.completion_lengths]
     moved = sequences.tokens.to(sequences.device)
     return [row[:length].unsqueeze(0) for row, length in zip(moved, lengths, strict=True)]
 
@@ -313,7 +313,7 @@ def _last_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, **no_cache(model), **fewer).logits[0, -TAIL:]
 
 
-def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[Head, str | None]:
+def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[HeadInfo, str | None]:
     """Whether the logits are softcap(scale (h W^T + b)), and why not."""
     config = text_config(model)
     scaling = getattr(config, "logits_scaling", None)
@@ -327,9 +327,9 @@ def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[Head, str | None
     own = own_forward()
     reason = _why_not_linear(model, rows, own, rounding_bound(model, own_forward, own), softcap, scale)
     if reason is None:
-        return Head(linear=True, packed=False, softcap=softcap, logit_scale=scale), None
+        return HeadInfo(linear=True, packed=False, softcap=softcap, logit_scale=scale), None
     problem = f"{reason}: log-probabilities come from the model's own logits, which takes more memory"
-    return Head(linear=False, packed=False), problem
+    return HeadInfo(linear=False, packed=False), problem
 
 
 def _why_not_linear(
@@ -357,25 +357,30 @@ def _why_not_linear(
 # Rows
 
 
-def _compute(model: nn.Module, sequences: Rollout, head: Head) -> Tensor:
+def _compute(model: nn.Module, sequences: Rollout, head: HeadInfo) -> Tensor:
     """[total, X]: what a run computes for the sequences, in their order: hidden states, or the model's own logits."""
     found: dict[int, Tensor] = {}
     with packed_attention(model) if head.packed else nullcontext():
-        for pack in cut(
-            sequences, list(range(len(sequences))), minibatches=1, **head.cutting(sequences.tokens.numel())
-        )[0]:
+        (packs,) = split_minibatches(
+            sequences,
+            list(range(len(sequences))),
+            minibatches=1,
+            max_tokens=head.tokens_per_pack(sequences.tokens.numel()),
+            regime=head.regime,
+        )
+        for pack in packs:
             if head_of(model) is None:
                 out = hidden_states(model, pack, head)
             elif head.linear:
                 out = hidden_states(decoder_of(model), pack, head)
             else:
                 every = torch.arange(sum(pack.lengths), device=pack.tokens.device)
-                out = own_logits(model, dataclasses.replace(pack, states=every), head)
+                out = model_logits(model, dataclasses.replace(pack, logit_positions=every), head)
             found |= zip(pack.sequences, out.split(pack.lengths), strict=True)
     return torch.cat([found[i] for i in range(len(sequences))])
 
 
-def _why_not(model: nn.Module, sequences: Rollout, head: Head, expected: Tensor, bound: float) -> str | None:
+def _why_not(model: nn.Module, sequences: Rollout, head: HeadInfo, expected: Tensor, bound: float) -> str | None:
     """Why the model's values are other ones by this choice than one by one; None if they are equal."""
     rows = "packed rows" if head.packed else "padded rows"
     try:
@@ -388,7 +393,9 @@ def _why_not(model: nn.Module, sequences: Rollout, head: Head, expected: Tensor,
     return None
 
 
-def _choose(model: nn.Module, sequences: Rollout, head: Head, choices: list[Head]) -> tuple[Head, str | None]:
+def _choose(
+    model: nn.Module, sequences: Rollout, head: HeadInfo, choices: list[HeadInfo]
+) -> tuple[HeadInfo, str | None]:
     """The first of the choices whose values are right, or the model's own forward; and why it is not the first."""
     single = dataclasses.replace(head, packed=False, batched=False, boundaries=())
     expected = _compute(model, sequences, single)
@@ -415,7 +422,7 @@ def _choose(model: nn.Module, sequences: Rollout, head: Head, choices: list[Head
     return single, reason
 
 
-def _check_causal(model: nn.Module, head: Head) -> None:
+def _check_causal(model: nn.Module, head: HeadInfo) -> None:
     """Rejects a model whose tokens see later ones: it gives no probability of a next token.
 
     Raises:
@@ -435,7 +442,7 @@ def _check_causal(model: nn.Module, head: Head) -> None:
 
 def _probe(
     model: nn.Module, autocast: torch.dtype | None, device: torch.device | None, reach: Reach
-) -> tuple[Head, list[str]]:
+) -> tuple[HeadInfo, list[str]]:
     """How a model is computed, and what a run must report of it."""
     _check_selection(model, reach.longest)
     here = next(model.parameters()).device
@@ -444,7 +451,7 @@ def _probe(
     around = {min(n, reach.longest) for b in checked for n in (b, b + 2)} - set(PROBE_LENGTHS)
     sequences = _sequences(model, [*PROBE_LENGTHS, *sorted(around)])
     under_autocast = torch.autocast(here.type, dtype=autocast, enabled=autocast is not None)
-    head, problem = Head(linear=True, packed=False), None
+    head, problem = HeadInfo(linear=True, packed=False), None
     with exact_products():
         flash.clear_decisions()
         if head_of(model) is not None:
@@ -477,14 +484,14 @@ def _probe(
     return found, problems
 
 
-def _choices(head: Head, boundaries: list[int]) -> list[Head]:
+def _choices(head: HeadInfo, boundaries: list[int]) -> list[HeadInfo]:
     """Packed rows, then padded ones: all sequences together, those on the two sides of one boundary apart, or those
     on the two sides of any."""
     apart = [(), *((b,) for b in boundaries), *([tuple(boundaries)] if len(boundaries) > 1 else [])]
     return [dataclasses.replace(head, packed=packed, boundaries=b) for packed in (True, False) for b in apart]
 
 
-def _consequence(head: Head) -> str:
+def _consequence(head: HeadInfo) -> str:
     if not head.batched:
         return "it learns from one sequence at a time, which takes more time"
     if head.boundaries:

@@ -1,5 +1,6 @@
 """Loading models from folders: the weights are those in the folder, all of them, and nothing else."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -267,3 +268,16 @@ def _shared(role: str, owner: str, name: str) -> str:
         f"{role} shares {name} with {owner}, which is trained, so that it would change, too: give a copy"
         " (copy.deepcopy(model)), or load it a second time"
     )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hashes the values of all parameters; the hash is the same on every device, in any order of summation."""
+    found = hashlib.sha256()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    parameters = dict(model.named_parameters())
+    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters.values()]
+    device = bits[0].device  # of all sums: one copy to the host instead of one for each parameter
+    sums = torch.stack([x.sum(dtype=torch.int64).to(device) for x in bits]).tolist()
+    for (name, p), total in zip(parameters.items(), sums, strict=True):
+        found.update(f"{name} {tuple(p.shape)} {p.dtype} {total}\n".encode())
+    return found.hexdigest()[:16]

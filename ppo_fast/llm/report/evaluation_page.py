@@ -41,7 +41,7 @@ def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = [
         {"prompt": prompt, "answer": answer, "score": points, "tokens": tokens}
         for prompt, answer, points, tokens in zip(
-            rollout.columns["prompt"], rollout.completions, rollout.scores, rollout.answer_lengths, strict=True
+            rollout.columns["prompt"], rollout.completions, rollout.scores, rollout.completion_lengths, strict=True
         )
     ]
     return rows if evaluation.kl is None else [{**row, "kl": kl} for row, kl in zip(rows, evaluation.kl, strict=True)]

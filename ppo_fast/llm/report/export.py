@@ -20,7 +20,7 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.common.text import markdown_table
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.models.head import bare, text_config
+from ppo_fast.llm.models.head import text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import no_loading_bars
@@ -146,7 +146,7 @@ def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConf
             adapters = actor.peft_config[actor.active_adapter]
             _try_saving("the configuration of the adapters", "correct it", lambda: adapters.save_pretrained(folder))
         else:
-            model = bare(actor)
+            model = unwrap_peft(actor)
             advice = "correct it (config.json, or actor.config in Python)"
             _try_saving("the configuration of the model", advice, lambda: model.config.save_pretrained(folder))
             if model.can_generate():
@@ -198,7 +198,7 @@ def merged(actor: Any) -> Any:
 def _untie_adapted(actor: Any) -> None:
     """Gives the LM head weights of its own where it shares them with the embedding and one of the two has an adapter:
     merged into shared weights, the adapter would change both."""
-    model = bare(actor)
+    model = unwrap_peft(actor)
     parts: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedding, head = (getattr(part, "base_layer", part) for part in parts)
     adapted = any(hasattr(part, "base_layer") for part in parts)

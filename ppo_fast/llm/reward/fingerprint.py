@@ -29,7 +29,7 @@ def reward_fingerprint(function: Any, weights: Callable[[nn.Module], str]) -> st
 
     Args:
         function: a reward function, or an object that is called as one.
-        weights: the fingerprint of a model's weights, for instance `ppo_fast.llm.state.digest`.
+        weights: the fingerprint of a model's weights, for instance `ppo_fast.llm.models.weights.weights_hash`.
 
     >>> a, b = (reward_fingerprint(lambda p, c, factor=x: [factor] * len(c), str) for x in (1.0, 2.0))
     >>> a == b

@@ -58,7 +58,9 @@ def score(
     """
     # the stream of all rewards: Python's generator is part of checkpoints, and sampling does not use it
     stream = random.getrandbits(64)
-    results = {name: call(function, name, rollout, _seed(stream, name)) for name, function in functions.items()}
+    results = {
+        name: run_reward_function(function, name, rollout, _seed(stream, name)) for name, function in functions.items()
+    }
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     for name, function in functions.items():
         failed = getattr(function, "failed", None)  # of a Pool, or of an object that counts as it does
@@ -71,8 +73,8 @@ def score(
     if all(isinstance(value, float) for values in weighted for value in values):
         scores = torch.tensor(weighted, dtype=torch.float64).sum(0).clamp_(-limit, limit)
         return upload(_fp32(scores + torch.tensor(penalties), rollout), rollout.device), means
-    scores = torch.zeros(len(rollout), rollout.answer_width, dtype=torch.float64)
-    last = torch.tensor(rollout.answer_lengths) - 1
+    scores = torch.zeros(len(rollout), rollout.completion_width, dtype=torch.float64)
+    last = torch.tensor(rollout.completion_lengths) - 1
     for values in weighted:
         for row, value in enumerate(values):
             if isinstance(value, float):
@@ -99,7 +101,7 @@ def _fp32(scores: Tensor, rollout: Rollout) -> Tensor:
     return scores.float()
 
 
-def call(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> list[float | list[float]]:
+def run_reward_function(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> list[float | list[float]]:
     """One reward function's values for all answers, checked; its random numbers start from `seed`."""
     known = {
         **rollout.columns,
@@ -118,7 +120,7 @@ def call(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> li
     except BaseException as error:  # user code: whatever it raises is reported with its place, also exit() and timeouts
         frame = _place(error)
         what = f"called exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_told(error)}"
-        culprit = _culprit(function, name, prompts, rollout, known, seed)
+        culprit = _failing_row(function, name, prompts, rollout, known, seed)
         raise RewardError(
             f"reward function {name!r} {what} ({frame.filename}, line {frame.lineno}){culprit}"
         ) from error
@@ -173,7 +175,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _culprit(
+def _failing_row(
     function: RewardFunction,
     name: str,
     prompts: list[Prompt],
@@ -245,7 +247,7 @@ def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[floa
         where = f"reward function {name!r}, answer {row} ({rollout.completions[row]!r:.80})"
         value = _plain(value)
         if isinstance(value, list | tuple):
-            expected = rollout.answer_lengths[row]
+            expected = rollout.completion_lengths[row]
             if len(value) != expected:
                 raise RewardError(
                     f"{where}: {len(value)} values for {expected} tokens; give one number for the answer, or one for"
