@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ppo_fast.classic.config import ClassicConfig
@@ -62,7 +63,7 @@ class Policy:
 
     @torch.no_grad()
     def act(
-        self, observation: Any, *, sample: bool = False, generator: torch.Generator | None = None
+        self, observation: ArrayLike | dict, *, sample: bool = False, generator: torch.Generator | None = None
     ) -> np.ndarray | np.generic:
         """Choose the most likely action for an observation, or for each in a batch.
 

@@ -9,13 +9,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.launched import process_count, this_rank
 from ppo_fast.common.lock import absolute, locked
 from ppo_fast.common.options import options, read_yaml
 from ppo_fast.llm.config import DtypeOption, PPOConfig, options_of
+
+if TYPE_CHECKING:  # they import PyTorch and transformers
+    from ppo_fast.llm.distributed import Distributed
+    from ppo_fast.llm.models.critic import Critic
+    from ppo_fast.llm.models.reward_model import RewardModel
+    from ppo_fast.llm.trainer import PPOTrainer
 
 # What a run needs besides PPOConfig, with its defaults; a configuration file may contain it, too
 RUN_OPTIONS: dict[str, Any] = {
@@ -157,44 +163,23 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     say(console, f"reading {run['prompts']}; importing PyTorch and transformers takes some seconds")
     from ppo_fast.llm.data import read_prompts
 
-    rows, held_out = (
-        None if path is None else read_prompts(path, run["prompt_field"], chat=run["chat"])
-        for path in (run["prompts"], run["eval_prompts"])
-    )
-    assert rows is not None
+    read = functools.partial(read_prompts, prompt_field=run["prompt_field"], chat=run["chat"])
+    rows, held_out = read(run["prompts"]), read(run["eval_prompts"]) if run["eval_prompts"] is not None else None
     rewards = load_rewards(run["reward"])
-    names = [*rewards, *run["reward_model"]]
-    weights = run["reward_weight"] or [1.0] * len(names)
-    if not names:
-        raise UserError("nothing to train for: give --reward, --reward-model, or both")
-    if len(weights) != len(names):
-        raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
+    reward_weights = _weights(rewards, run)
     if sys.flags.optimize > 1:
         raise UserError("transformers needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove: run without them")
     # transformers takes seconds to import: bad input is reported before
-    import torch
-
     from ppo_fast.llm.distributed import init_distributed, load_on_main
-    from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.loading import load_actor
-    from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
     from ppo_fast.llm.trainer import PPOTrainer
 
     distributed = init_distributed(config)  # before models are loaded: a device that does not exist is reported at once
     say(console, f"loading {run['model']}")
     how = {name: run[name] for name in ("pad_token", "trust_remote_code")}
     actor, tokenizer = load_on_main(distributed, lambda weights: load_actor(run["model"], weights=weights, **how))
-    for folder in run["reward_model"]:
-        model, its_tokenizer = load_reward_model(folder)
-        rewards[folder] = RewardModel(model, its_tokenizer, device=distributed.device)
-    critic = None
-    if run["critic_model"] is not None:
-        folder = run["critic_model"]
-        critic_model, _ = load_on_main(
-            distributed, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)
-        )
-        critic = Critic.from_reward_model(critic_model)
-    reward_weights = dict(zip(names, weights, strict=True))
+    rewards |= _load_reward_models(run["reward_model"], distributed)
+    critic = None if run["critic_model"] is None else _load_critic(run["critic_model"], distributed)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
@@ -207,13 +192,45 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         stopped = f"stopped by {trainer.stopped_by} after step {trainer.steps_done}"
         say(console, f"{stopped}; --resume continues it in {config.out}")
         return 128 + signal.Signals[trainer.stopped_by].value
-    if config.out is None or not trainer.distributed.is_main:
-        return 0
+    if config.out is not None and trainer.distributed.is_main:
+        _draw_curves(trainer, Path(run["prompts"]).name, Path(config.out))
+        names = sorted(path.name for path in Path(config.out).iterdir() if not path.name.startswith("."))
+        say(console, f"{', '.join(names)} are in {config.out}")
+    return 0
+
+
+def _weights(rewards: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
+    """Return the weight of each reward function and reward model, by name."""
+    names = [*rewards, *run["reward_model"]]
+    weights = run["reward_weight"] or [1.0] * len(names)
+    if not names:
+        raise UserError("nothing to train for: give --reward, --reward-model, or both")
+    if len(weights) != len(names):
+        raise UserError(f"--reward-weight has {len(weights)} numbers for {len(names)} rewards")
+    return dict(zip(names, weights, strict=True))
+
+
+def _load_reward_models(folders: Sequence[str], distributed: "Distributed") -> dict[str, "RewardModel"]:
+    from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
+
+    return {folder: RewardModel(*load_reward_model(folder), device=distributed.device) for folder in folders}
+
+
+def _load_critic(folder: str, distributed: "Distributed") -> "Critic":
+    import torch
+
+    from ppo_fast.llm.distributed import load_on_main
+    from ppo_fast.llm.models.critic import Critic
+    from ppo_fast.llm.models.reward_model import load_reward_model
+
+    model, _ = load_on_main(
+        distributed, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)
+    )
+    return Critic.from_reward_model(model)
+
+
+def _draw_curves(trainer: "PPOTrainer", prompts: str, out: Path) -> None:
     from ppo_fast.common.plots import can_draw, draw_learning_curves
 
     if can_draw():
-        title = f"PPO on {Path(run['prompts']).name}"
-        draw_learning_curves(trainer.recorded, Path(config.out) / "learning_curves.png", title)
-    names = sorted(path.name for path in Path(config.out).iterdir() if not path.name.startswith("."))
-    say(console, f"{', '.join(names)} are in {config.out}")
-    return 0
+        draw_learning_curves(trainer.recorded, out / "learning_curves.png", f"PPO on {prompts}")

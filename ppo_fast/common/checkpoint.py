@@ -38,7 +38,7 @@ class Checkpoint:
     """The contents of a checkpoint folder."""
 
     folder: Path
-    state: dict[str, Any]
+    state: dict[str, Any]  # as JSON has it
     tensors: dict[str, dict[str, Tensor]]  # by file name without suffix
 
 

@@ -40,10 +40,10 @@ class Output:
         """Flush the buffer."""
         self._attempt(self.stream.flush)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # of the stream
         return getattr(self.stream, name)
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         if not self.works:
             return
         try:

@@ -65,7 +65,7 @@ def _check_exists(device: torch.device) -> None:
         raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")
 
 
-def device_module(device: torch.device) -> Any:
+def device_module(device: torch.device) -> Any:  # modules with common functions, but without a common type
     """Return torch.cuda, torch.cpu, ...: the module with the functions of the type of a device."""
     return torch.get_device_module(device)
 

@@ -63,7 +63,7 @@ class Option:
     """One field of a config class: what its annotation and `setting` say."""
 
     name: str
-    default: Any
+    default: Any  # of the type of the option
     help: str
     kind: type  # bool, int, float, str, or tuple (of strings)
     optional: bool  # None is a value
@@ -133,7 +133,7 @@ def checked_options(config_class: type[Config]) -> type[Config]:
             raise
 
     config_class.__init__ = __init__  # type: ignore[method-assign]  # the purpose of this decorator
-    config_class.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
+    config_class.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]  # likewise
     return config_class
 
 

@@ -5,9 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.checkpoint import reported, write_file
+
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CURVES = {
     "score": "score (mean of the responses of a step)",
@@ -26,7 +30,7 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _save(figure: Any, path: Path, dpi: int) -> None:
+def _save(figure: "Figure", path: Path, dpi: int) -> None:
     """Write the picture as a PNG, completely or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
@@ -126,7 +130,7 @@ def draw_tokens(
     _save(figure, path, dpi=110)
 
 
-def _bars(axis: Any, name: str, values: list[float], clip: tuple[float, float]) -> None:
+def _bars(axis: "Axes", name: str, values: list[float], clip: tuple[float, float]) -> None:
     """Draw bars from 0, or for a ratio from 1; blue upwards, red downwards."""
     heights = [math.log(x) if name == "ratio" else x for x in values]
     axis.bar(range(len(values)), heights, color=["#d62728" if x < 0 else "#1f77b4" for x in heights], width=0.8)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
 
+Handler = Callable[[int, FrameType | None], object] | int | None  # as of signal.getsignal
 GRACE = 20.0  # seconds
 REPEATED = 1.0  # seconds within which a second signal is the same request: `timeout` and some launchers send it twice
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -104,19 +104,19 @@ def stop_requests_of_several(say: Callable[[str], None], give_up: Callable[[str]
         woken.close()
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Handler]:
     """Set a handler for SIGNALS and return the earlier ones. SIGHUP stays ignored where it is."""
     handled = [n for n in SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in handled}
 
 
-def _restore(handlers: dict[int, Any]) -> None:
+def _restore(handlers: dict[int, Handler]) -> None:
     for number, handler in handlers.items():
         if handler is not None:  # a handler that is not Python's
             signal.signal(number, handler)
 
 
-def _handle_as(handler: Any, number: int, frame: FrameType | None) -> None:
+def _handle_as(handler: Handler, number: int, frame: FrameType | None) -> None:
     """Call a handler of `signal.signal`."""
     if callable(handler):
         handler(number, frame)
