@@ -1,4 +1,4 @@
-"""What the tests of the losses share: inputs, a call with its gradients, and the comparison with the reference."""
+"""Shared by the tests of the losses: inputs, a call with its gradients, and the comparison with the reference."""
 
 import itertools
 from collections.abc import Callable
@@ -122,7 +122,7 @@ def ragged(
 
 @pytest.fixture(params=["triton", "torch", "loop"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """On a CPU eager_loss.py hands small fp32 losses to the compiled loop of cpu_loss.py: "torch" is without it."""
+    """On a CPU loss/eager.py passes small fp32 losses to the compiled loop of loss/cpu.py: "torch" is without it."""
     if request.param == "loop":
         pytest.importorskip("numba", reason="numba is not installed")
     elif request.param == "torch":
