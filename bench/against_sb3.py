@@ -1,4 +1,4 @@
-"""classic.py beside Stable-Baselines3's PPO in one process, turn by turn, with the hyper-parameters of SB3's zoo.
+"""ppo_fast.classic and Stable-Baselines3's PPO alternately in one process, with the hyper-parameters of SB3's zoo.
 
     pip install -c constraints.txt "stable-baselines3==2.9.2" -e ".[classic]"
     python bench/against_sb3.py [--env CartPole-v1] [--seeds 3] [--steps N] [--threads 1] [--out RECORD.json] [--own]
@@ -110,7 +110,7 @@ def first_time(episodes: list[tuple[int, float]], solved: float) -> int | None:
 
 
 class Watch:
-    """Seconds by the clock, and of the processor: on a machine that others use, the second says more."""
+    """Seconds by the clock, and of the processor: on a shared machine the second is more accurate."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter(), time.process_time()
@@ -160,7 +160,7 @@ def summary(
 
 
 def evaluate(env: str, act: Callable[[np.ndarray], np.ndarray]) -> list[float]:
-    """Returns of episodes from first states that are the same for everybody; act: observations [1, ...] to actions."""
+    """Returns of episodes from first states that are the same for both; act: observations [1, ...] to actions."""
     one, returns = gymnasium.make(env), []
     for seed in range(EVALUATION_EPISODES):
         observation, _ = one.reset(seed=1_000_000 + seed)  # no environment of a training begins there
@@ -211,7 +211,7 @@ def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    # its default, rgb_array, lets Box2D fly particles that nobody sees: three quarters of LunarLander's time
+    # its default, rgb_array, lets Box2D fly particles that are not shown: three quarters of LunarLander's time
     envs = make_vec_env(env, n_envs=zoo["envs"], seed=seed, env_kwargs={"render_mode": None})
     if zoo.get("norm"):
         envs = VecNormalize(envs, gamma=zoo["gamma"])
@@ -293,7 +293,7 @@ def filled(model: Any) -> Any:
 
 
 def update_alone(env: str, zoo: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Processor milliseconds of one update on the same rollout, turn by turn, and how far apart both are after one."""
+    """Processor milliseconds of one update on the same rollout, alternately, and the distance of both after one."""
     model = sb3_model(env, 0, zoo, sde=False)
     trainer = ClassicTrainer(our_config(env, 0, zoo))
     copy_weights(model.policy, trainer)

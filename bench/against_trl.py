@@ -56,7 +56,7 @@ def shape() -> LlamaConfig:
 
 
 def make(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[list[int]]]:
-    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely now and then: ragged answers."""
+    """The actor, a tokenizer of numbered tokens, and prompts. The end token is likely at some positions."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def reward(ids: list[int]) -> float:
 
 
 class _States(nn.Module):
-    """Hidden states [B, P + T, 1]: at each token the reward of the answer up to it."""
+    """Hidden states [B, P + T, 1]: at each token the reward of the answer up to this token."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
         answer = attention_mask[:, PROMPT:].bool()
@@ -174,7 +174,7 @@ def run_trl(seed: int, steps: int) -> dict[str, list[float]]:
             callbacks=[Notes()],
         )
         ppo_trainer.batch_generation, numpy.random.permutation = timed_sample, timed_permutation
-        numpy.random.seed(seed)  # TRL draws its minibatches from numpy, which nobody seeds
+        numpy.random.seed(seed)  # TRL draws its minibatches from numpy, which it does not seed
         try:
             trainer.train()
         finally:

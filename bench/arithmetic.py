@@ -1,6 +1,6 @@
 """Records a run of the arithmetic example: the README's first command and its table.
 
-python bench/arithmetic.py    # bench/results/cpu-2core/arithmetic/seed-0.jsonl
+python bench/arithmetic.py    # seed-0.jsonl and seed-0.png in bench/results/cpu-2core/arithmetic
 
 The record holds the command, its seed, figures and seconds, the machine, its threads, and its load (the mean number of
 processes that wanted to run in the minute before). Nothing else should run meanwhile: the load should be about 0.
@@ -9,6 +9,7 @@ processes that wanted to run in the minute before). Nothing else should run mean
 import argparse
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ def command(seed: int) -> str:
 
 
 def summary(seed: int) -> dict[str, Any]:
-    """The example's own figures."""
+    """The example's own figures; its learning curves are copied beside the record."""
     with tempfile.TemporaryDirectory() as folder:
         if arithmetic.main(["--seed", str(seed), "--out", folder]) != 0:
             raise SystemExit("the example failed")
+        shutil.copyfile(Path(folder) / "learning_curves.png", OUT / f"seed-{seed}.png")
         return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -3,7 +3,7 @@
 rlhf_advantages is everything between scores and whitened advantages: KL penalty, score at the last token, GAE,
 whitening. "ppo_fast in three calls" is our own shape_rewards, gae and masked_whiten one after the other: what their
 fusion gains. verl whitens inside its GAE. OpenRLHF whitens a replay buffer, elsewhere; its function for one row at a
-time stands in, so only its returns are compared.
+time is included, so only its returns are compared.
 
 Bytes by design, per token: rewards read two log-probabilities and a mask and write rewards and KL (17); whitening reads
 x and a mask, then both again, and writes (14: its mean has to be known first); all of it reads three tensors and a
@@ -146,7 +146,7 @@ def test_advantages(compare, device: torch.device, backend: str, operation: str,
         shape=f"B={B} T={T}",
         dtype="float32",
         bytes=BYTES[operation] * B * T,
-        results=lambda: [t[mask] for t in run()[compared]],  # rivals leave numbers at masked steps
+        results=lambda: [t[mask] for t in run()[compared]],  # the others leave numbers at masked steps
         truth=[t[mask] for t in truth[compared]],
         small=True,
         replay=provider.startswith("ppo_fast"),

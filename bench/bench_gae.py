@@ -1,4 +1,4 @@
-"""gae beside its rivals, with done flags.
+"""gae beside its baselines, with done flags.
 
 Batch-first: torchrl's two functions, the loops of verl and OpenRLHF (which have no flags and do the same work without
 them), and on a GPU rl-triton's kernel. Time-major: SB3's numpy buffer and a CleanRL-style torch loop.
@@ -114,7 +114,7 @@ def rl_triton(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
     return run
 
 
-def rival(name: str, device: torch.device, r: Tensor, v: Tensor, done: Tensor) -> Estimate:
+def baseline(name: str, device: torch.device, r: Tensor, v: Tensor, done: Tensor) -> Estimate:
     """A function that returns advantages and returns; a skip names what is missing."""
     if name == "sb3" and device.type != "cpu":
         pytest.skip("sb3 computes advantages in numpy on a CPU")
@@ -144,7 +144,7 @@ def test_gae(compare, monkeypatch, device, backend, provider: str, rows: int, T:
         monkeypatch.setattr(eager_gae, "numba_works", lambda: False)
         run = partial(ppo.gae, r, v, **ours, backend="torch")
     else:
-        run = rival(provider, device, r, v, done)
+        run = baseline(provider, device, r, v, done)
     flags = dict(ours, terminated=None) if provider in WITHOUT_FLAGS else ours
     compare(
         run,

@@ -1,4 +1,4 @@
-"""Other projects' functions beside those that take their place: the same call, theirs and ours.
+"""Other projects' functions and their replacements: the same call, theirs and ours.
 
 Each group is one function of one project; a project that is not installed is skipped by name. What is timed is the
 function alone, on a CPU or, where there is one, a GPU: what a whole step of that project gains is less.

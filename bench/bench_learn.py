@@ -116,7 +116,7 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
 
 
 def flops_of(shape: tuple[int, ...], rollout: Any) -> int:
-    """What the task needs, actor and critic."""
+    """FLOPs that the task needs, for actor and critic."""
     layers, width, heads, groups, inner, V, *_ = shape
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
     attention = width * (2 * width + 2 * width * groups // heads)
@@ -157,7 +157,7 @@ def why_not(shape: tuple[int, ...], provider: str, free: int) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a GPU has left; None elsewhere."""
+    """Free memory of a GPU; None elsewhere."""
     gc.collect()
     if device.type != "cuda":
         return None
@@ -216,7 +216,7 @@ def plain_advantages(task: Task) -> Callable[[], Any]:
 
 
 class Parts(NamedTuple):
-    """What one step is made of, each a call on its own."""
+    """The parts of one step, each a separate call."""
 
     advantages: Callable[[], Any]
     gradients: Callable[[Any], Tensor]  # of the experience; returns the loss

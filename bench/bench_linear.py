@@ -1,8 +1,8 @@
-"""linear_ppo_loss and linear_logprobs beside their rivals: from hidden states to gradients, or to log-probabilities.
+"""linear_ppo_loss and linear_logprobs beside their baselines: from hidden states to gradients, or to log-probabilities.
 
 FLOPs by design: 6 N D V for a step, 2 N D V for log-probabilities; bytes: hidden, weight and their gradients. The floor
 is those FLOPs at the rate of one library GEMM of the very shape; "three GEMMs" are the products of one step, h W^T, d W
-and d^T h, each whole, as such a library does them. Rivals that recompute the logits (TRL, Liger, verl, CCE) need
+and d^T h, each whole, as such a library does them. Baselines that recompute the logits (TRL, Liger, verl, CCE) need
 8 N D V. "whole logits" are eager's GEMM and our token_logprobs: also 6 N D V, with the memory of whole logits. torch's
 own chunked cross entropy needs 6, too, but is no PPO. Liger's GRPO loss takes one advantage for a sequence, here that
 of its first token, so its loss is another one.
@@ -33,9 +33,9 @@ SHAPES = {  # (N, D, V) by --size, for a CPU and for a GPU
     ("cuda", "all"): [(n, 4096, v) for n in (1024, 8192, 16384) for v in (32000, 128256, 151936)],
 }
 OURS = ("ppo_fast", "ppo_fast, low logits")
-RIVALS = ("ppo_fast, whole logits", "eager", "trl", "liger scaled ce", "cce", "verl")
-STEP = (*OURS, "three GEMMs", *RIVALS, "liger", "torch chunked cross entropy")
-SCORE = (*OURS, "one GEMM", *RIVALS)
+BASELINES = ("ppo_fast, whole logits", "eager", "trl", "liger scaled ce", "cce", "verl")
+STEP = (*OURS, "three GEMMs", *BASELINES, "liger", "torch chunked cross entropy")
+SCORE = (*OURS, "one GEMM", *BASELINES)
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # hidden, weight, tokens, old_logprobs, advantages
 
@@ -74,7 +74,7 @@ def truth_of(N: int, D: int, V: int, device: torch.device) -> Tensor:
 
 
 def clipped(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """The loss that every rival's log-probabilities go through."""
+    """The loss that every baseline's log-probabilities go through."""
     ratio = torch.exp(logprobs - old)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
 

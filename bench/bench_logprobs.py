@@ -1,4 +1,4 @@
-"""token_logprobs beside its rivals: eager PyTorch, TRL, verl, and on a GPU also TRL's kernel, Liger and torch.compile.
+"""token_logprobs and its baselines: eager PyTorch, TRL, verl, and on a GPU TRL's kernel, Liger and torch.compile.
 
 Bytes by design: forward reads the logits once, backward reads them once and writes their gradient once. Liger's cross
 entropy gives no entropy: the same work without it.

@@ -1,7 +1,7 @@
 """policy_loss, value_loss and ppo_loss beside plain PyTorch, torch.compile, verl and OpenRLHF, on per-token tensors.
 
-Bytes by design: each fp32 input and the mask read once, each gradient written once. No rival but verl's and OpenRLHF's
-modules has a function for all terms; theirs are added, value_coef = 0.5.
+Bytes by design: each fp32 input and the mask read once, each gradient written once. Of the baselines only verl
+and OpenRLHF have functions for all terms; theirs are added, value_coef = 0.5.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def both(policy_loss: Loss, value_loss: Loss) -> dict[str, Loss]:
-    """ppo_loss of a rival that has its two terms."""
+    """ppo_loss of a baseline that has its two terms."""
 
     def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, mask):
         policy = policy_loss(logprobs, old_logprobs, advantages, mask)

@@ -233,7 +233,7 @@ def probe_noise(sizes: Sizes, depth: int, width: int, kind: str, device: torch.d
 
 
 def verdict(sizes: Sizes, name: str, device: torch.device) -> dict[str, Any]:
-    """The rate of an fp32 product, and what the probe says of a model, under a matmul precision."""
+    """The rate of an fp32 product, and the probe's result for a model, under a matmul precision."""
     with precision(name):
         model = llama(sizes, sizes.depths[-1], sizes.widths[0], device)
         head = probe(model)

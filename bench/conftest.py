@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A record is written at the end of a run, so a run has to end before somebody kills it."""
+    """A record is written at the end of a run, so a run must end before it is killed."""
     budget = item.config.getoption("--budget")
     if budget is not None and time.monotonic() - item.config.stash[STARTED] > budget:
         pytest.skip(f"the budget of {budget:g} s is spent")

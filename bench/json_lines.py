@@ -78,7 +78,7 @@ def check_own(path: Path | None) -> None:
 
 
 def processor() -> str:
-    """The name of the processor, where the system tells it."""
+    """The name of the processor, where the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())

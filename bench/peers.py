@@ -1,4 +1,4 @@
-"""Rivals, imported only where a benchmark wants them."""
+"""Baselines, imported only where a benchmark wants them."""
 
 import importlib
 import sys
@@ -16,8 +16,8 @@ def peer(module: str, package: str) -> Any:
 
 
 def peer_without_its_cluster(module: str, package: str) -> Any:
-    """As `peer`, for verl and OpenRLHF: where ray, deepspeed and the like are missing, empty modules stand in for them
-    during the import, and are gone after it, so that no other package takes them for real."""
+    """As `peer`, for verl and OpenRLHF: where ray, deepspeed and the like are missing, empty modules replace them
+    during the import only, so that no other package finds them."""
     from oracles import openrlhf_stubs
 
     openrlhf_stubs.install()

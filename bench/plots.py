@@ -20,7 +20,7 @@ from rows import (
 )
 
 RED, PALE_RED, BLACK, GREY = "#c0392b", "#e59866", "#222222", "#7f8c8d"
-RIVALS = ("#2471a3", "#1e8449", "#7d3c98", "#b7950b", "#117864", "#5d6d7e", "#a04000", "#2e4053")
+BASELINES = ("#2471a3", "#1e8449", "#7d3c98", "#b7950b", "#117864", "#5d6d7e", "#a04000", "#2e4053")
 MEMORY_FLOOR = 1e-3  # MiB; a logarithm has no 0
 
 
@@ -64,11 +64,11 @@ def lines(title: str, axis: str, rows: list[Row], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     names = sorted({row["provider"] for row in rows}, key=lambda name: (name != OURS, not name.startswith(OURS), name))
-    rivals = [name for name in names if not name.startswith(OURS) and name not in CEILINGS]
+    baselines = [name for name in names if not name.startswith(OURS) and name not in CEILINGS]
     for name in names:
         mine = sorted((row for row in rows if row["provider"] == name), key=lambda row: axes_of(row)[axis])
         x, times = [axes_of(row)[axis] for row in mine], [spread(row) for row in mine]
-        look = style(name, rivals)
+        look = style(name, baselines)
         left.plot(x, [t[0] for t in times], label=name, **look)
         left.fill_between(x, [t[1] for t in times], [t[2] for t in times], color=look["color"], alpha=0.15, lw=0)
         if name not in CEILINGS and all(memory_mib(row) is not None for row in mine):
@@ -95,7 +95,7 @@ def lines(title: str, axis: str, rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def style(name: str, rivals: list[str]) -> dict[str, Any]:
+def style(name: str, baselines: list[str]) -> dict[str, Any]:
     if name == OURS:
         return {"color": RED, "lw": 2.5, "marker": "o", "zorder": 5}
     if name.startswith(OURS):
@@ -103,7 +103,7 @@ def style(name: str, rivals: list[str]) -> dict[str, Any]:
         return {"color": PALE_RED, "lw": 1.5, "marker": marker, "ms": 5, "zorder": 4}
     if name in CEILINGS:
         return {"color": BLACK, "lw": 1, "ls": ":"}
-    return {"color": RIVALS[rivals.index(name) % len(RIVALS)], "lw": 1.3, "marker": "s", "ms": 4}
+    return {"color": BASELINES[baselines.index(name) % len(BASELINES)], "lw": 1.3, "marker": "s", "ms": 4}
 
 
 def bars(operation: str, groups: Groups, path: Path) -> None:

@@ -122,8 +122,8 @@ def named(versions: dict[str, Any]) -> str:
 def table(rows: list[Row]) -> list[str]:
     """One group, fastest first; columns that no row fills are left out."""
     ours = next((spread(row)[0] for row in rows if row["provider"] == OURS), None)
-    rivals = [spread(row)[0] for row in rows if row["provider"] not in CEILINGS]
-    best = min(rivals, default=None)
+    baselines = [spread(row)[0] for row in rows if row["provider"] not in CEILINGS]
+    best = min(baselines, default=None)
     lines: list[dict[str, str]] = []
     for row in sorted(rows, key=lambda row: spread(row)[0]):
         median, low, high = spread(row)
@@ -181,7 +181,7 @@ def parts_table(rows: list[Row]) -> list[str]:
 
 
 def behind(operations: dict[str, Groups]) -> list[str]:
-    """Where a rival, or a variant of ours, is faster than ours, or a rival needs less memory, in words."""
+    """Where a baseline, or a variant of ours, is faster than ours, or a baseline needs less memory, in words."""
     lines: list[str] = []
     for operation, groups in operations.items():
         for shape, rows in groups.items():
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folders = {path.parent for path in options.records}
     if len(folders) > 1:
-        parser.error(f"the records lie in {len(folders)} folders; a report is about one machine")
+        parser.error(f"the records are in {len(folders)} folders; a report is about one machine")
     try:
         records = [record for path in options.records for record in read(path)]
         folder = claim(options.out, "bench/report.py")

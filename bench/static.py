@@ -49,13 +49,13 @@ WIDTHS = (128, 64, 32, 16, 8)  # bits of one load
 
 
 class Report(NamedTuple):
-    """What a binary says about itself."""
+    """Resources of a binary, from its disassembly."""
 
     registers: int
     shared_bytes: int
     spills: int  # CUDA: bytes of stack and local memory; AMD: spilled vector registers and bytes of scratch
     loads: dict[str, int]  # bits -> number of global load instructions
-    loop: int = 0  # instructions of the longest innermost loop; 0 without one, or where nobody looked
+    loop: int = 0  # instructions of the longest innermost loop; 0 without one, or where it was not counted
     barriers: int = 0  # among them
 
 

@@ -1,4 +1,4 @@
-"""ppo-fast doctor: what this machine will run, and whether each operation is right on it.
+"""ppo-fast doctor: the backends of this machine, and a check of each operation on them.
 
 Every public operation runs on this machine, on every backend and in every dtype that it has, and is compared, forward
 and gradients, with `kernels/reference.py` in fp64. Its error may be at most twice that of the reference in the same
@@ -7,6 +7,7 @@ dtype, plus 1e-6 of the largest value for rounding where the reference happens t
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -108,22 +109,22 @@ def make_inputs(device: torch.device, *, B: int = 5, T: int = 37, V: int = 1003,
     }
 
 
-def _token_logprobs(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _token_logprobs(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     return ops.token_logprobs(x["logits"], x["tokens"], x["mask"], temperature=0.7, with_entropy=True, **options)
 
 
-def _policy_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _policy_loss(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     names = ("logprobs", "old_logprobs", "advantages", "mask")
     loss, _ = ops.policy_loss(*(x[name] for name in names), clip_high=0.3, **options)
     return (loss,)
 
 
-def _value_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _value_loss(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     loss, _ = ops.value_loss(*(x[name] for name in ("values", "old_values", "returns", "mask")), **options)
     return (loss,)
 
 
-def _ppo_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _ppo_loss(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     names = ("logprobs", "values", "old_logprobs", "old_values", "advantages", "returns", "mask")
     loss, _ = ops.ppo_loss(
         *(x[name] for name in names),
@@ -138,40 +139,40 @@ def _ppo_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
     return (loss,)
 
 
-def _gae(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _gae(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     flags = {"mask": x["mask"], "terminated": x["ends"], "truncated": x["cuts"], "final_values": x["final_values"]}
     return ops.gae(x["rewards"], x["values"], gamma=0.99, lam=0.9, bootstrap=x["bootstrap"], **flags, **options)
 
 
-def _gae_packed(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _gae_packed(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     flat = {name: x[name].flatten() for name in ("rewards", "values", "mask")}
     return ops.gae(**flat, gamma=0.99, lam=0.9, cu_seqlens=x["cu_seqlens"], **options)
 
 
-def _gae_time_major(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _gae_time_major(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     flipped = {"rewards": x["rewards"].T, "values": x["values"].T, "terminated": x["ends"].T}
     return ops.gae(**flipped, gamma=0.99, lam=0.9, bootstrap=x["bootstrap"], time_major=True, **options)
 
 
-def _shape_rewards(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _shape_rewards(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     return ops.shape_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], kl_estimator="k3", **options)
 
 
-def _masked_whiten(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _masked_whiten(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     return (ops.masked_whiten(x["advantages"], x["mask"], **options),)
 
 
-def _rlhf_advantages(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _rlhf_advantages(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     names = ("scores", "logprobs", "ref_logprobs", "values", "mask")
     return tuple(ops.rlhf_advantages(*(x[name] for name in names), **options))[:4]
 
 
-def _linear_logprobs(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _linear_logprobs(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     names = ("hidden", "weight", "tokens", "mask")
     return ops.linear_logprobs(*(x[name] for name in names), temperature=0.7, with_entropy=True, **options)
 
 
-def _linear_ppo_loss(ops: Operations, x: Inputs, **options: Any) -> tuple[Tensor, ...]:
+def _linear_ppo_loss(ops: Operations, x: Inputs, **options: object) -> tuple[Tensor, ...]:
     names = ("hidden", "weight", "tokens", "old_logprobs", "advantages", "mask")
     loss, *_ = ops.linear_ppo_loss(*(x[name] for name in names), entropy_coef=0.01, softcap=5.0, **options)
     return (loss,)
@@ -194,7 +195,7 @@ CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
 }
 
 
-def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **options: object) -> list[Tensor]:
     """An operation's outputs and, by a random projection of them, its gradients."""
     run, differentiable = CHECKS[name]
     cast = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
@@ -300,7 +301,7 @@ def _attention(device: torch.device) -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """What this machine has, and what will run on it."""
+    """The hardware and versions of this machine, and the backends that they allow."""
     facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {threads_note()}"}
     for package in PACKAGES:
         try:
@@ -350,7 +351,7 @@ def _print_kernels(kernels: list[Kernel]) -> None:
 
 
 def compile_loops() -> None:
-    """Compiles the loops of numba, which keeps them on disk, and prints where.
+    """Compiles numba's loops, which are cached on disk, and prints the folder.
 
     Raises:
         UserError: numba is not installed or does not work, or finds no folder for its cache.
@@ -362,14 +363,15 @@ def compile_loops() -> None:
     from ppo_fast.kernels.loss import cpu as cpu_loss
 
     loops: list[Callable[[], tuple[Callable[..., None], Any]]] = [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
-    start = time.perf_counter()
+    start, folders = time.perf_counter(), []
     for number, loop in enumerate(loops, 1):
         _, code = loop()
         print(f"loop {number} of {len(loops)}: {(code.cache_hits and 'cached') or 'compiled'}", flush=True)
-    folder = getattr(code._cache, "cache_path", None)
-    if folder is None:
-        raise UserError("numba found no folder for its cache: set NUMBA_CACHE_DIR to a folder that can be written")
-    print(f"{len(loops)} loops in {time.perf_counter() - start:.1f} s are in {folder}")
+        folder = getattr(code._cache, "cache_path", None)
+        if folder is None:
+            raise UserError("numba found no folder for its cache: set NUMBA_CACHE_DIR to a folder that can be written")
+        folders.append(folder)
+    print(f"{len(loops)} loops in {time.perf_counter() - start:.1f} s are below {os.path.commonpath(folders)}")
 
 
 def main(*, as_json: bool, report: bool = False) -> int:

@@ -94,7 +94,7 @@ _EMPTY = ("empty", "empty_like", "empty_strided")
 
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN (floats) or a huge number (integers), so that an element nobody wrote cannot pass."""
+    """torch.empty gives NaN (floats) or a huge number (integers): a test fails if an element is not written."""
     if EMULATED:  # poisoned in every test
         yield
         return

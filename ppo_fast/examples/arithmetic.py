@@ -1,13 +1,13 @@
-"""Teach a small Llama to add: a careless teacher first, then PPO with nothing but a reward.
+"""Teach a small Llama to add: supervised by a careless teacher, then by PPO from a reward alone.
 
     python -m ppo_fast.examples.arithmetic [--seed N] [--out DIR]
 
 1. A Llama of 0.1 million weights and a tokenizer of 14 tokens are made from scratch; nothing is downloaded.
-2. Supervised learning imitates a teacher who adds two-digit numbers but forgets the carry seven times in ten, so the
-   model learns to add and to be careless: it answers about 42 % of held-out problems, those without a carry.
-3. PPO: the model answers problems, a Python function says right or wrong, and nothing else teaches it. What it mends
-   is the teacher's bad habit: the model has seen carries, but has been taught to leave them out.
-4. The same 1024 problems, seen by neither phase, are answered greedily before and after PPO.
+2. Supervised learning imitates a teacher who adds two-digit numbers but omits the carry seven times in ten: the model
+   learns to add and to omit carries, and solves about 42 % of held-out problems, those without a carry.
+3. PPO: the model samples answers, and a Python function returns 1 for a right one and 0 for a wrong one. PPO corrects
+   the omitted carries, of which the supervised data has right examples as well.
+4. The same 1024 problems, which neither phase has used, are answered greedily before and after PPO.
 
 DIR then holds summary.json, learning_curves.png, metrics.jsonl, samples.jsonl, TensorBoard events, and model/, which
 AutoModelForCausalLM.from_pretrained loads. On a GPU the same command uses the Triton kernels.
@@ -44,7 +44,7 @@ from ppo_fast.llm.trainer import PPOTrainer
 SEED = 0
 TEST_PROBLEMS = 1024
 VALIDATION_PROBLEMS = 512
-CARELESS = 0.7  # how often the teacher forgets the carry
+CARELESS = 0.7  # how often the teacher omits the carry
 SUPERVISED_STEPS = 400
 SUPERVISED_BATCH = 256
 SUPERVISED_LR = 4e-3
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(config: PPOConfig) -> dict[str, Any]:
+def run(config: PPOConfig) -> dict[str, object]:
     """Both phases; the summary that is also written to OUT/summary.json."""
     start = time.perf_counter()
     seed, out = config.seed, claim(str(config.out), "the arithmetic example")
@@ -241,7 +241,7 @@ def run(config: PPOConfig) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """What the README shows: exact match, steps and seconds before and after PPO."""
+    """The table of the README: exact match, steps and seconds before and after PPO."""
     table = Table(title=f"{summary['test_problems']} unseen problems, answered greedily", title_justify="left")
     table.add_column("")
     table.add_column("before PPO", justify="right")

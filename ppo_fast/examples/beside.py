@@ -1,4 +1,4 @@
-"""What the with_* examples share: progress with the time left, and errors of missing packages.
+"""Shared by the with_* examples: progress with the time left, and errors of missing packages.
 
 Unlike ppo_fast/common/console.py, it needs no package besides Python: an environment of another project may lack rich.
 """
@@ -9,7 +9,7 @@ import time
 
 
 def announce(module: str, text: str) -> None:
-    """Says what an example does, at once: to be called before the imports that take seconds, with `__name__`."""
+    """Prints what an example does; called with `__name__` before the imports that take seconds."""
     if module == "__main__":
         print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""Teach a small network to write words, letter by letter, with PPO and nothing but a reward.
+"""Teach a small network to write words, letter by letter, with PPO from a reward alone.
 
     python -m ppo_fast.examples.classic_text [--seed N] [--out DIR]
 
@@ -27,7 +27,7 @@ TEXTS = 8  # shown before and after
 
 
 def make_scorer() -> Scorer:
-    """Words of three letters or more, else one-letter words would be an easy living; and a full stop at the end."""
+    """Rewards words of three letters or more, since one-letter words are too easy, and a full stop at the end."""
     return SumScorer({WordScorer([word for word in WORDS.split() if len(word) > 2]): 1.0, sentence_end: 3.0})
 
 

@@ -1,4 +1,4 @@
-"""What a way of sampling does to the answers: how likely they are, and how different from each other.
+"""Compare ways of sampling: the likelihood of the answers, and how different they are from each other.
 
     python -m ppo_fast.examples.sampling --model DIR --prompts FILE.jsonl [--out DIR]
 

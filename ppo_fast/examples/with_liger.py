@@ -24,8 +24,8 @@ def even_digits(prompts: list[str], completions: list[str]) -> list[float]:
     return [sum(c in "02468" for c in text) / max(len(text), 1) for text in completions]
 
 
-def add_liger(model: Any) -> None:
-    """RMSNorm, SwiGLU and rotary embedding by Liger, and nothing at the LM head."""
+def add_liger(model: object) -> None:
+    """Replaces RMSNorm, SwiGLU and rotary embedding by Liger's, and keeps the LM head."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -1,4 +1,4 @@
-"""PPO updates with OpenRLHF's own functions, as they are and with ppo_fast in their place: the same numbers.
+"""PPO updates with OpenRLHF's own functions, as they are and replaced by ppo_fast's: the same numbers.
 
     pip install -e . "openrlhf==0.11.*" flash-attn
     python -m ppo_fast.examples.with_openrlhf [--updates N]
@@ -86,7 +86,7 @@ def now() -> float:
 
 
 def train(answers: Answers, updates: int, progress: Progress | None = None) -> list[Update]:
-    """Looks OpenRLHF's functions up when it is called, so that a patch takes part."""
+    """Looks OpenRLHF's functions up at the call, so that a patch takes effect."""
     from openrlhf.models import PolicyLoss, ValueLoss
     from openrlhf.models.utils import compute_approx_kl, compute_reward, log_probs_from_logits
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker

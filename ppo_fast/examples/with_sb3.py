@@ -10,7 +10,6 @@ of 100 episodes with sampled actions is measured before and after. Two minutes o
 import argparse
 import sys
 import time
-from typing import Any
 
 from ppo_fast.examples.beside import Progress, failed
 
@@ -23,7 +22,7 @@ def timed(kind: type) -> tuple[type, list[float]]:
     seconds: list[float] = []
 
     class Timed(kind):  # type: ignore[misc]
-        def compute_returns_and_advantage(self, *args: Any, **options: Any) -> None:
+        def compute_returns_and_advantage(self, *args: object, **options: object) -> None:
             start = time.perf_counter()
             super().compute_returns_and_advantage(*args, **options)
             seconds.append(time.perf_counter() - start)
@@ -41,7 +40,7 @@ def compare(steps: int, seeds: int) -> list[tuple[float, ...]]:
 
     from ppo_fast.integrations.sb3 import RolloutBuffer
 
-    def mean_return(model: Any, seed: int) -> float:
+    def mean_return(model: object, seed: int) -> float:
         envs = make_vec_env("CartPole-v1", n_envs=10, seed=seed)
         return evaluate_policy(model, envs, n_eval_episodes=EPISODES, deterministic=False)[0]
 

@@ -18,12 +18,12 @@ from ppo_fast.examples.beside import Progress, failed
 INSTALL = 'pip install -c constraints.txt -e ".[train]" "trl==1.16.*"'
 
 
-def even_digits(completions: list[str], **_: Any) -> list[float]:
+def even_digits(completions: list[str], **_: object) -> list[float]:
     return [sum(c in "02468" for c in text) / max(len(text), 1) for text in completions]
 
 
 def train(steps: int, folder: Path) -> list[dict[str, float]]:
-    """What TRL logs of each step. The model goes to a folder and comes back, as one that was downloaded would."""
+    """Returns TRL's log of each step. The model is saved and loaded, as a downloaded one would be."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback, set_seed
     from trl import GRPOConfig, GRPOTrainer
@@ -33,7 +33,7 @@ def train(steps: int, folder: Path) -> list[dict[str, float]]:
     progress = Progress("step", steps)
 
     class Shown(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        def on_step_end(self, args: object, state: Any, control: Any, **options: Any) -> None:
             progress.show(state.global_step)
 
     set_seed(0)

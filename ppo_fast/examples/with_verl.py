@@ -1,4 +1,4 @@
-"""One PPO step of verl's own workers on a CPU, with verl's arithmetic and then with ppo_fast's in its place.
+"""One PPO step of verl's own workers on a CPU, with verl's arithmetic and then with ppo_fast's.
 
     pip install -e ".[train]" verl==0.9.1 tensordict==0.10.0 transformers==5.10.4 fastapi uvicorn
     python -m ppo_fast.examples.with_verl
@@ -37,7 +37,7 @@ def use_cpu() -> None:
     from verl.plugin.platform.platform_cuda import PlatformCUDA
 
     class Cpu(PlatformCUDA):
-        """What a worker asks of a machine; the rest is never asked. It logs GPU memory, of which there is none."""
+        """The part of verl's device interface that a worker calls; GPU memory, which it logs, is 0."""
 
         device_name = "cpu"
         device_module = SimpleNamespace(
@@ -71,8 +71,8 @@ def use_cpu() -> None:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def load_critic(local_path: str, torch_dtype: torch.dtype, model_config: Any, trust_remote_code: bool) -> Any:
-    """In the place of verl's function of these arguments, which insists on flash-attn."""
+def load_critic(local_path: str, torch_dtype: torch.dtype, model_config: object, trust_remote_code: bool) -> object:
+    """Replaces verl's function of these arguments, which requires flash-attn."""
     from transformers import AutoModelForTokenClassification
 
     return AutoModelForTokenClassification.from_pretrained(local_path, dtype=torch_dtype, config=model_config)
@@ -87,7 +87,7 @@ def save_model(folder: Path) -> None:
     make_model(tokenizer).save_pretrained(folder)
 
 
-def make_worker(kind: str, folder: Path, loss: Any) -> Any:
+def make_worker(kind: str, folder: Path, loss: object) -> Any:
     """verl's TrainingWorker for a language_model or a value_model, by FSDP2 on one process in fp32."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
@@ -203,7 +203,7 @@ def step(folder: Path, *, loss_mode: str = "vanilla") -> tuple[dict[str, float],
     return metrics, weights
 
 
-def _flat(found: Any) -> list[Any]:
+def _flat(found: object) -> list[Any]:
     if isinstance(found, list | tuple):
         return [x for part in found for x in _flat(part)]
     return [found.aggregate() if hasattr(found, "aggregate") else found]

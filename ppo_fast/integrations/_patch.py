@@ -1,4 +1,4 @@
-"""Puts our functions in the place of another project's, everywhere it has imported them, and takes them out again."""
+"""Replaces functions of another project by ours, everywhere it has imported them, and restores them."""
 
 import importlib
 import importlib.metadata
@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
-from typing import Any
 
 ANY_VERSION = "PPO_FAST_ANY_VERSION"
 
@@ -37,17 +36,17 @@ def peer(package: str, module: str, tested: tuple[str, ...], note: str = "") -> 
 
 
 class Patch:
-    """Functions of one package and what takes their place; a context manager, or `apply` and `undo`.
+    """Functions of one package and their replacements; a context manager, or `apply` and `undo`.
 
     Args:
         package: as it is installed, such as "verl".
         replacements: "module:function" -> our function.
     """
 
-    def __init__(self, package: str, replacements: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, package: str, replacements: Mapping[str, Callable[..., object]]) -> None:
         self.package = package
         self.replacements = replacements
-        self.undone: list[tuple[dict[str, Any], str, Any]] = []  # a module's names, one of them, what stood there
+        self.undone: list[tuple[dict[str, object], str, object]] = []  # a module's names, one of them, what stood there
 
     def apply(self, *, quiet: bool = False) -> "Patch":
         """Replaces the functions, where they are defined, imported by name or registered, and prints which.
@@ -77,7 +76,7 @@ class Patch:
         return [m for key, m in list(sys.modules.items()) if key.split(".")[0] == root and isinstance(m, ModuleType)]
 
     def undo(self) -> None:
-        """Puts back what stood there."""
+        """Restores the original functions."""
         for names, alias, theirs in reversed(self.undone):
             ours, names[alias] = names[alias], theirs
             for module in self._modules():  # one that was imported in the meantime has ours by name

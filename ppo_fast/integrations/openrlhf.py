@@ -1,4 +1,4 @@
-"""OpenRLHF: its PPO arithmetic by ppo_fast, in the place of OpenRLHF's own functions.
+"""OpenRLHF: its PPO arithmetic by ppo_fast, instead of OpenRLHF's own functions.
 
 >>> import ppo_fast.integrations.openrlhf as fast  # doctest: +SKIP
 >>> fast.patch()  # before the trainer is made, in every process; fast.unpatch() takes it back  # doctest: +SKIP
@@ -65,7 +65,7 @@ class PolicyLoss(_loss.PolicyLoss):  # type: ignore[name-defined, misc]
         is_correction_level: str = "off",
         is_correction_mode: str = "mask",
         is_correction_gating: str = "ratio",
-        is_correction_threshold: Any = (0.5, 5.0),
+        is_correction_threshold: object = (0.5, 5.0),
     ) -> None:
         if policy_loss_type not in ("ppo", "gspo"):
             raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}")
@@ -181,7 +181,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """Entropy [...] of softmax(logits [..., V]) in nats, in the logits' dtype; -inf in the logits is no harm."""
+    """Entropy [...] of softmax(logits [..., V]) in nats, in the logits' dtype; logits may be -inf."""
     index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ppo.token_logprobs(logits, index, with_entropy=True)[1].to(logits.dtype)
 
@@ -193,7 +193,7 @@ def compute_approx_kl(
     kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    """OpenRLHF's KL per token: k1, k2 or k3, in fp32, cut at +-10.
+    """OpenRLHF's KL per token: k1, k2 or k3, in fp32, clamped to +-10.
 
     `unbiased_gradient`: any estimator gets k2's gradient, times pi / pi_old, at most 10, where log_probs_old is given.
     """
@@ -292,5 +292,5 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Takes them back."""
+    """Restores OpenRLHF's functions."""
     _patch.undo()

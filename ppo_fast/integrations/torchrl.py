@@ -1,4 +1,4 @@
-"""torchrl: its ClipPPOLoss and its GAE with the arithmetic of ppo_fast, exchanged by import only.
+"""torchrl: its ClipPPOLoss and its GAE with the arithmetic of ppo_fast, by a change of imports alone.
 
 >>> from torchrl.objectives import ClipPPOLoss  # doctest: +SKIP
 >>> from torchrl.objectives.value import GAE  # doctest: +SKIP
@@ -46,7 +46,7 @@ def _summed(td_errors: Tensor, done: Tensor, gamma: float, lam: float, *, time: 
 
 
 class _Summed(torch.autograd.Function):
-    """`_summed` with a gradient: the same recursion forwards in time, where the end of a step cuts the next one off."""
+    """`_summed` with a gradient: the same recursion forwards in time, where the end of an episode stops it."""
 
     @staticmethod
     def forward(ctx: Any, td_errors: Tensor, done: Tensor, gamma: float, lam: float, time: int) -> Tensor:
@@ -76,7 +76,7 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
         RuntimeError: values, rewards and ends of episodes differ in shape.
     """
 
-    def __init__(self, *, gamma: float | Tensor, lmbda: float | Tensor, **options: Any) -> None:
+    def __init__(self, *, gamma: float | Tensor, lmbda: float | Tensor, **options: object) -> None:
         for name, x in (("gamma", gamma), ("lmbda", lmbda)):
             if isinstance(x, Tensor) and (x.numel() != 1 or x.requires_grad):
                 raise ValueError(f"ppo_fast's GAE takes one number as {name}, without a gradient; got {x}")
@@ -89,8 +89,8 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
         self,
         tensordict: TensorDictBase,
         *,
-        params: Any = None,
-        target_params: Any = None,
+        params: object = None,
+        target_params: object = None,
         time_dim: int | None = None,
     ) -> TensorDictBase:
         """Writes advantage and value_target [*B, T, *F] to a tensordict [*B, T], and returns it."""
@@ -108,16 +108,16 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
     def value_estimate(
         self,
         tensordict: TensorDictBase,
-        params: Any = None,
-        target_params: Any = None,
+        params: object = None,
+        target_params: object = None,
         time_dim: int | None = None,
-        **_: Any,
+        **_: object,
     ) -> Tensor:
         """value_target alone; as in torchrl without regard to auto_reset_env."""
         return self._estimate(tensordict, params, target_params, time_dim, False)[1]
 
     def _estimate(
-        self, data: TensorDictBase, params: Any, target_params: Any, time_dim: int | None, auto_reset: bool
+        self, data: TensorDictBase, params: object, target_params: object, time_dim: int | None, auto_reset: bool
     ) -> tuple[Tensor, Tensor]:
         """Advantages and value targets, in the shape and dtype of the values."""
         if data.batch_dims < 1:
@@ -189,12 +189,12 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
 
     def __init__(
         self,
-        actor_network: Any = None,
-        critic_network: Any = None,
+        actor_network: object = None,
+        critic_network: object = None,
         *,
         clip_epsilon: float | tuple[float, float] = 0.2,
         reduction: str | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         if reduction not in (None, "none", "mean", "sum"):
             raise ValueError(f"ClipPPOLoss takes reduction='none', 'mean' or 'sum', got {reduction!r}")
@@ -209,7 +209,7 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         super().__init__(actor_network, critic_network, clip_epsilon=clip_epsilon, reduction=reduction, **options)
         self._known: dict[str, tuple[Tensor, int, float]] = {}
 
-    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> Any:
+    def make_value_estimator(self, value_type: object = None, **hyperparams: object) -> Any:
         """As torchrl's; for ValueEstimators.GAE, the default, the estimator is ppo_fast's."""
         value_type = self.default_value_estimator if value_type is None else value_type
         gae = _utils.ValueEstimators.GAE
@@ -257,7 +257,7 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         return out
 
     def _advantages(self, data: TensorDictBase) -> Tensor:
-        """Those of the data, or of the value estimator, normalised if that is asked for."""
+        """The advantages of the data, or of the value estimator, normalised on request."""
         advantages = data.get(self.tensor_keys.advantage, None, as_padded_tensor=True)
         missing = advantages is None
         if missing:
@@ -275,7 +275,7 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         return self._maybe_normalize_advantage(_constant("advantage", advantages), data, update_norm=missing)
 
     def _counted(self, data: TensorDictBase, like: Tensor) -> Tensor | None:
-        """The positions that torchrl's masks leave in."""
+        """The positions that torchrl's masks count."""
         mask = None
         for key in self._loss_mask_keys():
             given = data.get(key, default=None)
@@ -368,7 +368,7 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         return 2 * self.critic_coeff * found.loss.to(value.dtype), fraction, explained  # torchrl's has no factor 0.5
 
 
-def _entry(data: TensorDictBase, key: Any, where: str) -> Tensor:
+def _entry(data: TensorDictBase, key: object, where: str) -> Tensor:
     """An entry; where it is missing, torchrl's error."""
     x = data.get(key, None)
     if x is None:

@@ -39,7 +39,7 @@ def selective_log_softmax(
     `row_mask`: 0 where a row is left out and 0 is returned. An index [..., K], several for each row, is TRL's own.
     """
     if index.ndim != logits.ndim - 1:
-        options: dict[str, Any] = {} if temperature == 1.0 else {"temperature": temperature}
+        options: dict[str, object] = {} if temperature == 1.0 else {"temperature": temperature}
         return _theirs(logits, index, **options, **({} if row_mask is None else {"row_mask": row_mask}))
     logprobs = ppo.token_logprobs(logits, index, _counted(row_mask), temperature=temperature)
     assert isinstance(logprobs, Tensor)
@@ -147,7 +147,7 @@ class ChunkedLogProbFunction112:
 
 
 class _AnswerLogits:
-    """Stands for logits [B, T, V]; its slices are computed when they are asked for."""
+    """A lazy substitute of logits [B, T, V], whose slices are computed at their use."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor) -> None:
         self.head = head
@@ -158,25 +158,25 @@ class _AnswerLogits:
 
 
 class PPOForward:
-    """`forward` of TRL 1.12's PPOTrainer, by the decoder alone: the LM head sees answers, prompts it does not.
+    """`forward` of TRL 1.12's PPOTrainer, by the decoder alone: the LM head is applied to answers, not to prompts.
 
     TRL slices the answers out of all logits. A model whose logits are not its linear LM head times its decoder's
     hidden states (looked at once), one with adapters, and one that accelerate has wrapped, are left to TRL's own.
     """
 
-    def __init__(self, theirs: Callable[..., Any], wrapper: type) -> None:
+    def __init__(self, theirs: Callable[..., object], wrapper: type) -> None:
         self.theirs = theirs
         self.wrapper = wrapper
         self.plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
-    def __call__(self, model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any:
+    def __call__(self, model: nn.Module, query_responses: Tensor, pad_token_id: int) -> object:
         """query_responses [B, T] -> what has `.logits`; of policy and critic together also values [B, T, 1]."""
         policy: Any = getattr(model, "policy", model)
         mask = query_responses != pad_token_id
         ids = query_responses.masked_fill(~mask, 0)  # a pad token may lie beyond the embedding
         if not self._is_plain(model, policy, ids):
             return self.theirs(model, query_responses, pad_token_id)
-        inputs: dict[str, Any] = {
+        inputs: dict[str, object] = {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": mask.cumsum(1) - mask.long(),
@@ -244,5 +244,5 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Takes them back."""
+    """Restores TRL's functions."""
     _patch.undo()

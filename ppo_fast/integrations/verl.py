@@ -1,4 +1,4 @@
-"""verl: its PPO arithmetic by ppo_fast, in the place of verl's own functions, or as a plug-in by name.
+"""verl: its PPO arithmetic by ppo_fast, instead of verl's own functions, or as a plug-in by name.
 
 verl imports the modules that VERL_USE_EXTERNAL_MODULES names in every process (hand the variable on to Ray's workers,
 in runtime_env.env_vars):
@@ -10,8 +10,8 @@ in runtime_env.env_vars):
 Importing this module registers the policy loss "ppo_fast" and the advantage estimator "gae_ppo_fast". verl 0.9 hands
 values to its own estimator "gae" only: for GAE keep algorithm.adv_estimator=gae and use the first line, or `patch()`.
 
-Tested with verl 0.9. Where verl leaves numbers at masked positions, which it masks later, these return 0, and nothing
-that stands at a masked position, NaN included, reaches a result.
+Tested with verl 0.9. Where verl leaves numbers at masked positions, which it masks later, these return 0, and no
+value at a masked position, NaN included, reaches a result.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def compute_gae_advantage_return(
     lam: float | Tensor | None = None,
     *,
     config: Any = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages, and returns, [B, T] each; steps that the mask leaves out are skipped.
 
@@ -234,7 +234,7 @@ def linear_cross_entropy(
     labels: Tensor,
     temperature: float = 1.0,
     reduction: str = "none",
-    dist_process_group: Any = None,
+    dist_process_group: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] from hidden states [..., D] and the LM head [V, D], without the logits.
 
@@ -287,7 +287,7 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Takes them back."""
+    """Restores verl's functions."""
     _patch.undo()
 
 

@@ -1,4 +1,4 @@
-"""For VERL_USE_EXTERNAL_MODULES: importing this puts ppo_fast in the place of verl's own PPO arithmetic."""
+"""For VERL_USE_EXTERNAL_MODULES: importing this module replaces verl's own PPO arithmetic by ppo_fast's."""
 
 from ppo_fast.integrations.verl import patch
 

@@ -10,7 +10,7 @@ UNITS = ("words", "characters", "tokens")
 
 
 def length_band(
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]] | None = None,
     *,
@@ -45,8 +45,8 @@ def length_band(
     return [n / low if n < low else max(0.0, 1.0 - max(0, n - high) / high) for n in lengths]
 
 
-def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -> list[float]:
-    """1 minus the share of an answer's word n-grams that stand in the prompt, or in the user's last turn of a chat.
+def no_echo(prompts: Sequence[object], completions: Sequence[str], *, n: int = 4) -> list[float]:
+    """1 minus the share of an answer's word n-grams that occur in the prompt, or in the user's last turn of a chat.
 
     An answer of fewer than n words is looked for as a whole; an empty one repeats nothing: 1.
 
@@ -62,10 +62,10 @@ def no_echo(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 4) -
     return found
 
 
-def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 3) -> list[float]:
-    """1 minus the share of an answer's word n-grams that it has written before (Welleck et al. 2020, seq-rep-n).
+def no_repetition(prompts: Sequence[object], completions: Sequence[str], *, n: int = 3) -> list[float]:
+    """1 minus the share of a completion's word n-grams that occur earlier in it (Welleck et al. 2020, seq-rep-n).
 
-    >>> no_repetition(["Go on:"] * 2, ["so it goes so it goes so it goes", "all is well"])
+    >>> no_repetition(["Continue:"] * 2, ["so it goes so it goes so it goes", "all is well"])
     [0.42857142857142855, 1.0]
     """
     grams = [ngrams(words(completion), n) for completion in completions]
@@ -73,14 +73,14 @@ def no_repetition(prompts: Sequence[Any], completions: Sequence[str], *, n: int 
 
 
 def stays_in_role(
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completions: Sequence[str],
     raw_completions: Sequence[str] | None = None,
     ended: Sequence[bool] | None = None,
     *,
     others: Sequence[str] = ("user", "human", "system", "assistant", "customer", "question", "q"),
 ) -> list[float]:
-    """0 for an answer in which somebody else begins to speak, else 1.
+    """0 for a completion in which another speaker begins, else 1.
 
     That is a line that begins with one of `others` and a colon, perhaps bold or as a heading ("### Human:"),
     or a mark of a chat template such as <|im_start|>, [INST] or <start_of_turn>. In many tokenizers these are special
@@ -116,7 +116,7 @@ def _marked(raw: str, ended: bool) -> bool:
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<<SYS>>|</?(?:start|end)_of_turn>|###\s*(?:Instruction|Input)", re.I)
 
 
-def ngrams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
+def ngrams(items: Sequence[object], n: int) -> list[tuple[object, ...]]:
     """All stretches of n items; none for n = 0."""
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)] if n > 0 else []
 

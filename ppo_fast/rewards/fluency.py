@@ -1,4 +1,4 @@
-"""Fluency: how likely a frozen language model finds an answer."""
+"""Fluency: the likelihood of a completion under a frozen language model."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Fluency:
     Args:
         model: a causal language model, or the folder of one with its tokenizer; it is frozen.
         tokenizer: its tokenizer; None with a folder.
-        same_tokens: the model has the actor's tokenizer, and judges the very tokens that the actor wrote, its end token
-            included; else the answer's text is turned into the model's own tokens.
-        batch_size: answers judged at once.
+        same_tokens: the model has the actor's tokenizer, and evaluates the tokens that the actor sampled, its end token
+            included; else the completion's text is turned into the model's own tokens.
+        batch_size: completions in one forward pass.
         device: where it runs. None: a model stays where it is; one loaded from a folder goes to the trainer's device,
             and is on the CPU without a trainer.
 
@@ -117,7 +117,7 @@ class Fluency:
         return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """What fits into the model's positions: a long prompt loses its beginning, a long answer its end."""
+        """Truncates to the model's positions: a long prompt at its beginning, a long completion at its end."""
         from ppo_fast.llm.models.head import text_config
 
         positions = getattr(text_config(self.model), "max_position_embeddings", None)

@@ -11,7 +11,7 @@ from ppo_fast.rewards.overlap import package
 
 
 def matches(
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completions: Sequence[str],
     pattern: str | Sequence[str],
     raw_completions: Sequence[str] | None = None,
@@ -55,7 +55,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"not a regular expression: {error} ({pattern:.80})") from error
 
 
-def json_schema(prompts: Sequence[Any], completions: Sequence[str], schema: Any) -> list[float]:
+def json_schema(prompts: Sequence[object], completions: Sequence[str], schema: Any) -> list[float]:
     """1 where an answer is JSON that its schema allows (by jsonschema), 0.5 where it is other JSON, else 0.
 
     Args:
@@ -75,7 +75,7 @@ def json_schema(prompts: Sequence[Any], completions: Sequence[str], schema: Any)
     return [_judged(completion, _validator(_text(one))) for _, completion, one in rows_of(completions, schemas)]
 
 
-def _text(schema: Any) -> str:
+def _text(schema: object) -> str:
     if schema is None:
         raise ValueError("an answer has no schema")
     return schema if isinstance(schema, str) else json.dumps(schema)

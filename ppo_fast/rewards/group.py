@@ -3,12 +3,11 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from ppo_fast.rewards.dialogue import ngrams
 
 
-def group_diversity(prompts: Sequence[Any], completions: Sequence[str], *, n: int = 2) -> list[float]:
+def group_diversity(prompts: Sequence[object], completions: Sequence[str], *, n: int = 2) -> list[float]:
     """Share of an answer's different word n-grams that no other answer to the same prompt has.
 
     For `samples_per_prompt` > 1: a prompt's only answer gets 1, and so nothing is learned from it. An answer of fewer

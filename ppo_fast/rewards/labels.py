@@ -10,7 +10,7 @@ from ppo_fast.rewards.matching import best_of, is_mark, normalised, overlap_f1, 
 
 
 def label_match(
-    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, labels: Sequence[str] = ()
+    prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, labels: Sequence[str] = ()
 ) -> list[float]:
     """1 where an answer is the right label, else 0; with `labels`, where the first of them that it names is.
 
@@ -27,7 +27,7 @@ def label_match(
         raise ValueError(f"labels must be a list of texts that differ in their letters or digits, got {labels!r:.200}")
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
-    def judge(answer: str, right: Any) -> bool:
+    def judge(answer: str, right: object) -> bool:
         said, wanted = _plain(answer), _plain(right)
         if not names:
             return (said or answer.strip()) == (wanted or str(right).strip())
@@ -39,13 +39,13 @@ def label_match(
     return best_of(completions, reference, judge)
 
 
-def _plain(text: Any) -> str:
+def _plain(text: object) -> str:
     """Lower case, and blanks for punctuation; the label A of several choices is no article."""
     text = unicodedata.normalize("NFKC", str(text)).lower()
     return " ".join("".join(" " if is_mark(c) else c for c in text).split())
 
 
-def span_f1(prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+def span_f1(prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object]) -> list[float]:
     """Entity recognition: F1 of (label, text) pairs, both exact (Tjong Kim Sang and De Meulder 2003).
 
     Args:
@@ -60,7 +60,7 @@ def span_f1(prompts: Sequence[Any], completions: Sequence[str], reference: Seque
     return best_of(completions, reference, lambda answer, right: overlap_f1(_spans(answer), _spans(right)), (Mapping,))
 
 
-def _spans(entities: Any) -> list[tuple[str, str]]:
+def _spans(entities: object) -> list[tuple[str, str]]:
     if isinstance(entities, Mapping):
         several = {label: [texts] if isinstance(texts, str) else texts or () for label, texts in entities.items()}
         return [(label.upper(), " ".join(text.split())) for label, texts in several.items() for text in texts]
@@ -68,7 +68,9 @@ def _spans(entities: Any) -> list[tuple[str, str]]:
     return [(label.strip(" -*").upper(), " ".join(text.split())) for label, _, text in lines]
 
 
-def ndcg(prompts: Sequence[Any], completions: Sequence[str], relevance: Sequence[Any], *, k: int = 10) -> list[float]:
+def ndcg(
+    prompts: Sequence[object], completions: Sequence[str], relevance: Sequence[object], *, k: int = 10
+) -> list[float]:
     """Recommendation: normalised discounted cumulative gain of the first k lines (Järvelin and Kekäläinen 2002).
 
     Gains are 2^relevance - 1, discounted by log2(1 + rank).
@@ -95,7 +97,7 @@ def _ndcg(completion: str, relevance: Any, k: int, row: int) -> float:
     graded = relevance if isinstance(relevance, Mapping) else dict.fromkeys(items, 1.0)
     for item, grade in graded.items():
         if grade is not None and not (isinstance(grade, float | int) and 0 <= grade <= 100):
-            raise ValueError(f"the relevance of {item!r} to prompt {row} must lie between 0 and 100, got {grade!r}")
+            raise ValueError(f"the relevance of {item!r} to prompt {row} must be in [0, 100], got {grade!r}")
     gains = {normalised(item): 2.0 ** (grade or 0) - 1 for item, grade in graded.items()}
     lines = [
         normalised(re.sub(r"^\s*(?:\d+[.)]|[-*•])\s+", "", line)) for line in completion.splitlines() if line.strip()

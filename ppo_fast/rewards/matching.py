@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 
-def rows_of(completions: Sequence[str], column: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
+def rows_of(completions: Sequence[str], column: Sequence[object]) -> Iterator[tuple[int, str, Any]]:
     """Row, answer, and what the column has for it.
 
     Raises:
@@ -16,7 +16,7 @@ def rows_of(completions: Sequence[str], column: Sequence[Any]) -> Iterator[tuple
     """
     if isinstance(column, str):
         raise ValueError(
-            f"one entry for each answer is expected, got the text {column!r:.80}; the name of a column stands without"
+            f"one entry for each answer is expected, got the text {column!r:.80}; the name of a column has no"
             " quotation marks"
         )
     if len(column) != len(completions):
@@ -24,7 +24,7 @@ def rows_of(completions: Sequence[str], column: Sequence[Any]) -> Iterator[tuple
     return ((row, completions[row], column[row]) for row in range(len(completions)))
 
 
-def references_of(reference: Any, row: int, also: tuple[type, ...] = ()) -> list[Any]:
+def references_of(reference: object, row: int, also: tuple[type, ...] = ()) -> list[object]:
     """What is right for one answer, as a list: of one, or of several of which the best counts.
 
     Raises:
@@ -41,11 +41,11 @@ def references_of(reference: Any, row: int, also: tuple[type, ...] = ()) -> list
 
 def best_of(
     completions: Sequence[str],
-    reference: Sequence[Any],
+    reference: Sequence[object],
     judge: Callable[[str, Any], float],
     also: tuple[type, ...] = (),
 ) -> list[float]:
-    """Each answer against the reference that it meets best."""
+    """Scores each completion against the reference with the highest score."""
     return [
         max(float(judge(completion, right)) for right in references_of(rights, row, also))
         for row, completion, rights in rows_of(completions, reference)
@@ -85,7 +85,7 @@ def is_mark(c: str) -> bool:
 _ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
-def exact_match(prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+def exact_match(prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object]) -> list[float]:
     """1 where the normalised answer is the normalised reference, else 0.
 
     Args:
@@ -103,7 +103,7 @@ def exact_match(prompts: Sequence[Any], completions: Sequence[str], reference: S
     return best_of(completions, reference, lambda answer, right: normalised(answer) == normalised(right))
 
 
-def f1(prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+def f1(prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object]) -> list[float]:
     """Harmonic mean of precision and recall of the normalised answer's words (Rajpurkar et al. 2016).
 
     Arguments and errors as for `exact_match`. Languages that don't write blanks between words get exact match.

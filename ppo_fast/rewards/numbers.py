@@ -5,7 +5,6 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
 
 from ppo_fast.rewards.matching import best_of
 
@@ -35,7 +34,7 @@ _LONGEST = 400  # characters of a number, and its largest power: a model may wri
 
 
 def numeric(
-    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, tolerance: float = 0.0
+    prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, tolerance: float = 0.0
 ) -> list[float]:
     """1 where an answer's number (`number_in`) is the reference's, else 0; an answer without a number is wrong.
 
@@ -55,7 +54,7 @@ def numeric(
         raise ValueError(f"the tolerance must be a finite number, at least 0, got {tolerance}")
     allowed = Fraction(str(float(tolerance)))
 
-    def right(answer: str, expected: Any) -> bool:
+    def right(answer: str, expected: object) -> bool:
         wanted, found = number_in(str(expected)), number_in(answer)
         if wanted is None:
             raise ValueError(f"the reference {expected!r:.80} has no number")
@@ -65,7 +64,7 @@ def numeric(
 
 
 def number_in(text: str) -> Fraction | None:
-    r"""The number that an answer gives, exactly; None: there is none.
+    r"""The number of a completion, as an exact fraction, or None.
 
     It is, of these the first that there is:
 
@@ -154,7 +153,7 @@ def _marked(text: str) -> Iterator[tuple[re.Match[str], str]]:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last \\boxed{} has; None: there is none."""
+    """The contents of the last \\boxed{}, or None."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None

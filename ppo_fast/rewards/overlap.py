@@ -10,7 +10,7 @@ from ppo_fast.rewards.matching import best_of, references_of, rows_of, words
 
 
 def package(name: str, install: str) -> Any:
-    """An optional package, or an error that says how to get it."""
+    """Imports an optional package; the error names the extra that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -18,7 +18,7 @@ def package(name: str, install: str) -> Any:
 
 
 def rouge_l(
-    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, stemmer: bool = True
+    prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, stemmer: bool = True
 ) -> list[float]:
     """F1 of the longest common subsequence of words (Lin 2004, section 3), by rouge-score.
 
@@ -59,9 +59,9 @@ class _Words:
 
 
 def bleu(
-    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, tokenize: str = "13a"
+    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[object], *, tokenize: str = "13a"
 ) -> list[float]:
-    """BLEU of each answer by itself, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
+    """BLEU of each completion alone, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
 
     One sentence has few 4-grams: orders it cannot have are left out, and missing ones smoothed (sacrebleu's
     effective_order and "exp").
@@ -83,9 +83,9 @@ def bleu(
 
 
 def chrf(
-    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[Any], *, word_order: int = 0
+    prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, word_order: int = 0
 ) -> list[float]:
-    """chrF of each answer by itself, from 0 to 1 (Popovic 2015), by sacrebleu; good for every script.
+    """chrF of each completion alone, from 0 to 1 (Popovic 2015), by sacrebleu; suitable for every script.
 
     Arguments and errors as for `bleu`; `word_order=2` is chrF++.
 
@@ -99,14 +99,14 @@ _TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
 
 
 @functools.cache
-def _bleu(tokenize: str) -> Any:
+def _bleu(tokenize: str) -> object:
     if tokenize not in _TOKENIZERS:
         raise ValueError(f"tokenize must be one of {', '.join(_TOKENIZERS)}; got {tokenize!r}")
     return package("sacrebleu", "sacrebleu").BLEU(tokenize=tokenize, effective_order=True)
 
 
 @functools.cache
-def _chrf(word_order: int) -> Any:
+def _chrf(word_order: int) -> object:
     return package("sacrebleu", "sacrebleu").CHRF(word_order=word_order)
 
 

@@ -2,7 +2,7 @@
 
 A signal for the trainer's process group, such as Ctrl-C, reaches no worker: a judgement ends as usual, and the trainer
 saves the run. Each worker has a session of its own, with all subprocesses that user code starts in it. Only this module
-ends them, together: after the time limit, with the pool, and when the trainer is gone.
+ends them, together: after the time limit, with the pool, and when the trainer has ended.
 """
 
 import math
@@ -69,7 +69,7 @@ def _kill_session(leader: int) -> None:
 
 
 class Pool:
-    """A reward function that judges one answer at a time, several of them at once, within a time limit.
+    """A reward function that runs in worker processes, one completion at a time in each, within a time limit.
 
     An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process and the
     subprocesses of that are then killed) gets `fallback`. A call with such answers prints one line to stderr, with
@@ -91,7 +91,7 @@ class Pool:
     """
 
     def __init__(
-        self, reward: Callable[..., Sequence[Any]] | str, *, timeout: float, fallback: float, workers: int = 2
+        self, reward: Callable[..., Sequence[object]] | str, *, timeout: float, fallback: float, workers: int = 2
     ) -> None:
         numbers = all(isinstance(x, float | int) and math.isfinite(x) for x in (timeout, fallback))
         if not (numbers and timeout > 0 and isinstance(workers, int) and workers >= 1):
@@ -115,7 +115,7 @@ class Pool:
         )
         weakref.finalize(self, _stop, self._pool)  # also when Python ends
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> list[Any]:
+    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> list[Any]:
         """One number for each answer, in their order."""
         taken = self.columns_taken(columns)
         jobs = [
@@ -154,7 +154,7 @@ class Pool:
         return taken
 
     def _result(self, job: Any) -> float | str:
-        """A number, or why there is none."""
+        """A number, or the reason why there is none."""
         try:
             return job.result()
         except BrokenProcessPool as error:
@@ -175,7 +175,7 @@ _LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward 
 
 
 def _prepare(pickled: bytes) -> None:
-    """Begins a worker.
+    """Sets the signal handlers of a worker.
 
     The reward is pickled once more: its module, which may start subprocesses, is imported after signals are unblocked.
     """
@@ -194,7 +194,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends a judgement that hangs, and its subprocesses, when the trainer was killed."""
+    """Ends a reward that hangs, and its subprocesses, after the trainer was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -202,8 +202,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _judge(prompt: Any, completion: str, columns: dict[str, Any]) -> float | str:
-    """One answer, in a worker: its number, or why there is none."""
+def _judge(prompt: object, completion: str, columns: dict[str, object]) -> float | str:
+    """The reward of one completion, in a worker: its number, or the reason why there is none."""
     try:
         values = list(_LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()}))
         if len(values) != 1:

@@ -47,5 +47,5 @@ def test_neither_phase_sees_a_test_problem_and_every_test_problem_is_honest_addi
         assert problem["answer"] == str(a + b)
 
 
-def test_the_reward_knows_right_from_wrong():
+def test_the_reward_is_one_for_right_and_zero_for_wrong():
     assert arithmetic.right_or_wrong(["1+1="] * 4, ["46", "36", "046", ""], ["46"] * 4) == [1.0, 0.0, 0.0, 0.0]

@@ -35,7 +35,7 @@ def text() -> str:
     return read_text(None)
 
 
-def test_a_paragraph_is_in_two_parts_of_the_text(text):
+def test_each_paragraph_is_in_one_part_of_the_text(text):
     parts = cut(text, seed=0)
     paragraphs = {name: {p for x in passages for p in x.split("\n\n") if p.strip()} for name, passages in parts.items()}
     assert sum(map(len, paragraphs.values())) > 1500
@@ -46,7 +46,7 @@ def test_a_paragraph_is_in_two_parts_of_the_text(text):
     assert cut(text, seed=1) != parts
 
 
-def test_what_follows_a_prompt_does_not_follow_it_in_the_text(text):
+def test_what_follows_a_prompt_follows_it_in_the_text(text):
     passages = cut(text, seed=0)["supervised"][:20]
     tokenizer = make_tokenizer(passages, 400)
     whole = "\n".join(passages)
@@ -58,7 +58,7 @@ def test_what_follows_a_prompt_does_not_follow_it_in_the_text(text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_spoilt_text_is_the_real_text(kind):
+def test_spoilt_text_differs_from_the_real_text(kind):
     real = [Stretch("p", f"the value of number {i} is computed when it is asked for {i}") for i in range(50)]
     spoilt = [spoil(stretch, real, kind, random.Random(i)) for i, stretch in enumerate(real)]
     assert sum(a == b.follows for a, b in zip(spoilt, real, strict=True)) <= 3
@@ -68,13 +68,13 @@ def test_spoilt_text_is_the_real_text(kind):
         assert all(len(a) == len(b.follows) for a, b in zip(spoilt, real, strict=True))
 
 
-def test_the_judges_probabilities_do_not_add_up_to_one():
+def test_the_judges_probabilities_add_up_to_one():
     judge = NGrams([[0, 1, 2, 1, 2, 3], [2, 1, 0]], vocabulary=5, order=3)
     for before in ([], [1], [2, 1], [4, 4], [0, 1, 2], [3, 2, 1]):
         assert sum(judge.probability(token, before) for token in range(5)) == pytest.approx(1)
 
 
-def test_the_judge_counts_otherwise_than_by_hand():
+def test_the_judge_counts_as_by_hand():
     judge = NGrams([[0, 1, 0, 1]], vocabulary=4, order=2)
     one = (2 + 2 * 0.25) / (4 + 2)  # twice among four tokens of two kinds
     assert judge.probability(1, []) == pytest.approx(one)
@@ -86,11 +86,11 @@ def test_the_judge_counts_otherwise_than_by_hand():
 
 
 @pytest.mark.parametrize(("ids", "share"), [([1, 2, 3, 1, 2, 3], 0.25), ([1] * 6, 0.75), ([1, 2], 0), ([], 0)])
-def test_repetition_is_another_share(ids, share):
+def test_repetition_is_the_share_of_repeated_ngrams(ids, share):
     assert repetition(ids) == share
 
 
-def test_coherence_rewards_repetition_or_other_words():
+def test_coherence_rewards_neither_repetition_nor_other_words():
     prompts = ["the lambda expression"] * 3
     texts = ["a lambda expression", "a name", "lambda " * 9]
     assert coherence(prompts, texts, [[1, 2, 3], [4, 5, 6], [7] * 9]) == [1.0, 0.0, pytest.approx(0.5 - 6 / 7)]
@@ -121,7 +121,7 @@ def done(tmp_path_factory) -> Path:
     return out
 
 
-def test_a_phase_leaves_nothing_that_loads(done):
+def test_each_phase_leaves_a_folder_that_loads(done):
     tokenizer = AutoTokenizer.from_pretrained(done / "supervised")
     assert len(tokenizer) == 300
     for folder in ("supervised", "ppo/model", "sweep/0/model"):
@@ -144,7 +144,7 @@ def test_a_phase_leaves_nothing_that_loads(done):
         assert (done / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_phase_is_repeated_or_a_changed_run_goes_on(done):
+def test_a_finished_phase_is_not_repeated_and_a_changed_run_is_rejected(done):
     before = {p: p.stat().st_mtime_ns for p in done.rglob("*.safetensors")}
     screen = StringIO()
     run(dataclasses.replace(SMALL, out=str(done)), Console(file=screen))
@@ -154,7 +154,7 @@ def test_a_phase_is_repeated_or_a_changed_run_goes_on(done):
         run(dataclasses.replace(SMALL, out=str(done), seed=1), Console(file=screen))
 
 
-def test_pairs_from_a_file_are_left_aside(tmp_path):
+def test_pairs_from_a_file_are_used(tmp_path):
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (the extra ppo_fast[rewards])")
     rows = [{"prompt": "The", "chosen": f" value {i}", "rejected": f" x{i}", "kind": "person"} for i in range(30)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -171,7 +171,7 @@ def test_pairs_from_a_file_are_left_aside(tmp_path):
         ("--pairs", '{"prompt": "a", "chosen": "b", "rejected": "b"}', "line 1: chosen and rejected are the same"),
     ],
 )
-def test_bad_input_is_found_after_training_or_not_at_all(tmp_path, capsys, option, content, message):
+def test_bad_input_is_rejected_before_training(tmp_path, capsys, option, content, message):
     (tmp_path / "file").write_text(content)
     assert command.main([option, str(tmp_path / "file"), "--out", str(tmp_path / "run")]) == 1
     assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ def evaluate(function, *leaves):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_linear_logprobs_differ_from_cut_cross_entropys(mask, softcap):
+def test_linear_logprobs_match_cut_cross_entropy(mask, softcap):
     """Switch: it returns -logp, takes -100 for a masked token, and has no temperature. Both in fp32, uncompiled."""
     hidden, weight = draw(B, T, D, seed=91).float(), draw(V, D, seed=92).float()
     tokens = tokens_below(V, B, T, seed=93)

@@ -34,7 +34,7 @@ def weights_apart(policy, trainer) -> float:
         ("Pendulum-v1", 0.05, False),
     ],
 )
-def test_updates_from_sb3s_rollouts_in_sb3s_order_end_elsewhere(monkeypatch, env, entropy, decay):
+def test_updates_from_sb3s_rollouts_in_sb3s_order_end_at_the_same_weights(monkeypatch, env, entropy, decay):
     """Four rollouts of 24 optimizer steps, both with their own Adam from first to last; the rollouts are SB3's."""
     zoo = {**HYPERPARAMETERS, "entropy": entropy, "decay": decay}
     model, trainer = against_sb3.sb3_model(env, 0, zoo, sde=False), ClassicTrainer(against_sb3.our_config(env, 0, zoo))
@@ -67,7 +67,7 @@ def test_updates_from_sb3s_rollouts_in_sb3s_order_end_elsewhere(monkeypatch, env
 
 @pytest.mark.parametrize("autoreset", ["next_step", "same_step"])
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.5)])
-def test_advantages_of_recorded_episodes_are_others(autoreset, gamma, lam):
+def test_advantages_of_recorded_episodes_match(autoreset, gamma, lam):
     """CartPole with a limit of 20 steps: a random policy's episodes end in both ways. The steps that only reset are
     taken out; then SB3 gets gamma V(last observation) added to the reward of a cut episode, torchrl that value."""
     options = {"env_kwargs": '{"max_episode_steps": 20}', "vectorization": "sync", "autoreset": autoreset}

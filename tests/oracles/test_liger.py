@@ -60,7 +60,7 @@ def liger_loss(logprobs, x, advantages, mask, *, weights=None, beta=0.1, **optio
 @pytest.mark.parametrize("delta", [None, 1.6])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_policy_loss_differs_from_ligers_grpo(mask, loss_type, delta, backend):
+def test_policy_loss_matches_ligers_grpo(mask, loss_type, delta, backend):
     """Switches: kl_estimator="k3", kl_coef=beta; delta is our dual_clip, if above 1 + clip_high."""
     x, advantages = inputs()
     weights = draw(B, T, seed=74).exp().clamp(max=2.0)
@@ -98,7 +98,7 @@ def loss_and_gradients(function, *leaves):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_linear_ppo_loss_differs_from_ligers_fused_linear_grpo(mask, loss_type):
+def test_linear_ppo_loss_matches_ligers_fused_linear_grpo(mask, loss_type):
     """From hidden states to gradients, in fp32. Switches as above; Liger runs uncompiled, one sequence at a time."""
     hidden, poisoned, weight, bias, tokens, old, ref, advantages = linear_inputs(mask)
     per_step = advantages.unsqueeze(-1).expand(B, T)
@@ -120,7 +120,7 @@ def test_linear_ppo_loss_differs_from_ligers_fused_linear_grpo(mask, loss_type):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger's kernel on CPU tensors")
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_logits_to_loss_differs_from_ligers_triton_kernel(mask):
+def test_logits_to_loss_matches_ligers_triton_kernel(mask):
     """token_logprobs and policy_loss in a row against Liger's one kernel. Switch: inplace=False keeps the logits."""
     _, _, _, _, tokens, _, _, advantages = linear_inputs(mask)
     logits = draw(B, T + 1, V, seed=82, scale=2.0).float()  # Liger drops the last position, which predicts nothing
@@ -144,7 +144,7 @@ def test_logits_to_loss_differs_from_ligers_triton_kernel(mask):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_linear_logprobs_differ_from_ligers_scaled_cross_entropy(mask):
+def test_linear_logprobs_match_ligers_scaled_cross_entropy(mask):
     """Switch: Liger returns -logp and takes -100 for a masked token; on a CPU its PyTorch fallback answers, in fp32."""
     hidden, poisoned, weight, _, tokens, _, _, _ = linear_inputs(mask)
     up, up_entropy = draw(B, T, seed=85).float(), draw(B, T, seed=86).float()
@@ -169,7 +169,7 @@ def test_linear_logprobs_differ_from_ligers_scaled_cross_entropy(mask):
         assert_equal(x, y, name, atol=2e-5)
 
 
-def test_one_runaway_ratio_is_infinite_as_in_liger():
+def test_one_runaway_ratio_is_finite_unlike_in_liger():
     """Liger has no clamp: exp(800) is infinite, and with A < 0 the loss as well. Ours stops at e^20 = 485165195."""
     logprobs, advantages, mask = torch.zeros(1, 1).double(), torch.tensor([-1.0]).double(), torch.ones(1, 1).bool()
     x = {"old_logprobs": logprobs - 800, "ref_logprobs": logprobs}

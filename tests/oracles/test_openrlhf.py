@@ -50,7 +50,7 @@ def our_policy_loss(x, mask, **options):
 @pytest.mark.parametrize("dual_clip", [None, 2.0])
 @pytest.mark.parametrize("aggregation", LEVELS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_policy_loss_differs_from_openrlhfs(mask, aggregation, dual_clip, backend):
+def test_policy_loss_matches_openrlhf(mask, aggregation, dual_clip, backend):
     """No switch: dual clip is an option of both; token_level_loss chooses between two of our aggregations."""
     x = policy_inputs()
     ours = for_ours(mask, DTYPES[backend], **x)
@@ -68,7 +68,7 @@ def test_policy_loss_differs_from_openrlhfs(mask, aggregation, dual_clip, backen
 
 
 @pytest.mark.parametrize("aggregation", LEVELS)
-def test_a_global_denominator_means_another_scale_than_openrlhfs(aggregation):
+def test_a_global_denominator_has_the_scale_of_openrlhf(aggregation):
     """Switch: denominator = OpenRLHF's global count divided by dp_size."""
     mask, x = MASKS["right-padded"], policy_inputs()
     loss, grad = our_policy_loss(x, mask, aggregation=aggregation, denominator=12.5)
@@ -85,7 +85,7 @@ def test_a_global_denominator_means_another_scale_than_openrlhfs(aggregation):
 
 @pytest.mark.parametrize("mode", ["clip", "mask"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_rollout_weights_scale_something_else_than_openrlhfs_correction(mask, mode):
+def test_rollout_weights_scale_as_openrlhfs_correction(mask, mode):
     """Switch: we take the weights; TIS clamps pi_old / pi_rollout to a band, IcePop drops what lies outside of it."""
     x = policy_inputs()
     rollout = x["old_logprobs"] + draw(B, T, seed=30, scale=0.8)
@@ -107,7 +107,7 @@ def test_rollout_weights_scale_something_else_than_openrlhfs_correction(mask, mo
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("aggregation", LEVELS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_value_loss_differs_from_openrlhfs(mask, aggregation, clip, backend):
+def test_value_loss_matches_openrlhf(mask, aggregation, clip, backend):
     x = value_inputs()
     ours = for_ours(mask, DTYPES[backend], **x)
     options = dict(clip=clip, aggregation=aggregation, backend=backend)
@@ -136,7 +136,7 @@ def our_kl(logprobs, ref, mask, estimator):
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_kl_estimator_differs_from_openrlhfs(mask, estimator):
+def test_kl_estimator_matches_openrlhf(mask, estimator):
     """No switch while |d| is at most 2: OpenRLHF cuts every estimate at +-10. It computes in fp32, so ours does."""
     x = {"logprobs": draw(B, T, seed=31), "d": draw(B, T, seed=32).clamp(-2, 2)}
     x = {"logprobs": x["logprobs"], "ref": (x["logprobs"] - x["d"]).float().double()}
@@ -162,7 +162,7 @@ def test_a_large_kl_is_cut_at_10_without_a_gradient_as_in_openrlhf(estimator, d,
     assert gone.item() == 0.0
 
 
-def test_k2_has_another_gradient_than_openrlhfs_unbiased_estimators():
+def test_k2_has_the_gradient_of_openrlhfs_unbiased_estimators():
     """OpenRLHF's unbiased_gradient keeps the value of any estimator and gives it k2's gradient, as ours has for k2."""
     logprobs, ref, mask = draw(B, T, seed=33).float(), draw(B, T, seed=34).float(), MASKS["gaps"]
     _, peer_grad = with_gradient(
@@ -174,7 +174,7 @@ def test_k2_has_another_gradient_than_openrlhfs_unbiased_estimators():
 
 @pytest.mark.parametrize("score_clip", [None, 1.0])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_the_score_stands_elsewhere_than_in_openrlhfs_reward(mask, score_clip):
+def test_the_score_is_at_the_position_of_openrlhfs_reward(mask, score_clip):
     """Switch: compare counted steps, since OpenRLHF drops the others (and an empty row's score) only in its GAE."""
     scores = draw(B, seed=35, scale=2.0)
     x = {"logprobs": draw(B, T, seed=36), "ref": draw(B, T, seed=37)}
@@ -194,7 +194,7 @@ def their_gae(rewards, values, mask, gamma, lam):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0)])
 @pytest.mark.parametrize("mask", GAPLESS.values(), ids=GAPLESS)
-def test_gae_differs_from_openrlhfs(mask, gamma, lam, backend):
+def test_gae_matches_openrlhf(mask, gamma, lam, backend):
     """Switch: no gaps in the mask, and counted steps only: left padding gets numbers from OpenRLHF."""
     x = {"rewards": draw(B, T, seed=38), "values": draw(B, T, seed=39)}
     advantages, returns = ppo.gae(
@@ -215,7 +215,7 @@ def test_a_tool_token_discounts_the_reward_once_more_as_in_openrlhf():
 
 
 @pytest.mark.parametrize("mask", GAPLESS.values(), ids=GAPLESS)
-def test_whole_way_from_score_to_whitened_advantage_differs_from_openrlhfs(mask):
+def test_scores_to_whitened_advantages_match_openrlhf(mask):
     """Switches: unbiased=False, eps=0 (OpenRLHF bounds the variance below by 1e-8), score_clip=10, no gaps."""
     scores = draw(B, seed=40, scale=8.0)
     x = {"logprobs": draw(B, T, seed=41), "ref": draw(B, T, seed=42), "values": draw(B, T, seed=43)}
@@ -257,7 +257,7 @@ def test_whole_way_from_score_to_whitened_advantage_differs_from_openrlhfs(mask)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropy_differ_from_openrlhfs(temperature, backend):
+def test_logprobs_and_entropy_match_openrlhf(temperature, backend):
     """Switch: OpenRLHF divides the logits in place inside log_probs_from_logits, and its entropy then reads them."""
     V = 67
     logits, tokens = draw(B, T, V, seed=44, scale=3.0), tokens_below(V, B, T, seed=45)

@@ -1,4 +1,4 @@
-"""OpenRLHF with our functions in the place of its own, its GPU packages stubbed: the same numbers and gradients."""
+"""OpenRLHF with our functions instead of its own, its GPU packages stubbed: the same numbers and gradients."""
 
 import inspect
 import itertools
@@ -65,7 +65,7 @@ CORRECTIONS = {
 @pytest.mark.parametrize(("dual_clip", "token_level"), list(itertools.product([None, 2.0], [True, False])))
 @pytest.mark.parametrize("info", GLOBAL, ids=["local", "global", "accumulated"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_policy_loss_gradient_or_metrics_differ(mask, info, dual_clip, token_level, correction):
+def test_policy_loss_gradient_and_metrics_match(mask, info, dual_clip, token_level, correction):
     """OpenRLHF gets 0 where masked, ours NaN."""
     x = policy_inputs()
     x["rollout"] = x["old_logprobs"] + draw(B, T, seed=30, scale=0.5)
@@ -95,7 +95,7 @@ def test_policy_loss_gradient_or_metrics_differ(mask, info, dual_clip, token_lev
 @pytest.mark.parametrize(("token_level", "clip"), list(itertools.product([True, False], [None, 0.5])))
 @pytest.mark.parametrize("info", GLOBAL, ids=["local", "global", "accumulated"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_value_loss_or_gradient_differ(mask, info, token_level, clip):
+def test_value_loss_and_gradient_match(mask, info, token_level, clip):
     x = value_inputs()
 
     def found(kind, t):
@@ -110,7 +110,7 @@ def test_value_loss_or_gradient_differ(mask, info, token_level, clip):
         assert_equal(our, their, name)
 
 
-def test_losses_without_a_mask_differ():
+def test_losses_without_a_mask_match():
     x, v = policy_inputs(), value_inputs()
     for kind in (their_loss, fast):
         module = kind.PolicyLoss()
@@ -164,12 +164,12 @@ def test_gspo_is_openrlhfs(correction):
         ),
     ],
 )
-def test_an_option_we_do_not_compute_is_taken(options, error, message):
+def test_an_option_that_ours_lacks_is_rejected(options, error, message):
     with pytest.raises(error, match=message):
         fast.PolicyLoss(**options)
 
 
-def test_a_correction_without_rollout_log_probs_is_left_out():
+def test_a_correction_without_rollout_log_probs_is_rejected():
     x = policy_inputs()
     with pytest.raises(ValueError, match="rollout_log_probs"):
         fast.PolicyLoss(is_correction_level="token")(x["logprobs"], x["old_logprobs"], x["advantages"])
@@ -177,7 +177,7 @@ def test_a_correction_without_rollout_log_probs_is_left_out():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shape", [(B, T), (B * T,)])
-def test_logprobs_entropy_or_gradients_differ(shape, temperature):
+def test_logprobs_entropy_and_gradients_match(shape, temperature):
     """The logits come back divided by the temperature, as OpenRLHF leaves them, and the entropy reads these."""
     logits, labels = draw(*shape, V, seed=1, scale=3), tokens_below(V, *shape, seed=2)
     up, up_entropy = draw(*shape, seed=3), draw(*shape, seed=4)
@@ -197,7 +197,7 @@ def test_logprobs_entropy_or_gradients_differ(shape, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_dtype_is_another_than_openrlhfs(dtype):
+def test_the_dtype_is_that_of_openrlhf(dtype):
     logits, labels = draw(B, T, V, seed=1).to(dtype), tokens_below(V, B, T, seed=2)
     theirs, ours = (f.log_probs_from_logits(logits, labels) for f in (utils, fast))
     assert ours.dtype == theirs.dtype == fast.compute_entropy(logits).dtype == dtype
@@ -220,7 +220,7 @@ def test_a_masked_vocabulary_has_no_entropy_as_in_openrlhf():
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize(("unbiased", "old"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("scale", [0.5, 8.0, 200.0])
-def test_kl_or_its_gradient_differ(estimator, unbiased, old, scale):
+def test_kl_and_its_gradient_match(estimator, unbiased, old, scale):
     """Up to where each estimate is cut at +-10, and a ratio at 10; the last scale overflows exp in fp32."""
     logprobs, base, up = draw(B, T, seed=10, scale=scale), draw(B, T, seed=11, scale=scale), draw(B, T, seed=12)
     options = {"kl_estimator": estimator, "unbiased_gradient": unbiased}
@@ -237,7 +237,7 @@ def test_kl_or_its_gradient_differ(estimator, unbiased, old, scale):
     assert_equal(gradient, their_gradient, rtol=1e-5)
 
 
-def test_an_unknown_estimator_is_taken():
+def test_an_unknown_estimator_is_rejected():
     with pytest.raises(ValueError, match="Unknown kl_estimator: k4"):
         fast.compute_approx_kl(torch.zeros(1), torch.zeros(1), kl_estimator="k4")
 
@@ -245,7 +245,7 @@ def test_an_unknown_estimator_is_taken():
 @pytest.mark.parametrize("band", [None, (-10, 10), (-1.0, 0.5)])
 @pytest.mark.parametrize("kl_coef", [0.1, 0.0, -1.0])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_rewards_differ(mask, kl_coef, band):
+def test_rewards_match(mask, kl_coef, band):
     """Everywhere, where the KL is 0 at masked steps; so the logged return, the sum of a row, is OpenRLHF's too."""
     r, kl = draw(B, seed=20, scale=8), draw(B, T, seed=21)
     theirs = utils.compute_reward(r, kl_coef, torch.where(mask, kl, 0), mask, band)
@@ -260,7 +260,7 @@ def test_a_row_without_a_response_has_its_reward_at_the_last_position():
         assert reward.tolist() == [[0, 0, 0, 2.5], [0, 2, 0, 0]]
 
 
-def test_rewards_without_a_mask_or_of_a_list_are_taken():
+def test_rewards_without_a_mask_or_of_a_list_are_rejected():
     with pytest.raises(ValueError, match="action_mask"):
         fast.compute_reward(torch.zeros(2), 0.1, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="one tensor"):
@@ -273,7 +273,7 @@ def their_gae(values, rewards, mask, gamma, lam, kind=experience_maker.RemoteExp
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0)])
 @pytest.mark.parametrize("mask", [*MASKS.values(), None], ids=[*MASKS, "none"])
-def test_advantages_or_returns_differ(mask, gamma, lam):
+def test_advantages_and_returns_match(mask, gamma, lam):
     """Everywhere: a masked step counts with value and reward 0, and has an advantage, in OpenRLHF."""
     counted = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
     x = {"values": draw(B, T, seed=22), "rewards": draw(B, T, seed=23)}
@@ -323,7 +323,7 @@ def action_log_probs():
     return logprobs, output.entropy
 
 
-def test_openrlhfs_own_code_makes_other_experience_or_logprobs_with_the_patch(monkeypatch):
+def test_openrlhfs_own_code_makes_the_same_experience_and_logprobs_with_the_patch(monkeypatch):
     calls = []
     plain = *made_experience(), *action_log_probs()
     for name in ("shape_rewards", "gae", "token_logprobs"):
@@ -337,7 +337,7 @@ def test_openrlhfs_own_code_makes_other_experience_or_logprobs_with_the_patch(mo
         assert_equal(our.float(), their.float(), name)
 
 
-def test_a_patch_misses_a_place_or_stays_after_it_is_taken_back():
+def test_a_patch_replaces_every_place_and_is_undone():
     def places():
         return (
             *(models.PolicyLoss, their_loss.PolicyLoss, models.ValueLoss, ppo_critic.ValueLoss),
@@ -362,7 +362,7 @@ def test_a_patch_says_what_it_replaces(capsys):
         assert "PolicyLoss, ValueLoss, log_probs_from_logits, compute_entropy, compute_approx_kl, compute_reward" in out
 
 
-def test_a_signature_is_another_than_openrlhfs():
+def test_signatures_are_those_of_openrlhf():
     def parameters(f):
         return {n: (p.kind, p.default) for n, p in inspect.signature(f).parameters.items() if n != "self"}
 
@@ -378,14 +378,14 @@ def test_a_signature_is_another_than_openrlhfs():
         assert parameters(ours) == parameters(theirs), ours
 
 
-def test_without_openrlhf_the_error_does_not_say_how_to_install_it():
+def test_without_openrlhf_the_error_says_how_to_install_it():
     code = "import sys; sys.modules['openrlhf'] = None; import ppo_fast.integrations.openrlhf"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert out.returncode == 1
     assert 'pip install "openrlhf==0.11.*"' in out.stderr.splitlines()[-1]
 
 
-def test_the_examples_numbers_differ_or_it_runs_without_the_patch(capsys, monkeypatch):
+def test_the_example_runs_with_the_patch_and_gets_the_same_numbers(capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
     if isinstance(transformers, openrlhf_stubs._Stub):
         pytest.skip("transformers is not installed")
@@ -414,7 +414,7 @@ def test_the_examples_numbers_differ_or_it_runs_without_the_patch(capsys, monkey
     assert [len(line.split()) for line in out[2:]] == [6]
 
 
-def test_the_example_without_openrlhf_does_not_say_what_is_missing():
+def test_the_example_without_openrlhf_says_what_is_missing():
     code = "import sys; sys.modules['openrlhf'] = None; from ppo_fast.examples import with_openrlhf"
     code += "; sys.exit(with_openrlhf.main([]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -36,7 +36,7 @@ def filled(kind, steps: int, envs: int, gamma: float, lam: float, space=None):
 @pytest.mark.parametrize(("steps", "envs"), [(1, 1), (16, 3), (128, 8)])
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
 @pytest.mark.parametrize("observations", ["box", "dict"])
-def test_advantages_of_our_buffer_differ_from_sb3s(steps, envs, gamma, lam, observations):
+def test_advantages_of_our_buffer_match_sb3(steps, envs, gamma, lam, observations):
     kinds, space = (buffers.RolloutBuffer, sb3.RolloutBuffer), None
     if observations == "dict":
         kinds = (buffers.DictRolloutBuffer, sb3.DictRolloutBuffer)
@@ -74,7 +74,7 @@ class Constant(gymnasium.Env):
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 @pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("cut", [False, True])
-def test_returns_of_constant_rewards_differ_from_the_closed_form(algorithm, lam, cut):
+def test_returns_of_constant_rewards_match_the_closed_form(algorithm, lam, cut):
     """With values of V and rewards of 1: lambda = 1 gives the rest of the episode, and V behind a time limit."""
     model = algorithm(
         "MlpPolicy",
@@ -100,7 +100,7 @@ def test_returns_of_constant_rewards_differ_from_the_closed_form(algorithm, lam,
     np.testing.assert_allclose(returns, np.tile(expected, 2), atol=1e-4)
 
 
-def test_training_with_our_buffer_goes_another_way():
+def test_training_with_our_buffer_is_the_same():
     weights = []
     for kind in (buffers.RolloutBuffer, sb3.RolloutBuffer):
         model = PPO(

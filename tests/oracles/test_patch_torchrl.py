@@ -1,4 +1,4 @@
-"""torchrl with our GAE and ClipPPOLoss in the place of its own: the same numbers, gradients and training."""
+"""torchrl with our GAE and ClipPPOLoss instead of its own: the same numbers, gradients and training."""
 
 import itertools
 import math
@@ -112,7 +112,7 @@ def compare(theirs, ours, **tolerance):
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_advantages_differ_from_torchrls(layout, gamma, lam, vectorized):
+def test_advantages_match_torchrl(layout, gamma, lam, vectorized):
     shape, names, time_dim, features = layout
     data = rollout(shape, names, features)
     options = {"gamma": gamma, "lmbda": lam, "vectorized": vectorized, "time_dim": time_dim}
@@ -139,7 +139,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("terminated", [True, False])
-def test_an_option_of_gae_means_something_else_than_in_torchrl(options, terminated):
+def test_options_of_gae_mean_the_same_as_in_torchrl(options, terminated):
     data = rollout((4, 21), ("env", "time"), terminated=terminated)
     data["task"] = tokens_below(3, 4, 21, seed=7)
     if options.keys() & {"value_network", "skip_existing"}:
@@ -148,7 +148,7 @@ def test_an_option_of_gae_means_something_else_than_in_torchrl(options, terminat
     compare(*(written(module, data) for module in both("GAE", **options)))
 
 
-def test_parameters_handed_in_are_not_used():
+def test_parameters_that_are_given_are_used():
     data, network, other = rollout((4, 21)), critic(), critic(seed=50)
     params, target = TensorDict.from_module(network), TensorDict.from_module(other)
     modules = both("GAE", gamma=0.9, lmbda=0.8, value_network=network, vectorized=False)
@@ -158,7 +158,7 @@ def test_parameters_handed_in_are_not_used():
     assert_equal(estimates[1], estimates[0], rtol=1e-6, atol=1e-5)  # torchrl's is the vectorised one
 
 
-def test_other_keys_or_plain_tensors_go_astray():
+def test_other_keys_and_plain_tensors_are_read():
     data = rollout((4, 21)).rename_key_(("next", "reward"), ("next", "score"))
     found = []
     for module in both("GAE", gamma=0.9, lmbda=0.8, value_network=critic(), vectorized=False):
@@ -172,7 +172,7 @@ def test_other_keys_or_plain_tensors_go_astray():
 
 
 @pytest.mark.parametrize("time_major", [False, True])
-def test_gradients_through_a_differentiable_gae_differ_from_torchrls(time_major):
+def test_gradients_through_a_differentiable_gae_match_torchrl(time_major):
     shape = (21, 4) if time_major else (4, 21)
     up, up_target = draw(*shape, 1, seed=60), draw(*shape, 1, seed=61)
     found = []
@@ -195,7 +195,7 @@ def test_gradients_through_a_differentiable_gae_differ_from_torchrls(time_major)
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_a_graph_is_kept_that_nobody_asked_for(differentiable):
+def test_no_graph_is_kept_without_need(differentiable):
     """As in torchrl: values get a gradient where asked for, the parameters of the network never."""
     options = {"gamma": 0.9, "lmbda": 0.8, "differentiable": differentiable, "vectorized": False}
     network, data = critic(), rollout((4, 21))
@@ -208,7 +208,7 @@ def test_a_graph_is_kept_that_nobody_asked_for(differentiable):
         assert module(data.clone())["advantage"].requires_grad == differentiable
 
 
-def test_fp32_or_bf16_gives_another_dtype_than_torchrl():
+def test_dtypes_are_those_of_torchrl():
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(dtype)
         data = rollout((4, 21))
@@ -223,7 +223,7 @@ def test_fp32_or_bf16_gives_another_dtype_than_torchrl():
         compare(theirs, written(fast.GAE(gamma=0.5, lmbda=0.5, value_network=None), data), atol=0.1)
 
 
-def test_the_shape_check_is_gone():
+def test_shapes_are_checked():
     data = rollout((4, 21), features=3)
     data["next", "reward"] = data["next", "reward"][..., :1]
     for module in both("GAE", gamma=0.9, lmbda=0.8, value_network=critic(3)):
@@ -239,12 +239,12 @@ def test_the_shape_check_is_gone():
         ({"gamma": 1.01}, r"gamma in \[0, 1\]"),
     ],
 )
-def test_a_discount_we_cannot_compute_is_taken(options, message):
+def test_a_discount_that_ours_cannot_compute_is_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         fast.GAE(**({"gamma": 0.9, "lmbda": 0.9} | options), value_network=None)
 
 
-def test_multi_step_data_or_missing_values_are_taken():
+def test_multi_step_data_and_missing_values_are_rejected():
     module = fast.GAE(gamma=0.9, lmbda=0.9, value_network=critic())
     data = rollout((4, 21))
     data["steps_to_next_obs"] = torch.full((4, 21, 1), 3)
@@ -308,7 +308,7 @@ def agree(actor, data, value=None, **options):
 @pytest.mark.parametrize("clip_value", [None, 0.3, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("shape", "kind"), [((24,), discrete), ((4, 6), discrete), ((3, 2, 4), continuous)])
-def test_losses_statistics_or_gradients_differ_from_torchrls(shape, kind, reduction, clip_value, critic_type):
+def test_losses_statistics_and_gradients_match_torchrl(shape, kind, reduction, clip_value, critic_type):
     actor = kind()
     options = {"reduction": reduction, "clip_value": clip_value, "loss_critic_type": critic_type}
     found = agree(actor, batch(actor, shape), **options)
@@ -334,7 +334,7 @@ LOSS_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS)
-def test_an_option_of_the_loss_means_something_else_than_in_torchrl(options):
+def test_options_of_the_loss_mean_the_same_as_in_torchrl(options):
     agree(discrete(), batch(discrete(), (4, 6)), **({"loss_critic_type": "l2", "clip_value": 0.3} | options))
 
 
@@ -356,12 +356,12 @@ def test_losses_without_a_reduction_are_torchrls(shape, kind, masked):
         assert_equal(ours, theirs)
 
 
-def test_a_loss_without_critic_differs_from_torchrls():
+def test_a_loss_without_critic_matches_torchrl():
     found = agree(discrete(), batch(discrete()), critic_coeff=0.0)
     assert "loss_critic" not in found
 
 
-def test_plain_tensors_give_another_loss_than_in_torchrl():
+def test_plain_tensors_give_the_loss_of_torchrl():
     actor = discrete()
     data, modules = batch(actor), both("ClipPPOLoss", actor, critic(), loss_critic_type="l2")
     names = ("observation", "action", "action_log_prob", "advantage", "value_target")
@@ -373,7 +373,7 @@ def test_plain_tensors_give_another_loss_than_in_torchrl():
 
 
 @pytest.mark.parametrize("key", ["auto", None, "kept"])
-def test_masked_positions_reach_the_loss_or_statistics_leave_them_out(key):
+def test_masked_positions_do_not_reach_the_loss_but_reach_statistics_as_in_torchrl(key):
     """torchrl's losses leave masked positions out, NaN included; its statistics do not."""
     actor = discrete()
     data = batch(actor, (4, 6))
@@ -391,7 +391,7 @@ def test_masked_positions_reach_the_loss_or_statistics_leave_them_out(key):
         assert out["loss_objective"] == out["loss_critic"] == 0
 
 
-def test_the_proximal_policy_of_delay_actor_is_not_used():
+def test_the_proximal_policy_of_delay_actor_is_used():
     actor = discrete()
     data, modules = batch(actor), both("ClipPPOLoss", actor, critic(), delay_actor=True, loss_critic_type="l2")
     for module in modules:
@@ -402,7 +402,7 @@ def test_the_proximal_policy_of_delay_actor_is_not_used():
     compare(*(losses(module, data) for module in modules))
 
 
-def test_two_actions_at_once_differ_from_torchrl():
+def test_two_actions_at_once_match_torchrl():
     kinds = {"a": Categorical, "b": Categorical}
     split = TensorDictModule(
         lambda x: (x[..., :3], x[..., 3:]), in_keys=["both"], out_keys=[("params", k, "logits") for k in kinds]
@@ -434,7 +434,7 @@ def test_two_actions_at_once_differ_from_torchrl():
         compare(*found)
 
 
-def test_the_loss_makes_other_advantages_than_torchrls():
+def test_the_loss_makes_the_advantages_of_torchrl():
     """Without advantages in the data, the module's own estimator writes them: ours, with torchrl's defaults."""
     actor = discrete()
     data = batch(actor, (4, 6)).exclude("advantage", "value_target", "state_value")
@@ -453,7 +453,7 @@ def test_the_loss_makes_other_advantages_than_torchrls():
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_a_shared_trunk_gets_another_gradient_than_in_torchrl(separate):
+def test_a_shared_trunk_gets_the_gradient_of_torchrl(separate):
     trunk, logits = head(4, 1, "hidden"), TensorDictModule(torch.nn.Linear(4, A), ["hidden"], ["logits"])
     actor = Sequence(trunk, logits, discrete()[-1])
     value = TensorDictModule(torch.nn.Linear(4, 1), ["hidden"], ["state_value"])
@@ -464,7 +464,7 @@ def test_a_shared_trunk_gets_another_gradient_than_in_torchrl(separate):
     assert any("hidden" in n or "actor" in n for n in found[1]) != separate
 
 
-def test_the_running_norm_of_advantages_is_not_updated():
+def test_the_running_norm_of_advantages_is_updated():
     actor = discrete()
     data = batch(actor, (4, 6)).exclude("advantage", "value_target", "state_value")
     found = []
@@ -476,7 +476,7 @@ def test_the_running_norm_of_advantages_is_not_updated():
     assert found[0]["norm"] != 1
 
 
-def test_targets_of_another_shape_are_compared_crosswise():
+def test_targets_of_another_shape_are_rejected():
     data = batch(discrete(), (4, 6))
     data["value_target"] = data["value_target"].squeeze(-1)
     for module in both("ClipPPOLoss", discrete(), critic(), loss_critic_type="l2"):
@@ -484,7 +484,7 @@ def test_targets_of_another_shape_are_compared_crosswise():
             module(data)
 
 
-def test_a_changed_coefficient_is_forgotten():
+def test_a_changed_coefficient_is_used():
     actor = discrete()
     data, modules = batch(actor), both("ClipPPOLoss", actor, critic(), loss_critic_type="l2", clip_value=0.3)
     for step, module in itertools.product(range(2), modules):
@@ -525,7 +525,7 @@ def test_an_action_that_became_impossible_gives_nan():
         ({"clip_epsilon": (1.0, 0.2)}, "clip_epsilon low must be < 1"),
     ],
 )
-def test_an_option_of_the_loss_we_do_not_compute_is_taken(options, message):
+def test_an_option_of_the_loss_that_ours_lacks_is_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         fast.ClipPPOLoss(discrete(), critic(), **options)
 
@@ -537,13 +537,13 @@ def test_an_option_of_the_loss_we_do_not_compute_is_taken(options, message):
         ("state_value", "value_key"),
     ],
 )
-def test_a_missing_entry_is_named_with_the_hint_of_torchrl(missing, hint):
+def test_a_missing_entry_is_named_with_the_keys_option(missing, hint):
     for module in both("ClipPPOLoss", discrete(), critic(), loss_critic_type="l2", clip_value=0.2):
         with pytest.raises(KeyError, match=rf"the key {missing} was not found in the input tensordict.*{hint}"):
             module(batch(discrete()).exclude(missing))
 
 
-def test_a_critic_that_returns_another_key_is_an_error_with_the_hint_of_torchrl():
+def test_a_critic_that_returns_another_key_is_an_error_with_the_keys_option():
     for module in both("ClipPPOLoss", discrete(), critic(), loss_critic_type="l2"):
         module.set_keys(value="other")
         with pytest.raises(KeyError, match=r"the key other was not found in the critic output.*value_key"):
@@ -551,7 +551,7 @@ def test_a_critic_that_returns_another_key_is_an_error_with_the_hint_of_torchrl(
 
 
 @pytest.mark.parametrize("name", ["advantage", "value_target"])
-def test_a_gradient_through_the_targets_is_dropped(name):
+def test_gradients_through_the_targets_are_kept(name):
     data = batch(discrete())
     data[name] = data[name].requires_grad_()
     module = fast.ClipPPOLoss(discrete(), critic(), loss_critic_type="l2")
@@ -559,7 +559,7 @@ def test_a_gradient_through_the_targets_is_dropped(name):
         module(data)
 
 
-def test_a_flat_advantage_becomes_an_outer_product():
+def test_a_flat_advantage_gives_a_scalar_loss_as_in_torchrl():
     data = batch(discrete())
     data["advantage"] = data["advantage"].expand(24, 3)
     for module in both("ClipPPOLoss", discrete(), critic()):
@@ -606,7 +606,7 @@ def curve(GAE, ClipPPOLoss) -> list[list[float]]:
     return found
 
 
-def test_a_script_has_another_loss_curve_with_ours(monkeypatch):
+def test_a_script_has_the_same_loss_curve_with_ours(monkeypatch):
     calls = []
     plain = curve(estimators.GAE, objectives.ClipPPOLoss)
     for name in ("gae", "policy_loss", "value_loss"):
@@ -620,13 +620,13 @@ def test_a_script_has_another_loss_curve_with_ours(monkeypatch):
     assert ppo.gae is fast.ppo.gae
 
 
-def test_the_example_fails(capsys):
+def test_the_example_runs(capsys):
     torch.set_default_dtype(torch.float32)
     assert with_torchrl.main(["--steps", "1024"]) == 0
     assert "mean return of 10 episodes" in capsys.readouterr().out
 
 
-def test_without_torchrl_the_error_does_not_say_how_to_install_it():
+def test_without_torchrl_the_error_says_how_to_install_it():
     code = "import sys; sys.modules['torchrl'] = None; import ppo_fast.integrations.torchrl"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert out.returncode == 1

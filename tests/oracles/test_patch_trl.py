@@ -1,4 +1,4 @@
-"""TRL with our functions in the place of its own: the same numbers, and the same GRPO run."""
+"""TRL with our functions instead of its own: the same numbers, and the same GRPO run."""
 
 import re
 
@@ -22,7 +22,7 @@ V = 31
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_logprobs_entropy_or_gradients_differ(temperature, masked):
+def test_logprobs_entropy_and_gradients_match(temperature, masked):
     logits, index = draw(B, T, V, seed=1, scale=3), tokens_below(V, B, T, seed=2)
     up, up_entropy = draw(B, T, seed=3), draw(B, T, seed=4)
     options = {"temperature": temperature, "row_mask": (draw(B, T, seed=5) > 0).long() if masked else None}
@@ -45,7 +45,7 @@ def test_logprobs_entropy_or_gradients_differ(temperature, masked):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_dtype_is_another_than_trls(dtype):
+def test_the_dtype_is_that_of_trl(dtype):
     logits, index = draw(B, T, V, seed=1).to(dtype), tokens_below(V, B, T, seed=2)
     for name, rest in (("selective_log_softmax", (index,)), ("entropy_from_logits", ())):
         theirs, ours = (getattr(functions, name)(logits, *rest) for functions in (utils, fast))
@@ -84,14 +84,14 @@ def test_half_precision_is_nearer_to_fp64_than_trls(dtype, temperature):
     assert 2 < gradient < 10
 
 
-def test_several_indices_for_each_row_are_refused_or_wrong():
+def test_several_indices_for_each_row_match():
     logits, index = draw(B, T, V, seed=1), tokens_below(V, B, T, 4, seed=2)
     assert torch.equal(fast.selective_log_softmax(logits, index), utils.selective_log_softmax(logits, index))
     with fast.patch(quiet=True):
         assert torch.equal(utils.selective_log_softmax(logits, index), fast.selective_log_softmax(logits, index))
 
 
-def test_whitening_differs_from_trls_formula():
+def test_whitening_matches_trls_formula():
     x, mask = draw(B, T, seed=6), draw(B, T, seed=7) > 0
     counted = x[mask]
     expected = (counted - counted.mean()) * torch.rsqrt(counted.var() + 1e-8)
@@ -102,7 +102,7 @@ def test_whitening_differs_from_trls_formula():
 
 
 @pytest.mark.parametrize("outputs", [(), ("log_probs", "entropy"), ("entropy", "is_top1")])
-def test_the_fused_head_differs_from_trls(outputs):
+def test_the_fused_head_matches_trl(outputs):
     hidden, weight, bias = draw(B, 8, seed=1).float(), draw(V, 8, seed=2).float(), draw(V, seed=3).float()
     targets, up = tokens_below(V, B, seed=4), draw(B, seed=5).float()
 
@@ -148,7 +148,7 @@ def grpo_losses(tmp_path) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def test_a_grpo_run_has_another_loss_curve_with_the_patch(tmp_path, monkeypatch):
+def test_a_grpo_run_has_the_same_loss_curve_with_the_patch(tmp_path, monkeypatch):
     calls = []
     plain = grpo_losses(tmp_path)
     original = fast.ppo.linear_logprobs
@@ -161,7 +161,7 @@ def test_a_grpo_run_has_another_loss_curve_with_the_patch(tmp_path, monkeypatch)
     assert patched == pytest.approx(plain, abs=2e-4)
 
 
-def test_the_example_fails_or_learns_something_else_with_the_patch(capsys):
+def test_the_example_runs_and_learns_the_same_with_the_patch(capsys):
     found = []
     for options in ([], ["--plain"]):
         assert with_trl.main(["--steps", "12", *options]) == 0

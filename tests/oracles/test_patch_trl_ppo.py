@@ -1,4 +1,4 @@
-"""TRL 1.12, the last release with a PPOTrainer, with our functions in the place of its own: the same training.
+"""TRL 1.12, the last release with a PPOTrainer, with our functions instead of its own: the same training.
 
 TRL 1.16 and 1.12 exclude each other. Into a folder of its own, beside the environment of peers.txt:
 
@@ -93,7 +93,7 @@ def training(folder, **options) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"whiten_rewards": True, "kl_estimator": "k3"}], ids=["plain", "whiten"])
-def test_ppo_has_other_metrics_with_the_patch(tmp_path, monkeypatch, options):
+def test_ppo_has_the_same_metrics_with_the_patch(tmp_path, monkeypatch, options):
     calls = {"token_logprobs": 0, "masked_whiten": 0}
     for name in calls:
         original = getattr(fast.ppo, name)
@@ -122,7 +122,7 @@ def queries() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("with_critic", [False, True])
-def test_forward_differs_or_makes_the_logits_of_prompts(with_critic, monkeypatch):
+def test_forward_matches_and_makes_no_logits_of_prompts(with_critic, monkeypatch):
     actor = tiny_llama(seed=3)
     model = ppo_trainer.PolicyAndValueWrapper(actor, critic_of(actor)) if with_critic else actor
     rows = []
@@ -148,7 +148,7 @@ def test_forward_differs_or_makes_the_logits_of_prompts(with_critic, monkeypatch
 
 
 @pytest.mark.parametrize("what", ["scaled", "wrapped", "head"])
-def test_a_model_that_does_more_loses_it(what):
+def test_a_model_that_does_more_keeps_its_own_forward(what):
     actor = tiny_llama(seed=3)
     if what == "scaled":
         actor.register_forward_hook(lambda module, inputs, out: setattr(out, "logits", 2 * out.logits))
@@ -164,7 +164,7 @@ def test_a_model_that_does_more_loses_it(what):
     assert torch.equal(output.logits[:, 8:-1], expected)
 
 
-def test_the_fused_head_differs_or_returns_another_number_of_results():
+def test_the_fused_head_matches_with_the_same_number_of_results():
     hidden, weight = draw(B, 8, seed=1).float(), draw(31, 8, seed=2).float()
     targets, up = tokens_below(31, B, seed=3), draw(B, seed=4).float()
 
@@ -181,7 +181,7 @@ def test_the_fused_head_differs_or_returns_another_number_of_results():
         assert_equal(a.double(), b.double(), atol=1e-5)
 
 
-def test_logprobs_entropies_or_whitening_differ():
+def test_logprobs_entropies_and_whitening_match():
     logits, index = draw(3, 9, 31, seed=1, scale=3).float()[:, 2:-1], tokens_below(31, 3, 6, seed=2)
     x, mask = draw(3, 6, seed=3), draw(3, 6, seed=4) > 0
     before = (

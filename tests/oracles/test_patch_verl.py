@@ -1,4 +1,4 @@
-"""verl with our functions in the place of its own: the same numbers and gradients, found by name, and taken back."""
+"""verl with our functions instead of its own: the same numbers and gradients, found by name, and taken back."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ def actor_config(info: dict) -> ActorConfig:
 @pytest.mark.parametrize(("mode", "info"), CASES)
 @pytest.mark.parametrize("mask", [MASKS["gaps"], MASKS["empty-row"]], ids=["gaps", "empty-row"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_policy_loss_gradient_or_metrics_differ(mode, info, mask, weighted):
+def test_policy_loss_gradient_and_metrics_match(mode, info, mask, weighted):
     x, weights = policy_inputs(), draw(B, T, seed=7).exp() if weighted else None
 
     def found(function):
@@ -54,7 +54,7 @@ def test_policy_loss_gradient_or_metrics_differ(mode, info, mask, weighted):
 
 
 @pytest.mark.parametrize(("mode", "info"), CASES)
-def test_value_loss_or_agg_loss_differ(mode, info):
+def test_value_loss_and_agg_loss_match(mode, info):
     x, mask = value_inputs(), MASKS["gaps"]
 
     def found(functions):
@@ -69,7 +69,7 @@ def test_value_loss_or_agg_loss_differ(mode, info):
 
 
 @pytest.mark.parametrize("function", ["agg_loss", "compute_value_loss"])
-def test_what_verl_refuses_is_computed(function):
+def test_what_verl_rejects_is_rejected(function):
     mask = MASKS["full"].float()
     arguments = (mask, mask) if function == "agg_loss" else (mask, mask, mask, mask, 0.5)
     for module in (core_algos, fast):
@@ -80,7 +80,7 @@ def test_what_verl_refuses_is_computed(function):
 
 
 @pytest.mark.parametrize("name", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k3+", "k2+", "abs+"])
-def test_kl_penalty_or_its_gradient_differs(name):
+def test_kl_penalty_and_its_gradient_match(name):
     logprob, ref = draw(B, T, seed=9, scale=3), draw(B, T, seed=10, scale=3)
 
     def found(functions):
@@ -93,7 +93,7 @@ def test_kl_penalty_or_its_gradient_differs(name):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_gae_or_whitening_differs_at_a_counted_step(mask):
+def test_gae_and_whitening_match_at_counted_steps(mask):
     rewards, values = draw(B, T, seed=17), draw(B, T, seed=18)
     theirs = core_algos.compute_gae_advantage_return(rewards, values, mask.double(), 0.99, 0.95)
     ours = fast.compute_gae_advantage_return(rewards, values, mask.double(), 0.99, 0.95)
@@ -111,7 +111,7 @@ def test_gae_or_whitening_differs_at_a_counted_step(mask):
 
 
 @pytest.mark.parametrize("name", ["logprobs_from_logits", "entropy_from_logits"])
-def test_logprobs_or_entropies_differ(name):
+def test_logprobs_and_entropies_match(name):
     logits, labels, up = draw(B, T, 31, seed=1, scale=3), tokens_below(31, B, T, seed=2), draw(B, T, seed=3)
     rest = (labels,) if name == "logprobs_from_logits" else ()
 
@@ -122,14 +122,14 @@ def test_logprobs_or_entropies_differ(name):
         assert_equal(ours, theirs)
 
 
-def test_an_in_place_backward_spoils_logits_that_others_need():
+def test_an_in_place_backward_keeps_logits_that_others_need():
     logits, labels = torch.randn(4, 9, requires_grad=True), torch.randint(9, (4,))
     kept = logits.detach().clone()
     fast.logprobs_from_logits(logits, labels).sum().backward()
     assert torch.equal(logits, kept)
 
 
-def test_linear_cross_entropy_differs_from_logits():
+def test_linear_cross_entropy_matches_logits():
     hidden, weight, labels = draw(2, 5, 8, seed=1), draw(31, 8, seed=2), tokens_below(31, 2, 5, seed=3)
     logprobs, entropy = fast.linear_cross_entropy(hidden, weight, labels, 0.7)
     logits = hidden.view(10, 8) @ weight.T / 0.7
@@ -139,7 +139,7 @@ def test_linear_cross_entropy_differs_from_logits():
         fast.linear_cross_entropy(hidden, weight, labels, reduction="sum")
 
 
-def test_verl_does_not_find_the_names():
+def test_verl_finds_the_names():
     assert core_algos.get_policy_loss_fn("ppo_fast") is fast.compute_policy_loss_vanilla
     estimator = core_algos.get_adv_estimator_fn("gae_ppo_fast")
     assert estimator is fast.compute_gae_advantage_return
@@ -148,7 +148,7 @@ def test_verl_does_not_find_the_names():
         estimator(token_level_rewards=torch.zeros(1, 2), response_mask=torch.ones(1, 2), config={}, index=None)
 
 
-def test_a_patch_misses_a_place_or_stays_after_it_is_taken_back():
+def test_a_patch_replaces_every_place_and_is_undone():
     before = (core_algos.agg_loss, losses.compute_value_loss, core_algos.POLICY_LOSS_REGISTRY["vanilla"])
     with fast.patch(quiet=True):
         assert core_algos.agg_loss is losses.agg_loss is fast.agg_loss
@@ -166,7 +166,7 @@ def test_a_patch_says_what_it_replaces(capsys):
         assert "ppo_fast: in verl 0.9" in capsys.readouterr().out
 
 
-def test_the_module_for_every_process_changes_nothing():
+def test_the_module_for_every_process_replaces_verls_functions():
     """In a process of its own, through verl's own variable, as Ray's workers get it."""
     program = (
         "import verl.trainer.ppo.core_algos as core, verl.workers.utils.losses as losses\n"

@@ -40,7 +40,7 @@ def rollout(steps, envs, seed=130):
     [(1, 1, "torch"), (16, 4, "torch"), (100, 3, "torch"), (16, 4, "triton")],  # the interpreter is slow at 100 steps
 )
 @pytest.mark.parametrize(("gamma", "lam"), GAMMA_LAM)
-def test_time_major_gae_differs_from_sb3s_buffer(steps, envs, gamma, lam, backend):
+def test_time_major_gae_matches_sb3s_buffer(steps, envs, gamma, lam, backend):
     """Switches: terminated = the step before an episode start (dones for the last step); bootstrap = last_values."""
     rewards, values, ended, _, last_values = rollout(steps, envs)
     buffer = filled_buffer(rewards, values, ended, gamma, lam)
@@ -61,7 +61,7 @@ def test_time_major_gae_differs_from_sb3s_buffer(steps, envs, gamma, lam, backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("gamma", "lam"), GAMMA_LAM)
-def test_a_time_limit_is_bootstrapped_differently_from_sb3(gamma, lam, backend):
+def test_a_time_limit_is_bootstrapped_as_in_sb3(gamma, lam, backend):
     """Switch: SB3 adds gamma V(last observation) to the reward of a truncated step; ours takes it as final_values."""
     rewards, values, terminated, truncated, last_values = rollout(20, 4, seed=140)
     final_values = draw(20, 4, seed=145).float()

@@ -54,7 +54,7 @@ def torchrl_gae(function, x, gamma, lam):
 @pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize(("gamma", "lam"), GAMMA_LAM)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 130)])
-def test_gae_differs_from_torchrls_where_an_episode_ends(shape, gamma, lam, kind, backend):
+def test_gae_matches_torchrl_where_an_episode_ends(shape, gamma, lam, kind, backend):
     """Switch: torchrl's done is terminated or truncated; its next_state_value holds our final_values and bootstrap."""
     x = episodes(*shape, seed=100)
     ours = {name: t if t.dtype == torch.bool else t.to(DTYPES[backend]) for name, t in x.items()}
@@ -66,7 +66,7 @@ def test_gae_differs_from_torchrls_where_an_episode_ends(shape, gamma, lam, kind
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
-def test_gae_without_ends_differs_from_torchrls_time_major(kind):
+def test_gae_without_ends_matches_torchrls_time_major(kind):
     """Switch: torchrl names the time dimension, we only say time_major."""
     x = {name: t for name, t in episodes(4, 33, seed=110).items() if name in ("rewards", "values", "bootstrap")}
     major = {name: t.T if t.ndim == 2 else t for name, t in x.items()}
@@ -91,7 +91,7 @@ def test_lambda_0_fails_as_in_torchrls_vectorised_gae():
         torchrl_gae(vec_generalized_advantage_estimate, x, 0.5, 0.0)
 
 
-def test_a_late_large_reward_is_lost_as_in_torchrls_vectorised_gae():
+def test_a_late_large_reward_is_kept_unlike_in_torchrls_vectorised_gae():
     """torchrl's convolution ends where 0.9^k falls below 1e-7, at k = 153; 1e10 at step 180 is worth 57.8."""
     rewards, zero = torch.zeros(1, 181, dtype=torch.float64), torch.zeros(1, 181, dtype=torch.float64)
     rewards[0, 180] = 1e10
@@ -118,7 +118,7 @@ def networks(weight, value_weight):
 
 
 @pytest.mark.parametrize("clip", [0.2, (0.1, 0.4)], ids=["symmetric", "asymmetric"])
-def test_ppo_loss_differs_from_torchrls_clip_ppo_loss(clip):
+def test_ppo_loss_matches_torchrls_clip_ppo_loss(clip):
     """Switches: loss_critic_type="l2" has no factor 0.5, so value_coef is twice critic_coeff; torchrl has no mask."""
     N, D, A = 40, 6, 5
     observation, actions = draw(N, D, seed=120), tokens_below(A, N, seed=121)

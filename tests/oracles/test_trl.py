@@ -44,7 +44,7 @@ def weighted(function, with_entropy, mask, seed=50):
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_logprobs_and_entropy_differ_from_trls(mask, temperature, with_entropy, backend):
+def test_logprobs_and_entropy_match_trl(mask, temperature, with_entropy, backend):
     """No switch: TRL has the same temperature and, as row_mask, the same mask; but its masked rows must be finite."""
     logits, tokens = draw(B, T, V, seed=52, scale=3.0), tokens_below(V, B, T, seed=53)
     poisoned = torch.where(mask.unsqueeze(-1), logits, torch.nan).to(DTYPES[backend])
@@ -65,7 +65,7 @@ def test_logprobs_and_entropy_differ_from_trls(mask, temperature, with_entropy, 
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (7,)])
-def test_selected_logprobs_or_entropy_of_one_step_differ_from_trls(shape):
+def test_selected_logprobs_and_entropy_of_one_step_match_trl(shape):
     """The two functions that trainers import by name, without a mask; entropy in chunks of two rows."""
     logits, tokens = draw(*shape, V, seed=54, scale=5.0), tokens_below(V, *shape, seed=55)
     logp, entropy = ppo.token_logprobs(logits, tokens, with_entropy=True)
@@ -74,7 +74,7 @@ def test_selected_logprobs_or_entropy_of_one_step_differ_from_trls(shape):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs TRL's kernel on CPU tensors")
-def test_our_kernel_differs_from_trls_kernel():
+def test_our_kernel_matches_trls_kernel():
     """Both Triton kernels, fp32, V larger than TRL's block of 1024."""
     logits, tokens = draw(2, 3, 1100, seed=56, scale=3.0).float(), tokens_below(1100, 2, 3, seed=57)
     up = draw(2, 3, seed=58).float()
@@ -135,7 +135,7 @@ def outputs_and_gradients(function, mask, *leaves):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_linear_logprobs_differ_from_trls_chunked_function(mask, temperature, softcap):
+def test_linear_logprobs_match_trls_chunked_function(mask, temperature, softcap):
     """Switches: TRL takes rows [N, D] and has no mask; final_logit_softcapping is our softcap. Both in fp32."""
     poisoned, hidden, weight, bias, tokens = linear_case(mask)
     ours = outputs_and_gradients(

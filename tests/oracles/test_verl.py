@@ -56,7 +56,7 @@ def our_policy_loss(x, mask, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_policy_loss_differs_from_verls(mask, aggregation, backend):
+def test_policy_loss_matches_verl(mask, aggregation, backend):
     """Switch: dual_clip=3.0, which verl always has and we do not."""
     x = policy_inputs()
     options = dict(clip_low=0.2, clip_high=0.3, dual_clip=3.0, aggregation=aggregation, backend=backend)
@@ -80,7 +80,7 @@ def test_policy_loss_differs_from_verls(mask, aggregation, backend):
 
 @pytest.mark.parametrize("log_ratio", [-40.0, -20.5, 20.5, 40.0])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
-def test_a_log_ratio_beyond_20_gets_another_ratio_or_gradient_than_verls(log_ratio, advantage):
+def test_a_log_ratio_beyond_20_gets_the_ratio_and_gradient_of_verl(log_ratio, advantage):
     """Both clamp the exponent to +-20 and stop the gradient there; nothing to switch."""
     mask = torch.ones(1, 1, dtype=torch.bool)
     one = torch.ones(1, 1, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_a_log_ratio_beyond_20_gets_another_ratio_or_gradient_than_verls(log_rat
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_rollout_weights_scale_something_else_than_in_verl(mask):
+def test_rollout_weights_scale_as_in_verl(mask):
     x, weights = policy_inputs(), draw(B, T, seed=7).exp().clamp(max=2.0)
     loss, grad = our_policy_loss(
         for_ours(mask, torch.float64, **x, weights=weights), mask, clip_high=0.3, dual_clip=3.0
@@ -122,7 +122,7 @@ GLOBAL = {  # verl's arguments, and our denominator that means the same: global 
 
 @pytest.mark.parametrize("aggregation", GLOBAL)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_a_global_denominator_means_another_scale_than_verls_global_batch(mask, aggregation):
+def test_a_global_denominator_has_the_scale_of_verls_global_batch(mask, aggregation):
     """Switch: denominator = verl's global count divided by dp_size, since verl undoes the ranks' average itself."""
     batch_info, options = GLOBAL[aggregation]
     x = policy_inputs()
@@ -140,7 +140,7 @@ def test_a_global_denominator_means_another_scale_than_verls_global_batch(mask, 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_aggregation_weighs_steps_unlike_agg_loss(mask, aggregation):
+def test_aggregation_weighs_steps_as_agg_loss(mask, aggregation):
     """With every ratio 1 and advantages -loss, our policy term is any matrix that agg_loss may get."""
     matrix, zero = draw(B, T, seed=8), torch.zeros(B, T, dtype=torch.float64)
     x = for_ours(mask, torch.float64, logprobs=zero, old_logprobs=zero, advantages=-matrix)
@@ -155,7 +155,7 @@ def test_aggregation_weighs_steps_unlike_agg_loss(mask, aggregation):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_value_loss_differs_from_verls(mask, aggregation, backend):
+def test_value_loss_matches_verl(mask, aggregation, backend):
     x = value_inputs()
     ours = for_ours(mask, DTYPES[backend], **x)
     options = dict(clip=0.5, aggregation=aggregation, backend=backend)
@@ -185,7 +185,7 @@ def our_kl(logprobs, ref, mask, estimator, backend="torch"):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", KL_NAMES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_kl_estimator_differs_from_verls(mask, name, backend):
+def test_kl_estimator_matches_verl(mask, name, backend):
     """No switch while |d| is at most 2: verl's cap of k3 at 10 begins at d = -2.47."""
     logprobs, d = draw(B, T, seed=9), draw(B, T, seed=10).clamp(-2, 2)
     x = {"logprobs": logprobs, "ref": (logprobs - d).float().double()}
@@ -209,7 +209,7 @@ def test_k3_of_a_large_ratio_is_capped_at_10_without_a_gradient_as_in_verl():
     assert gone.item() == 0.0
 
 
-def test_k2_has_another_gradient_than_verls_straight_through_k3():
+def test_k2_has_the_gradient_of_verls_straight_through_k3():
     """verl's "k3+" is k3 in value and k2 in gradient. Ours: kl_estimator="k2" for the loss, k3 for reading."""
     logprobs, ref = draw(B, T, seed=11), draw(B, T, seed=12)
     mask = MASKS["gaps"]
@@ -218,7 +218,7 @@ def test_k2_has_another_gradient_than_verls_straight_through_k3():
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_token_level_rewards_differ_from_verls(mask):
+def test_token_level_rewards_match_verl(mask):
     """Switch: scores [B, T], since verl's reward manager has placed them already."""
     x = {"scores": draw(B, T, seed=13), "logprobs": draw(B, T, seed=14), "ref": draw(B, T, seed=15)}
     ours = for_ours(mask, torch.float64, **x)
@@ -229,7 +229,7 @@ def test_token_level_rewards_differ_from_verls(mask):
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_whitening_differs_from_verls(mask, shift_mean):
+def test_whitening_matches_verl(mask, shift_mean):
     """Switch: compare counted steps only, since verl leaves numbers at masked ones and we return 0 there."""
     x = draw(B, T, seed=16) + 3
     ours = ppo.masked_whiten(torch.where(mask, x, torch.nan), mask, shift_mean=shift_mean)
@@ -249,7 +249,7 @@ def test_whitening_one_step_raises_as_in_verl():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (0.0, 0.5)])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_gae_differs_from_verls_in_a_gap(mask, gamma, lam, backend):
+def test_gae_matches_verl_in_a_gap(mask, gamma, lam, backend):
     """Tool tokens are skipped by both. Switch: whiten afterwards, as verl does inside, and compare counted steps."""
     x = {"rewards": draw(B, T, seed=17), "values": draw(B, T, seed=18)}
     advantages, returns = ppo.gae(
@@ -298,7 +298,7 @@ def test_a_batch_without_a_counted_step_is_nan_as_in_verl(aggregation):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropy_differ_from_verls(temperature, backend):
+def test_logprobs_and_entropy_match_verl(temperature, backend):
     """Switch: verl divides the logits by the temperature before it calls."""
     V = 67
     logits, tokens = draw(B, T, V, seed=19, scale=3.0), tokens_below(V, B, T, seed=20)
@@ -328,7 +328,7 @@ def test_entropy_of_a_masked_vocabulary_is_nan_as_in_verl():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_linear_logprobs_differ_from_verls_fused_linear(mask, temperature):
+def test_linear_logprobs_match_verls_fused_linear(mask, temperature):
     """verl's head has no mask: its upstream gradients are zeroed instead. Both in fp32, as verl's always is."""
     D, V = 16, 67
     hidden, weight = draw(B, T, D, seed=23).float(), draw(V, D, seed=24).float()

@@ -79,7 +79,7 @@ def gradients(model, *, critic: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("critic", [False, True], ids=["own", "shared"])
-def test_gradients_of_ppos_loss_differ(critic, calls):
+def test_gradients_of_ppos_loss_match(critic, calls):
     plain, model = tiny_llama(), tiny_llama()
     expected = gradients(plain, critic=critic)
     found = gradients(with_liger_kernels(model), critic=critic)
@@ -91,7 +91,7 @@ def test_gradients_of_ppos_loss_differ(critic, calls):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_probe_refuses_a_model_whose_numbers_are_right(fused, recwarn):
+def test_the_probe_accepts_a_model_whose_numbers_are_right(fused, recwarn):
     model = with_liger_kernels(tiny_llama(), fused_linear_cross_entropy=fused)
     assert isinstance(model.__dict__.get("forward"), MethodType) == fused
     head = probe(model, strict=True)
@@ -100,7 +100,7 @@ def test_the_probe_refuses_a_model_whose_numbers_are_right(fused, recwarn):
     assert not [w for w in recwarn if "logits" in str(w.message)]
 
 
-def test_the_probe_takes_a_forward_that_does_more():
+def test_the_probe_rejects_a_forward_that_does_more():
     model = with_liger_kernels(tiny_llama(), fused_linear_cross_entropy=True)
     own = model.forward
 
@@ -158,7 +158,7 @@ def steps(setting: dict | None, critic: str) -> list[dict[str, float]]:
     [({}, "own"), ({}, "shared"), ({"fused_linear_cross_entropy": True}, "own"), ({"cross_entropy": True}, "own")],
     ids=["own", "shared", "fused", "cross-entropy"],
 )
-def test_a_trainers_steps_differ_or_reach_ligers_cross_entropy(setting, critic, calls, monkeypatch):
+def test_the_trainers_steps_match_and_avoid_ligers_cross_entropy(setting, critic, calls, monkeypatch):
     plain = steps(None, critic)
     assert not calls["norm"]
 
@@ -186,7 +186,7 @@ def test_ligers_default_returns_no_logits_in_a_loop_of_your_own(monkeypatch):
     assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is None
 
 
-def test_the_example_fails(capsys):
+def test_the_example_runs(capsys):
     assert with_liger.main([]) == 1
     assert "Liger's kernels need a GPU" in capsys.readouterr().err
     config = PPOConfig(

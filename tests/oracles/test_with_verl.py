@@ -1,4 +1,4 @@
-"""One update of verl's own actor and critic workers on a CPU, with our functions in the place of its own.
+"""One update of verl's own actor and critic workers on a CPU, with our functions instead of its own.
 
 verl's FSDP engine is not made for a CPU: ppo_fast/examples/with_verl.py describes one to it. Its workers import two
 packages that verl's own requirements leave out: pip install fastapi uvicorn.
@@ -71,7 +71,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_an_update_of_verls_workers_differs_with_the_patch(folder, plain, calls):
+def test_an_update_of_verls_workers_matches_with_the_patch(folder, plain, calls):
     from ppo_fast.integrations import verl as fast
 
     assert not any(calls.values())
@@ -87,7 +87,7 @@ def test_an_update_of_verls_workers_differs_with_the_patch(folder, plain, calls)
     assert_same(patched, plain)
 
 
-def test_the_update_learns_nothing_that_could_differ(folder, plain):
+def test_the_update_changes_weights(folder, plain):
     from transformers import AutoModelForCausalLM
 
     metrics, weights = plain
@@ -97,7 +97,7 @@ def test_the_update_learns_nothing_that_could_differ(folder, plain):
     assert max((a - b).abs().max() for a, b in zip(before, weights, strict=False)) > 1e-2
 
 
-def test_the_registered_policy_loss_is_not_picked_up_or_differs(folder, plain, calls):
+def test_the_registered_policy_loss_is_used_and_matches(folder, plain, calls):
     """loss_mode=ppo_fast in a YAML, without the patch."""
     found = with_verl.step(folder, loss_mode="ppo_fast")
     assert calls == {"gae": 0, "masked_whiten": 0, "policy_loss": UPDATES, "value_loss": 0, "token_logprobs": 0}
@@ -117,7 +117,7 @@ print("RESULT" + json.dumps([metrics, [f.__module__ for f in found]]))
 """
 
 
-def test_the_variable_that_ray_workers_get_replaces_nothing(folder, plain):
+def test_the_variable_that_ray_workers_get_replaces_verls_functions(folder, plain):
     """VERL_USE_EXTERNAL_MODULES, in a process that imports everything else of verl afterwards."""
     environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "ppo_fast.integrations.verl_everywhere"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(with_verl.__file__).parents[2]), *filter(None, sys.path)])

@@ -171,13 +171,13 @@ def test_every_part_of_the_script_has_a_dry_run():
     assert names == next(line for line in lines if line.startswith("all | ")).rstrip(") ;").split(" | ")[1:]
 
 
-def test_a_failing_part_is_kept_and_told_by_the_exit_status(tmp_path: Path):
+def test_a_failing_part_is_kept_and_sets_the_exit_status(tmp_path: Path):
     done = on_gpu(tmp_path, "rows", "0123abc", "no such size")
     assert done.returncode != 0
     assert "no such size" in (tmp_path / "rows.log").read_text()
 
 
-def test_the_folder_of_somebody_else_is_refused(tmp_path: Path):
+def test_a_folder_of_others_is_rejected(tmp_path: Path):
     (tmp_path / "rows.log").write_text("mine")
     for out in (tmp_path, tmp_path / "rows.log"):
         done = on_gpu(out, "rows", "0123abc", "dry")
@@ -195,7 +195,8 @@ def test_an_unknown_part_is_refused(tmp_path: Path):
 
 def test_gpu_selects_the_tests_with_a_device_and_those_that_need_one():
     """Collected without a GPU, where the latter are selected, too, and skipped when they run."""
-    files = [f"tests/test_{name}.py" for name in ("gae", "packing", "trainer_on_device", "data")]
+    names = ("kernels/test_gae", "llm/test_packing", "llm/test_trainer_on_device", "llm/test_data")
+    files = [f"tests/{name}.py" for name in names]
     found = {}
     for selection in ("gpu", "not gpu"):
         done = bench(*files, "--collect-only", "-m", selection)
@@ -346,7 +347,7 @@ def test_pytest_benchmark_writes_the_same_rows(tmp_path: Path, gae_record: dict[
     assert made(tmp_path, record)[0] == 0
 
 
-def test_rows_beyond_the_budget_run_on_or_cost_the_record(tmp_path: Path):
+def test_rows_beyond_the_budget_are_left_out_and_the_record_is_kept(tmp_path: Path):
     path = tmp_path / "gae.jsonl"
     done = bench(
         "bench/bench_gae.py", "--size", "tiny", "--commit", "0123abc", "--budget", "0", "--record", str(path), "-rs"
@@ -364,7 +365,7 @@ def made(folder: Path, record: dict[str, Any]) -> tuple[int, str]:
     return status, (folder / "report" / "README.md").read_text() if status == 0 else ""
 
 
-def test_the_report_leaves_out_a_row_or_says_not_where_it_comes_from(tmp_path: Path, gae_record: dict[str, Any]):
+def test_the_report_has_every_row_and_its_source(tmp_path: Path, gae_record: dict[str, Any]):
     status, page = made(tmp_path, gae_record)
     assert status == 0
     found = [row["extra_info"] for row in gae_record["benchmarks"]]
@@ -385,7 +386,7 @@ def test_the_report_names_its_folder_and_links_the_records(tmp_path: Path, gae_r
     assert made(tmp_path, gae_record)[1] == page, "an earlier report is replaced"
 
 
-def test_the_report_overwrites_nothing_of_somebody_else(tmp_path: Path, gae_record, capsys, monkeypatch):
+def test_the_report_overwrites_no_files_of_others(tmp_path: Path, gae_record, capsys, monkeypatch):
     """As in the root of the clone: its README.md stays, and so does a folder or a file that --out names."""
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install "ppo_fast[bench]"')
     monkeypatch.chdir(tmp_path)
@@ -437,7 +438,7 @@ def test_no_ceiling_is_below_the_floor(tmp_path: Path, gae_record):
         (("benchmarks",), [], "has no rows"),
     ],
 )
-def test_the_report_takes_a_record_without_its_source(tmp_path, capsys, gae_record, place, value, said):
+def test_the_report_rejects_a_record_without_its_source(tmp_path, capsys, gae_record, place, value, said):
     broken = copy.deepcopy(gae_record)
     target = broken
     for name in place[:-1]:
@@ -453,8 +454,8 @@ def synthetic(provider: str, n: int, ms: float, mib: float) -> dict[str, Any]:
     return info | {"floor_ms": 0.5, "share_of_floor": 0.5 / ms, "launches": 2}
 
 
-def test_a_loss_of_ours_is_hidden(tmp_path: Path, gae_record: dict[str, Any]):
-    """A rival is faster at N=1, needs less memory at N=2, we are better without x at N=4; a ceiling is no rival."""
+def test_cells_where_ours_is_behind_are_listed(tmp_path: Path, gae_record: dict[str, Any]):
+    """A baseline is faster at N=1, needs less memory at N=2, ours is better without x at N=4; a ceiling is none."""
     table = {1: [("ppo_fast", 2.0, 4), ("other", 1.0, 9)], 2: [("ppo_fast", 1.0, 4), ("other", 3.0, 1)]}
     table[4] = [("ppo_fast", 1.0, 4), ("one GEMM", 0.7, 0), ("ppo_fast without x", 0.8, 1)]
     found = [synthetic(name, n, ms, mib) for n, entries in table.items() for name, ms, mib in entries]
@@ -470,14 +471,14 @@ def test_a_loss_of_ours_is_hidden(tmp_path: Path, gae_record: dict[str, Any]):
     assert (tmp_path / "report" / "x-against-N.png").stat().st_size > 1000
 
 
-def test_a_sweep_is_no_picture_or_mixes_two_widths():
+def test_each_width_of_a_sweep_has_a_picture():
     found = [synthetic("ppo_fast", n, 1.0, 1.0) for n in (1, 2, 4)]
     assert [(axis, fixed) for axis, fixed, _ in plots.sweeps(rows.groups_of(found)["x"])] == [("N", {"V": 8})]
     found[2]["shape"] = "N=4 V=16"
     assert not list(plots.sweeps(rows.groups_of(found)["x"]))
 
 
-def test_the_record_of_a_whole_program_is_refused_or_loses_its_medians(tmp_path: Path):
+def test_the_record_of_a_whole_program_keeps_its_medians(tmp_path: Path):
     record = {"date": "2026-11-21", "commit": "0123abc", "machine": {"processor": "x"}, "versions": {"torch": "2"}}
     runs = {
         "ours": [{"total": [99.0, 2.0, 9.0], "peak": 5.0}, {"total": [2.0], "peak": 7.0}],
@@ -496,7 +497,7 @@ def test_the_record_of_a_whole_program_is_refused_or_loses_its_medians(tmp_path:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the PTX interpreter")
-def test_launches_are_miscounted():
+def test_launches_are_counted():
     """ppo_loss: two launches forward, one backward. A second call counts anew."""
     x, mask = torch.randn(6, 2, 5), torch.ones(2, 5, dtype=torch.bool)
     leaf = x[0].clone().requires_grad_()
@@ -514,7 +515,7 @@ def test_launches_are_miscounted():
     assert measure.launches(lambda: ppo.gae(x[0], x[1], backend="torch"), torch.device("cpu")) == "-"
 
 
-def test_a_missing_peer_is_skipped_without_its_name_or_leaves_stand_ins_behind():
+def test_a_missing_peer_is_named_and_leaves_no_stand_ins():
     kept = list(sys.meta_path)
     for find in (peers.peer, peers.peer_without_its_cluster):
         with pytest.raises(pytest.skip.Exception, match="some-peer is not installed"):
@@ -523,7 +524,7 @@ def test_a_missing_peer_is_skipped_without_its_name_or_leaves_stand_ins_behind()
     assert "vllm" not in sys.modules
 
 
-def test_peak_memory_forgets_the_gradient_or_counts_what_was_there():
+def test_peak_memory_includes_gradients_and_no_earlier_tensors():
     leaf = torch.ones(1000, requires_grad=True)
 
     def run() -> None:

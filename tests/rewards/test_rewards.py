@@ -41,7 +41,7 @@ from ppo_fast.rewards import (
     stays_in_role,
 )
 
-P = [""]  # a prompt that nobody looks at
+P = [""]  # a prompt that is not read
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_question_answering_follows_squad(answer, right, exact, shared):
         ("It costs -$1,234.56.", Fraction(-123456, 100)),
         ("It costs $-3.", -3),
         ("10 - 7 = 3", 3),
-        ("10-7", 7),  # no sign: it stands between numbers
+        ("10-7", 7),  # no sign: it is between numbers
         ("x = -7", -7),
         ("minus: \u22127", -7),
         ("50%", 50),
@@ -208,7 +208,7 @@ def test_a_number_that_is_a_part_of_another_is_not_read(text):
     assert number_in(text) is None
 
 
-def test_a_right_number_is_right_in_any_dress_and_a_near_one_only_within_the_tolerance():
+def test_a_right_number_is_right_in_any_form_and_a_near_one_within_the_tolerance():
     right = "1,000 * 3 = 3,000\n#### 3,000"
     answers = ["3000", "3000.0 dollars", "$3,000", "\\boxed{3000}", "3001", "", "-3000"]
     assert numeric(P * 7, answers, [right] * 7) == [1, 1, 1, 1, 0, 0, 0]
@@ -240,26 +240,26 @@ def test_a_sign_a_fraction_or_an_exponent_makes_another_number(text, number):
 
 
 @pytest.mark.parametrize("text", ["1e" + "9" * 5000, "2^{" + "9" * 5000 + "}", "3 x 10^" + "9" * 5000])
-def test_an_endless_exponent_in_an_answer_ends_the_run(text):
+def test_an_endless_exponent_in_an_answer_is_no_number(text):
     assert numeric(P, [text], [3]) == [0.0]
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
-def test_a_tolerance_under_which_nothing_is_right_is_taken(tolerance):
+def test_a_tolerance_under_which_nothing_is_right_is_rejected(tolerance):
     with pytest.raises(ValueError, match="tolerance must be a finite number, at least 0"):
         numeric(P, ["1"], ["1"], tolerance=tolerance)
 
 
 @pytest.mark.parametrize("reference", [math.nan, {"text": ["Paris"]}, [["Paris"]], b"Paris"])
-def test_what_is_no_reference_is_compared_as_text(reference):
+def test_what_is_no_reference_is_rejected(reference):
     for function in (exact_match, f1, rouge_l, chrf):
         with pytest.raises(ValueError, match=r"answer 0 (has no reference|must be a text, a number or a list of such)"):
             function(P, ["Paris"], [reference])
 
 
 @pytest.mark.parametrize("function", [exact_match, bleu, ndcg])
-def test_a_column_in_quotation_marks_is_read_letter_by_letter(function):
-    with pytest.raises(ValueError, match="got the text 'ab'; the name of a column stands without quotation marks"):
+def test_a_column_in_quotation_marks_is_rejected(function):
+    with pytest.raises(ValueError, match="got the text 'ab'; the name of a column has no quotation marks"):
         function(P * 2, ["a", "b"], "ab")
     with pytest.raises(ValueError, match="a column has 3 entries for 2 answers"):
         function(P * 2, ["a", "b"], ["a", "b", "c"])
@@ -301,7 +301,7 @@ def test_words_that_differ_in_a_vowel_sign_are_the_same():
 
 
 @pytest.mark.parametrize("name", ["13A", "flores200"])
-def test_a_tokenizer_that_is_unknown_or_would_be_downloaded_is_taken(name):
+def test_a_tokenizer_that_is_unknown_or_would_be_downloaded_is_rejected(name):
     with pytest.raises(ValueError, match=f"tokenize must be one of 13a, intl, .*; got '{name}'"):
         bleu(P, ["a"], ["a"], tokenize=name)
 
@@ -362,7 +362,7 @@ def test_an_answer_that_speaks_for_others_is_found(answer, value):
     assert stays_in_role(P, [answer]) == [value]
 
 
-def test_an_answer_of_line_breaks_is_read_for_minutes():
+def test_an_answer_of_line_breaks_is_read_in_linear_time():
     began = time.monotonic()
     assert stays_in_role(P, ["\n" * 40_000]) == [1]
     assert time.monotonic() - began < 5  # 50 s where each line break was read once for each before it
@@ -393,7 +393,7 @@ def test_forms():
         json_schema(P, ["1"], [None])
 
 
-def test_a_bad_schema_is_a_silent_zero_as_long_as_no_answer_is_json(monkeypatch):
+def test_a_bad_schema_raises_an_error_at_the_first_call(monkeypatch):
     pytest.importorskip("jsonschema", reason="jsonschema is not installed (the extra ppo_fast[rewards])")
     for schema in ('{"type"', {"type": "nothing"}, "3"):
         with pytest.raises(ValueError, match="not a JSON Schema"):
@@ -409,12 +409,12 @@ def test_a_bad_schema_is_a_silent_zero_as_long_as_no_answer_is_json(monkeypatch)
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression: missing"), ([None], "got None")])
-def test_a_bad_pattern_is_not_named(pattern, message):
+def test_a_bad_pattern_is_named(pattern, message):
     with pytest.raises(ValueError, match=message):
         matches(P, ["a"], pattern)
 
 
-def test_the_choice_a_is_lost_as_an_article_or_a_label_behind_a_colon():
+def test_the_choice_a_and_a_label_after_a_colon_are_read():
     choices = ["A", "B", "C"]
     answers = ["A", "The answer is A.", "", "the", "(B)"]
     assert label_match(P * 5, answers, ["A"] * 5, labels=choices) == [1, 1, 0, 0, 0]
@@ -431,12 +431,12 @@ def test_labels_that_cannot_be_told_apart_are_all_right(labels):
         stays_in_role(P, ["u: hi"], others="user")
 
 
-def test_what_tables_write_for_nothing_or_for_one_is_read_letter_by_letter():
+def test_empty_cells_and_single_texts_of_tables_are_read_as_references():
     assert span_f1(P, ["PER: Ada"], [{"PER": "Ada", "LOC": None}]) == [1.0]
     assert ndcg(P * 2, ["Aliens", "A"], ["Aliens", "Aliens"]) == [1.0, 0.0]
     assert ndcg(P, ["b"], [{"a": None, "b": 1}]) == [1.0]
     for grade in (-1, "3", math.nan, 5000):
-        with pytest.raises(ValueError, match="the relevance of 'a' to prompt 0 must lie between 0 and 100"):
+        with pytest.raises(ValueError, match="the relevance of 'a' to prompt 0 must be in \\[0, 100\\]"):
             ndcg(P, ["a"], [{"a": grade}])
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         ndcg(P, ["a"], [["a"]], k=0)
@@ -528,7 +528,7 @@ def test_a_spec_that_is_wrong_is_refused_with_the_reason(spec, message):
         load_reward(spec)
 
 
-def test_an_error_in_a_users_own_file_is_a_bare_traceback(tmp_path: Path):
+def test_an_error_in_a_users_own_file_names_the_file(tmp_path: Path):
     (tmp_path / "mine.py").write_text("class Judge:\n    def __init__(self):\n        raise KeyError('path')\n")
     with pytest.raises(UserError, match=r"mine.py:Judge: KeyError: 'path' \(.*mine.py, line 3\)"):
         load_reward(f"{tmp_path / 'mine.py'}:Judge")
@@ -539,7 +539,7 @@ def test_an_error_in_a_users_own_file_is_a_bare_traceback(tmp_path: Path):
         load_reward(f"{tmp_path / 'bad.py'}:f")
 
 
-def test_a_column_that_the_data_lacks_is_a_type_error():
+def test_a_column_that_the_data_lacks_is_named():
     judge = load_reward("ppo_fast.rewards:numeric(tolerance=0.5)")
     with pytest.raises(
         UserError, match=r"no column 'reference', which the reward 'numeric' asks for; it has answer; to"
@@ -707,7 +707,7 @@ def test_workers_do_not_outlive_a_killed_trainer(slow: str, tmp_path: Path, answ
     child.wait()
     deadline = time.monotonic() + 20
     while any(_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker goes on"
+        assert time.monotonic() < deadline, "a worker still runs"
         time.sleep(0.1)
 
 

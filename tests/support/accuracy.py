@@ -1,4 +1,4 @@
-"""How close is close enough: a kernel may err at most twice as much as eager PyTorch in the same dtype."""
+"""The bound of errors: a kernel may err at most twice as much as eager PyTorch in the same dtype."""
 
 import torch
 from torch import Tensor

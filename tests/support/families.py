@@ -56,6 +56,6 @@ NAMES = tuple(configs())
 def load(name: str, folder: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(configs()[name]).save_pretrained(folder / name)
-    # SDPA knows no softcap of attention scores, and some releases of transformers leave it out in silence there.
+    # SDPA knows no softcap of attention scores, and some releases of transformers omit it there without a warning.
     options = {"attn_implementation": "eager"} if name == "gemma2" else {}
     return AutoModelForCausalLM.from_pretrained(folder / name, **options).eval()

@@ -36,7 +36,7 @@ def check(function, bound: float = 1e-5, **options) -> None:
 
 
 def everything(shape: tuple[int, ...], rows: int, seed: int = 0) -> dict:
-    """Inputs with a mask that has gaps, ends, cuts and a bootstrap; NaN and flags stand where they must not be read."""
+    """Inputs with a mask that has gaps, ends, cuts and a bootstrap; NaN and flags are where they must not be read."""
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rewards, values, final_values = torch.randn(3, *shape, generator=g)
     mask = torch.rand(shape, generator=g) < 0.7

@@ -1,4 +1,4 @@
-"""What the tests of token_logprobs share: both backends, inputs, and the comparison with fp64."""
+"""Shared by the tests of token_logprobs: both backends, inputs, and the comparison with fp64."""
 
 import torch
 from support.accuracy import assert_error_at_most_twice_eager

@@ -12,7 +12,7 @@
    model of text that no other phase has read.
 
 Each phase leaves a folder in DIR and is not repeated when the command is given again; a phase that was killed starts
-anew, PPO goes on from its checkpoint. The result is DIR/report.md, with pictures.
+anew, PPO resumes from its checkpoint. The result is DIR/report.md, with pictures.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the phases share: settings, the supervised model, the held-out prompts, and the rewards."""
+"""Shared by the phases: settings, the supervised model, the held-out prompts, and the rewards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ppo_fast.rewards import Fluency
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line gives, and the sizes, which tests make smaller."""
+    """Options of the command line, and sizes, which tests reduce."""
 
     text: str | None = None
     pairs: str | None = None
@@ -54,7 +54,7 @@ def held_out_stretches(tokenizer: Any, parts: dict[str, list[str]], settings: Se
 
 
 def coherence(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
-    """A reward: share of the prompt's longer words that come again, minus the share of repeated 3-grams."""
+    """A reward: share of the prompt's longer words that recur, minus the share of repeated 3-grams."""
     found = []
     for prompt, text, ids in zip(prompts, completions, completion_ids, strict=True):
         asked = {word.lower() for word in prompt.split() if len(word) > 3}
@@ -64,7 +64,7 @@ def coherence(prompts: list[str], completions: list[str], completion_ids: list[l
 
 
 def n_gram_judge(tokenizer: Any, passages: list[str]) -> Callable[..., list[float]]:
-    """What an n-gram model of unseen text thinks of an answer: mean log-likelihood, in nats per token."""
+    """A reward: mean log-likelihood under an n-gram model of unseen text, in nats per token."""
     grams = NGrams(tokenizer(passages)["input_ids"], len(tokenizer))
 
     def judge(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
@@ -75,7 +75,7 @@ def n_gram_judge(tokenizer: Any, passages: list[str]) -> Callable[..., list[floa
 
 
 def rewards_of(out: Path, parts: dict[str, list[str]], settings: Settings) -> tuple[dict[str, Any], dict[str, float]]:
-    """All rewards by name, and their weights. The judge's is 0: it is only watched."""
+    """All rewards by name, and their weights. The judge's weight is 0: it is only recorded."""
     device = pick_device(settings.device)
     with no_loading_bars():
         classifier, its_tokenizer = load_reward_model(out / "reward_model")

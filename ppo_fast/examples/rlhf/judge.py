@@ -1,4 +1,4 @@
-"""A judge that no model has seen: an interpolated n-gram model of held-out text, and what repeats itself."""
+"""A judge that nothing is trained on: an interpolated n-gram model of held-out text, and a measure of repetition."""
 
 import math
 from collections import Counter
@@ -47,6 +47,6 @@ class NGrams:
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:
-    """Share of an answer's n-grams that it has written before."""
+    """Share of an answer's n-grams that occur earlier in it."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

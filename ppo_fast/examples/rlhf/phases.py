@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +43,8 @@ from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package
 
 
-def run(settings: Settings, console: Console) -> dict[str, Any]:
-    """All phases; what DIR/report.json holds, too."""
+def run(settings: Settings, console: Console) -> dict[str, object]:
+    """Runs all phases and returns the contents of DIR/report.json."""
     begun = time.perf_counter()
 
     package("sacrebleu", "sacrebleu")  # which the last phase needs, as it does the pictures
@@ -80,7 +79,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 
 
 def _same_settings(out: Path, settings: Settings) -> None:
-    """Refuses to go on with folders that other settings have made."""
+    """Rejects folders that other settings have made."""
     free = {"out", "quiet", "sweep", "device"}
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
     path = out / "settings.json"
@@ -114,7 +113,7 @@ def once(folder: Path, phase: Callable[[Path], None], console: Console) -> None:
 
 
 def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, console: Console) -> None:
-    """Phase 1: tokenizer and language model, from nothing but the text."""
+    """Phase 1: tokenizer and language model, from the text alone."""
     set_seed(settings.seed)
     say(console, "phase 1: a tokenizer and a language model from the text")
     tokenizer = make_tokenizer(parts["supervised"], settings.vocabulary)
@@ -239,7 +238,7 @@ def reward_model(
 
 
 def make_pairs(
-    actor: Any,
+    actor: object,
     tokenizer: PreTrainedTokenizerFast,
     passages: list[str],
     count: int,
@@ -260,7 +259,7 @@ def make_pairs(
 
 
 def own_answers(
-    actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
+    actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
 ) -> list[str]:
     """The actor's answers at temperature 1."""
     options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
@@ -274,7 +273,7 @@ def own_answers(
     return found
 
 
-def own_entropy(actor: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
+def own_entropy(actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
     """Of the actor's answers at temperature 1, estimated from what it drew: nats per token."""
     options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
     answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], options).ids
@@ -291,7 +290,7 @@ def ppo(
     *,
     fixed_kl: float | None = None,
 ) -> None:
-    """Phase 4, in out/name; goes on from its own checkpoint."""
+    """Phase 4, in out/name; resumes from its own checkpoint."""
     if (out / name / "model").exists():
         say(console, f"{name}: there already")
         return

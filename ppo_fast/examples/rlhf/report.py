@@ -40,8 +40,8 @@ SAMPLES = 6
 BLEU_ANSWERS = 64
 
 
-def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[str, Any]:
-    """Answers of the supervised model, of the trained one, and of the text itself, judged alike."""
+def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[str, object]:
+    """Evaluates answers of the supervised model, of the trained one, and of the text itself in the same way."""
     rewards, _ = rewards_of(out, parts, settings)
     device = pick_device(settings.device)
     with no_loading_bars():
@@ -76,7 +76,7 @@ def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[
 
 
 def judged(prompts: list[str], texts: list[str], ids: list[list[int]], rewards: dict[str, Any]) -> dict[str, float]:
-    """Every number of the table but KL."""
+    """All numbers of the table except KL."""
     scores = rewards["reward_model"](prompts, texts)
     others = {name: rewards[name](prompts, texts, ids) for name in ("judge", "coherence", "fluency")}
     return {

@@ -1,4 +1,4 @@
-"""The text: read, cut into parts that never meet, and spoiled on purpose."""
+"""The text: reading it, splitting it into disjoint parts, and corrupting it for the rejected answers."""
 
 import random
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Stretch:
 
 
 def read_text(path: str | None) -> str:
-    """A file's text, or the language reference that every CPython carries.
+    """A file's text, or the language reference that every CPython includes.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or is too short to learn from.
@@ -91,7 +91,7 @@ def stretches(tokenizer: PreTrainedTokenizerFast, passages: list[str], count: in
 
 
 def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Random) -> str:
-    """What does not follow the prompt: its words in disorder, some replaced, a few repeated, or misspelt."""
+    """Corrupts a continuation: its words are shuffled, some replaced, a few repeated, or misspelt."""
     words = stretch.follows.split(" ")
     if kind == "disorder":
         return " ".join(chooser.sample(words, len(words)))
