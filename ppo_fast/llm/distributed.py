@@ -107,7 +107,7 @@ class Distributed:
         dist.all_gather_object(found, x)
         return found
 
-    def check_equal(self, parts: dict[str, Any]) -> None:
+    def check_equal(self, parts: dict[str, object]) -> None:
         """Compares what all processes must share, by name. A part that a process does not give is not compared there.
 
         Raises:
@@ -249,7 +249,7 @@ def init_distributed(config: PPOConfig) -> Distributed:
     return distributed
 
 
-def _shared_options(config: PPOConfig) -> dict[str, Any]:
+def _shared_options(config: PPOConfig) -> dict[str, object]:
     """The options that are the same in all processes: all but `quiet` and the path of `out`."""
     options = dataclasses.asdict(config) | {"out": "a folder" if config.out is not None else None}
     return {name: x for name, x in options.items() if name != "quiet"}
@@ -341,7 +341,7 @@ def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) 
     if distributed.strategy != "fsdp" or distributed.size == 1:
         return load(True)
     loaded: tuple[M, T] | None = None
-    found: Any = None
+    found: object = None
     try:
         loaded = load(distributed.is_main)
         found = layout(loaded[0])

@@ -105,7 +105,7 @@ def check_sampler(sampler: object) -> None:
 def sample_rollout(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    rows: list[dict[str, object]],
     config: PPOConfig,
     device: torch.device,
     *,
@@ -331,7 +331,7 @@ class _Stop(StoppingCriteria):
         self.completions: list[list[int]] = [[] for _ in range(rows)]
         self.open = [True] * rows
 
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: object, **options: object) -> Tensor:  # type: ignore[override]
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if self.open[row]:
                 ids = self.completions[row]
@@ -352,7 +352,7 @@ class HalfCache(DynamicCache):
         self.compute_dtype = dtype
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **options: object
     ) -> tuple[Tensor, Tensor]:
         """Adds keys and values [B, G, n, d] of new tokens, and returns those of all."""
         keys, values = (x.to(self.compute_dtype) for x in (key_states, value_states))
@@ -481,7 +481,7 @@ def drop_long_prompts(
     actor: LanguageModel,
     config: PPOConfig,
     *others: nn.Module | None,
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[dict[str, object]], int]:
     """The rows whose prompt leaves room for a completion, and how many were left out.
 
     The limit is max_prompt_tokens, and what the positions of the models allow: `others` are critic and reference.

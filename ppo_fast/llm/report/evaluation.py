@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -60,8 +59,8 @@ def distinct(answers: list[list[int]], n: int) -> float:
 class Evaluator:
     """Evaluation of the policy on held-out rows, without those that are too long; it uses the trainer's models."""
 
-    rows: list[dict[str, Any]]
-    trained_on: list[dict[str, Any]]
+    rows: list[dict[str, object]]
+    trained_on: list[dict[str, object]]
     config: PPOConfig
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
