@@ -427,7 +427,7 @@ class PPO:
             "return_rms": self.return_rms.state_dict(),
             "generator": self.generator.get_state(),
             "observations": self.observations[-1].clone(),
-            **{name: getattr(self, name) for name in RUNNING},
+            **{name: getattr(self, name).copy() for name in RUNNING},
             "global_step": self.global_step,
             "updates_done": self.updates_done,
             "episodes": self.episodes,

@@ -441,6 +441,18 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_killed(tmp_path, monkeyp
         assert torch.equal(never.adam.weights, whole.adam.weights)
 
 
+def test_a_state_restores_the_next_update():
+    options = dict(env="ppo_fast/Maze-v0", normalize_rewards=True, rollout_steps=40, total_steps=1000)
+    trainer, other = (ClassicTrainer(small(**options, seed=seed)) for seed in (1, 2))
+    for _ in range(2):
+        trainer.step()
+    other.load_state_dict(trainer.state_dict())
+    assert other.global_step == trainer.global_step
+    metrics = [{k: x for k, x in t.step().items() if "second" not in k} for t in (trainer, other)]
+    assert metrics[0] == metrics[1]
+    assert torch.equal(trainer.adam.weights, other.adam.weights)
+
+
 def test_a_run_made_longer_has_the_bits_of_one_that_was_long_from_the_start(tmp_path):
     """The last update is also one to save at: what was reset after that checkpoint must not come into it."""
     options = dict(env="Pendulum-v1", rollout_steps=8, lr_schedule="constant", save_every=1, tensorboard=False)
