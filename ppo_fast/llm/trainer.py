@@ -253,7 +253,8 @@ class PPOTrainer:
         learner, seconds = self.learner, dict[str, float]()
         train_actor = self.steps_done >= self.config.critic_warmup_steps
         rates = learner.optimizers.begin(self.steps_done)
-        self._warm_up()
+        if not self.is_warm and self.device.type != "cpu":
+            self._warm_up()
         with self._timed(seconds, "sample"):
             local = self._sample()
         with self._timed(seconds, "reward"):
@@ -307,9 +308,7 @@ class PPOTrainer:
         return rollout, scores, means
 
     def _warm_up(self) -> None:
-        """On a GPU, before the first step, compiles what learning computes on one short sequence."""
-        if self.is_warm or self.device.type == "cpu":
-            return
+        """Compiles, before the first step on a GPU, the kernels of learning on one short sequence."""
         self.is_warm = True
         (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
         completion = [self.tokenizer.pad_token_id] * min(2, self.config.max_new_tokens)
