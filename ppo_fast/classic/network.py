@@ -160,7 +160,7 @@ class Network(nn.Module):
         policy_in, value_in, policy_out, value_out = activations
         policy_grad = self.policy_head.backward(policy_grad, policy_out, to_input=True)
         value_grad = self.value_head.backward(value_grad[:, None], value_out, to_input=True)
-        # Only MLPs come here (`forward_with_cache`), which mypy does not know of the trunks
+        # `forward_with_cache` is for MLPs only; the trunks have the type nn.Module
         assert isinstance(self.policy_trunk, MLP)
         assert isinstance(self.value_trunk, MLP)
         if self.shared:

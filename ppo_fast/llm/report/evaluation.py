@@ -90,7 +90,7 @@ class Evaluator:
         return step in (0, self.config.total_steps) or bool(every and step % every == 0)
 
     def run(self, step: int, kl_coef: float, trained: Experience | None = None) -> Evaluation:
-        """Completes all held-out prompts and measures the completions; `trained` is the experience of the last step."""
+        """Evaluate on all held-out prompts, and explain one completion of the last step (`trained`)."""
         explained = None
         if trained is not None:
             explained = explain(self.policy, self.tokenizer, trained, with_kl=self.reference is not None)
