@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ppo_fast.cli import main as cli
+from ppo_fast.cli import train
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
@@ -401,7 +402,7 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
     parsed = parser.parse_args([*given, "--reward", f"{folder / 'r.py'}:good", *arguments])
     largest, found = LargestStorage(), dict[str, Any]()
 
-    def train(self: PPOTrainer) -> list[dict[str, float]]:
+    def run_to_the_end(self: PPOTrainer) -> list[dict[str, float]]:
         largest.__exit__(None, None, None)
         history = run_training(self)
         found["history"] = of_training(history)
@@ -413,7 +414,7 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
     run_training = PPOTrainer.train
     fixed = mock.patch("ppo_fast.llm.trainer.GenerateSampler", return_value=Fixed())
-    with fixed, mock.patch.object(PPOTrainer, "train", train):
+    with fixed, mock.patch.object(PPOTrainer, "train", run_to_the_end):
         largest.__enter__()
         assert train.train(parsed, *train.resolve(parsed, train_parser)) == 0
     return {**found, "largest": largest.elements}
