@@ -216,7 +216,7 @@ def test_a_checkpoint_of_two_processes_holds_other_numbers_for_one(tmp_path, par
     moments = [x.abs().sum() for slots in alone.learner.optimizers.actor.adamw.state.values() for x in slots.values()]
     assert len(moments) == 3 * len(alone.learner.optimizers.actor.parameters)
     assert all(x > 0 for x in moments)
-    alone.train()  # writes step-3, which three processes go on with
+    alone.train()  # writes step-3, from which three processes continue
     longer = dataclasses.replace(config, total_steps=4)
     for history, _, notes in run(tmp_path, go_on, longer, None, size=3):
         assert [row["step"] for row in history] == [4]

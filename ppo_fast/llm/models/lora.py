@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""LoRA adapters for actor and critic, through peft."""
 
 from typing import Any
 

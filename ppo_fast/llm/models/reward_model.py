@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Reward models: sequence classifiers that score prompts with completions."""
 
 import copy
 import functools

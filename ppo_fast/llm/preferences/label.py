@@ -113,7 +113,7 @@ def _choice(ask: Callable[[str], str]) -> str:
         except (EOFError, KeyboardInterrupt):
             return "q"
         except RuntimeError as error:  # what input() raises without standard input
-            raise UserError(f"nobody can choose here: {error}") from error
+            raise UserError(f"no user can choose here: {error}") from error
         if typed in ("1", "2", "s", "q"):
             return typed
 

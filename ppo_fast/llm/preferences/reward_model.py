@@ -30,7 +30,7 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
-    kind: str = "pair"  # of the rejected answer: accuracy is told for each kind
+    kind: str = "pair"  # of the rejected answer: accuracy is reported for each kind
 
     def __post_init__(self) -> None:
         for name, text in asdict(self).items():
@@ -111,7 +111,7 @@ def train_reward_model(
         batch_size: pairs in one optimizer step.
         lr: AdamW's learning rate at its highest: it rises over the first twentieth and falls to a tenth.
         seed: of the order of the pairs.
-        after_step: is told step, steps in all, and the loss in nats.
+        after_step: receives step, the number of steps, and the loss in nats.
 
     Raises:
         UserError: the model has more than one output, or no pad token; or a setting is out of range.

@@ -1,7 +1,7 @@
-"""Evaluation: held-out prompts are answered and judged, and one answer of the last step is explained token by token.
+"""Evaluation: held-out prompts are completed and scored, and one completion of the last step is explained.
 
-Training does not notice: sampling has a random state of its own, the same in every evaluation, so that two of them
-differ by the policy alone.
+It has no effect on training: sampling uses a random state of its own, the same in every evaluation, so that two
+evaluations differ by the policy only.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ EVALUATION = 2**32 - 1  # in place of a step: its seeds are not those of trainin
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found."""
+    """The result of one evaluation."""
 
     step: int
     metrics: dict[str, float]  # eval/score, eval/kl, ...
@@ -58,7 +58,7 @@ def distinct(answers: list[list[int]], n: int) -> float:
 
 @dataclass
 class Evaluator:
-    """Judges the policy on held-out rows, without those that are too long; what else it needs is the trainer's."""
+    """Evaluates the policy on held-out rows, without those that are too long, with the objects of the trainer."""
 
     rows: list[dict[str, Any]]
     trained_on: list[dict[str, Any]]

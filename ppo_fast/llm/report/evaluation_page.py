@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Shows an evaluation on the terminal and writes it as a page and as JSON."""
 
 import json
 import re

@@ -265,7 +265,7 @@ def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _names(value: Any) -> str:
-    """The last part of a path, or of each: where a folder lay is nobody's business."""
+    """The last part of a path, or of each: the card does not publish where a folder was."""
     if isinstance(value, list):
         return ", ".join(map(_names, value))
     return Path(value).name if isinstance(value, str) else str(value)

@@ -202,7 +202,7 @@ def _weighted(values: list[float | list[float]], weight: float) -> list[float | 
 def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, Any]]) -> None:
     """Refuses rows that lack a column that a reward function asks for: now, not after the first answers."""
     known = columns(rows[:1], 1)
-    known.pop("prompt", None)  # whose lack is told elsewhere
+    known.pop("prompt", None)  # whose absence is reported elsewhere
     for function in functions.values():
         check_columns(function, {**known, "raw_completions": [], "completion_ids": [], "ended": []})
 
