@@ -549,7 +549,7 @@ def test_a_checkpoint_of_other_options_is_taken(tmp_path):
         other.train()
 
 
-def test_a_damaged_checkpoint_is_loaded(tmp_path):
+def test_a_damaged_checkpoint_is_rejected(tmp_path):
     ClassicTrainer(small(env="CartPole-v1", total_steps=50, out=str(tmp_path), tensorboard=False)).train()
     folder = checkpoint.newest(tmp_path / "checkpoints")
     file = folder / "model.safetensors"

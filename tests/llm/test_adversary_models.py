@@ -202,7 +202,7 @@ def test_attributes_of_a_reward_object_have_no_meaning_for_the_trainer():
     assert reward.seen == ["x"] * 4
 
 
-def test_an_integer_failed_counts_the_answers_without_a_judgement():
+def test_an_integer_failed_counts_the_completions_without_a_score():
     class Counts:
         failed = 0
 
