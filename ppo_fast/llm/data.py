@@ -1,7 +1,7 @@
 """Prompts: reading them from a file or folder, turning them into tokens, and dealing them out in a seeded order.
 
 A prompt is a text, or a chat: a list of messages {"role": ..., "content": ...}, which goes through the tokenizer's chat
-template. Reward functions get it as it stands in the data.
+template. Reward functions get it as it is in the data.
 """
 
 import codecs

@@ -1,9 +1,8 @@
-"""Several processes under torchrun: who does what, and how what they found becomes one.
+"""Distributed training under torchrun: how work is split over ranks and how results are reduced.
 
-Each process answers its share of a step's prompts and judges them. Then all exchange their answers, and from there on
-they agree on everything: advantages, whitening, statistics and the order of minibatches are computed from the whole
-rollout by each of them. A minibatch's packs are dealt out, so that the gradient, summed over processes, is that of one
-process on the joined batch.
+Each rank samples and scores its part of a step's prompts. Then all ranks gather the whole rollout, from which each
+computes advantages, whitening, statistics and the order of minibatches, so that these are equal. The packs of a
+minibatch are assigned to ranks, and the gradient, summed over ranks, is that of one process on the whole batch.
 
 DistributedDataParallel keeps a model in each process; FSDP2 (`fully_shard`) keeps a part of each weight, gradient and
 optimizer state. The loss is computed inside the wrapped module's forward. Under FSDP2 only the first process needs
@@ -39,7 +38,7 @@ from ppo_fast.llm.packing.rollout import CPU, Rollout, join_rollouts, join_score
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
-# in the error of a collective operation that waited for a process that is gone, or too long for a slow one
+# in the error of a collective operation that waited for a process that has ended, or too long for a slow one
 LOST = ("closed by peer", "reset by peer", "broken pipe", "got 0 bytes", "ncclremoteerror", "communicator was aborted")
 TIMED_OUT = ("timed out", "timeout", "timing out")
 # a model's own code raises any of them where it cannot be built on the meta device
@@ -48,7 +47,7 @@ BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError
 
 @dataclass(eq=False)
 class Distributed:
-    """The processes of a run; one alone, if torchrun did not start it."""
+    """The processes of a run: one, unless torchrun started several."""
 
     rank: int
     size: int
@@ -59,16 +58,16 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def local_rows(self, rows: Sequence[T]) -> list[T]:
-        """This process's rows: a stretch of them, at most one longer than another's."""
+        """This rank's consecutive part of the rows; the sizes of two ranks differ by at most one."""
         ends = [len(rows) * r // self.size for r in (self.rank, self.rank + 1)]
         return list(rows[ends[0] : ends[1]])
 
     def assign_packs(self, packs: Sequence[T]) -> list[T | None]:
-        """This process's packs, as many for each process: None where there is nothing left to do."""
+        """This rank's packs, equally many in each rank: None where no pack is left."""
         rounds = -(-len(packs) // self.size)
         mine = list(packs[self.rank :: self.size])
         return [*mine, *[None] * (rounds - len(mine))]
@@ -92,7 +91,7 @@ class Distributed:
         return bool(self.all_reduce_max(torch.tensor(float(flag), device=self.device)))
 
     def rendezvous(self, where: str, *, signal: str = "") -> str:
-        """Waits for all processes, which have done what `where` says, and returns a signal that one of them brought.
+        """Waits for all processes, which have done what `where` says; returns a signal that one of them received.
 
         Raises:
             UserError: a process failed, or is later than config.process_timeout; the message names it.
@@ -100,15 +99,15 @@ class Distributed:
         return signal if self.meeting is None else self.meeting(where, signal=signal)
 
     def all_gather_object(self, x: T) -> list[T]:
-        """Every process's object, by rank."""
+        """The objects of all processes, by rank."""
         if self.size == 1:
             return [x]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, x)
         return found
 
-    def check_equal(self, parts: dict[str, object]) -> None:
-        """Compares what all processes must share, by name. A part that a process does not give is not compared there.
+    def check_equal(self, parts: dict[str, Any]) -> None:
+        """Checks that named values are equal in all processes that give them.
 
         Raises:
             UserError: a part differs; the message names it and the processes.
@@ -124,12 +123,12 @@ class Distributed:
                 )
 
     def barrier(self) -> None:
-        """Waits for the others."""
+        """Waits for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def run_on_main(self, function: Callable[[], T]) -> T:
-        """What the function returns, or the UserError that it raises, in the first process: the same in all."""
+        """Calls the function in the main process; all processes return its result, or raise its UserError."""
         if self.size == 1:
             return function()
         found: T | UserError | None = None
@@ -144,15 +143,15 @@ class Distributed:
         return answer
 
     def run_with_weights(self, function: Callable[[], T], *, of: nn.Module) -> T:
-        """What the function finds out about the model; collective under FSDP2.
+        """Calls a function that needs the weights of a model; collective under FSDP2.
 
-        It is called in the first process alone if another one has no weights of the model.
+        It is called in the main process only, for all, if another one has no weights of the model.
         """
         alone = self.strategy == "fsdp" and self.any_rank(not has_weights(of))
         return self.run_on_main(function) if alone else function()
 
     def gather_rollout(self, rollout: Rollout, scores: Tensor, pad: int) -> tuple[Rollout, Tensor]:
-        """All processes' answers and their scores, in the order of the prompts."""
+        """The completions of all processes and their scores, in the order of the prompts."""
         if self.size == 1:
             return rollout, scores
         found = self.all_gather_object((rollout.to(CPU), scores.cpu()))
@@ -160,9 +159,9 @@ class Distributed:
         return join_rollouts(parts, pad).to(self.device), join_scores(parts, theirs).to(self.device)
 
     def reduce_metrics(self, metrics: dict[str, float], count: int) -> dict[str, float]:
-        """Metrics over all processes' answers from each one's, with the number of its answers.
+        """Metrics over the completions of all processes, of which this one has `count`.
 
-        What counts (`reward_failed/NAME`) is summed, and of means the mean is taken.
+        Counts (`reward_failed/NAME`) are summed, and means are averaged.
         """
         found = self.all_gather_object((metrics, count))
         total = sum(n for _, n in found)
@@ -174,12 +173,12 @@ class Distributed:
         }
 
     def max_over_ranks(self, seconds: dict[str, float]) -> dict[str, float]:
-        """The largest of each figure over processes, as of times: all wait for the slowest process."""
+        """The maximum of each value over processes, as of times: all wait for the slowest process."""
         found = self.all_gather_object(seconds)
         return {name: max(theirs[name] for theirs in found) for name in seconds}
 
     def wrap(self, policy: nn.Module, *, dtype: str, unused_parameters: bool) -> None:
-        """Makes the policy one of several. Collective; after it `module` is to be called, and `full` shows weights."""
+        """Wraps the policy in DDP or FSDP2; collective. Then `wrapped_module` is to be called instead of it."""
         if self.strategy == "ddp":
             self.wrapped = DistributedDataParallel(
                 policy,
@@ -193,11 +192,11 @@ class Distributed:
                 register_fsdp_forward_method(policy, method)
 
     def wrapped_module(self, policy: nn.Module) -> nn.Module:
-        """What to call instead of the policy."""
+        """The module to call instead of the policy."""
         return self.wrapped or policy
 
     def sync_gradients(self, last: bool) -> AbstractContextManager:
-        """DDP adds gradients up over processes in the backward of the last micro-batch only."""
+        """Lets DDP reduce gradients over processes in the backward of the last micro-batch only."""
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return nullcontext()
@@ -223,7 +222,7 @@ def _meeting(rank: int, size: int, limit: float) -> Meeting:
 
 
 def init_distributed(config: PPOConfig) -> Distributed:
-    """The distributed that torchrun announces in the environment, joined; or this process alone.
+    """Joins the process group that torchrun describes in the environment, if there is one.
 
     Raises:
         UserError: config.parallel asks for several processes, but torchrun did not start this one; or the processes
@@ -238,8 +237,8 @@ def init_distributed(config: PPOConfig) -> Distributed:
     rank, device = this_rank(size), _device_of_rank(config)
     if not dist.is_initialized():
         _join(device, config.process_timeout)
-    kind = "ddp" if config.parallel == "auto" else config.parallel
-    distributed = Distributed(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
+    strategy = "ddp" if config.parallel == "auto" else config.parallel
+    distributed = Distributed(rank, size, strategy, device, meeting=_meeting(rank, size, config.process_timeout))
     distributed.check_equal(_shared_options(config))  # first: they decide which collective operations follow
     if config.prompts_per_step < size:
         raise UserError(
@@ -249,7 +248,7 @@ def init_distributed(config: PPOConfig) -> Distributed:
     return distributed
 
 
-def _shared_options(config: PPOConfig) -> dict[str, object]:
+def _shared_options(config: PPOConfig) -> dict[str, Any]:
     """The options that are the same in all processes: all but `quiet` and the path of `out`."""
     options = dataclasses.asdict(config) | {"out": "a folder" if config.out is not None else None}
     return {name: x for name, x in options.items() if name != "quiet"}
@@ -296,7 +295,7 @@ def peer_failure(error: RuntimeError) -> str:
     if not collective or not any(part in text for part in (*LOST, *TIMED_OUT)):
         return ""
     missing = ""
-    with suppress(RuntimeError):  # the store is gone, too
+    with suppress(RuntimeError):  # the store has ended, too
         try:
             missing = _meetings[-1].lost() if _meetings else ""
         except UserError as told:
@@ -307,7 +306,7 @@ def peer_failure(error: RuntimeError) -> str:
 
 
 def shutdown(status: int) -> None:
-    """Ends this process's part. With a status other than 0 it does not wait for the others, which torchrun ends."""
+    """Leaves the process group. With a status other than 0 the process ends at once; torchrun ends the others."""
     if not dist.is_initialized():
         return
     if status != 0:
@@ -320,7 +319,7 @@ def shutdown(status: int) -> None:
     dist.destroy_process_group()
 
 
-def layout(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
+def parameter_layout(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
     """Names of all parameters and buffers, also of tied ones, with the first name, shape and dtype of each."""
     first: dict[Tensor, str] = {}
     parameters = [(n, first.setdefault(p, n), p) for n, p in model.named_parameters(remove_duplicate=False)]
@@ -332,7 +331,7 @@ def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) 
     """Loads a model, in each process or, under FSDP2, with weights in the first process alone.
 
     `load(weights)` gives the model and what belongs to it. What a configuration does not describe, such as quantised
-    weights and adapters that lie in the folder, makes the first model differ from those without weights: then each
+    weights and adapters in the folder, makes the first model differ from those without weights: then each
     process loads it whole.
 
     Raises:
@@ -341,10 +340,10 @@ def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) 
     if distributed.strategy != "fsdp" or distributed.size == 1:
         return load(True)
     loaded: tuple[M, T] | None = None
-    found: object = None
+    found: Any = None
     try:
         loaded = load(distributed.is_main)
-        found = layout(loaded[0])
+        found = parameter_layout(loaded[0])
     except (UserError, *BUILDING_ERRORS) as error:
         if distributed.is_main and not isinstance(error, UserError):
             raise
@@ -382,7 +381,7 @@ def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
 
 def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
     """Refuses models that differ between processes, which would wait for each other or exchange wrong weights."""
-    layouts = distributed.all_gather_object(layout(model))
+    layouts = distributed.all_gather_object(parameter_layout(model))
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[0]:
             odd = sorted({x[0] for x in {*theirs} ^ {*layouts[0]}})
@@ -394,7 +393,7 @@ def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
 
 @torch.no_grad()
 def _send(model: nn.Module, distributed: Distributed, whole: dict[str, Tensor]) -> None:
-    """Gives each process its part of a sharded model's weights, and all buffers, from the first process.
+    """Sends each process its part of a sharded model's weights, and all buffers, from the main process.
 
     `whole` holds the first one's weights; it is emptied, so that each is freed when it has been sent.
     """

@@ -73,7 +73,7 @@ def test_the_same_seed_samples_the_same_answers(device, family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_resumed_run_samples_the_answers_of_the_run_that_went_on(tmp_path, monkeypatch, last_device, family):
+def test_a_resumed_run_samples_the_completions_of_the_whole_run(tmp_path, monkeypatch, last_device, family):
     """Weights and generators come back bit for bit. Gradients repeat bit for bit on a CPU; a GPU may add them in
     another order, so what follows from them is compared up to rounding."""
     monkeypatch.setattr(
