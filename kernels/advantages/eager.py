@@ -1,7 +1,7 @@
-"""The torch backend of shape_rewards, masked_whiten, rlhf_advantages and (from eager_gae.py) gae: CPU, or any device.
+"""shape_rewards, masked_whiten and rlhf_advantages in PyTorch, for a CPU and any other device.
 
-The same numbers as reference.py in fewer passes over the data. Nothing here carries a graph: rewards, advantages and
-returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu.py).
+The results of reference.py in fewer passes over the data. No result has a graph: rewards, advantages and returns are
+data. Nothing waits for the device. On a CPU with numba, the compiled loops of cpu.py are used.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""numba, where it is installed and works, and the C functions that it makes of loops.
+"""Compilation of loops by numba to C functions, where numba is installed and works.
 
 numba keeps the machine code of a loop on disk: beside this file, in a folder of the user where that cannot be written,
 or in NUMBA_CACHE_DIR. Compiling a loop takes a second or two, once for each machine and version; many processes that
@@ -15,7 +15,7 @@ from typing import Any
 
 @cache
 def numba_works() -> bool:
-    """Whether numba can be imported; a warning says why an installed one cannot, such as for a newer NumPy."""
+    """Returns whether numba can be imported; warns with the reason if an installed one cannot."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -35,7 +35,7 @@ def numba_works() -> bool:
 def c_function(
     body: Callable[..., None], arguments: Sequence[Any], fastmath: set[str] | None = None
 ) -> tuple[Callable[..., None], Any]:
-    """The loop `body` as a C function, and the numba object that keeps its machine code alive.
+    """Compiles the loop `body` to a C function; also returns the numba object that keeps its machine code alive.
 
     Args:
         body: a function without a result that numba can compile, and that does not raise.

@@ -1,9 +1,9 @@
-"""Generalised advantage estimation in Triton: reference.gae for padded, packed and time-major tensors.
+"""The launches of gae, for padded, packed and time-major tensors.
 
 One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows or
 columns, and packed rows, take two: every span is composed to one affine map by a program of its own, then every program
 chains the maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see
-gae_kernels.py.
+kernel.py.
 
 Bytes for N steps in fp32 with one flag: 9 N read and 8 N written; with two launches another 9 N read, from the second
 level cache if they fit.
@@ -25,7 +25,7 @@ from ppo_fast.kernels.gae.options import GAEOptions
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}  # of rewards and values
 MANY_ROWS = 2048  # rows that keep a GPU busy with one program for each four
 _MANY_COLUMNS = 16384  # columns that do, with one program for each 128
-_WALKED_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
+_ONE_PASS_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
 _LARGEST = 2**30  # sizes, and sums of two, are int32 in the kernels
 LARGEST_GRID_Y = 65535  # of a GPU, in its second dimension, which has the spans
 
@@ -188,18 +188,18 @@ def _launch_rows(
     if columns:
         kernel, tiles = gae_columns_kernel, column_tiles(T)
         spans = -(-T // (W * tiles))
-        walks = spans * tiles <= _WALKED_TILES or rows >= _MANY_COLUMNS
+        one_pass = spans * tiles <= _ONE_PASS_TILES or rows >= _MANY_COLUMNS
         sizes: tuple[int, ...] = rows, T, tiles
     else:
         kernel, sizes = gae_rows_kernel, (rows, T)
         spans = -(-T // (W * tiles))
-        walks = spans == 1 or rows >= MANY_ROWS or spans > LARGEST_GRID_Y
-    maps = outputs[0] if walks else outputs[0].new_empty(2 * spans * rows)
+        one_pass = spans == 1 or rows >= MANY_ROWS or spans > LARGEST_GRID_Y
+    maps = outputs[0] if one_pass else outputs[0].new_empty(2 * spans * rows)
     arguments = *tensors, *outputs, maps, *scalars, *sizes, *strides
     programs = -(-rows // R)
-    if not walks:
+    if not one_pass:
         kernel.run(*arguments, grid=(programs, spans - 1), warmup=False, **keywords(layout, is_aligned, False))
-    grid = programs, 1 if walks else spans
+    grid = programs, 1 if one_pass else spans
     kernel.run(*arguments, grid=grid, warmup=False, **keywords(layout, is_aligned, True))
 
 
@@ -209,7 +209,7 @@ def _launch_packed(
     outputs: tuple[Tensor, Tensor],
     scalars: tuple[int, float, float],
 ) -> None:
-    """Two launches, also for what has one span, as only the device knows the lengths."""
+    """Two launches, also for what has one span, because the lengths are on the device."""
     R, W, tiles, _ = LAYOUTS["packed"]
     total, rows = outputs[0].numel(), cu_seqlens.shape[0] - 1
     slots = total // (W * tiles) + rows + 2
@@ -239,7 +239,7 @@ def variant(title: str, kernel: triton.JITFunction, keys: dict[str, Any], pointe
 
 
 def variants() -> list[Variant]:
-    """Every variant that the launches above can start."""
+    """Returns every variant that the launches above can start."""
     kernels = {"columns": gae_columns_kernel, "packed": gae_packed_kernel}
     flags = dict.fromkeys(("mask_ptr", "terminated_ptr", "truncated_ptr"), "*u1")
     found = []

@@ -1,8 +1,8 @@
 """PPO's scalar losses in vectorised PyTorch, for a CPU and any other device: policy_loss, value_loss and ppo_loss.
 
-The gradients are written down by hand and made in the forward, beside the terms that they share; the backward is one
-scale. Every per-token tensor is traversed by elementwise operations only, nothing synchronises, and nothing is longer
-than the inputs. Gradients flow to logprobs, values and entropy; every other tensor is a constant.
+The gradients are written by hand and computed in the forward, together with the terms that they share; the backward,
+in custom_op.py, scales them. Every per-token tensor is traversed by elementwise operations only, nothing synchronises,
+and nothing is longer than the inputs.
 
 Notation: the surrogate is maximised here (objective = -term), which saves a negation and changes no bit.
 """
@@ -73,7 +73,7 @@ def _sequence_lengths(mask: Tensor | None, like: Tensor, cu_seqlens: Tensor | No
 def loss_scale(
     mask: Tensor | None, like: Tensor, cu_seqlens: Tensor | None, options: LossOptions, dtype: torch.dtype
 ) -> LossScale:
-    """What reference.token_weights says, without a weight per token where one number does."""
+    """Returns reference.token_weights, without a weight per token where one number is enough."""
     count = max(like.numel(), 1) if mask is None else mask.sum().clamp(min=1)
     if options.aggregation == "token-sum":
         return LossScale(count, None, 1.0)
@@ -199,7 +199,7 @@ def _value(
     squared, gradient = error * error, error
     stats = {}
     if options.value_clip is not None:
-        # Clamped between its bounds, a value in range stays itself; old + (v - old) would round and look like clipping.
+        # Clamped between its bounds, a value in range does not change; old + (v - old) would round, as if clipped.
         old = tensors.old_values.to(dtype)
         clipped_values = values.clamp(old - options.value_clip, old + options.value_clip)
         clipped_squared = select(clipped_values - returns).square()
@@ -221,7 +221,7 @@ def forward(
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], list[float | Tensor | None]]:
-    """loss, statistics, the three un-normalised gradients and what divides each of them."""
+    """Returns loss, statistics, the three un-normalised gradients and the divisor of each."""
     floats = [x for x in (logprobs, entropy, values, *tensors) if x is not None and x.is_floating_point()]
     dtype = reduce(torch.promote_types, [x.dtype for x in floats], torch.float32)
     gradients: list[Tensor | None] = [None, None, None]

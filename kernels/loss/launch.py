@@ -1,4 +1,4 @@
-"""The launches of loss.py: forward (two), backward (one), and every variant of them for the ahead-of-time gate.
+"""The launches of the scalar losses: two forward, one backward.
 
 The workspace is one buffer of fp32: two scales, padded; up to three gradients, each padded; one column of partial sums
 per program. The backward needs all but the last part.
@@ -100,7 +100,7 @@ def _in_listed_dtypes(operands: list[Tensor], is_given: list[bool]) -> list[Tens
     others = {operands[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
     if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
         return operands
-    wide = {id(x): x.to(torch.float32) for x in operands}  # one conversion for all places where an input stands in
+    wide = {id(x): x.to(torch.float32) for x in operands}  # one conversion where an input replaces absent ones
     return [wide[id(x)] for x in operands]
 
 
@@ -179,7 +179,7 @@ def forward(
     needs: tuple[bool, ...],  # gradients wanted: of logprobs, entropy, values
     wanted: int = _EVERY_STATISTIC,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace, which the backward needs."""
+    """Returns loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace for the backward."""
     like = values if logprobs is None else logprobs
     assert like is not None
     steps, T, plan = like.numel(), like.shape[-1], _plan(options)
@@ -208,8 +208,8 @@ def forward(
 def _inputs(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, has_clip: bool
 ) -> tuple[int, bool, list[Tensor]]:
-    """The bits of what is present, whether all of it is contiguous and aligned, and the first arguments of the kernels,
-    where an address of the same type replaces what is absent."""
+    """Returns the bits of the given inputs, whether all of them are contiguous and aligned, and the first arguments of
+    the kernels, where an address of the same type replaces an absent input."""
     policy = logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, entropy, tensors.ref_logprobs
     inputs = (*policy, values, tensors.old_values if has_clip else None, tensors.returns)
     other = tensors.returns if logprobs is None else logprobs
@@ -281,7 +281,7 @@ def _forward_rows(
 
 
 def token_weights(like: Tensor, tensors: LossTensors) -> Tensor:
-    """For each step 1 / counted steps of its sequence, as in seq-mean-token-mean; 0 outside of all sequences."""
+    """Returns 1 / counted steps of its sequence for each step (seq-mean-token-mean); 0 outside of all sequences."""
     steps, T, device = like.numel(), like.shape[-1], like.device
     cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
     if tensors.mask is not None:
@@ -312,7 +312,7 @@ def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch
 def backward(
     workspace: Tensor, grad_loss: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype | None, ...]
 ) -> list[Tensor | None]:
-    """The gradients of logprobs, entropy and values; None where there is no dtype."""
+    """Returns the gradients of logprobs, entropy and values; None where there is no dtype."""
     given, written, is_listed = _gradients(dtypes)
     device = workspace.device
     # With sizes one by one torch.empty takes half the time that it takes with a torch.Size.
@@ -340,7 +340,7 @@ def backward(
 
 
 def saved_gradients(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
-    """The gradients in a workspace and their scales: what `backward` multiplies, for torch.compile to fuse."""
+    """Returns the gradients in a workspace and their scales, which `backward` multiplies, for torch.compile to fuse."""
     first, found = _PAD, []
     for shape, scale in zip(shapes, (workspace[0], workspace[0], workspace[1]), strict=True):
         if shape is None:
@@ -372,7 +372,7 @@ def _dtype_name(of_values: torch.dtype, others: torch.dtype) -> str:
 
 
 def variants() -> list[Variant]:
-    """Everything that the launchers above can start."""
+    """Returns every variant that the launches above can start."""
     found = []
     policy = ("logprobs", "old_logprobs", "advantages", "weights", "entropy", "ref_logprobs", "returns")
     for of_values, others in _DTYPES:
