@@ -69,7 +69,7 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     from ppo_fast.llm.config import PPOConfig
     from ppo_fast.llm.experience import evaluate
     from ppo_fast.llm.models.build import build_models
-    from ppo_fast.llm.packing.pack import cut
+    from ppo_fast.llm.packing.pack import split_minibatches
     from ppo_fast.llm.packing.rollout import Rollout
 
     layers, width, heads, groups, inner, V, sequences, prompt, answer = shape
@@ -108,21 +108,21 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
         tokens[row, P - p : P + a] = torch.randint(1, V, (p + a,))
     texts = [""] * sequences
     rollout = Rollout(tokens, prompts, answers, [True] * sequences, texts, {"prompt": texts}, device=device)
-    packs = cut(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
+    packs = split_minibatches(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
     scores = torch.randn(sequences, device=device)
     experience = evaluate(policy, None, rollout, scores, packs, options)
-    experience.logprobs += LONG_BEFORE * torch.randn_like(experience.logprobs) * rollout.answer_mask
+    experience.logprobs += LONG_BEFORE * torch.randn_like(experience.logprobs) * rollout.mask
     return Task(policy, rollout, scores, experience, options)
 
 
 def flops_of(shape: tuple[int, ...], rollout: Any) -> int:
     """FLOPs that the task needs, for actor and critic."""
     layers, width, heads, groups, inner, V, *_ = shape
-    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
+    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.completion_lengths, strict=True)]
     attention = width * (2 * width + 2 * width * groups // heads)
     weights = layers * (attention + 3 * width * inner)
     scores = layers * sum(2 * width * n * n for n in lengths)  # q k^T and p v, half of each
-    return 2 * (6 * weights * sum(lengths) + 3 * scores) + 6 * sum(rollout.answer_lengths) * width * V
+    return 2 * (6 * weights * sum(lengths) + 3 * scores) + 6 * sum(rollout.completion_lengths) * width * V
 
 
 def needed_bytes(shape: tuple[int, ...], provider: str) -> int:
@@ -186,7 +186,7 @@ def fused_advantages(task: Task) -> Callable[[], Any]:
 
     def run() -> Any:
         out = ppo.rlhf_advantages(
-            task.scores, known.logprobs, known.logprobs, known.values, task.rollout.answer_mask, **settings
+            task.scores, known.logprobs, known.logprobs, known.values, task.rollout.mask, **settings
         )
         return dataclasses.replace(known, advantages=out.advantages, returns=out.returns)
 
@@ -195,8 +195,8 @@ def fused_advantages(task: Task) -> Callable[[], Any]:
 
 def plain_advantages(task: Task) -> Callable[[], Any]:
     """What trainers without a kernel do: the score at the last token, a loop over time, whitening with a mask."""
-    known, o, mask = task.experience, task.options, task.rollout.answer_mask
-    last = torch.tensor(task.rollout.answer_lengths, device=mask.device).unsqueeze(1) - 1
+    known, o, mask = task.experience, task.options, task.rollout.mask
+    last = torch.tensor(task.rollout.completion_lengths, device=mask.device).unsqueeze(1) - 1
 
     def run() -> Any:
         rewards = torch.zeros_like(known.values).scatter_(1, last, task.scores.unsqueeze(1))
@@ -224,21 +224,21 @@ class Parts(NamedTuple):
 
 
 def ours(task: Task, off: tuple[str, ...]) -> Parts:
-    from ppo_fast.llm.experience import cut_as, packed
+    from ppo_fast.llm.experience import packed_mode, split_minibatches_of
     from ppo_fast.llm.learn import accumulate_gradients
     from ppo_fast.llm.models.head import decoder_of, hidden_states
 
     policy, rollout, options = task.policy, task.rollout, task.options
     kept = {"packed": "packing" not in off, "linear": "linear loss" not in off}
     policy.head, policy.critic_head = (dataclasses.replace(x, **kept) for x in (policy.head, policy.critic_head))
-    packs = cut_as(rollout, list(range(len(rollout))), options)[0]
+    packs = split_minibatches_of(rollout, list(range(len(rollout))), options)[0]
 
     def gradients(experience: Any) -> Tensor:
-        with packed(policy):
+        with packed_mode(policy):
             return accumulate_gradients(policy, packs, experience, options)["loss"]
 
     def backbones() -> None:
-        with packed(policy):
+        with packed_mode(policy):
             for pack in packs:
                 with policy.autocast():
                     models = ((decoder_of(policy.actor), policy.head), (policy.critic.backbone, policy.critic_head))
@@ -252,10 +252,10 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
 def eager(task: Task) -> Parts:
     """The step of TRL's PPOTrainer, written anew: padded rows, and logits of every position, prompt included."""
     policy, rollout, options = task.policy, task.rollout, task.options
-    device, mask = rollout.device, rollout.answer_mask
+    device, mask = rollout.device, rollout.mask
     tokens = rollout.tokens.to(device)
-    P = rollout.tokens.shape[1] - rollout.answer_width
-    lengths = torch.tensor([rollout.prompt_lengths, rollout.answer_lengths], device=device).unsqueeze(-1)
+    P = rollout.tokens.shape[1] - rollout.completion_width
+    lengths = torch.tensor([rollout.prompt_lengths, rollout.completion_lengths], device=device).unsqueeze(-1)
     column = torch.arange(rollout.tokens.shape[1], device=device) - P
     attended = (column >= -lengths[0]) & (column < lengths[1])
     inputs = {
@@ -366,7 +366,7 @@ def measure_step(
 
     truth = loss_of_eager(task, shape, free, info)
     forget()
-    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
+    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.completion_lengths, strict=True)]
     layers, width, _, _, inner, V, sequences, *_ = shape
     compare(
         run,
@@ -381,7 +381,7 @@ def measure_step(
         truth=truth,
     )
     step_ms = statistics.median(info["samples_ms"])
-    info["answer_tokens"] = sum(rollout.answer_lengths)
+    info["answer_tokens"] = sum(rollout.completion_lengths)
     info["tokens_per_s"] = 1e3 * sum(lengths) / step_ms
 
     def alone(call: Callable[[], Any]) -> float:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.llm.models.head import decoder_of, head_of
-from ppo_fast.llm.models.modes import compute_in
-from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe, rounding_bound
+from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, detect_head, rounding_bound
 from ppo_fast.llm.packing.attention import Layout, packed_attention
 
 MIB = 2**20
@@ -215,7 +215,7 @@ def noise(model: Any, device: torch.device) -> dict[str, float]:
     own = one_by_one()
     states = torch.cat([decoder_of(model)(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
     positions = torch.cat([torch.arange(n, device=device) for n in PROBE_LENGTHS]).unsqueeze(0)
-    layout = Layout.of(list(PROBE_LENGTHS), device).arguments()
+    layout = Layout.from_lengths(list(PROBE_LENGTHS), device).arguments()
     with packed_attention(model):
         packed = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **layout).logits[0]
     bound, eps = rounding_bound(model, one_by_one, own), torch.finfo(own.dtype).eps * own.float().abs().max().item()
@@ -228,7 +228,7 @@ def probe_noise(sizes: Sizes, depth: int, width: int, kind: str, device: torch.d
     model = llama(sizes, depth, width, device)
     if kind == "bfloat16 weights":
         model = model.bfloat16()
-    with compute_in("bfloat16" if kind == "bfloat16 autocast" else "float32", model.device):
+    with autocast("bfloat16" if kind == "bfloat16 autocast" else "float32", model.device):
         return noise(model, device)
 
 
@@ -236,7 +236,7 @@ def verdict(sizes: Sizes, name: str, device: torch.device) -> dict[str, Any]:
     """The rate of an fp32 product, and the probe's result for a model, under a matmul precision."""
     with precision(name):
         model = llama(sizes, sizes.depths[-1], sizes.widths[0], device)
-        head = probe(model)
+        head = detect_head(model)
         rate = measure.gemm_tflop_per_s(device, torch.float32, *[sizes.gemm] * 3)
         return {"tflop_per_s": rate, "linear": head.linear, "packed": head.packed, **noise(model, device)}
 

@@ -92,7 +92,7 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor
 
 def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """The path of the trainer, whichever it chooses."""
-    layout = attention.Layout.of(list(LENGTHS), q.device)
+    layout = attention.Layout.from_lengths(list(LENGTHS), q.device)
     options = {"scaling": SCALE, "sliding_window": window, **layout.arguments()}
     return attention._attend(nn.Module(), q, k, v, None, **options)[0].squeeze(0)
 

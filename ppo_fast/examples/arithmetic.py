@@ -38,7 +38,7 @@ from ppo_fast.common.errors import UserError, plain_warnings
 from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate
 from ppo_fast.llm.trainer import PPOTrainer
 
 SEED = 0
@@ -102,7 +102,14 @@ def exact_match(
 ) -> float:
     """Share of problems whose greedy answer is right to the last digit and then ends."""
     prompts = tokenizer([problem["prompt"] for problem in problems])["input_ids"]
-    answers = generate(model, tokenizer, prompts, config, greedy=True).ids
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        SamplingParams.from_config(config),
+        options=GenerateOptions.from_config(config),
+        greedy=True,
+    ).ids
     right = tokenizer([problem["answer"] for problem in problems])["input_ids"]
     return sum(a == [*r, tokenizer.eos_token_id] for a, r in zip(answers, right, strict=True)) / len(problems)
 

@@ -34,9 +34,9 @@ from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import prompt_ids, read_prompts
-from ppo_fast.llm.decoding import AnswerText
+from ppo_fast.llm.decoding import CompletionText
 from ppo_fast.llm.models.loading import load_actor
-from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts
+from ppo_fast.llm.sample import GenerateOptions, GenerateSampler, SamplingParams, drop_long_prompts
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -70,13 +70,15 @@ def compare(
     """Each way of sampling on the same prompts, `samples` answers each, from the same seed."""
     prompts = [row["prompt"] for row in rows for _ in range(samples)]
     ids = prompt_ids(tokenizer, prompts)
-    sampler, judge = GenerateSampler(actor, tokenizer), Fluency(actor, tokenizer, same_tokens=True)
+    options_of_generate = GenerateOptions.from_config(config)
+    sampler = GenerateSampler(actor, tokenizer, options_of_generate, batch_size=config.sample_batch_size)
+    judge = Fluency(actor, tokenizer, same_tokens=True)
     found: dict[str, Found] = {}
     with counted(console, "ways of sampling", len(WAYS)) as advance:
         for name, options in WAYS.items():
             torch.manual_seed(config.seed)
-            answers = sampler.sample(ids, dataclasses.replace(config, **options))
-            texts = AnswerText(tokenizer, ids).decode(answers.ids)
+            answers = sampler.sample(ids, SamplingParams.from_config(dataclasses.replace(config, **options)))
+            texts = CompletionText(tokenizer, ids).decode(answers.ids)
             found[name] = Found(
                 likelihood=statistics.mean(judge(prompts, texts, answers.ids)),
                 diversity=statistics.mean(group_diversity(prompts, texts)),

@@ -1,16 +1,19 @@
 """TODO docstring."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import World
+from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.policy import Policy
+from ppo_fast.llm.models.policy import LossInputs, Policy, packed_mode
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import check_finite, check_separate, check_trained_in_fp32
-from ppo_fast.llm.optimizer import unreached
+from ppo_fast.llm.packing.pack import make_pack
+from ppo_fast.llm.packing.rollout import Rollout
 from ppo_fast.llm.reward.scoring import RewardFunction
 
 
@@ -73,12 +76,38 @@ def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) 
     check_separate(learning, others)
 
 
-def unreached_parameters(policy: Policy, config: PPOConfig, home: torch.device, world: World) -> list[str]:
-    """What `unreached` finds. FSDP2 does not need it: a model that computes on a GPU only is trained without."""
+def _unreached(policy: Policy, config: PPOConfig, device: torch.device) -> list[str]:
+    """Names of parameters that would be trained, but on which the loss of a short sequence does not depend.
+
+    `device` is where the weights are: under FSDP2 the CPU, where the backend that trains may not run.
+    """
+    pack = make_pack(Rollout.from_lengths(torch.tensor([[1, 2, 1]]), [1], [2], device=device), [0])
+    zeros = torch.zeros(pack.num_tokens, device=device)
+    inputs = LossInputs(zeros, zeros, zeros, zeros, None, None, 1.0, 0.0, config.entropy_coef)
+    given, policy.config = policy.config, dataclasses.replace(policy.config, backend="auto")
     try:
-        return unreached(policy, config, home)
+        with packed_mode(policy):
+            loss, _ = policy(pack, inputs)
+    finally:
+        policy.config = given
+    left, found = [loss.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    reached = {getattr(node, "variable", None) for node in found}
+    return [name for name, p in policy.named_parameters() if p.requires_grad and p not in reached]
+
+
+def unreached_parameters(
+    policy: Policy, config: PPOConfig, load_device: torch.device, distributed: Distributed
+) -> list[str]:
+    """Names of trained parameters that the loss does not reach; none under FSDP2 for a model that needs a GPU."""
+    try:
+        return _unreached(policy, config, load_device)
     except RuntimeError:
-        if world.kind != "fsdp":
+        if distributed.strategy != "fsdp":
             raise
         return []
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import nearest
+from ppo_fast.common.text import nearest
 
 Prompt = str | list[dict[str, Any]]
 
@@ -398,7 +398,7 @@ def as_text(prompt: Prompt) -> str:
 
 
 class Prompts:
-    """Deals rows in a seeded random order, epoch after epoch, n at a time.
+    """Draws rows in a seeded random order, epoch after epoch, n at a time.
 
     >>> prompts = Prompts([{"prompt": "a"}, {"prompt": "b"}], seed=0)
     >>> sorted(row["prompt"] for row in prompts.take(2))
@@ -408,15 +408,24 @@ class Prompts:
     def __init__(self, rows: list[dict[str, Any]], *, seed: int = 0) -> None:
         self.rows = rows
         self.seed = seed
-        self.dealt = 0  # rows given out since the start: the whole state
+        self.num_drawn = 0  # rows drawn since the start: the whole state
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the data."""
+        return {"dealt": self.num_drawn}  # the name in checkpoints
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues at the position of a checkpoint."""
+        self.num_drawn = state["dealt"]
 
     def take(self, n: int) -> list[dict[str, Any]]:
+        """The next n rows."""
         taken: list[dict[str, Any]] = []
         while len(taken) < n:
-            epoch, position = divmod(self.dealt, len(self.rows))
+            epoch, position = divmod(self.num_drawn, len(self.rows))
             some = self._order(epoch)[position : position + n - len(taken)]
             taken += [self.rows[i] for i in some]
-            self.dealt += len(some)
+            self.num_drawn += len(some)
         return taken
 
     def _order(self, epoch: int) -> list[int]:

@@ -30,14 +30,14 @@ def control_tokens(tokenizer: Any) -> set[int]:
     return marks | (named - {None})
 
 
-class AnswerText:
+class CompletionText:
     """Decodes the answers to some prompts.
 
     Args:
         tokenizer: the actor's.
         prompts: B lists of token ids.
 
-    >>> AnswerText(tokenizer, prompts).decode(answers)  # doctest: +SKIP
+    >>> CompletionText(tokenizer, prompts).decode(answers)  # doctest: +SKIP
     [' Paris']
     """
 
@@ -109,7 +109,7 @@ class StopTexts:
         UserError: a stop text is empty.
     """
 
-    def __init__(self, texts: AnswerText, stop: Sequence[str]) -> None:
+    def __init__(self, texts: CompletionText, stop: Sequence[str]) -> None:
         if "" in stop:
             raise UserError("a stop text is empty: every answer would end before its first token; remove it")
         self.texts = texts

@@ -47,51 +47,51 @@ BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError
 
 
 @dataclass(eq=False)
-class World:
+class Distributed:
     """The processes of a run; one alone, if torchrun did not start it."""
 
     rank: int
     size: int
-    kind: str  # one, ddp or fsdp
+    strategy: str  # one, ddp or fsdp
     device: torch.device
     wrapped: nn.Module | None = None  # the policy, ready to be called in several processes
     meeting: Meeting | None = None  # None: this process is alone
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
-    def share(self, rows: Sequence[T]) -> list[T]:
+    def local_rows(self, rows: Sequence[T]) -> list[T]:
         """This process's rows: a stretch of them, at most one longer than another's."""
         ends = [len(rows) * r // self.size for r in (self.rank, self.rank + 1)]
         return list(rows[ends[0] : ends[1]])
 
-    def deal(self, packs: Sequence[T]) -> list[T | None]:
+    def assign_packs(self, packs: Sequence[T]) -> list[T | None]:
         """This process's packs, as many for each process: None where there is nothing left to do."""
         rounds = -(-len(packs) // self.size)
         mine = list(packs[self.rank :: self.size])
         return [*mine, *[None] * (rounds - len(mine))]
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum over processes, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
-    def largest(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         """The maximum over processes, in place."""
         if self.size > 1:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether it is true in any process."""
         if self.size == 1:
             return flag
-        return bool(self.largest(torch.tensor(float(flag), device=self.device)))
+        return bool(self.all_reduce_max(torch.tensor(float(flag), device=self.device)))
 
-    def meet(self, where: str, *, signal: str = "") -> str:
+    def rendezvous(self, where: str, *, signal: str = "") -> str:
         """Waits for all processes, which have done what `where` says, and returns a signal that one of them brought.
 
         Raises:
@@ -99,7 +99,7 @@ class World:
         """
         return signal if self.meeting is None else self.meeting(where, signal=signal)
 
-    def gather(self, x: T) -> list[T]:
+    def all_gather_object(self, x: T) -> list[T]:
         """Every process's object, by rank."""
         if self.size == 1:
             return [x]
@@ -107,13 +107,13 @@ class World:
         dist.all_gather_object(found, x)
         return found
 
-    def agree(self, parts: dict[str, Any]) -> None:
+    def check_equal(self, parts: dict[str, Any]) -> None:
         """Compares what all processes must share, by name. A part that a process does not give is not compared there.
 
         Raises:
             UserError: a part differs; the message names it and the processes.
         """
-        everywhere = self.gather(parts)
+        everywhere = self.all_gather_object(parts)
         for name in dict.fromkeys(name for theirs in everywhere for name in theirs):
             (first, expected), *others = ((rank, x[name]) for rank, x in enumerate(everywhere) if name in x)
             odd = next(((rank, x) for rank, x in others if x != expected), None)
@@ -128,43 +128,43 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def first_says(self, function: Callable[[], T]) -> T:
+    def run_on_main(self, function: Callable[[], T]) -> T:
         """What the function returns, or the UserError that it raises, in the first process: the same in all."""
         if self.size == 1:
             return function()
         found: T | UserError | None = None
-        if self.first:
+        if self.is_main:
             try:
                 found = function()
             except UserError as error:
                 found = error
-        answer: Any = self.gather(found)[0]
+        answer: Any = self.all_gather_object(found)[0]
         if isinstance(answer, UserError):
             raise answer
         return answer
 
-    def find(self, function: Callable[[], T], *, of: nn.Module) -> T:
+    def run_with_weights(self, function: Callable[[], T], *, of: nn.Module) -> T:
         """What the function finds out about the model; collective under FSDP2.
 
         It is called in the first process alone if another one has no weights of the model.
         """
-        alone = self.kind == "fsdp" and self.any(not has_weights(of))
-        return self.first_says(function) if alone else function()
+        alone = self.strategy == "fsdp" and self.any_rank(not has_weights(of))
+        return self.run_on_main(function) if alone else function()
 
-    def join(self, rollout: Rollout, scores: Tensor, pad: int) -> tuple[Rollout, Tensor]:
+    def gather_rollout(self, rollout: Rollout, scores: Tensor, pad: int) -> tuple[Rollout, Tensor]:
         """All processes' answers and their scores, in the order of the prompts."""
         if self.size == 1:
             return rollout, scores
-        found = self.gather((rollout.to(CPU), scores.cpu()))
+        found = self.all_gather_object((rollout.to(CPU), scores.cpu()))
         parts, theirs = [part for part, _ in found], [some for _, some in found]
         return join_rollouts(parts, pad).to(self.device), join_scores(parts, theirs).to(self.device)
 
-    def combined(self, metrics: dict[str, float], count: int) -> dict[str, float]:
+    def reduce_metrics(self, metrics: dict[str, float], count: int) -> dict[str, float]:
         """Metrics over all processes' answers from each one's, with the number of its answers.
 
         What counts (`reward_failed/NAME`) is summed, and of means the mean is taken.
         """
-        found = self.gather((metrics, count))
+        found = self.all_gather_object((metrics, count))
         total = sum(n for _, n in found)
         return {
             name: sum(m[name] for m, _ in found)
@@ -173,36 +173,37 @@ class World:
             for name in metrics
         }
 
-    def slowest(self, seconds: dict[str, float]) -> dict[str, float]:
+    def max_over_ranks(self, seconds: dict[str, float]) -> dict[str, float]:
         """The largest of each figure over processes, as of times: all wait for the slowest process."""
-        found = self.gather(seconds)
+        found = self.all_gather_object(seconds)
         return {name: max(theirs[name] for theirs in found) for name in seconds}
 
     def wrap(self, policy: nn.Module, *, dtype: str, unused_parameters: bool) -> None:
         """Makes the policy one of several. Collective; after it `module` is to be called, and `full` shows weights."""
-        if self.kind == "ddp":
+        if self.strategy == "ddp":
             self.wrapped = DistributedDataParallel(
                 policy,
                 find_unused_parameters=unused_parameters,
                 gradient_as_bucket_view=True,  # else the buckets are a second copy of all gradients
                 **_without_buffers(),
             )
-        if self.kind == "fsdp":
+        if self.strategy == "fsdp":
             shard(policy, self, dtype)
-            register_fsdp_forward_method(policy, "generate")
+            for method in ("evaluate", "adapter_logprobs", "generate"):
+                register_fsdp_forward_method(policy, method)
 
-    def module(self, policy: nn.Module) -> nn.Module:
+    def wrapped_module(self, policy: nn.Module) -> nn.Module:
         """What to call instead of the policy."""
         return self.wrapped or policy
 
-    def last_only(self, last: bool) -> AbstractContextManager:
+    def sync_gradients(self, last: bool) -> AbstractContextManager:
         """DDP adds gradients up over processes in the backward of the last micro-batch only."""
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return nullcontext()
 
 
-ONE = World(0, 1, "one", torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, "one", torch.device("cpu"))
 
 _meetings: list[Meeting] = []  # of this process; the last one belongs to the newest process group
 
@@ -221,8 +222,8 @@ def _meeting(rank: int, size: int, limit: float) -> Meeting:
     return _meetings[-1]
 
 
-def start(config: PPOConfig) -> World:
-    """The world that torchrun announces in the environment, joined; or this process alone.
+def init_distributed(config: PPOConfig) -> Distributed:
+    """The distributed that torchrun announces in the environment, joined; or this process alone.
 
     Raises:
         UserError: config.parallel asks for several processes, but torchrun did not start this one; or the processes
@@ -233,19 +234,19 @@ def start(config: PPOConfig) -> World:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
-            return World(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
+            return Distributed(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
     rank, device = this_rank(size), _device_of_rank(config)
     if not dist.is_initialized():
         _join(device, config.process_timeout)
     kind = "ddp" if config.parallel == "auto" else config.parallel
-    world = World(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
-    world.agree(_shared_options(config))  # first: they decide which collective operations follow
+    distributed = Distributed(rank, size, kind, device, meeting=_meeting(rank, size, config.process_timeout))
+    distributed.check_equal(_shared_options(config))  # first: they decide which collective operations follow
     if config.prompts_per_step < size:
         raise UserError(
             f"prompts_per_step = {config.prompts_per_step} is less than the {size} processes, each of which answers"
             " some of them"
         )
-    return world
+    return distributed
 
 
 def _shared_options(config: PPOConfig) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def _device_of_rank(config: PPOConfig) -> torch.device:
     return pick_device(name, config.backend, config.dtype)  # type: ignore[arg-type]
 
 
-def why_lost(error: RuntimeError) -> str:
+def peer_failure(error: RuntimeError) -> str:
     """Which processes a failed collective operation waited for, in a sentence; "" after any other error."""
     text = str(error).lower()
     collective = dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in text)
@@ -305,7 +306,7 @@ def why_lost(error: RuntimeError) -> str:
     return f"{missing or 'another process'} {reason}"
 
 
-def leave(status: int) -> None:
+def shutdown(status: int) -> None:
     """Ends this process's part. With a status other than 0 it does not wait for the others, which torchrun ends."""
     if not dist.is_initialized():
         return
@@ -327,7 +328,7 @@ def layout(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], torch.dtyp
     return [(name, owner, tuple(x.shape), x.dtype) for name, owner, x in (*parameters, *buffers)]
 
 
-def load_on_first(world: World, load: Callable[[bool], tuple[M, T]]) -> tuple[M, T]:
+def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) -> tuple[M, T]:
     """Loads a model, in each process or, under FSDP2, with weights in the first process alone.
 
     `load(weights)` gives the model and what belongs to it. What a configuration does not describe, such as quantised
@@ -337,26 +338,26 @@ def load_on_first(world: World, load: Callable[[bool], tuple[M, T]]) -> tuple[M,
     Raises:
         UserError: the first process cannot load it. All raise this.
     """
-    if world.kind != "fsdp" or world.size == 1:
+    if distributed.strategy != "fsdp" or distributed.size == 1:
         return load(True)
     loaded: tuple[M, T] | None = None
     found: Any = None
     try:
-        loaded = load(world.first)
+        loaded = load(distributed.is_main)
         found = layout(loaded[0])
     except (UserError, *BUILDING_ERRORS) as error:
-        if world.first and not isinstance(error, UserError):
+        if distributed.is_main and not isinstance(error, UserError):
             raise
-        found = error if world.first else None
-    layouts = world.gather(found)
+        found = error if distributed.is_main else None
+    layouts = distributed.all_gather_object(found)
     if isinstance(layouts[0], UserError):
         raise layouts[0]
-    if loaded is None or (not world.first and any(x != layouts[0] for x in layouts)):
+    if loaded is None or (not distributed.is_main and any(x != layouts[0] for x in layouts)):
         return load(True)
     return loaded
 
 
-def shard(model: nn.Module, world: World, dtype: str) -> None:
+def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
     """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module.
 
     In bfloat16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather them in
@@ -364,24 +365,24 @@ def shard(model: nn.Module, world: World, dtype: str) -> None:
 
     Where any process has a model without weights, all get the first one's.
     """
-    sent = world.any(not has_weights(model))
+    sent = distributed.any_rank(not has_weights(model))
     if sent:
-        _check_layouts(model, world)
+        _check_layouts(model, distributed)
     # detached: fully_shard puts the parts in the parameters, and these keep the whole
-    whole = {name: p.detach() for name, p in model.named_parameters()} if sent and world.first else {}
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    whole = {name: p.detach() for name, p in model.named_parameters()} if sent and distributed.is_main else {}
+    mesh = init_device_mesh(distributed.device.type, (distributed.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     how: dict[str, Any] = {"mp_policy": half} if dtype == "bfloat16" else {}
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, **how)
     fully_shard(model, mesh=mesh)  # embeddings, norms and heads stay in fp32, as with DDP
     if sent:
-        _send(model, world, whole)
+        _send(model, distributed, whole)
 
 
-def _check_layouts(model: nn.Module, world: World) -> None:
+def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
     """Refuses models that differ between processes, which would wait for each other or exchange wrong weights."""
-    layouts = world.gather(layout(model))
+    layouts = distributed.all_gather_object(layout(model))
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[0]:
             odd = sorted({x[0] for x in {*theirs} ^ {*layouts[0]}})
@@ -392,21 +393,21 @@ def _check_layouts(model: nn.Module, world: World) -> None:
 
 
 @torch.no_grad()
-def _send(model: nn.Module, world: World, whole: dict[str, Tensor]) -> None:
+def _send(model: nn.Module, distributed: Distributed, whole: dict[str, Tensor]) -> None:
     """Gives each process its part of a sharded model's weights, and all buffers, from the first process.
 
     `whole` holds the first one's weights; it is emptied, so that each is freed when it has been sent.
     """
-    if not world.first:
-        model.to_empty(device=world.device)
+    if not distributed.is_main:
+        model.to_empty(device=distributed.device)
     for name, p in model.named_parameters():
         assert isinstance(p, DTensor)
         part = p.to_local()
-        rows = -(-p.shape[0] // world.size)  # of each part but the last ones, which may be shorter or empty
+        rows = -(-p.shape[0] // distributed.size)  # of each part but the last ones, which may be shorter or empty
         mine = part.new_empty(rows, *p.shape[1:])
         parts = None
-        if world.first:
-            padded = part.new_zeros(world.size, rows, *p.shape[1:])
+        if distributed.is_main:
+            padded = part.new_zeros(distributed.size, rows, *p.shape[1:])
             padded.flatten(0, 1)[: p.shape[0]] = whole.pop(name)
             parts = list(padded)
         dist.scatter(mine, parts, src=0)
@@ -414,16 +415,16 @@ def _send(model: nn.Module, world: World, whole: dict[str, Tensor]) -> None:
     for b in model.buffers():
         sent = b.contiguous()
         dist.broadcast(sent, src=0)
-        if not world.first:
+        if not distributed.is_main:
             b.copy_(sent)
 
 
-def full(x: Tensor) -> Tensor:
+def to_full_tensor(x: Tensor) -> Tensor:
     """A whole tensor from its shards; collective. One that is whole stays as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def on_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def gather_to_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors on the CPU in the first process, and nothing in the others; collective.
 
     A sharded tensor is gathered on the first process's device, one at a time: no other one has room for it.
@@ -451,19 +452,19 @@ def _gathered(x: DTensor) -> Tensor | None:
     return None if parts is None else torch.cat([p.cpu() for p in parts])[: x.shape[0]]
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a sharded model, on the CPU of the first process; empty in others; collective. Tied weights
     stay one tensor."""
     state = model.state_dict(keep_vars=True)
     owners: dict[Tensor, str] = {}
     for name, x in state.items():
         owners.setdefault(x, name)
-    found = on_first((name, x.detach()) for x, name in owners.items())
+    found = gather_to_main((name, x.detach()) for x, name in owners.items())
     return {name: found[owners[x]] for name, x in state.items()} if found else {}
 
 
 @contextmanager
-def kept_gathered(model: nn.Module) -> Iterator[None]:
+def keep_gathered(model: nn.Module) -> Iterator[None]:
     """Under FSDP2 the layers that are gathered inside this block stay so until its end."""
     layers = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
     for layer in layers:
@@ -476,15 +477,15 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
             layer.reshard()
 
 
-def copy_full(target: Tensor, source: Tensor) -> None:
+def copy_from_full(target: Tensor, source: Tensor) -> None:
     """Writes a whole tensor to a whole or sharded one; collective."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)
 
 
-def like(target: Tensor, source: Tensor) -> Tensor:
+def shard_like(target: Tensor, source: Tensor) -> Tensor:
     """A whole tensor, laid out as `target` is; collective."""
     made = torch.empty_like(target, dtype=source.dtype, requires_grad=False)
-    copy_full(made, source)
+    copy_from_full(made, source)
     return made

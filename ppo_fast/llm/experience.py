@@ -1,7 +1,6 @@
-"""TODO docstring."""
+"""From a rollout and its scores to advantages: log-probabilities, values, rewards and returns of each token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,19 +9,21 @@ from torch import Tensor
 import ppo_fast as ppo
 from ppo_fast.common.device import upload
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import ONE, World
-from ppo_fast.llm.models.head import TOGETHER, Head
-from ppo_fast.llm.models.policy import Judgement, Policy
-from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
-from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
-from ppo_fast.llm.packing.pack import Pack, cut, make_pack
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
+from ppo_fast.llm.models.policy import Policy, packed_mode, reference_logprobs
+from ppo_fast.llm.models.reference import Reference
+from ppo_fast.llm.packing.pack import Pack, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
 
 
 @dataclass
 class Experience:
-    """What learning needs to know of a rollout, each [B, T] fp32 and 0 outside the answers."""
+    """A rollout with all that learning needs, each [B, T] fp32 and 0 where the mask is False."""
 
+    rollout: Rollout
+    minibatches: list[list[Pack]]  # those of which the old log-probabilities were computed
+    kl_coef: float  # the weight of the KL penalty in this step
+    mask: Tensor  # [B, T] bool, the rollout's, on its device
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
@@ -34,65 +35,118 @@ class Experience:
     metrics: dict[str, Tensor]  # 0-dim, on the device
 
 
-@contextmanager
-def packed(policy: Policy, reference: Reference = None) -> Iterator[None]:
-    """Actor, critic and reference take packed rows inside this block, if they can."""
-    models = policy.packing_models()
-    if isinstance(reference, FrozenReference) and reference.head.packed:
-        models.append(reference)
-    cudnn = policy.config.cudnn_attention
-    with packed_attention(*models, cudnn=cudnn) if models else cudnn_attention(enabled=cudnn):
-        yield
+class ExperienceMaker:
+    """Computes experience from rollouts with fixed weights; each rank computes its packs, and all get the whole.
 
-
-def evaluate(
-    policy: Policy,
-    reference: Reference,
-    rollout: Rollout,
-    scores: Tensor,  # [B] or [B, T]
-    minibatches: list[list[Pack]],
-    config: PPOConfig,
-    *,
-    kl_coef: float | None = None,
-    world: World = ONE,
-) -> Experience:
-    """Log-probabilities of actor and reference, values, rewards, advantages and returns. No reference: no KL.
-
-    Each process judges its packs, and all of them come to know the whole.
+    Args:
+        policy: actor and critic.
+        reference: the policy of the KL penalty; None: there is no KL.
+        config: the options of rewards, advantages and packs.
+        distributed: the processes of the run.
     """
-    kl_coef = config.kl_coef if kl_coef is None else kl_coef
-    mask = rollout.answer_mask
-    judged_here = torch.zeros(4, *mask.shape, device=mask.device)
-    old, ref, values, entropy = judged_here
-    after = torch.zeros(len(rollout), device=mask.device)
-    filler = filler_of(rollout) if world.size > 1 else None
-    with torch.no_grad(), packed(policy, reference):
-        for own in (pack for minibatch in minibatches for pack in world.deal(minibatch)):
-            pack = own or filler
-            assert pack is not None
-            judged = policy(pack)
-            assert isinstance(judged, Judgement)
-            ref_logprobs = None if reference is None else reference_logprobs(policy, reference, pack)
-            if own is None:
-                continue
-            for target, source in ((old, judged.logprobs), (entropy, judged.entropy), (values, judged.values)):
-                pack.put(target, source)
-            after[pack.sequence_rows] = judged.values_after
-            if ref_logprobs is not None:
-                pack.put(ref, ref_logprobs)
-    world.sum(judged_here)
-    world.sum(after)
-    if reference is None:
-        ref = old
-    bootstrap = after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None
-    out = advantages_of(scores, old, ref, values, mask, config, kl_coef=kl_coef, bootstrap=bootstrap)
-    metrics = _metrics(rollout, mask, values, entropy, out.returns)
-    if reference is not None:
-        metrics |= {"kl": out.kl.sum() / mask.sum(), "kl_per_answer": out.kl.sum() / len(rollout)}
-    weights = None
-    if rollout.logprobs is not None:
-        weights = _importance(rollout.logprobs, old, mask, config, metrics)
-    return Experience(old, ref, values, out.rewards, out.kl, out.advantages, out.returns, weights, metrics)
+
+    def __init__(
+        self, policy: Policy, reference: Reference, config: PPOConfig, distributed: Distributed = SINGLE_PROCESS
+    ) -> None:
+        self.policy, self.reference, self.config, self.distributed = policy, reference, config, distributed
+
+    def split_minibatches(self, rollout: Rollout, order: Sequence[int]) -> list[list[Pack]]:
+        """The rollout's rows in this order, in minibatches of packs, with packs for all processes."""
+        config, head = self.config, self.policy.head
+        return split_minibatches(
+            rollout,
+            list(order),
+            minibatches=config.minibatches,
+            max_tokens=head.tokens_per_pack(config.micro_batch_tokens),
+            multiple_of=self.distributed.size,
+            regime=head.regime,
+        )
+
+    def make(
+        self,
+        rollout: Rollout,
+        scores: Tensor,  # [B] or [B, T]
+        *,
+        order: Sequence[int] | None = None,
+        kl_coef: float | None = None,
+    ) -> Experience:
+        """Log-probabilities of actor and reference, values, rewards, advantages and returns.
+
+        Args:
+            rollout: of all processes, with the same rows in each.
+            scores: one number for each completion, or for each of its tokens.
+            order: of the rows in the minibatches; as they are if not given.
+            kl_coef: the weight of the KL penalty; that of the configuration if not given.
+        """
+        config, mask = self.config, upload(rollout.mask, rollout.device)
+        kl_coef = config.kl_coef if kl_coef is None else kl_coef
+        minibatches = self.split_minibatches(rollout, range(len(rollout)) if order is None else order)
+        (old, ref, values, entropy), after = self._forward_passes(rollout, mask, minibatches)
+        if self.reference is None:
+            ref = old
+        bootstrap = after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None
+        out = advantages_of(scores, old, ref, values, mask, config, kl_coef=kl_coef, bootstrap=bootstrap)
+        metrics = _metrics(mask, values, entropy, out.returns)
+        if self.reference is not None:
+            metrics |= {"kl": out.kl.sum() / mask.sum(), "kl_per_answer": out.kl.sum() / len(rollout)}
+        weights = None
+        if rollout.logprobs is not None:
+            weights = importance_weights(rollout.logprobs, old, mask, config, metrics)
+        return Experience(
+            rollout=rollout,
+            minibatches=minibatches,
+            kl_coef=kl_coef,
+            mask=mask,
+            logprobs=old,
+            ref_logprobs=ref,
+            values=values,
+            rewards=out.rewards,
+            kl=out.kl,
+            advantages=out.advantages,
+            returns=out.returns,
+            weights=weights,
+            metrics=metrics,
+        )
+
+    @torch.no_grad()
+    def _forward_passes(self, rollout: Rollout, mask: Tensor, minibatches: list[list[Pack]]) -> tuple[Tensor, Tensor]:
+        """Old log-probabilities, those of the reference, values and entropies [4, B, T], and the values [B] of the
+        states after the completions; the same in all processes."""
+        outputs = torch.zeros(4, *mask.shape, device=mask.device)
+        old, ref, values, entropy = outputs
+        after = torch.zeros(len(rollout), device=mask.device)
+        with packed_mode(self.policy, self.reference):
+            for minibatch in minibatches:
+                for pack, counts in local_packs(rollout, minibatch, self.distributed):
+                    output = self.policy.evaluate(pack)
+                    ref_logprobs = None
+                    if self.reference is not None:
+                        ref_logprobs = reference_logprobs(self.policy, self.reference, pack)
+                    if not counts:
+                        continue
+                    pack.scatter_(old, output.logprobs)
+                    pack.scatter_(entropy, output.entropy)
+                    pack.scatter_(values, output.values)
+                    after[pack.sequence_rows] = output.bootstrap_values
+                    if ref_logprobs is not None:
+                        pack.scatter_(ref, ref_logprobs)
+        return self.distributed.all_reduce_sum(outputs), self.distributed.all_reduce_sum(after)
+
+
+def local_packs(rollout: Rollout, minibatch: list[Pack], distributed: Distributed) -> list[tuple[Pack, bool]]:
+    """This rank's packs of a minibatch, as many as in every other rank, and whether each counts.
+
+    A rank that has none left runs a short pack that does not count, since the others wait for it in each pass.
+    """
+    packs = distributed.assign_packs(minibatch)
+    dummy = [_dummy_pack(rollout)] if None in packs else []
+    return [(pack, True) if pack is not None else (dummy[0], False) for pack in packs]
+
+
+def _dummy_pack(rollout: Rollout) -> Pack:
+    """The shortest sequence of a rollout."""
+    lengths = [p + c for p, c in zip(rollout.prompt_lengths, rollout.completion_lengths, strict=True)]
+    return make_pack(rollout, [lengths.index(min(lengths))])
 
 
 def advantages_of(
@@ -104,7 +158,7 @@ def advantages_of(
     config: PPOConfig,
     *,
     kl_coef: float,
-    bootstrap: Tensor | None,  # [B], V after the answers
+    bootstrap: Tensor | None,  # [B], V after the completions
 ) -> ppo.AdvantageOutput:
     """Rewards, KL, advantages and returns as the options say."""
     return ppo.rlhf_advantages(
@@ -123,7 +177,20 @@ def advantages_of(
     )
 
 
-def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
+def importance_weights(
+    sampled: Tensor, old: Tensor, mask: Tensor, config: PPOConfig, metrics: dict[str, Tensor]
+) -> Tensor | None:
+    """min(p_trainer / p_sampler, cap) for each token (Espeholt et al. 2018); adds the gap of both to the metrics."""
+    gap = torch.where(mask, old - sampled, 0)
+    metrics["sampler_gap_mean"] = _mean(gap.abs(), mask)
+    metrics["sampler_gap_p99"] = _quantile(gap.abs(), mask, 0.99)
+    metrics["sampler_gap_max"] = gap.abs().amax()
+    if config.importance_cap is None:
+        return None
+    return gap.exp().clamp(max=config.importance_cap)
+
+
+def _metrics(mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
     spread, error = _variance(returns, mask), _variance(returns - values, mask)
     return {
         "entropy": _mean(entropy, mask),
@@ -135,57 +202,16 @@ def _metrics(rollout: Rollout, mask: Tensor, values: Tensor, entropy: Tensor, re
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Of what the mask counts. Sums, not x[mask]: the host would wait for a GPU to learn that selection's size."""
+    """The mean over the mask. Sums, not x[mask]: the host would wait for a GPU to return the size of a selection."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
 def _quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
-    """The smallest of the values x >= 0 that the mask counts which is at least as large as the share q of them."""
-    rank = mask.numel() - 1 - ((1 - q) * mask.sum()).floor().long()  # what is not counted is -1 and comes first
+    """The smallest value of x >= 0 in the mask that is at least as large as the share q of the values in the mask."""
+    rank = mask.numel() - 1 - ((1 - q) * mask.sum()).floor().long()  # values outside the mask are -1 and come first
     return torch.where(mask, x, -1.0).flatten().sort().values.gather(0, rank.view(1))[0]
 
 
 def _variance(x: Tensor, mask: Tensor) -> Tensor:
-    """The biased one."""
+    """The biased variance over the mask."""
     return _mean((x - _mean(x, mask)).square(), mask)
-
-
-def _importance(
-    sampled: Tensor, old: Tensor, mask: Tensor, config: PPOConfig, metrics: dict[str, Tensor]
-) -> Tensor | None:
-    """min(p_trainer / p_sampler, cap) for each token (Espeholt et al. 2018), and how far the two are apart."""
-    gap = torch.where(mask, old - sampled, 0)
-    metrics["sampler_gap_mean"] = _mean(gap.abs(), mask)
-    metrics["sampler_gap_p99"] = _quantile(gap.abs(), mask, 0.99)
-    metrics["sampler_gap_max"] = gap.abs().amax()
-    if config.importance_cap is None:
-        return None
-    return gap.exp().clamp(max=config.importance_cap)
-
-
-def reference_logprobs(policy: Policy, reference: FrozenReference | AdapterReference, pack: Pack) -> Tensor:
-    """Log-probabilities [n] of a pack's answer tokens under the reference."""
-    if isinstance(reference, AdapterReference):
-        found = policy(pack, reference=reference)
-        assert isinstance(found, Tensor)
-        return found
-    return reference(pack)
-
-
-def filler_of(rollout: Rollout) -> Pack:
-    """What a process without a pack of its own runs and does not count, since the others wait for it: little."""
-    shortest = min(range(len(rollout)), key=lambda i: rollout.prompt_lengths[i] + rollout.answer_lengths[i])
-    return make_pack(rollout, [shortest])
-
-
-def cut_as(
-    rollout: Rollout, order: list[int], config: PPOConfig, world: World = ONE, head: Head | None = None
-) -> list[list[Pack]]:
-    """`packing.cut` as the options say, with packs for all processes; `head` says which sequences may share one."""
-    return cut(
-        rollout,
-        order,
-        minibatches=config.minibatches,
-        multiple_of=world.size,
-        **(head or TOGETHER).cutting(config.micro_batch_tokens),
-    )

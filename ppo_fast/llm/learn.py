@@ -1,168 +1,217 @@
-"""Learn: a rollout and its scores become advantages, and several epochs of minibatches on the PPO loss.
+"""Learning: several epochs of minibatches on the PPO loss over the experience of one rollout.
 
-The rollout is cut into packs before the old log-probabilities are computed, and the first epoch uses those very packs
-and the same code: its first ratio is exactly 1. Later epochs are cut anew.
+The rollout is split into packs before the old log-probabilities are computed, and the first epoch uses the same packs
+and the same code: its first ratio is exactly 1. Later epochs are split anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ppo_fast.common.errors import NonFiniteError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import ONE, World
-from ppo_fast.llm.experience import Experience, cut_as, filler_of, packed
-from ppo_fast.llm.models.modes import recomputing
-from ppo_fast.llm.models.policy import Policy, Targets
-from ppo_fast.llm.optimizer import Optimizer
+from ppo_fast.llm.controllers import EntropyController, KLController
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
+from ppo_fast.llm.experience import Experience, ExperienceMaker, advantages_of, local_packs
+from ppo_fast.llm.models.modes import gradient_checkpointing
+from ppo_fast.llm.models.policy import LossInputs, Policy, packed_mode
+from ppo_fast.llm.models.reference import Reference
+from ppo_fast.llm.optimizer import Optimizers
 from ppo_fast.llm.packing.pack import Pack
 from ppo_fast.llm.packing.rollout import Rollout
 
 
-def learn(
-    policy: Policy,
-    rollout: Rollout,
-    experience: Experience,
-    minibatches: list[list[Pack]],
-    actor_optimizer: Optimizer,
-    critic_optimizer: Optimizer,
-    config: PPOConfig,
-    generator: torch.Generator,
-    *,
-    kl_coef: float | None = None,
-    entropy_coef: float | None = None,
-    train_actor: bool = True,
-    world: World = ONE,
-    check_first: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
-    """All epochs over one rollout; the statistics of every minibatch, in order.
+class Learner:
+    """Turns rollouts with scores into experience, and experience into updates of actor and critic.
 
-    `minibatches` are those that `evaluate` used; later epochs draw their order from `generator`. Where a minibatch's
-    approx_kl is above config.target_kl, the actor is not updated with it, nor with any later one of this rollout; the
-    critic is. `updated` is 1.0 where the actor was updated. `check_first` sees the statistics of the first minibatch
-    before its update.
-
-    Raises:
-        NonFiniteError: a loss or gradient is not finite; its update was not made.
+    Args:
+        policy: actor and critic.
+        reference: the policy of the KL penalty; None: there is no KL.
+        optimizers: of actor and critic.
+        config: the options of learning.
+        distributed: the processes of the run.
+        generator: draws the order of rows within minibatches, the same in all processes.
     """
-    history: list[dict[str, float]] = []
-    kl_coef = config.kl_coef if kl_coef is None else kl_coef
-    filler = filler_of(rollout) if world.size > 1 else None
-    with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
-        for epoch in range(config.epochs):
-            if epoch > 0:
-                order = torch.randperm(len(rollout), generator=generator).tolist()
-                minibatches = cut_as(rollout, order, config, world, policy.head)
-            for minibatch in minibatches:
-                stats = accumulate_gradients(
-                    policy,
-                    minibatch,
-                    experience,
-                    config,
-                    kl_coef=kl_coef,
-                    entropy_coef=entropy_coef,
-                    train_actor=train_actor,
-                    world=world,
-                    filler=filler,
-                )
-                if train_actor:
-                    stats["grad_norm"] = actor_optimizer.clip()
-                stats["critic_grad_norm"] = critic_optimizer.clip()
-                values = as_floats(stats)
-                _refuse_non_finite(values, epoch)
-                if check_first is not None and not history:
-                    check_first(values)
-                if train_actor and config.target_kl is not None:
-                    train_actor = values["approx_kl"] <= config.target_kl
-                if train_actor:
-                    actor_optimizer.step()
-                else:
-                    actor_optimizer.forget()
-                critic_optimizer.step()
-                history.append({**values, "updated": float(train_actor)})
-    return history
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Reference,
+        optimizers: Optimizers,
+        config: PPOConfig,
+        distributed: Distributed = SINGLE_PROCESS,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.policy, self.reference, self.optimizers = policy, reference, optimizers
+        self.config, self.distributed = config, distributed
+        self.generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
+        self.experience_maker = ExperienceMaker(policy, reference, config, distributed)
+        self.kl_controller = KLController(config)
+        self.entropy_controller = EntropyController(config)
+
+    def make_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
+        """Log-probabilities, values, rewards and advantages of all processes' completions.
+
+        Args:
+            rollout: the same in all processes.
+            scores: [B], or [B, T] for a score of each token.
+        """
+        order = self._draw_order(rollout)
+        return self.experience_maker.make(rollout, scores, order=order, kl_coef=self.kl_controller.coef)
+
+    def update(
+        self,
+        experience: Experience,
+        *,
+        train_actor: bool = True,
+        check_first: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> list[dict[str, float]]:
+        """Runs all epochs over one rollout and returns the statistics of every minibatch, in order.
+
+        Where the approx_kl of a minibatch is above config.target_kl, the actor is not updated with it, nor with any
+        later one of this rollout; the critic is. `updated` is 1.0 where the actor was updated.
+
+        Args:
+            experience: of `make_experience`, with its minibatches for the first epoch.
+            train_actor: False: only the critic learns.
+            check_first: is called with the statistics of the first minibatch, before its update.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; its update was not made.
+        """
+        history: list[dict[str, float]] = []
+        minibatches = experience.minibatches
+        with self._training_mode():
+            for epoch in range(self.config.epochs):
+                if epoch > 0:
+                    order = self._draw_order(experience.rollout)
+                    minibatches = self.experience_maker.split_minibatches(experience.rollout, order)
+                for minibatch in minibatches:
+                    stats = as_floats(self._clipped_gradients(minibatch, experience, train_actor=train_actor))
+                    _check_finite(stats, epoch)
+                    if check_first is not None and not history:
+                        check_first(stats)
+                    if train_actor and self.config.target_kl is not None:
+                        train_actor = stats["approx_kl"] <= self.config.target_kl
+                    self.optimizers.step(train_actor=train_actor)
+                    history.append({**stats, "updated": float(train_actor)})
+        return history
+
+    def adapt_coefficients(self, metrics: Mapping[str, float], completions: int) -> None:
+        """Adapts the weights of the KL penalty and the entropy bonus to the metrics of a step that trained the actor.
+
+        Args:
+            metrics: of the experience: `entropy`, and with a reference `kl_per_answer`.
+            completions: of the step.
+        """
+        self.entropy_controller.update(metrics["entropy"])
+        self.kl_controller.update(metrics.get("kl_per_answer", 0.0), completions)
+
+    def accumulate_gradients(
+        self,
+        minibatch: list[Pack],
+        experience: Experience,
+        *,
+        train_actor: bool = True,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> dict[str, Tensor]:
+        """Adds the gradient of one minibatch to actor and critic and returns its statistics.
+
+        The loss is normalised by the count of the whole minibatch: the gradient does not depend on the packs, nor on
+        the number of processes, each of which computes its own packs.
+        """
+        distributed = self.distributed
+        tokens = sum(pack.num_tokens for pack in minibatch)
+        sequences = sum(len(pack.sequences) for pack in minibatch)
+        denominator = float(tokens if self.config.aggregation == "token-mean" else sequences)
+        collected = []
+        packs = local_packs(experience.rollout, minibatch, distributed)
+        for number, (pack, counts) in enumerate(packs, start=1):
+            with distributed.sync_gradients(number == len(packs)):
+                inputs = self._loss_inputs(pack, experience, denominator)
+                loss, stats = distributed.wrapped_module(self.policy)(pack, inputs, train_actor=train_actor)
+                # DDP and FSDP2 divide the sum over processes by their number
+                backward(loss * (distributed.size if counts else 0.0) if distributed.size > 1 else loss)
+            stats = {"loss": loss.detach(), **stats}
+            neutral = {name: _neutral_statistic(name, x) for name, x in stats.items()}
+            collected.append((pack.num_tokens / tokens, stats) if counts else (0.0, neutral))
+        return _reduce_stats(merge_stats(collected), distributed)
+
+    def warm_up(self, rollout: Rollout) -> None:
+        """Passes a rollout of one sequence through all that learning computes, and drops its gradients.
+
+        Triton compiles its kernels here; in the first step that time would be counted as the step's own.
+        """
+        order = range(len(rollout))
+        minibatch = [pack for part in self.experience_maker.split_minibatches(rollout, order) for pack in part]
+        scores = torch.zeros(len(rollout), device=rollout.device)
+        with self._training_mode():
+            self.accumulate_gradients(minibatch, self.experience_maker.make(rollout, scores))
+        self.optimizers.zero_grad()
+        config = self.config
+        for width in {config.max_new_tokens, max(1, config.max_new_tokens - 1)}:  # rows that are aligned, and not
+            rows = torch.zeros(config.prompts_per_step * config.samples_per_prompt, width, device=rollout.device)
+            bootstrap = rows[:, 0].contiguous() if config.bootstrap_truncated else None
+            advantages_of(rows[:, 0], rows, rows, rows, rows == 0, config, kl_coef=config.kl_coef, bootstrap=bootstrap)
+
+    def _draw_order(self, rollout: Rollout) -> list[int]:
+        return torch.randperm(len(rollout), generator=self.generator).tolist()
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        enabled = self.config.gradient_checkpointing
+        with packed_mode(self.policy), gradient_checkpointing(self.policy, enabled=enabled):
+            yield
+
+    def _clipped_gradients(
+        self, minibatch: list[Pack], experience: Experience, *, train_actor: bool
+    ) -> dict[str, Tensor]:
+        """Gradients of a minibatch, clipped for actor and critic; its statistics, the norms among them."""
+        stats = self.accumulate_gradients(minibatch, experience, train_actor=train_actor)
+        if train_actor:
+            stats["grad_norm"] = self.optimizers.actor.clip()
+        stats["critic_grad_norm"] = self.optimizers.critic.clip()
+        return stats
+
+    def _loss_inputs(self, pack: Pack, experience: Experience, denominator: float) -> LossInputs:
+        kl_in_loss = self.config.kl_in == "loss" and experience.kl_coef > 0
+        return LossInputs(
+            old_logprobs=pack.gather(experience.logprobs),
+            advantages=pack.gather(experience.advantages),
+            old_values=pack.gather(experience.values),
+            returns=pack.gather(experience.returns),
+            ref_logprobs=pack.gather(experience.ref_logprobs) if kl_in_loss else None,
+            weights=None if experience.weights is None else pack.gather(experience.weights),
+            denominator=denominator,
+            kl_coef=experience.kl_coef,
+            entropy_coef=self.entropy_controller.coef,
+        )
 
 
 def means_of(history: list[dict[str, float]]) -> dict[str, float]:
-    """Each statistic's mean over the minibatches that have it: the actor's are missing where it does not learn."""
+    """The mean of each statistic over the minibatches that have it: the actor's are absent where it does not learn."""
     names = dict.fromkeys(name for values in history for name in values)
     found = {name: [values[name] for values in history if name in values] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def as_floats(stats: dict[str, Tensor]) -> dict[str, float]:
+def as_floats(stats: Mapping[str, Tensor]) -> dict[str, float]:
     """0-dim tensors as numbers, with one copy for all of them."""
     return dict(zip(stats, torch.stack([x.float() for x in stats.values()]).tolist(), strict=True))
 
 
-def accumulate_gradients(
-    policy: Policy,
-    minibatch: list[Pack],
-    experience: Experience,
-    config: PPOConfig,
-    *,
-    kl_coef: float = 0.0,
-    entropy_coef: float | None = None,
-    train_actor: bool = True,
-    backward: Callable[[Tensor], None] = Tensor.backward,
-    world: World = ONE,
-    filler: Pack | None = None,
-) -> dict[str, Tensor]:
-    """Adds one minibatch's gradient to actor and critic and returns its statistics.
-
-    The loss is normalised by the minibatch's own count, so that the gradient does not depend on the packs. Of several
-    processes each runs its packs; one that has none left runs `filler`, which counts nothing.
-    """
-    tokens = sum(pack.size for pack in minibatch)
-    sequences = sum(len(pack.sequences) for pack in minibatch)
-    denominator = float(tokens if config.aggregation == "token-mean" else sequences)
-    collected = []
-    mine = world.deal(minibatch)
-    for number, own in enumerate(mine, start=1):
-        pack = own or filler
-        assert pack is not None
-        with world.last_only(number == len(mine)):
-            targets = _targets(pack, experience, config, kl_coef, entropy_coef, denominator)
-            loss, stats = world.module(policy)(pack, targets, train_actor=train_actor)
-            # DDP and FSDP2 divide the sum over processes by their number
-            backward(loss * (world.size if own else 0.0) if world.size > 1 else loss)
-        stats = {"loss": loss.detach(), **stats}
-        collected.append((pack.size / tokens, stats) if own else (0.0, {name: _nothing(name, stats) for name in stats}))
-    return _over_processes(merge_stats(collected), world)
+def _neutral_statistic(name: str, x: Tensor) -> Tensor:
+    """The value of a statistic that changes neither a sum nor a maximum, for a pack that does not count."""
+    return torch.full_like(x, float("-inf") if name.endswith("_max") else 0.0)
 
 
-def _targets(
-    pack: Pack,
-    experience: Experience,
-    config: PPOConfig,
-    kl_coef: float,
-    entropy_coef: float | None,
-    denominator: float,
-) -> Targets:
-    in_loss = config.kl_in == "loss" and kl_coef > 0
-    return Targets(
-        old_logprobs=pack.of(experience.logprobs),
-        advantages=pack.of(experience.advantages),
-        old_values=pack.of(experience.values),
-        returns=pack.of(experience.returns),
-        ref_logprobs=pack.of(experience.ref_logprobs) if in_loss else None,
-        weights=None if experience.weights is None else pack.of(experience.weights),
-        denominator=denominator,
-        kl_coef=kl_coef,
-        entropy_coef=config.entropy_coef if entropy_coef is None else entropy_coef,
-    )
-
-
-def _nothing(name: str, stats: dict[str, Tensor]) -> Tensor:
-    """A filler's part of a statistic."""
-    return torch.full_like(stats[name], float("-inf") if name.endswith("_max") else 0.0)
-
-
-def _over_processes(stats: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    if world.size == 1:
+def _reduce_stats(stats: dict[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
+    """Sums, or maxima, over processes."""
+    if distributed.size == 1:
         return stats
-    for maxima, reduce in ((False, world.sum), (True, world.largest)):
+    for maxima, reduce in ((False, distributed.all_reduce_sum), (True, distributed.all_reduce_max)):
         names = [name for name in stats if name.endswith("_max") is maxima]
         if names:
             stats |= zip(names, reduce(torch.stack([stats[name].float() for name in names])), strict=True)
@@ -170,9 +219,10 @@ def _over_processes(stats: dict[str, Tensor], world: World) -> dict[str, Tensor]
 
 
 def merge_stats(collected: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Statistics of a minibatch from its packs', each with its share of the tokens.
+    """Statistics of a minibatch from those of its packs, each with its share of the tokens.
 
-    Losses are already divided by the minibatch's count, so they add up; the rest are means over tokens, or maxima.
+    Losses are already divided by the count of the minibatch, so they are added; the rest are means over tokens, or
+    maxima.
     """
     merged = {}
     for name in collected[0][1]:
@@ -186,8 +236,9 @@ def merge_stats(collected: list[tuple[float, dict[str, Tensor]]]) -> dict[str, T
     return merged
 
 
-def _refuse_non_finite(values: dict[str, float], epoch: int) -> None:
-    bad = {name: x for name, x in values.items() if x != x or abs(x) == float("inf")}
+def _check_finite(stats: Mapping[str, float], epoch: int) -> None:
+    """Raises NonFiniteError if a statistic of a minibatch is NaN or infinite."""
+    bad = {name: x for name, x in stats.items() if x != x or abs(x) == float("inf")}
     if bad:
         named = ", ".join(f"{name} = {x}" for name, x in bad.items())
         raise NonFiniteError(

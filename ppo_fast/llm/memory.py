@@ -32,9 +32,9 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import bare, decoder_of
+from ppo_fast.llm.models.head import decoder_of, unwrap_peft
 from ppo_fast.llm.models.lora import with_lora
-from ppo_fast.llm.models.modes import recomputing
+from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.packing.flash_calls import first_line
@@ -191,7 +191,7 @@ def _attend(
     return _Flash.apply(query, key, value), None
 
 
-class _Head(torch.autograd.Function):
+class _LinearHead(torch.autograd.Function):
     """The memory of `linear_ppo_loss`: a chunk of logits at a time, and gradients that are made in the forward."""
 
     @staticmethod
@@ -325,12 +325,12 @@ def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
     backbones: list[Any] = [x for x in (models.actor, models.critic.backbone) if x is not None]
     embeddings = [backbone.get_input_embeddings() for backbone in backbones]
     hooks += [x.register_forward_hook(lambda *args: _at_gradient(args[-1], found, counted)) for x in embeddings]
-    with recomputing(both, enabled=config.gradient_checkpointing):
+    with gradient_checkpointing(both, enabled=config.gradient_checkpointing):
         with _autocast(config):
             hidden = _hidden(decoder_of(models.actor), sizes.tokens)
             chosen = hidden[: sizes.answers].clone()
             with counted.category("logits"):
-                loss = _Head.apply(chosen, weight, _plan(chosen, weight, config), weight.requires_grad)
+                loss = _LinearHead.apply(chosen, weight, _plan(chosen, weight, config), weight.requires_grad)
             found["loss"] = counted.reset_peak()
             states = hidden if models.critic.backbone is None else _hidden(models.critic.backbone, sizes.tokens)
             loss = loss + models.critic(states[: sizes.answers].clone()).sum()
@@ -395,7 +395,7 @@ def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocati
     copies = FILTERED_LOGITS if config.top_k or config.top_p < 1 or config.min_p else SAMPLED_LOGITS
     ids = torch.zeros(sizes.batch, sizes.prompt, dtype=torch.int64)
     plain = DynamicCache(config=models.actor.config)
-    cache: DynamicCache = cache_options(models.actor, config).get("past_key_values", plain)
+    cache: DynamicCache = cache_options(models.actor, config.dtype).get("past_key_values", plain)
     add = cache.update
 
     def update(*args: Any, **options: Any) -> Any:
@@ -582,7 +582,7 @@ def with_adapters_of(actor: Any, config: PPOConfig) -> PPOConfig:
 
 def why_unknown(actor: nn.Module) -> str | None:
     """Why the memory of an actor does not follow from its configuration; None if it does."""
-    if getattr(bare(actor).config, "quantization_config", None) is not None:
+    if getattr(unwrap_peft(actor).config, "quantization_config", None) is not None:
         return "its weights are quantised"
     if not is_adapted(actor) and not all(p.requires_grad for p in actor.parameters()):
         return "some of its weights are frozen"

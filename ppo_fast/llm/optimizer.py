@@ -1,16 +1,14 @@
-"""TODO docstring."""
+"""AdamW for actor and critic: the learning rate of each PPO step, clipping, and states that checkpoints hold."""
 
-import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import full
-from ppo_fast.llm.experience import cut_as, packed
-from ppo_fast.llm.models.policy import Policy, Targets
-from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.distributed import gather_to_main, shard_like, to_full_tensor
 
 
 def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:
@@ -30,31 +28,6 @@ def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:
     return 0.5 - 0.5 * math.cos(math.pi * left) if config.lr_schedule == "cosine" else left
 
 
-def unreached(policy: Policy, config: PPOConfig, device: torch.device) -> list[str]:
-    """Names of parameters that would be trained, but on which the loss of a short sequence does not depend.
-
-    `device` is where the weights are: under FSDP2 the CPU, where the backend that trains may not run.
-    """
-    rollout = Rollout(torch.tensor([[1, 2, 1]]), [1], [2], [True], [""], {"prompt": [""]}, device=device)
-    ((pack,),) = cut_as(rollout, [0], dataclasses.replace(config, minibatches=1))
-    zeros = torch.zeros(pack.size, device=device)
-    targets = Targets(zeros, zeros, zeros, zeros, None, None, 1.0, 0.0, config.entropy_coef)
-    given, policy.config = policy.config, dataclasses.replace(policy.config, backend="auto")
-    try:
-        with packed(policy):
-            loss, _ = policy(pack, targets)
-    finally:
-        policy.config = given
-    left, found = [loss.grad_fn], set()
-    while left:
-        node = left.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            left += [before for before, _ in node.next_functions]
-    reached = {getattr(node, "variable", None) for node in found}
-    return [name for name, p in policy.named_parameters() if p.requires_grad and p not in reached]
-
-
 class Optimizer:
     """AdamW for one model, with the learning rate of each PPO step and the clipping of its gradient.
 
@@ -66,7 +39,8 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, lr: float, config: PPOConfig, *, first_step: int = 0) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.names)
         self.config, self.highest, self.first_step = config, lr, first_step
         matrices, others = ([p for p in self.parameters if (p.ndim > 1) is wide] for wide in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -88,13 +62,59 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Clips the gradient to max_grad_norm and returns the norm it had, a device scalar."""
         limit = self.config.max_grad_norm
-        return full(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
+        return to_full_tensor(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
 
     def step(self) -> None:
-        """One update. Parameters that have no gradient stay as they are."""
+        """Updates the parameters that have a gradient, and drops all gradients."""
         self.adamw.step()
-        self.forget()
+        self.zero_grad()
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops all gradients."""
         self.adamw.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole moments and step counts by "parameter/slot", on the CPU of the main process; collective."""
+        return gather_to_main(
+            (f"{name}/{slot}", value)
+            for p, name in self.names.items()
+            for slot, value in self.adamw.state.get(p, {}).items()
+        )
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_dict` returned in the main process; collective, with the same state in all."""
+        self.adamw.state.clear()
+        parameters = {name: p for p, name in self.names.items()}
+        fused = self.adamw.defaults["fused"]  # else AdamW keeps its step on the CPU
+        for key, value in state.items():
+            name, slot = key.rsplit("/", 1)
+            parameter = parameters[name]
+            if slot == "step":
+                self.adamw.state[parameter][slot] = value.to(parameter.device) if fused else value.clone()
+            else:
+                self.adamw.state[parameter][slot] = shard_like(parameter, value)
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """The optimizers of a policy."""
+
+    actor: Optimizer
+    critic: Optimizer
+
+    def begin(self, step: int) -> dict[str, float]:
+        """Sets the learning rates of PPO step `step`, counted from 0, and returns them by option."""
+        return {"lr": self.actor.begin(step), "critic_lr": self.critic.begin(step)}
+
+    def step(self, *, train_actor: bool) -> None:
+        """Updates critic and, if it is trained, actor, and drops all gradients."""
+        if train_actor:
+            self.actor.step()
+        else:
+            self.actor.zero_grad()
+        self.critic.step()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        self.actor.zero_grad()
+        self.critic.zero_grad()

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.models.head import Sampling, model_name, text_config, without_cache
-from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.head import GenerateInfo, model_name, text_config, without_cache
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.probe import (
     CALL_ERRORS,
     PROBE_LENGTHS,
@@ -29,7 +29,7 @@ from ppo_fast.llm.models.probe import (
     rounding_bound,
 )
 from ppo_fast.llm.packing.flash_calls import first_line
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate
 
 NEW_TOKENS = 3  # the first from the prompt, the others from the cache
 LONG_PROMPT = 32  # beside the short ones, so that these have much padding
@@ -44,21 +44,21 @@ CHOICES = {  # in this order; the consequence of each
 
 
 @torch.no_grad()
-def probe_sampling(
+def detect_generate(
     actor: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: PPOConfig,
     boundaries: tuple[int, ...] = (),
     reach: Reach = Reach(),  # noqa: B008
-) -> Sampling:
+) -> GenerateInfo:
     """Finds out how `generate` samples what the model's own forward computes.
 
     Args:
         actor: on its device, as it is at the start of the run.
         tokenizer: its tokenizer.
         config: dtype, temperature and strict are read.
-        boundaries: of the actor's `Head`.
-        reach: as in `probe.probe_all`.
+        boundaries: of the actor's `HeadInfo`.
+        reach: as in `probe.detect_heads`.
 
     Raises:
         UserError: no way of sampling agrees with the forward; or the first one does not, with config.strict.
@@ -67,7 +67,7 @@ def probe_sampling(
     prompts = _prompts(actor, tokenizer, _lengths(actor, boundaries, reach))
     reason: str | None = None
     for (left_padding, cache), consequence in CHOICES.items():  # noqa: B007
-        found = Sampling(left_padding, cache, boundaries)
+        found = GenerateInfo(left_padding, cache, boundaries)
         problem = _problem(actor, tokenizer, prompts, options, found)
         if problem is None:
             break
@@ -78,11 +78,11 @@ def probe_sampling(
             " what its own generate() samples; give a sampler that samples what its forward computes"
         )
     if reason is not None:
-        _complain(f"{reason}: {consequence}, which takes more time", config)
+        warn_or_raise(f"{reason}: {consequence}, which takes more time", config)
     for b in boundaries:
         crossing = _prompts(actor, tokenizer, [b - 1])
         if b > 1 and _problem(actor, tokenizer, crossing, options, found) is not None:
-            _complain(
+            warn_or_raise(
                 f"this {model_name(actor)} samples the tokens before and after {b} differently and learns all of a"
                 " longer sequence in one way, so that sampler_gap is large for an answer that crosses this length:"
                 " importance_cap corrects for it, and lengths on one side avoid it",
@@ -105,7 +105,7 @@ def _lengths(actor: Any, boundaries: tuple[int, ...], reach: Reach) -> list[int]
     return [n for n in lengths if not any(n <= b < n + NEW_TOKENS for b in boundaries)]
 
 
-def _complain(reason: str, config: PPOConfig) -> None:
+def warn_or_raise(reason: str, config: PPOConfig) -> None:
     if config.strict:
         raise UserError(f"{reason} (strict = true makes this an error)")
     warnings.warn(reason, stacklevel=3)
@@ -121,18 +121,18 @@ def _prompts(actor: Any, tokenizer: PreTrainedTokenizerBase, lengths: list[int])
 
 
 def _problem(
-    actor: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: PPOConfig, sampling: Sampling
+    actor: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: PPOConfig, info: GenerateInfo
 ) -> str | None:
     """Why this way of sampling is wrong, in full precision or in the run's; None if it is right."""
     for dtype in dict.fromkeys(("float32", config.dtype)):
         options = dataclasses.replace(config, dtype=dtype)
         try:
             with exact_products():
-                gap, bound = _gap(actor, tokenizer, prompts, options, sampling)
+                gap, bound = _gap(actor, tokenizer, prompts, options, info)
         except CALL_ERRORS as error:
             return f"generate() of this {model_name(actor)} fails ({first_line(error)})"
         if not gap <= bound:
-            how = "with left padding and a cache" if sampling.left_padding else "without padding"
+            how = "with left padding and a cache" if info.left_padding else "without padding"
             return (
                 f"this {model_name(actor)} samples {how} by other log-probabilities than its forward computes for one"
                 f" sequence (they differ by {gap:.2g})"
@@ -141,18 +141,18 @@ def _problem(
 
 
 def _gap(
-    actor: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: PPOConfig, sampling: Sampling
+    actor: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: PPOConfig, info: GenerateInfo
 ) -> tuple[float, float]:
     """The largest difference between the sampler's log-probabilities and the forward's, and its bound."""
     sampled: list[float] = []
     sequences: list[tuple[list[int], list[int]]] = []
-    for batch in sampling.batches(list(map(len, prompts)), new_tokens=NEW_TOKENS, size=len(prompts)):
+    params, options = SamplingParams.from_config(config), GenerateOptions.from_config(config, cache=info.cache)
+    for batch in info.batches(list(map(len, prompts)), new_tokens=NEW_TOKENS, size=len(prompts)):
         asked = [prompts[i] for i in batch]
-        answers = generate(actor, tokenizer, asked, config, greedy=True, ends=[], cache=sampling.cache)
-        assert answers.logprobs is not None
-        sampled += [x for row in answers.logprobs for x in row]
-        sequences += zip(asked, answers.ids, strict=True)
-    with compute_in(config.dtype, actor.device):
+        completions = generate(actor, tokenizer, asked, params, options=options, greedy=True, ends=[])
+        sampled += [x for row in completions.logprobs or [] for x in row]
+        sequences += zip(asked, completions.ids, strict=True)
+    with autocast(config.dtype, actor.device):
 
         def forward() -> Tensor:
             return torch.cat([_logprobs(actor, prompt, answer, config.temperature) for prompt, answer in sequences])
@@ -160,7 +160,7 @@ def _gap(
         own = forward()
         bound = rounding_bound(actor, forward, own)
         if in_full_precision(actor):
-            bound = min(bound, LARGEST_GAP if sampling.cache else LAST_GAP)
+            bound = min(bound, LARGEST_GAP if info.cache else LAST_GAP)
     return (own.cpu() - torch.tensor(sampled)).abs().max().item(), max(bound, SMALLEST_GAP)
 
 

@@ -1,149 +1,48 @@
-"""What a checkpoint holds of a run: all that the next step depends on, and what shows that it is the same run."""
+"""The state of a run in a checkpoint: all that the next step depends on, and what identifies the run.
+
+A checkpoint has three safetensors files (weights, optimizers, random) and one state.json. The parts of a run offer
+`state_dict` and `load_state_dict`; here they are written under their names in the files, and read again after a check
+that the checkpoint belongs to the same run.
+"""
 
 import dataclasses
-import hashlib
 import json
 import platform
-import random
-import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.common.checkpoint import Checkpoint
-from ppo_fast.common.device import derived_seed, get_rng_state, has_weights, set_rng_state
+from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import World, copy_full, like, on_first
-from ppo_fast.llm.optimizer import Optimizer, rate_of_step
-from ppo_fast.llm.reward.fingerprint import tokenizer_fingerprint
+from ppo_fast.llm.distributed import Distributed, copy_from_full, gather_to_main
+from ppo_fast.llm.optimizer import Optimizers, rate_of_step
+from ppo_fast.llm.random_state import RandomState
 
-if TYPE_CHECKING:
-    from ppo_fast.llm.trainer import PPOTrainer
-
-# What may change between a run and its continuation: none of it reaches the numbers, or a note says so
-FREE = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "merge_adapters"}
-FREE |= {"eval_every", "eval_samples", "device", "parallel", "check_memory", "save_dtype", "max_sampler_gap"}
-FREE |= {"process_timeout", "gather_for_sampling", "threads"}
+# What may change between a run and its continuation: none of it reaches the numbers, or a note reports it
+RESUMABLE_OPTIONS = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "threads"}
+RESUMABLE_OPTIONS |= {
+    "merge_adapters",
+    "save_dtype",
+    "eval_every",
+    "eval_samples",
+    "device",
+    "parallel",
+    "check_memory",
+}
+RESUMABLE_OPTIONS |= {"check_memory", "max_sampler_gap", "process_timeout", "gather_for_sampling"}
 # What each checkpoint has: in state.json, and as files
 PARTS = {"step", "run", "made_with", "kl_coef", "dealt", "random"}
 FILES = {"weights", "optimizers", "random"}
 SCHEDULED = ("total_steps", "lr_schedule", "warmup_ratio")  # what the learning rate of a step depends on
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
-
-
-def capture(trainer: "PPOTrainer") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position.
-
-    Collective: each process takes part, and the first alone has the tensors, whole and on the CPU.
-    """
-    optimizers = {"actor": trainer.actor_optimizer, "critic": trainer.critic_optimizer}
-    names = {x: name for name, x in learned(trainer.policy)}
-    moments = on_first(
-        (f"{which}/{names[p]}/{key}", value)
-        for which, optimizer in optimizers.items()
-        for p in optimizer.parameters
-        for key, value in optimizer.adamw.state.get(p, {}).items()
-    )
-    randoms = {"order": trainer.generator.get_state()}
-    states = trainer.world.gather(trainer.randoms)
-    for rank, (tensors, _) in enumerate(states):
-        randoms |= {f"{name}-of-{rank}": x for name, x in tensors.items()}
-    state = {
-        "run": identity(trainer),
-        "made_with": made_with(trainer),
-        "kl_coef": trainer.kl_controller.coef,
-        "entropy_coef": trainer.entropy_controller.coef,
-        "dealt": trainer.prompts.dealt,
-        "random": [words for _, words in states],
-    }
-    weights = on_first((name, x.detach()) for name, x in learned(trainer.policy))
-    return {"weights": weights, "optimizers": moments, "random": randoms}, state
-
-
-def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This process's generators: torch's as tensors, also that of `device`; Python's and numpy's as JSON."""
-    tensors = {"torch": torch.get_rng_state()}
-    state = get_rng_state(device)
-    if state is not None:
-        tensors[device.type] = state
-    kind, keys, *rest = np.random.get_state()
-    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
-
-
-def restore(trainer: "PPOTrainer", checkpoint: Checkpoint, *, allow_changes: bool = False) -> list[str]:
-    """Puts a new trainer in the state of a checkpoint; what people should know of it, in sentences. Collective.
-
-    With `allow_changes` the run continues with other prompts, rewards or another tokenizer, which a sentence names.
-
-    Raises:
-        UserError: it is another run's: the message says in what it differs.
-    """
-    state = checkpoint.state
-    lacking = sorted(PARTS - state.keys()) + sorted(FILES - checkpoint.tensors.keys())
-    if lacking:
-        raise UserError(
-            f"{checkpoint.folder} was changed, or is that of a run of another kind: it has no {lacking[0]}; continue"
-            " from another checkpoint"
-        )
-    here, there = identity(trainer), state["run"]
-    _refuse_another_run(here, there, checkpoint, allow_changes)
-    others = [what for name, what in CHANGEABLE.items() if _differ(here, there, name)]
-    _load(dict(learned(trainer.policy)), checkpoint.tensors["weights"], checkpoint)
-    parameters = dict(trainer.policy.named_parameters())
-    for which, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
-        _restore_moments(optimizer, parameters, checkpoint.tensors["optimizers"], which)
-    trainer.kl_controller.coef = state["kl_coef"]
-    trainer.entropy_controller.coef = state.get("entropy_coef", trainer.config.entropy_coef)  # older ones have none
-    trainer.prompts.dealt = state["dealt"]
-    trainer.steps_done = state["step"]
-    trainer.generator.set_state(checkpoint.tensors["random"]["order"])
-    made_here, made_there = made_with(trainer), state["made_with"]
-    if made_here["processes"] == made_there["processes"]:
-        _restore_random(checkpoint, trainer.world.rank, trainer.device)
-    else:  # no state belongs to this process: new ones, which no earlier step has used
-        transformers.set_seed(derived_seed(trainer.config.seed, trainer.world.rank, trainer.steps_done))
-    trainer.randoms = random_state(trainer.device)
-    options, saved = options_as_json(trainer.config), state["run"]["config"]
-    changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
-    return [
-        *(
-            f"{name} was {saved[name]}, an option that this ppo_fast does not have"
-            for name in sorted(saved.keys() - options.keys())
-        ),
-        *(f"from here on the {name} is another one than that of {checkpoint.folder}" for name in others),
-        *(f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed),
-        *_differences(made_here, made_there),
-    ]
-
-
-def learned(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that training changes. Frozen weights come from the start model, again."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()  # a pass without a backward leaves its weights gathered
-    kept = policy.state_dict(keep_vars=True).keys()
-    yield from ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
-    yield from ((name, b) for name, b in policy.named_buffers() if name in kept)
-
-
-def identity(trainer: "PPOTrainer") -> dict[str, Any]:
-    """What makes two runs the same run."""
-    return {
-        "config": options_as_json(trainer.config),
-        "start model": trainer.start_digest,
-        "prompts": digest_of_rows(trainer.prompts.rows),
-        "tokenizer": trainer.tokenizer_digest,
-        "rewards and their weights": trainer.reward_weights,
-        "code of the rewards": trainer.reward_digests,
-    }
-
-
 # What a user may change on purpose between a run and its continuation, with allow_changes
 CHANGEABLE = {
     "prompts": "list of prompts",
@@ -153,29 +52,133 @@ CHANGEABLE = {
 }
 
 
-def digest_of_tokenizer(tokenizer: Any, ends: list[int]) -> str:
-    """A short name for all of a tokenizer that changes tokens or texts, and for the tokens that end an answer."""
-    parts = [tokenizer_fingerprint(tokenizer), sorted(tokenizer.special_tokens_map.items(), key=str), ends]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+class Stateful(Protocol):
+    """A part of a run whose state JSON can hold: a controller, the position in the prompts."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state, by names that no other part uses."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Takes over the state; other parts have other names in the same mapping."""
+        ...
 
 
-def digest_of_rows(rows: list[dict[str, Any]]) -> str:
-    """A short name for rows in their order. Of an object that JSON does not know, its address does not count."""
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run that a checkpoint holds.
 
-    def described(x: Any) -> Any:
-        if isinstance(x, set | frozenset):  # whose order differs between processes
-            return sorted(map(described, x))
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+    Args:
+        config: the options.
+        policy: the weights.
+        optimizers: their moments.
+        stateful: what goes into state.json.
+        generator: of the order within minibatches.
+        distributed: the processes of the run.
+        fingerprint: what identifies the run, see `run_fingerprint`.
+        environment: what may change its last bits, see `environment_info`.
+    """
 
-    text = json.dumps(rows, sort_keys=True, default=described)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    config: PPOConfig
+    policy: nn.Module
+    optimizers: Optimizers
+    stateful: Sequence[Stateful]
+    generator: torch.Generator
+    distributed: Distributed
+    fingerprint: dict[str, Any]
+    environment: dict[str, Any]
 
 
-def check_same_weights(world: World, models: dict[str, nn.Module | None]) -> None:
-    """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
-    if world.size > 1:
-        present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
-        world.agree({f"the weights of the {name}": digest(model) for name, model in present.items()})
+Tensors = dict[str, dict[str, Tensor]]  # by file
+
+
+def capture(run: RunState, random: RandomState) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position.
+
+    Collective: each process takes part, and only the main one has the tensors, whole and on the CPU.
+    """
+    moments: dict[str, Tensor] = {}
+    for name, optimizer in {"actor": run.optimizers.actor, "critic": run.optimizers.critic}.items():
+        moments |= {f"{name}/{name}.{key}": x for key, x in optimizer.state_dict().items()}
+    tensors = {"order": run.generator.get_state()}
+    states = run.distributed.all_gather_object(random)
+    for rank, its in enumerate(states):
+        tensors |= {f"{name}-of-{rank}": x for name, x in its.tensors.items()}
+    state: dict[str, Any] = {"run": run.fingerprint, "made_with": run.environment}
+    for part in run.stateful:
+        state |= part.state_dict()
+    state["random"] = [its.others for its in states]
+    weights = gather_to_main((name, x.detach()) for name, x in trainable_state(run.policy))
+    return {"weights": weights, "optimizers": moments, "random": tensors}, state
+
+
+def restore(run: RunState, checkpoint: Checkpoint, *, allow_changes: bool = False) -> list[str]:
+    """Puts a new run in the state of a checkpoint and returns notes for the user. Collective.
+
+    With `allow_changes` the run continues with other prompts, rewards or another tokenizer, which a note names.
+
+    Raises:
+        UserError: the checkpoint belongs to another run; the message names the difference.
+    """
+    state = checkpoint.state
+    lacking = sorted(PARTS - state.keys()) + sorted(FILES - checkpoint.tensors.keys())
+    if lacking:
+        raise UserError(
+            f"{checkpoint.folder} was changed, or is that of a run of another kind: it has no {lacking[0]}; continue"
+            " from another checkpoint"
+        )
+    _check_same_run(run.fingerprint, checkpoint, allow_changes)
+    _load(dict(trainable_state(run.policy)), checkpoint.tensors["weights"], checkpoint)
+    for name, optimizer in {"actor": run.optimizers.actor, "critic": run.optimizers.critic}.items():
+        prefix, saved = f"{name}/{name}.", checkpoint.tensors["optimizers"]
+        optimizer.load_state_dict({k.removeprefix(prefix): x for k, x in saved.items() if k.startswith(prefix)})
+    for part in run.stateful:
+        part.load_state_dict(state)
+    run.generator.set_state(checkpoint.tensors["random"]["order"])
+    _restore_random(run, checkpoint)
+    return _notes(run, checkpoint)
+
+
+def trainable_state(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors that training changes. Frozen weights come from the start model, again."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # a pass without a backward leaves its weights gathered
+    kept = policy.state_dict(keep_vars=True).keys()
+    yield from ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+    yield from ((name, b) for name, b in policy.named_buffers() if name in kept)
+
+
+def run_fingerprint(
+    config: PPOConfig,
+    *,
+    start_model: str,
+    prompts: str,
+    tokenizer: str,
+    reward_weights: dict[str, float],
+    reward_code: dict[str, str],
+) -> dict[str, Any]:
+    """What makes two runs the same run: the options, and hashes of all else that its numbers depend on."""
+    return {
+        "config": options_as_json(config),
+        "start model": start_model,
+        "prompts": prompts,
+        "tokenizer": tokenizer,
+        "rewards and their weights": reward_weights,
+        "code of the rewards": reward_code,
+    }
+
+
+def environment_info(distributed: Distributed, chunk_bytes: int | None) -> dict[str, Any]:
+    """What may change the last bits of a run, and does not prevent its continuation."""
+    return {
+        "processes": distributed.size,
+        "threads": torch.get_num_threads(),
+        "device": distributed.device.type,
+        "chunk_bytes": chunk_bytes,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def options_as_json(config: PPOConfig) -> dict[str, Any]:
@@ -183,42 +186,15 @@ def options_as_json(config: PPOConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def digest(model: nn.Module) -> str:
-    """A short name for the values of all parameters: the same on every device, in any order of summation."""
-    found = hashlib.sha256()
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    parameters = dict(model.named_parameters())
-    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters.values()]
-    home = bits[0].device  # where all sums are collected: one copy to the host instead of one for each parameter
-    sums = torch.stack([x.sum(dtype=torch.int64).to(home) for x in bits]).tolist()
-    for (name, p), total in zip(parameters.items(), sums, strict=True):
-        found.update(f"{name} {tuple(p.shape)} {p.dtype} {total}\n".encode())
-    return found.hexdigest()[:16]
-
-
-def made_with(trainer: "PPOTrainer") -> dict[str, Any]:
-    """What may change the last bits of a run, and does not forbid going on."""
-    return {
-        "processes": trainer.world.size,
-        "threads": torch.get_num_threads(),
-        "device": trainer.device.type,
-        "chunk_bytes": trainer.policy.config.chunk_bytes,
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def _differ(here: dict[str, Any], there: dict[str, Any], name: str) -> bool:
     return name in there and here[name] != there[name]  # an older checkpoint may lack it
 
 
-def _refuse_another_run(
-    here: dict[str, Any], there: dict[str, Any], checkpoint: Checkpoint, allow_changes: bool
-) -> None:
+def _check_same_run(here: dict[str, Any], checkpoint: Checkpoint, allow_changes: bool) -> None:
+    there = checkpoint.state["run"]
     # an option that is newer than the checkpoint had its default
     options, saved = here["config"], {**options_as_json(PPOConfig()), **there["config"]}
-    free = FREE | ({"total_steps"} if _same_rates(options, saved) else set())
+    free = RESUMABLE_OPTIONS | ({"total_steps"} if _same_rates(options, saved) else set())
     changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
@@ -227,7 +203,7 @@ def _refuse_another_run(
         )
     if options["total_steps"] < checkpoint.state["step"]:
         raise UserError(
-            f"{checkpoint.folder} is beyond total_steps = {options['total_steps']}: there is nothing to go on with"
+            f"{checkpoint.folder} is beyond total_steps = {options['total_steps']}: there is nothing to continue with"
         )
     if _differ(here, there, "start model"):
         raise UserError(f"{checkpoint.folder} belongs to another run: its start model differs from the one given")
@@ -260,47 +236,38 @@ def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Chec
         )
     with torch.no_grad():
         for name, target in targets.items():
-            copy_full(target, saved[name])
+            copy_from_full(target, saved[name])
 
 
-def _restore_moments(
-    optimizer: Optimizer, parameters: dict[str, nn.Parameter], saved: dict[str, Tensor], which: str
-) -> None:
-    optimizer.adamw.state.clear()
-    for key, value in saved.items():
-        owner, rest = key.split("/", 1)
-        name, slot = rest.rsplit("/", 1)
-        if owner == which:
-            parameter = parameters[name]
-            counts = slot == "step" and not optimizer.adamw.defaults["fused"]  # AdamW keeps its step on the CPU then
-            if slot == "step":
-                optimizer.adamw.state[parameter][slot] = value.clone() if counts else value.to(parameter.device)
-            else:
-                optimizer.adamw.state[parameter][slot] = like(parameter, value)
-
-
-def _restore_random(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
+def _restore_random(run: RunState, checkpoint: Checkpoint) -> None:
+    """Restores this rank's generators; with another number of processes, seeds them as no earlier step did."""
+    rank, state = run.distributed.rank, checkpoint.state
+    if run.environment["processes"] != state["made_with"]["processes"]:
+        transformers.set_seed(derived_seed(run.config.seed, rank, state["step"]))
+        return
     suffix = f"-of-{rank}"
     saved = checkpoint.tensors["random"].items()
     tensors = {name.removesuffix(suffix): x for name, x in saved if name.endswith(suffix)}
-    restore_random(tensors, checkpoint.state["random"][rank], device)
+    RandomState(tensors, state["random"][rank]).restore(run.distributed.device)
 
 
-def restore_random(tensors: dict[str, Tensor], others: dict[str, Any], device: torch.device) -> None:
-    """Puts this process's generators in a state that `random_state` returned."""
-    torch.set_rng_state(tensors["torch"])
-    if device.type in tensors:
-        set_rng_state(tensors[device.type], device)
-    version, keys, gauss = others["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, words, *rest = others["numpy"]
-    np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
-
-
-def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """The numbers go on, but perhaps not with the same last bits."""
+def _notes(run: RunState, checkpoint: Checkpoint) -> list[str]:
+    """What differs between the run of the checkpoint and this one, in sentences."""
+    here, there = run.fingerprint, checkpoint.state["run"]
+    options, saved = options_as_json(run.config), there["config"]
+    others = [what for name, what in CHANGEABLE.items() if _differ(here, there, name)]
+    changed = [name for name in sorted(ADVISED) if name in saved and options[name] != saved[name]]
+    before = checkpoint.state["made_with"]
     return [
-        f"{name} was {there.get(name)} and is {value} now: the run goes on, but not bit for bit as it would have"
-        for name, value in here.items()
-        if there.get(name) != value
+        *(
+            f"{name} was {saved[name]}, an option that this ppo_fast does not have"
+            for name in sorted(saved.keys() - options.keys())
+        ),
+        *(f"from here on the {name} is another one than that of {checkpoint.folder}" for name in others),
+        *(f"{name} was {saved[name]} and is {options[name]} from here on" for name in changed),
+        *(
+            f"{name} was {before.get(name)} and is {value} now: the run continues, but not bit for bit as it would have"
+            for name, value in run.environment.items()
+            if before.get(name) != value
+        ),
     ]

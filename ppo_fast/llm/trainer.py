@@ -1,72 +1,56 @@
-"""The loop of PPO: sample, reward, learn."""
+"""The PPO loop: sample, reward, make experience, update, log."""
 
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.common import checkpoint
 from ppo_fast.common import signals as interrupt
-from ppo_fast.common.device import choose_dtype, derived_seed, has_weights, ordinary_modes, synchronize, total_memory
-from ppo_fast.common.errors import InvariantError, NonFiniteError, UserError
-from ppo_fast.common.folders import claim
-from ppo_fast.common.lock import absolute, locked
+from ppo_fast.common.checkpoint import Checkpoint
+from ppo_fast.common.device import derived_seed, ordinary_modes, synchronize
+from ppo_fast.common.errors import InvariantError, UserError
+from ppo_fast.common.lock import locked
 from ppo_fast.common.plots import can_draw
 from ppo_fast.common.signals import Request, stop_requests, stop_requests_of_several
-from ppo_fast.common.threads import set_threads, threads_note
-from ppo_fast.llm.checks import (
-    notes_on_options,
-    notes_on_rewards,
-    notes_on_sampling,
-    notes_on_unreached,
-    reward_models_of,
-)
+from ppo_fast.common.threads import threads_note
+from ppo_fast.llm import setup
+from ppo_fast.llm.checks import notes_on_options, notes_on_sampling, notes_on_unreached, reward_models_of
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.controllers import EntropyController, KLController
 from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
-from ppo_fast.llm.distributed import start, whole_state, why_lost
-from ppo_fast.llm.experience import Experience, advantages_of, cut_as, evaluate, filler_of, packed
+from ppo_fast.llm.distributed import init_distributed
+from ppo_fast.llm.experience import Experience
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.hints import Hints
 from ppo_fast.llm.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
-from ppo_fast.llm.learn import accumulate_gradients, as_floats, learn, means_of
-from ppo_fast.llm.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
-from ppo_fast.llm.models.build import build_models
+from ppo_fast.llm.learn import Learner, as_floats, means_of
+from ppo_fast.llm.models.build import Models, build_models
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import bare
-from ppo_fast.llm.models.loading import check_language_model, check_others, check_tokenizer, end_tokens, vocabulary_of
-from ppo_fast.llm.models.modes import recomputing
-from ppo_fast.llm.models.policy import with_chunk_bytes
-from ppo_fast.llm.models.probe import Reach, named_lengths
-from ppo_fast.llm.models.reference import is_adapted
-from ppo_fast.llm.models.weights import check_separate
-from ppo_fast.llm.optimizer import Optimizer
+from ppo_fast.llm.models.head import LanguageModel
+from ppo_fast.llm.models.loading import vocabulary_of
+from ppo_fast.llm.models.probe import Reach
+from ppo_fast.llm.models.weights import check_separate, weights_hash
+from ppo_fast.llm.optimizer import Optimizer, Optimizers
 from ppo_fast.llm.packing.rollout import Rollout
-from ppo_fast.llm.report.evaluation import Evaluation, Evaluator, drop_best_after
+from ppo_fast.llm.random_state import RandomState
+from ppo_fast.llm.report.evaluation import Evaluation, Evaluator
 from ppo_fast.llm.report.evaluation_page import show, write
-from ppo_fast.llm.report.export import check_saving, model_card, save_model, saved_dtype
+from ppo_fast.llm.report.export import check_saving, model_card
 from ppo_fast.llm.report.progress import Progress, peak_memory
-from ppo_fast.llm.reward.fingerprint import reward_fingerprint
 from ppo_fast.llm.reward.scoring import RewardFunction, check_rewards, check_weights, named_rewards, score
-from ppo_fast.llm.sample import GenerateSampler, Sampler, drop_long_prompts, respond
-from ppo_fast.llm.state import (
-    capture,
-    digest,
-    digest_of_rows,
-    digest_of_tokenizer,
-    random_state,
-    restore,
-    restore_random,
-)
+from ppo_fast.llm.run_folder import COMMON_ERRORS, RunFolder
+from ppo_fast.llm.sample import GenerateOptions, GenerateSampler, Sampler, sample_rollout
+from ppo_fast.llm.state import RunState, capture, environment_info, restore, run_fingerprint
 
-COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same place, or none
+AfterStep = Callable[["PPOTrainer", dict[str, float]], bool | None]
 
 
 class PPOTrainer:
@@ -83,7 +67,7 @@ class PPOTrainer:
         critic: if not given, what config.critic says.
         reference: the frozen model of the KL penalty. If not given and kl_coef > 0: the actor without its adapters, or
             with a frozen copy of trained ones; or a copy of the actor, where it has no adapters.
-        sampler: what answers prompts; the actor's own `generate` if not given.
+        sampler: what completes prompts; the actor's own `generate` if not given.
         eval_rows: held-out rows, as `rows`, to evaluate on.
 
     >>> trainer = PPOTrainer(config, actor, tokenizer, rows, reward)  # doctest: +SKIP
@@ -94,7 +78,7 @@ class PPOTrainer:
     def __init__(
         self,
         config: PPOConfig,
-        actor: Any,
+        actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         rows: list[dict[str, Any]],
         rewards: RewardFunction | dict[str, RewardFunction],
@@ -105,177 +89,414 @@ class PPOTrainer:
         sampler: Sampler | None = None,
         eval_rows: list[dict[str, Any]] | None = None,
     ) -> None:
-        check_language_model(actor)
-        check_tokenizer(tokenizer, actor)
-        check_others(tokenizer, config, critic, reference)
-        if sampler is not None and not callable(getattr(sampler, "sample", None)):
-            raise UserError(f"the sampler must have a method sample(prompts, config), which {sampler!r:.60} lacks")
+        models = Models(actor, critic, reference)
+        setup.check_arguments(models, tokenizer, config, sampler)
         rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows, "eval_rows")
-        transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
-        if config.out is not None:  # a reward that changes the working directory must not move it
-            config = dataclasses.replace(config, out=str(absolute(config.out)))
-        set_threads(config.threads)
-        if config.tf32:
-            torch.set_float32_matmul_precision("high")
-        self.world = start(config)
-        dtype, note = self.world.first_says(lambda: choose_dtype(config.dtype, self.world.device))
-        config = dataclasses.replace(config, dtype=dtype)
-        self.config = config
+        config = setup.prepare_process(config)
+        self.distributed = init_distributed(config)
+        self.device = self.distributed.device
+        self.tokenizer = tokenizer
+        self.config, self.notes = setup.decide_dtype(config, self.distributed)  # the notes are shown at the start
+        self.folder = RunFolder(self.config, self.distributed)
         self.rewards = named_rewards(rewards)
         self.reward_weights = check_weights(reward_weights, self.rewards)
-        if self.world.size > 1:
-            self._check_agreement(rows, eval_rows)
-            given = {"a critic": critic, "a reference": reference, "a sampler": sampler}
-            has = {f"whether there is {name}": x is not None for name, x in given.items()}
-            self.world.agree(has | {"whether the actor has adapters": is_adapted(actor)})
-        if not has_weights(actor) and (self.world.first or self.world.kind != "fsdp"):
-            raise UserError(
-                "the actor has no weights: load it with weights; under parallel = fsdp all processes but the first can"
-                " do without"
-            )
-        self.notes: list[str] = [note] if note else []  # to be said at the start
-        self.start_digest, self.tokenizer_digest, self.reward_digests = "", "", {}
-        if config.out is not None:  # a checkpoint knows what it began with
-            self.start_digest = self.world.find(lambda: digest(actor), of=actor)
-        if config.out is not None or self.world.size > 1:
-            self.tokenizer_digest = digest_of_tokenizer(tokenizer, end_tokens(tokenizer, actor))
-            self.reward_digests = {name: reward_fingerprint(f, digest) for name, f in self.rewards.items()}
-            self.world.agree({"the tokenizer, the chat template or the end tokens": self.tokenizer_digest})
-            self.notes += notes_on_rewards(self.world.gather(self.reward_digests))
-        self.tokenizer = tokenizer
-        self.device = self.world.device
-        others = (None if critic is None else critic.backbone, reference)
-        kept, self.prompts_left_out = drop_long_prompts(with_all_fields(rows), tokenizer, actor, config, *others)
-        self.notes += tokenizer_notes(tokenizer, [row["prompt"] for row in kept])
-        if config.out is not None and not can_draw():
+        setup.check_processes(self.distributed, models, sampler, rows, eval_rows, self.reward_weights)
+        self.hashes, notes = setup.hash_run(self.config, self.distributed, actor, tokenizer, self.rewards)
+        self.notes += notes
+        kept, self.prompts_left_out = setup.usable_rows(rows, tokenizer, models, self.config)
+        self._note_options(kept, evaluated=bool(eval_rows))
+        self.notes += setup.check_memory(self.config, self.distributed, models, tokenizer, kept)
+        reach = self._reach(models, kept, eval_rows or [])
+        self._build_models(models, reach, own_sampler=sampler is None)
+        self._choose_sampler(sampler)
+        self.prompts = Prompts(kept, seed=config.seed)
+        self._check_rewards(kept)
+        self._build_learner()
+        self.evaluator = self._build_evaluator(eval_rows)
+        self.hints = Hints(self.config)
+        self.run_options: dict[str, Any] = {}  # what OUT/config.yaml contains besides: model, data and rewards
+        self.steps_done = 0
+        self.is_warm = False
+        self.last_experience: Experience | None = None
+        self.recorded: Sequence[dict[str, float | None]] = []  # after `train`: the rows of metrics.jsonl
+        self.stopped_by: str | None = None  # the signal that ended `train` early
+        self.random = RandomState.capture(self.device)  # of torch, numpy and random, between two steps
+
+    # Setup
+
+    def _note_options(self, rows: setup.Rows, *, evaluated: bool) -> None:
+        self.notes += tokenizer_notes(self.tokenizer, [row["prompt"] for row in rows])
+        if self.config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
-        self.notes += notes_on_sampling(config, evaluated=bool(eval_rows)) + notes_on_options(config)
-        if config.dtype == "bfloat16":
+        self.notes += notes_on_sampling(self.config, evaluated=evaluated) + notes_on_options(self.config)
+        if self.config.dtype == "bfloat16":
             self.notes.append(
                 "dtype = bfloat16: learning computes the LM head in fp32, and sampling in bfloat16; sampler_gap shows"
                 " the difference"
             )
-        self._check_memory(actor, kept, critic, reference)
-        learning = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
-        check_separate(learning, reward_models_of(self.rewards))
+
+    def _reach(self, models: Models, rows: setup.Rows, eval_rows: setup.Rows) -> Reach:
+        def usable() -> setup.Rows:
+            return setup.usable_rows(eval_rows, self.tokenizer, models, self.config)[0] if eval_rows else []
+
+        return setup.reach_of(self.config, models, self.tokenizer, rows, usable)
+
+    def _build_models(self, models: Models, reach: Reach, *, own_sampler: bool) -> None:
+        actor, critic, reference = models.actor, models.critic, models.reference
+        trained = {"the actor": actor, "the critic": critic} if critic is not None else {"the actor": actor}
+        check_separate(trained, reward_models_of(self.rewards))
         # one that is given may be any model, or a copy of the actor
-        self.reference_is_start = reference is None or self.world.find(
-            lambda: digest(reference) == digest(actor), of=nn.ModuleList([actor, reference])
+        self.reference_is_start = reference is None or self.distributed.run_with_weights(
+            lambda: weights_hash(reference) == weights_hash(actor), of=nn.ModuleList([actor, reference])
         )
-        reach = self._reach(kept, eval_rows or [], actor, critic, reference)
         self.policy, self.reference = build_models(
-            config,
+            self.config,
             actor,
             critic,
             reference,
             self.device,
-            self.world,
-            tokenizer=tokenizer if sampler is None else None,
+            self.distributed,
+            tokenizer=self.tokenizer if own_sampler else None,
             reach=reach,
         )
         self.notes += notes_on_unreached(self.policy.unreached)
-        self.actor: Any = self.policy.actor
+        self.actor: LanguageModel = self.policy.actor
         self.critic = self.policy.critic
-        if config.out is not None and self.world.first:
-            self.notes += check_saving(self.actor, tokenizer, config)
+        if self.config.out is not None and self.distributed.is_main:
+            self.notes += check_saving(self.actor, self.tokenizer, self.config)
+
+    def _choose_sampler(self, given: Sampler | None) -> None:
+        options = dataclasses.replace(GenerateOptions.from_config(self.config), call=self.policy.generate)
         own = GenerateSampler(
-            self.actor, tokenizer, world=self.world, call=self.policy.generate, sampling=self.policy.sampling
+            self.actor,
+            self.tokenizer,
+            options,
+            batch_size=self.config.sample_batch_size,
+            info=self.policy.generate_info,
+            distributed=self.distributed,
         )
-        self.sampler, self.samples_itself = (own, True) if sampler is None else (sampler, False)
-        if self.world.size > 1:
-            transformers.set_seed(derived_seed(config.seed, self.world.rank))  # each samples other answers
-        self.prompts = Prompts(kept, seed=config.seed)
-        check_rewards(self.rewards, kept)
+        self.sampler: Sampler = own if given is None else given
+        self.uses_generate = given is None
+        if self.distributed.size > 1:  # each process samples other completions
+            transformers.set_seed(derived_seed(self.config.seed, self.distributed.rank))
+
+    def _check_rewards(self, rows: setup.Rows) -> None:
+        check_rewards(self.rewards, rows)
         for function in self.rewards.values():
             follow = getattr(function, "follow_trainer", None)  # of a reward with a model, such as Fluency
             if follow is not None:
                 follow(self.device)
-        self.actor_optimizer = Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps)
-        self.critic_optimizer = Optimizer(self.critic, config.critic_lr, config)
-        self.kl_controller = KLController(config)
-        self.entropy_controller = EntropyController(config)
-        self.generator = torch.Generator().manual_seed(config.seed)  # the order within minibatches
-        self.steps_done = 0
-        self.warm = False
-        self.last_rollout: Rollout | None = None
-        self.last_experience: Experience | None = None
-        self.evaluator = self._evaluator(eval_rows)
-        self.run_options: dict[str, Any] = {}  # what OUT/config.yaml shall hold besides: model, data and rewards
-        self.notes += self.evaluator.notes if self.evaluator is not None else []
-        self.recorded: Sequence[dict[str, float | None]] = []  # after `train`: the rows of metrics.jsonl
-        self.hints = Hints(config)
-        self.owns_out = False  # whether OUT was found to be a folder of this project
-        self.stopped_by: str | None = None  # the signal that ended `train` early
-        self.randoms = random_state(self.device)  # of torch, numpy and random, between two steps
+
+    def _build_learner(self) -> None:
+        config = self.config
+        optimizers = Optimizers(
+            actor=Optimizer(self.actor, config.lr, config, first_step=config.critic_warmup_steps),
+            critic=Optimizer(self.critic, config.critic_lr, config),
+        )
+        generator = torch.Generator().manual_seed(config.seed)
+        self.learner = Learner(self.policy, self.reference, optimizers, config, self.distributed, generator)
+
+    def _build_evaluator(self, rows: setup.Rows | None) -> Evaluator | None:
+        if not rows:
+            if self.config.eval_every:
+                raise UserError(
+                    f"eval_every = {self.config.eval_every} needs held-out prompts: --eval-prompts FILE on the command"
+                    " line, eval_rows=... in Python"
+                )
+            return None
+        rows = with_all_fields(rows)
+        check_rewards(self.rewards, rows)
+        evaluator = Evaluator(
+            rows=rows,
+            trained_on=self.prompts.rows,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            policy=self.policy,
+            reference=self.reference,
+            sampler=self.sampler,
+            rewards=self.rewards,
+            reward_weights=self.reward_weights,
+            distributed=self.distributed,
+        )
+        self.notes += evaluator.notes
+        return evaluator
+
+    # A step
+
+    @property
+    def last_rollout(self) -> Rollout | None:
+        """The rollout of the last step, of all processes."""
+        return None if self.last_experience is None else self.last_experience.rollout
 
     @ordinary_modes()
-    def train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None = None) -> list[dict]:
-        """Runs all steps that are left and returns their metrics; `after_step(trainer, metrics)` may return True to
-        stop early.
+    def step(self) -> dict[str, float]:
+        """One round of sampling, reward, experience and update; returns its metrics. Times are in seconds.
+
+        Raises:
+            InvariantError: the policy that learns is not the one that was sampled, or the reference is not the start.
+            NonFiniteError: a loss or gradient is not finite.
+            RewardError: a reward function failed.
+        """
+        metrics = self._step()
+        self._check_gap(metrics)
+        return metrics
+
+    def _step(self) -> dict[str, float]:
+        """A step with the trainer's own random numbers: what other code seeds or draws between steps has no effect."""
+        self.random.restore(self.device)
+        metrics = self._one_step()
+        self.random = RandomState.capture(self.device)
+        return metrics
+
+    def _one_step(self) -> dict[str, float]:
+        learner, seconds = self.learner, dict[str, float]()
+        train_actor = self.steps_done >= self.config.critic_warmup_steps
+        rates = learner.optimizers.begin(self.steps_done)
+        if not self.is_warm and self.device.type != "cpu":
+            self._warm_up()
+        with self._timed(seconds, "sample"):
+            local = self._sample()
+        with self._timed(seconds, "reward"):
+            rollout, scores, reward_metrics = self._reward(local)
+        with self._timed(seconds, "advantages"):
+            experience = learner.make_experience(rollout, scores)
+        self._check_first_kl(experience)
+        coefficients = {"kl_coef": experience.kl_coef, "entropy_coef": learner.entropy_controller.coef}
+        with self._timed(seconds, "learn"):
+            history = learner.update(experience, train_actor=train_actor, check_first=self._check_ratio)
+        metrics = as_floats(experience.metrics)
+        if train_actor:  # else nothing that the controllers set has had an effect
+            learner.adapt_coefficients(metrics, len(rollout))
+        self.steps_done += 1
+        self.last_experience = experience
+        return {
+            "step": self.steps_done,
+            "score": sum(rollout.scores) / len(rollout),
+            **reward_metrics,
+            "answer_tokens": sum(rollout.completion_lengths) / len(rollout),
+            "ended": sum(rollout.ended) / len(rollout),
+            **metrics,
+            **coefficients,
+            **{f"learn/{name}": x for name, x in means_of(history).items() if name != "updated"},
+            "updates": sum(h["updated"] for h in history),  # of the actor
+            **rates,
+            **self._speed(rollout, self.distributed.max_over_ranks(seconds)),
+            **self.distributed.max_over_ranks(peak_memory(self.device)),
+        }
+
+    def _sample(self) -> Rollout:
+        """Completions of this process's prompts."""
+        rows = self.distributed.local_rows(self.prompts.take(self.config.prompts_per_step))
+        return sample_rollout(
+            self.sampler,
+            self.tokenizer,
+            rows,
+            self.config,
+            self.device,
+            vocabulary=vocabulary_of(self.actor),
+            seed=derived_seed(self.config.seed, self.distributed.rank, self.steps_done),
+        )
+
+    def _reward(self, local: Rollout) -> tuple[Rollout, Tensor, dict[str, float]]:
+        """The rollout of all processes with its scores, and the mean of each reward."""
+        scores, means = score(local, self.rewards, self.config, self.reward_weights)
+        # one process can take much longer than others
+        self.distributed.rendezvous(f"the rewards of step {self.steps_done + 1}")
+        means = self.distributed.reduce_metrics(means, len(local))
+        rollout, scores = self.distributed.gather_rollout(local, scores, self.tokenizer.pad_token_id)
+        return rollout, scores, means
+
+    def _warm_up(self) -> None:
+        """Compiles, before the first step on a GPU, the kernels of learning on one short sequence."""
+        self.is_warm = True
+        (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
+        completion = [self.tokenizer.pad_token_id] * min(2, self.config.max_new_tokens)
+        tokens = torch.tensor([prompt + completion])
+        self.learner.warm_up(Rollout.from_lengths(tokens, [len(prompt)], [len(completion)], device=self.device))
+
+    @contextmanager
+    def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
+        """Adds the time of a phase, until the device has finished it: the one deliberate wait of each phase."""
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        seconds[phase] = time.perf_counter() - start
+
+    @staticmethod
+    def _speed(rollout: Rollout, seconds: Mapping[str, float]) -> dict[str, float]:
+        return {
+            **{f"seconds/{phase}": x for phase, x in seconds.items()},
+            "tokens_per_second": sum(rollout.completion_lengths) / sum(seconds.values()),
+        }
+
+    # What is known in advance
+
+    def _check_ratio(self, stats: Mapping[str, float]) -> None:
+        check_ratio(stats, rounding_of(self.config, self.device.type))
+
+    def _check_first_kl(self, experience: Experience) -> None:
+        if self.steps_done == 0 and self.reference is not None and self.reference_is_start:
+            largest = (experience.logprobs - experience.ref_logprobs).abs().max().item()
+            check_first_kl(largest, rounding_of(self.config, self.device.type))
+
+    def _check_gap(
+        self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
+    ) -> None:
+        """Warns of a gap between sampler and trainer; raises InvariantError if it is too large, after a checkpoint."""
+        # another engine computes in half precision, whatever the trainer does
+        rounding = rounding_of(self.config, self.device.type) if self.uses_generate else ROUNDING["bfloat16"]
+        found = []
+        if metrics.get("step") == 1:
+            found.append(gap_problem(metrics, self.config, rounding, where="the first step"))
+        if evaluation is not None:
+            plain = {name.removeprefix("eval/"): x for name, x in evaluation.metrics.items()}
+            where = f"the evaluation after step {evaluation.step}"
+            found.append(gap_problem(plain, self.config, rounding, where=where))
+        for problem in filter(None, found):
+            error = InvariantError(problem)
+            if progress is not None:
+                self._save_before(error, progress)
+            raise error
+
+    # A run
+
+    @ordinary_modes()
+    def train(self, after_step: AfterStep | None = None) -> list[dict[str, float]]:
+        """Runs all remaining steps and returns their metrics; `after_step(trainer, metrics)` may return True to stop
+        early.
 
         With an OUT, Ctrl-C, SIGTERM and SIGHUP end it after the current step, with a checkpoint; `stopped_by` names
         the signal.
         """
         with ExitStack() as stack:
-            self.world.first_says(lambda: stack.enter_context(locked(self.config.out)))
-            self.owns_out = True
+            self.distributed.run_on_main(lambda: stack.enter_context(locked(self.config.out)))
+            self.folder.is_claimed = True
             return self._train(after_step)
 
-    def _train(self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None] | None) -> list[dict]:
-        history = []
-        self.world.first_says(self._clean_up)
-        progress = self._progress()
-        # the handlers of signals stay until all else is done: torchrun sends SIGTERM while an error is on its way
-        with self._stop_requests(progress) as request, progress, self._lost_processes_named():
-            if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
-                progress.record({"step": 0, **evaluation.metrics})
-                self._report(evaluation, progress)
-                self._check_gap({}, evaluation, progress)
+    def _train(self, after_step: AfterStep | None) -> list[dict[str, float]]:
+        history: list[dict[str, float]] = []
+        self.distributed.run_on_main(lambda: self.folder.clean_up(self.steps_done))
+        progress = self._start_progress()
+        # signal handlers stay until all else is done: torchrun sends SIGTERM while an error is being reported
+        with self._stop_requests(progress) as request, progress, self.folder.errors_name_checkpoints():
+            self._evaluate_at_start(progress)
             while self.steps_done < self.config.total_steps and not self._stops(request):
-                metrics = self._step_or_save(progress)
-                evaluation = self._evaluation()
-                progress.show(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
-                self._report(evaluation, progress)
-                self._check_gap(metrics, evaluation, progress)
-                metrics |= evaluation.metrics if evaluation is not None else {}
-                for hint in self.hints.after(metrics, self.last_rollout.scores if self.last_rollout else []):
-                    progress.say(hint)
+                metrics = self._logged_step(progress)
                 history.append(metrics)
                 if self.config.save_every and self.steps_done % self.config.save_every == 0:
                     self._checkpoint(progress)
-                if after_step is not None and self.world.any(self._ask(after_step, metrics, progress)):
+                if after_step is not None and self.distributed.any_rank(self._ask(after_step, metrics, progress)):
                     break
             else:
                 if self.steps_done < self.config.total_steps:
                     self.stopped_by = request.name
-            self.recorded = progress.recorded
+            self.recorded = progress.rows
             if self.stopped_by is not None:
                 self._checkpoint(progress)
             else:
                 self._save_model(progress)
         return history
 
-    def _ask(
-        self, after_step: Callable[["PPOTrainer", dict[str, float]], bool | None], metrics: dict, progress: Progress
-    ) -> bool:
+    def _evaluate_at_start(self, progress: Progress) -> None:
+        if self.steps_done == 0 and (evaluation := self._evaluation()) is not None:
+            progress.log_metrics({"step": 0, **evaluation.metrics})
+            self._report(evaluation, progress)
+            self._check_gap({}, evaluation, progress)
+
+    def _logged_step(self, progress: Progress) -> dict[str, float]:
+        """A step, its evaluation if it is time for one, and all that is logged of both."""
+        metrics = self._step_or_save(progress)
+        evaluation = self._evaluation()
+        progress.log_step(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
+        self._report(evaluation, progress)
+        self._check_gap(metrics, evaluation, progress)
+        metrics |= evaluation.metrics if evaluation is not None else {}
+        for hint in self.hints.after(metrics, self.last_rollout.scores if self.last_rollout else []):
+            progress.info(hint)
+        return metrics
+
+    def _step_or_save(self, progress: Progress) -> dict[str, float]:
+        """One step. Where it fails by an error for the user, a checkpoint keeps what was learned before it.
+
+        The step is repeated from its start when the run continues; after a NonFiniteError on the weights that the
+        updates before it made. Of several processes all must have the same error.
+        """
+        position, order = self.prompts.state_dict(), self.learner.generator.get_state()
+        try:
+            return self._step()
+        except UserError as error:
+            if self.distributed.size > 1 and not isinstance(error, COMMON_ERRORS):
+                raise
+            self.prompts.load_state_dict(position)
+            self.learner.generator.set_state(order)
+            self._save_before(error, progress)
+            raise
+
+    def _ask(self, after_step: AfterStep, metrics: dict[str, float], progress: Progress) -> bool:
         """Whether `after_step` ends the run; where it fails, a checkpoint keeps the step."""
         try:
             return bool(after_step(self, metrics))
         except Exception:  # user code: of any class
-            if self.world.size == 1:  # other processes would wait in vain
+            if self.distributed.size == 1:  # other processes would wait in vain
                 self._checkpoint(progress)
             raise
 
-    def _save_model(self, progress: Progress) -> None:
-        """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
-        card = model_card(self.config, self.run_options, progress.recorded)
-        try:
-            self.save("model", {"README.md": card}, progress.recorded)
-        except UserError as error:
-            last = Path(self.config.out or "") / "checkpoints" / f"step-{self.steps_done}"
-            if self.world.size == 1 and not last.exists():  # of several processes, the others wait in `save`
-                self._save_before(error, progress)
-            raise
+    def _evaluation(self) -> Evaluation | None:
+        """The evaluation on held-out prompts after this step, if one is due."""
+        if self.evaluator is None or not self.evaluator.due(self.steps_done):
+            return None
+        return self.evaluator.run(self.steps_done, self.learner.kl_controller.coef, self.last_experience)
+
+    def _report(self, evaluation: Evaluation | None, progress: Progress) -> None:
+        """Shows and writes an evaluation, and keeps the best model in OUT/best."""
+        if evaluation is None or self.evaluator is None:
+            return
+        show(evaluation, progress.console, tables=self.config.show_samples_every > 0)
+        if self.config.out is not None:
+            if self.distributed.is_main:
+                write(evaluation, Path(self.config.out) / "eval", self.config)
+            self.evaluator.keep_best(evaluation, self.save)
+
+    def _start_progress(self) -> Progress:
+        config = self.config
+        if not self.distributed.is_main:
+            config = dataclasses.replace(config, quiet=True, out=None)
+        progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
+        for note in (f"{self.device}: {threads_note()}", *self.notes):
+            progress.info(note)
+        completions = config.prompts_per_step * config.samples_per_prompt
+        left = config.total_steps - self.steps_done
+        progress.info(f"{left} PPO steps of {completions} answers, from {len(self.prompts.rows)} prompts")
+        return progress
+
+    # Signals
+
+    def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:
+        if self.config.out is None:
+            return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
+        if self.distributed.size == 1:
+            return stop_requests(progress.info)
+        return stop_requests_of_several(progress.info, self._give_up)
+
+    def _stops(self, request: Request) -> bool:
+        """Whether a process was asked to stop. All are at the end of a step then, and a checkpoint can be written."""
+        name = self.distributed.rendezvous(f"step {self.steps_done}", signal=request.name or "")
+        if name:
+            request.name = name
+            request.agreed.set()
+        return bool(name)
+
+    def _give_up(self, name: str) -> None:
+        """Reports, in a process that got a signal, that not all processes reached the end of their step."""
+        print(
+            f"ppo-fast: rank {self.distributed.rank}: {name}, and not all processes reached the end of step"
+            f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self.folder.named_newest()}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    # Checkpoints and models
 
     @ordinary_modes()
     def resume(self, folder: str | Path | None = None, *, allow_changes: bool = False) -> bool:
@@ -294,116 +515,71 @@ class PPOTrainer:
         """
         if folder is None and self.config.out is None:
             raise UserError("resume needs out, the folder of the run to continue, or a checkpoint's folder")
-        if folder is None and self.config.out is not None:
-            folder = self.world.gather(checkpoint.newest(Path(self.config.out) / "checkpoints"))[0]
+        folder = self.folder.newest_checkpoint() if folder is None else folder
         if folder is None:
             return False
-        self.notes += restore(self, checkpoint.read(Path(folder)), allow_changes=allow_changes)
+        self.notes += self.load_state_dict(checkpoint.read(Path(folder)), allow_changes=allow_changes)
         self.notes.append(f"continuing after step {self.steps_done}, from {folder}")
         return True
 
+    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What a checkpoint holds: tensors by file, in the main process, and values of JSON; collective."""
+        return capture(self._run_state(), self.random)
+
+    def load_state_dict(self, saved: Checkpoint, *, allow_changes: bool = False) -> list[str]:
+        """Puts a new trainer in the state of a checkpoint and returns notes for the user; collective."""
+        notes = restore(self._run_state(), saved, allow_changes=allow_changes)
+        self.steps_done = saved.state["step"]
+        self.random = RandomState.capture(self.device)
+        return notes
+
+    def _run_state(self) -> RunState:
+        learner = self.learner
+        return RunState(
+            config=self.config,
+            policy=self.policy,
+            optimizers=learner.optimizers,
+            stateful=[learner.kl_controller, learner.entropy_controller, self.prompts],
+            generator=learner.generator,
+            distributed=self.distributed,
+            fingerprint=run_fingerprint(
+                self.config,
+                start_model=self.hashes.start_model,
+                prompts=rows_hash(self.prompts.rows),
+                tokenizer=self.hashes.tokenizer,
+                reward_weights=self.reward_weights,
+                reward_code=self.hashes.rewards,
+            ),
+            environment=environment_info(self.distributed, self.policy.config.chunk_bytes),
+        )
+
     @ordinary_modes()
-    def step(self) -> dict[str, float]:
-        """One round of sample, reward, advantages, learn; its metrics. Times are in seconds.
+    def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
+        """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
 
-        Raises:
-            InvariantError: the policy that learns is not the one that was sampled, or the reference is not the start.
-            NonFiniteError: a loss or gradient is not finite.
-            RewardError: a reward function failed.
+        A model there is replaced. An OUT with files that this project did not write is rejected.
+        `texts` are files to add, by name; `history` the metrics to draw beside them.
         """
-        metrics = self._step()
-        self._check_gap(metrics)
-        return metrics
+        return self.folder.save_model(name, self.actor, self.tokenizer, texts, history)
 
-    def _step(self) -> dict[str, float]:
-        """A step with the trainer's own random numbers: what other code seeds or draws between steps has no effect."""
-        restore_random(*self.randoms, self.device)
-        metrics = self._one_step()
-        self.randoms = random_state(self.device)
-        return metrics
+    def _checkpoint(self, progress: Progress) -> Path:
+        """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path."""
 
-    def _one_step(self) -> dict[str, float]:
-        config, world = self.config, self.world
-        rounding = rounding_of(config, self.device.type)
-        train_actor = self.steps_done >= config.critic_warmup_steps
-        lr, critic_lr = (x.begin(self.steps_done) for x in (self.actor_optimizer, self.critic_optimizer))
-        if not self.warm and self.device.type != "cpu":
-            self._warm_up()
-        seconds: dict[str, float] = {}
-        with _timed(seconds, self.device, "sample"):
-            rows = world.share(self.prompts.take(config.prompts_per_step))
-            vocabulary = vocabulary_of(self.actor)
-            mine = respond(self.sampler, self.tokenizer, rows, config, self.device, vocabulary=vocabulary)
-        with _timed(seconds, self.device, "reward"):
-            scores, reward_means = score(mine, self.rewards, config, self.reward_weights)
-            world.meet(f"the rewards of step {self.steps_done + 1}")  # where a process can take much longer than others
-            reward_means = world.combined(reward_means, len(mine))
-            rollout, scores = world.join(mine, scores, self.tokenizer.pad_token_id)
-        with _timed(seconds, self.device, "advantages"):
-            order = torch.randperm(len(rollout), generator=self.generator).tolist()
-            minibatches, kl_coef = cut_as(rollout, order, config, world, self.policy.head), self.kl_controller.coef
-            experience = evaluate(
-                self.policy, self.reference, rollout, scores, minibatches, config, kl_coef=kl_coef, world=world
-            )
-        if self.steps_done == 0 and self.reference is not None and self.reference_is_start:
-            check_first_kl((experience.logprobs - experience.ref_logprobs).abs().max().item(), rounding)
-        entropy_coef = self.entropy_controller.coef
-        with _timed(seconds, self.device, "learn"):
-            history = learn(
-                self.policy,
-                rollout,
-                experience,
-                minibatches,
-                self.actor_optimizer,
-                self.critic_optimizer,
-                config,
-                self.generator,
-                kl_coef=kl_coef,
-                entropy_coef=entropy_coef,
-                train_actor=train_actor,
-                world=world,
-                check_first=lambda stats: check_ratio(stats, rounding),
-            )
-        metrics = as_floats(experience.metrics)
-        if train_actor:  # else nothing that the controllers set has had an effect
-            self.entropy_controller.update(metrics["entropy"])
-            self.kl_controller.update(metrics.get("kl_per_answer", 0.0), len(rollout))
-        self.steps_done += 1
-        self.last_rollout, self.last_experience = rollout, experience
-        seconds = world.slowest(seconds)
-        return {
-            "step": self.steps_done,
-            "score": sum(rollout.scores) / len(rollout),
-            **reward_means,
-            "answer_tokens": sum(rollout.answer_lengths) / len(rollout),
-            "ended": sum(rollout.ended) / len(rollout),
-            **metrics,
-            "kl_coef": kl_coef,
-            "entropy_coef": entropy_coef,
-            **{f"learn/{name}": x for name, x in means_of(history).items() if name != "updated"},
-            "updates": sum(h["updated"] for h in history),  # of the actor
-            "lr": lr,
-            "critic_lr": critic_lr,
-            **{f"seconds/{name}": x for name, x in seconds.items()},
-            "tokens_per_second": sum(rollout.answer_lengths) / sum(seconds.values()),
-            **world.slowest(peak_memory(self.device)),
-        }
+        def captured() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+            progress.sync()
+            return self.state_dict()
 
-    def _step_or_save(self, progress: Progress) -> dict[str, float]:
-        """One step. Where it fails by an error for the user, a checkpoint keeps what was learned before it.
+        return self.folder.write_checkpoint(self.steps_done, captured)
 
-        The step is repeated from its start when the run continues; after a NonFiniteError on the weights that the
-        updates before it made. Of several processes all must have the same error.
-        """
-        dealt, order = self.prompts.dealt, self.generator.get_state()
+    def _save_model(self, progress: Progress) -> None:
+        """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
+        card = model_card(self.config, self.run_options, progress.rows)
         try:
-            return self._step()
+            self.save("model", {"README.md": card}, progress.rows)
         except UserError as error:
-            if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
-                raise
-            self.prompts.dealt = dealt
-            self.generator.set_state(order)
-            self._save_before(error, progress)
+            last = self.folder.checkpoint_of(self.steps_done)
+            if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`
+                self._save_before(error, progress)
             raise
 
     def _save_before(self, error: UserError, progress: Progress) -> None:
@@ -415,290 +591,3 @@ class PPOTrainer:
                 error.args = (f"{error}; and {another}",)
             else:
                 error.args = (f"{error}; what was learned before is in {folder}",)
-
-    def _check_gap(
-        self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
-    ) -> None:
-        """Warns of a gap between sampler and trainer; raises InvariantError if it is too large, after a checkpoint."""
-        # another engine computes in half precision, whatever the trainer does
-        rounding = rounding_of(self.config, self.device.type) if self.samples_itself else ROUNDING["bfloat16"]
-        found = []
-        if metrics.get("step") == 1:
-            found.append(gap_problem(metrics, self.config, rounding, where="the first step"))
-        if evaluation is not None:
-            plain = {name.removeprefix("eval/"): x for name, x in evaluation.metrics.items()}
-            found.append(
-                gap_problem(plain, self.config, rounding, where=f"the evaluation after step {evaluation.step}")
-            )
-        for problem in filter(None, found):
-            error = InvariantError(problem)
-            if progress is not None:
-                self._save_before(error, progress)
-            raise error
-
-    def _check_memory(
-        self, actor: Any, rows: list[dict[str, Any]], critic: Critic | None, reference: PreTrainedModel | None
-    ) -> None:
-        """Refuses a run that a GPU has not enough memory for, before the models are moved there.
-
-        A critic or reference that is given, which may be of any size, is not counted.
-        """
-        capacity = total_memory(self.device)
-        if capacity is None or not self.config.check_memory:
-            return
-        reason = why_unknown(actor)
-        if reason is not None:
-            self.notes.append(f"the peak memory is not calculated: {reason}")
-            return
-        weight = actor.get_input_embeddings().weight
-        config = with_chunk_bytes(self.config, weight.shape[0], capacity)
-        config = config if critic is None else dataclasses.replace(config, critic="shared")
-        config = config if reference is None else dataclasses.replace(config, kl_coef=0.0)
-        if is_adapted(actor):
-            config = with_adapters_of(actor, config)
-        longest = max(map(len, prompt_ids(self.tokenizer, [row["prompt"] for row in rows])))
-        processes = self.world.size if self.world.kind == "fsdp" else 1
-        try:
-            check_fits(
-                bare(actor).config,
-                config,
-                longest,
-                capacity,
-                parameters=sum(p.numel() for p in actor.parameters()),
-                processes=processes,
-                dtype=weight.dtype,
-            )
-        except CannotEstimate as error:
-            self.notes.append(str(error))
-
-    def _reach(
-        self,
-        rows: list[dict[str, Any]],
-        eval_rows: list[dict[str, Any]],
-        actor: Any,
-        critic: Critic | None,
-        reference: PreTrainedModel | None,
-    ) -> Reach:
-        """How long the run's sequences become, and how much a step computes; counted only if a model's configuration
-        names a length that sequences may exceed."""
-        config = self.config
-        models = [x for x in (actor, reference, None if critic is None else critic.backbone) if x is not None]
-        if not any(named_lengths(model, sys.maxsize) for model in models):
-            return Reach()
-        if eval_rows:
-            others = (None if critic is None else critic.backbone, reference)
-            rows = rows + drop_long_prompts(with_all_fields(eval_rows), self.tokenizer, actor, config, *others)[0]
-        prompts = prompt_ids(self.tokenizer, [row["prompt"] for row in rows])
-        longest = max(map(len, prompts)) + config.max_new_tokens
-        sequences = config.prompts_per_step * config.samples_per_prompt
-        # sampling and old log-probabilities are one pass each, an update is three
-        return Reach(longest, sequences * longest * (2.0 + 3 * config.epochs))
-
-    def _warm_up(self) -> None:
-        """Passes one short sequence through all that learning computes, and drops its gradients.
-
-        Triton compiles its kernels here. In the first step that time would be counted as the step's own.
-        """
-        self.warm = True
-        config, policy = dataclasses.replace(self.config, minibatches=1), self.policy
-        (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
-        answer = [self.tokenizer.pad_token_id] * min(2, config.max_new_tokens)
-        tokens = torch.tensor([prompt + answer])
-        rollout = Rollout(tokens, [len(prompt)], [len(answer)], [True], [""], {"prompt": [""]}, device=self.device)
-        minibatches = cut_as(rollout, [0], config, self.world, policy.head)
-        experience = evaluate(
-            policy, self.reference, rollout, torch.zeros(1, device=self.device), minibatches, config, world=self.world
-        )
-        with packed(policy), recomputing(policy, enabled=config.gradient_checkpointing):
-            accumulate_gradients(
-                policy,
-                minibatches[0],
-                experience,
-                config,
-                kl_coef=config.kl_coef,
-                world=self.world,
-                filler=filler_of(rollout),
-            )
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            optimizer.forget()
-        for width in {config.max_new_tokens, max(1, config.max_new_tokens - 1)}:  # rows that are aligned, and not
-            rows = torch.zeros(config.prompts_per_step * config.samples_per_prompt, width, device=self.device)
-            bootstrap = rows[:, 0].contiguous() if config.bootstrap_truncated else None
-            advantages_of(rows[:, 0], rows, rows, rows, rows == 0, config, kl_coef=config.kl_coef, bootstrap=bootstrap)
-
-    def _check_agreement(self, rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None) -> None:
-        """Refuses processes that differ in what all of them compute with: they would learn something else."""
-        self.world.agree(
-            {
-                "the prompts or their order": digest_of_rows(rows),
-                "the held-out prompts or their order": digest_of_rows(eval_rows or []),
-                "the rewards": list(self.rewards),
-                "the weights of the rewards": self.reward_weights,
-            }
-        )
-
-    def _evaluator(self, rows: list[dict[str, Any]] | None) -> Evaluator | None:
-        if not rows:
-            if self.config.eval_every:
-                raise UserError(
-                    f"eval_every = {self.config.eval_every} needs held-out prompts: --eval-prompts FILE on the command"
-                    " line, eval_rows=... in Python"
-                )
-            return None
-        rows = with_all_fields(rows)
-        check_rewards(self.rewards, rows)
-        return Evaluator(
-            rows=rows,
-            trained_on=self.prompts.rows,
-            config=self.config,
-            tokenizer=self.tokenizer,
-            device=self.device,
-            policy=self.policy,
-            reference=self.reference,
-            sampler=self.sampler,
-            rewards=self.rewards,
-            reward_weights=self.reward_weights,
-            world=self.world,
-        )
-
-    def _evaluation(self) -> Evaluation | None:
-        """What held-out prompts say of the policy, if it is time to ask them."""
-        if self.evaluator is None or not self.evaluator.due(self.steps_done):
-            return None
-        return self.evaluator.run(self.steps_done, self.kl_controller.coef, self.last_rollout, self.last_experience)
-
-    def _report(self, evaluation: Evaluation | None, progress: Progress) -> None:
-        """Shows and writes an evaluation, and keeps the best model in OUT/best."""
-        if evaluation is None or self.evaluator is None:
-            return
-        show(evaluation, progress.console, tables=self.config.show_samples_every > 0)
-        if self.config.out is not None:
-            if self.world.first:
-                write(evaluation, Path(self.config.out) / "eval", self.config)
-            self.evaluator.keep_best(evaluation, self.save)
-
-    @ordinary_modes()
-    def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
-        """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
-
-        A model there is replaced. An OUT with files that this project did not write is rejected.
-        `texts` are files to add, by name; `history` the metrics to draw beside them.
-        """
-        if self.config.out is None:
-            return None
-        folder = Path(self.config.out) / name
-        if not self.owns_out:
-            self.world.first_says(lambda: claim(folder.parent))
-        weights = whole_state(self.actor) if self.world.kind == "fsdp" else None
-        if self.world.first:
-            save_model(
-                self.actor,
-                self.tokenizer,
-                folder,
-                merge_adapters=self.config.merge_adapters,
-                weights=weights,
-                texts=texts,
-                history=history,
-                dtype=saved_dtype(self.actor, self.config),
-            )
-        self.world.barrier()
-        return folder
-
-    def _progress(self) -> Progress:
-        config = self.config
-        if not self.world.first:
-            config = dataclasses.replace(config, quiet=True, out=None)
-        progress = Progress(config, self.prompts_left_out, self.run_options, self.steps_done, self.device)
-        for note in (f"{self.device}: {threads_note()}", *self.notes):
-            progress.say(note)
-        answers = config.prompts_per_step * config.samples_per_prompt
-        left = config.total_steps - self.steps_done
-        progress.say(f"{left} PPO steps of {answers} answers, from {len(self.prompts.rows)} prompts")
-        return progress
-
-    def _stop_requests(self, progress: Progress) -> AbstractContextManager[Request]:
-        if self.config.out is None:
-            return nullcontext(Request())  # there is nowhere to save: Ctrl-C ends it at once
-        return (
-            stop_requests(progress.say)
-            if self.world.size == 1
-            else stop_requests_of_several(progress.say, self._give_up)
-        )
-
-    def _stops(self, request: Request) -> bool:
-        """Whether a process was asked to stop. All are at the end of a step then, and a checkpoint can be written."""
-        name = self.world.meet(f"step {self.steps_done}", signal=request.name or "")
-        if name:
-            request.name = name
-            request.agreed.set()
-        return bool(name)
-
-    def _give_up(self, name: str) -> None:
-        """What a process says that got a signal and whose peers did not reach the end of their step."""
-        print(
-            f"ppo-fast: rank {self.world.rank}: {name}, and not all processes reached the end of step"
-            f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self._newest()}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    @contextmanager
-    def _lost_processes_named(self) -> Iterator[None]:
-        """Of several processes, one whose error the others do not share cannot save: its message names what is saved.
-
-        Where a collective operation failed, the message also names the processes that it waited for.
-        """
-        try:
-            yield
-        except UserError as error:
-            if self.world.size > 1 and not isinstance(error, COMMON_ERRORS):
-                error.args = (f"{error}{self._newest()}",)
-            raise
-        except RuntimeError as error:
-            reason = why_lost(error)
-            if not reason:
-                raise
-            raise UserError(f"{reason}{self._newest()}") from error
-
-    def _newest(self) -> str:
-        """Names the newest checkpoint in OUT, which is whole; "" without an OUT."""
-        if self.config.out is None:
-            return ""
-        newest = checkpoint.newest(Path(self.config.out) / "checkpoints")
-        return f"; the newest checkpoint is {newest}" if newest is not None else "; there is no checkpoint yet"
-
-    def _clean_up(self) -> None:
-        """Removes what an earlier run left in OUT, or a killed one left half done."""
-        if self.config.out is None:
-            return
-        out = Path(self.config.out)
-        checkpoint.check_folders(out)
-        with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
-            for name in ("best", "model"):
-                checkpoint.recover(out / name)
-            checkpoint.sweep(out / "checkpoints")
-            checkpoint.drop_after(out / "checkpoints", self.steps_done)
-        checkpoint.prune(out / "checkpoints", self.config.keep_checkpoints)
-        drop_best_after(out / "best", self.steps_done)
-
-    def _checkpoint(self, progress: Progress) -> Path:
-        """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path; nothing without an OUT."""
-        parent = Path(self.config.out or "") / "checkpoints"
-        folder = parent / f"step-{self.steps_done}"
-        written = self.world.any(folder.exists())
-        if self.config.out is not None and self.steps_done > 0 and not written:
-            progress.sync()
-            tensors, state = capture(self)
-            if self.world.first:
-                checkpoint.write(parent, self.steps_done, tensors, state, keep=self.config.keep_checkpoints)
-            self.world.barrier()
-        return folder
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], device: torch.device, name: str) -> Iterator[None]:
-    """Adds the time of a phase, until the device has finished it: the trainer waits here on purpose, once per phase."""
-    start = time.perf_counter()
-    yield
-    synchronize(device)
-    seconds[name] = time.perf_counter() - start

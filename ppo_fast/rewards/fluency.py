@@ -141,10 +141,10 @@ class Fluency:
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
         from ppo_fast.llm.models.head import decoder_of, head_of, without_cache
-        from ppo_fast.llm.models.probe import probe_head
+        from ppo_fast.llm.models.probe import detect_unpacked_head
 
         if self.head is None:
-            self.head = probe_head(self.model)
+            self.head = detect_unpacked_head(self.model)
         if not self.head.linear:
             logits = self.model(input_ids=ids, **without_cache(self.model)).logits[:, :-1]
             found = ppo.token_logprobs(logits, ids[:, 1:], mask)

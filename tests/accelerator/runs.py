@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.reward_model import RewardModel
-from ppo_fast.llm.sample import Answers
-from ppo_fast.llm.state import random_state
+from ppo_fast.llm.random_state import RandomState
+from ppo_fast.llm.sample import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 TEXTS = ("hi", "what time is it", "a", "the fox jumps", "over", "it all")
@@ -52,14 +52,14 @@ def llama(*, seed: int = 0) -> PreTrainedModel:
 class FixedAnswers:
     """Answers that depend on the prompt only, so that rounding in the actor changes no token."""
 
-    def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
-        lengths = [1 + sum(prompt) % config.max_new_tokens for prompt in prompts]
-        ended = [length < config.max_new_tokens for length in lengths]
+    def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
+        lengths = [1 + sum(prompt) % params.max_new_tokens for prompt in prompts]
+        ended = [length < params.max_new_tokens for length in lengths]
         ids = [
             [(7 * i + sum(prompt)) % 255 for i in range(length - end)] + [END] * end
             for prompt, length, end in zip(prompts, lengths, ended, strict=True)
         ]
-        return Answers(ids, ended)
+        return Completions(ids, ended)
 
 
 def config(device: torch.device | str, **options: Any) -> PPOConfig:
@@ -82,7 +82,7 @@ def trainer(
     rewards = vowels if rewards is None else rewards
     made = PPOTrainer(config(device, **options), actor, byte_tokenizer(), ROWS, rewards, **(given or {}))
     torch.manual_seed(7)  # all generators: a CPU's has made the critic before, that of a device has not
-    made.randoms = random_state(made.device)
+    made.random = RandomState.capture(made.device)
     return made
 
 
@@ -111,7 +111,7 @@ def off_device(made: PPOTrainer) -> set[str]:
     """Devices of weights, buffers, gradients' moments and reference that are not the trainer's."""
     modules = [made.policy] + ([made.reference] if isinstance(made.reference, torch.nn.Module) else [])
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    for optimizer in (made.actor_optimizer, made.critic_optimizer):
+    for optimizer in (made.learner.optimizers.actor, made.learner.optimizers.critic):
         tensors += [state[name] for state in optimizer.adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
     return {str(x.device) for x in tensors} - {str(made.device)}
 

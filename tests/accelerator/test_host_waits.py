@@ -8,7 +8,7 @@ import torch
 from accelerator import runs
 from accelerator.waits import Waits, record_waits
 
-from ppo_fast.llm.packing.pack import cut
+from ppo_fast.llm.packing.pack import split_minibatches
 from ppo_fast.llm.trainer import PPOTrainer
 
 PHASES = 4  # sample, reward, advantages, learn: each ends with a synchronisation, for its time
@@ -40,7 +40,7 @@ def test_the_step_of_six_packs_and_four_updates_stays_below_its_bounds(testgpu: 
     made = trainer(testgpu, micro_batch_tokens=1)
     waits = waits_of_a_step(made)
     assert made.last_rollout is not None
-    packs = cut(made.last_rollout, list(range(6)), minibatches=2, max_tokens=1)
+    packs = split_minibatches(made.last_rollout, list(range(6)), minibatches=2, max_tokens=1)
     assert sum(map(len, packs)) == 6
     assert len(waits) <= 35, str(waits)
     assert len(waits.of("ppo_fast")) <= 11, str(waits)

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.llm import memory
-from ppo_fast.llm import trainer as trainer_module
+from ppo_fast.llm import memory, setup
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.lora import add_lora
@@ -67,8 +66,13 @@ def peaks(model_config: PreTrainedConfig, options: PPOConfig, monkeypatch: pytes
 
         return run
 
-    for phase, name in {"sample": "respond", "score": "evaluate", "learn": "learn"}.items():
-        monkeypatch.setattr(trainer_module, name, measured(phase, getattr(trainer_module, name)))
+    phases = {
+        "sample": (made, "_sample"),
+        "score": (made.learner, "make_experience"),
+        "learn": (made.learner, "update"),
+    }
+    for phase, (owner, name) in phases.items():
+        monkeypatch.setattr(owner, name, measured(phase, getattr(owner, name)))
     gc.collect()
     found["between"] = module.memory_allocated()
     made.step()
@@ -136,7 +140,7 @@ def test_nothing_of_a_step_stays_on_the_device(as_cuda):
 def test_a_model_that_does_not_fit_is_refused_before_it_is_moved_with_options_that_help(as_cuda, monkeypatch):
     module = torch.get_device_module("testgpu")
     before = module.memory_allocated()
-    monkeypatch.setattr(trainer_module, "total_memory", lambda device: 12 << 20)
+    monkeypatch.setattr(setup, "total_memory", lambda device: 12 << 20)
     actor = AutoModelForCausalLM.from_config(QWEN2)
     with pytest.raises(UserError, match=r"needs 0\.0 GiB by calculation .* --gradient-checkpointing \(0\.0 GiB\)"):
         PPOTrainer(config(), actor, byte_tokenizer(), ROWS, lambda prompts, completions: [1.0] * len(prompts))
@@ -157,7 +161,7 @@ class OwnModel(LlamaForCausalLM):
 
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
-    monkeypatch.setattr(trainer_module, "total_memory", lambda device: round(mib * 2**20))
+    monkeypatch.setattr(setup, "total_memory", lambda device: round(mib * 2**20))
 
 
 def test_a_model_that_transformers_does_not_know_is_trained_with_a_note(as_cuda, monkeypatch):

@@ -32,12 +32,12 @@ from transformers import (
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import read_prompts
-from ppo_fast.llm.decoding import AnswerText, StopTexts
+from ppo_fast.llm.decoding import CompletionText, StopTexts
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.report.explanation import visible
-from ppo_fast.llm.sample import Answers
+from ppo_fast.llm.sample import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 END, PAD = 256, 257
@@ -360,10 +360,10 @@ class Engine:
     def __init__(self, ids: Any, logprobs: Any = None, make: Any = list) -> None:
         self.ids, self.logprobs, self.make = ids, logprobs, make
 
-    def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
+    def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
         ids = self.make([self.ids for _ in prompts])
         logprobs = None if self.logprobs is None else [self.logprobs for _ in prompts]
-        return Answers(ids, [True] * len(prompts), logprobs)
+        return Completions(ids, [True] * len(prompts), logprobs)
 
 
 @pytest.mark.parametrize(
@@ -407,11 +407,11 @@ def test_an_error_in_a_sampler_names_its_place_and_keeps_the_steps_before_it(tmp
     class Breaks(Engine):
         calls = 0
 
-        def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
+        def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
             self.calls += 1
             if self.calls > 1:
                 raise ConnectionError("the server is gone")
-            return super().sample(prompts, config)
+            return super().sample(prompts, params)
 
     options = {"out": str(tmp_path), "total_steps": 3}
     with pytest.raises(
@@ -426,7 +426,7 @@ def test_a_sampler_of_another_kind_is_rejected():
         trainer_of(sampler=object())
 
     class Pairs:
-        def sample(self, prompts, config):
+        def sample(self, prompts, params):
             return [[65]] * len(prompts), [True] * len(prompts)
 
     with pytest.raises(UserError, match=r"must return an object of ppo_fast.llm.sample.Answers, got tuple"):
@@ -506,7 +506,7 @@ def test_tokens_beyond_the_tokenizer_are_sampled_as_they_are_learned_and_have_a_
     assert max(row["sampler_gap_max"] for row in trainer.train()) < 1e-4
     assert trainer.last_rollout is not None
     assert any(i > PAD for ids in trainer.last_rollout.completion_ids for i in ids)
-    assert visible(AnswerText(byte_tokenizer(), [[65]]), 300) == "<300>"
+    assert visible(CompletionText(byte_tokenizer(), [[65]]), 300) == "<300>"
 
 
 def test_a_hook_on_the_lm_head_is_part_of_the_log_probabilities():
@@ -585,7 +585,7 @@ def test_a_pad_token_that_is_part_of_texts_is_rejected():
 def test_rewards_read_an_ordinary_token_that_has_a_role():
     tokenizer = byte_tokenizer()
     tokenizer.unk_token = "e"
-    texts = AnswerText(tokenizer, [tokenizer("p")["input_ids"]])
+    texts = CompletionText(tokenizer, [tokenizer("p")["input_ids"]])
     assert texts.decode([[*tokenizer("hello there")["input_ids"], END]]) == ["hello there"]
 
 
@@ -752,7 +752,7 @@ def test_extreme_options_give_finite_numbers(options):
 def test_a_stop_text_in_any_language_ends_the_answer_with_its_last_byte(stop, text):
     tokenizer = byte_tokenizer()
     ids = tokenizer(text)["input_ids"]
-    texts = AnswerText(tokenizer, [tokenizer("p")["input_ids"]])
+    texts = CompletionText(tokenizer, [tokenizer("p")["input_ids"]])
     stops = StopTexts(texts, (stop,))
     length = next(n for n in range(1, len(ids) + 1) if stops.completed(0, ids, n))
     assert texts.decode([ids[:length]]) == [text[: text.index(stop) + len(stop)]]

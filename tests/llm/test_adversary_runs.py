@@ -30,8 +30,8 @@ from ppo_fast.common.lock import absolute, locked
 from ppo_fast.common.options import read_yaml
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig, options_of
-from ppo_fast.llm.distributed import start
-from ppo_fast.llm.report.progress import cut_back
+from ppo_fast.llm.distributed import init_distributed
+from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
@@ -420,7 +420,7 @@ def test_an_option_that_this_version_lacks_is_named(stopped):
 def test_a_row_without_an_end_of_line_is_kept(stopped, end):
     file = stopped / "metrics.jsonl"
     file.write_bytes(file.read_bytes().rstrip(b"\n").replace(b"\n", end.encode() or b"\n") + end.encode())
-    assert [row["step"] for row in cut_back(stopped, 2)] == [1, 2]
+    assert [row["step"] for row in truncate_logs(stopped, 2)] == [1, 2]
 
 
 def test_a_longer_run_may_not_change_the_rates_of_a_warm_up(tmp_path):
@@ -534,7 +534,7 @@ def test_variables_that_torchrun_did_not_set_are_named(monkeypatch, variables, m
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        start(PPOConfig(device="cpu"))
+        init_distributed(PPOConfig(device="cpu"))
 
 
 def test_what_torchrun_sets_is_read(monkeypatch):
@@ -549,4 +549,4 @@ def test_a_process_that_waits_for_others_in_vain_is_told_where(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"did not meet at localhost:1 .* within 0\.5 s"):
-        start(PPOConfig(device="cpu", process_timeout=0.5))
+        init_distributed(PPOConfig(device="cpu", process_timeout=0.5))

@@ -253,7 +253,7 @@ def packed_logits(model: Any, precision: str = "own") -> Tensor:
     positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
     autocast = torch.autocast("cpu", dtype=BF16) if precision == "autocast" else nullcontext()
     with packed_attention(model), autocast:
-        layout = Layout.of(LENGTHS, CPU).arguments()
+        layout = Layout.from_lengths(LENGTHS, CPU).arguments()
         return model(input_ids=ids, position_ids=positions, use_cache=False, **layout).logits[0].float()
 
 

@@ -31,7 +31,7 @@ from ppo_fast.llm.data import (
 )
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts, respond
+from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts, sample_rollout
 from ppo_fast.llm.state import digest_of_rows
 from ppo_fast.llm.trainer import PPOTrainer
 
@@ -423,7 +423,7 @@ def test_a_chat_or_a_column_does_not_reach_the_rewards_as_it_stands_in_the_data(
     options = PPOConfig(max_new_tokens=3, samples_per_prompt=2)
     tokenizer, actor = chat_tokenizer(), tiny_llama(259)
     rows = [{"prompt": CHAT, "level": 7}, {"prompt": "Why?", "level": 8}]
-    rollout = respond(GenerateSampler(actor, tokenizer), tokenizer, rows, options, torch.device("cpu"))
+    rollout = sample_rollout(GenerateSampler(actor, tokenizer), tokenizer, rows, options, torch.device("cpu"))
     score(rollout, {"reward": reward}, options)
     assert seen == {"prompts": [CHAT, CHAT, "Why?", "Why?"], "level": [7, 7, 8, 8]}
     assert rollout.prompt_lengths[:1] == [len(prompt_ids(tokenizer, [CHAT])[0])]

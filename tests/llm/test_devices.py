@@ -161,31 +161,33 @@ def rank_one(monkeypatch: pytest.MonkeyPatch, two_gpus) -> list[str]:
         lambda backend, device_id=None, timeout=None: calls.append(f"join {backend} {device_id}"),
     )
     monkeypatch.setattr(parallel, "_meeting", lambda *_: None)
-    monkeypatch.setattr(parallel.World, "gather", lambda self, x: [x] * self.size)  # the others say the same
+    monkeypatch.setattr(
+        parallel.Distributed, "all_gather_object", lambda self, x: [x] * self.size
+    )  # the others say the same
     return calls
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank_and_joins_with_it(rank_one):
-    world = parallel.start(PPOConfig())
+    distributed = parallel.init_distributed(PPOConfig())
     assert rank_one == ["set_device 1", "pick cuda:1", "join nccl cuda:1"]
-    assert world.device == torch.device("cuda:1")
-    assert world.rank == 1
+    assert distributed.device == torch.device("cuda:1")
+    assert distributed.rank == 1
 
 
 def test_a_process_on_the_cpu_asks_nothing_of_a_gpu(rank_one):
-    assert parallel.start(PPOConfig(device="cpu")).device == CPU
+    assert parallel.init_distributed(PPOConfig(device="cpu")).device == CPU
     assert rank_one == ["pick cpu", "join gloo None"]
 
 
 def test_one_named_gpu_for_several_processes_is_refused(rank_one):
     with pytest.raises(UserError, match="device = cuda:1, but under torchrun each process has a GPU of its own"):
-        parallel.start(PPOConfig(device="cuda:1"))
+        parallel.init_distributed(PPOConfig(device="cuda:1"))
 
 
 def test_more_processes_than_gpus_are_refused(rank_one, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="LOCAL_RANK = 1, but this machine has 1 GPUs"):
-        parallel.start(PPOConfig())
+        parallel.init_distributed(PPOConfig())
 
 
 def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypatch, tmp_path):
@@ -263,12 +265,12 @@ def test_gradients_of_ddp_are_views_of_its_buckets(tmp_path):
     """With memory of their own they would take 4 bytes more for each parameter."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        world = parallel.World(0, 2, "ddp", CPU)
+        distributed = parallel.Distributed(0, 2, "ddp", CPU)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        world.wrap(model, dtype="float32", unused_parameters=False)
+        distributed.wrap(model, dtype="float32", unused_parameters=False)
         for _ in range(2):  # buckets are ordered anew after the first backward
             model.zero_grad()
-            world.module(model)(torch.ones(1, 3)).sum().backward()
+            distributed.wrapped_module(model)(torch.ones(1, 3)).sum().backward()
         storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
         assert len(storages) == 1
     finally:

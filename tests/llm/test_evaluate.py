@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.decoding import AnswerText
+from ppo_fast.llm.decoding import CompletionText
 from ppo_fast.llm.report.evaluation import Evaluation, distinct, own_random_state
 from ppo_fast.llm.report.evaluation_page import markdown, show, write
 from ppo_fast.llm.report.explanation import explain, visible
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import SamplingParams, generate
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "base": i} for i, text in enumerate(("hi", "what time is it", "a", "the fox jumps", "no"))]
@@ -49,7 +49,7 @@ def trainer_of(out: Path | None, *, eval_rows=HELD_OUT, **changes) -> PPOTrainer
 
 def evaluation_of(trainer: PPOTrainer) -> Evaluation:
     assert trainer.evaluator is not None
-    return trainer.evaluator.run(trainer.steps_done, 0.05, trainer.last_rollout, trainer.last_experience)
+    return trainer.evaluator.run(trainer.steps_done, 0.05, trainer.last_experience)
 
 
 def of_training(history: list[dict]) -> list[dict]:
@@ -78,7 +78,7 @@ def test_a_greedy_evaluation_is_not_the_models_likeliest_answer():
     trainer = trainer_of(None, eval_greedy=True)
     tokenizer = byte_tokenizer()
     prompts = tokenizer([row["prompt"] for row in HELD_OUT])["input_ids"]
-    likeliest = generate(trainer.actor, tokenizer, prompts, trainer.config, greedy=True).ids
+    likeliest = generate(trainer.actor, tokenizer, prompts, SamplingParams.from_config(trainer.config), greedy=True).ids
     assert evaluation_of(trainer).rollout.completion_ids == likeliest
     assert evaluation_of(trainer_of(None)).rollout.completion_ids != likeliest
     with pytest.raises(UserError, match="eval_greedy gives each prompt one answer, but eval_samples is 2"):
@@ -90,11 +90,11 @@ def test_min_p_leaves_in_what_is_too_unlikely():
     with torch.no_grad():
         model.lm_head.weight *= 40  # from nearly uniform to sharp
     prompts = tokenizer(["abc"] * 64)["input_ids"]
-    ids = generate(model, tokenizer, prompts, PPOConfig(max_new_tokens=1, min_p=0.3)).ids
+    ids = generate(model, tokenizer, prompts, SamplingParams(max_new_tokens=1, min_p=0.3)).ids
     logits = model(torch.tensor(prompts[:1])).logits[0, -1]
     allowed = (logits.softmax(-1) >= 0.3 * logits.softmax(-1).max()).nonzero().flatten().tolist()
     assert {row[0] for row in ids} <= set(allowed)
-    assert {row[0] for row in generate(model, tokenizer, prompts, PPOConfig(max_new_tokens=1)).ids} > set(allowed)
+    assert {row[0] for row in generate(model, tokenizer, prompts, SamplingParams(max_new_tokens=1)).ids} > set(allowed)
 
 
 def test_the_random_state_is_another_after_the_block():
@@ -124,7 +124,7 @@ def test_metrics_are_not_those_of_the_held_out_answers():
     assert rollout.columns["prompt"] == [row["prompt"] for row in HELD_OUT for _ in range(2)]
     scores = [float(len(set(text))) for text in rollout.completions]
     assert found.metrics["eval/score"] == pytest.approx(sum(scores) / 6)
-    assert found.metrics["eval/answer_tokens"] == sum(rollout.answer_lengths) / 6
+    assert found.metrics["eval/answer_tokens"] == sum(rollout.completion_lengths) / 6
     assert found.kl is not None
     assert found.metrics["eval/kl_per_answer"] == pytest.approx(sum(found.kl) / 6, rel=1e-5)
     ids = [[i for i in row if i < 256] for row in rollout.completion_ids]
@@ -153,12 +153,12 @@ def test_a_token_is_explained_by_numbers_of_another_token_or_answer():
     rollout, experience = trainer.last_rollout, trainer.last_experience
     assert rollout is not None
     assert experience is not None
-    found = explain(trainer.policy, trainer.tokenizer, rollout, experience, with_kl=True)
+    found = explain(trainer.policy, trainer.tokenizer, experience, with_kl=True)
     sums = experience.advantages.abs().sum(1).tolist()
     row = max(range(len(sums)), key=sums.__getitem__)
     ids = rollout.completion_ids[row]
     assert found.answer == rollout.completions[row]
-    assert found.tokens == [visible(AnswerText(trainer.tokenizer, [[97]]), i) for i in ids]
+    assert found.tokens == [visible(CompletionText(trainer.tokenizer, [[97]]), i) for i in ids]
     prompt = byte_tokenizer()(found.prompt)["input_ids"]
     with torch.no_grad():
         logits = trainer.actor(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
@@ -172,12 +172,12 @@ def test_a_token_is_explained_by_numbers_of_another_token_or_answer():
 @pytest.mark.parametrize(("token", "shown"), [(" ", "␣"), ("\n", "\\n"), ("\x1b", "\\x1b"), ("a", "a")])
 def test_a_token_is_invisible_or_obeyed_by_the_terminal(token, shown):
     tokenizer = byte_tokenizer()
-    assert visible(AnswerText(tokenizer, []), tokenizer(token)["input_ids"][0]) == shown
+    assert visible(CompletionText(tokenizer, []), tokenizer(token)["input_ids"][0]) == shown
 
 
 def test_half_a_character_is_drawn_as_nothing():
     tokenizer = byte_tokenizer()
-    assert visible(AnswerText(tokenizer, []), tokenizer("é")["input_ids"][0]) == "Ã"  # its name in the vocabulary
+    assert visible(CompletionText(tokenizer, []), tokenizer("é")["input_ids"][0]) == "Ã"  # its name in the vocabulary
 
 
 def test_the_best_model_is_overwritten_by_a_worse_one(tmp_path):

@@ -28,10 +28,12 @@ from transformers import (
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.experience import cut_as, packed
+from ppo_fast.llm.experience import ExperienceMaker
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import Sampling, decoder_of
-from ppo_fast.llm.models.probe import Reach, named_lengths, probe, probe_all
+from ppo_fast.llm.models.head import GenerateInfo, decoder_of
+from ppo_fast.llm.models.policy import packed_mode
+from ppo_fast.llm.models.probe import Reach, detect_head, detect_heads, named_lengths
+from ppo_fast.llm.packing.pack import make_pack
 from ppo_fast.llm.sample import drop_long_prompts
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards.fluency import Fluency
@@ -109,9 +111,9 @@ def own_of_rollout(model: Any, trainer: PPOTrainer) -> list[torch.Tensor]:
     """Log-probabilities of each answer's tokens, by the model's own forward on its sequence alone."""
     rollout = trainer.last_rollout
     assert rollout is not None
-    first = rollout.tokens.shape[1] - rollout.answer_width
+    first = rollout.tokens.shape[1] - rollout.completion_width
     asked = [first - n for n in rollout.prompt_lengths]
-    answers = rollout.answer_lengths
+    answers = rollout.completion_lengths
     sequences = [rollout.tokens[i, start : first + n] for i, (start, n) in enumerate(zip(asked, answers, strict=True))]
     return [own_logprobs(model, ids, n) for ids, n in zip(sequences, answers, strict=True)]
 
@@ -134,7 +136,7 @@ def test_log_probabilities_under_longrope_do_not_depend_on_longer_sequences():
     assert sum("packed separately" in str(x.message) for x in caught) == 1  # for actor, critic and reference together
     metrics = trainer.step()
     assert trainer.policy.head.packed
-    assert trainer.policy.head.boundaries == trainer.policy.sampling.boundaries == (64,)
+    assert trainer.policy.head.boundaries == trainer.policy.generate_info.boundaries == (64,)
     assert metrics["sampler_gap_max"] < 1e-4
     assert metrics["learn/ratio_max"] == 1.0
     assert trainer.last_experience is not None
@@ -149,10 +151,10 @@ def test_a_pack_that_was_cut_without_the_boundaries_is_computed_one_sequence_at_
     rollout, experience = trainer.last_rollout, trainer.last_experience
     assert rollout is not None
     assert experience is not None
-    ((pack,),) = cut_as(rollout, [0, 1], trainer.config)
-    with torch.no_grad(), packed(trainer.policy):
-        logprobs = trainer.policy(pack).logprobs
-    assert (logprobs - pack.of(experience.logprobs)).abs().max() < 1e-5
+    pack = make_pack(rollout, [0, 1])
+    with torch.no_grad(), packed_mode(trainer.policy):
+        logprobs = trainer.policy.evaluate(pack).logprobs
+    assert (logprobs - pack.gather(experience.logprobs)).abs().max() < 1e-5
 
 
 def test_a_run_that_stays_below_a_length_keeps_the_fast_path():
@@ -178,7 +180,7 @@ def test_lengths_that_the_configuration_names_are_found_as_far_as_the_run_reache
 def test_lengths_without_time_to_check_run_on_the_models_own_forward(monkeypatch):
     monkeypatch.setattr("ppo_fast.llm.models.probe.RATES", {"cpu": 1.0})
     with pytest.warns(UserWarning, match="more than 64 tokens differently, and the probe has no time") as caught:
-        head = probe(longrope(), reach=Reach(longest=100))
+        head = detect_head(longrope(), reach=Reach(longest=100))
     assert len(caught) == 1
     assert not head.batched
     assert not head.packed
@@ -186,10 +188,10 @@ def test_lengths_without_time_to_check_run_on_the_models_own_forward(monkeypatch
 
 def test_prompts_share_a_batch_only_where_that_is_right():
     lengths, how = [3, 60, 3, 70, 5, 60, 80], {"new_tokens": 8, "size": 10}
-    assert Sampling().batches(lengths, **how) == [[0, 1, 2, 3, 4, 5, 6]]
-    assert Sampling().batches(lengths, new_tokens=8, size=4) == [[0, 1, 2, 3], [4, 5, 6]]
-    assert Sampling(left_padding=False).batches(lengths, **how) == [[0, 2], [1, 5], [3], [4], [6]]
-    assert Sampling(boundaries=(64,)).batches(lengths, **how) == [[0, 2, 4], [1, 5], [3, 6]]
+    assert GenerateInfo().batches(lengths, **how) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert GenerateInfo().batches(lengths, new_tokens=8, size=4) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert GenerateInfo(left_padding=False).batches(lengths, **how) == [[0, 2], [1, 5], [3], [4], [6]]
+    assert GenerateInfo(boundaries=(64,)).batches(lengths, **how) == [[0, 2, 4], [1, 5], [3, 6]]
 
 
 def test_the_fluency_of_a_text_does_not_depend_on_longer_ones_in_its_batch():
@@ -206,11 +208,11 @@ def test_the_fluency_of_a_text_does_not_depend_on_longer_ones_in_its_batch():
 def values_of(trainer: PPOTrainer, tokens: int) -> torch.Tensor:
     rollout = trainer.last_rollout
     assert rollout is not None
-    values = torch.zeros(rollout.answer_mask.shape)
+    values = torch.zeros(rollout.mask.shape)
     config = PPOConfig(micro_batch_tokens=tokens, minibatches=1)
-    with torch.no_grad(), packed(trainer.policy):
-        for pack in cut_as(rollout, list(range(len(rollout))), config)[0]:
-            pack.put(values, trainer.policy(pack).values)
+    with torch.no_grad(), packed_mode(trainer.policy):
+        for pack in ExperienceMaker(trainer.policy, None, config).split_minibatches(rollout, range(len(rollout)))[0]:
+            pack.scatter_(values, trainer.policy.evaluate(pack).values)
     return values
 
 
@@ -240,7 +242,7 @@ def test_a_reference_of_another_family_has_its_own_softcap_and_rows():
 
 def test_boundaries_are_common_to_all_models_of_a_run():
     with pytest.warns(UserWarning, match="separately"):
-        heads = probe_all(tiny_llama(), decoder_of(longrope()), None, reach=Reach(longest=100))
+        heads = detect_heads(tiny_llama(), decoder_of(longrope()), None, reach=Reach(longest=100))
     assert heads.critic is not None
     assert heads.actor.boundaries == heads.critic.boundaries == (64,)
     assert heads.actor.packed
@@ -359,4 +361,4 @@ def test_gradient_checkpointing_without_layers_that_support_it_is_announced():
 def test_weights_in_half_precision_are_sampled_with_padding_and_a_cache(dtype):
     """Frozen weights, that is: trained ones are fp32."""
     trainer = trainer_of(tiny_llama().to(dtype), "ab", "x" * 30, lora_rank=2)
-    assert trainer.policy.sampling == Sampling()
+    assert trainer.policy.generate_info == GenerateInfo()

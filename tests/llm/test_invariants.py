@@ -39,8 +39,8 @@ class Shifted:
     def __init__(self, shift: float, share: float = 1.0) -> None:
         self.own, self.shift, self.share = None, shift, share
 
-    def sample(self, prompts, config):
-        answers = self.own.sample(prompts, config)
+    def sample(self, prompts, params):
+        answers = self.own.sample(prompts, params)
         for row in range(round(self.share * len(prompts))):
             answers.logprobs[row] = [x - self.shift for x in answers.logprobs[row]]
         return answers

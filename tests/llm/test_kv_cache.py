@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
 from ppo_fast.llm import sample
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sample import Answers, generate
+from ppo_fast.llm.sample import Completions, GenerateOptions, SamplingParams, generate
 
 PROMPTS = [[72, 105], [84] * 11, [5]]
 
@@ -19,9 +19,10 @@ def config(**options: Any) -> PPOConfig:
     return PPOConfig(**{"dtype": "bfloat16", "max_new_tokens": 12, "device": "cpu", **options})
 
 
-def answers(model: Any, options: PPOConfig, *, greedy: bool = False) -> Answers:
+def answers(model: Any, options: PPOConfig, *, greedy: bool = False) -> Completions:
     torch.manual_seed(3)
-    return generate(model, byte_tokenizer(), PROMPTS, options, greedy=greedy)
+    params, how = SamplingParams.from_config(options), GenerateOptions.from_config(options)
+    return generate(model, byte_tokenizer(), PROMPTS, params, options=how, greedy=greedy)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def held(cache: DynamicCache) -> tuple[set[torch.dtype], int]:
 def test_the_cache_is_in_bf16_and_samples_are_the_same_bits(name, greedy, tmp_path, caches, monkeypatch):
     model = families.load(name, tmp_path)
     ours, (cache,) = answers(model, config(), greedy=greedy), caches
-    monkeypatch.setattr(sample, "cache_options", lambda actor, config: {})
+    monkeypatch.setattr(sample, "cache_options", lambda actor, dtype: {})
     before, (_, own) = answers(model, config(), greedy=greedy), caches
     assert type(cache) is sample.HalfCache
     assert type(own) is DynamicCache

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support import families
+from support.learning import experience_of
 from support.tiny import byte_tokenizer, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
@@ -13,14 +14,16 @@ import ppo_fast as ppo
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
-from ppo_fast.llm.experience import cut_as, evaluate, packed, reference_logprobs
-from ppo_fast.llm.learn import learn
+from ppo_fast.llm.learn import Learner
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.models.policy import packed_mode, reference_logprobs
 from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.models.reward_model import RewardModel
-from ppo_fast.llm.sample import Answers, GenerateSampler, generate, respond
+from ppo_fast.llm.optimizer import Optimizer, Optimizers
+from ppo_fast.llm.packing.pack import make_pack
+from ppo_fast.llm.sample import Completions, GenerateSampler, SamplingParams, generate, sample_rollout
 from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
@@ -112,9 +115,7 @@ def test_kl_in_the_loss_also_stands_in_the_reward():
     assert second["kl"] > 0
     assert second["learn/ref_kl"] > 0
     rollout = trainer.last_rollout
-    minibatches = cut_as(rollout, list(range(len(rollout))), trainer.config)
-    scores = torch.ones(len(rollout))
-    experience = evaluate(trainer.policy, trainer.reference, rollout, scores, minibatches, trainer.config)
+    experience = experience_of(trainer.policy, trainer.reference, rollout, torch.ones(len(rollout)), trainer.config)
     assert experience.rewards.sum() == len(rollout), "the score alone"
 
 
@@ -149,11 +150,10 @@ def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
             policy.critic.head.bias.fill_(2.0)
         tokenizer = byte_tokenizer()
         torch.manual_seed(0)
-        rollout = respond(GenerateSampler(actor, tokenizer), tokenizer, ROWS, options, CPU)
+        rollout = sample_rollout(GenerateSampler(actor, tokenizer), tokenizer, ROWS, options, CPU)
         rollout.ended = [False, True, False, True]
-        minibatches = cut_as(rollout, [0, 1, 2, 3], options)
-        experience = evaluate(policy, None, rollout, torch.zeros(4), minibatches, options)
-        last = [experience.advantages[row, n - 1].item() for row, n in enumerate(rollout.answer_lengths)]
+        experience = experience_of(policy, None, rollout, torch.zeros(4), options)
+        last = [experience.advantages[row, n - 1].item() for row, n in enumerate(rollout.completion_lengths)]
         expected = 0.5 * 2.0 - 2.0 if bootstrap else -2.0
         assert last == pytest.approx([expected, -2.0, expected, -2.0])
 
@@ -161,7 +161,7 @@ def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
 def test_the_spread_of_advantages_before_whitening_is_recorded():
     trainer = trainer_of(lam=0.9)
     metrics = trainer.step()
-    mask, experience = trainer.last_rollout.answer_mask, trainer.last_experience
+    mask, experience = trainer.last_rollout.mask, trainer.last_experience
     raw = (experience.returns - experience.values)[mask]
     assert metrics["advantage_std"] == pytest.approx(raw.std(correction=0).item(), rel=1e-5)
     assert experience.advantages[mask].std().item() == pytest.approx(1, rel=1e-3)
@@ -193,9 +193,9 @@ def test_hidden_states_in_bfloat16_reach_a_head_in_fp32():
 class Echo:
     """A sampler that is not generate(): it answers with the prompt, and claims to have been sure of it."""
 
-    def sample(self, prompts, config):
-        ids = [prompt[: config.max_new_tokens] for prompt in prompts]
-        return Answers(ids, [False] * len(ids), [[-0.5] * len(answer) for answer in ids])
+    def sample(self, prompts, params):
+        ids = [prompt[: params.max_new_tokens] for prompt in prompts]
+        return Completions(ids, [False] * len(ids), [[-0.5] * len(answer) for answer in ids])
 
 
 def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
@@ -204,10 +204,9 @@ def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
     assert set(trainer.last_rollout.completions) == {"hi", "what ti", "a", "the fox"}
     assert metrics["sampler_gap_mean"] == pytest.approx(4.9, abs=1.0), "ln 258 = 5.6 against 0.5"
     rollout = trainer.last_rollout
-    minibatches = cut_as(rollout, list(range(len(rollout))), trainer.config)
-    experience = evaluate(trainer.policy, None, rollout, torch.zeros(len(rollout)), minibatches, trainer.config)
-    expected = (experience.logprobs - rollout.logprobs).exp().clamp(max=0.01)[rollout.answer_mask]
-    torch.testing.assert_close(experience.weights[rollout.answer_mask], expected)
+    experience = experience_of(trainer.policy, None, rollout, torch.zeros(len(rollout)), trainer.config)
+    expected = (experience.logprobs - rollout.logprobs).exp().clamp(max=0.01)[rollout.mask]
+    torch.testing.assert_close(experience.weights[rollout.mask], expected)
 
 
 def test_importance_weights_do_not_reach_the_loss():
@@ -217,7 +216,7 @@ def test_importance_weights_do_not_reach_the_loss():
         trainer = trainer_of(
             sampler=Echo(), max_sampler_gap=None, importance_cap=cap, epochs=1, minibatches=1, max_grad_norm=None
         )
-        trainer.actor_optimizer.step = lambda: None
+        trainer.learner.optimizers.actor.step = lambda: None
         trainer.step()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.actor.parameters()]))
     weights = 0.004
@@ -228,16 +227,16 @@ def test_importance_weights_do_not_reach_the_loss():
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        (lambda n: Answers([[1]] * (n - 1), [True] * n), "returned 7 ids for 8 prompts"),
-        (lambda n: Answers([[1]] * n, [True]), "returned 1 ended for 8 prompts"),
-        (lambda n: Answers([[1] * 8] * n, [True] * n), "8 tokens for prompt 0; 1 to max_new_tokens=7"),
-        (lambda n: Answers([[]] * n, [True] * n), "0 tokens for prompt 0"),
-        (lambda n: Answers([[1]] * n, [True] * n, [[-1.0, -1.0]] * n), "2 logprobs for the 1 tokens of prompt 0"),
+        (lambda n: Completions([[1]] * (n - 1), [True] * n), "returned 7 ids for 8 prompts"),
+        (lambda n: Completions([[1]] * n, [True]), "returned 1 ended for 8 prompts"),
+        (lambda n: Completions([[1] * 8] * n, [True] * n), "8 tokens for prompt 0; 1 to max_new_tokens=7"),
+        (lambda n: Completions([[]] * n, [True] * n), "0 tokens for prompt 0"),
+        (lambda n: Completions([[1]] * n, [True] * n, [[-1.0, -1.0]] * n), "2 logprobs for the 1 tokens of prompt 0"),
     ],
 )
 def test_a_sampler_that_breaks_its_promise_is_believed(answers, message):
     class Broken:
-        def sample(self, prompts, config):
+        def sample(self, prompts, params):
             return answers(len(prompts))
 
     with pytest.raises(UserError, match=message):
@@ -256,7 +255,7 @@ def test_an_answer_goes_on_after_its_stop_text():
     actor, tokenizer = tiny_llama(258), byte_tokenizer()
     options = config(stop=("e", "zz"), max_new_tokens=40)
     torch.manual_seed(0)
-    answers = generate(actor, tokenizer, [[1, 2]] * 64, options)
+    answers = generate(actor, tokenizer, [[1, 2]] * 64, SamplingParams.from_config(options))
     texts = tokenizer.batch_decode(answers.ids)
     stopped = [text for text in texts if "e" in text and not text.endswith("<end>")]
     assert stopped
@@ -279,13 +278,13 @@ def test_lora_trains_the_base_weights_or_moves_the_reference():
     assert all("lora_" in name for name in moved)
     assert value_moved - {"head.weight", "head.bias"}
     assert all("lora_" in name or name.startswith("head.") for name in value_moved)
-    (pack,) = cut_as(trainer.last_rollout, [0, 1, 2], config(minibatches=1))[0]
-    with torch.no_grad(), packed(trainer.policy):
+    pack = make_pack(trainer.last_rollout, [0, 1, 2])
+    with torch.no_grad(), packed_mode(trainer.policy):
         ref = reference_logprobs(trainer.policy, trainer.reference, pack)
-        now = trainer.policy(pack).logprobs
+        now = trainer.policy.evaluate(pack).logprobs
     other, _ = build_models(config(), plain, None, None, CPU)
-    with torch.no_grad(), packed(other):
-        expected = other(pack).logprobs
+    with torch.no_grad(), packed_mode(other):
+        expected = other.evaluate(pack).logprobs
     torch.testing.assert_close(ref, expected, rtol=0, atol=1e-5)
     assert (now - expected).abs().max() > 1e-4
     assert all(p.requires_grad == ("lora_" in name) for name, p in trainer.actor.named_parameters())
@@ -407,16 +406,16 @@ def test_the_loss_in_packs_is_another_than_of_the_whole_by_hand():
     actor, critic = copy.deepcopy(trainer.actor), copy.deepcopy(trainer.critic)
     metrics = trainer.step()
     rollout = trainer.last_rollout
-    P = rollout.tokens.shape[1] - rollout.answer_width
+    P = rollout.tokens.shape[1] - rollout.completion_width
     column = torch.arange(rollout.tokens.shape[1])
-    lengths = torch.tensor([rollout.prompt_lengths, rollout.answer_lengths]).unsqueeze(-1)
+    lengths = torch.tensor([rollout.prompt_lengths, rollout.completion_lengths]).unsqueeze(-1)
     attended = (column >= P - lengths[0]) & (column < P + lengths[1])
     position = (attended.cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=rollout.tokens, attention_mask=attended.long(), position_ids=position)
     with torch.no_grad():
         logits = actor(**inputs).logits[:, P - 1 : -1]
         values = critic(critic.backbone(**inputs).last_hidden_state[:, P - 1 : -1])
-    mask = rollout.answer_mask
+    mask = rollout.mask
     logprobs, entropy = ppo.token_logprobs(logits, rollout.tokens[:, P:], mask, with_entropy=True)
     scores = torch.tensor(rollout.scores)
     rewards, _ = ppo.shape_rewards(scores, logprobs, logprobs, mask, kl_coef=0.0)
@@ -432,11 +431,8 @@ def test_learn_without_a_trainer_needs_one():
     options = config(minibatches=1, epochs=1)
     policy, reference = build_models(options, tiny_llama(258), None, None, CPU)
     tokenizer = byte_tokenizer()
-    rollout = respond(GenerateSampler(policy.actor, tokenizer), tokenizer, ROWS, options, CPU)
-    packs = cut_as(rollout, list(range(4)), options)
-    experience = evaluate(policy, reference, rollout, torch.ones(4), packs, options)
-    from ppo_fast.llm.optimizer import Optimizer
-
-    optimizers = Optimizer(policy.actor, 1e-3, options), Optimizer(policy.critic, 1e-3, options)
-    (stats,) = learn(policy, rollout, experience, packs, *optimizers, options, torch.Generator())
+    rollout = sample_rollout(GenerateSampler(policy.actor, tokenizer), tokenizer, ROWS, options, CPU)
+    optimizers = Optimizers(Optimizer(policy.actor, 1e-3, options), Optimizer(policy.critic, 1e-3, options))
+    learner = Learner(policy, reference, optimizers, options)
+    (stats,) = learner.update(learner.make_experience(rollout, torch.ones(4)))
     assert stats["ratio_max"] == 1.0

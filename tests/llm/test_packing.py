@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from support import families
+from support.learning import learner_of
 from support.tiny import byte_tokenizer, tiny_llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,17 +15,16 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear import chunks as linear_chunks
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.experience import packed
-from ppo_fast.llm.learn import accumulate_gradients
+from ppo_fast.llm.experience import ExperienceMaker
 from ppo_fast.llm.models.build import build_models
-from ppo_fast.llm.models.modes import recomputing
-from ppo_fast.llm.models.policy import Policy
-from ppo_fast.llm.models.probe import probe
+from ppo_fast.llm.models.modes import gradient_checkpointing
+from ppo_fast.llm.models.policy import Policy, packed_mode
+from ppo_fast.llm.models.probe import detect_head
 from ppo_fast.llm.models.reference import frozen_copy
-from ppo_fast.llm.packing.attention import Layout, own_config, packed_attention
-from ppo_fast.llm.packing.pack import balance, cut, make_pack
+from ppo_fast.llm.packing.attention import Layout, copy_configs, packed_attention
+from ppo_fast.llm.packing.pack import balance_packs, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
-from ppo_fast.llm.sample import GenerateSampler, respond
+from ppo_fast.llm.sample import GenerateSampler, SamplingParams, sample_rollout
 
 CPU = torch.device("cpu")
 PROMPTS, ANSWERS = [3, 9, 1, 6, 2], [7, 2, 12, 1, 5]
@@ -41,9 +41,7 @@ def rollout() -> Rollout:
     tokens = torch.full((len(PROMPTS), P + T), 257)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         tokens[row, P - prompt : P + answer] = torch.randint(0, 256, (prompt + answer,), generator=generator)
-    return Rollout(
-        tokens, PROMPTS, ANSWERS, [True] * len(PROMPTS), [""] * len(PROMPTS), {"prompt": [""] * len(PROMPTS)}
-    )
+    return Rollout.from_lengths(tokens, PROMPTS, ANSWERS)
 
 
 def policy_of(actor, options: PPOConfig) -> Policy:
@@ -54,19 +52,18 @@ def policy_of(actor, options: PPOConfig) -> Policy:
 
 def experience_of(policy: Policy, batch: Rollout):
     """Old quantities a little beside the present ones, so that ratios and values differ from them."""
-    from ppo_fast.llm.experience import evaluate
-
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(len(batch), generator=generator)
-    experience = evaluate(policy, None, batch, scores, [[make_pack(batch, list(range(len(batch))))]], policy.config)
+    experience = ExperienceMaker(policy, None, policy.config).make(batch, scores)
+    assert len(experience.minibatches) == len(experience.minibatches[0]) == 1
     experience.logprobs += 0.1 * torch.randn(experience.logprobs.shape, generator=generator)
     return experience
 
 
 def gradients(policy: Policy, batch: Rollout, experience, *, recompute: bool = False) -> dict[str, Tensor]:
     policy.zero_grad()
-    with packed(policy), recomputing(policy, enabled=recompute):
-        accumulate_gradients(policy, [make_pack(batch, list(range(len(batch))))], experience, policy.config)
+    with packed_mode(policy), gradient_checkpointing(policy, enabled=recompute):
+        learner_of(policy, policy.config).accumulate_gradients([make_pack(batch, list(range(len(batch))))], experience)
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -80,9 +77,9 @@ def test_a_family_gives_other_numbers_packed_than_one_by_one(name, tmp_path):
     assert policy.head.linear
     assert policy.head.packed
     batch = rollout()
-    with torch.no_grad(), packed(policy):
-        judged = policy(make_pack(batch, [2, 0, 4, 1, 3]))
-    start = batch.tokens.shape[1] - batch.answer_width
+    with torch.no_grad(), packed_mode(policy):
+        judged = policy.evaluate(make_pack(batch, [2, 0, 4, 1, 3]))
+    start = batch.tokens.shape[1] - batch.completion_width
     at = 0
     for row in [2, 0, 4, 1, 3]:
         P, T = PROMPTS[row], ANSWERS[row]
@@ -97,7 +94,7 @@ def test_a_family_gives_other_numbers_packed_than_one_by_one(name, tmp_path):
             judged.entropy[at : at + T].double(), -(logp.exp() * logp).sum(-1), rtol=0, atol=2e-5
         )
         torch.testing.assert_close(judged.values[at : at + T], values[:-1], rtol=0, atol=2e-5)
-        torch.testing.assert_close(judged.values_after[[2, 0, 4, 1, 3].index(row)], values[-1], rtol=0, atol=2e-5)
+        torch.testing.assert_close(judged.bootstrap_values[[2, 0, 4, 1, 3].index(row)], values[-1], rtol=0, atol=2e-5)
         at += T
 
 
@@ -140,7 +137,7 @@ def test_generation_is_another_after_learning_code_ran(tmp_path):
 
     def sample() -> list[list[int]]:
         torch.manual_seed(3)
-        return sampler.sample(prompts, options).ids
+        return sampler.sample(prompts, SamplingParams.from_config(options)).ids
 
     implementation, before = actor.config._attn_implementation, sample()
     policy, batch = policy_of(actor, options), rollout()
@@ -154,7 +151,7 @@ def test_the_attention_of_one_model_leaks_to_another_of_the_same_config():
     one, other = AutoModelForCausalLM.from_config(shared), AutoModelForCausalLM.from_config(shared)
     for model in (one, other):
         model.config = shared
-        own_config(model)
+        copy_configs(model)
     with packed_attention(one):
         assert other.config._attn_implementation == shared._attn_implementation != one.config._attn_implementation
         assert one.model.layers[0].self_attn.config is one.config
@@ -163,7 +160,7 @@ def test_the_attention_of_one_model_leaks_to_another_of_the_same_config():
 
 def test_packed_attention_is_used_where_it_would_be_wrong():
     model, ids = tiny_llama(), torch.arange(6).unsqueeze(0)
-    arguments = Layout.of([4, 2], CPU).arguments()
+    arguments = Layout.from_lengths([4, 2], CPU).arguments()
     with packed_attention(model):
         mask = torch.zeros(1, 1, 6, 6)
         with pytest.raises(ValueError, match="met an attention mask"):
@@ -190,12 +187,12 @@ def test_a_head_with_a_hidden_factor_is_taken_for_a_linear_one(tmp_path):
     forward = actor.forward
     actor.forward = lambda *args, **options: _scaled(forward(*args, **options))
     with pytest.warns(UserWarning, match="are not its LM head times its hidden states") as caught:
-        head = probe(actor)
+        head = detect_head(actor)
     assert len(caught) == 1
     assert not head.linear
     assert head.packed
     with pytest.raises(UserError, match="strict"):
-        probe(actor, strict=True)
+        detect_head(actor, strict=True)
 
 
 def _scaled(out):
@@ -210,7 +207,7 @@ def test_lora_on_the_head_is_left_out_of_the_logits(tmp_path):
         families.load("llama", tmp_path), peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     )
     with pytest.warns(UserWarning, match="not a plain linear layer"):
-        assert not probe(actor).linear
+        assert not detect_head(actor).linear
 
 
 def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
@@ -223,9 +220,9 @@ def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
         policy = policy_of(bloom, config())
     assert not policy.head.packed
     batch = rollout()
-    with torch.no_grad(), packed(policy):
-        logprobs = policy(make_pack(batch, [0])).logprobs
-        start = batch.tokens.shape[1] - batch.answer_width
+    with torch.no_grad(), packed_mode(policy):
+        logprobs = policy.evaluate(make_pack(batch, [0])).logprobs
+        start = batch.tokens.shape[1] - batch.completion_width
         ids = batch.tokens[:1, start - PROMPTS[0] : start + ANSWERS[0]]
         logp = bloom(ids).logits[0, PROMPTS[0] - 1 : -1].log_softmax(-1)
     expected = logp.gather(-1, ids[0, PROMPTS[0] :].unsqueeze(-1)).squeeze(-1)
@@ -240,7 +237,7 @@ def test_flash_attention_on_a_gpu_equals_attention_sequence_by_sequence(dtype, h
 
     torch.manual_seed(0)
     lengths = [7, 1, 30, 16, 129]
-    layout, (H, G) = Layout.of(lengths, torch.device("cuda")), heads
+    layout, (H, G) = Layout.from_lengths(lengths, torch.device("cuda")), heads
     shapes = [(1, n, sum(lengths), 64) for n in (H, G, G)]
     inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
     options = dict(scaling=0.2, sliding_window=window)
@@ -311,8 +308,8 @@ def test_the_head_takes_more_products_or_passes_than_it_must():
     counts = {}
     for linear in (True, False):
         policy.head = dataclasses.replace(policy.head, linear=linear)
-        with packed(policy), Touched(5003) as counts[linear]:
-            accumulate_gradients(policy, [pack], experience, policy.config)
+        with packed_mode(policy), Touched(5003) as counts[linear]:
+            learner_of(policy, policy.config).accumulate_gradients([pack], experience)
     assert counts[True].products == 3
     assert counts[True].others <= 13, "operands of the row math, on one block of rows, in cache"
     assert counts[False].others > 1.5 * counts[True].others
@@ -327,7 +324,7 @@ def test_frozen_copy_shares_a_config_with_the_actor():
 def test_a_pack_is_over_its_budget_or_a_sequence_is_lost(max_tokens):
     lengths = [5, 9, 1, 7, 7, 3, 20, 2]
     order = [3, 1, 7, 0, 2, 6, 5, 4]
-    groups = balance(order, lengths, max_tokens)
+    groups = balance_packs(order, lengths, max_tokens)
     assert sorted(i for group in groups for i in group) == sorted(order)
     sizes = [sum(lengths[i] for i in group) for group in groups]
     assert all(size <= max_tokens or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
@@ -337,7 +334,7 @@ def test_a_pack_is_over_its_budget_or_a_sequence_is_lost(max_tokens):
 
 def test_a_minibatch_gets_another_number_of_sequences():
     batch = rollout()
-    minibatches = cut(batch, [4, 2, 0, 1, 3], minibatches=2, max_tokens=12)
+    minibatches = split_minibatches(batch, [4, 2, 0, 1, 3], minibatches=2, max_tokens=12)
     assert [sum(len(p.sequences) for p in packs) for packs in minibatches] == [3, 2]
     assert sorted(i for packs in minibatches for p in packs for i in p.sequences) == [0, 1, 2, 3, 4]
 
@@ -345,17 +342,17 @@ def test_a_minibatch_gets_another_number_of_sequences():
 def test_a_pack_names_other_tokens_than_the_rollout():
     batch = rollout()
     pack = make_pack(batch, [3, 0])
-    start = batch.tokens.shape[1] - batch.answer_width
+    start = batch.tokens.shape[1] - batch.completion_width
     assert pack.tokens.tolist() == [*batch.tokens[3, start : start + 1], *batch.tokens[0, start : start + 7]]
     assert pack.position_ids[0].tolist() == [*range(7), *range(10)]
     assert pack.last.tolist() == [6, 16]
-    assert pack.cu_answers.tolist() == [0, 1, 8]
+    assert pack.cu_completions.tolist() == [0, 1, 8]
     per_token = torch.arange(5 * 12).view(5, 12)
-    assert pack.of(per_token).tolist() == [36, *range(7)]
+    assert pack.gather(per_token).tolist() == [36, *range(7)]
 
 
 def test_log_probabilities_of_the_sampler_have_another_width_than_the_answers(tmp_path):
     actor, tokenizer = families.load("llama", tmp_path), byte_tokenizer()
-    batch = respond(GenerateSampler(actor, tokenizer), tokenizer, [{"prompt": "ab"}] * 4, config(), CPU)
+    batch = sample_rollout(GenerateSampler(actor, tokenizer), tokenizer, [{"prompt": "ab"}] * 4, config(), CPU)
     assert batch.logprobs is not None
-    assert batch.logprobs.shape == (4, batch.answer_width)
+    assert batch.logprobs.shape == (4, batch.completion_width)

@@ -36,33 +36,29 @@ from ppo_fast.cli import main as cli
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import World, full, start
-from ppo_fast.llm.experience import cut_as, evaluate, filler_of, packed
-from ppo_fast.llm.learn import accumulate_gradients
+from ppo_fast.llm.distributed import Distributed, init_distributed, to_full_tensor
 from ppo_fast.llm.models.loading import load_actor
+from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.models.reference import AdapterReference
-from ppo_fast.llm.packing.rollout import Rollout, join_rollouts
+from ppo_fast.llm.packing.rollout import Rollout, join_rollouts, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import generate, respond
-from ppo_fast.llm.state import capture, learned
+from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.state import trainable_state
 from ppo_fast.llm.trainer import PPOTrainer
 
 
 def first_gradient(config: PPOConfig) -> tuple[dict[str, torch.Tensor], dict[str, float], bool]:
     """Gradient and statistics of the first minibatch, whole, and whether parameters are sharded."""
     trainer = trainer_of(config, sampler=Fixed())
-    world, policy = trainer.world, trainer.policy
+    distributed, policy = trainer.distributed, trainer.policy
     torch.nn.init.constant_(trainer.critic.head.bias, 0.1)
-    mine = respond(trainer.sampler, trainer.tokenizer, world.share(ROWS[:5]), config, CPU)
+    mine = sample_rollout(trainer.sampler, trainer.tokenizer, distributed.local_rows(ROWS[:5]), config, CPU)
     scores, _ = score(mine, trainer.rewards, config)
-    rollout, scores = world.join(mine, scores, 257)
-    minibatches = cut_as(rollout, list(range(5)), config, world)
-    experience = evaluate(policy, trainer.reference, rollout, scores, minibatches, config, world=world)
-    with packed(policy):
-        stats = accumulate_gradients(
-            policy, minibatches[0], experience, config, world=world, filler=filler_of(rollout), kl_coef=0.05
-        )
-    gradient = {name: full(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
+    rollout, scores = distributed.gather_rollout(mine, scores, 257)
+    experience = trainer.learner.experience_maker.make(rollout, scores)
+    with packed_mode(policy):
+        stats = trainer.learner.accumulate_gradients(experience.minibatches[0], experience)
+    gradient = {name: to_full_tensor(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
     sharded = all(isinstance(p, DTensor) for p in policy.parameters())
     return gradient, {name: x.item() for name, x in stats.items()}, sharded
 
@@ -70,7 +66,7 @@ def first_gradient(config: PPOConfig) -> tuple[dict[str, torch.Tensor], dict[str
 def three_steps(config: PPOConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
     trainer = trainer_of(config, sampler=Fixed())
     history = trainer.train()
-    return of_training(history), {name: full(p.detach()) for name, p in trainer.policy.named_parameters()}
+    return of_training(history), {name: to_full_tensor(p.detach()) for name, p in trainer.policy.named_parameters()}
 
 
 CASES = [
@@ -107,23 +103,17 @@ def test_three_steps_of_two_processes_differ_from_those_of_one(tmp_path, paralle
 def generated(config: PPOConfig) -> list[list[list[int]]]:
     """Greedy answers of this process before and after two steps; and those of the whole weights, unsharded."""
     trainer = trainer_of(config)
-    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.world.share(TEXTS)]
+    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.distributed.local_rows(TEXTS)]
     found = []
+    params = SamplingParams.from_config(config)
+    how = GenerateOptions(call=trainer.policy.generate, synced_gpus=trainer.distributed.strategy == "fsdp")
     for _ in range(2):
-        weights = {name: full(x.detach()).clone() for name, x in trainer.actor.state_dict().items()}
+        weights = {name: to_full_tensor(x.detach()).clone() for name, x in trainer.actor.state_dict().items()}
         plain = tiny_llama(258)
         plain.load_state_dict(weights)
         found += [
-            generate(
-                trainer.actor,
-                trainer.tokenizer,
-                prompts,
-                config,
-                greedy=True,
-                call=trainer.policy.generate,
-                synced_gpus=trainer.world.kind == "fsdp",
-            ).ids,
-            generate(plain, trainer.tokenizer, prompts, config, greedy=True).ids,
+            generate(trainer.actor, trainer.tokenizer, prompts, params, options=how, greedy=True).ids,
+            generate(plain, trainer.tokenizer, prompts, params, greedy=True).ids,
         ]
         trainer.step()
         trainer.step()
@@ -145,16 +135,18 @@ def gathers_and_captures(config: PPOConfig) -> tuple[list[int], list[list[int]],
     how many tensors this process has for a checkpoint."""
     trainer = trainer_of(config)
     trainer.step()
-    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.world.share(TEXTS[:2])]
+    prompts = [byte_tokenizer()(text)["input_ids"] for text in trainer.distributed.local_rows(TEXTS[:2])]
     counts, answers = [], []
     collectives = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
     gather = collectives.foreach_all_gather
     for whole in (True, False):
         trainer.policy.config = dataclasses.replace(trainer.policy.config, gather_for_sampling=whole)
         with mock.patch.object(collectives, "foreach_all_gather", side_effect=gather) as gathered:
-            answers.append(trainer.sampler.sample(prompts, dataclasses.replace(config, top_k=1)).ids)
+            answers.append(
+                trainer.sampler.sample(prompts, SamplingParams.from_config(dataclasses.replace(config, top_k=1))).ids
+            )
         counts.append(gathered.call_count)
-    tensors, _ = capture(trainer)
+    tensors, _ = trainer.state_dict()
     trainer.step()  # what was gathered is divided again, and learns
     return counts, answers, {name: len(x) for name, x in tensors.items()}
 
@@ -187,7 +179,11 @@ def go_on(config: PPOConfig, stop_after: int | None) -> tuple[list[dict], dict[s
     trainer = trainer_of(config, eval_rows=ROWS[4:])
     trainer.resume()
     history = trainer.train(lambda trainer, _: trainer.steps_done == stop_after)
-    return of_training(history), {n: full(p.detach()) for n, p in trainer.policy.named_parameters()}, trainer.notes
+    return (
+        of_training(history),
+        {n: to_full_tensor(p.detach()) for n, p in trainer.policy.named_parameters()},
+        trainer.notes,
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -216,8 +212,8 @@ def test_a_checkpoint_of_two_processes_holds_other_numbers_for_one(tmp_path, par
     for name, p in alone.policy.named_parameters():
         assert torch.equal(p, weights[name]), name
     assert any("processes was 2 and is 1 now" in note for note in alone.notes)
-    moments = [x.abs().sum() for slots in alone.actor_optimizer.adamw.state.values() for x in slots.values()]
-    assert len(moments) == 3 * len(alone.actor_optimizer.parameters)
+    moments = [x.abs().sum() for slots in alone.learner.optimizers.actor.adamw.state.values() for x in slots.values()]
+    assert len(moments) == 3 * len(alone.learner.optimizers.actor.parameters)
     assert all(x > 0 for x in moments)
     alone.train()  # writes step-3, which three processes go on with
     longer = dataclasses.replace(config, total_steps=4)
@@ -230,7 +226,7 @@ def adapted(config: PPOConfig, start_model: Path) -> tuple[list[dict], dict[str,
     actor = AutoModelForCausalLM.from_pretrained(start_model)
     trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge, sampler=Fixed())
     history = trainer.train()
-    return of_training(history), {name: full(p.detach()) for name, p in learned(trainer.policy)}
+    return of_training(history), {name: to_full_tensor(p.detach()) for name, p in trainable_state(trainer.policy)}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -270,16 +266,16 @@ def test_what_cannot_be_divided_is_not_named(tmp_path, changes, message):
 def test_fsdp_without_torchrun_goes_on_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="parallel = fsdp needs torchrun"):
-        start(options(parallel="fsdp"))
+        init_distributed(options(parallel="fsdp"))
 
 
 def test_packs_or_rows_are_lost_or_doubled_when_they_are_dealt():
-    worlds = [World(rank, 3, "ddp", CPU) for rank in range(3)]
+    groups = [Distributed(rank, 3, "ddp", CPU) for rank in range(3)]
     for count in (1, 3, 4, 8):
-        rows = [world.share(range(count)) for world in worlds]
+        rows = [distributed.local_rows(range(count)) for distributed in groups]
         assert [i for mine in rows for i in mine] == list(range(count))
         assert max(map(len, rows)) - min(map(len, rows)) <= 1
-        packs = [world.deal(list(range(count))) for world in worlds]
+        packs = [distributed.assign_packs(list(range(count))) for distributed in groups]
         assert len({len(mine) for mine in packs}) == 1
         assert sorted(i for mine in packs for i in mine if i is not None) == list(range(count))
 
@@ -290,8 +286,10 @@ def test_joined_rollouts_mix_up_prompts_answers_or_columns():
         tokens = [[9] * (P - len(p)) + p + a + [9] * (T - len(a)) for p, a in zip(prompts, answers, strict=True)]
         return Rollout(
             tokens=torch.tensor(tokens),
+            mask=mask_of_lengths(list(map(len, answers))),
+            prompt_index=list(range(len(prompts))),
             prompt_lengths=list(map(len, prompts)),
-            answer_lengths=list(map(len, answers)),
+            completion_lengths=list(map(len, answers)),
             ended=[True] * len(prompts),
             completions=[str(a) for a in answers],
             columns={"prompt": [str(p) for p in prompts], **columns},
@@ -301,6 +299,8 @@ def test_joined_rollouts_mix_up_prompts_answers_or_columns():
     whole = join_rollouts([part([[1, 2, 3]], [[4]]), part([[5], [6, 7]], [[8, 8, 8], [0]], extra=["x", "y"])], 9)
     assert whole.tokens.tolist() == [[1, 2, 3, 4, 9, 9], [9, 9, 5, 8, 8, 8], [9, 6, 7, 0, 9, 9]]
     assert whole.completion_ids == [[4], [8, 8, 8], [0]]
+    assert whole.mask.tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+    assert whole.prompt_index == [0, 1, 2]
     assert whole.raw_completions == ["[4]", "[8, 8, 8]", "[0]"]
     assert whole.columns == {"prompt": ["[1, 2, 3]", "[5]", "[6, 7]"], "extra": [None, "x", "y"]}
     assert whole.logprobs is not None
@@ -335,12 +335,11 @@ def test_a_process_that_fails_leaves_the_others_waiting(folder):
 def kept_copies(config: PPOConfig) -> int:
     """Bytes of copies of layer weights that a forward pass keeps for its backward, besides the weights themselves."""
     trainer = trainer_of(config, sampler=Fixed())
-    world, policy = trainer.world, trainer.policy
-    mine = respond(trainer.sampler, trainer.tokenizer, world.share(ROWS[:5]), config, CPU)
+    distributed, policy = trainer.distributed, trainer.policy
+    mine = sample_rollout(trainer.sampler, trainer.tokenizer, distributed.local_rows(ROWS[:5]), config, CPU)
     scores, _ = score(mine, trainer.rewards, config)
-    rollout, scores = world.join(mine, scores, 257)
-    minibatches = cut_as(rollout, list(range(5)), config, world)
-    experience = evaluate(policy, trainer.reference, rollout, scores, minibatches, config, world=world)
+    rollout, scores = distributed.gather_rollout(mine, scores, 257)
+    experience = trainer.learner.experience_maker.make(rollout, scores)
     shapes = {tuple(p.shape) for p in trainer.actor.model.layers.parameters() if p.ndim == 2}
     shapes |= {shape[::-1] for shape in shapes}
     own = {p.untyped_storage().data_ptr() for p in policy.parameters() if not isinstance(p, DTensor)}
@@ -357,10 +356,8 @@ def kept_copies(config: PPOConfig) -> int:
         found.append(sum(x.untyped_storage().size() for x in kept))
         loss.backward()
 
-    with packed(policy), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        accumulate_gradients(
-            policy, minibatches[0], experience, config, world=world, filler=filler_of(rollout), backward=backward
-        )
+    with packed_mode(policy), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        trainer.learner.accumulate_gradients(experience.minibatches[0], experience, backward=backward)
     return max(found)
 
 
@@ -408,10 +405,10 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
         largest.__exit__(None, None, None)
         history = run_training(self)
         found["history"] = of_training(history)
-        found["weights"] = {name: full(p.detach()) for name, p in self.policy.named_parameters()}
+        found["weights"] = {name: to_full_tensor(p.detach()) for name, p in self.policy.named_parameters()}
         found["buffers"] = dict(self.policy.named_buffers())
         found["tied"] = self.actor.get_input_embeddings().weight is self.actor.get_output_embeddings().weight
-        found["digest"] = self.start_digest
+        found["digest"] = self.hashes.start_model
         return history
 
     run_training = PPOTrainer.train
@@ -494,7 +491,7 @@ def with_trained_adapters(config: PPOConfig) -> tuple[list[dict], dict[str, torc
     trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge, sampler=Fixed())
     assert isinstance(trainer.reference, AdapterReference)
     history = trainer.train()
-    weights = {name: full(p.detach()) for name, p in learned(trainer.policy)}
+    weights = {name: to_full_tensor(p.detach()) for name, p in trainable_state(trainer.policy)}
     return of_training(history), weights, trainer.reference.starts_trained
 
 
@@ -512,7 +509,7 @@ def refused_by_the_probe(config: PPOConfig) -> str:
     first = int(os.environ["RANK"]) == 0
     with torch.device("cpu" if first else "meta"):
         actor = tiny_llama(258)
-    complaint = mock.patch("ppo_fast.llm.trainer.probe_all", side_effect=UserError("no packed rows"))
+    complaint = mock.patch("ppo_fast.llm.models.build.detect_heads", side_effect=UserError("no packed rows"))
     with complaint if first else nullcontext(), pytest.raises(UserError) as error:
         PPOTrainer(config, actor, byte_tokenizer(), ROWS, judge)
     return str(error.value)

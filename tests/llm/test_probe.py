@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.llm.models.head import Head, decoder_of
-from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe, probe_all
+from ppo_fast.llm.models.head import HeadInfo, decoder_of
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, detect_head, detect_heads
 from ppo_fast.llm.packing import attention, flash
 from ppo_fast.rewards.fluency import Fluency
 
 BF16, FP16 = torch.bfloat16, torch.float16
 DTYPES = [torch.float32, BF16, FP16]
-TAKEN = Head(linear=True, packed=True)
+TAKEN = HeadInfo(linear=True, packed=True)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     by_buckets = attention._by_buckets
 
     def leaking(q: Tensor, k: Tensor, v: Tensor, layout: attention.Layout, **options: Any) -> Tensor:
-        return by_buckets(q, k, v, attention.Layout.of([q.shape[2]], q.device), **options)
+        return by_buckets(q, k, v, attention.Layout.from_lengths([q.shape[2]], q.device), **options)
 
     monkeypatch.setattr(attention, "_by_buckets", leaking)
 
@@ -77,7 +77,7 @@ def test_a_fast_path_that_fails_in_the_model_gives_way_to_buckets(name, precisio
     model.to({"autocast": torch.float32, "bf16 weights": BF16, "fp16 weights": FP16}[precision])
     dtype = "bfloat16" if precision == "autocast" else "float32"
     with stand_in.machine(tmp_path, "2.8.3"), stand_in.fault(fault), messages() as said:
-        head = probe(model, dtype=dtype)
+        head = detect_head(model, dtype=dtype)
         paths = {flash.decide(x).path for x in flash.requests() if x.dtype != torch.float32}
     assert head == TAKEN
     assert paths == {flash.BUCKETS}
@@ -89,7 +89,7 @@ def test_a_reward_that_probes_its_own_model_brings_no_rejected_path_back(tmp_pat
     """Nor does it say that it learns."""
     actor, reward = families.load("llama", tmp_path / "actor").bfloat16(), Fluency(bloom(), byte_tokenizer())
     with stand_in.machine(tmp_path, "2.8.3"), stand_in.fault("leak after the trial"), messages() as said:
-        probe(actor)
+        detect_head(actor)
         (request,) = flash.requests()
         before = flash.decide(request).path
         reward(["hi"], ["you"])
@@ -110,7 +110,7 @@ def test_the_next_fast_path_takes_over_before_buckets_do(tmp_path):
         tmp_path, "2.8.3", "from support.flash_attn_stand_in import raises as flash_attn_varlen_func"
     )
     with stand_in.machine(tmp_path, varlen=stand_in.torch_2_12), messages() as said:
-        assert probe(model, dtype="bfloat16") == TAKEN
+        assert detect_head(model, dtype="bfloat16") == TAKEN
         assert {flash.decide(x).path for x in flash.requests() if x.dtype == BF16} == {"torch varlen"}
     assert len(said) == 1
     assert "an illegal instruction" in said[0]
@@ -120,7 +120,7 @@ def test_the_next_fast_path_takes_over_before_buckets_do(tmp_path):
 def test_a_working_fast_path_is_taken_silently_in_the_precision_of_the_run(name, tmp_path):
     model = families.load(name, tmp_path / "model")
     with stand_in.machine(tmp_path, "2.8.3") as calls, messages() as said:
-        head = probe(model, dtype="bfloat16")
+        head = detect_head(model, dtype="bfloat16")
         assert {len(call["q"]) for _, call in calls} == {stand_in.TRIAL, sum(PROBE_LENGTHS)}
         assert {call["q"].dtype for _, call in calls} == {BF16}
     assert (head.linear, head.packed) == (True, True)
@@ -129,7 +129,7 @@ def test_a_working_fast_path_is_taken_silently_in_the_precision_of_the_run(name,
 
 def test_a_full_precision_run_on_a_gpu_says_nothing(tmp_path):
     with stand_in.machine(tmp_path, "2.8.3") as calls, messages() as said:
-        assert probe(families.load("llama", tmp_path / "model")) == TAKEN
+        assert detect_head(families.load("llama", tmp_path / "model")) == TAKEN
         assert not calls
     assert not said
 
@@ -137,7 +137,7 @@ def test_a_full_precision_run_on_a_gpu_says_nothing(tmp_path):
 def test_flash_attn_that_cannot_be_imported_is_announced_at_load(tmp_path):
     stand_in.write_package(tmp_path, "2.8.3", "raise ImportError('undefined symbol: _ZN3c10')")
     with stand_in.machine(tmp_path, varlen=stand_in.torch_2_12), messages() as said:
-        assert probe(families.load("llama", tmp_path / "model"), dtype="bfloat16", strict=True) == TAKEN
+        assert detect_head(families.load("llama", tmp_path / "model"), dtype="bfloat16", strict=True) == TAKEN
     assert len(said) == 1
     assert "flash-attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in said[0]
 
@@ -147,7 +147,7 @@ def test_the_device_of_the_run_is_asked_for_a_model_that_is_not_there_yet(tmp_pa
     device = torch.device("cuda:1")
     monkeypatch.setattr(flash.devices, "compute_capability", lambda x: (7, 5) if x == device else None)
     with messages() as said:
-        assert probe(families.load("llama", tmp_path), dtype="bfloat16", device=device) == TAKEN
+        assert detect_head(families.load("llama", tmp_path), dtype="bfloat16", device=device) == TAKEN
     assert len(said) == 1
     assert "needs compute capability 8.0, and cuda:1 has 7.5" in said[0]
 
@@ -156,7 +156,7 @@ def test_each_run_says_it_anew(tmp_path):
     model = families.load("llama", tmp_path / "model")
     with stand_in.machine(tmp_path, capability=(7, 5)), messages() as said:
         for _ in range(2):
-            probe(model, dtype="bfloat16")
+            detect_head(model, dtype="bfloat16")
     assert len(said) == 2
 
 
@@ -168,11 +168,11 @@ def test_each_run_says_it_anew(tmp_path):
 def test_attention_that_leaks_between_sequences_is_found(name, dtype, one_sequence, tmp_path):
     model = families.load(name, tmp_path).to(dtype)
     with messages() as said:
-        assert not probe(model).packed
+        assert not detect_head(model).packed
     assert len(said) == 1
     assert "gives other hidden states on packed rows than one by one: it learns from padded rows" in said[0]
     with pytest.raises(UserError, match="strict"):
-        probe(model, strict=True)
+        detect_head(model, strict=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,7 +181,7 @@ def test_a_family_takes_packed_rows_in_every_precision(name, dtype, tmp_path):
     model = families.load(name, tmp_path).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        head = probe(model)
+        head = detect_head(model)
     assert head.packed
     assert head.linear
 
@@ -192,14 +192,14 @@ def test_a_deep_model_is_not_taken_for_one_that_leaks(shape, dtype):
     """At 96 layers two orders of summation differ by more than 64 units in the last place."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert probe(deep(*shape).to(dtype)) == TAKEN
+        assert detect_head(deep(*shape).to(dtype)) == TAKEN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("shape", [(96, 64, 0.2), (48, 128, 0.1), (24, 64, 0.02)])
 def test_a_leak_is_found_in_a_deep_model(shape, dtype, one_sequence):
     with messages() as said:
-        assert not probe(deep(*shape).to(dtype)).packed
+        assert not detect_head(deep(*shape).to(dtype)).packed
     assert len(said) == 1
 
 
@@ -215,23 +215,23 @@ def test_a_hidden_factor_of_the_logits_is_found_in_every_precision(dtype, tmp_pa
 
     actor.forward = scaled
     with pytest.warns(UserWarning, match="are not its LM head times its hidden states"):
-        assert not probe(actor).linear
+        assert not detect_head(actor).linear
 
 
 def test_a_critic_or_reference_that_does_not_take_packed_rows_is_found(tmp_path):
     actor = families.load("llama", tmp_path)
-    padded = Head(linear=True, packed=False)
+    padded = HeadInfo(linear=True, packed=False)
     with messages() as said:
-        found = probe_all(actor, decoder_of(bloom()), None)
+        found = detect_heads(actor, decoder_of(bloom()), None)
         assert (found.actor, found.critic) == (TAKEN, padded)
-        found = probe_all(actor, None, bloom())
+        found = detect_heads(actor, None, bloom())
         assert (found.actor, found.reference) == (TAKEN, padded)
     assert len(said) == 2
     assert "this BloomModel gives other hidden states" in said[0]
     assert "this BloomForCausalLM gives other hidden states" in said[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = probe_all(actor, decoder_of(actor), families.load("gpt2", tmp_path))
+        found = detect_heads(actor, decoder_of(actor), families.load("gpt2", tmp_path))
     assert found.actor == found.critic == found.reference == TAKEN
 
 
@@ -239,7 +239,7 @@ def test_a_critic_with_another_head_size_is_announced(tmp_path):
     actor = families.load("llama", tmp_path / "model")
     critic = AutoModelForCausalLM.from_config(LlamaConfig(**{**families.SHAPE, "head_dim": 12}))
     with stand_in.machine(tmp_path, "2.8.3"), messages() as said:
-        assert probe_all(actor, decoder_of(critic), None, dtype="bfloat16").critic == TAKEN
+        assert detect_heads(actor, decoder_of(critic), None, dtype="bfloat16").critic == TAKEN
     assert len(said) == 1
     assert "multiple of 8 up to 256, not 12" in said[0]
 
@@ -256,7 +256,7 @@ def test_products_are_exact_while_the_probe_compares_and_as_before_afterwards(pr
     hook = model.lm_head.register_forward_pre_hook(note)
     torch.set_float32_matmul_precision(precision)
     try:
-        probe(model)
+        detect_head(model)
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cuda.matmul.allow_tf32 == (precision != "highest")
     finally:
@@ -270,7 +270,7 @@ def test_a_precision_set_by_the_newer_interface_is_as_before_after_the_probe(tmp
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
-        probe(model)
+        detect_head(model)
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
@@ -285,7 +285,7 @@ def test_an_error_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "forward", copy.deepcopy(model).forward)
     monkeypatch.setattr(decoder_of(model), "forward", refuse)
     with messages() as said:
-        probe(model)
+        detect_head(model)
     assert "do not fit its LM head (NotImplementedError)" in said[0]
 
 
@@ -293,7 +293,7 @@ def test_an_error_of_packed_rows_without_a_message_is_named_by_its_type(tmp_path
     model = families.load("llama", tmp_path)
     monkeypatch.setattr(attention, "_by_buckets", refuse)
     with messages() as said:
-        assert not probe(model).packed
+        assert not detect_head(model).packed
     assert "does not take packed rows (NotImplementedError)" in said[0]
 
 
@@ -303,7 +303,7 @@ def test_an_error_in_the_model_restores_the_precision_of_products(tmp_path):
     try:
         model.forward = None
         with pytest.raises(TypeError):
-            probe(model)
+            detect_head(model)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

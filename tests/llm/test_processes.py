@@ -29,7 +29,7 @@ from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import full, why_lost
+from ppo_fast.llm.distributed import peer_failure, to_full_tensor
 from ppo_fast.llm.meeting import Meeting
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.reward.isolation import isolated
@@ -142,7 +142,7 @@ def test_only_errors_of_collective_operations_are_taken_for_a_lost_process(monke
         (RuntimeError("the judge's server: timeout"), None),
         (RuntimeError("Broken pipe"), None),
     ]:
-        found = why_lost(error)
+        found = peer_failure(error)
         assert (expected in found) if expected else found == "", str(error)
 
 
@@ -264,7 +264,9 @@ def streams(out: str) -> dict[str, list[list[int]]]:
 
         def keep(trainer: PPOTrainer, _: Any, seed: int = seed, start: int = start) -> bool:
             assert trainer.last_rollout is not None
-            found[f"step {trainer.steps_done}, seed {seed}, {trainer.world.size}"] = trainer.last_rollout.completion_ids
+            found[f"step {trainer.steps_done}, seed {seed}, {trainer.distributed.size}"] = (
+                trainer.last_rollout.completion_ids
+            )
             return trainer.steps_done - start == 2
 
         trainer.train(keep)
@@ -321,9 +323,9 @@ def two_steps(parallel: str, make: Callable[[], Any]) -> tuple[list[float], list
     """Scores and notes, and how many weights of experts have been trained."""
     warnings.simplefilter("ignore")
     trainer = trainer_of(options(parallel=parallel, total_steps=2, micro_batch_tokens=14), actor=make())
-    before = {name: full(p.detach()).clone() for name, p in trainer.policy.named_parameters()}
+    before = {name: to_full_tensor(p.detach()).clone() for name, p in trainer.policy.named_parameters()}
     scores = [trainer.step()["score"] for _ in range(2)]
-    after = {name: full(p.detach()) for name, p in trainer.policy.named_parameters()}
+    after = {name: to_full_tensor(p.detach()) for name, p in trainer.policy.named_parameters()}
     return scores, trainer.notes, sum("expert" in n and not torch.equal(x, before[n]) for n, x in after.items())
 
 

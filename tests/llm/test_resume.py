@@ -14,8 +14,7 @@ from ppo_fast.cli.main import main
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.report.progress import cut_back
-from ppo_fast.llm.state import restore
+from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
@@ -98,9 +97,9 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_p
     older = checkpoint.read(saved)
     for name in ("tf32", "chunk_bytes", "cudnn_attention"):
         del older.state["run"]["config"][name]
-    assert restore(trainer_of(tmp_path / "other"), older) == []
+    assert trainer_of(tmp_path / "other").load_state_dict(older) == []
     with pytest.raises(UserError, match="chunk_bytes was None and is 1000"):
-        restore(trainer_of(tmp_path / "third", chunk_bytes=1000), older)
+        trainer_of(tmp_path / "third", chunk_bytes=1000).load_state_dict(older)
 
 
 def test_a_run_without_a_checkpoint_does_not_start_at_the_start(tmp_path):
@@ -135,7 +134,7 @@ def test_a_damaged_checkpoint_is_loaded(tmp_path, saved, name, harm):
     else:
         (saved / name).write_bytes(data if harm == "flipped bit" else data[:-1])
     what = "is missing" if harm == "missing" else "is not as it was written"
-    match = rf"the checkpoint .*step-2 is damaged: {name} {what}; there is no other: start anew with --overwrite"
+    match = rf"the checkpoint .*step-2 is damaged: {name} {what}; there is no other: start again with --overwrite"
     with pytest.raises(UserError, match=match):
         trainer_of(tmp_path / "run").resume()
 
@@ -253,7 +252,7 @@ def test_another_thread_count_is_not_said(tmp_path, saved):
         assert trainer.resume()
     finally:
         torch.set_num_threads(threads)
-    said = f"threads was {threads} and is {threads + 1} now: the run goes on, but not bit for bit as it would have"
+    said = f"threads was {threads} and is {threads + 1} now: the run continues, but not bit for bit as it would have"
     assert said in trainer.notes
 
 
@@ -339,7 +338,7 @@ def test_half_a_line_of_a_killed_run_is_kept(tmp_path):
     rows = [{"step": 1, "score": None}, {"step": 2, "score": 1.0}, {"step": 3, "score": 2.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "sco'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert cut_back(tmp_path, 2) == rows[:2]
+    assert truncate_logs(tmp_path, 2) == rows[:2]
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
 
 

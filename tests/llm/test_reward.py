@@ -15,7 +15,7 @@ from support.tiny import byte_tokenizer, tiny_llama
 
 from ppo_fast.common.errors import RewardError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.packing.rollout import Rollout, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import load_reward, matches, stays_in_role
@@ -26,8 +26,10 @@ CONFIG = PPOConfig()
 def rollout() -> Rollout:
     return Rollout(
         tokens=torch.tensor([[9, 1, 2, 3], [8, 4, 5, 0]]),
+        mask=mask_of_lengths([3, 2]),
+        prompt_index=[0, 1],
         prompt_lengths=[1, 1],
-        answer_lengths=[3, 2],
+        completion_lengths=[3, 2],
         ended=[False, True],
         completions=["abc", "de"],
         columns={"prompt": ["p", "q"], "answer": ["abc", "x"]},

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.decoding import AnswerText, StopTexts
+from ppo_fast.llm.decoding import CompletionText, StopTexts
 from ppo_fast.llm.report.explanation import visible
-from ppo_fast.llm.sample import Answers, GenerateSampler, generate, respond
+from ppo_fast.llm.sample import Completions, GenerateSampler, SamplingParams, generate, sample_rollout
 from ppo_fast.rewards import Fluency
 
 CPU = torch.device("cpu")
@@ -51,8 +51,8 @@ class Fixed:
         self.answers = answers
         self.ended = ended
 
-    def sample(self, prompts, config):
-        return Answers([list(ids) for ids in self.answers], [self.ended] * len(prompts))
+    def sample(self, prompts, params):
+        return Completions([list(ids) for ids in self.answers], [self.ended] * len(prompts))
 
 
 def config(**options) -> PPOConfig:
@@ -81,7 +81,7 @@ def preferring(model, *favourites: int, never: tuple[int, ...] = ()):
 def test_prompt_and_answer_are_the_text_that_the_model_wrote(kind):
     tokenizer, prompt = KINDS[kind](), "the capital is"
     answer = [*ids_of("\u2581Paris"), tokenizer.eos_token_id]
-    rollout = respond(Fixed([answer]), tokenizer, [{"prompt": prompt}], config(prompts_per_step=1), CPU)
+    rollout = sample_rollout(Fixed([answer]), tokenizer, [{"prompt": prompt}], config(prompts_per_step=1), CPU)
     whole = tokenizer(prompt)["input_ids"] + answer
     assert rollout.completions == [" Paris"]
     assert prompt + rollout.completions[0] == tokenizer.decode(whole, skip_special_tokens=True)
@@ -99,7 +99,7 @@ def test_prompt_and_answer_are_the_text_that_the_model_wrote(kind):
     ],
 )
 def test_spaces_of_an_answer_are_kept(kind, words, text):
-    texts = AnswerText(KINDS[kind](), [ids_of("\u2581the", "\u2581capital", "<end>")])
+    texts = CompletionText(KINDS[kind](), [ids_of("\u2581the", "\u2581capital", "<end>")])
     assert texts.decode([ids_of(*words)]) == [text]
 
 
@@ -109,7 +109,7 @@ def test_fluency_reads_the_tokens_of_an_answer_that_the_model_wrote(kind, words)
     tokenizer = KINDS[kind]()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     asked = tokenizer("the capital is")["input_ids"]
-    (completion,) = AnswerText(tokenizer, [asked]).decode([ids_of(*words)])
+    (completion,) = CompletionText(tokenizer, [asked]).decode([ids_of(*words)])
     judge = Fluency(tiny_llama(len(WORDS)), tokenizer)
     for prompt in ("the capital is", [{"role": "user", "content": "the capital is"}]):
         found = judge._continuation(prompt, asked, completion)
@@ -117,25 +117,25 @@ def test_fluency_reads_the_tokens_of_an_answer_that_the_model_wrote(kind, words)
 
 
 def test_an_answer_to_special_tokens_alone_begins_the_text():
-    assert AnswerText(metaspace_tokenizer(), [ids_of("<end>")]).decode([ids_of("\u2581Paris")]) == ["Paris"]
+    assert CompletionText(metaspace_tokenizer(), [ids_of("<end>")]).decode([ids_of("\u2581Paris")]) == ["Paris"]
 
 
 def test_characters_of_several_bytes_are_decoded_whole_next_to_a_prompt_that_ends_with_one():
     tokenizer = llama_tokenizer()
     prompt = tokenizer("the \u00e9\U0001f642")["input_ids"]
     answer = [WORDS.index(f"<0x{byte:02X}>") for byte in "\U0001f600".encode()]
-    assert AnswerText(tokenizer, [prompt]).decode([answer]) == ["\U0001f600"]
-    assert AnswerText(tokenizer, [prompt]).decode([answer[:2]]) == ["\ufffd\ufffd"]  # cut by its length
+    assert CompletionText(tokenizer, [prompt]).decode([answer]) == ["\U0001f600"]
+    assert CompletionText(tokenizer, [prompt]).decode([answer[:2]]) == ["\ufffd\ufffd"]  # cut by its length
     in_bytes = byte_tokenizer()
     prompt, answer = in_bytes("\u00e9")["input_ids"], in_bytes("\u00ea!")["input_ids"]
-    assert AnswerText(in_bytes, [prompt]).decode([answer]) == ["\u00ea!"]
+    assert CompletionText(in_bytes, [prompt]).decode([answer]) == ["\u00ea!"]
 
 
 def test_spaces_before_punctuation_are_kept():
     tokenizer = byte_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
     answer = tokenizer("yes , it is n't .")["input_ids"]
-    assert AnswerText(tokenizer, [tokenizer("Is it ?")["input_ids"]]).decode([answer]) == ["yes , it is n't ."]
+    assert CompletionText(tokenizer, [tokenizer("Is it ?")["input_ids"]]).decode([answer]) == ["yes , it is n't ."]
 
 
 def test_marks_and_the_end_are_in_the_raw_text_only_and_other_special_tokens_in_both():
@@ -146,13 +146,13 @@ def test_marks_and_the_end_are_in_the_raw_text_only_and_other_special_tokens_in_
     first, second = (tokenizer(text)["input_ids"] for text in ("<think>two</think> 2", "3<|user|>"))
     answers = [[*first, tokenizer.eos_token_id], second]
     rows = [{"prompt": "1 + 1?"}, {"prompt": "1 + 2?"}]
-    rollout = respond(Fixed(answers), tokenizer, rows, config(prompts_per_step=2, max_new_tokens=40), CPU)
+    rollout = sample_rollout(Fixed(answers), tokenizer, rows, config(prompts_per_step=2, max_new_tokens=40), CPU)
     assert rollout.completions == ["<think>two</think> 2", "3"]
     assert rollout.raw_completions == ["<think>two</think> 2<end>", "3<|user|>"]  # with the end token, without padding
 
 
 def test_a_space_is_visible_in_the_first_token_of_an_explained_answer():
-    texts = AnswerText(metaspace_tokenizer(), [ids_of("\u2581the")])
+    texts = CompletionText(metaspace_tokenizer(), [ids_of("\u2581the")])
     assert [visible(texts, i) for i in ids_of("\u2581Paris", "a")] == ["\u2423Paris", "a"]
 
 
@@ -161,7 +161,7 @@ def test_the_end_of_a_prompt_is_not_a_part_of_a_stop_text():
     (line,) = tokenizer("\n")["input_ids"]
     model = preferring(tiny_llama(len(tokenizer)), line, line)
     prompts = [tokenizer("Q: hi\n")["input_ids"], tokenizer("Q: hello")["input_ids"]]
-    found = generate(model, tokenizer, prompts, config(stop=("\n\n",), max_new_tokens=6))
+    found = generate(model, tokenizer, prompts, SamplingParams(stop=("\n\n",), max_new_tokens=6))
     assert found.ids == [[line, line]] * 2
     assert found.ended == [True, True]
     assert [len(row) for row in found.logprobs] == [2, 2]
@@ -174,7 +174,7 @@ def test_a_stop_text_that_begins_with_a_space_ends_an_answer_at_its_first_token(
     (end,) = ids_of("\u2581END")
     prompt = tokenizer("the capital is")["input_ids"]
     model = preferring(model, end, never=(*ids_of("<end>", "<pad>"), end))
-    found = generate(model, tokenizer, [prompt, prompt], config(stop=(" END",), max_new_tokens=5))
+    found = generate(model, tokenizer, [prompt, prompt], SamplingParams(stop=(" END",), max_new_tokens=5))
     assert (found.ids[0], found.ended[0]) == ([end], True)
     assert (len(found.ids[1]), found.ended[1]) == (5, False)
 
@@ -184,7 +184,7 @@ def test_padding_is_no_part_of_any_answer():
     prompts = [tokenizer(text)["input_ids"] for text in ("see", "the", "a e", "be")]
     torch.manual_seed(1)
     found = GenerateSampler(tiny_llama(len(tokenizer)), tokenizer).sample(
-        prompts, config(stop=("e", "a", "o", "t", "\u00e9"), max_new_tokens=60)
+        prompts, SamplingParams(stop=("e", "a", "o", "t", "\u00e9"), max_new_tokens=60)
     )
     assert any(found.ended)
     assert len({len(ids) for ids in found.ids}) > 1
@@ -199,23 +199,23 @@ def test_the_token_that_completes_a_stop_text_is_the_first_whose_prefix_has_it(s
     tokenizer = byte_tokenizer()
     text = "\U0001f643 a b Question:ab c Question: <pad> \U0001f642ab"
     ids = tokenizer(text)["input_ids"]
-    stops = StopTexts(AnswerText(tokenizer, [tokenizer("so a")["input_ids"]]), (stop,))
+    stops = StopTexts(CompletionText(tokenizer, [tokenizer("so a")["input_ids"]]), (stop,))
     first = next(n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
     assert next(n for n in range(1, len(ids) + 1) if stops.completed(0, ids, n)) == first
 
 
 def test_an_empty_stop_text_is_an_error():
     with pytest.raises(UserError, match="a stop text is empty"):
-        StopTexts(AnswerText(byte_tokenizer(), [[1]]), ("\n", ""))
+        StopTexts(CompletionText(byte_tokenizer(), [[1]]), ("\n", ""))
 
 
 def test_a_sampler_gets_its_own_prompts():
     class Appending(Fixed):
-        def sample(self, prompts, config):
+        def sample(self, prompts, params):
             for ids in prompts:
                 ids.append(0)
-            return super().sample(prompts, config)
+            return super().sample(prompts, params)
 
     tokenizer = byte_tokenizer()
-    rollout = respond(Appending([[5]]), tokenizer, [{"prompt": "ab"}], config(prompts_per_step=1), CPU)
+    rollout = sample_rollout(Appending([[5]]), tokenizer, [{"prompt": "ab"}], config(prompts_per_step=1), CPU)
     assert rollout.tokens.tolist() == [[*tokenizer("ab")["input_ids"], 5]]

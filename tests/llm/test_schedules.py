@@ -74,7 +74,7 @@ def changed(model, before) -> bool:
 def test_target_kl_stops_the_actor_alone(critic):
     trainer = trainer_of(target_kl=1e-4, lr=3e-2, lr_schedule="constant", critic=critic, epochs=3)
     updates = {"actor": 0, "critic": 0}
-    for name, optimizer in (("actor", trainer.actor_optimizer), ("critic", trainer.critic_optimizer)):
+    for name, optimizer in (("actor", trainer.learner.optimizers.actor), ("critic", trainer.learner.optimizers.critic)):
         step = optimizer.step
 
         def counted(name=name, step=step):
@@ -92,13 +92,13 @@ def test_target_kl_stops_the_actor_alone(critic):
 def test_after_the_stop_the_actor_stays_as_it_is(monkeypatch):
     trainer = trainer_of(target_kl=1e-9, lr=3e-2, epochs=4, minibatches=1)
     weights = []
-    step = trainer.critic_optimizer.step
+    step = trainer.learner.optimizers.critic.step
 
     def watched():
         step()
         weights.append(snapshot(trainer.actor))
 
-    monkeypatch.setattr(trainer.critic_optimizer, "step", watched)
+    monkeypatch.setattr(trainer.learner.optimizers.critic, "step", watched)
     trainer.step()
     assert all(torch.equal(weights[0][name], weights[-1][name]) for name in weights[0])
 
@@ -109,8 +109,8 @@ def test_critic_warm_up_computes_no_hidden_states_of_the_actor():
     trainer.actor.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     sampled = trainer.sampler.sample
 
-    def sample(prompts, config):
-        answers = sampled(prompts, config)
+    def sample(prompts, params):
+        answers = sampled(prompts, params)
         calls.clear()
         return answers
 
@@ -126,7 +126,7 @@ def test_controllers_wait_for_the_actor():
     found = [trainer.step() for _ in range(4)]
     assert [m["kl_coef"] for m in found[:3]] == [0.05] * 3
     assert [m["entropy_coef"] for m in found[:3]] == [0.0] * 3
-    assert trainer.kl_controller.coef != 0.05
+    assert trainer.learner.kl_controller.coef != 0.05
     assert found[3]["kl_coef"] != 0.05
 
 
@@ -144,7 +144,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
 
 def test_adam_takes_its_constants_from_the_options():
     assert PPOConfig().adam_eps == 1e-8
-    adamw = trainer_of(adam_eps=1e-3, adam_beta1=0.5, adam_beta2=0.75).actor_optimizer.adamw
+    adamw = trainer_of(adam_eps=1e-3, adam_beta1=0.5, adam_beta2=0.75).learner.optimizers.actor.adamw
     assert (adamw.defaults["eps"], adamw.defaults["betas"]) == (1e-3, (0.5, 0.75))
 
 
@@ -153,7 +153,7 @@ def test_no_limit_of_the_gradient_norm():
     gradients = []
     for limit in (None, 1e-3):
         trainer = trainer_of(max_grad_norm=limit, epochs=1, minibatches=1)
-        trainer.actor_optimizer.step = lambda: None
+        trainer.learner.optimizers.actor.step = lambda: None
         metrics = trainer.step()
         assert metrics["learn/grad_norm"] > 1e-2
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.actor.parameters()]).norm().item())
@@ -179,7 +179,7 @@ def test_numbers_are_finite(name, value):
 
 
 def test_a_seed_fits_every_generator():
-    with pytest.raises(UserError, match=r"seed must lie in \[0, 4294967295\], got 4294967296"):
+    with pytest.raises(UserError, match=r"seed must be in \[0, 4294967295\], got 4294967296"):
         PPOConfig(seed=2**32)
     assert trainer_of(seed=2**32 - 1, total_steps=1).step()["step"] == 1
 

@@ -6,18 +6,18 @@ import math
 
 import pytest
 import torch
+from support.learning import experience_of, learner_of
 from support.tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.common.errors import NonFiniteError, UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.experience import cut_as, evaluate, packed
-from ppo_fast.llm.learn import accumulate_gradients, learn
+from ppo_fast.llm.experience import ExperienceMaker
 from ppo_fast.llm.models.build import build_models
-from ppo_fast.llm.optimizer import Optimizer
-from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.models.policy import packed_mode
+from ppo_fast.llm.packing.rollout import Rollout, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, respond
+from ppo_fast.llm.sample import GenerateSampler, sample_rollout
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "weight": float(i)} for i, text in enumerate(["hi", "what time is it", "a", "the fox jumps"])]
@@ -52,9 +52,10 @@ def make_rollout(actor, options: PPOConfig) -> Rollout:
     torch.manual_seed(1)
     rows = [ROWS[i % len(ROWS)] for i in range(options.prompts_per_step)]
     sampler = GenerateSampler(actor, byte_tokenizer())
-    rollout = respond(sampler, byte_tokenizer(), rows, options, torch.device("cpu"))
+    rollout = sample_rollout(sampler, byte_tokenizer(), rows, options, torch.device("cpu"))
     for row in range(0, len(rollout), 3):  # ragged ends: an untrained model hardly ever ends by itself
-        rollout.answer_lengths[row] = 1 + row % 5
+        rollout.completion_lengths[row] = 1 + row % 5
+    rollout.mask = mask_of_lengths(rollout.completion_lengths)
     return rollout
 
 
@@ -62,21 +63,14 @@ def prepare(actor, options: PPOConfig):
     rollout = make_rollout(actor, options)
     policy, reference = build_models(options, actor, None, None, torch.device("cpu"))
     torch.nn.init.normal_(policy.critic.head.weight, std=0.1)
-    minibatches = cut_as(rollout, list(range(len(rollout))), options)
     scores, _ = score(rollout, {"vowels": count_e}, options)
-    experience = evaluate(policy, reference, rollout, scores, minibatches, options)
-    return rollout, policy, minibatches, experience
-
-
-def optimizers_of(policy, options: PPOConfig) -> tuple[Optimizer, Optimizer]:
-    return Optimizer(policy.actor, 1e-3, options), Optimizer(policy.critic, 1e-3, options)
+    return rollout, policy, experience_of(policy, reference, rollout, scores, options)
 
 
 def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(actor):
     options = config()
-    rollout, policy, minibatches, experience = prepare(actor, options)
-    optimizers = optimizers_of(policy, options)
-    history = learn(policy, rollout, experience, minibatches, *optimizers, options, torch.Generator())
+    _, policy, experience = prepare(actor, options)
+    history = learner_of(policy, options).update(experience)
     assert history[0]["ratio_max"] == 1.0
     assert history[0]["approx_kl"] == 0.0
     assert history[0]["clip_fraction"] == 0.0
@@ -85,10 +79,11 @@ def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(actor):
 
 def test_other_packs_give_a_first_ratio_that_is_one_but_for_rounding(actor):
     options = config()
-    rollout, policy, minibatches, experience = prepare(actor, options)
-    others = cut_as(rollout, list(range(len(rollout))), dataclasses.replace(options, micro_batch_tokens=1000))
-    assert len(others[0]) < len(minibatches[0])
-    history = learn(policy, rollout, experience, others, *optimizers_of(policy, options), options, torch.Generator())
+    rollout, policy, experience = prepare(actor, options)
+    maker = ExperienceMaker(policy, None, dataclasses.replace(options, micro_batch_tokens=1000))
+    others = maker.split_minibatches(rollout, range(len(rollout)))
+    assert len(others[0]) < len(experience.minibatches[0])
+    history = learner_of(policy, options).update(dataclasses.replace(experience, minibatches=others))
     assert abs(history[0]["ratio_max"] - 1) < 1e-4
 
 
@@ -100,14 +95,15 @@ def gradient_of(policy) -> torch.Tensor:
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_gradient_does_not_depend_on_the_packs(actor, aggregation, critic):
     options = config(minibatches=1, micro_batch_tokens=1000, aggregation=aggregation, entropy_coef=0.01, critic=critic)
-    rollout, policy, _, experience = prepare(actor, options)
+    rollout, policy, experience = prepare(actor, options)
     gradients = []
     for budget, parts in ((1000, 1), (100, 2), (1, 10)):
-        (minibatch,) = cut_as(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=budget))
+        maker = ExperienceMaker(policy, None, dataclasses.replace(options, micro_batch_tokens=budget))
+        (minibatch,) = maker.split_minibatches(rollout, range(10))
         assert len(minibatch) >= parts
         policy.zero_grad()
-        with packed(policy):
-            accumulate_gradients(policy, minibatch, experience, options)
+        with packed_mode(policy):
+            learner_of(policy, options).accumulate_gradients(minibatch, experience)
         gradients.append(gradient_of(policy))
     scale = gradients[0].abs().max()
     assert scale > 0
@@ -118,20 +114,19 @@ def test_gradient_does_not_depend_on_the_packs(actor, aggregation, critic):
 def test_neighbours_in_a_pack_change_a_logprob(actor):
     """One sequence alone equals the same sequence in a pack with others."""
     options = config(micro_batch_tokens=1000, minibatches=1)
-    rollout, policy, _, together = prepare(actor, options)
-    alone = cut_as(rollout, list(range(10)), dataclasses.replace(options, micro_batch_tokens=1))
+    rollout, policy, together = prepare(actor, options)
     scores, _ = score(rollout, {"vowels": count_e}, options)
-    single = evaluate(policy, None, rollout, scores, alone, options)
+    single = experience_of(policy, None, rollout, scores, dataclasses.replace(options, micro_batch_tokens=1))
     torch.testing.assert_close(single.logprobs, together.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(single.values, together.values, rtol=0, atol=1e-5)
 
 
 def test_logprobs_equal_those_of_the_model_called_by_hand(actor):
     options = config(temperature=0.7)
-    rollout, _, _, experience = prepare(actor, options)
+    rollout, _, experience = prepare(actor, options)
     row = 1
-    P, T = rollout.prompt_lengths[row], rollout.answer_lengths[row]
-    start = rollout.tokens.shape[1] - rollout.answer_width
+    P, T = rollout.prompt_lengths[row], rollout.completion_lengths[row]
+    start = rollout.tokens.shape[1] - rollout.completion_width
     ids = rollout.tokens[row : row + 1, start - P : start + T]
     with torch.no_grad():
         expected = torch.log_softmax(actor(ids).logits.double() / 0.7, -1)[0, P - 1 : -1]
@@ -153,12 +148,11 @@ def test_two_runs_with_one_seed_give_identical_metrics(tmp_path):
 
 def test_a_not_finite_loss_stops_before_the_weights_and_is_named(actor):
     options = config()
-    rollout, policy, minibatches, experience = prepare(actor, options)
+    _, policy, experience = prepare(actor, options)
     experience.advantages[0, 0] = float("nan")
-    optimizers = optimizers_of(policy, options)
     before = [p.clone() for p in actor.parameters()]
     with pytest.raises(NonFiniteError, match="policy_loss = nan"):
-        learn(policy, rollout, experience, minibatches, *optimizers, options, torch.Generator())
+        learner_of(policy, options).update(experience)
     assert all(torch.equal(a, b) for a, b in zip(before, actor.parameters(), strict=True))
 
 
@@ -217,7 +211,7 @@ def test_answers_end_with_their_first_end_token_even_if_it_is_also_the_pad_token
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     sampler = GenerateSampler(actor, tokenizer)
-    rollout = respond(sampler, tokenizer, ROWS * 60, config(), actor.device)  # 1 token in 258 ends an answer
+    rollout = sample_rollout(sampler, tokenizer, ROWS * 60, config(), actor.device)  # 1 token in 258 ends an answer
     assert 0 < sum(rollout.ended) < len(rollout)
     for ids, ended in zip(rollout.completion_ids, rollout.ended, strict=True):
         assert (256 in ids) == ended
@@ -266,7 +260,7 @@ def test_memory_does_not_grow_over_steps(actor):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\], got 1.5"),
+        ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
         ({"lr": "fast"}, "lr must be of type float, got 'fast'"),
         ({"epochs": True}, "epochs must be of type int, got True"),

@@ -15,11 +15,10 @@ from support import families, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.models.modes import compute_in
-from ppo_fast.llm.models.probe import PROBE_LENGTHS, probe
+from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.probe import PROBE_LENGTHS, detect_head
 from ppo_fast.llm.packing.attention import Layout, packed_attention
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import SamplingParams, generate
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +45,7 @@ def test_two_steps_have_finite_metrics_and_a_first_ratio_of_one(device, family, 
 def test_weights_gradients_and_moments_are_fp32_under_autocast(device, family, dtype):
     trainer = tiny.tiny_trainer(family, dtype, device, total_steps=1)
     trainer.train()
-    for optimizer in (trainer.actor_optimizer, trainer.critic_optimizer):
+    for optimizer in (trainer.learner.optimizers.actor, trainer.learner.optimizers.critic):
         for weight, state in optimizer.adamw.state.items():
             assert weight.dtype == state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
             assert weight.device.type == state["exp_avg"].device.type == device.type
@@ -64,12 +63,11 @@ def test_log_probabilities_of_sampler_and_trainer_agree(device, family, dtype):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_same_seed_samples_the_same_answers(device, family):
     actor, tokenizer = tiny.tiny_actor(family).to(device), tiny.byte_tokenizer()
-    config = PPOConfig(max_new_tokens=12, device=str(device), quiet=True)
     prompts = [tokenizer(text)["input_ids"] for text in tiny.PROMPTS]
     answers = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        answers.append(generate(actor, tokenizer, prompts, config))
+        answers.append(generate(actor, tokenizer, prompts, SamplingParams(max_new_tokens=12)))
     assert answers[0] == answers[1]
     assert answers[0].ids != answers[2].ids
 
@@ -102,7 +100,7 @@ def test_a_resumed_run_samples_the_answers_of_the_run_that_went_on(tmp_path, mon
 @pytest.mark.parametrize("name", families.NAMES)
 def test_the_probe_takes_every_family_as_linear_and_packed(tmp_path, device, name):
     """`strict` turns the warning of a slower path into an error."""
-    head = probe(families.load(name, tmp_path).to(device), strict=True)
+    head = detect_head(families.load(name, tmp_path).to(device), strict=True)
     assert head.linear
     assert head.packed
 
@@ -113,7 +111,7 @@ def sequence_by_sequence(model, ids: Tensor) -> Tensor:
 
 
 def as_one_row(model, ids: Tensor) -> Tensor:
-    layout = Layout.of(list(PROBE_LENGTHS), ids.device)
+    layout = Layout.from_lengths(list(PROBE_LENGTHS), ids.device)
     positions = torch.cat([torch.arange(n, device=ids.device) for n in PROBE_LENGTHS]).unsqueeze(0)
     with packed_attention(model):
         out = model(input_ids=ids.unsqueeze(0), position_ids=positions, use_cache=False, **layout.arguments())
@@ -131,7 +129,7 @@ def test_packed_rows_are_as_exact_as_rows_one_by_one(device, family, dtype):
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def evaluated(function) -> list[Tensor]:
-        with compute_in(dtype, device):
+        with autocast(dtype, device):
             logits = function(model, ids)
         return [logits.detach(), *torch.autograd.grad((logits * upstream).sum(), weights)]
 

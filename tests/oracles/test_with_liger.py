@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 import ppo_fast as ppo  # noqa: E402
 from ppo_fast.examples import with_liger  # noqa: E402
 from ppo_fast.llm.config import PPOConfig  # noqa: E402
-from ppo_fast.llm.models.probe import probe  # noqa: E402
+from ppo_fast.llm.models.probe import detect_head  # noqa: E402
 from ppo_fast.llm.trainer import PPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger on CPU tensors")
@@ -94,7 +94,7 @@ def test_gradients_of_ppos_loss_match(critic, calls):
 def test_the_probe_accepts_a_model_whose_numbers_are_right(fused, recwarn):
     model = with_liger_kernels(tiny_llama(), fused_linear_cross_entropy=fused)
     assert isinstance(model.__dict__.get("forward"), MethodType) == fused
-    head = probe(model, strict=True)
+    head = detect_head(model, strict=True)
     assert head.linear
     assert head.packed
     assert not [w for w in recwarn if "logits" in str(w.message)]
@@ -111,7 +111,7 @@ def test_the_probe_rejects_a_forward_that_does_more():
 
     model.forward = scaled
     with pytest.warns(UserWarning, match="are not its LM head times its hidden states"):
-        assert not probe(model).linear
+        assert not detect_head(model).linear
 
 
 def test_a_copy_computes_with_the_originals_weights():

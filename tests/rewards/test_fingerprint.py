@@ -12,8 +12,8 @@ from support.tiny import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from ppo_fast.llm.models.reward_model import RewardModel
+from ppo_fast.llm.models.weights import weights_hash
 from ppo_fast.llm.reward.fingerprint import reward_fingerprint
-from ppo_fast.llm.state import digest
 from ppo_fast.rewards import Configured, Fluency, Pool, load_reward, numeric, rouge_l
 
 CODE = """
@@ -76,7 +76,7 @@ def module_of(folder: Path, code: str, name: str = "rewards_of_test"):
 
 
 def of(function) -> str:
-    return reward_fingerprint(function, digest)
+    return reward_fingerprint(function, weights_hash)
 
 
 NAMES = ("reward", "with_cache", "Judge", "counting")

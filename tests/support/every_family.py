@@ -324,7 +324,7 @@ def outcome_of(model: PreTrainedModel, **options: Any) -> Outcome:
     assert rollout is not None
     assert experience is not None
     gap = 0.0
-    first = rollout.tokens.shape[1] - rollout.answer_width
+    first = rollout.tokens.shape[1] - rollout.completion_width
     for row, answer in enumerate(rollout.completion_ids):
         ids = rollout.tokens[row, first - rollout.prompt_lengths[row] : first + len(answer)]
         own = own_logprobs(trainer.actor, ids, len(answer))

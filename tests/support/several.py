@@ -16,7 +16,7 @@ import torch.distributed as dist
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sample import Answers
+from ppo_fast.llm.sample import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -32,15 +32,15 @@ class Fixed:
     def __init__(self) -> None:
         self.step = 0
 
-    def sample(self, prompts: list[list[int]], config: PPOConfig) -> Answers:
+    def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
         self.step += 1
         ids, ended = [], []
         for prompt in prompts:
             words = torch.Generator().manual_seed(zlib.crc32(bytes(i % 256 for i in prompt)) + self.step)
-            length = int(torch.randint(1, config.max_new_tokens + 1, (1,), generator=words))
+            length = int(torch.randint(1, params.max_new_tokens + 1, (1,), generator=words))
             ids.append(torch.randint(0, 256, (length,), generator=words).tolist())
             ended.append(length % 2 == 0)
-        return Answers(ids, ended)
+        return Completions(ids, ended)
 
 
 def judge(

@@ -82,7 +82,7 @@ def distinct(prompts: list[str], completions: list[str]) -> list[float]:
 def tiny_trainer(family: str, dtype: str, device: torch.device, **options: Any) -> PPOTrainer:
     """A trainer of a tiny model whose every step has one update, so that its metrics hold the first ratio.
 
-    Heads have 32 elements, and answers ragged lengths: FlashAttention takes them where a GPU has it.
+    ModelHeads have 32 elements, and answers ragged lengths: FlashAttention takes them where a GPU has it.
     """
     small: dict[str, Any] = {
         "total_steps": 2,

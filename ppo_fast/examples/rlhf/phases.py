@@ -37,7 +37,7 @@ from ppo_fast.llm.models.head import decoder_of
 from ppo_fast.llm.models.reward_model import load_reward_model
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import SamplingParams, generate
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package
@@ -262,12 +262,12 @@ def own_answers(
     actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
 ) -> list[str]:
     """The actor's answers at temperature 1."""
-    options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
+    params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
     found: list[str] = []
     with counted(console, "answers of the model's own", len(prompts)) as advance:
         for start in range(0, len(prompts), 256):
             ids = tokenizer(prompts[start : start + 256])["input_ids"]
-            answers = generate(actor, tokenizer, ids, options).ids
+            answers = generate(actor, tokenizer, ids, params).ids
             found += tokenizer.batch_decode(answers, skip_special_tokens=True)
             advance(len(found))
     return found
@@ -275,8 +275,8 @@ def own_answers(
 
 def own_entropy(actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
     """Of the actor's answers at temperature 1, estimated from what it drew: nats per token."""
-    options = PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
-    answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], options).ids
+    params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
+    answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], params).ids
     means = Fluency(actor, tokenizer, same_tokens=True)(prompts, tokenizer.batch_decode(answers), answers)
     return -sum(mean * len(ids) for mean, ids in zip(means, answers, strict=True)) / sum(map(len, answers))
 

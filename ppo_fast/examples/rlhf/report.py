@@ -12,15 +12,15 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.common.device import pick_device
-from ppo_fast.common.plots import draw_learning_curves, read_metrics
-from ppo_fast.common.text import shortened
+from ppo_fast.common.jsonl import read_rows
+from ppo_fast.common.plots import draw_learning_curves
+from ppo_fast.common.text import markdown_table, shortened
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
-from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.report.evaluation import distinct
-from ppo_fast.llm.sample import generate
+from ppo_fast.llm.sample import SamplingParams, generate
 from ppo_fast.rewards import Fluency
 
 SHOWN = {
@@ -57,9 +57,7 @@ def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[
     for name, model in (("before", before.to(device)), ("after", after.to(device))):
         torch.manual_seed(settings.seed + 7)
         ids = tokenizer(prompts)["input_ids"]
-        answers = generate(
-            model.eval(), tokenizer, ids, PPOConfig(max_new_tokens=ANSWER_TOKENS, device=settings.device)
-        )
+        answers = generate(model.eval(), tokenizer, ids, SamplingParams(max_new_tokens=ANSWER_TOKENS))
         texts[name] = tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
         found[name] = judged(prompts, texts[name], answers.ids, rewards)
         own = Fluency(model, tokenizer, same_tokens=True)(prompts, texts[name], answers.ids)
@@ -122,11 +120,11 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def write(out: Path, found: dict[str, Any], settings: Settings) -> None:
     """report.json, report.md, learning_curves.png, reward_against_kl.png and, after a sweep, sweep.png."""
-    history = read_metrics(out / "ppo" / "metrics.jsonl")
+    history = read_rows(out / "ppo" / "metrics.jsonl")
     draw_learning_curves(history, out / "learning_curves.png", "PPO against the reward model")
     draw_against_kl({"PPO": history}, out / "reward_against_kl.png")
     runs = {
-        f"{coefficient:g}": read_metrics(out / "sweep" / f"{coefficient:g}" / "metrics.jsonl")
+        f"{coefficient:g}": read_rows(out / "sweep" / f"{coefficient:g}" / "metrics.jsonl")
         for coefficient in settings.sweep
     }
     if runs:
@@ -141,14 +139,14 @@ def _last_evaluation(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _page(found: dict[str, Any]) -> str:
-    table = [("held-out prompts", "real text", "before PPO", "after PPO"), ("---",) * 4, *_rows(found)]
+    table = markdown_table(("held-out prompts", "real text", "before PPO", "after PPO"), _rows(found))
     ranks = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found["reward_model"].items())
     parts = [
         "# RLHF on real text",
         f"Held-out perplexity of the supervised model: {found['supervised']['held_out_perplexity']:.1f} per token,"
         f" {found['supervised']['parameters']} parameters.",
         f"Held-out pairs that the reward model ranks right: {ranks}.",
-        "\n".join("| " + " | ".join(row) + " |" for row in table),
+        table,
         "![learning curves](learning_curves.png)",
         "![reward and judge against KL](reward_against_kl.png)",
         *(["![the same for several weights of the KL penalty](sweep.png)"] if "sweep" in found else []),

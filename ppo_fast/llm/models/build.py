@@ -1,94 +1,163 @@
-"""TODO docstring."""
+"""Building the models of a run: actor, critic and reference, checked, probed and ready for training."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.common.device import total_memory
+from ppo_fast.common.device import has_weights, total_memory
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.checks import check_models, check_reached, unreached_parameters
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import ONE, World, shard
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed, shard
 from ppo_fast.llm.models.adapters import check_adapters, has_trained_adapters
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import Sampling
+from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import prepare, warn_if_not_recomputed
 from ppo_fast.llm.models.policy import Policy, with_chunk_bytes
-from ppo_fast.llm.models.probe import Reach, probe_all
+from ppo_fast.llm.models.probe import Reach, detect_heads
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference, frozen_copy, is_adapted
-from ppo_fast.llm.probe_sampling import probe_sampling
-from ppo_fast.llm.state import check_same_weights
+from ppo_fast.llm.models.weights import weights_hash
+from ppo_fast.llm.probe_sampling import detect_generate
+
+
+@dataclass
+class Models:
+    """The models that a run is given or makes; None: there is no such model."""
+
+    actor: LanguageModel
+    critic: Critic | None = None
+    reference: PreTrainedModel | None = None
+
+    def given(self) -> nn.ModuleList:
+        """Those that exist."""
+        return nn.ModuleList([x for x in (self.actor, self.critic, self.reference) if x is not None])
+
+    def critic_backbone(self) -> nn.Module | None:
+        """The critic's own backbone."""
+        return None if self.critic is None else self.critic.backbone
 
 
 def build_models(
     config: PPOConfig,
-    actor: Any,
+    actor: LanguageModel,
     critic: Critic | None,
     reference: PreTrainedModel | None,
     device: torch.device,
-    world: World = ONE,
+    distributed: Distributed = SINGLE_PROCESS,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reach: Reach = Reach(),  # noqa: B008
 ) -> tuple[Policy, Reference]:
-    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so. Without a
-    tokenizer the actor's own sampling is not probed."""
+    """Actor and critic, ready to learn, and the reference, as the options say; in several processes if so.
+
+    Args:
+        config: the options.
+        actor: the language model.
+        critic: one that the user gives; None: as config.critic says.
+        reference: one that the user gives; None: as config.kl_coef and the actor's adapters say.
+        device: where the run computes.
+        distributed: the processes of the run.
+        tokenizer: of the actor; None: the actor's own `generate` is not probed, since another sampler is used.
+        reach: how long sequences become, and how much a step computes.
+    """
+    _check_options(config, actor, critic, distributed)
+    actor, critic = _with_adapters(config, actor, critic)
+    models = Models(actor, critic, reference)
+    distributed.run_with_weights(lambda: check_models(actor, critic, reference), of=models.given())
+    # under FSDP2 the whole weights are never on one GPU
+    load_device = torch.device("cpu") if distributed.strategy == "fsdp" else device
+    prepare(actor, load_device)
+    prepare(critic, load_device)
+    config = with_chunk_bytes(config, actor.get_input_embeddings().weight.shape[0], total_memory(device))
+    uses_adapters = reference is None and config.kl_coef > 0 and is_adapted(actor)
+    if reference is not None:
+        prepare(reference, load_device)
+    elif config.kl_coef > 0 and not uses_adapters:
+        models.reference = frozen_copy(actor)
+    if config.gradient_checkpointing:
+        warn_if_not_recomputed(actor, critic.backbone)
+    heads = distributed.run_with_weights(
+        lambda: detect_heads(
+            actor,
+            critic.backbone,
+            models.reference,
+            strict=config.strict,
+            dtype=config.dtype,
+            device=device,
+            reach=reach,
+        ),
+        of=models.given(),
+    )
+    info = GenerateInfo()
+    if tokenizer is not None:
+        boundaries = heads.actor.boundaries
+        info = distributed.run_with_weights(
+            lambda: detect_generate(actor, tokenizer, config, boundaries, reach), of=actor
+        )
+    found = _adapter_reference(actor, distributed) if uses_adapters else None
+    _check_same_weights(distributed, {"actor": actor, "critic": critic, "reference": models.reference})
+    if models.reference is not None and heads.reference is not None:
+        found = _frozen_reference(models.reference, heads.reference, config, distributed)
+    policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, generate_info=info)
+    policy.unreached = distributed.run_with_weights(
+        lambda: unreached_parameters(policy, config, load_device, distributed), of=policy
+    )
+    check_reached(policy)
+    distributed.wrap(policy, dtype=config.dtype, unused_parameters=_has_unused_parameters(policy, config))
+    return policy, found
+
+
+def _check_options(config: PPOConfig, actor: LanguageModel, critic: Critic | None, distributed: Distributed) -> None:
+    """Rejects options that contradict the given models."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
-    if config.merge_adapters and world.kind == "fsdp":
+    if config.merge_adapters and distributed.strategy == "fsdp":
         raise UserError("merge_adapters needs whole weights, which no process has under fsdp: merge them afterwards")
     if is_adapted(actor):
         check_adapters(actor)
+    if critic is not None and config.critic == "shared" and critic.backbone is not None:
+        raise UserError("critic = shared, but a critic with a backbone of its own is given: leave one of the two out")
+
+
+def _with_adapters(config: PPOConfig, actor: LanguageModel, critic: Critic | None) -> tuple[LanguageModel, Critic]:
+    """Actor and critic, one made if none is given, with new adapters if the options ask for them."""
     if critic is None:
         critic = Critic.shared(actor) if config.critic == "shared" else Critic.from_actor(actor)
-    elif config.critic == "shared" and critic.backbone is not None:
-        raise UserError("critic = shared, but a critic with a backbone of its own is given: leave one of the two out")
     if critic.backbone is not None and not is_adapted(critic.backbone):
         critic.backbone = with_lora(critic.backbone, config, language_model=False)
     if config.lora_rank:
         actor = with_lora(actor, config, language_model=True)
-    given = nn.ModuleList([x for x in (actor, critic, reference) if x is not None])
-    world.find(lambda: check_models(actor, critic, reference), of=given)
-    home = torch.device("cpu") if world.kind == "fsdp" else device  # whole weights never meet on one GPU under FSDP2
-    prepare(actor, home)
-    prepare(critic, home)
-    config = with_chunk_bytes(config, actor.get_input_embeddings().weight.shape[0], total_memory(device))
-    adapters = reference is None and config.kl_coef > 0 and is_adapted(actor)
-    frozen = None
-    if reference is not None:
-        frozen = prepare(reference, home)
-    elif config.kl_coef > 0 and not adapters:
-        frozen = frozen_copy(actor)
-    if config.gradient_checkpointing:
-        warn_if_not_recomputed(actor, critic.backbone)
-    how: dict[str, Any] = {"strict": config.strict, "dtype": config.dtype, "device": device, "reach": reach}
-    heads = world.find(
-        lambda: probe_all(actor, critic.backbone, frozen, **how),
-        of=torch.nn.ModuleList([x for x in (actor, critic, frozen) if x is not None]),
-    )
-    sampling = Sampling()
-    if tokenizer is not None:
-        boundaries = heads.actor.boundaries
-        sampling = world.find(lambda: probe_sampling(actor, tokenizer, config, boundaries, reach), of=actor)
-    found: Reference = None
-    if adapters:
-        starts_trained = world.find(lambda: has_trained_adapters(actor), of=actor)
-        found = AdapterReference(actor, starts_trained=starts_trained)
-        world.find(found.check, of=actor)
-    check_same_weights(world, {"actor": actor, "critic": critic, "reference": frozen})
-    if frozen is not None:
-        assert heads.reference is not None
-        found = FrozenReference(frozen, heads.reference, config)
-        if world.kind == "fsdp":
-            shard(found, world, config.dtype)
-    policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, sampling=sampling)
-    policy.unreached = world.find(lambda: unreached_parameters(policy, config, home, world), of=policy)
-    check_reached(policy)
-    # some losses are the critic's alone, and not each batch reaches all experts of a mixture
-    partly = config.critic_warmup_steps > 0 or config.target_kl is not None
-    partly |= any("expert" in name for name, p in policy.named_parameters() if p.requires_grad)
-    world.wrap(policy, dtype=config.dtype, unused_parameters=partly or bool(policy.unreached))
-    return policy, found
+    return actor, critic
+
+
+def _adapter_reference(actor: LanguageModel, distributed: Distributed) -> Reference:
+    starts_trained = distributed.run_with_weights(lambda: has_trained_adapters(actor), of=actor)
+    found = AdapterReference(actor, starts_trained=starts_trained)
+    distributed.run_with_weights(found.check, of=actor)
+    return found
+
+
+def _frozen_reference(
+    model: PreTrainedModel, head: HeadInfo, config: PPOConfig, distributed: Distributed
+) -> FrozenReference:
+    found = FrozenReference(model, head, config)
+    if distributed.strategy == "fsdp":
+        shard(found, distributed, config.dtype)
+    return found
+
+
+def _check_same_weights(distributed: Distributed, models: dict[str, nn.Module | None]) -> None:
+    """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
+    if distributed.size > 1:
+        present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
+        distributed.check_equal({f"the weights of the {name}": weights_hash(model) for name, model in present.items()})
+
+
+def _has_unused_parameters(policy: Policy, config: PPOConfig) -> bool:
+    """Whether some losses are the critic's alone, or not each batch reaches all experts of a mixture."""
+    if config.critic_warmup_steps > 0 or config.target_kl is not None or policy.unreached:
+        return True
+    return any("expert" in name for name, p in policy.named_parameters() if p.requires_grad)

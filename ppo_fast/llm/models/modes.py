@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_fast.common.device import has_weights
 from ppo_fast.llm.models.head import model_name
-from ppo_fast.llm.packing.attention import own_config
+from ppo_fast.llm.packing.attention import copy_configs
 
 
 def recomputed_layers(model: nn.Module) -> list[Any]:
@@ -50,7 +50,7 @@ def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Cal
 
 
 @contextmanager
-def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
 
     transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
@@ -73,12 +73,12 @@ def recomputing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
             layer.training = False
 
 
-def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     """Autocast to bf16, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
     """On its device, without dropout, and with a config object of its own; without weights it stays on meta."""
-    own_config(model)
+    copy_configs(model)
     return model.to(device).eval() if has_weights(model) else model.eval()

@@ -1,12 +1,13 @@
-"""Actor and critic as one module: what they say about a pack, and the loss that trains them.
+"""Actor and critic as one module: log-probabilities and values of a pack, and the loss that trains both.
 
-The loss is computed inside `forward`, so that a wrapper (DDP, FSDP2) sees every parameter where it expects it. Old
-log-probabilities and the loss go through the same code, and a pack that does not change gives the same bits: the first
-ratio is exactly 1.
+The loss is computed inside `forward`, so that a wrapper (DDP, FSDP2) has a hook on every parameter that it uses. Old
+log-probabilities and the loss are computed by the same code, and a pack that does not change gives the same bits: the
+first ratio is exactly 1.
 """
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,27 +16,36 @@ from torch import Tensor, nn
 
 import ppo_fast as ppo
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import kept_gathered
+from ppo_fast.llm.distributed import keep_gathered
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import Head, Sampling, decoder_of, head_of, hidden_states, logprobs_of
-from ppo_fast.llm.models.modes import compute_in
-from ppo_fast.llm.models.reference import AdapterReference
+from ppo_fast.llm.models.head import (
+    GenerateInfo,
+    HeadInfo,
+    LanguageModel,
+    decoder_of,
+    head_of,
+    hidden_states,
+    logprobs_of,
+)
+from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
+from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
 from ppo_fast.llm.packing.pack import Pack
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a pass without gradients says of a pack: [n] fp32 each, [S] after the last token."""
+class PolicyOutput:
+    """What actor and critic compute of a pack without gradients: [n] fp32 each, and [S] after the last token."""
 
     logprobs: Tensor
     entropy: Tensor
     values: Tensor
-    values_after: Tensor
+    bootstrap_values: Tensor
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What the loss needs to know of a pack, [n] each, and how the whole minibatch is normalised."""
+class LossInputs:
+    """What the loss of a pack needs besides the models, [n] each, and how the whole minibatch is normalised."""
 
     old_logprobs: Tensor
     advantages: Tensor
@@ -67,28 +77,33 @@ def with_chunk_bytes(config: PPOConfig, vocabulary: int, memory: int | None) -> 
 
 
 class Policy(nn.Module):
-    """The actor and the critic, and how each is computed, as the probes found it.
+    """The actor and the critic, with the way in which each is computed, as detected at load.
 
-    `critic_head` is that of the critic's own backbone; the actor's if not given. `sampling` is how the actor's own
-    `generate` is used.
+    Args:
+        actor: the language model that is trained.
+        critic: with a backbone of its own, or a value head on the actor's hidden states.
+        head: how the actor's hidden states and logits are computed.
+        config: dtype, temperature and the options of the loss are read.
+        critic_head: how the critic's own backbone is computed; as the actor if not given.
+        generate_info: how the actor's own `generate` is used.
     """
 
     def __init__(
         self,
-        actor: nn.Module,
+        actor: LanguageModel,
         critic: Critic,
-        head: Head,
+        head: HeadInfo,
         config: PPOConfig,
         *,
-        critic_head: Head | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008
+        critic_head: HeadInfo | None = None,
+        generate_info: GenerateInfo = GenerateInfo(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.actor = actor
         self.critic = critic
         self.head = head
         self.critic_head = critic_head or head
-        self.sampling = sampling
+        self.generate_info = generate_info
         self.config = config
         self.unreached: list[str] = []  # parameters that the loss does not depend on
 
@@ -96,78 +111,70 @@ class Policy(nn.Module):
         """The models that take packed rows."""
         return [model for model, head in ((self.actor, self.head), (self.critic, self.critic_head)) if head.packed]
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[None]:
         """bf16 compute on fp32 master weights, if so configured."""
-        return compute_in(self.config.dtype, next(self.actor.parameters()).device)
+        return autocast(self.config.dtype, next(self.actor.parameters()).device)
 
-    def forward(
-        self,
-        pack: Pack,
-        targets: Targets | None = None,
-        *,
-        train_actor: bool = True,
-        reference: AdapterReference | None = None,
-    ) -> Judgement | tuple[Tensor, dict[str, Tensor]] | Tensor:
-        """Without targets what actor and critic say of the pack; with them the loss, and its statistics.
-
-        With `reference` the log-probabilities [n] under the actor's own weights without, or with other, adapters.
-        """
+    def forward(self, pack: Pack, inputs: LossInputs, *, train_actor: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a pack and its statistics. Without `train_actor` it is the loss of the critic alone."""
+        config = self.config
         with self.autocast():
-            if reference is not None:
-                with reference():
-                    return logprobs_of(self.actor, self.head, pack, self.config)[0]
-            return self._judge(pack) if targets is None else self._loss(pack, targets, train_actor)
+            with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
+                hidden = self._actor_states(pack) if self._needs_actor_states(train_actor) else None
+            loss = inputs.advantages.new_zeros(())
+            stats: dict[str, Tensor] = {}
+            if train_actor:
+                loss, stats = self._policy_loss(pack, inputs, hidden)
+            values = ppo.value_loss(
+                self.critic(self._critic_states(pack, hidden)[pack.logit_positions]),
+                inputs.old_values,
+                inputs.returns,
+                clip=config.value_clip,
+                **_aggregation(config, pack, inputs),
+            )
+            return loss + config.value_coef * values.loss, {**stats, **values.stats}
 
-    def generate(self, **options: Any) -> Any:
-        """The actor's own; through here, so that FSDP2 has its weights gathered."""
-        actor: Any = self.actor
-        with kept_gathered(self) if self.config.gather_for_sampling else nullcontext():
+    def evaluate(self, pack: Pack) -> PolicyOutput:
+        """Log-probabilities and entropies of the pack's counted tokens, and the values of their prefixes."""
+        with self.autocast():
+            hidden = self._actor_states(pack) if self._needs_actor_states() else None
+            logprobs, entropy = logprobs_of(self.actor, self.head, pack, self.config, hidden=hidden)
+            states = self._critic_states(pack, hidden)
+            values, after = self.critic(states[pack.logit_positions]), self.critic(states[pack.last])
+            return PolicyOutput(logprobs, entropy, values, bootstrap_values=after)
+
+    def adapter_logprobs(self, pack: Pack, reference: AdapterReference) -> Tensor:
+        """Log-probabilities [n] under the actor's own weights without, or with other, adapters."""
+        with self.autocast(), reference():
+            return logprobs_of(self.actor, self.head, pack, self.config)[0]
+
+    def generate(self, **options: Any) -> Tensor:
+        """Calls the actor's own `generate` as a method of this module, for which FSDP2 gathers its weights."""
+        with keep_gathered(self) if self.config.gather_for_sampling else nullcontext():
+            actor: LanguageModel = self.actor
             return actor.generate(**options)
 
-    def _judge(self, pack: Pack) -> Judgement:
-        hidden = self._hidden(pack) if self._wants_hidden() else None
-        logprobs, entropy = logprobs_of(self.actor, self.head, pack, self.config, hidden=hidden)
-        states = self._critic_states(pack, hidden)
-        return Judgement(logprobs, entropy, self.critic(states[pack.states]), self.critic(states[pack.last]))
-
-    def _loss(self, pack: Pack, targets: Targets, train_actor: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
-        with torch.set_grad_enabled(train_actor and torch.is_grad_enabled()):
-            hidden = self._hidden(pack) if self._wants_hidden(train_actor) else None
-        loss = targets.advantages.new_zeros(())
-        stats: dict[str, Tensor] = {}
-        if train_actor:
-            loss, stats = self._policy_loss(pack, targets, hidden)
-        values = ppo.value_loss(
-            self.critic(self._critic_states(pack, hidden)[pack.states]),
-            targets.old_values,
-            targets.returns,
-            clip=config.value_clip,
-            **_aggregation(config, pack, targets),
-        )
-        return loss + config.value_coef * values.loss, {**stats, **values.stats}
-
-    def _policy_loss(self, pack: Pack, t: Targets, hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy_loss(self, pack: Pack, inputs: LossInputs, hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         options: dict[str, Any] = {
             "clip_low": config.clip_low,
             "clip_high": config.clip_high,
             "dual_clip": config.dual_clip,
-            "entropy_coef": t.entropy_coef,
-            "ref_logprobs": t.ref_logprobs,
-            "kl_coef": t.kl_coef if t.ref_logprobs is not None else 0.0,
+            "entropy_coef": inputs.entropy_coef,
+            "ref_logprobs": inputs.ref_logprobs,
+            "kl_coef": inputs.kl_coef if inputs.ref_logprobs is not None else 0.0,
             "kl_estimator": config.kl_loss_estimator,
-            "weights": t.weights,
-            **_aggregation(config, pack, t),
+            "weights": inputs.weights,
+            **_aggregation(config, pack, inputs),
         }
         if self.head.linear and hidden is not None:
             layer = head_of(self.actor)
             out = ppo.linear_ppo_loss(
-                hidden[pack.states].to(layer.weight.dtype),
+                hidden[pack.logit_positions].to(layer.weight.dtype),
                 layer.weight,
                 pack.tokens,
-                t.old_logprobs,
-                t.advantages,
+                inputs.old_logprobs,
+                inputs.advantages,
                 bias=layer.bias,
                 temperature=config.temperature,
                 softcap=self.head.softcap,
@@ -177,31 +184,49 @@ class Policy(nn.Module):
             )
             return out.loss, out.stats
         logprobs, entropy = logprobs_of(self.actor, self.head, pack, config)
-        plain = ppo.policy_loss(logprobs, t.old_logprobs, t.advantages, entropy=entropy, **options)
+        plain = ppo.policy_loss(logprobs, inputs.old_logprobs, inputs.advantages, entropy=entropy, **options)
         return plain.loss, plain.stats
 
-    def _wants_hidden(self, train_actor: bool = True) -> bool:
+    def _needs_actor_states(self, train_actor: bool = True) -> bool:
         return (self.head.linear and train_actor) or self.critic.backbone is None
 
-    def _hidden(self, pack: Pack) -> Tensor:
+    def _actor_states(self, pack: Pack) -> Tensor:
         return hidden_states(decoder_of(self.actor), pack, self.head)
 
-    def _critic_states(self, pack: Pack, hidden: Tensor | None) -> Tensor:
-        """[total, D]: what the value head reads."""
+    def _critic_states(self, pack: Pack, actor_states: Tensor | None) -> Tensor:
+        """[total, D]: the input of the value head, from the critic's own backbone or shared with the actor."""
         if self.critic.backbone is not None:
             return hidden_states(self.critic.backbone, pack, self.critic_head)
-        assert hidden is not None
-        return hidden
+        return self._actor_states(pack) if actor_states is None else actor_states
 
 
-def _aggregation(config: PPOConfig, pack: Pack, targets: Targets) -> dict[str, Any]:
+def _aggregation(config: PPOConfig, pack: Pack, inputs: LossInputs) -> dict[str, Any]:
+    """The options by which the losses of tokens become one."""
     options: dict[str, Any] = {
         "aggregation": config.aggregation,
-        "denominator": targets.denominator,
+        "denominator": inputs.denominator,
         "backend": config.backend,
     }
     if config.aggregation.startswith("seq-"):
-        options["cu_seqlens"] = pack.cu_answers
+        options["cu_seqlens"] = pack.cu_completions
     if config.aggregation == "seq-mean-token-sum-norm":
         options["norm_length"] = float(config.max_new_tokens)
     return options
+
+
+@contextmanager
+def packed_mode(policy: Policy, reference: Reference = None) -> Iterator[None]:
+    """Actor, critic and reference take packed rows inside this block, if they can."""
+    models = policy.packing_models()
+    if isinstance(reference, FrozenReference) and reference.head.packed:
+        models.append(reference)
+    cudnn = policy.config.cudnn_attention
+    with packed_attention(*models, cudnn=cudnn) if models else cudnn_attention(enabled=cudnn):
+        yield
+
+
+def reference_logprobs(policy: Policy, reference: FrozenReference | AdapterReference, pack: Pack) -> Tensor:
+    """Log-probabilities [n] of a pack's counted tokens under the reference."""
+    if isinstance(reference, AdapterReference):
+        return policy.adapter_logprobs(pack, reference)
+    return reference(pack)

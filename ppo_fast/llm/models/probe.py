@@ -1,15 +1,15 @@
-"""Decides at load how each model of a run is computed: which attention, which rows, and where its logits come from.
+"""Detects at load how to compute each model of a run: which attention, which rows, and the source of its logits.
 
-Expected values come from the model's own forward, one sequence at a time. They are compared with what the run would
-compute, by the run's own functions: the LM head on hidden states, packed rows, rows padded on the right. The first
-choice whose values are equal up to rounding is taken; the last choice is the model's own forward, one sequence at a
-time. Each choice but the first gives one warning.
+Expected values come from the model's own forward, one sequence at a time. They are compared with the values of the run,
+computed by its own functions: the LM head on hidden states, packed rows, rows padded on the right. The first choice
+whose values are equal up to rounding is taken; the last choice is the model's own forward, one sequence at a time. Each
+choice but the first gives one warning.
 
-Models are compared in their own precision, and again under the autocast of the run. A fast path of attention that
-fails is rejected in favour of the next one, before packed rows are.
+Models are compared in their own precision, and again under the autocast of the run. If a fast path of attention fails,
+the next one is tried before packed rows are rejected.
 
 The sequences have PROBE_LENGTHS, and lengths on both sides of every window, chunk and original length that the
-configuration names, as far as a run reaches them: a model may change how it computes there, for a whole batch even
+configuration names, up to the longest of the run: a model may compute differently there, for a whole batch even
 (longrope takes its frequencies by the longest sequence).
 """
 
@@ -26,20 +26,20 @@ from torch import Tensor, nn
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.models.head import (
-    Head,
+    HeadInfo,
     accepts,
     decoder_of,
     head_of,
     hidden_states,
+    model_logits,
     model_name,
-    own_logits,
     text_config,
 )
 from ppo_fast.llm.models.head import without_cache as no_cache
 from ppo_fast.llm.packing import flash
 from ppo_fast.llm.packing.attention import packed_attention
 from ppo_fast.llm.packing.flash_calls import first_line
-from ppo_fast.llm.packing.pack import cut
+from ppo_fast.llm.packing.pack import split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
 
 PROBE_LENGTHS = (5, 3, 1)
@@ -56,7 +56,7 @@ FP32_BOUND, HALF_BOUND = 32, 4
 # or experts whose scores are equal, or is a long recurrence).
 UNDECIDED = 0.1
 
-# Values of a model that is not causal differ by at least so much of the largest: far more than by rounding, and than by
+# Values of a model that is not causal differ by at least this share of the largest: far more than by rounding, or by
 # an expert that is chosen or not by rounding.
 NOT_CAUSAL = 0.01
 
@@ -73,23 +73,23 @@ CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a run computes: the longest sequence, and the passes of tokens through models in a step."""
+    """The extent of a run: the longest sequence, and the passes of tokens through models in a step."""
 
     longest: int = max(PROBE_LENGTHS)
     step_passes: float = 0.0
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What the probe decided for each model of a run. Boundaries and `batched` are common to all: packs are, too."""
+class ModelHeads:
+    """The result of the probe for each model of a run. Boundaries and `batched` are common to all, like the packs."""
 
-    actor: Head
-    critic: Head | None = None
-    reference: Head | None = None
+    actor: HeadInfo
+    critic: HeadInfo | None = None
+    reference: HeadInfo | None = None
 
 
 @torch.no_grad()
-def probe_all(
+def detect_heads(
     actor: nn.Module,
     critic: nn.Module | None,
     reference: nn.Module | None,
@@ -98,8 +98,8 @@ def probe_all(
     dtype: str = "float32",
     device: torch.device | None = None,
     reach: Reach = Reach(),
-) -> Heads:
-    """Finds out how every model of a run is computed.
+) -> ModelHeads:
+    """Detect how to compute every model of a run.
 
     Args:
         actor: a language model.
@@ -107,60 +107,62 @@ def probe_all(
         reference: the frozen language model.
         strict: raise UserError instead of a warning.
         dtype: of the run's autocast; float32: none.
-        device: where the run computes, if the models are not there yet.
-        reach: how long sequences become, and how much a step computes.
+        device: of the run, if the models are not there yet.
+        reach: the longest sequences, and the work of a step.
     """
     flash.reset()
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
     models = (actor, critic, reference)
     said: set[tuple[Any, ...]] = set()
-    found: list[Head | None] = []
+    found: list[HeadInfo | None] = []
     for model in models:
         if model is None:
             found.append(None)
             continue
         head, problems = _probe(model, autocast, device, reach)
         found.append(head)
-        # a critic or reference of the actor's family has the actor's problems, which are reported once
+        # a critic or reference of the actor's family has the same problems, which are reported once
         key = (type(text_config(model)), head)
         if key not in said:
             for problem in problems:
-                _complain(problem, strict)
+                warn_or_raise(problem, strict)
         said.add(key)
     known = [head for head in found if head is not None]
     batched, boundaries = all(h.batched for h in known), tuple(sorted({b for h in known for b in h.boundaries}))
     heads = [h and dataclasses.replace(h, batched=batched, boundaries=boundaries) for h in found]
-    assert heads[0] is not None
-    return Heads(heads[0], heads[1], heads[2])
+    assert heads[0] is not None  # there always is an actor
+    return ModelHeads(heads[0], heads[1], heads[2])
 
 
 @torch.no_grad()
-def probe(
+def detect_head(
     model: nn.Module,
     *,
     strict: bool = False,
     dtype: str = "float32",
     device: torch.device | None = None,
     reach: Reach = Reach(),
-) -> Head:
-    """Finds out how one model is computed; arguments as in `probe_all`."""
-    return probe_all(model, None, None, strict=strict, dtype=dtype, device=device, reach=reach).actor
+) -> HeadInfo:
+    """Detect how to compute one model; arguments as in `detect_heads`."""
+    return detect_heads(model, None, None, strict=strict, dtype=dtype, device=device, reach=reach).actor
 
 
 @torch.no_grad()
-def probe_head(model: nn.Module, *, strict: bool = False) -> Head:
-    """Finds out how the model's logits are computed, for rows that are not packed: attention is not asked for, and
-    what `probe` found of a run's attention is kept."""
+def detect_unpacked_head(model: nn.Module, *, strict: bool = False) -> HeadInfo:
+    """Detect how to compute the logits of a model for rows that are not packed.
+
+    Attention is not tested, and the result of `detect_heads` for it is kept.
+    """
     with exact_products():
         head, problem = _linear_head(model, _sequences(model, PROBE_LENGTHS))
     if problem is not None:
-        _complain(problem, strict)
+        warn_or_raise(problem, strict)
     return head
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """fp32 products without TF32 or bf16, whatever the user has set: the comparison is of fp32 with fp32."""
+    """Compute fp32 products without TF32 or bf16, whatever the user has set: fp32 is compared with fp32."""
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
     before = [x.fp32_precision for x in settings]
     # PyTorch has two interfaces to this setting, and raises an error where one is read that differs from the other
@@ -179,14 +181,14 @@ def exact_products() -> Iterator[None]:
 
 
 def _older_precision() -> str | None:
-    """What the older interface has been set to; None if only the newer one has been used."""
+    """Return the setting of the older interface; None if only the newer one has been used."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
 
 
-def _complain(reason: str, strict: bool) -> None:
+def warn_or_raise(reason: str, strict: bool) -> None:
     if strict:
         raise UserError(f"{reason} (strict = true makes this an error)")
     warnings.warn(reason, stacklevel=5)
@@ -196,12 +198,12 @@ def _complain(reason: str, strict: bool) -> None:
 
 
 def named_lengths(model: nn.Module, longest: int) -> list[int]:
-    """Lengths that the model's configuration names and that a sequence of `longest` tokens exceeds."""
+    """List lengths in the model's configuration that a sequence of `longest` tokens exceeds."""
     return sorted({n for n in _integers(text_config(model).to_dict(), named=False) if 1 < n < longest})
 
 
 def _integers(entry: Any, *, named: bool) -> Iterator[int]:
-    """Integers below a key that matches NAMED."""
+    """List integers below a key that matches NAMED."""
     if isinstance(entry, Mapping):
         for key, value in entry.items():
             yield from _integers(value, named=named or bool(NAMED.search(str(key))))
@@ -213,9 +215,10 @@ def _integers(entry: Any, *, named: bool) -> Iterator[int]:
 
 
 def _check_selection(model: nn.Module, longest: int) -> None:
-    """Rejects sequences that are longer than the number of tokens that sparse attention selects (DeepSeek 3.2). Scores
-    of several tokens are exactly 0, and which of them are selected depends on the shape of the batch: sampling and
-    learning would compute different models.
+    """Reject sequences that are longer than the number of tokens that sparse attention selects (DeepSeek 3.2).
+
+    Scores of several tokens are exactly 0, and the shape of the batch determines which of them are selected: sampling
+    and training would compute different models.
 
     Raises:
         UserError: a sequence may be longer.
@@ -230,8 +233,10 @@ def _check_selection(model: nn.Module, longest: int) -> None:
 
 
 def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.device) -> list[int]:
-    """The named lengths, from the shortest on, that the probe has time to check. It counts operations, not seconds:
-    two runs make the same choices."""
+    """Select the named lengths, from the shortest on, that the probe has time to check.
+
+    It counts operations, not seconds: two runs make the same choices.
+    """
     operations = 2.0 * sum(p.numel() for p in model.parameters())
     limit = max(
         SHARE_OF_STEP * reach.step_passes, SECONDS * RATES.get(device.type, ACCELERATOR_RATE) / max(operations, 1.0)
@@ -246,18 +251,18 @@ def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.d
 
 
 def _sequences(model: Any, lengths: Sequence[int]) -> Rollout:
-    """Sequences of these lengths, as a rollout whose answers are everything but the first token."""
+    """Make sequences of these lengths, as a rollout whose completions are everything but the first token."""
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     ids = (torch.arange(sum(lengths)) * 7919 + 1) % vocabulary
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for row, part in zip(tokens, ids.split(list(lengths)), strict=True):
         row[: len(part)] = part
-    return Rollout(tokens, [1] * len(lengths), [n - 1 for n in lengths], [True] * len(lengths), [], {}, device=device)
+    return Rollout.from_lengths(tokens, [1] * len(lengths), [n - 1 for n in lengths], device=device)
 
 
 def _rows(sequences: Rollout) -> list[Tensor]:
     """[1, L] each"""
-    lengths = [1 + n for n in sequences.answer_lengths]
+    lengths = [1 + n for n in sequences.completion_lengths]
     moved = sequences.tokens.to(sequences.device)
     return [row[:length].unsqueeze(0) for row, length in zip(moved, lengths, strict=True)]
 
@@ -266,22 +271,22 @@ def _rows(sequences: Rollout) -> list[Tensor]:
 
 
 def _computed(model: Any) -> torch.dtype:
-    """The dtype in which a model computes: autocast's where it is on, else that of its embeddings."""
+    """Return the dtype in which a model computes: that of autocast where it is on, else that of its embeddings."""
     weight = model.get_input_embeddings().weight
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def in_full_precision(model: nn.Module) -> bool:
-    """Whether a model computes in fp32."""
+    """Check whether a model computes in fp32."""
     return _computed(model) == torch.float32
 
 
 def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> float:
-    """How far two orders of summation may take the values of `compute` apart: see FP32_BOUND.
+    """Estimate by how much two orders of summation may change the values of `compute`: see FP32_BOUND.
 
-    Products of 9 rows and of 5, 3 and 1 run through different kernels, and each layer passes on the rounding of those
-    before it. Neither depth nor width tells by how much; the model itself does.
+    Products of 9 rows and of 5, 3 and 1 use different kernels, and each layer propagates the rounding of those before
+    it. Neither depth nor width determines the result; the model itself does.
     """
     eps = torch.finfo(_computed(model)).eps
 
@@ -308,13 +313,13 @@ TAIL = max(PROBE_LENGTHS)  # tokens of a sequence whose logits are compared: tho
 
 
 def _last_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """[up to TAIL, V], by the model's own forward."""
+    """Compute logits [up to TAIL, V] by the model's own forward."""
     fewer = {"logits_to_keep": TAIL} if ids.shape[1] > TAIL and accepts(model, "logits_to_keep") else {}
     return model(input_ids=ids, **no_cache(model), **fewer).logits[0, -TAIL:]
 
 
-def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[Head, str | None]:
-    """Whether the logits are softcap(scale (h W^T + b)), and why not."""
+def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[HeadInfo, str | None]:
+    """Check whether the logits are softcap(scale (h W^T + b)), and return the reason if they are not."""
     config = text_config(model)
     scaling = getattr(config, "logits_scaling", None)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -327,9 +332,9 @@ def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[Head, str | None
     own = own_forward()
     reason = _why_not_linear(model, rows, own, rounding_bound(model, own_forward, own), softcap, scale)
     if reason is None:
-        return Head(linear=True, packed=False, softcap=softcap, logit_scale=scale), None
+        return HeadInfo(linear=True, packed=False, softcap=softcap, logit_scale=scale), None
     problem = f"{reason}: log-probabilities come from the model's own logits, which takes more memory"
-    return Head(linear=False, packed=False), problem
+    return HeadInfo(linear=False, packed=False), problem
 
 
 def _why_not_linear(
@@ -357,26 +362,31 @@ def _why_not_linear(
 # Rows
 
 
-def _compute(model: nn.Module, sequences: Rollout, head: Head) -> Tensor:
-    """[total, X]: what a run computes for the sequences, in their order: hidden states, or the model's own logits."""
+def _compute(model: nn.Module, sequences: Rollout, head: HeadInfo) -> Tensor:
+    """Compute the values [total, X] of a run for the sequences: hidden states, or the model's own logits."""
     found: dict[int, Tensor] = {}
     with packed_attention(model) if head.packed else nullcontext():
-        for pack in cut(
-            sequences, list(range(len(sequences))), minibatches=1, **head.cutting(sequences.tokens.numel())
-        )[0]:
+        (packs,) = split_minibatches(
+            sequences,
+            list(range(len(sequences))),
+            minibatches=1,
+            max_tokens=head.tokens_per_pack(sequences.tokens.numel()),
+            regime=head.regime,
+        )
+        for pack in packs:
             if head_of(model) is None:
                 out = hidden_states(model, pack, head)
             elif head.linear:
                 out = hidden_states(decoder_of(model), pack, head)
             else:
                 every = torch.arange(sum(pack.lengths), device=pack.tokens.device)
-                out = own_logits(model, dataclasses.replace(pack, states=every), head)
+                out = model_logits(model, dataclasses.replace(pack, logit_positions=every), head)
             found |= zip(pack.sequences, out.split(pack.lengths), strict=True)
     return torch.cat([found[i] for i in range(len(sequences))])
 
 
-def _why_not(model: nn.Module, sequences: Rollout, head: Head, expected: Tensor, bound: float) -> str | None:
-    """Why the model's values are other ones by this choice than one by one; None if they are equal."""
+def _why_not(model: nn.Module, sequences: Rollout, head: HeadInfo, expected: Tensor, bound: float) -> str | None:
+    """Compare the values of this choice with those of one sequence at a time; return the difference, or None."""
     rows = "packed rows" if head.packed else "padded rows"
     try:
         out = _compute(model, sequences, head)
@@ -388,8 +398,10 @@ def _why_not(model: nn.Module, sequences: Rollout, head: Head, expected: Tensor,
     return None
 
 
-def _choose(model: nn.Module, sequences: Rollout, head: Head, choices: list[Head]) -> tuple[Head, str | None]:
-    """The first of the choices whose values are right, or the model's own forward; and why it is not the first."""
+def _choose(
+    model: nn.Module, sequences: Rollout, head: HeadInfo, choices: list[HeadInfo]
+) -> tuple[HeadInfo, str | None]:
+    """Return the first choice whose values are right, or the model's own forward, and the reason if not the first."""
     single = dataclasses.replace(head, packed=False, batched=False, boundaries=())
     expected = _compute(model, sequences, single)
     bound = rounding_bound(model, lambda: _compute(model, sequences, single), expected)
@@ -415,11 +427,11 @@ def _choose(model: nn.Module, sequences: Rollout, head: Head, choices: list[Head
     return single, reason
 
 
-def _check_causal(model: nn.Module, head: Head) -> None:
-    """Rejects a model whose tokens see later ones: it gives no probability of a next token.
+def _check_causal(model: nn.Module, head: HeadInfo) -> None:
+    """Reject a model whose tokens depend on later ones: it has no probability of a next token.
 
     Raises:
-        UserError: its values of a sequence depend on what follows.
+        UserError: its values of a sequence depend on the tokens after it.
     """
     single = dataclasses.replace(head, packed=False, batched=False)
     whole, part = (_compute(model, _sequences(model, [n]), single) for n in PROBE_LENGTHS[:2])
@@ -435,8 +447,8 @@ def _check_causal(model: nn.Module, head: Head) -> None:
 
 def _probe(
     model: nn.Module, autocast: torch.dtype | None, device: torch.device | None, reach: Reach
-) -> tuple[Head, list[str]]:
-    """How a model is computed, and what a run must report of it."""
+) -> tuple[HeadInfo, list[str]]:
+    """Return how to compute a model, and the notes that a run must report about it."""
     _check_selection(model, reach.longest)
     here = next(model.parameters()).device
     named = named_lengths(model, reach.longest)
@@ -444,7 +456,7 @@ def _probe(
     around = {min(n, reach.longest) for b in checked for n in (b, b + 2)} - set(PROBE_LENGTHS)
     sequences = _sequences(model, [*PROBE_LENGTHS, *sorted(around)])
     under_autocast = torch.autocast(here.type, dtype=autocast, enabled=autocast is not None)
-    head, problem = Head(linear=True, packed=False), None
+    head, problem = HeadInfo(linear=True, packed=False), None
     with exact_products():
         flash.clear_decisions()
         if head_of(model) is not None:
@@ -477,14 +489,16 @@ def _probe(
     return found, problems
 
 
-def _choices(head: Head, boundaries: list[int]) -> list[Head]:
-    """Packed rows, then padded ones: all sequences together, those on the two sides of one boundary apart, or those
-    on the two sides of any."""
+def _choices(head: HeadInfo, boundaries: list[int]) -> list[HeadInfo]:
+    """List the choices: packed rows, then padded ones.
+
+    In each, all sequences are together, or those on the two sides of one boundary, or of any boundary, are separate.
+    """
     apart = [(), *((b,) for b in boundaries), *([tuple(boundaries)] if len(boundaries) > 1 else [])]
     return [dataclasses.replace(head, packed=packed, boundaries=b) for packed in (True, False) for b in apart]
 
 
-def _consequence(head: Head) -> str:
+def _consequence(head: HeadInfo) -> str:
     if not head.batched:
         return "it learns from one sequence at a time, which takes more time"
     if head.boundaries:

@@ -13,8 +13,8 @@ from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.adapters import ADVICE, CLONING_ERRORS, has_trained_adapters
-from ppo_fast.llm.models.head import Head, logprobs_of
-from ppo_fast.llm.models.modes import compute_in
+from ppo_fast.llm.models.head import HeadInfo, logprobs_of
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.packing.flash_calls import first_line
 from ppo_fast.llm.packing.pack import Pack
 
@@ -135,7 +135,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 class FrozenReference(nn.Module):
     """A model that never learns, and what the KL penalty asks it."""
 
-    def __init__(self, model: nn.Module, head: Head, config: PPOConfig) -> None:
+    def __init__(self, model: nn.Module, head: HeadInfo, config: PPOConfig) -> None:
         super().__init__()
         self.model = model
         self.head = head
@@ -143,7 +143,7 @@ class FrozenReference(nn.Module):
 
     def forward(self, pack: Pack) -> Tensor:
         """Log-probabilities [n] of the pack's answer tokens."""
-        with compute_in(self.config.dtype, pack.input_ids.device):
+        with autocast(self.config.dtype, pack.input_ids.device):
             return logprobs_of(self.model, self.head, pack, self.config)[0]
 
 

@@ -1,9 +1,9 @@
 """Attention over packed rows: sequences side by side without padding, each attending to itself only.
 
-Inside `packed_attention(model, ...)` a model's attention runs through `_attend`, registered with transformers under
-the name ppo_fast_packed; outside it the model has the implementation it came with, so that sampling, which needs the
-padding mask and a cache, never meets it. Where the sequences lie travels as keyword arguments through the model, not
-in a global: gradient checkpointing runs the forward again on another thread.
+Inside `packed_attention(model, ...)` a model's attention runs through `packed_attention_forward`, which is registered
+with transformers under the name ppo_fast_packed. Outside it the model has its original implementation: sampling, which
+needs the padding mask and a cache, never uses the packed one. The boundaries of the sequences are passed through
+the model as keyword arguments, not as a global: gradient checkpointing runs the forward again on another thread.
 
 On an NVIDIA GPU in fp16 or bf16 FlashAttention takes the row as it is; `flash.decide` tells which implementation, and
 why none. Elsewhere (CPU, fp32, attention sinks) sequences of similar length are attended to in one batch by SDPA, with
@@ -42,11 +42,13 @@ class Layout:
     cu_seqlens: Tensor  # [S + 1] int32
     longest: int
     shapes: tuple[tuple[int, int], ...]  # of the buckets
-    slots: Tensor | None  # [sum of S * L] int64: the token in each slot, at padding the sequence's last; None: in order
-    places: Tensor  # [total] int64: the slot of each token
+    token_of_slot: (
+        Tensor | None
+    )  # [sum of S * L] int64: the token in each slot, at padding the sequence's last; None: in order
+    slot_of_token: Tensor  # [total] int64: the slot of each token
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> "Layout":
+    def from_lengths(cls, lengths: list[int], device: torch.device) -> "Layout":
         """The layout of sequences of these lengths, one after another."""
         ends = torch.tensor([0, *lengths]).cumsum(0)
         groups: dict[int, list[int]] = {}
@@ -68,8 +70,8 @@ class Layout:
             cu_seqlens=ends.to(device, torch.int32),
             longest=max(lengths),
             shapes=tuple(shapes),
-            slots=None if in_order else torch.cat(slots).to(device),
-            places=places.to(device),
+            token_of_slot=None if in_order else torch.cat(slots).to(device),
+            slot_of_token=places.to(device),
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def cudnn_attention(*, enabled: bool) -> Iterator[None]:
 @contextmanager
 def packed_attention(*models: nn.Module, cudnn: bool = False) -> Iterator[None]:
     """Models attend to packed rows inside this block; backward passes that recompute a forward belong inside, too."""
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(NAME, packed_attention_forward)
     configs = {id(c): c for model in models for c in _configs(model)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
@@ -121,7 +123,7 @@ def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
             yield config
 
 
-def own_config(model: nn.Module) -> None:
+def copy_configs(model: nn.Module) -> None:
     """Gives a model config objects of its own: models built from one object share its attention implementation."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -129,7 +131,7 @@ def own_config(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, memo)
 
 
-def _attend(
+def packed_attention_forward(
     module: nn.Module,
     query: Tensor,  # [1, H, total, d]
     key: Tensor,  # [1, G, total, d], H a multiple of G
@@ -205,13 +207,13 @@ class _ToSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        assert layout.slots is not None
+        assert layout.token_of_slot is not None
         ctx.layout = layout
-        return x.index_select(0, layout.slots)
+        return x.index_select(0, layout.token_of_slot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.layout.places), None
+        return grad.index_select(0, ctx.layout.slot_of_token), None
 
 
 class _FromSlots(torch.autograd.Function):
@@ -220,11 +222,11 @@ class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
-        return x.index_select(0, layout.places)
+        return x.index_select(0, layout.slot_of_token)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        slots, places = ctx.layout.slots, ctx.layout.places
+        slots, places = ctx.layout.token_of_slot, ctx.layout.slot_of_token
         if len(slots) == len(places):
             return grad.index_select(0, slots), None
         return grad.new_zeros(len(slots), *grad.shape[1:]).index_copy_(0, places, grad), None
@@ -233,7 +235,7 @@ class _FromSlots(torch.autograd.Function):
 def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any) -> Tensor:
     """[total, H, d], a bucket of sequences at a time. Padding is on the right: causal attention never sees it."""
     parts = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [total, heads, d]
-    if layout.slots is not None:
+    if layout.token_of_slot is not None:
         parts = [_ToSlots.apply(x, layout) for x in parts]
     sizes = [S * L for S, L in layout.shapes]
     attended = []
@@ -241,7 +243,7 @@ def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **opt
         heads = (x.unflatten(0, shape).transpose(1, 2) for x in bucket)  # [S, heads, L, d]
         attended.append(_causal(*heads, **options).transpose(1, 2).flatten(0, 1))
     out = torch.cat(attended) if len(attended) > 1 else attended[0]
-    return out if layout.slots is None else _FromSlots.apply(out, layout)
+    return out if layout.token_of_slot is None else _FromSlots.apply(out, layout)
 
 
 def _causal(

@@ -1,4 +1,4 @@
-"""Packs: sequences of a rollout side by side in one row, cut once per rollout by a budget of tokens."""
+"""Packs: sequences of a rollout, concatenated in one row within a budget of tokens."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,32 +15,32 @@ from ppo_fast.llm.packing.rollout import CPU, Rollout
 
 @dataclass(frozen=True)
 class Pack:
-    """S sequences, prompt and answer each, in one row of `total` tokens; n of these are answers."""
+    """S sequences, prompt and completion each, in one row of `total` tokens; n of these are tokens that count."""
 
     input_ids: Tensor  # [1, total] int64
     position_ids: Tensor  # [1, total] int64, from 0 in each sequence
     layout: Layout
-    states: Tensor  # [n] int64: the token before each answer token, whose hidden state chooses it
+    logit_positions: Tensor  # [n] int64: the token before each counted token, whose hidden state gives its logits
     last: Tensor  # [S] int64: the last token of each sequence
-    tokens: Tensor  # [n] int64: the answer tokens themselves
+    tokens: Tensor  # [n] int64: the counted tokens, of the completions
     rows: Tensor  # [n] int64: the rollout's row of each
     columns: Tensor  # [n] int64: its column in [B, T]
     sequences: list[int]  # the rollout's rows, in the order of the pack
     sequence_rows: Tensor  # [S] int64: the same
-    cu_answers: Tensor  # [S + 1] int64: the answers' boundaries in n
-    lengths: list[int]  # S: tokens of each sequence, prompt and answer
+    cu_completions: Tensor  # [S + 1] int64: the boundaries of the completions in n
+    lengths: list[int]  # S: tokens of each sequence, prompt and completion
 
     @property
-    def size(self) -> int:
+    def num_tokens(self) -> int:
         """n."""
         return len(self.tokens)
 
-    def of(self, per_token: Tensor) -> Tensor:
-        """[n], this pack's part of a tensor over the rollout [B, T]."""
+    def gather(self, per_token: Tensor) -> Tensor:
+        """Selects this pack's values [n] of a tensor over the rollout [B, T]."""
         return per_token[self.rows, self.columns]
 
-    def put(self, per_token: Tensor, values: Tensor) -> None:
-        """Writes values [n] to their places in [B, T]."""
+    def scatter_(self, per_token: Tensor, values: Tensor) -> None:
+        """Writes values [n] to their positions in [B, T], in place."""
         per_token[self.rows, self.columns] = values.to(per_token.dtype)
 
 
@@ -57,28 +57,28 @@ def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
 def _build(rollout: Rollout, sequences: list[int]) -> Pack:
     """A pack on the CPU."""
     prompts = torch.tensor([rollout.prompt_lengths[i] for i in sequences])
-    answers = torch.tensor([rollout.answer_lengths[i] for i in sequences])
-    lengths, rows = prompts + answers, torch.tensor(sequences)
+    completions = torch.tensor([rollout.completion_lengths[i] for i in sequences])
+    lengths, rows = prompts + completions, torch.tensor(sequences)
     starts = lengths.cumsum(0) - lengths
     position = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
-    first = rollout.tokens.shape[1] - rollout.answer_width  # column of the rollout where answers begin
+    first = rollout.tokens.shape[1] - rollout.completion_width  # column of the rollout where completions begin
     source = (first - prompts).repeat_interleave(lengths) + position
-    cu_answers = torch.cat([answers.new_zeros(1), answers.cumsum(0)])
-    column = torch.arange(int(cu_answers[-1])) - cu_answers[:-1].repeat_interleave(answers)
-    answer_tokens = (starts + prompts).repeat_interleave(answers) + column
     input_ids = rollout.tokens[rows.repeat_interleave(lengths), source]
+    mask = rollout.mask[rows]
+    sequence, column = mask.nonzero(as_tuple=True)
+    counted = (starts + prompts)[sequence] + column
     return Pack(
         input_ids=input_ids.unsqueeze(0),
         position_ids=position.unsqueeze(0),
-        layout=Layout.of(lengths.tolist(), CPU),
-        states=answer_tokens - 1,
+        layout=Layout.from_lengths(lengths.tolist(), CPU),
+        logit_positions=counted - 1,
         last=starts + lengths - 1,
-        tokens=input_ids[answer_tokens],
-        rows=rows.repeat_interleave(answers),
+        tokens=input_ids[counted],
+        rows=rows[sequence],
         columns=column,
         sequences=sequences,
         sequence_rows=rows,
-        cu_answers=cu_answers,
+        cu_completions=torch.cat([rows.new_zeros(1), mask.sum(1).cumsum(0)]),
         lengths=lengths.tolist(),
     )
 
@@ -97,7 +97,7 @@ def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
     ]
 
 
-def cut(
+def split_minibatches(
     rollout: Rollout,
     order: list[int],
     *,
@@ -106,26 +106,28 @@ def cut(
     multiple_of: int = 1,
     regime: Callable[[int], int] | None = None,
 ) -> list[list[Pack]]:
-    """Rows in the given order, cut into minibatches of as equal a number of sequences as can be, each into packs.
+    """Splits rows, in the given order, into minibatches of almost equal numbers of sequences, each into packs.
 
-    A pack holds at most `max_tokens` tokens, or one sequence that is longer. A minibatch's packs are balanced: the
-    longest sequences are dealt first, each to the emptiest pack. Their number is a multiple of `multiple_of`, if there
-    are sequences enough. Sequences share a pack only if `regime` gives the same number for their lengths.
+    A pack holds at most `max_tokens` tokens, or one sequence that is longer. The packs of a minibatch are balanced:
+    each sequence, the longest first, is added to the pack with the fewest tokens. Their number is a multiple of
+    `multiple_of`, if there are enough sequences. Sequences share a pack only if `regime` is equal for their lengths.
     """
     parts = torch.tensor(order).tensor_split(minibatches)
-    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.answer_lengths, strict=True)]
+    lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.completion_lengths, strict=True)]
     groups = []
     for part in parts:
         apart: dict[int, list[int]] = {}
         for i in part.tolist():
             apart.setdefault(0 if regime is None else regime(lengths[i]), []).append(i)
-        groups.append([rows for alike in apart.values() for rows in balance(alike, lengths, max_tokens, multiple_of)])
+        groups.append(
+            [rows for alike in apart.values() for rows in balance_packs(alike, lengths, max_tokens, multiple_of)]
+        )
     packs = iter(make_packs(rollout, [rows for part in groups for rows in part]))
     return [[next(packs) for _ in part] for part in groups]
 
 
-def balance(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
-    """Sequences in as few groups as their tokens need at best, or in more where they do not fit."""
+def balance_packs(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
+    """Groups sequences into as few packs of `max_tokens` as their sum needs, or more where they do not fit."""
     longest_first = sorted(sequences, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     count = max(1, -(-sum(lengths[i] for i in sequences) // max_tokens))
     while True:

@@ -1,22 +1,21 @@
-"""TODO docstring."""
+"""Explanation of one completion of a training step, token by token."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.common.text import printable
+from ppo_fast.common.text import escape_control
 from ppo_fast.llm.data import as_text
-from ppo_fast.llm.decoding import BROKEN, AnswerText
-from ppo_fast.llm.experience import Experience, packed
-from ppo_fast.llm.models.policy import Judgement, Policy
+from ppo_fast.llm.decoding import BROKEN, CompletionText
+from ppo_fast.llm.experience import Experience
+from ppo_fast.llm.models.policy import Policy, packed_mode
 from ppo_fast.llm.packing.pack import make_pack
-from ppo_fast.llm.packing.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class Explained:
-    """One answer of a training step, token by token: why, and how far, the update moved the policy."""
+class TokenExplanation:
+    """One completion of a training step, token by token: the reasons and the size of the update of the policy."""
 
     prompt: str
     answer: str
@@ -27,26 +26,26 @@ class Explained:
 
 @torch.no_grad()
 def explain(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, experience: Experience, *, with_kl: bool
-) -> Explained:
-    """The answer that pushed the policy hardest (by its sum of |advantages|), and what the step made of it.
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, experience: Experience, *, with_kl: bool
+) -> TokenExplanation:
+    """Explain the completion with the largest sum of |advantage|, and the effect of the step on it.
 
     The ratio is p(token) after the step over p(token) when it was sampled.
     """
+    rollout = experience.rollout
     row = int(experience.advantages.abs().sum(1).argmax())
-    length = rollout.answer_lengths[row]
-    prompt = rollout.tokens[row, : -rollout.answer_width].tolist()[-rollout.prompt_lengths[row] :]
-    texts = AnswerText(tokenizer, [prompt])
-    with packed(policy):
-        after = policy(make_pack(rollout, [row]))
-    assert isinstance(after, Judgement)
+    length = rollout.completion_lengths[row]
+    prompt = rollout.tokens[row, : -rollout.completion_width].tolist()[-rollout.prompt_lengths[row] :]
+    texts = CompletionText(tokenizer, [prompt])
+    with packed_mode(policy):
+        after = policy.evaluate(make_pack(rollout, [row]))
     numbers = {"reward": experience.rewards[row, :length]}
     if with_kl:
         numbers["kl"] = experience.kl[row, :length]
     numbers["value"] = experience.values[row, :length]
     numbers["advantage"] = experience.advantages[row, :length]
     numbers["ratio"] = (after.logprobs - experience.logprobs[row, :length]).exp()
-    return Explained(
+    return TokenExplanation(
         prompt=as_text(rollout.columns["prompt"][row]),
         answer=rollout.completions[row],
         score=rollout.scores[row],
@@ -55,10 +54,10 @@ def explain(
     )
 
 
-def visible(texts: AnswerText, token: int) -> str:
-    """A token's text with its spaces visible; the tokenizer's own name for a part of a character."""
+def visible(texts: CompletionText, token: int) -> str:
+    """Return the text of a token with visible spaces; for a part of a character, its name in the tokenizer."""
     text = texts.token(token)
     if BROKEN in text or not text:
         # an embedding may have more rows than the tokenizer has tokens
         text = str(texts.tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
-    return printable(text.replace(" ", "␣"))
+    return escape_control(text.replace(" ", "␣"))

@@ -1,0 +1,28 @@
+"""Hashes by which a checkpoint, and the processes of a run, recognise the same rows and the same tokenizer."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast.llm.reward.fingerprint import tokenizer_fingerprint
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str:
+    """Hashes all of a tokenizer that changes tokens or texts, and the tokens that end a completion."""
+    parts = [tokenizer_fingerprint(tokenizer), sorted(tokenizer.special_tokens_map.items(), key=str), ends]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def rows_hash(rows: list[dict[str, Any]]) -> str:
+    """Hashes rows in their order. The address of an object that JSON cannot hold has no effect."""
+
+    def described(x: Any) -> Any:
+        if isinstance(x, set | frozenset):  # whose order differs between processes
+            return sorted(map(described, x))
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+
+    text = json.dumps(rows, sort_keys=True, default=described)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
