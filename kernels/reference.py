@@ -229,7 +229,8 @@ def value_loss(
     error = (v - target).square()
     stats = {}
     if clip is not None:
-        assert old_values is not None
+        if old_values is None:
+            raise ValueError(f"a value clip of {clip} needs old_values, which is None")
         old = torch.where(mask, old_values, 0)
         clipped_error = (old + (v - old).clamp(-clip, clip) - target).square()
         clipped = ((clipped_error > error) & mask).to(v.dtype)
@@ -314,18 +315,31 @@ def gae(
     return advantages.movedim(0, time), returns.movedim(0, time)
 
 
-def _gae_packed(rewards, values, gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens):
+def _gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,
+    final_values: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     for s in range(len(cu_seqlens) - 1):
         piece = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
-        per_step = {"mask": mask, "terminated": terminated, "truncated": truncated, "final_values": final_values}
         advantages[piece], returns[piece] = gae(
             rewards[piece],
             values[piece],
             gamma=gamma[s] if isinstance(gamma, Tensor) and gamma.ndim else gamma,
             lam=lam[s] if isinstance(lam, Tensor) and lam.ndim else lam,
             bootstrap=None if bootstrap is None else bootstrap[s],
-            **{name: None if x is None else x[piece] for name, x in per_step.items()},
+            mask=None if mask is None else mask[piece],
+            terminated=None if terminated is None else terminated[piece],
+            truncated=None if truncated is None else truncated[piece],
+            final_values=None if final_values is None else final_values[piece],
         )
     return advantages, returns
 

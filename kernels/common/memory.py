@@ -90,9 +90,16 @@ def refuse_distributed(operation: str, argument: str, x: Any) -> None:
         )
 
 
+def required(x: Tensor | None) -> Tensor:
+    """Returns a tensor that ppo_fast.ops has checked to be given."""
+    if x is None:
+        raise TypeError("a tensor that this operation needs is None")
+    return x
+
+
 def plain(x: Tensor) -> Tensor:
     """x with its pending sign and efficient zeros written out, and without a subclass that only adds a name."""
-    override = getattr(type(x).__torch_function__, "__func__", None)
-    if override is Tensor.__torch_function__.__func__ and not _keys(x).has(_Key.Python):
+    override, plain_one = (getattr(kind.__torch_function__, "__func__", None) for kind in (type(x), Tensor))
+    if override is plain_one and not _keys(x).has(_Key.Python):
         x = x.as_subclass(Tensor)
     return x.clone() if x._is_zerotensor() else x.resolve_neg()

@@ -9,8 +9,10 @@ import ctypes
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
+
+Array = Any  # an array in a loop that numba compiles: a pointer, which a type checker cannot index
 
 
 @cache
@@ -45,11 +47,15 @@ def c_function(
     import numba
     from numba import types
 
-    options = {"nopython": True, "error_model": "numpy", "fastmath": fastmath or False}
-    signature = types.void(*arguments)
+    options: dict[str, Any] = {"nopython": True, "error_model": "numpy", "fastmath": fastmath or False}
+    compiler = partial(numba.cfunc, types.void(*arguments), **options)
     try:
-        code = numba.cfunc(signature, cache=True, **options)(body)
+        code = compiler(cache=True)(body)
     except Exception:  # the cache has no folder, or a damaged file, for which pickle has errors of many types
-        code = numba.cfunc(signature, **options)(body)
-    c_types = {types.float32: ctypes.c_float, types.float64: ctypes.c_double, types.int64: ctypes.c_int64}
-    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code
+        code = compiler()(body)
+    c_types: dict[Any, Any] = {
+        types.float32: ctypes.c_float,
+        types.float64: ctypes.c_double,
+        types.int64: ctypes.c_int64,
+    }
+    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code  # type: ignore[arg-type]  # an address, once it is compiled

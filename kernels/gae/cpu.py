@@ -18,7 +18,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.common.numba_loops import c_function
+from ppo_fast.kernels.common.numba_loops import Array, c_function
 from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
 
 # Bits of `options`: which of the optional tensors are there.
@@ -30,11 +30,11 @@ _FEW_ROWS = 8  # below this the loop over rows is too short to be vectorised
 @numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
 def _step(
     kind: int,  # a constant where it is called: _MASK, _TERMINATED, or 0 for neither
-    rewards: Any,
-    values: Any,
-    flags: Any,
-    advantages: Any,
-    returns: Any,
+    rewards: Array,
+    values: Array,
+    flags: Array,
+    advantages: Array,
+    returns: Array,
     r_at: int,
     v_at: int,
     flag_at: int,
@@ -60,11 +60,11 @@ def _step(
 @numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
 def _one_or_two_rows(
     kind: int,
-    rewards: Any,
-    values: Any,
-    flags: Any,
-    advantages: Any,
-    returns: Any,
+    rewards: Array,
+    values: Array,
+    flags: Array,
+    advantages: Array,
+    returns: Array,
     T: int,
     row: int,
     other: int,  # the row behind it; the same row if there is none
@@ -92,20 +92,20 @@ def _one_or_two_rows(
 
 
 def _scan_rows(
-    rewards: Any,  # (rows, T) with the strides below; (total,) if packed
-    values: Any,
-    mask: Any,
-    terminated: Any,
-    truncated: Any,
-    final_values: Any,
-    advantages: Any,
-    returns: Any,
-    bootstrap: Any,  # (rows,)
-    gammas: Any,  # (rows,)
-    lams: Any,  # (rows,)
-    cu_seqlens: Any,  # (rows + 1,)
-    state: Any,  # this and the next are for _scan_columns
-    incoming: Any,
+    rewards: Array,  # (rows, T) with the strides below; (total,) if packed
+    values: Array,
+    mask: Array,
+    terminated: Array,
+    truncated: Array,
+    final_values: Array,
+    advantages: Array,
+    returns: Array,
+    bootstrap: Array,  # (rows,)
+    gammas: Array,  # (rows,)
+    lams: Array,  # (rows,)
+    cu_seqlens: Array,  # (rows + 1,)
+    state: Array,  # this and the next are for _scan_columns
+    incoming: Array,
     gamma: float,
     lam: float,
     T: int,
@@ -247,20 +247,20 @@ def _scan_rows(
 
 
 def _scan_columns(
-    rewards: Any,
-    values: Any,
-    mask: Any,
-    terminated: Any,
-    truncated: Any,
-    final_values: Any,
-    advantages: Any,
-    returns: Any,
-    bootstrap: Any,
-    gammas: Any,
-    lams: Any,
-    cu_seqlens: Any,  # unused: packed rows are never time-major
-    state: Any,  # (_BLOCK,) scratch: s_t
-    incoming: Any,  # (_BLOCK,) scratch: what replaces s_{t + 1} after the cuts, then s_t of a counted step
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    terminated: Array,
+    truncated: Array,
+    final_values: Array,
+    advantages: Array,
+    returns: Array,
+    bootstrap: Array,
+    gammas: Array,
+    lams: Array,
+    cu_seqlens: Array,  # unused: packed rows are never time-major
+    state: Array,  # (_BLOCK,) scratch: s_t
+    incoming: Array,  # (_BLOCK,) scratch: what replaces s_{t + 1} after the cuts, then s_t of a counted step
     gamma: float,
     lam: float,
     T: int,
@@ -394,10 +394,11 @@ def gae(
     if final_values is not None:
         pointers[5], strides[10:12] = final_values.data_ptr(), final_values.stride()
         kept.append(final_values)
-    for slot, bit, x in ((8, _BOOTSTRAP, bootstrap), (9, _GAMMAS, gamma), (10, _LAMS, lam), (11, _PACKED, cu_seqlens)):
-        if isinstance(x, Tensor):
-            options, pointers[slot] = options | bit, x.data_ptr()
-            kept.append(x)
+    by_row = ((8, _BOOTSTRAP, bootstrap), (9, _GAMMAS, gamma), (10, _LAMS, lam), (11, _PACKED, cu_seqlens))
+    for slot, bit, numbers in by_row:
+        if isinstance(numbers, Tensor):
+            options, pointers[slot] = options | bit, numbers.data_ptr()
+            kept.append(numbers)
     if not time:
         strides[::2], strides[1::2] = strides[1::2], strides[::2]
     if cu_seqlens is not None:

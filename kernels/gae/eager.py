@@ -13,10 +13,12 @@ used. Elsewhere the affine maps are scanned in chunks: all chunks side by side, 
 Advantages and returns carry no graph: they are data.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.common.memory import addressable, readable
+from ppo_fast.kernels.common.memory import addressable, readable, required
 from ppo_fast.kernels.common.numba_loops import numba_works
 from ppo_fast.kernels.gae.options import GAEOptions
 
@@ -106,33 +108,37 @@ def _gae_vectorised(
 ) -> None:
     """Advantages and returns by a scan of affine maps, where the end of a segment is a step that is cut."""
     td_error = torch.sub(rewards, values, out=advantages)
-    if isinstance(gamma, Tensor) or isinstance(lam, Tensor):
-        decay = (gamma * lam).expand_as(values).clone()
+    product = gamma * lam
+    if isinstance(product, Tensor):
+        decay = product.expand_as(values).clone()
         gain = torch.addcmul(gamma * values, decay, td_error)
     else:
-        decay = torch.full_like(values, gamma * lam)
-        gain = torch.add(gamma * values, td_error, alpha=gamma * lam)
+        decay = torch.full_like(values, product)
+        gain = torch.add(gamma * values, td_error, alpha=product)
     if mask is not None:
         decay, gain = decay.masked_fill_(~mask, 1), gain.masked_fill_(~mask, 0)
     # Where a step is cut, end_value replaces s_{t+1}; None is 0.
-    ends = [] if segment_end is None else [(segment_end.expand_as(values), after_the_segment)]
+    ends: list[tuple[Tensor, Tensor | None]] = []
+    if segment_end is not None:
+        ends.append((segment_end.expand_as(values), after_the_segment))
     if truncated is not None:
-        ends.append((truncated if mask is None else truncated & mask, gamma * final_values))
+        ends.append((truncated if mask is None else truncated & mask, gamma * required(final_values)))
     if terminated is not None:
         ends.append((terminated if mask is None else terminated & mask, None))
-    cut, end_value = None, None
+    cut: Tensor | None = None
+    end_value: Tensor | None = None
     for flag, value in ends:
         if value is not None or end_value is not None:
             value = values.new_zeros(()) if value is None else value
             end_value = torch.where(flag, value, 0 if end_value is None else end_value)
         cut = flag if cut is None else cut | flag
-    if end_value is not None:
+    if end_value is not None and cut is not None:
         gain += torch.where(cut, decay * end_value, 0)
     if cut is not None:
         decay.masked_fill_(cut, 0)
     nan_safe = not readable(gain) or not gain.sum().isfinite()
     following = _suffix_scan(decay, gain, after_the_end, time=time, nan_safe=nan_safe)
-    if end_value is not None:
+    if end_value is not None and cut is not None:
         following = torch.where(cut, end_value, following)
     elif cut is not None:
         following.masked_fill_(cut, 0)
@@ -165,22 +171,21 @@ def _gae_torch(
     time: int,
 ) -> None:
     """_gae_vectorised on a block of rows after the other, with the numbers per row in the shape of the steps."""
+    ends: tuple[Tensor | None, Tensor | None] = None, None
     flags = (mask, terminated, truncated)
     mask, terminated, truncated = (x if x is None or x.dtype == torch.bool else x != 0 for x in flags)
     per_step = [rewards, values, mask, terminated, truncated, final_values, advantages, returns]
     if cu_seqlens is not None:
         steps = torch.arange(rewards.shape[1], device=rewards.device)
         segment = torch.searchsorted(cu_seqlens[1:], steps, right=True).clamp_(max=len(cu_seqlens) - 2)
-        gamma, lam, bootstrap = (
-            x[segment].unsqueeze(0) if isinstance(x, Tensor) else x for x in (gamma, lam, bootstrap)
-        )
+        gamma, lam = (x[segment].unsqueeze(0) if isinstance(x, Tensor) else x for x in (gamma, lam))
+        bootstrap = None if bootstrap is None else bootstrap[segment].unsqueeze(0)
         after_rows = values.new_zeros(1, 1).expand_as(values) if bootstrap is None else gamma * bootstrap
         ends = (steps + 1 == cu_seqlens[1:][segment]).unsqueeze(0), after_rows
-        blocks = [(per_step, gamma, lam, values.new_zeros(1))]
+        blocks: list[Any] = [(per_step, gamma, lam, values.new_zeros(1))]  # tensors, floats and None
     else:
         rows, T = rewards.shape[1 - time], rewards.shape[time]
         after_rows = values.new_zeros(rows) if bootstrap is None else gamma * bootstrap
-        ends = None, None
         size = max(1, _BLOCK // T) if values.is_cpu else rows
         columns = (x.unsqueeze(time) if isinstance(x, Tensor) else x for x in (gamma, lam))
         parts = [

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.gae.kernel import gae_columns_kernel, gae_packed_kernel, gae_rows_kernel
 from ppo_fast.kernels.gae.options import GAEOptions
 
@@ -118,19 +119,17 @@ def as_rows(tensors: list[Tensor], rows: int, T: int) -> tuple[list[Tensor], lis
     return found, strides, multiple % 4 == 0
 
 
-def _flags(
-    mask: Tensor | None, terminated: Tensor | None, truncated: Tensor | None, rows: int, T: int, device: torch.device
-) -> tuple[list[Tensor], int, bool]:
+def _flags(flags: list[Tensor | None], rows: int, T: int, *, device: torch.device) -> tuple[list[Tensor], int, bool]:
     """The flags with neighbouring steps, their common row stride, and whether four of them can be moved at once."""
-    if mask is None and terminated is None and truncated is None:
+    given = [x for x in flags if x is not None]
+    if not given:
         return [no_flags(device)] * 3, 0, True
-    given = [x for x in (mask, terminated, truncated) if x is not None]
     tensors, strides, is_aligned = as_rows(given, rows, T)
     if len(given) > 1 and any(stride != strides[0] for stride in strides):
         tensors, strides, is_aligned = as_rows([x.contiguous() for x in given], rows, T)
     rest = iter(tensors)
     unused = tensors[0]
-    return [unused if x is None else next(rest) for x in (mask, terminated, truncated)], strides[0], is_aligned
+    return [unused if x is None else next(rest) for x in flags], strides[0], is_aligned
 
 
 def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, Tensor]:
@@ -141,27 +140,25 @@ def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, T
     total = rewards.numel()
     if total == 0:
         return advantages, returns
-    packed = cu_seqlens is not None
-    rows = cu_seqlens.shape[0] - 1 if packed else total // rewards.shape[0 if time_major else -1]
-    T = total if packed else total // rows
+    T = rewards.shape[0 if time_major else -1]
+    rows = total // T if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if rows > _LARGEST or T > _LARGEST:
         raise ValueError(f"gae takes at most {_LARGEST} rows and steps of a row (all steps if packed), got {rows}, {T}")
     if truncated is None:
         rewards, values = same_dtype(rewards, values)
         floats = [rewards, values]
     else:
-        assert final_values is not None
-        floats = [*same_dtype(rewards, values, final_values)]
+        floats = [*same_dtype(rewards, values, required(final_values))]
 
     present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, rows)
     present = present << 3 | (mask is not None) | (terminated is not None) << 1 | (truncated is not None) << 2
     scalars = present, gamma, lam
-    shape = (1, T) if packed else (T, rows) if time_major else (rows, T)
+    shape = (1, T) if cu_seqlens is not None else (T, rows) if time_major else (rows, T)
     floats, strides, floats_aligned = as_rows(floats, *shape)
-    flags, flag_stride, flags_aligned = _flags(mask, terminated, truncated, *shape, rewards.device)
+    flags, flag_stride, flags_aligned = _flags([mask, terminated, truncated], *shape, device=rewards.device)
     tensors = *floats[:2], floats[-1], *flags, advantages if numbers is None else numbers
     with device_guard(rewards):
-        if packed:
+        if cu_seqlens is not None:
             _launch_packed(tensors, cu_seqlens, (advantages, returns), scalars)
         else:
             _launch_rows(

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.linear.chunks import Head
 from ppo_fast.kernels.linear.steps import Epilogue
 from ppo_fast.kernels.loss import eager as eager_loss
-from ppo_fast.kernels.loss.options import LossOptions, LossTensors, required
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 
 # What is worked on at a time: on a CPU this and its copy fit the caches, elsewhere launches must not dominate.
 CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 20, 32 << 20

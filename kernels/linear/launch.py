@@ -189,7 +189,8 @@ def _score(
 def _policy(
     logits: Tensor,
     dlogits: Tensor,
-    per_token: tuple[Tensor | None, ...],  # tokens, old_logprobs, advantages, weights, ref_logprobs, share
+    # tokens, old_logprobs, advantages, weights, ref_logprobs, token_weight
+    per_token: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],
     chunk_rows: ChunkRows,
     options: LossOptions,
     head: Head,
@@ -323,8 +324,8 @@ def scale_gradients(
             return None
         source, target = x, torch.empty(*shape, dtype=dtype, device=x.device)
         results[i], sizes[i] = target, target.numel()
-    assert source is not None
-    assert target is not None
+    if source is None or target is None:  # no gradient is wanted
+        return results
     n = N = D = 0
     hidden_programs = -(-sizes[0] // _SCALE_BLOCK)
     if gradients.hidden is not None:

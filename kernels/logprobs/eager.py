@@ -77,9 +77,9 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
             outer = _unravel(first // inner, logits.shape[:-2])
             for start in range(0, inner, step):
                 size = min(step, inner - start)
-                rows = slice(first + start, first + start + size)
-                uncounted = None if flat_mask is None else ~flat_mask[rows].unsqueeze(1)
-                yield _Chunk(rows, (), uncounted, size, (*outer, slice(start, start + size)))
+                run = slice(first + start, first + start + size)
+                uncounted = None if flat_mask is None else ~flat_mask[run].unsqueeze(1)
+                yield _Chunk(run, (), uncounted, size, (*outer, slice(start, start + size)))
         return
     if counted is None and not merged:
         counted = torch.arange(N, device=logits.device)
@@ -89,8 +89,9 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
             rows: Tensor | slice = slice(start, start + size)
             indices: tuple[Tensor, ...] = ()
         else:
-            rows = counted[start : start + step]
-            indices, size = () if merged else torch.unravel_index(rows, logits.shape[:-1]), len(rows)
+            here = counted[start : start + step]
+            rows, size = here, len(here)
+            indices = () if merged else torch.unravel_index(here, logits.shape[:-1])
         yield _Chunk(rows, indices, None if flat_mask is None else ~flat_mask[rows].unsqueeze(1), size)
 
 

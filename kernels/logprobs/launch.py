@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def _choose_layout(
     return layouts.get("peeled_aligned", unit) if same_rows else unit
 
 
-def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
+def _layout(tile: _Tile, V: int, operands: Sequence[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
     """Returns the layout of logits and, in backward, their gradient, each with its row strides."""
     itemsize, row_strides = operands[0][0].element_size(), operands[0][1]
     backward = len(operands) == 2

@@ -17,8 +17,8 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.common.memory import addressable
-from ppo_fast.kernels.common.numba_loops import c_function
+from ppo_fast.kernels.common.memory import addressable, required
+from ppo_fast.kernels.common.numba_loops import Array, c_function
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 
 _KINDS = ("k1", "k2", "k3", "abs")
@@ -90,21 +90,21 @@ def _squared_error(v: float, old: float, r: float, clip: float, clipped: int) ->
 
 
 def _loop(
-    logprobs: Any,  # (rows, T) each
-    old_logprobs: Any,
-    advantages: Any,
-    weights: Any,
-    ref_logprobs: Any,
-    entropy: Any,
-    values: Any,
-    old_values: Any,
-    returns: Any,
-    d_logprobs: Any,  # outputs
-    d_values: Any,
-    d_entropy: Any,
-    loss: Any,  # (1,)
-    stats: Any,  # in the order of options.wanted_stats
-    mask: Any,
+    logprobs: Array,  # (rows, T) each
+    old_logprobs: Array,
+    advantages: Array,
+    weights: Array,
+    ref_logprobs: Array,
+    entropy: Array,
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    d_logprobs: Array,  # outputs
+    d_values: Array,
+    d_entropy: Array,
+    loss: Array,  # (1,)
+    stats: Array,  # in the order of options.wanted_stats
+    mask: Array,
     low: float,  # 1 - clip_low
     high: float,
     clamp: float,
@@ -213,8 +213,7 @@ def supports(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, options: LossOptions
 ) -> bool:
     """Returns whether `forward` can compute it: small contiguous fp32 tensors that may be read by address."""
-    first = values if logprobs is None else logprobs
-    assert first is not None
+    first = required(values if logprobs is None else logprobs)
     if not 0 < first.numel() <= MOST or tensors.value_mask is not None or tensors.cu_seqlens is not None:
         return False
     given = [x for x in (logprobs, entropy, values, *tensors) if x is not None]
@@ -247,8 +246,7 @@ def forward(
     num_stats: int,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """loss, statistics in the order of options.wanted_stats, and the gradients by logprobs, entropy and values."""
-    first = values if logprobs is None else logprobs
-    assert first is not None
+    first = required(values if logprobs is None else logprobs)
     T = first.shape[-1] if first.ndim else 1
     denominator, norm, flags = _aggregation(options, T)
     given = (
@@ -258,20 +256,20 @@ def forward(
         (_ENTROPY, entropy),
         (_VALUE_CLIP, options.value_clip),
     )
-    given += ((_DUAL_CLIP, options.dual_clip), (_WEIGHTS, tensors.weights), (_REFERENCE, tensors.ref_logprobs))
-    flags |= sum(bit for bit, x in given if x is not None)
-    inputs = (logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, tensors.ref_logprobs, entropy)
-    inputs += (values, tensors.old_values, tensors.returns)
+    more = ((_DUAL_CLIP, options.dual_clip), (_WEIGHTS, tensors.weights), (_REFERENCE, tensors.ref_logprobs))
+    flags |= sum(bit for bit, x in (*given, *more) if x is not None)
+    inputs = [logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, tensors.ref_logprobs, entropy]
+    inputs += [values, tensors.old_values, tensors.returns]
     gradients = tuple(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
     loss, stats = first.new_empty(()), first.new_empty(num_stats)
     pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, tensors.mask)]
-    scalars = (
+    scalars = [
         1 - options.clip_low,
         1 + options.clip_high,
         options.log_ratio_clamp,
         options.dual_clip or 0.0,
         options.value_clip or 0.0,
-    )
-    scalars += (options.value_coef, options.entropy_coef, options.kl_coef, denominator, norm)
+    ]
+    scalars += [options.value_coef, options.entropy_coef, options.kl_coef, denominator, norm]
     _compiled()[0](*pointers, *scalars, first.numel() // T, T, _KINDS.index(options.kl_estimator), flags)
     return loss, stats, (gradients[0], gradients[2], gradients[1])

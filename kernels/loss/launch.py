@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.loss.kernel import (
     loss_bwd_kernel,
     loss_flat_kernel,
@@ -129,7 +130,7 @@ def _reduce(
     loss = torch.empty_strided((), (), dtype=torch.float32, device=workspace.device)  # quicker than torch.empty(())
     stats = workspace.new_empty(wanted.bit_count())
     if options.denominator is not None:
-        if plan.divisor == _BY_TENSOR:
+        if isinstance(options.denominator, Tensor) and plan.divisor == _BY_TENSOR:
             given = options.denominator if options.denominator.dtype in _DENOMINATORS else options.denominator.float()
         elif options.aggregation != "token-sum":
             number = float(options.denominator)
@@ -180,14 +181,13 @@ def forward(
     wanted: int = _EVERY_STATISTIC,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace for the backward."""
-    like = values if logprobs is None else logprobs
-    assert like is not None
+    like = required(values if logprobs is None else logprobs)
     steps, T, plan = like.numel(), like.shape[-1], _plan(options)
     given, num_gradients = _NEEDS[needs]
-    packed = plan.by_sequence and tensors.cu_seqlens is not None
+    cu_seqlens = tensors.cu_seqlens if plan.by_sequence else None
     programs = -(-steps // _BLOCK)
     if steps and plan.by_sequence:
-        programs = len(tensors.cu_seqlens) - 1 if packed else steps // T
+        programs = steps // T if cu_seqlens is None else len(cu_seqlens) - 1
     size = saved_size(steps, num_gradients) + _COLUMNS * programs
     # Without a sequence there is no program that could clear the gradients.
     workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=like.device)
@@ -200,7 +200,7 @@ def forward(
                 compiling = _FLAT[operands[0].element_size()]
                 loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **compiling)
             else:
-                _forward_rows(operands, is_flat, workspace, tensors, options, plan, given, steps, T, programs, packed)
+                _forward_rows(operands, is_flat, workspace, cu_seqlens, options, plan, given, steps, T, programs)
         loss, stats = _reduce(workspace, options, plan, T, steps, programs, num_gradients, wanted)
     return loss, stats, workspace
 
@@ -212,8 +212,7 @@ def _inputs(
     the kernels, where an address of the same type replaces an absent input."""
     policy = logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, entropy, tensors.ref_logprobs
     inputs = (*policy, values, tensors.old_values if has_clip else None, tensors.returns)
-    other = tensors.returns if logprobs is None else logprobs
-    assert other is not None
+    other = required(tensors.returns if logprobs is None else logprobs)
     dtype = other.dtype
     present, is_flat, is_listed, addresses, operands = 0, True, dtype in _POINTERS, 0, []
     for x, flag in zip(inputs, _FLAGS, strict=True):
@@ -246,30 +245,27 @@ def _forward_rows(
     operands: list[Tensor],
     is_flat: bool,  # all that are read are contiguous
     workspace: Tensor,
-    tensors: LossTensors,
+    cu_seqlens: Tensor | None,
     options: LossOptions,
     plan: _Plan,
     given: int,
     steps: int,
     T: int,
     programs: int,
-    packed: bool,
 ) -> None:
     strides = [T] * len(operands)
     if not is_flat:
         views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in operands}
         operands, strides = [views[id(x)][0] for x in operands], [views[id(x)][1] for x in operands]
-    cu_seqlens = _unread(torch.int32, workspace.device)
-    if packed:
-        given |= _CU_SEQLENS
-        cu_seqlens = tensors.cu_seqlens.contiguous()
+    given |= 0 if cu_seqlens is None else _CU_SEQLENS
+    boundaries = _unread(torch.int32, workspace.device) if cu_seqlens is None else cu_seqlens.contiguous()
     loss_rows_kernel.run(
         *operands,
         workspace,
         *_scalars(options),
         given | (_MEAN if plan.mean else 0),
         steps,
-        cu_seqlens,
+        boundaries,
         T,
         *strides,
         plan.by_sequence,
@@ -286,8 +282,9 @@ def token_weights(like: Tensor, tensors: LossTensors) -> Tensor:
     cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
     if tensors.mask is not None:
         (mask, mask_stride), given = _as_rows(tensors.mask, T), _MASK
-    programs, packed = steps // max(T, 1), tensors.cu_seqlens is not None
-    if packed:
+    programs, packed = steps // max(T, 1), False
+    if tensors.cu_seqlens is not None:
+        packed = True
         cu_seqlens, given = tensors.cu_seqlens.contiguous(), given | _CU_SEQLENS
         programs = len(cu_seqlens) - 1
     weights = (torch.zeros if packed else torch.empty)(like.shape, dtype=torch.float32, device=device)
@@ -303,7 +300,7 @@ def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch
     """The bits of the gradients that have a dtype, their dtypes in the kernel, and whether these are the same."""
     given = sum(flag for flag, dtype in zip(_WANTED, dtypes, strict=True) if dtype is not None)
     *policy, of_values = dtypes
-    others = {x for x in policy if x is not None} or {of_values}
+    others: set[torch.dtype | None] = {x for x in policy if x is not None} or {of_values}
     if len(others) == 1 and (of_values or next(iter(others)), *others) in _DTYPES:
         return given, dtypes, True
     return given, tuple(None if x is None else torch.float32 for x in dtypes), False
@@ -318,8 +315,7 @@ def backward(
     # With sizes one by one torch.empty takes half the time that it takes with a torch.Size.
     made = [None if x is None else torch.empty(*shape, dtype=x, device=device) for x in written]
     d_logprobs, d_entropy, d_values = made
-    other = d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy
-    assert other is not None
+    other = required(d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy)
     steps = other.numel()
     if steps:
         with device_guard(workspace):
@@ -341,7 +337,8 @@ def backward(
 
 def saved_gradients(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
     """Returns the gradients in a workspace and their scales, which `backward` multiplies, for torch.compile to fuse."""
-    first, found = _PAD, []
+    first = _PAD
+    found: list[tuple[Tensor, Tensor] | None] = []
     for shape, scale in zip(shapes, (workspace[0], workspace[0], workspace[1]), strict=True):
         if shape is None:
             found.append(None)

@@ -78,13 +78,6 @@ def wanted_stats(
     )
 
 
-def required(x: Tensor | None) -> Tensor:
-    """Returns an input that ppo_fast.ops has checked to be given."""
-    if x is None:
-        raise TypeError("a tensor that this loss needs is None")
-    return x
-
-
 def named_stats(stats: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Names statistics, from a tensor of them alone, or of the first or all of ALL_STATS."""
     scalars = stats.unbind()
