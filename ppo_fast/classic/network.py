@@ -15,8 +15,9 @@ Activations = list[Tensor]  # the input of each layer of an MLP, and its output
 class MLP(nn.Module):
     """Linear layers with weights [in, out], each followed by the activation (tanh, relu or none).
 
-    The gradient comes from autograd, or from `backward`, with less overhead in a small network: `forward` then stores
-    the activations, and `backward` writes the gradients of the weights to `gradients`.
+    The gradient comes from autograd, or from `backward`: `forward` then stores the activations, and `backward` writes
+    the gradients of the weights to `gradients`. It saves overhead only: with it the update of a minibatch of 64, 256
+    or 1024 steps takes 11, 6 or 4 % less time of a processor (bench/classic_parts.py).
     """
 
     def __init__(self, sizes: list[int], gain: float, generator: torch.Generator, activation: str = "none") -> None:
