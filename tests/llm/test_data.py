@@ -29,9 +29,10 @@ from ppo_fast.llm.data import (
     read_prompts,
     tokenizer_notes,
 )
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts, sample_rollout
+from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
 from ppo_fast.llm.state import digest_of_rows
 from ppo_fast.llm.trainer import PPOTrainer
 
