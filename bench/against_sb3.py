@@ -199,11 +199,11 @@ def run_ours(env: str, seed: int, zoo: dict[str, Any], own: dict[str, Any]) -> d
     trainer, episodes, collect = ClassicTrainer(config), [], ProcessorClock()
     collect.wrap(trainer, "collect")
     watch = Watch()
-    while trainer.steps_done < zoo["steps"]:
+    while trainer.global_step < zoo["steps"]:
         trainer.step()
         episodes += [(at, total) for at, total, _ in trainer.finished]
     seconds = watch.read()
-    return summary(episodes, seconds, collect.seconds, trainer.steps_done, zoo, evaluate(env, trainer.act))
+    return summary(episodes, seconds, collect.seconds, trainer.global_step, zoo, evaluate(env, trainer.act))
 
 
 def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:

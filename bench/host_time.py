@@ -25,10 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.ops import (
-    backend,
-)
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "host"
 CALLS = 300  # of one operation in one round; their median counts
@@ -86,13 +82,12 @@ def pretend_gpu() -> None:
     """The Triton backend takes CPU tensors, checks read no values, and matrix products cost nothing."""
     from ppo_fast.kernels.common import launch
     from ppo_fast.kernels.linear import chunks as linear_chunks
-    from ppo_fast.ops import checks
+    from ppo_fast.ops import advantages, checks, linear, logprobs, losses
 
     launch.interpreting = lambda: True
-    backend.uses_triton = lambda *args: True
-    for name in ("readable", "values_are_readable"):
-        if hasattr(checks, name):
-            setattr(checks, name, lambda x: False)
+    for module in (advantages, linear, logprobs, losses):
+        module.uses_triton = lambda *args: True
+    checks.readable = lambda x: False
     linear_chunks._mm = lambda a, b, out, **options: None
 
 
@@ -100,7 +95,7 @@ def operations() -> dict[str, tuple[Callable[[], Any], tuple[Any, ...]]]:
     """Name -> (call, the tensors that its result is differentiated by). Small: a CPU computes what is not stubbed."""
     import torch
 
-    from ppo_fast.ops import losses as ops
+    import ppo_fast as ops
 
     torch.manual_seed(0)
     B, T, V, D = 4, 16, 128, 16
@@ -133,10 +128,7 @@ def operations() -> dict[str, tuple[Callable[[], Any], tuple[Any, ...]]]:
         ),
         "gae": (lambda: ops.gae(rewards, old_values, mask=mask), ()),
         "gae, packed": (lambda: ops.gae(rewards.flatten(), old_values.flatten(), cu_seqlens=lengths), ()),
-        "gae, time-major": (
-            lambda: ops.gae(rewards, old_values, terminated=mask, time_major=(hidden, weight)),
-            (),
-        ),
+        "gae, time-major": (lambda: ops.gae(rewards, old_values, terminated=mask, time_major=True), ()),
         "gae, two launches": (lambda: ops.gae(long_rewards, long_values), ()),
         "shape_rewards": (lambda: ops.shape_rewards(scores, old, ref, mask), ()),
         "masked_whiten": (lambda: ops.masked_whiten(advantages, mask), ()),

@@ -1,8 +1,8 @@
 """ppo-fast doctor: the backends of this machine, and a check of each operation on them.
 
-Every public operation runs on this machine, on every backend and in every dtype that it has, and is compared, forward
-and gradients, with `kernels/reference.py` in fp64. Its error may be at most twice that of the reference in the same
-dtype, plus 1e-6 of the largest value for rounding where the reference happens to be exact.
+Every public operation runs on every backend and in every dtype of this machine. Its outputs and gradients are compared
+with `kernels/reference.py` in fp64. The error may be at most twice that of the reference in the same dtype, plus 1e-6
+of the largest value, for rounding where the reference happens to be exact.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from ppo_fast.kernels.common.numba_loops import numba_works
 from ppo_fast.kernels.linear.chunks import product_path
 from ppo_fast.llm.packing import flash
 
-_PRODUCTS = {  # of the linear operations: see product_path
-    "exact": "as it is",
+_PRODUCTS = {  # of the linear operations, by product_path
+    "exact": "unchanged",
     "widening": "into fp32",
     "converted": "after conversion to fp32",
     "rounded": "into the same dtype, and then to fp32",
@@ -46,7 +46,7 @@ Operations = Any  # ppo_fast itself or the reference: both have the same functio
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel: SHA-256 of its binary, in which the paths of the source files are, and of its PTX without."""
+    """A compiled kernel: SHA-256 of its binary, which contains paths of source files, and of its PTX without paths."""
 
     name: str
     num_warps: int
@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
 
 
 class Check(NamedTuple):
-    """One operation in one dtype: its largest error against fp64 over all results, and the bound for it."""
+    """One operation in one dtype: its largest error against fp64 over all results, and the bound of the error."""
 
     operation: str
     device: str
@@ -68,7 +68,7 @@ class Check(NamedTuple):
 
 
 def make_inputs(device: torch.device, *, B: int = 5, T: int = 37, V: int = 1003, D: int = 48) -> Inputs:
-    """Random tensors of awkward sizes in fp64, with a mask that has gaps and -inf in the logits."""
+    """Make random tensors of odd sizes in fp64, with a mask that has gaps and -inf in the logits."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -179,7 +179,7 @@ def _linear_ppo_loss(ops: Operations, x: Inputs, **options: object) -> tuple[Ten
 
 
 CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
-    # name: (what to run, the inputs that want gradients)
+    # name: (the call, the inputs that need gradients)
     "token_logprobs": (_token_logprobs, ("logits",)),
     "policy_loss": (_policy_loss, ("logprobs",)),
     "value_loss": (_value_loss, ("values",)),
@@ -196,7 +196,7 @@ CHECKS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
 
 
 def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **options: object) -> list[Tensor]:
-    """An operation's outputs and, by a random projection of them, its gradients."""
+    """Compute the outputs of an operation and, by a random projection of them, its gradients."""
     run, differentiable = CHECKS[name]
     cast = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     leaves = [cast[key].requires_grad_() for key in differentiable]
@@ -212,7 +212,7 @@ def results(name: str, ops: Operations, inputs: Inputs, dtype: torch.dtype, **op
 
 
 def compare(actual: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> tuple[float, float, bool]:
-    """Error and bound of the result that is nearest to its bound, and whether every result is within its own."""
+    """Return error and bound of the result that is closest to its bound, and whether all results are within theirs."""
     worst, worst_bound, passed = 0.0, 0.0, True
     for a, e, t in zip(actual, eager, truth, strict=True):
         error = (a.double() - t).abs().max().item()
@@ -224,20 +224,20 @@ def compare(actual: list[Tensor], eager: list[Tensor], truth: list[Tensor]) -> t
 
 
 def check(name: str, inputs: Inputs, dtype: torch.dtype, backend: str) -> Check:
-    """Runs one operation and compares it with the reference in fp64 on the same rounded inputs."""
+    """Run one operation and compare it with the reference in fp64 on the same rounded inputs."""
     label, device = str(dtype).removeprefix("torch."), inputs["mask"].device.type
     rounded = {key: x.to(dtype).double() if x.is_floating_point() else x for key, x in inputs.items()}
     truth = results(name, reference, rounded, torch.float64)
     eager = results(name, reference, rounded, dtype)
     try:
         actual = results(name, ppo, rounded, dtype, backend=backend)
-    except Exception as failure:  # whatever a compiler or driver raises is a finding, and the others still run
+    except Exception as failure:  # an error of a compiler or driver fails this check only
         return Check(name, device, backend, label, float("inf"), 0.0, False, f"{type(failure).__name__}: {failure}")
     return Check(name, device, backend, label, *compare(actual, eager, truth))
 
 
 def plan() -> list[tuple[str, str, torch.dtype]]:
-    """Device, backend and dtype of all checks: everything that this machine has."""
+    """List device, backend and dtype of all checks: every combination of this machine."""
     places = [("cpu", "torch")]
     if torch.cuda.is_available():
         places += [("cuda", "triton")] if find_spec("triton") else []
@@ -246,14 +246,14 @@ def plan() -> list[tuple[str, str, torch.dtype]]:
 
 
 def examine() -> list[Check]:
-    """Every operation on every device and backend and in every dtype that this machine has."""
+    """Check every operation on every device and backend and in every dtype of this machine."""
     planned = plan()
     inputs = {device: make_inputs(torch.device(device)) for device, _, _ in planned}
     return [check(name, inputs[device], dtype, backend) for device, backend, dtype in planned for name in CHECKS]
 
 
 def compiled_kernels() -> list[Kernel]:
-    """The kernels that this process has compiled for a GPU; none where Triton's interpreter runs them."""
+    """List the kernels that this process has compiled for a GPU; none if Triton's interpreter runs them."""
     if not find_spec("triton"):
         return []
     from triton.runtime.jit import JITFunction
@@ -262,7 +262,7 @@ def compiled_kernels() -> list[Kernel]:
     functions = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
     found = []
     for function in functions.values():
-        for cache, *_ in function.device_caches.values():  # of each device: variants, then what launches need
+        for cache, *_ in function.device_caches.values():  # of each device: variants, then arguments of launches
             for kernel in cache.values():
                 binary = kernel.asm.get("cubin") or kernel.asm.get("hsaco") or b""
                 ptx = kernel.asm.get("ptx") or kernel.asm.get("amdgcn") or ""
@@ -273,12 +273,12 @@ def compiled_kernels() -> list[Kernel]:
 
 
 def _names_a_file(line: str) -> bool:
-    """True for the lines of an assembly that depend on where the source files are."""
+    """Return True for the lines of an assembly that depend on the paths of the source files."""
     return line.lstrip().startswith((".file", ".loc", "//"))
 
 
 def _driver() -> str:
-    """Version of the GPU's driver."""
+    """Return the version of the driver of the GPU."""
     if not shutil.which("nvidia-smi"):
         return "unknown (no nvidia-smi)"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -287,7 +287,7 @@ def _driver() -> str:
 
 
 def _attention(device: torch.device) -> dict[str, str]:
-    """The attention of a run on packed rows, by compute dtype, for layers of HEAD_SIZE as Llama's and Qwen's."""
+    """Return the attention path of a run on packed rows, by compute dtype, for layers with heads of HEAD_SIZE."""
     if device.type != "cpu":
         device = torch.device(device.type, device.index or 0)
     facts = {}
@@ -301,7 +301,7 @@ def _attention(device: torch.device) -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """The hardware and versions of this machine, and the backends that they allow."""
+    """Return the hardware and versions of this machine, and the backends that they allow."""
     facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {threads_note()}"}
     for package in PACKAGES:
         try:
@@ -341,7 +341,7 @@ def _print_checks(checks: list[Check], seconds: float) -> None:
 
 
 def _print_kernels(kernels: list[Kernel]) -> None:
-    """The first 16 digits of each hash."""
+    """Print the first 16 digits of each hash."""
     if not kernels:
         print("\nno GPU: no compiled kernels")
         return
@@ -351,7 +351,7 @@ def _print_kernels(kernels: list[Kernel]) -> None:
 
 
 def compile_loops() -> None:
-    """Compiles numba's loops, which are cached on disk, and prints the folder.
+    """Compile the loops of numba, which are cached on disk, and print the folder.
 
     Raises:
         UserError: numba is not installed or does not work, or finds no folder for its cache.
@@ -375,7 +375,11 @@ def compile_loops() -> None:
 
 
 def main(*, as_json: bool, report: bool = False) -> int:
-    """Prints facts and checks; 1 if a check fails. A report has the compiled kernels too, and can be pasted."""
+    """Print facts and checks, as JSON or as a report for an issue, with the compiled kernels.
+
+    Returns:
+        The exit status: 1 if a check fails.
+    """
     start = time.perf_counter()
     facts, checks = describe(), examine()
     seconds = time.perf_counter() - start

@@ -18,6 +18,7 @@ import torch
 from numba import types
 from torch import Tensor
 
+from ppo_fast.kernels.advantages.options import ShapingOptions
 from ppo_fast.kernels.common.memory import addressable
 from ppo_fast.kernels.common.numba_loops import c_function
 from ppo_fast.kernels.common.numba_threads import in_threads, shares
@@ -67,7 +68,7 @@ def _shape(
     first_row: int,
     last_row: int,
     kind: int,  # index in KINDS
-    options: int,
+    flags: int,
 ) -> None:
     zero, one, half = coef - coef, (coef - coef) + 1, (coef - coef) + 0.5
     for row in range(first_row, last_row):
@@ -88,18 +89,18 @@ def _shape(
                 kl[i] = abs(kl[i])
         for i in range(start, start + T):
             rewards[i] = kl[i] * -coef
-        if options & _AFTER_LAST:
+        if flags & _AFTER_LAST:
             for i in range(start, start + T):
                 longer[i] = mask[i]
         raw, tokens = 0.0, T  # the scores that count, before they are clipped
-        if options & _SUMMED:
+        if flags & _SUMMED:
             tokens = _count_between(mask, start, start + T)
-        if options & _BY_TOKEN:
-            if options & _SUMMED:
+        if flags & _BY_TOKEN:
+            if flags & _SUMMED:
                 raw = _sum_between(scores, mask, 1, start, start + T)
             for i in range(start, start + T):
                 score = scores[i]
-                if options & _CLIPPED:
+                if flags & _CLIPPED:
                     score = min(max(score, -score_clip), score_clip) if score == score else score
                 rewards[i] += score if mask[i] != 0 else zero
         else:
@@ -107,15 +108,15 @@ def _shape(
             while slot >= start and mask[slot] == 0:
                 slot -= 1
             if slot >= start:  # else nothing counts, nor does the score
-                if options & _AFTER_LAST:
+                if flags & _AFTER_LAST:
                     slot = min(slot + 1, start + T - 1)
                     longer[slot] = 1
                 score = scores[row]
                 raw += score
-                if options & _CLIPPED:
+                if flags & _CLIPPED:
                     score = min(max(score, -score_clip), score_clip) if score == score else score
                 rewards[slot] += score
-        if options & _SUMMED:
+        if flags & _SUMMED:
             at = row * _PER_ROW
             sums[at], sums[at + 1], sums[at + 4] = tokens > 0, tokens, raw
             sums[at + 2] = _sum_between(kl, mask, 0, start, start + T)
@@ -207,7 +208,7 @@ def _compiled(name: str) -> tuple[Callable[..., None], Any]:
 ALL = [partial(_compiled, name) for name in _SIGNATURES]  # what `ppo-fast compile` compiles
 
 
-def takes(*tensors: Tensor | None) -> bool:
+def supports(*tensors: Tensor | None) -> bool:
     """Whether the loops can do it: contiguous fp32 tensors and bool masks, not empty, that may be read by address."""
     for x in tensors:
         if x is None:
@@ -222,20 +223,18 @@ def shape_rewards(
     logprobs: Tensor,  # [B, T]
     ref_logprobs: Tensor,
     mask: Tensor,
+    options: ShapingOptions,
     *,
-    kl_coef: float,
-    kl_estimator: str,
-    score_clip: float | None,
-    reward_at: str,
     clamp: float,
     sums: Tensor | None = None,  # [B, len(SUMS)] fp64, to be written
 ) -> tuple[Tensor, ...]:
     """eager_advantages.shape_rewards for what `takes` allows."""
+    kl_coef, kl_estimator, score_clip, reward_at = options
     rewards, kl = torch.empty_like(logprobs), torch.empty_like(logprobs)
     by_token = scores.ndim == mask.ndim
     longer = torch.empty_like(mask) if reward_at == "after_last" and not by_token else None
-    options = (_BY_TOKEN if by_token else 0) | (0 if score_clip is None else _CLIPPED)
-    options |= (0 if longer is None else _AFTER_LAST) | (0 if sums is None else _SUMMED)
+    flags = (_BY_TOKEN if by_token else 0) | (0 if score_clip is None else _CLIPPED)
+    flags |= (0 if longer is None else _AFTER_LAST) | (0 if sums is None else _SUMMED)
     T = mask.shape[-1]
     rows = mask.numel() // T
     tensors = (logprobs, ref_logprobs, mask, scores, rewards, kl, longer, sums)
@@ -245,7 +244,7 @@ def shape_rewards(
     parts = shares(rows, mask.numel(), per_thread=_PER_THREAD)
 
     def work(part: int, _kept: object = tensors) -> None:  # an interrupted caller must not free what it reads
-        function(*pointers, *scalars, parts[part], parts[part + 1], KINDS.index(kl_estimator), options)
+        function(*pointers, *scalars, parts[part], parts[part + 1], KINDS.index(kl_estimator), flags)
 
     in_threads(work, len(parts) - 1, len(parts) - 1)
     return (rewards, kl) if longer is None else (rewards, kl, longer)

@@ -1,7 +1,7 @@
 """The torch backend of shape_rewards, masked_whiten, rlhf_advantages and (from eager_gae.py) gae: CPU, or any device.
 
 The same numbers as reference.py in fewer passes over the data. Nothing here carries a graph: rewards, advantages and
-returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu_advantages.py).
+returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu.py).
 """
 
 import math
@@ -11,21 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppo_fast.kernels.advantages.options import STATISTICS, AdvantageTensors, ShapingOptions, WhiteningOptions
 from ppo_fast.kernels.common.numba_loops import numba_works
-from ppo_fast.kernels.gae.eager import float_dtype, gae
-
-__all__ = ["gae", "masked_whiten", "merge_over_group", "rlhf_advantages", "shape_rewards"]
+from ppo_fast.kernels.gae.custom_op import gae
+from ppo_fast.kernels.gae.eager import float_dtype
+from ppo_fast.kernels.gae.options import GAEOptions
 
 _LOG_RATIO_CLAMP = 20.0  # as in reference.kl_estimate
-_STATISTICS = ("score_mean", "reward_mean", "kl_mean", "return_mean", "advantage_mean", "advantage_std")
 
 
-def _compiled_loops_take(*tensors: Tensor | None) -> bool:
+def _numba_supports(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or not numba_works():
         return False
-    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    from ppo_fast.kernels.advantages import cpu
 
-    return cpu_advantages.takes(*tensors)
+    return cpu.supports(*tensors)
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -58,27 +58,14 @@ def shape_rewards(
     logprobs: Tensor,  # [B, T]
     ref_logprobs: Tensor,
     mask: Tensor,
-    *,
-    kl_coef: float = 0.05,
-    kl_estimator: str = "k1",
-    score_clip: float | None = None,
-    reward_at: str = "last",
+    options: ShapingOptions,
 ) -> tuple[Tensor, ...]:
     """Rewards and KL, and for "after_last" the longer mask: reference.shape_rewards without a graph."""
-    if _compiled_loops_take(scores, logprobs, ref_logprobs, mask):
-        from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    if _numba_supports(scores, logprobs, ref_logprobs, mask):
+        from ppo_fast.kernels.advantages import cpu
 
-        return cpu_advantages.shape_rewards(
-            scores,
-            logprobs,
-            ref_logprobs,
-            mask,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            score_clip=score_clip,
-            reward_at=reward_at,
-            clamp=_LOG_RATIO_CLAMP,
-        )
+        return cpu.shape_rewards(scores, logprobs, ref_logprobs, mask, options, clamp=_LOG_RATIO_CLAMP)
+    kl_coef, kl_estimator, score_clip, reward_at = options
     dtype = float_dtype(scores, logprobs, ref_logprobs)
     with torch.no_grad():
         kl = _kl(_real(logprobs, dtype), _real(ref_logprobs, dtype), kl_estimator)
@@ -128,67 +115,41 @@ def _moments(x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None) ->
     return total, merged.to(x.dtype), m2, centred
 
 
-def _whiten(
-    x: Tensor,
-    mask: Tensor | None,
-    *,
-    shift_mean: bool,
-    unbiased: bool,
-    eps: float,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The whitened x, and mean and standard deviation (unbiased or not) of what came in."""
-    count, mean, m2, centred = _moments(x, mask, group)
-    variance = m2 / (count - int(unbiased)).clamp(min=1)
-    scale = torch.where(count > 1, torch.rsqrt(variance + float(eps)), 1).to(x.dtype)
+def _whiten(x: Tensor, mask: Tensor | None, options: WhiteningOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """The whitened x, and mean and standard deviation (unbiased or not) of x itself."""
+    count, mean, m2, centred = _moments(x, mask, options.group)
+    variance = m2 / (count - int(options.unbiased)).clamp(min=1)
+    scale = torch.where(count > 1, torch.rsqrt(variance + float(options.eps)), 1).to(x.dtype)
     whitened = centred * scale
-    if not shift_mean:
+    if not options.shift_mean:
         whitened = whitened + mean if mask is None else torch.where(mask, whitened + mean, 0)
     return whitened, mean, variance.sqrt().to(x.dtype)
 
 
-def _whiten_compiled(
-    x: Tensor,
-    mask: Tensor | None,
-    *,
-    shift_mean: bool,
-    unbiased: bool,
-    eps: float,
-    group: dist.ProcessGroup | None,
-    in_place: bool = False,
+def _whiten_with_numba(
+    x: Tensor, mask: Tensor | None, options: WhiteningOptions, *, in_place: bool = False
 ) -> tuple[Tensor, float, float]:
     """`_whiten` by compiled loops, with mean and standard deviation as numbers."""
-    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    from ppo_fast.kernels.advantages import cpu
 
-    count, mean, m2 = cpu_advantages.moments(x, mask)
-    if group is not None:
-        count, mean, m2 = (
-            y.item()
-            for y in merge_over_group(*torch.tensor((count, mean, m2), dtype=torch.float64, device="cpu"), group)
-        )
-    variance = m2 / max(count - int(unbiased), 1.0)
-    spread = math.sqrt(variance + float(eps))
+    count, mean, m2 = cpu.moments(x, mask)
+    if options.group is not None:
+        own = torch.tensor((count, mean, m2), dtype=torch.float64, device="cpu")
+        count, mean, m2 = (y.item() for y in merge_over_group(*own, options.group))
+    variance = m2 / max(count - int(options.unbiased), 1.0)
+    spread = math.sqrt(variance + float(options.eps))
     scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread
-    shift = 0.0 if shift_mean else mean
-    whitened = cpu_advantages.scaled(x, mask, mean=mean, scale=scale, shift=shift, in_place=in_place)
+    shift = 0.0 if options.shift_mean else mean
+    whitened = cpu.scaled(x, mask, mean=mean, scale=scale, shift=shift, in_place=in_place)
     return whitened, mean, math.sqrt(variance)
 
 
-def masked_whiten(
-    x: Tensor,
-    mask: Tensor | None = None,
-    *,
-    shift_mean: bool = True,
-    unbiased: bool = True,
-    eps: float = 1e-8,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor | None, options: WhiteningOptions) -> Tensor:
     """reference.masked_whiten without a graph; with `group`, count, mean and variance are those of all its ranks."""
-    how = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
-    if _compiled_loops_take(x, mask):
-        return _whiten_compiled(x, mask, **how)[0]
+    if _numba_supports(x, mask):
+        return _whiten_with_numba(x, mask, options)[0]
     with torch.no_grad():
-        return _whiten(_real(x, float_dtype(x)), mask, **how)[0]
+        return _whiten(_real(x, float_dtype(x)), mask, options)[0]
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
@@ -197,65 +158,52 @@ def _mean(x: Tensor, counted: Tensor) -> Tensor:
 
 
 def rlhf_advantages(
-    scores: Tensor,  # [B] or [B, T]
-    logprobs: Tensor,  # [B, T]
-    ref_logprobs: Tensor,
-    values: Tensor,
-    mask: Tensor,
+    tensors: AdvantageTensors,
+    shaping: ShapingOptions,
+    gae_options: GAEOptions,  # of which it uses gamma, lam and bootstrap
+    whitening: WhiteningOptions,
     *,
-    kl_coef: float = 0.05,
-    kl_estimator: str = "k1",
-    score_clip: float | None = None,
-    reward_at: str = "last",
-    gamma: float | Tensor = 1.0,  # or [B]
-    lam: float | Tensor = 0.95,
-    bootstrap: Tensor | None = None,  # [B]
-    whiten: bool = True,
-    shift_mean: bool = True,
-    unbiased: bool = True,
-    eps: float = 1e-8,
-    group: dist.ProcessGroup | None = None,
+    whiten: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Advantages, returns, rewards, KL and statistics: shape_rewards, gae and masked_whiten in a row."""
-    shaping = {"kl_coef": kl_coef, "kl_estimator": kl_estimator, "score_clip": score_clip, "reward_at": reward_at}
-    whitening = {"shift_mean": shift_mean, "unbiased": unbiased, "eps": eps, "group": group}
-    compiled = _compiled_loops_take(scores, logprobs, ref_logprobs, values, mask)
-    if compiled:
-        from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    scores, logprobs, ref_logprobs, values, mask = tensors
+    by_numba = _numba_supports(*tensors)
+    if by_numba:
+        from ppo_fast.kernels.advantages import cpu
 
-        sums = torch.empty(len(mask), len(cpu_advantages.SUMS), dtype=torch.float64, device="cpu")
-        rewards, kl, *longer = cpu_advantages.shape_rewards(
-            scores, logprobs, ref_logprobs, mask, clamp=_LOG_RATIO_CLAMP, sums=sums, **shaping
+        sums = torch.empty(len(mask), len(cpu.SUMS), dtype=torch.float64, device="cpu")
+        rewards, kl, *longer = cpu.shape_rewards(
+            scores, logprobs, ref_logprobs, mask, shaping, clamp=_LOG_RATIO_CLAMP, sums=sums
         )
     else:
-        rewards, kl, *longer = shape_rewards(scores, logprobs, ref_logprobs, mask, **shaping)
+        rewards, kl, *longer = shape_rewards(scores, logprobs, ref_logprobs, mask, shaping)
     steps = longer[0] if longer else mask
-    advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
+    advantages, returns = gae(rewards, values, gae_options._replace(mask=steps), use_triton=False)
     stats: Sequence[Tensor]
     with torch.no_grad():
-        if compiled:
-            whitened, *spread = _whiten_compiled(advantages, mask, in_place=whiten, **whitening)
-            means = _compiled_means(sums, returns, steps if longer else None)
+        if by_numba:
+            whitened, *spread = _whiten_with_numba(advantages, mask, whitening, in_place=whiten)
+            means = _means_with_numba(sums, returns, steps if longer else None)
             stats = torch.tensor((*means, *spread), dtype=torch.float32, device="cpu").unbind()
         else:
-            whitened, mean, std = _whiten(advantages, mask, **whitening)
+            whitened, mean, std = _whiten(advantages, mask, whitening)
             rows, score = mask.any(-1), _real(scores, rewards.dtype)
             score = torch.where(rows if score.ndim == 1 else mask, score, 0)
             stats = _mean(score, rows), _mean(rewards, rows), _mean(kl, mask), _mean(returns, steps), mean, std
         if not whiten:
             whitened = torch.where(mask, advantages, 0) if longer else advantages
-    return whitened, returns, rewards, kl, dict(zip(_STATISTICS, stats, strict=True))
+    return whitened, returns, rewards, kl, dict(zip(STATISTICS, stats, strict=True))
 
 
-def _compiled_means(sums: Tensor, returns: Tensor, steps: Tensor | None) -> list[float]:
+def _means_with_numba(sums: Tensor, returns: Tensor, steps: Tensor | None) -> list[float]:
     """Scores and rewards per row, KL per token, returns per step; returns are 0 where nothing counts.
 
-    sums [B, len(SUMS)] are those of cpu_advantages.shape_rewards; steps are those of the mask if not given.
+    sums [B, len(SUMS)] are those of cpu.shape_rewards; steps are those of the mask if not given.
     """
-    from ppo_fast.kernels.advantages import cpu as cpu_advantages
+    from ppo_fast.kernels.advantages import cpu
 
     rows, tokens, kl, rewards, scores = sums.sum(0).tolist()
     count = tokens if steps is None else int(steps.sum())
-    total = cpu_advantages.total(returns)
+    total = cpu.total(returns)
     parts = ((scores, rows), (rewards, rows), (kl, tokens), (total, count))
     return [x / max(n, 1) for x, n in parts]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppo_fast.kernels.advantages.kernel import advantages_kernel, shape_kernel
+from ppo_fast.kernels.advantages.options import STATISTICS, AdvantageTensors, ShapingOptions, WhiteningOptions
 from ppo_fast.kernels.advantages.whiten_kernel import merge_kernel, moments_kernel, whiten_kernel
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
 from ppo_fast.kernels.gae.launch import (
@@ -33,37 +34,20 @@ from ppo_fast.kernels.gae.launch import (
     same_dtype,
     variant,
 )
+from ppo_fast.kernels.gae.options import GAEOptions
 
 BLOCK = 1024  # elements in a tile of whitening
 NUM_WARPS = 4
 _PROGRAMS = 512  # of a launch of whitening, at most: each reads all partial results
 _WALKED_SPANS = 4  # that one program processes although several would be quicker: it saves a launch
 _KINDS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-STATISTICS = ("score_mean", "reward_mean", "kl_mean", "return_mean", "advantage_mean", "advantage_std")
 _PLANES = 9  # numbers of each program of the scan: three moments and six sums
 
 
-class Whitening(NamedTuple):
-    """Options of masked_whiten."""
-
-    shift_mean: bool
-    unbiased: bool
-    eps: float
-    group: dist.ProcessGroup | None
-
-
-class Shaping(NamedTuple):
-    """Options of shape_rewards."""
-
-    kl_coef: float
-    kl_estimator: str
-    score_clip: float | None
-    reward_at: str
-
-    def scalars(self) -> tuple[float, float, int, int]:
-        """kl_coef, clip, kind and behind of the kernels."""
-        clip = math.inf if self.score_clip is None else float(self.score_clip)
-        return float(self.kl_coef), clip, _KINDS[self.kl_estimator], int(self.reward_at == "after_last")
+def _scalars(options: ShapingOptions) -> tuple[float, float, int, int]:
+    """kl_coef, clip, kind and behind of the kernels."""
+    clip = math.inf if options.score_clip is None else float(options.score_clip)
+    return float(options.kl_coef), clip, _KINDS[options.kl_estimator], int(options.reward_at == "after_last")
 
 
 def _inputs(floats: tuple[Tensor, ...], mask: Tensor, scores: Tensor) -> tuple[list[Tensor], list[int], bool, bool]:
@@ -86,17 +70,18 @@ def _shape_keywords(is_aligned: bool) -> dict[str, Any]:
     return {"ALIGNED": is_aligned, "R": R, "W": W, "TILES": tiles} | launch_options(num_warps, REGISTERS)
 
 
-def launch_shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, shaping: Shaping
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rewards, KL, and the longer mask (None for "last")."""
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, shaping: ShapingOptions
+) -> tuple[Tensor, ...]:
+    """Rewards and KL, and for "after_last" the longer mask."""
     B, T = mask.shape
     rewards = torch.empty_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
     kl = torch.empty_like(rewards)
     behind = shaping.reward_at == "after_last"
     longer = torch.empty_like(mask, memory_format=torch.contiguous_format) if behind else None
+    outputs = (rewards, kl) if longer is None else (rewards, kl, longer)
     if B * T == 0:
-        return rewards, kl, longer
+        return outputs
     tensors, strides, is_aligned, per_token = _inputs((logprobs, ref_logprobs), mask, scores)
     R, W, tiles, _ = LAYOUTS["long rows"]
     with device_guard(mask):
@@ -105,7 +90,7 @@ def launch_shape_rewards(
             rewards,
             kl,
             mask if longer is None else longer,
-            *shaping.scalars(),
+            *_scalars(shaping),
             int(per_token),
             B,
             T,
@@ -114,7 +99,7 @@ def launch_shape_rewards(
             warmup=False,
             **_shape_keywords(is_aligned),
         )
-    return rewards, kl, longer
+    return outputs
 
 
 @functools.cache
@@ -158,7 +143,7 @@ def _apply_whitening(
     out: Tensor,
     partial: Tensor,  # (3, parts), or (9, parts) with statistics
     stats: Tensor | None,
-    whitening: Whitening,
+    whitening: WhiteningOptions,
 ) -> None:
     """The last launch, and over a group, what comes before it."""
     moments, ranks, parts = partial, 0, partial.shape[1]
@@ -187,7 +172,7 @@ def _apply_whitening(
     )
 
 
-def launch_masked_whiten(x: Tensor, mask: Tensor | None, whitening: Whitening) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor | None, whitening: WhiteningOptions) -> Tensor:
     out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     if x.numel() == 0 and whitening.group is None:
         return out
@@ -210,12 +195,10 @@ def launch_masked_whiten(x: Tensor, mask: Tensor | None, whitening: Whitening) -
 
 
 def _scan(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # scores, logprobs, ref_logprobs, values, mask
+    tensors: AdvantageTensors,
     outputs: tuple[Tensor, ...],  # advantages, returns, rewards, KL
-    shaping: Shaping,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    bootstrap: Tensor | None,
+    shaping: ShapingOptions,
+    gae_options: GAEOptions,
 ) -> Tensor:
     """One launch, or two where rows are long and few. Returns the moments and sums of the programs, (9, programs)."""
     scores, logprobs, refs, values, mask = tensors
@@ -228,7 +211,7 @@ def _scan(
     spans, programs = -(-T // (W * tiles)), -(-B // R)
     walks = spans <= _WALKED_SPANS or B >= MANY_ROWS or spans > LARGEST_GRID_Y
     partial = outputs[0].new_empty(_PLANES, programs if walks else programs * spans)
-    present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, B)
+    present, numbers, gamma, lam = row_numbers(gae_options.bootstrap, gae_options.gamma, gae_options.lam, B)
     arguments = (
         *inputs,
         partial if numbers is None else numbers,
@@ -238,7 +221,7 @@ def _scan(
         present | per_token << 3,
         gamma,
         lam,
-        *shaping.scalars(),
+        *_scalars(shaping),
         B,
         T,
         *strides,
@@ -250,22 +233,21 @@ def _scan(
     return partial
 
 
-def launch_rlhf_advantages(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],  # scores, logprobs, ref_logprobs, values, mask
-    shaping: Shaping,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    bootstrap: Tensor | None,
+def rlhf_advantages(
+    tensors: AdvantageTensors,
+    shaping: ShapingOptions,
+    gae_options: GAEOptions,  # of which it uses gamma, lam and bootstrap
+    whitening: WhiteningOptions,
+    *,
     whiten: bool,
-    whitening: Whitening,
 ) -> tuple[Tensor, ...]:
     """Advantages, returns, rewards, KL, and the statistics as one tensor."""
-    mask = tensors[4]
+    mask = tensors.mask
     advantages = torch.empty_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
     outputs = advantages, *(torch.empty_like(advantages) for _ in range(3))
     stats = advantages.new_empty(len(STATISTICS))
     with device_guard(mask):
-        partial = _scan(tensors, outputs, shaping, gamma, lam, bootstrap)
+        partial = _scan(tensors, outputs, shaping, gae_options)
         flat = _flat(advantages, mask)
         _apply_whitening(flat, flat.rows if whiten else 0, advantages, partial, stats, whitening)
     return *outputs, stats

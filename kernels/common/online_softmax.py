@@ -86,7 +86,7 @@ def start_rows(
 def add_block(
     row_max,  # (ROWS,)
     sums,  # (ROWS, LANES)
-    moments,  # (ROWS, LANES); untouched unless WITH_ENTROPY
+    weighted_sum,  # (ROWS, LANES); untouched unless WITH_ENTROPY
     x,  # (ROWS, BLOCK) fp32 logits, -inf where there is none
     scale,  # log2(e) / temperature
     ROWS: tl.constexpr,
@@ -101,22 +101,22 @@ def add_block(
     u = (x - new_max[:, None]) * scale
     e = tl.exp2(u)
     if WITH_ENTROPY:
-        moments = tl.fma(shrink, tl.fma(sums, shift, moments), fold_sum(e * with_mass(u), ROWS, BLOCK, LANES))
+        weighted_sum = tl.fma(shrink, tl.fma(sums, shift, weighted_sum), fold_sum(e * with_mass(u), ROWS, BLOCK, LANES))
     sums = tl.fma(shrink, sums, fold_sum(e, ROWS, BLOCK, LANES))
-    return new_max, sums, moments
+    return new_max, sums, weighted_sum
 
 
 @triton.jit
 def finish_rows(
     sums,  # (ROWS, LANES)
-    moments,  # (ROWS, LANES)
+    weighted_sum,  # (ROWS, LANES)
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """log2 s, and the entropy in nats, which means nothing if the moments were left out."""
-    total, moment = tree_sums(sums, moments, ROWS, LANES)
+    total, weighted_total = tree_sums(sums, weighted_sum, ROWS, LANES)
     log_sum = tl.log2(total)
-    return log_sum, to_nats(log_sum - moment / total)
+    return log_sum, to_nats(log_sum - weighted_total / total)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def column_offset(
 
 
 @triton.jit
-def load_counted(
+def load_mask(
     mask_ptr,  # (B, T) bool
     row,  # (ROWS,)
     N,

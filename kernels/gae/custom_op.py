@@ -1,63 +1,55 @@
-"""gae in front of its backends: the public signature, and what torch.compile sees, one opaque operator."""
-
-from collections.abc import Callable
+"""gae for torch.compile, in front of launch.py and eager.py. Advantages and returns have no graph: they are data."""
 
 import torch
 from torch import Tensor
 
 from ppo_fast.kernels.common.scalars import as_number, as_tensor
+from ppo_fast.kernels.gae import eager
+from ppo_fast.kernels.gae.options import GAEOptions
 
 
-def make_operator(name: str, gae: Callable[..., tuple[Tensor, Tensor]]) -> torch.library.CustomOpDef:
-    """ppo_fast::gae_<name> for gae(rewards, values, gamma, lam, ...). New values of gamma and lam compile nothing.
+def gae(rewards: Tensor, values: Tensor, options: GAEOptions, *, use_triton: bool) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, the shape of rewards: reference.gae."""
+    if torch.compiler.is_compiling():
+        numbers = as_tensor(options.gamma), as_tensor(options.lam)
+        operator = _triton_operator if use_triton else _torch_operator
+        return operator(rewards.detach(), values.detach(), *numbers, *options[2:])
+    if use_triton:
+        from ppo_fast.kernels.gae import launch
+
+        return launch.gae(rewards, values, options)
+    return eager.gae(rewards, values, options)
+
+
+def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
+    """Registers the operator that torch.compile uses. New values of gamma and lam compile nothing.
 
     Its outputs are contiguous, in fp32, or in fp64 if an input is.
     """
 
-    def run(rewards: Tensor, values: Tensor, gamma: Tensor, lam: Tensor, *rest: Tensor | bool | None):
-        advantages, returns = gae(rewards, values, as_number(gamma), as_number(lam), *rest)
+    def run(
+        rewards: Tensor, values: Tensor, gamma: Tensor, lam: Tensor, *rest: Tensor | bool | None
+    ) -> tuple[Tensor, Tensor]:
+        options = GAEOptions(as_number(gamma), as_number(lam), *rest)  # type: ignore[arg-type]  # by position
+        advantages, returns = gae(rewards, values, options, use_triton=use_triton)
         return advantages.contiguous(), returns.contiguous()
 
+    def shapes(rewards: Tensor, values: Tensor, *_: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
+        like = rewards.new_empty(rewards.shape, dtype=wide)
+        return like, torch.empty_like(like)
+
     operator = torch.library.custom_op(
-        f"ppo_fast::gae_{name}",
+        f"ppo_fast::{name}",
         run,
         mutates_args=(),
         schema="(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask, Tensor? terminated,"
         " Tensor? truncated, Tensor? bootstrap, Tensor? final_values, Tensor? cu_seqlens, bool time_major)"
         " -> (Tensor, Tensor)",
     )
-
-    def fake(rewards: Tensor, values: Tensor, *_: Tensor | bool | None) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
-        like = rewards.new_empty(rewards.shape, dtype=wide)
-        return like, torch.empty_like(like)
-
-    operator.register_fake(fake)
+    operator.register_fake(shapes)
     return operator
 
 
-def public_function(name: str, implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable:
-    """gae of a backend, with the signature of reference.py. Advantages and returns carry no graph: they are data."""
-    operator = make_operator(name, implementation)
-
-    def gae(
-        rewards: Tensor,  # [..., T]; [T, ...] if time_major; [total] with cu_seqlens
-        values: Tensor,
-        *,
-        gamma: float | Tensor = 1.0,  # or one per row
-        lam: float | Tensor = 0.95,
-        mask: Tensor | None = None,
-        terminated: Tensor | None = None,
-        truncated: Tensor | None = None,
-        bootstrap: Tensor | None = None,  # one per row
-        final_values: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,  # [S + 1]
-        time_major: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """reference.gae."""
-        rest = mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major
-        if torch.compiler.is_compiling():
-            return operator(rewards.detach(), values.detach(), as_tensor(gamma), as_tensor(lam), *rest)
-        return implementation(rewards, values, gamma, lam, *rest)
-
-    return gae
+_triton_operator = _make_operator("gae_triton", use_triton=True)
+_torch_operator = _make_operator("gae_torch", use_triton=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.common.memory import addressable, readable
 from ppo_fast.kernels.common.numba_loops import numba_works
-from ppo_fast.kernels.gae.custom_op import public_function
+from ppo_fast.kernels.gae.options import GAEOptions
 
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
@@ -190,19 +190,9 @@ def _gae_torch(
         _gae_vectorised(r, v, g, decay, m, e, c, s, f, *ends, advantages=a, returns=q, time=time)
 
 
-def _gae(
-    rewards: Tensor,
-    values: Tensor,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    bootstrap: Tensor | None,
-    final_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    time_major: bool,
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of reference.gae, in fp32, or in fp64 if an input is."""
+    gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major = options
     shape, steps = values.shape, values.numel()
     dtype = values.dtype if values.dtype is rewards.dtype is torch.float32 else float_dtype(rewards, values)
     if steps == 0:
@@ -229,10 +219,10 @@ def _gae(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.long().contiguous()
     advantages, returns = torch.empty_like(values), torch.empty_like(values)  # with its strides: time-major stays so
-    options = mask, terminated, truncated, bootstrap, final_values, cu_seqlens
-    rest = gamma, lam, *options, 0 if time_major else 1
+    optional = mask, terminated, truncated, bootstrap, final_values, cu_seqlens
+    rest = gamma, lam, *optional, 0 if time_major else 1
     by_row = [x for x in (gamma, lam) if isinstance(x, Tensor)]
-    if numba_works() and addressable(rewards, values, *options, *by_row):
+    if numba_works() and addressable(rewards, values, *optional, *by_row):
         from ppo_fast.kernels.gae import cpu
 
         cpu.gae(rewards, values, advantages, returns, *rest)
@@ -240,6 +230,3 @@ def _gae(
         with torch.no_grad():
             _gae_torch(rewards.detach(), values.detach(), advantages, returns, *rest)
     return (advantages, returns) if len(shape) == 2 else (advantages.reshape(shape), returns.reshape(shape))
-
-
-gae = public_function("torch", _gae)

@@ -19,8 +19,8 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
-from ppo_fast.kernels.gae.custom_op import public_function
 from ppo_fast.kernels.gae.kernel import gae_columns_kernel, gae_packed_kernel, gae_rows_kernel
+from ppo_fast.kernels.gae.options import GAEOptions
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}  # of rewards and values
 MANY_ROWS = 2048  # rows that keep a GPU busy with one program for each four
@@ -133,20 +133,9 @@ def _flags(
     return [unused if x is None else next(rest) for x in (mask, terminated, truncated)], strides[0], is_aligned
 
 
-def _gae(
-    rewards: Tensor,
-    values: Tensor,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    mask: Tensor | None,
-    terminated: Tensor | None,
-    truncated: Tensor | None,
-    bootstrap: Tensor | None,
-    final_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-    time_major: bool,
-) -> tuple[Tensor, Tensor]:
-    """The launcher; what it returns is contiguous."""
+def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of reference.gae, contiguous, in fp32."""
+    gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major = options
     advantages = torch.empty_like(rewards, dtype=torch.float32, memory_format=torch.contiguous_format)
     returns = torch.empty_like(advantages)
     total = rewards.numel()
@@ -233,9 +222,6 @@ def _launch_packed(
     grid = (-(-slots // R),)
     gae_packed_kernel.run(*arguments, grid=grid, warmup=False, **keywords("packed", False, False))
     gae_packed_kernel.run(*arguments, grid=grid, warmup=False, **keywords("packed", False, True))
-
-
-gae = public_function("triton", _gae)
 
 
 def argument_types(kernel: triton.JITFunction, constexprs: dict[str, Any], pointers: dict[str, str]) -> dict[str, str]:

@@ -42,24 +42,26 @@ class Head(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The counted tokens: all N of them if `chosen` is None."""
+    """The counted tokens: all N of them if `indices` is None."""
 
-    chosen: Tensor | None  # [n] int64 into the flattened tokens
+    indices: Tensor | None  # [n] int64 into the flattened tokens
     total: int  # n
-    wrong: Tensor | None  # true if `num_counted` was not what the mask says; only where it could not be checked
+    count_mismatch: (
+        Tensor | None
+    )  # true if `num_counted` was not what the mask says; only where it could not be checked
 
-    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[...] -> [n], the values at counted tokens."""
         flat = x.detach().reshape(-1)
-        return (flat if self.chosen is None else flat.index_select(0, self.chosen)).to(dtype).contiguous()
+        return (flat if self.indices is None else flat.index_select(0, self.indices)).to(dtype).contiguous()
 
-    def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
+    def scatter(self, x: Tensor, shape: torch.Size) -> Tensor:
         """[n] -> [...], 0 where masked; NaN everywhere if the rows are not those of the mask."""
-        if self.chosen is None:
+        if self.indices is None:
             out = x.reshape(shape).clone()
         else:
-            out = x.new_zeros(math.prod(shape)).index_copy_(0, self.chosen, x).view(shape)
-        return out if self.wrong is None else out.masked_fill_(self.wrong, math.nan)
+            out = x.new_zeros(math.prod(shape)).index_copy_(0, self.indices, x).view(shape)
+        return out if self.count_mismatch is None else out.masked_fill_(self.count_mismatch, math.nan)
 
 
 class Gradients(NamedTuple):
@@ -88,19 +90,19 @@ def counted_rows(mask: Tensor | None, num_counted: int | None, N: int) -> Rows:
             raise ValueError(f"num_counted must be {N}, the number of tokens, if no mask is given; got {num_counted}")
         return Rows(None, N, None)
     flat = mask.reshape(-1)
-    chosen: Tensor | None
+    indices: Tensor | None
     if num_counted is None:
         if flat.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("mask: counting its tokens would wait, which a graph capture cannot: pass num_counted")
-        chosen = flat.nonzero().squeeze(1)
-        return Rows(None if len(chosen) == N else chosen, len(chosen), None)
-    wrong = None
+        indices = flat.nonzero().squeeze(1)
+        return Rows(None if len(indices) == N else indices, len(indices), None)
+    count_mismatch = None
     if flat.device.type != "cpu":
-        wrong = flat.sum() != num_counted
+        count_mismatch = flat.sum() != num_counted
     elif int(flat.sum()) != num_counted:
         raise ValueError(f"num_counted must be the number of True in mask, {int(flat.sum())}; got {num_counted}")
-    chosen = None if num_counted == N else torch.nonzero_static(flat, size=num_counted, fill_value=0).squeeze(1)
-    return Rows(chosen, num_counted, wrong)
+    indices = None if num_counted == N else torch.nonzero_static(flat, size=num_counted, fill_value=0).squeeze(1)
+    return Rows(indices, num_counted, count_mismatch)
 
 
 def _padded(V: int, dtype: torch.dtype) -> int:
@@ -180,7 +182,7 @@ def make_plan(
     give the same bits, so log-probabilities scored without gradients are those that the loss computes.
     """
     return compute_plan(
-        (int(weight.shape[0]), int(weight.shape[1]), int(rows.total), rows.chosen is not None),  # int: not symbolic
+        (int(weight.shape[0]), int(weight.shape[1]), int(rows.total), rows.indices is not None),  # int: not symbolic
         (hidden.dtype, weight.dtype, logits_dtype),
         product_path(hidden.device, hidden.dtype),
         (CPU_CHUNK_ROWS, CPU_CHUNK_BYTES) if hidden.device.type == "cpu" else (DEVICE_CHUNK_ROWS, 0),
@@ -272,10 +274,10 @@ def _rows_of(x: Tensor, part: slice) -> Tensor:
 
 
 def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor:
-    if rows.chosen is None:
+    if rows.indices is None:
         chunk = _rows_of(hidden, part)
     else:
-        chunk = hidden.index_select(0, _rows_of(rows.chosen, part))
+        chunk = hidden.index_select(0, _rows_of(rows.indices, part))
     return chunk if chunk.dtype == plan.operand else chunk.to(plan.operand)
 
 
@@ -296,7 +298,7 @@ def for_each_chunk(
     head: Head,
     rows: Rows,
     plan: Plan,
-    row_math: Callable[[Tensor, slice], None],  # of logits [rows, V], and which of the counted rows they are
+    apply_epilogue: Callable[[Tensor, slice], None],  # of logits [rows, V], and which of the counted rows they are
 ) -> None:
     """Logits, chunk by chunk; one product."""
     logits = chunk_buffer(plan, len(head.weight), plan.logits, hidden.device) if rows.total else hidden
@@ -304,7 +306,7 @@ def for_each_chunk(
         chunk, h = _rows_of(logits, slice(0, part.stop - part.start)), _hidden_chunk(hidden, rows, part, plan)
         for columns, tile in _tiles(head.weight, plan):
             _mm(h, tile.t(), _columns(chunk, columns))
-        row_math(chunk, part)
+        apply_epilogue(chunk, part)
 
 
 def differentiate(
@@ -313,7 +315,7 @@ def differentiate(
     rows: Rows,
     plan: Plan,
     needs: tuple[bool, ...],  # gradients wanted: of hidden, weight, bias
-    row_math: Callable[[Tensor, Tensor, slice], Tensor | None],
+    apply_epilogue: Callable[[Tensor, Tensor, slice], Tensor | None],
 ) -> Gradients:
     """Logits, chunk by chunk, and the gradients of hidden, weight and bias from theirs; up to three products.
 
@@ -333,7 +335,7 @@ def differentiate(
         chunk, d = _rows_of(logits, here), _rows_of(dlogits, here)
         for columns, tile in _tiles(head.weight, plan):
             _mm(h, tile.t(), _columns(chunk, columns))
-        factor = row_math(chunk, d, part)
+        factor = apply_epilogue(chunk, d, part)
         if part.stop == rows.total:
             del logits, chunk  # the last chunk's logits are not needed any more, and d weight may still have to be made
         if d_hidden is not None:

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.linear.api import public_functions
 from ppo_fast.kernels.linear.chunks import Head
-from ppo_fast.kernels.linear.function import RowMath
+from ppo_fast.kernels.linear.steps import Epilogue
 from ppo_fast.kernels.loss import eager as eager_loss
-from ppo_fast.kernels.loss.options import LossOptions, LossTensors
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors, required
 
 # What is worked on at a time: on a CPU this and its copy fit the caches, elsewhere launches should not dominate.
 CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 20, 32 << 20
@@ -48,20 +47,20 @@ class _Block(NamedTuple):
     part: slice
     x: Tensor  # the chunk itself, or a copy
     spare: Tensor
-    t: Tensor | None  # with a softcap only
+    tanh: Tensor | None  # with a softcap only
 
 
 def _blocks(logits: Tensor, head: Head, *, copy: bool) -> Iterator[_Block]:
     wide, (size, V) = torch.promote_types(logits.dtype, torch.float32), logits.shape
     rows = min(size, _block_rows(V, logits.device, wide.itemsize))
     spare = torch.empty(rows, V, dtype=wide, device=logits.device)
-    t = None if head.softcap is None else torch.empty_like(spare)
+    tanh = None if head.softcap is None else torch.empty_like(spare)
     x_copy = torch.empty_like(spare) if copy else None
     for start in range(0, size, rows):
         part = slice(start, min(start + rows, size))
         length = part.stop - start
         x = logits[part] if x_copy is None else x_copy[:length].copy_(logits[part])
-        yield _Block(part, x, spare[:length], None if t is None else t[:length])
+        yield _Block(part, x, spare[:length], None if tanh is None else tanh[:length])
 
 
 def _finish_logits(block: _Block, head: Head) -> None:
@@ -71,13 +70,13 @@ def _finish_logits(block: _Block, head: Head) -> None:
         x.copy_(x.to(head.logits_dtype))
     if head.bias is not None:
         x.add_(head.bias)
-    if head.softcap is None or block.t is None:
+    if head.softcap is None or block.tanh is None:
         if head.factor != 1:
             x.mul_(head.factor)
         return
     dropped = None if head.bias is None else x == -torch.inf
-    torch.mul(x, head.logit_scale / head.softcap, out=block.t).tanh_()
-    torch.mul(block.t, head.softcap / head.temperature, out=x)
+    torch.mul(x, head.logit_scale / head.softcap, out=block.tanh).tanh_()
+    torch.mul(block.tanh, head.softcap / head.temperature, out=x)
     if dropped is not None:
         x.masked_fill_(dropped, -torch.inf)
 
@@ -100,22 +99,22 @@ def _clamp(u: Tensor, head: Head) -> None:
 
 def _bend(d: Tensor, block: _Block) -> None:
     """d loss / d z times what the softcap lets through."""
-    if block.t is not None:
-        d.addcmul_(d, block.t.square_(), value=-1)
+    if block.tanh is not None:
+        d.addcmul_(d, block.tanh.square_(), value=-1)
 
 
 def _at_tokens(u: Tensor, tokens: Tensor) -> Tensor:
     """[rows]; NaN for a token outside the vocabulary, which a CPU has refused before."""
-    chosen = tokens.clamp(0, u.shape[1] - 1)
-    values = u.gather(1, chosen.unsqueeze(1)).squeeze(1)
-    return values if u.device.type == "cpu" else values.masked_fill_(chosen != tokens, torch.nan)
+    safe_tokens = tokens.clamp(0, u.shape[1] - 1)
+    values = u.gather(1, safe_tokens.unsqueeze(1)).squeeze(1)
+    return values if u.device.type == "cpu" else values.masked_fill_(safe_tokens != tokens, torch.nan)
 
 
 def _put_at_tokens(x: Tensor, tokens: Tensor, values: Tensor) -> None:
     x.scatter_(1, tokens.clamp(0, x.shape[1] - 1).unsqueeze(1), values.unsqueeze(1))
 
 
-def _measure(
+def _row_statistics(
     logits: Tensor,
     tokens: Tensor,
     head: Head,
@@ -126,7 +125,7 @@ def _measure(
     exponentials: bool,
 ) -> None:
     """The statistics. The chunk becomes u, or e^u - s 1[j = token] if `exponentials`; or stays as it is if `copy`."""
-    row_max, total, moment, at_token = statistics
+    row_max, total, weighted_sum, at_token = statistics
     for block in _blocks(logits, head, copy=copy):
         rows = block.part
         _finish_logits(block, head)
@@ -139,20 +138,20 @@ def _measure(
         total[rows] = _row_sum(e)
         if with_entropy:
             product = block.spare.mul_(block.x)
-            moment[rows] = _row_sum(product)
+            weighted_sum[rows] = _row_sum(product)
         if exponentials:
             _put_at_tokens(e, tokens[rows], at_token[rows].exp() - total[rows])
             _bend(e, block)
     log_sum = total.log()
     if with_entropy:
-        torch.sub(log_sum, moment / total, out=moment)
+        torch.sub(log_sum, weighted_sum / total, out=weighted_sum)
     at_token.sub_(log_sum)
     total.copy_(log_sum)
 
 
 def _score(logits: Tensor, tokens: Tensor, head: Head, statistics: Tensor, with_entropy: bool) -> None:
     copy = logits.dtype != statistics.dtype
-    _measure(logits, tokens, head, statistics, with_entropy=with_entropy, copy=copy, exponentials=False)
+    _row_statistics(logits, tokens, head, statistics, with_entropy=with_entropy, copy=copy, exponentials=False)
 
 
 def _gradient(
@@ -209,49 +208,49 @@ def _differentiate(block: _Block, tokens: Tensor, g: Tensor, h: Tensor | None, h
     _bend(block.x, block)
 
 
-def _policy_slopes(
-    logprobs: Tensor, entropy: Tensor, t: LossTensors, share: Tensor | None, o: LossOptions
+def _policy_gradients(
+    logprobs: Tensor, entropy: Tensor, tensors: LossTensors, token_weight: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d logp and d loss / d H, without the divisor of the loss."""
-    if t.old_logprobs is None:
-        t = t._replace(old_logprobs=logprobs)
-    bonus = o.entropy_coef != 0
-    o = o._replace(aggregation="token-sum", denominator=None)
-    _, _, (g, h, _), _ = eager_loss.forward(logprobs, entropy, None, t, o, (True, bonus, False))
-    assert g is not None
+    if tensors.old_logprobs is None:
+        tensors = tensors._replace(old_logprobs=logprobs)
+    bonus = options.entropy_coef != 0
+    options = options._replace(aggregation="token-sum", denominator=None)
+    _, _, (g, h, _), _ = eager_loss.forward(logprobs, entropy, None, tensors, options, (True, bonus, False))
+    g = required(g)
     g = torch.where(logprobs.isnan(), logprobs, g)
     h = h if bonus else None
-    return (g, h) if share is None else (g * share, None if h is None else h * share)
+    return (g, h) if token_weight is None else (g * token_weight, None if h is None else h * token_weight)
 
 
 def _policy(
     logits: Tensor,
     dlogits: Tensor,
     tokens: Tensor,
-    t: LossTensors,
-    share: Tensor | None,
-    o: LossOptions,
+    tensors: LossTensors,
+    token_weight: Tensor | None,
+    options: LossOptions,
     head: Head,
     statistics: Tensor,
 ) -> Tensor | None:
     """Statistics and d loss / d logits, from one read of the logits where there is no entropy bonus."""
-    in_place, bonus = _in_place(logits, dlogits, statistics), o.entropy_coef != 0
+    in_place, bonus = _in_place(logits, dlogits, statistics), options.entropy_coef != 0
     how = {"copy": not in_place, "exponentials": in_place and not bonus}
-    _measure(logits, tokens, head, statistics, with_entropy=True, **how)
-    g, h = _policy_slopes(statistics[3], statistics[2], t, share, o)
+    _row_statistics(logits, tokens, head, statistics, with_entropy=True, **how)
+    g, h = _policy_gradients(statistics[3], statistics[2], tensors, token_weight, options)
     if not in_place:
         return _gradient(logits, dlogits, tokens, g, h, head, statistics)
     if not bonus:
         return _factor(g, head, statistics)
     for block in _blocks(logits, head, copy=False):
-        if head.softcap is not None and block.t is not None:  # t from z = u + max z
-            torch.add(block.x, statistics[0, block.part].unsqueeze(1), out=block.t)
-            block.t.mul_(head.temperature / head.softcap)
+        if head.softcap is not None and block.tanh is not None:  # t from z = u + max z
+            torch.add(block.x, statistics[0, block.part].unsqueeze(1), out=block.tanh)
+            block.tanh.mul_(head.temperature / head.softcap)
         _differentiate(block, tokens, g, h, head, statistics)
     return None
 
 
-_MATH = RowMath(
+EPILOGUE = Epilogue(
     name="torch",
     native=lambda device: device.type != "cpu",
     in_place=True,
@@ -259,7 +258,4 @@ _MATH = RowMath(
     score=_score,
     policy=_policy,
     gradient=_gradient,
-    policy_loss=eager_loss.policy_loss,
 )
-
-linear_logprobs, linear_ppo_loss = public_functions(_MATH)

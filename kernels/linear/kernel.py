@@ -12,7 +12,7 @@ from ppo_fast.kernels.common.online_softmax import (
     target_gradient,
     token_logprob,
 )
-from ppo_fast.kernels.loss.terms import kl_and_slope, surrogate
+from ppo_fast.kernels.loss.terms import kl_and_gradient, surrogate
 
 
 @triton.jit
@@ -51,20 +51,20 @@ def _load(
     """(1, BLOCK) logits z temperature, -inf where the row has ended, their derivative, and their columns."""
     lane = tl.arange(0, BLOCK)[None, :]
     column = first + lane
-    slope = 1.0
+    derivative = 1.0
     bias_ptr = tl.multiple_of(head[0] + first, 16)
     has_bias = head[1] != 0
     if WHOLE:
         x = tl.load(row_ptr + column).to(tl.float32)
         if TRANSFORMED:
-            x, slope = _transform(x, tl.load(bias_ptr + lane, mask=has_bias, other=0.0), head)
+            x, derivative = _transform(x, tl.load(bias_ptr + lane, mask=has_bias, other=0.0), head)
     else:
         x = tl.load(row_ptr + column, mask=column < tl.cdiv(V, PAD) * PAD, other=0.0).to(tl.float32)
         if TRANSFORMED:
             inside = column < tl.cdiv(V, 32) * 32  # the bias is padded to 128 bytes, as the logits are
-            x, slope = _transform(x, tl.load(bias_ptr + lane, mask=inside & has_bias, other=0.0), head)
+            x, derivative = _transform(x, tl.load(bias_ptr + lane, mask=inside & has_bias, other=0.0), head)
         x = tl.where(column < V, x, float("-inf"))
-    return x, slope, column
+    return x, derivative, column
 
 
 @triton.jit
@@ -82,14 +82,14 @@ def _row_statistics(
     WITH_ENTROPY: tl.constexpr,
 ):
     """(1,) each: m, log2 s, H, logp."""
-    row_max, sums, moments = start_rows(1, LANES)
+    row_max, sums, weighted_sum = start_rows(1, LANES)
     for block in range(0, V // BLOCK):
         x, _, _ = _load(row_ptr, block * BLOCK, V, head, TRANSFORMED, PAD, BLOCK, True)
-        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, 1, BLOCK, LANES, WITH_ENTROPY)
+        row_max, sums, weighted_sum = add_block(row_max, sums, weighted_sum, x, scale, 1, BLOCK, LANES, WITH_ENTROPY)
     if V % BLOCK > 0:
         x, _, _ = _load(row_ptr, V // BLOCK * BLOCK, V, head, TRANSFORMED, PAD, BLOCK, False)
-        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, 1, BLOCK, LANES, WITH_ENTROPY)
-    log_sum, entropy = finish_rows(sums, moments, 1, LANES)
+        row_max, sums, weighted_sum = add_block(row_max, sums, weighted_sum, x, scale, 1, BLOCK, LANES, WITH_ENTROPY)
+    log_sum, entropy = finish_rows(sums, weighted_sum, 1, LANES)
     at = token + tl.zeros((1,), tl.int64)
     exists = (at >= 0) & (at < V)
     at_token = tl.load(row_ptr + at, mask=exists, other=float("nan")).to(tl.float32)
@@ -115,12 +115,12 @@ def _write_block(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    x, slope, column = _load(row_ptr, first, V, head, TRANSFORMED, PAD, BLOCK, WHOLE)
+    x, derivative, column = _load(row_ptr, first, V, head, TRANSFORMED, PAD, BLOCK, WHOLE)
     at_token, g, h = gradients
     row_max, log_sum, entropy = statistics
     d = logit_gradient(x, column == token, at_token, g, h, row_max, log_sum, entropy, scale, True)
     if TRANSFORMED:
-        d = d * slope
+        d = d * derivative
     d = d.to(d_ptr.dtype.element_ty)
     if WHOLE:
         tl.store(d_ptr + column, d)
@@ -137,7 +137,7 @@ def _write(
     head,
     scale,
     factor,
-    slopes,  # (g, h): d loss / d logp and H, (1,) each
+    upstream,  # (g, h): d loss / d logp and H, (1,) each
     statistics,  # (m, log2 s, H, logp), (1,) each
     TRANSFORMED: tl.constexpr,
     PAD: tl.constexpr,
@@ -146,8 +146,8 @@ def _write(
 ):
     """d loss / d (h W^T) of the row."""
     row_max, log_sum, entropy, logp = statistics
-    g = tl.where(logp != logp, logp, slopes[0]) * factor
-    h = slopes[1] * factor
+    g = tl.where(logp != logp, logp, upstream[0]) * factor
+    h = upstream[1] * factor
     gradients = (target_gradient(g, h, logp, entropy), g, h)
     token = tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)  # int32: half the comparison
     known = (row_max, log_sum, entropy)
@@ -170,11 +170,11 @@ def _row(ptr, stride):
 
 
 @triton.jit
-def _place(chosen_ptr, has_chosen, first):
+def _row_and_index(indices_ptr, has_indices, first):
     """The program's place among the counted rows, and its token."""
     row = first + tl.program_id(0)
-    token = tl.load(chosen_ptr + row, mask=has_chosen != 0, other=0)
-    return row, tl.where(has_chosen != 0, token, row)
+    token = tl.load(indices_ptr + row, mask=has_indices != 0, other=0)
+    return row, tl.where(has_indices != 0, token, row)
 
 
 @triton.jit
@@ -193,12 +193,12 @@ def _put(ptr, index, x, wanted):
 def linear_score_kernel(
     logits_ptr,  # (rows, V)
     tokens_ptr,  # (N,) int64
-    chosen_ptr,  # (n,) int64: the counted tokens; any address if not has_chosen, which means all
+    indices_ptr,  # (n,) int64: the counted tokens; any address if not has_indices, which means all
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     logprobs_ptr,  # (N,) fp32
     entropy_ptr,  # (N,) fp32; any address if not has_entropy
     statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see softmax_rows.py; any address if not has_statistics
-    has_chosen: tl.int32,
+    has_indices: tl.int32,
     has_bias: tl.int32,
     has_entropy: tl.int32,
     has_statistics: tl.int32,
@@ -210,13 +210,13 @@ def linear_score_kernel(
     n: tl.int64,
     V: tl.int32,
     logits_stride: tl.int64,
-    TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
+    TRANSFORMED: tl.constexpr,  # there is a bias or a softcap
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    row, index = _place(chosen_ptr, has_chosen, first)
+    row, index = _row_and_index(indices_ptr, has_indices, first)
     token = tl.load(tokens_ptr + index)
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
@@ -236,21 +236,21 @@ def linear_policy_kernel(
     logits_ptr,  # (rows, V)
     dlogits_ptr,  # (rows, V)
     tokens_ptr,  # (N,) int64
-    chosen_ptr,  # (n,) int64: the counted tokens; any address if not has_chosen, which means all
+    indices_ptr,  # (n,) int64: the counted tokens; any address if not has_indices, which means all
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     old_ptr,  # (N,) fp32; this and the next four: any address if there is none
     advantages_ptr,  # (N,) fp32, always there
     weights_ptr,  # (N,) fp32
     ref_ptr,  # (N,) fp32
-    share_ptr,  # (N,) fp32
+    token_weight_ptr,  # (N,) fp32
     logprobs_ptr,  # (N,) fp32
     entropy_ptr,  # (N,) fp32
-    has_chosen: tl.int32,
+    has_indices: tl.int32,
     has_bias: tl.int32,
     has_old: tl.int32,
     has_weights: tl.int32,
     has_ref: tl.int32,
-    has_share: tl.int32,
+    has_token_weight: tl.int32,
     logit_scale: tl.float32,
     softcap: tl.float32,  # 0 if there is none
     z_scale: tl.float32,  # 1 / temperature, times logit_scale unless TRANSFORMED
@@ -267,13 +267,13 @@ def linear_policy_kernel(
     V: tl.int32,
     logits_stride: tl.int64,
     dlogits_stride: tl.int64,
-    TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
+    TRANSFORMED: tl.constexpr,  # there is a bias or a softcap
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     D_PAD: tl.constexpr,  # rows of dlogits
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    _, index = _place(chosen_ptr, has_chosen, first)
+    _, index = _row_and_index(indices_ptr, has_indices, first)
     token = tl.load(tokens_ptr + index)
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_ptr = _row(logits_ptr, logits_stride)
@@ -284,14 +284,14 @@ def linear_policy_kernel(
     _put(entropy_ptr, index, entropy, 1)
     old = _get(old_ptr, index, has_old, logp)
     advantage = _get(advantages_ptr, index, 1, 0.0)
-    _, slope, _, _, _, _ = surrogate(logp, old, advantage, low, high, dual_clip, log_ratio_clamp)
-    _, kl_slope = kl_and_slope(logp - _get(ref_ptr, index, has_ref, logp), log_ratio_clamp, kl_estimator)
-    g = slope * _get(weights_ptr, index, has_weights, 1.0) + kl_coef * kl_slope
-    share = _get(share_ptr, index, has_share, 1.0)
-    slopes = (g * share, -entropy_coef * share)
+    _, grad_logprob, _, _, _, _ = surrogate(logp, old, advantage, low, high, dual_clip, log_ratio_clamp)
+    _, kl_gradient = kl_and_gradient(logp - _get(ref_ptr, index, has_ref, logp), log_ratio_clamp, kl_estimator)
+    g = grad_logprob * _get(weights_ptr, index, has_weights, 1.0) + kl_coef * kl_gradient
+    token_weight = _get(token_weight_ptr, index, has_token_weight, 1.0)
+    upstream = (g * token_weight, -entropy_coef * token_weight)
     statistics = (row_max, log_sum, entropy, logp)
     d_ptr = _row(dlogits_ptr, dlogits_stride)
-    _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
+    _write(d_ptr, row_ptr, V, token, head, scale, factor, upstream, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
 
 
 @triton.jit(do_not_specialize=list(range(21)))
@@ -299,12 +299,12 @@ def linear_gradient_kernel(
     logits_ptr,  # (rows, V)
     dlogits_ptr,  # (rows, V)
     tokens_ptr,  # (N,) int64
-    chosen_ptr,  # (n,) int64: the counted tokens; any address if not has_chosen, which means all
+    indices_ptr,  # (n,) int64: the counted tokens; any address if not has_indices, which means all
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     g_ptr,  # (N,) fp32: d loss / d logp; any address if not has_g
     h_ptr,  # (N,) fp32: d loss / d H; any address if not has_h
     statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see softmax_rows.py
-    has_chosen: tl.int32,
+    has_indices: tl.int32,
     has_bias: tl.int32,
     has_g: tl.int32,
     has_h: tl.int32,
@@ -317,19 +317,19 @@ def linear_gradient_kernel(
     V: tl.int32,
     logits_stride: tl.int64,
     dlogits_stride: tl.int64,
-    TRANSFORMED: tl.constexpr,  # there is a bias, a softcap or a scale that is not positive
+    TRANSFORMED: tl.constexpr,  # there is a bias or a softcap
     PAD: tl.constexpr,  # rows of logits are padded to a multiple of it
     D_PAD: tl.constexpr,  # rows of dlogits
     BLOCK: tl.constexpr,
 ):
-    row, index = _place(chosen_ptr, has_chosen, first)
+    row, index = _row_and_index(indices_ptr, has_indices, first)
     token = tl.load(tokens_ptr + index)
     head = (bias_ptr, has_bias, logit_scale, softcap)
     row_max = _get(statistics_ptr, row, 1, 0.0)
     log_sum = _get(statistics_ptr, row + n, 1, 0.0)
     entropy = _get(statistics_ptr, row + n * 2, has_h, 0.0)
     logp = _get(statistics_ptr, row + n * 3, 1, 0.0)
-    slopes = (_get(g_ptr, index, has_g, 0.0), _get(h_ptr, index, has_h, 0.0))
+    upstream = (_get(g_ptr, index, has_g, 0.0), _get(h_ptr, index, has_h, 0.0))
     statistics = (row_max, log_sum, entropy, logp)
     row_ptr, d_ptr = _row(logits_ptr, logits_stride), _row(dlogits_ptr, dlogits_stride)
-    _write(d_ptr, row_ptr, V, token, head, scale, factor, slopes, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)
+    _write(d_ptr, row_ptr, V, token, head, scale, factor, upstream, statistics, TRANSFORMED, PAD, D_PAD, BLOCK)

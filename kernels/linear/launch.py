@@ -18,15 +18,11 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
-from ppo_fast.kernels.common.online_softmax import (
-    warp_size,
-)
-from ppo_fast.kernels.linear.api import public_functions
-from ppo_fast.kernels.linear.chunks import LINE, Head
-from ppo_fast.kernels.linear.function import RowMath
+from ppo_fast.kernels.common.online_softmax import warp_size
+from ppo_fast.kernels.linear.chunks import LINE, Gradients, Head
 from ppo_fast.kernels.linear.kernel import linear_gradient_kernel, linear_policy_kernel, linear_score_kernel
-from ppo_fast.kernels.linear.scale_kernel import scale_gradients
-from ppo_fast.kernels.loss import autograd as loss
+from ppo_fast.kernels.linear.scale_kernel import linear_scale_kernel
+from ppo_fast.kernels.linear.steps import IndexedEpilogue
 from ppo_fast.kernels.loss import launch as loss_launch
 from ppo_fast.kernels.loss.launch import KL_ESTIMATORS
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors, named_stats, wanted_stats
@@ -66,6 +62,9 @@ def _config(
     return {name: values[name] for name in kernel.arg_names if name in values}, options
 
 
+_SCALE_BLOCK = 2048  # elements of a program of scale_gradients: 64 bytes of fp32 for a thread
+_SCALE_OPTIONS = launch_options(4)
+_SCALE_UNIT = 8  # elements; rows whose length is a multiple of it start at multiples of 16 bytes
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # (logits, dlogits): operands of 2 bytes, whose products may be 4 bytes; or all 4 bytes.
 _DTYPES = [(logits, low) for low in (torch.float16, torch.bfloat16) for logits in (torch.float32, low)]
@@ -96,13 +95,27 @@ def variants(threads_per_warp: int = 32) -> list[Variant]:
                 name += "" if with_entropy else " without entropy"
                 config = _config("score", transformed, logits, logits, with_entropy, threads_per_warp)
                 found.append(Variant(name, kernel, _types(kernel, logits, logits), *config))
+    return found + _scale_variants()
+
+
+def _scale_variants() -> list[Variant]:
+    """Everything that scale_gradients can launch; it does not depend on the size of a warp."""
+    found = []
+    for dtype, pointer in _POINTERS.items():
+        types = {}
+        for name in linear_scale_kernel.arg_names[:-1]:
+            scalar = "i32" if name.startswith("has_") or name == "hidden_programs" else "i64"
+            default = pointer if name.startswith("to_") else "*fp32" if name.endswith("_ptr") else scalar
+            types[name] = "*i64" if name == "indices_ptr" else default
+        title = f"linear scale aligned {str(dtype)[6:]}"
+        found.append(Variant(title, linear_scale_kernel, types, {"BLOCK": _SCALE_BLOCK}, _SCALE_OPTIONS))
     return found
 
 
 def _types(kernel: triton.JITFunction, logits: torch.dtype, dlogits: torch.dtype) -> dict[str, str]:
     """Argument -> type, from the kernel's own names."""
     special = {"logits_ptr": _POINTERS[logits], "dlogits_ptr": _POINTERS[dlogits]}
-    special |= {"tokens_ptr": "*i64", "chosen_ptr": "*i64", "first": "i64", "n": "i64"}
+    special |= {"tokens_ptr": "*i64", "indices_ptr": "*i64", "first": "i64", "n": "i64"}
     types = {}
     for name in kernel.arg_names:
         if name.islower() or name == "V":
@@ -126,7 +139,7 @@ class _HeadScalars(NamedTuple):
 
 
 def _scalars(head: Head) -> _HeadScalars:
-    transformed = head.bias is not None or head.softcap is not None or head.logit_scale <= 0
+    transformed = head.bias is not None or head.softcap is not None
     z_scale = 1.0 / head.temperature if transformed else head.factor
     softcap = 0.0 if head.softcap is None else float(head.softcap)
     numbers = float(head.logit_scale), softcap, z_scale, math.log2(math.e) * z_scale, head.factor
@@ -138,38 +151,38 @@ def _or(x: Tensor | None, address: Tensor) -> Tensor:
     return address if x is None else x
 
 
-Where = tuple[Tensor | None, int]  # the counted tokens (None: all), and the place of a chunk's first row among them
+ChunkRows = tuple[Tensor | None, int]  # the counted tokens (None: all), and the place of a chunk's first row among them
 
 
 def _score(
     logits: Tensor,
     tokens: Tensor,
-    where: Where,
+    chunk_rows: ChunkRows,
     head: Head,
     logprobs: Tensor,
     entropy: Tensor | None,
     statistics: Tensor | None,
 ) -> None:
-    s, (rows, V), dtype, (chosen, first) = _scalars(head), logits.shape, logits.dtype, where
+    head_scalars, (rows, V), dtype, (indices, first) = _scalars(head), logits.shape, logits.dtype, chunk_rows
     with_entropy = entropy is not None
-    keywords = _keywords("score", s.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
+    keywords = _keywords("score", head_scalars.transformed, dtype, dtype, with_entropy, warp_size(logits.device))
     with device_guard(logits):
         linear_score_kernel.run(
             logits,
             tokens,
-            _or(chosen, tokens),
-            _or(s.bias, logprobs),
+            _or(indices, tokens),
+            _or(head_scalars.bias, logprobs),
             logprobs,
             _or(entropy, logprobs),
             _or(statistics, logprobs),
-            int(chosen is not None),
-            s.has_bias,
+            int(indices is not None),
+            head_scalars.has_bias,
             int(with_entropy),
             int(statistics is not None),
-            s.logit_scale,
-            s.softcap,
-            s.z_scale,
-            s.scale,
+            head_scalars.logit_scale,
+            head_scalars.softcap,
+            head_scalars.z_scale,
+            head_scalars.scale,
             first,
             0 if statistics is None else statistics.stride(0),
             V,
@@ -184,48 +197,50 @@ def _policy(
     logits: Tensor,
     dlogits: Tensor,
     per_token: tuple[Tensor | None, ...],  # tokens, old_logprobs, advantages, weights, ref_logprobs, share
-    where: Where,
-    o: LossOptions,
+    chunk_rows: ChunkRows,
+    options: LossOptions,
     head: Head,
     logprobs: Tensor,
     entropy: Tensor,
 ) -> None:
-    s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
-    tokens, old, advantages, weights, ref, share = per_token
-    with_kl = ref is not None and o.kl_coef != 0
-    keywords = _keywords("policy", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    head_scalars, (rows, V), (indices, first) = _scalars(head), logits.shape, chunk_rows
+    tokens, old, advantages, weights, ref, token_weight = per_token
+    with_kl = ref is not None and options.kl_coef != 0
+    keywords = _keywords(
+        "policy", head_scalars.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device)
+    )
     with device_guard(logits):
         linear_policy_kernel.run(
             logits,
             dlogits,
             tokens,
-            _or(chosen, tokens),
-            _or(s.bias, logprobs),
+            _or(indices, tokens),
+            _or(head_scalars.bias, logprobs),
             _or(old, logprobs),
             advantages,
             _or(weights, logprobs),
             _or(ref, logprobs),
-            _or(share, logprobs),
+            _or(token_weight, logprobs),
             logprobs,
             entropy,
-            int(chosen is not None),
-            s.has_bias,
+            int(indices is not None),
+            head_scalars.has_bias,
             int(old is not None),
             int(weights is not None),
             int(with_kl),
-            int(share is not None),
-            s.logit_scale,
-            s.softcap,
-            s.z_scale,
-            s.scale,
-            s.factor,
-            1.0 - o.clip_low,
-            1.0 + o.clip_high,
-            math.inf if o.dual_clip is None else float(o.dual_clip),
-            float(o.log_ratio_clamp),
-            float(o.entropy_coef),
-            float(o.kl_coef) if with_kl else 0.0,
-            KL_ESTIMATORS.index(o.kl_estimator),
+            int(token_weight is not None),
+            head_scalars.logit_scale,
+            head_scalars.softcap,
+            head_scalars.z_scale,
+            head_scalars.scale,
+            head_scalars.factor,
+            1.0 - options.clip_low,
+            1.0 + options.clip_high,
+            math.inf if options.dual_clip is None else float(options.dual_clip),
+            float(options.log_ratio_clamp),
+            float(options.entropy_coef),
+            float(options.kl_coef) if with_kl else 0.0,
+            KL_ESTIMATORS.index(options.kl_estimator),
             first,
             V,
             logits.stride(0),
@@ -240,32 +255,34 @@ def _gradient(
     logits: Tensor,
     dlogits: Tensor,
     tokens: Tensor,
-    where: Where,
+    chunk_rows: ChunkRows,
     g: Tensor | None,  # d loss / d logp
     h: Tensor | None,  # d loss / d H
     head: Head,
     statistics: Tensor,
 ) -> None:
-    s, (rows, V), (chosen, first) = _scalars(head), logits.shape, where
-    keywords = _keywords("gradient", s.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device))
+    head_scalars, (rows, V), (indices, first) = _scalars(head), logits.shape, chunk_rows
+    keywords = _keywords(
+        "gradient", head_scalars.transformed, logits.dtype, dlogits.dtype, True, warp_size(logits.device)
+    )
     with device_guard(logits):
         linear_gradient_kernel.run(
             logits,
             dlogits,
             tokens,
-            _or(chosen, tokens),
-            _or(s.bias, statistics),
+            _or(indices, tokens),
+            _or(head_scalars.bias, statistics),
             _or(g, statistics),
             _or(h, statistics),
             statistics,
-            int(chosen is not None),
-            s.has_bias,
+            int(indices is not None),
+            head_scalars.has_bias,
             int(g is not None),
             int(h is not None),
-            s.logit_scale,
-            s.softcap,
-            s.scale,
-            s.factor,
+            head_scalars.logit_scale,
+            head_scalars.softcap,
+            head_scalars.scale,
+            head_scalars.factor,
             first,
             statistics.stride(0),
             V,
@@ -278,17 +295,85 @@ def _gradient(
 
 
 def _loss(
-    logprobs: Tensor, entropy: Tensor, t: LossTensors, o: LossOptions
+    logprobs: Tensor, entropy: Tensor, tensors: LossTensors, options: LossOptions
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, statistics and 1 / divisor of the loss."""
-    if t.old_logprobs is None:
-        t = t._replace(old_logprobs=logprobs)
-    wanted, names = wanted_stats(True, True, False, t, o)
-    loss, stats, workspace = loss_launch.forward(logprobs, entropy, None, t, o, (False, False, False), wanted)
+    if tensors.old_logprobs is None:
+        tensors = tensors._replace(old_logprobs=logprobs)
+    wanted, names = wanted_stats(True, True, False, tensors, options)
+    loss, stats, workspace = loss_launch.forward(
+        logprobs, entropy, None, tensors, options, (False, False, False), wanted
+    )
     return loss, named_stats(stats, names), workspace[0]
 
 
-_MATH = RowMath(
+def scale_gradients(
+    gradients: Gradients,
+    upstream: Tensor | None,  # []; so is the next one, and the gradients are multiplied by both
+    inverse: Tensor | None,
+    indices: Tensor | None,  # the rows in d.hidden, None for all
+    shapes_and_dtypes: list[Any],  # shapes and dtypes of hidden, weight and bias
+) -> list[Tensor | None] | None:
+    """The gradients of hidden, weight and bias; None for what the kernel does not take or need not do."""
+    dtype = next(like[1] for x, like in zip(gradients, shapes_and_dtypes, strict=True) if x is not None)
+    if dtype not in _POINTERS or (upstream is not None and upstream.dtype is not torch.float32):
+        return None
+    if upstream is None and inverse is None and indices is None and dtype is torch.float32:
+        return None
+    results: list[Tensor | None] = [None, None, None]
+    sizes, source, target = [0, 0, 0], None, None
+    for i, x in enumerate(gradients):
+        if x is None:
+            continue
+        shape, like = shapes_and_dtypes[i]
+        if like is not dtype or x.dtype is not torch.float32 or not x.is_contiguous() or x.data_ptr() & 15:
+            return None
+        source, target = x, torch.empty(*shape, dtype=dtype, device=x.device)
+        results[i], sizes[i] = target, target.numel()
+    assert source is not None
+    assert target is not None
+    n = N = D = 0
+    hidden_programs = -(-sizes[0] // _SCALE_BLOCK)
+    if gradients.hidden is not None:
+        n, D = gradients.hidden.shape
+        N = sizes[0] // D if D else 0
+        if indices is not None:
+            if D % _SCALE_UNIT or not n:
+                return None
+            hidden_programs = N * -(-D // _SCALE_BLOCK)
+    programs = hidden_programs - (-sizes[1] // _SCALE_BLOCK) - (-sizes[2] // _SCALE_BLOCK)
+    if programs:
+        with device_guard(source):
+            linear_scale_kernel.run(
+                *(source if x is None else x for x in gradients),
+                *(target if x is None else x for x in results),
+                _any_index(source.device) if indices is None else indices,
+                source if upstream is None else upstream,
+                source if inverse is None else inverse,
+                int(indices is not None),
+                int(upstream is not None),
+                int(inverse is not None),
+                n,
+                N,
+                D,
+                sizes[1],
+                sizes[2],
+                hidden_programs,
+                _SCALE_BLOCK,
+                grid=(programs,),
+                warmup=False,
+                **_SCALE_OPTIONS,
+            )
+    return results
+
+
+@functools.cache
+def _any_index(device: torch.device) -> Tensor:
+    """An address that will not be read."""
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+EPILOGUE = IndexedEpilogue(
     name="triton",
     native=lambda device: True,
     in_place=False,
@@ -296,11 +381,7 @@ _MATH = RowMath(
     score=_score,
     policy=_policy,
     gradient=_gradient,
-    policy_loss=loss.policy_loss,
-    indexed=True,
     loss=_loss,
-    shares=loss_launch.token_shares,
+    token_weights=loss_launch.token_weights,
     scale_gradients=scale_gradients,
 )
-
-linear_logprobs, linear_ppo_loss = public_functions(_MATH)

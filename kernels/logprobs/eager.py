@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.kernels.common.memory import readable
-from ppo_fast.kernels.logprobs.custom_op import allocate, compute_dtype, make_backend, run
+from ppo_fast.kernels.logprobs.options import allocate, compute_dtype
 
 # What a chunk may take; on a CPU so much per thread, since the two chunks of an entropy should stay in its cache.
 CHUNK_BYTES, CPU_CHUNK_BYTES = 8 << 20, 1 << 20
@@ -28,13 +28,13 @@ class _Chunk(NamedTuple):
     """Some rows: their places in [N], in the leading dimensions where these do not merge, and which do not count."""
 
     rows: Tensor | slice
-    places: tuple[Tensor, ...]  # empty if the leading dimensions merge
+    indices: tuple[Tensor, ...]  # empty if the leading dimensions merge
     uncounted: Tensor | None  # [rows, 1], or None if all count
     size: int
     view: tuple[int | slice, ...] = ()  # where neighbours stand in leading dimensions that do not merge
 
 
-def _may_look(x: Tensor) -> bool:
+def _readable(x: Tensor) -> bool:
     """Whether Python may look at values, to skip rows that do not count."""
     return readable(x)
 
@@ -54,11 +54,11 @@ def _mergeable(*tensors: Tensor) -> bool:
     return True
 
 
-def _unravelled(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The indices of an element of a tensor of that shape."""
     indices = []
     for size in reversed(shape):
-        place, index = divmod(place, size)
+        position, index = divmod(position, size)
         indices.append(index)
     return tuple(reversed(indices))
 
@@ -68,13 +68,13 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
     step, N = _row_count(logits), logits.shape[:-1].numel()
     flat_mask = None if mask is None else mask.reshape(-1)
     counted = None
-    if flat_mask is not None and _may_look(logits):
+    if flat_mask is not None and _readable(logits):
         counted = None if bool(flat_mask.all()) else flat_mask.nonzero().squeeze(1)
         flat_mask = None
     inner = 1 if logits.ndim < 2 else logits.shape[-2]
     if counted is None and not merged and 2 * inner >= min(step, N):  # a slice [:, a:b] has long runs of neighbours
         for first in range(0, N, inner):
-            outer = _unravelled(first // inner, logits.shape[:-2])
+            outer = _unravel(first // inner, logits.shape[:-2])
             for start in range(0, inner, step):
                 size = min(step, inner - start)
                 rows = slice(first + start, first + start + size)
@@ -87,11 +87,11 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
         if counted is None:
             size = min(step, N - start)
             rows: Tensor | slice = slice(start, start + size)
-            places: tuple[Tensor, ...] = ()
+            indices: tuple[Tensor, ...] = ()
         else:
             rows = counted[start : start + step]
-            places, size = () if merged else torch.unravel_index(rows, logits.shape[:-1]), len(rows)
-        yield _Chunk(rows, places, None if flat_mask is None else ~flat_mask[rows].unsqueeze(1), size)
+            indices, size = () if merged else torch.unravel_index(rows, logits.shape[:-1]), len(rows)
+        yield _Chunk(rows, indices, None if flat_mask is None else ~flat_mask[rows].unsqueeze(1), size)
 
 
 def _row_sum(x: Tensor, out: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     """The rows of a chunk: a view where they are neighbours, else gathered in `out`."""
     if isinstance(chunk.rows, slice):
         return source[chunk.view or chunk.rows]
-    if chunk.places:
-        return out.copy_(source[chunk.places])
+    if chunk.indices:
+        return out.copy_(source[chunk.indices])
     if source.dtype != out.dtype:
         return out.copy_(source.index_select(0, chunk.rows))
     return torch.index_select(source, 0, chunk.rows, out=out)
@@ -120,8 +120,8 @@ def _write(target: Tensor, chunk: _Chunk, e: Tensor, factor: Tensor) -> None:
     """target[rows] = e factor, at once where they are neighbours; e is lost."""
     if isinstance(chunk.rows, slice):
         torch.mul(e, factor, out=target[chunk.view or chunk.rows])
-    elif chunk.places:
-        target[chunk.places] = e.mul_(factor).to(target.dtype)
+    elif chunk.indices:
+        target[chunk.indices] = e.mul_(factor).to(target.dtype)
     else:
         target.index_copy_(0, chunk.rows, e.mul_(factor).to(target.dtype))
 
@@ -132,17 +132,17 @@ def _safe_tokens(tokens: Tensor, mask: Tensor | None, V: int) -> Tensor:
     return flat.clamp(0, V - 1) if mask is None else torch.where(mask.reshape(-1), flat, 0).clamp(0, V - 1)
 
 
-def _mark_out_of_vocabulary(logprobs: Tensor, chosen: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+def _mark_out_of_vocabulary(logprobs: Tensor, safe_tokens: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
     """NaN where a counted token had to be replaced, [N]."""
-    wrong = chosen.view(-1) != tokens.reshape(-1)
-    logprobs.masked_fill_(wrong if mask is None else wrong & mask.reshape(-1), float("nan"))
+    replaced = safe_tokens.view(-1) != tokens.reshape(-1)
+    logprobs.masked_fill_(replaced if mask is None else replaced & mask.reshape(-1), float("nan"))
 
 
 def _scratch(like: Tensor, rows: int, V: int, count: int) -> list[Tensor]:
     return [like.new_empty(min(rows, like.shape[1]), V) for _ in range(count)]
 
 
-def _forward(
+def forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     logprobs, entropy, statistics = allocate(logits, tokens, with_entropy)
@@ -153,7 +153,7 @@ def _forward(
     if mask is not None:
         statistics.zero_()
     scratch = _scratch(statistics, _row_count(logits), V, 1 + with_entropy)
-    chosen = _safe_tokens(tokens, mask, V).unsqueeze(1)
+    safe_tokens = _safe_tokens(tokens, mask, V).unsqueeze(1)
     for chunk in _chunks(logits, mask, merged):
         neighbours = isinstance(chunk.rows, slice)
         results = statistics[:, chunk.rows] if neighbours else statistics.new_empty(4, chunk.size)
@@ -165,7 +165,7 @@ def _forward(
         u.sub_(torch.amax(u, -1, keepdim=True, out=row_max))
         if temperature != 1:
             u.mul_(1 / temperature)
-        row_logp.copy_(u.gather(1, chosen[chunk.rows]))
+        row_logp.copy_(u.gather(1, safe_tokens[chunk.rows]))
         if with_entropy:
             e = torch.exp(u.clamp_(min=_NO_MASS), out=scratch[1][: chunk.size])
             _row_sum(e, log_sum)
@@ -178,7 +178,7 @@ def _forward(
             results.masked_fill_(chunk.uncounted.T, 0)
         if not neighbours:
             statistics[:, chunk.rows] = results
-    _mark_out_of_vocabulary(statistics[3], chosen, tokens, mask)
+    _mark_out_of_vocabulary(statistics[3], safe_tokens, tokens, mask)
     logprobs.view(-1).copy_(statistics[3])
     if entropy is not None:
         entropy.view(-1).copy_(statistics[2])
@@ -197,7 +197,7 @@ def _upstream(gradient: Tensor, mask: Tensor | None, temperature: float) -> Tens
     flat = gradient.reshape(-1, 1)
     if temperature != 1:
         flat = flat / temperature
-    return flat if mask is None or _may_look(mask) else flat.masked_fill(~mask.reshape(-1, 1), 0)
+    return flat if mask is None or _readable(mask) else flat.masked_fill(~mask.reshape(-1, 1), 0)
 
 
 def _entropy_factors(g: Tensor | float, h: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +210,7 @@ def _entropy_factors(g: Tensor | float, h: Tensor, statistics: Tensor) -> tuple[
     return -h * inverse_sum, offset, at_token
 
 
-def _backward(
+def backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
@@ -235,7 +235,7 @@ def _backward(
         total = log_sum.exp()
         offset, at_token = -g / total, torch.expm1(logprobs) * total
     scratch = _scratch(statistics, _row_count(logits), V, 1 if grad_entropy is None else 2)
-    chosen = _safe_tokens(tokens, mask, V).unsqueeze(1)
+    safe_tokens = _safe_tokens(tokens, mask, V).unsqueeze(1)
     for chunk in _chunks(logits, mask, merged):
         rows = chunk.rows
         u = scratch[0][: chunk.size]
@@ -246,27 +246,11 @@ def _backward(
             u.mul_(1 / temperature)
         if grad_entropy is not None:
             e = torch.exp(u.clamp_(min=_NO_MASS), out=scratch[1][: chunk.size])
-            factor = u.mul_(slope[rows]).add_(offset[rows]).scatter_(1, chosen[rows], at_token[rows])
-            e.scatter_(1, chosen[rows], 1)
+            factor = u.mul_(slope[rows]).add_(offset[rows]).scatter_(1, safe_tokens[rows], at_token[rows])
+            e.scatter_(1, safe_tokens[rows], 1)
         else:
-            e, factor = u.exp_().scatter_(1, chosen[rows], at_token[rows]), offset[rows]
+            e, factor = u.exp_().scatter_(1, safe_tokens[rows], at_token[rows]), offset[rows]
         _write(target, chunk, e, factor)
-    if mask is not None and _may_look(mask):
+    if mask is not None and _readable(mask):
         _zero_rows(target, ~mask, merged)
     return grad
-
-
-_BACKEND = make_backend("token_logprobs_torch", _forward, _backward)
-
-
-def token_logprobs(
-    logits: Tensor,  # [..., V] any float
-    tokens: Tensor,  # [...] integers
-    mask: Tensor | None = None,  # [...] bool
-    *,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """reference.token_logprobs; fp32 out, fp64 for fp64. inplace_backward: see logprobs_op."""
-    return run(_BACKEND, logits, tokens, mask, temperature, with_entropy, inplace_backward)

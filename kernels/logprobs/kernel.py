@@ -7,7 +7,7 @@ from ppo_fast.kernels.common.online_softmax import (
     add_block,
     column_offset,
     finish_rows,
-    load_counted,
+    load_mask,
     logit_gradient,
     row_offset,
     start_rows,
@@ -48,14 +48,14 @@ def token_logprobs_fwd_kernel(
 ):
     V = V // V_MULTIPLE * V_MULTIPLE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = load_counted(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
+    counted = load_mask(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
     row_ptr = tl.multiple_of(logits_ptr + row_offset(row, T, logits_stride_b, logits_stride_t), ALIGN)
     token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=counted, other=0)
     in_vocabulary = counted & (token >= 0) & (token < V)
     at_token = tl.load(row_ptr + token * logits_stride_v, mask=in_vocabulary, other=float("nan")).to(tl.float32)
 
     columns = tl.arange(0, BLOCK)[None, :]
-    row_max, sums, moments = start_rows(ROWS, LANES)
+    row_max, sums, weighted_sum = start_rows(ROWS, LANES)
     whole_blocks = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, V // BLOCK, 0)
     for block in range(0, whole_blocks):
         column_ptr = row_ptr[:, None] + column_offset(block * BLOCK + columns, logits_stride_v, UNIT)
@@ -63,14 +63,14 @@ def token_logprobs_fwd_kernel(
             x = tl.load(column_ptr).to(tl.float32)
         else:
             x = tl.load(column_ptr, mask=counted[:, None], other=float("-inf")).to(tl.float32)
-        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
+        row_max, sums, weighted_sum = add_block(row_max, sums, weighted_sum, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
     if V % BLOCK > 0:
         tail = V // BLOCK * BLOCK + columns
         column_ptr = row_ptr[:, None] + column_offset(tail, logits_stride_v, UNIT)
         x = tl.load(column_ptr, mask=counted[:, None] & (tail < V), other=float("-inf")).to(tl.float32)
-        row_max, sums, moments = add_block(row_max, sums, moments, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
+        row_max, sums, weighted_sum = add_block(row_max, sums, weighted_sum, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
 
-    log_sum, entropy = finish_rows(sums, moments, ROWS, LANES)
+    log_sum, entropy = finish_rows(sums, weighted_sum, ROWS, LANES)
     logprobs = token_logprob(at_token, row_max, log_sum, inverse_temperature)
     tl.store(logprobs_ptr + row, tl.where(counted, logprobs, 0.0), mask=row < N)
     tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0), mask=(row < N) & (has_entropy != 0))
@@ -118,7 +118,7 @@ def token_logprobs_bwd_kernel(
 ):
     V = V // V_MULTIPLE * V_MULTIPLE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = load_counted(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
+    counted = load_mask(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
     token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=counted, other=0)
     g = tl.load(grad_logprobs_ptr + row, mask=counted & (has_grad_logprobs != 0), other=0.0) * inverse_temperature
     h = tl.load(grad_entropy_ptr + row, mask=counted & (has_grad_entropy != 0), other=0.0) * inverse_temperature

@@ -16,11 +16,9 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
-from ppo_fast.kernels.common.online_softmax import (
-    warp_size,
-)
-from ppo_fast.kernels.logprobs.custom_op import allocate, make_backend, run
+from ppo_fast.kernels.common.online_softmax import warp_size
 from ppo_fast.kernels.logprobs.kernel import token_logprobs_bwd_kernel, token_logprobs_fwd_kernel
+from ppo_fast.kernels.logprobs.options import allocate
 
 
 class _Layout(NamedTuple):
@@ -226,7 +224,7 @@ def _setup(
     return rows.tensors, rows.T, (*columns, *of_tokens, *of_mask), tile, layout, keywords
 
 
-def _forward(
+def forward(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     logprobs, entropy, statistics = allocate(logits, tokens, with_entropy)
@@ -255,7 +253,7 @@ def _forward(
     return logprobs, entropy, statistics
 
 
-def _backward(
+def backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
@@ -294,19 +292,3 @@ def _backward(
             **keywords,
         )
     return grad if target is grad else grad.copy_(target)
-
-
-_BACKEND = make_backend("token_logprobs_triton", _forward, _backward)
-
-
-def token_logprobs(
-    logits: Tensor,  # [..., V] fp16, bf16 or fp32
-    tokens: Tensor,  # [...] integers
-    mask: Tensor | None = None,  # [...] bool
-    *,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """reference.token_logprobs; fp32 out. inplace_backward writes the gradient over the logits: see logprobs_op."""
-    return run(_BACKEND, logits, tokens, mask, temperature, with_entropy, inplace_backward)

@@ -31,7 +31,7 @@ MOST = 1 << 15  # steps; beyond, PyTorch's threads pay
 
 @numba.njit(forceinline=True, error_model="numpy")
 def _surrogate(
-    d: float, advantage: float, low: float, high: float, clamp: float, dual_clip: float, options: int
+    d: float, advantage: float, low: float, high: float, clamp: float, dual_clip: float, flags: int
 ) -> tuple[float, float, float, bool, bool]:
     """Ratio, objective to maximise and its derivative by the log-probability; clipped, and below the dual bound.
 
@@ -41,21 +41,21 @@ def _surrogate(
     exponent = min(max(d, -clamp), clamp) if d == d else d
     ratio = math.exp(exponent)
     inside = min(max(ratio, low), high) if ratio == ratio else ratio
-    plain, other = advantage * ratio, advantage * inside
-    order = one if other > plain else (-one if other < plain else zero)
-    objective, slope = other if other < plain else plain, plain
+    plain, clipped_objective = advantage * ratio, advantage * inside
+    order = one if clipped_objective > plain else (-one if clipped_objective < plain else zero)
+    objective, gradient = clipped_objective if clipped_objective < plain else plain, plain
     if ratio != inside:
-        slope = slope * (one - half * (one - order))
+        gradient = gradient * (one - half * (one - order))
     if d != exponent:
-        slope = slope * zero
+        gradient = gradient * zero
     bounded = False
-    if options & _DUAL_CLIP:
+    if flags & _DUAL_CLIP:
         bound = (advantage if advantage < zero else zero) * dual_clip
         bounded = objective < bound
         order = -one if bounded else (one if objective > bound else zero)
-        slope = slope * (half + half * order)
+        gradient = gradient * (half + half * order)
         objective = bound if bounded else objective
-    return ratio, objective, slope, other < plain, bounded
+    return ratio, objective, gradient, clipped_objective < plain, bounded
 
 
 @numba.njit(forceinline=True, error_model="numpy")
@@ -77,16 +77,16 @@ def _kl(d: float, clamp: float, kind: int) -> tuple[float, float]:
 def _squared_error(v: float, old: float, r: float, clip: float, clipped: int) -> tuple[float, float, bool]:
     """(v - r)^2 and half of its derivative by v, and whether the clipped error is the larger."""
     zero, one, half = v - v, (v - v) + 1, (v - v) + 0.5
-    slope = v - r
-    squared = slope * slope
+    gradient = v - r
+    squared = gradient * gradient
     if not clipped:
-        return squared, slope, False
+        return squared, gradient, False
     inside = min(max(v, old - clip), old + clip) if v == v and old == old else v + old  # NaN stays
-    other = (inside - r) * (inside - r)
-    order = one if squared > other else (-one if squared < other else zero)
+    clipped_squared = (inside - r) * (inside - r)
+    order = one if squared > clipped_squared else (-one if squared < clipped_squared else zero)
     if v != inside:
-        slope = slope * (one - half * (one - order))
-    return squared if squared >= other else other, slope, squared < other
+        gradient = gradient * (one - half * (one - order))
+    return squared if squared >= clipped_squared else clipped_squared, gradient, squared < clipped_squared
 
 
 def _loop(
@@ -118,10 +118,10 @@ def _loop(
     rows: int,
     T: int,
     kind: int,
-    options: int,
+    flags: int,
 ) -> None:
     count, sequences = rows * T, rows
-    if options & _MASK:
+    if flags & _MASK:
         count, sequences = 0, 0
         for row in range(rows):
             before = count
@@ -129,32 +129,32 @@ def _loop(
                 count += mask[i] != 0
             sequences += count > before
     if denominator == 0:
-        denominator = 1.0 * max(sequences if options & _SEQUENCES else count, 1)
+        denominator = 1.0 * max(sequences if flags & _SEQUENCES else count, 1)
     policy, bonus, value, ratio_sum, ratio_max, kl_sum, entropy_sum, ref_sum = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     clipped_count, dual_count, value_count = 0, 0, 0
     for row in range(rows):
         scale = 1.0 / (denominator * norm)
-        if options & _ROW_MEANS:
+        if flags & _ROW_MEANS:
             length = T
-            if options & _MASK:
+            if flags & _MASK:
                 length = 0
                 for i in range(row * T, row * T + T):
                     length += mask[i] != 0
             scale /= max(length, 1)
         for i in range(row * T, row * T + T):
-            if options & _MASK:  # noqa: SIM102
+            if flags & _MASK:  # noqa: SIM102
                 if mask[i] == 0:
-                    if options & _POLICY:
+                    if flags & _POLICY:
                         d_logprobs[i] = 0.0
-                    if options & _ENTROPY:
+                    if flags & _ENTROPY:
                         d_entropy[i] = 0.0
-                    if options & _VALUE:
+                    if flags & _VALUE:
                         d_values[i] = 0.0
                     continue
-            if options & _POLICY:
+            if flags & _POLICY:
                 d = logprobs[i] - old_logprobs[i]
-                ratio, objective, slope, clipped, bounded = _surrogate(
-                    d, advantages[i], low, high, clamp, dual_clip, options
+                ratio, objective, gradient, clipped, bounded = _surrogate(
+                    d, advantages[i], low, high, clamp, dual_clip, flags
                 )
                 clipped_count += clipped
                 dual_count += bounded
@@ -162,40 +162,40 @@ def _loop(
                 ratio_sum += ratio
                 if ratio > ratio_max or ratio != ratio:
                     ratio_max = ratio
-                if options & _WEIGHTS:
-                    objective, slope = objective * weights[i], slope * weights[i]
+                if flags & _WEIGHTS:
+                    objective, gradient = objective * weights[i], gradient * weights[i]
                 policy -= objective * scale
-                slope = -slope
-                if options & _REFERENCE:
-                    ref_kl, kl_slope = _kl(logprobs[i] - ref_logprobs[i], clamp, kind)
+                gradient = -gradient
+                if flags & _REFERENCE:
+                    ref_kl, kl_gradient = _kl(logprobs[i] - ref_logprobs[i], clamp, kind)
                     ref_sum += ref_kl
                     bonus += kl_coef * ref_kl * scale
-                    slope += kl_coef * kl_slope
-                d_logprobs[i] = slope * scale
-                if options & _ENTROPY:
+                    gradient += kl_coef * kl_gradient
+                d_logprobs[i] = gradient * scale
+                if flags & _ENTROPY:
                     entropy_sum += entropy[i]
                     bonus -= entropy_coef * entropy[i] * scale
                     d_entropy[i] = -entropy_coef * scale
-            if options & _VALUE:
-                old = old_values[i] if options & _VALUE_CLIP else values[i]
-                squared, slope, clipped = _squared_error(values[i], old, returns[i], value_clip, options & _VALUE_CLIP)
+            if flags & _VALUE:
+                old = old_values[i] if flags & _VALUE_CLIP else values[i]
+                squared, gradient, clipped = _squared_error(values[i], old, returns[i], value_clip, flags & _VALUE_CLIP)
                 value_count += clipped
                 value += 0.5 * squared * scale
-                d_values[i] = value_coef * slope * scale
+                d_values[i] = value_coef * gradient * scale
     count, k = max(count, 1), 0
     loss[0] = policy + bonus + value_coef * value
-    if options & _POLICY:
+    if flags & _POLICY:
         stats[0], stats[1], stats[2] = policy, kl_sum / count, clipped_count / count
         stats[3], stats[4], k = ratio_sum / count, ratio_max, 5
-    if options & _DUAL_CLIP:
+    if flags & _DUAL_CLIP:
         stats[k], k = dual_count / count, k + 1
-    if options & _ENTROPY:
+    if flags & _ENTROPY:
         stats[k], k = entropy_sum / count, k + 1
-    if options & _REFERENCE:
+    if flags & _REFERENCE:
         stats[k], k = ref_sum / count, k + 1
-    if options & _VALUE:
+    if flags & _VALUE:
         stats[k], k = value, k + 1
-    if options & _VALUE_CLIP:
+    if flags & _VALUE_CLIP:
         stats[k] = value_count / count
 
 
@@ -209,57 +209,69 @@ def _compiled() -> tuple[Callable[..., None], Any]:
 ALL = [_compiled]  # what `ppo-fast compile` compiles
 
 
-def takes(
-    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, o: LossOptions
+def supports(
+    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, options: LossOptions
 ) -> bool:
     """Whether `forward` can do it: small contiguous fp32 tensors that may be read by address."""
     first = values if logprobs is None else logprobs
     assert first is not None
-    if not 0 < first.numel() <= MOST or t.value_mask is not None or t.cu_seqlens is not None:
+    if not 0 < first.numel() <= MOST or tensors.value_mask is not None or tensors.cu_seqlens is not None:
         return False
-    given = [x for x in (logprobs, entropy, values, *t) if x is not None]
+    given = [x for x in (logprobs, entropy, values, *tensors) if x is not None]
     for x in given:
-        if not ((x.dtype is torch.float32 or x is t.mask) and x.is_contiguous()):
+        if not ((x.dtype is torch.float32 or x is tensors.mask) and x.is_contiguous()):
             return False
-    return addressable(*given, o.denominator if isinstance(o.denominator, Tensor) else None)
+    return addressable(*given, options.denominator if isinstance(options.denominator, Tensor) else None)
 
 
-def _aggregation(o: LossOptions, T: int) -> tuple[float, float, int]:
-    """denominator, norm and options of the loop."""
-    if o.aggregation == "token-sum":
+def _aggregation(options: LossOptions, T: int) -> tuple[float, float, int]:
+    """denominator, norm and flags of the loop."""
+    if options.aggregation == "token-sum":
         return 1.0, 1.0, 0
-    given = o.denominator.detach() if isinstance(o.denominator, Tensor) else o.denominator
+    given = options.denominator.detach() if isinstance(options.denominator, Tensor) else options.denominator
     denominator = 0.0 if given is None else float(given)
-    if o.aggregation == "token-mean":
+    if options.aggregation == "token-mean":
         return denominator, 1.0, 0
     norm = 1.0
-    if o.aggregation == "seq-mean-token-sum-norm":
-        norm = float(T if o.norm_length is None else o.norm_length)
-    return denominator, norm, _SEQUENCES | (_ROW_MEANS if o.aggregation == "seq-mean-token-mean" else 0)
+    if options.aggregation == "seq-mean-token-sum-norm":
+        norm = float(T if options.norm_length is None else options.norm_length)
+    return denominator, norm, _SEQUENCES | (_ROW_MEANS if options.aggregation == "seq-mean-token-mean" else 0)
 
 
 def forward(
     logprobs: Tensor | None,
     entropy: Tensor | None,
     values: Tensor | None,
-    t: LossTensors,
-    o: LossOptions,
+    tensors: LossTensors,
+    options: LossOptions,
     num_stats: int,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """loss, statistics in the order of loss_op.stat_names, and the gradients by logprobs, entropy and values."""
     first = values if logprobs is None else logprobs
     assert first is not None
     T = first.shape[-1] if first.ndim else 1
-    denominator, norm, options = _aggregation(o, T)
-    given = ((_POLICY, logprobs), (_VALUE, values), (_MASK, t.mask), (_ENTROPY, entropy), (_VALUE_CLIP, o.value_clip))
-    given += ((_DUAL_CLIP, o.dual_clip), (_WEIGHTS, t.weights), (_REFERENCE, t.ref_logprobs))
-    options |= sum(bit for bit, x in given if x is not None)
-    inputs = (logprobs, t.old_logprobs, t.advantages, t.weights, t.ref_logprobs, entropy)
-    inputs += (values, t.old_values, t.returns)
+    denominator, norm, flags = _aggregation(options, T)
+    given = (
+        (_POLICY, logprobs),
+        (_VALUE, values),
+        (_MASK, tensors.mask),
+        (_ENTROPY, entropy),
+        (_VALUE_CLIP, options.value_clip),
+    )
+    given += ((_DUAL_CLIP, options.dual_clip), (_WEIGHTS, tensors.weights), (_REFERENCE, tensors.ref_logprobs))
+    flags |= sum(bit for bit, x in given if x is not None)
+    inputs = (logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, tensors.ref_logprobs, entropy)
+    inputs += (values, tensors.old_values, tensors.returns)
     gradients = tuple(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
     loss, stats = first.new_empty(()), first.new_empty(num_stats)
-    pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, t.mask)]
-    scalars = (1 - o.clip_low, 1 + o.clip_high, o.log_ratio_clamp, o.dual_clip or 0.0, o.value_clip or 0.0)
-    scalars += (o.value_coef, o.entropy_coef, o.kl_coef, denominator, norm)
-    _compiled()[0](*pointers, *scalars, first.numel() // T, T, _KINDS.index(o.kl_estimator), options)
+    pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, tensors.mask)]
+    scalars = (
+        1 - options.clip_low,
+        1 + options.clip_high,
+        options.log_ratio_clamp,
+        options.dual_clip or 0.0,
+        options.value_clip or 0.0,
+    )
+    scalars += (options.value_coef, options.entropy_coef, options.kl_coef, denominator, norm)
+    _compiled()[0](*pointers, *scalars, first.numel() // T, T, _KINDS.index(options.kl_estimator), flags)
     return loss, stats, (gradients[0], gradients[2], gradients[1])

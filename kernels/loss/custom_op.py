@@ -1,91 +1,314 @@
-"""The Triton losses under torch.compile: one opaque operator, and a backward that the compiler can fuse.
+"""PPO's scalar losses for autograd and torch.compile, in front of launch.py, eager.py and cpu.py.
 
-Numbers (clips, coefficients, a given denominator) enter the operator in a CPU tensor, as floats they would be constants
-of the graph and each new value a compilation. NaN stands for None there.
+Gradients flow to logprobs, entropy and values; every other tensor is a constant, and there is no second derivative.
+All implementations compute the gradients in the forward, where they share terms with the loss; the backward multiplies
+them by the upstream gradient.
+
+torch.compile traces eager.py, and uses one opaque operator for launch.py, with a backward that the compiler can fuse.
+Numbers (clips, coefficients, a denominator) enter the operator in a CPU tensor: as floats they would be constants of
+the graph, and each new value a compilation. NaN represents None there.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors
+from ppo_fast.kernels.common.autograd import direct_apply
+from ppo_fast.kernels.common.numba_loops import numba_works
+from ppo_fast.kernels.loss import eager
+from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors, named_stats, wanted_stats
+
+Needs = tuple[bool, bool, bool]  # which gradients are wanted: of logprobs, entropy, values
+
+
+def compute_loss(
+    logprobs: Tensor | None,  # None for value_loss
+    entropy: Tensor | None,
+    values: Tensor | None,  # None for policy_loss
+    tensors: LossTensors,
+    options: LossOptions,
+    *,
+    use_triton: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss with a graph, and detached statistics: reference.policy_loss, reference.value_loss, reference.ppo_loss."""
+    compute = _triton_loss if use_triton else _torch_loss
+    return compute(logprobs, entropy, values, tensors, options)
+
+
+def refuse_double_backward() -> None:
+    """Raises RuntimeError in a backward that autograd runs with gradients enabled, to differentiate it again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "policy_loss, value_loss and ppo_loss have no double backward: call backward without create_graph=True, "
+            "or use ppo_fast.kernels.reference"
+        )
+
+
+def _wanted_gradients(logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None) -> Needs:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return (
+        logprobs is not None and logprobs.requires_grad,
+        entropy is not None and entropy.requires_grad,
+        values is not None and values.requires_grad,
+    )
+
+
+# Triton
+
+
+class _TritonLoss(torch.autograd.Function):
+    """Its last argument is all that it needs besides the inputs with a gradient, because every argument takes time.
+    An output takes time, too, and gets a gradient of zeros: the statistics are appended to a list instead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor | None,
+        entropy: Tensor | None,
+        values: Tensor | None,
+        call: tuple[LossTensors, LossOptions, Needs, int, list[Tensor]],
+    ) -> Tensor:
+        from ppo_fast.kernels.loss import launch
+
+        tensors, options, needs, wanted, results = call
+        loss, stats, workspace = launch.forward(logprobs, entropy, values, tensors, options, needs, wanted)
+        ctx.save_for_backward(workspace)
+        ctx.set_materialize_grads(False)
+        ctx.shape = (values if logprobs is None else logprobs).shape
+        ctx.dtypes = (
+            logprobs.dtype if needs[0] else None,
+            entropy.dtype if needs[1] else None,
+            values.dtype if needs[2] else None,
+        )
+        results.append(stats)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        from ppo_fast.kernels.loss import launch
+
+        refuse_double_backward()
+        if grad_loss is None:
+            return None, None, None, None
+        if grad_loss.is_neg():
+            grad_loss = grad_loss.resolve_neg()
+        (workspace,) = ctx.saved_tensors
+        return *launch.backward(workspace, grad_loss, ctx.shape, ctx.dtypes), None
+
+
+_apply_triton = direct_apply(_TritonLoss)
+
+
+def _triton_loss(
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    tensors: LossTensors,
+    options: LossOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    needs = _wanted_gradients(logprobs, entropy, values)
+    wanted, names = wanted_stats(logprobs is not None, entropy is not None, values is not None, tensors, options)
+    if torch.compiler.is_compiling():
+        denominator, numbers = _pack(options)
+        inputs = (logprobs, entropy, values, *tensors, denominator, numbers)
+        loss, stats, _ = _operator(*inputs, options.kl_estimator, options.aggregation, list(needs))
+        return loss, named_stats(stats.detach(), names)
+    if True in needs:
+        results: list[Tensor] = []
+        loss = _apply_triton(logprobs, entropy, values, (tensors, options, needs, wanted, results))
+        return loss, named_stats(results[0], names)
+    from ppo_fast.kernels.loss import launch
+
+    loss, stats, _ = launch.forward(logprobs, entropy, values, tensors, options, needs, wanted)
+    return loss, named_stats(stats, names)
+
+
+# Triton under torch.compile
 
 _NUMBERS = tuple(name for name in LossOptions._fields if name not in ("kl_estimator", "aggregation"))
 _TENSORS = ("logprobs", "entropy", "values", *LossTensors._fields, "denominator")
 _SCHEMA = "({}, Tensor numbers, str kl_estimator, str aggregation, bool[] needs) -> (Tensor, Tensor, Tensor)"
 
 
-def _pack(o: LossOptions) -> tuple[Tensor | None, Tensor]:
+def _pack(options: LossOptions) -> tuple[Tensor | None, Tensor]:
     """A denominator that is a tensor, and every number."""
-    given = o.denominator if isinstance(o.denominator, Tensor) else None
-    numbers = [math.nan if x is None or isinstance(x, Tensor) else x for x in (getattr(o, name) for name in _NUMBERS)]
+    denominator = options.denominator if isinstance(options.denominator, Tensor) else None
+    given = (getattr(options, name) for name in _NUMBERS)
+    numbers = [math.nan if x is None or isinstance(x, Tensor) else x for x in given]
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    return given, torch.stack([zero + x for x in numbers])  # torch.full and torch.tensor would make x a constant
+    return denominator, torch.stack([zero + x for x in numbers])  # torch.full and torch.tensor would make x a constant
 
 
-def _unpack(given: Tensor | None, numbers: Tensor, kl_estimator: str, aggregation: str) -> LossOptions:
+def _unpack(denominator: Tensor | None, numbers: Tensor, kl_estimator: str, aggregation: str) -> LossOptions:
     values = [None if math.isnan(x) else x for x in numbers.tolist()]
-    o = LossOptions(**dict(zip(_NUMBERS, values, strict=True)), kl_estimator=kl_estimator, aggregation=aggregation)
-    return o if given is None else o._replace(denominator=given)
+    named: dict[str, Any] = dict(zip(_NUMBERS, values, strict=True))
+    options = LossOptions(**named, kl_estimator=kl_estimator, aggregation=aggregation)
+    return options if denominator is None else options._replace(denominator=denominator)
 
 
-def make_compiled(
-    name: str,
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]],  # (..., needs) -> loss, statistics, workspace
-    kept: Callable[[int, int], int],  # (steps, gradients) -> what the backward needs of the workspace
-    stored: Callable[..., list[tuple[Tensor, Tensor] | None]],  # (workspace, shapes) -> gradients and their scales
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Registers ppo_fast::<name>; gives run(logprobs, entropy, values, tensors, options, needs) -> loss, statistics."""
+def _run_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ppo_fast.kernels.loss import launch
 
-    def launch(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy, values, *tensors, given, numbers, kl_estimator, aggregation, needs = args
-        o = _unpack(given, numbers, kl_estimator, aggregation)
-        loss, stats, workspace = forward(logprobs, entropy, values, LossTensors(*tensors), o, tuple(needs))
-        steps = (values if logprobs is None else logprobs).numel()
-        return loss, stats, workspace[: kept(steps, sum(needs))]
+    logprobs, entropy, values, *tensors, denominator, numbers, kl_estimator, aggregation, needs = args
+    options = _unpack(denominator, numbers, kl_estimator, aggregation)
+    out = launch.forward(logprobs, entropy, values, LossTensors(*tensors), options, tuple(needs))
+    loss, stats, workspace = out
+    steps = (values if logprobs is None else logprobs).numel()
+    return loss, stats, workspace[: launch.saved_size(steps, sum(needs))]
 
-    def shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        like = args[2] if args[0] is None else args[0]
-        options = {"dtype": torch.float32, "device": like.device}
-        workspace = torch.empty(kept(like.numel(), sum(args[-1])), **options)
-        return torch.empty((), **options), torch.empty(len(ALL_STATS), **options), workspace
 
-    def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        wanted = [x if need else None for x, need in zip(inputs[:3], inputs[-1], strict=True)]
-        ctx.shapes = [None if x is None else x.shape for x in wanted]
-        ctx.dtypes = [None if x is None else x.dtype for x in wanted]
-        ctx.absent = [None] * (len(inputs) - 3)
-        ctx.save_for_backward(output[2])
-        ctx.mark_non_differentiable(output[1], output[2])
-        ctx.set_materialize_grads(False)
+def _operator_shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ppo_fast.kernels.loss import launch
 
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return None, None, None, *ctx.absent
-        found = stored(ctx.saved_tensors[0], ctx.shapes)
-        pairs = zip(found, ctx.dtypes, strict=True)
-        made = [None if x is None else (x[0] * (grad_loss * x[1])).to(dtype) for x, dtype in pairs]
-        return *made, *ctx.absent
+    like = args[2] if args[0] is None else args[0]
+    created: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
+    workspace = torch.empty(launch.saved_size(like.numel(), sum(args[-1])), **created)
+    return torch.empty((), **created), torch.empty(len(ALL_STATS), **created), workspace
 
-    schema = _SCHEMA.format(", ".join(f"Tensor? {tensor}" for tensor in _TENSORS))
-    operator = torch.library.custom_op(f"ppo_fast::{name}", launch, mutates_args=(), schema=schema)
-    operator.register_fake(shapes)
-    operator.register_autograd(backward, setup_context=setup)
 
-    def run(
+def _set_up_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    wanted = [x if need else None for x, need in zip(inputs[:3], inputs[-1], strict=True)]
+    ctx.shapes = [None if x is None else x.shape for x in wanted]
+    ctx.dtypes = [None if x is None else x.dtype for x in wanted]
+    ctx.absent = [None] * (len(inputs) - 3)
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_operator(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    from ppo_fast.kernels.loss import launch
+
+    if grad_loss is None:
+        return None, None, None, *ctx.absent
+    saved = launch.saved_gradients(ctx.saved_tensors[0], ctx.shapes)
+    pairs = zip(saved, ctx.dtypes, strict=True)
+    gradients = [None if x is None else (x[0] * (grad_loss * x[1])).to(dtype) for x, dtype in pairs]
+    return *gradients, *ctx.absent
+
+
+_operator = torch.library.custom_op(
+    "ppo_fast::ppo_loss",
+    _run_operator,
+    mutates_args=(),
+    schema=_SCHEMA.format(", ".join(f"Tensor? {tensor}" for tensor in _TENSORS)),
+)
+_operator.register_fake(_operator_shapes)
+_operator.register_autograd(_differentiate_operator, setup_context=_set_up_operator)
+
+
+# PyTorch, and numba where it is installed
+
+
+class _EagerLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
-        t: LossTensors,
-        o: LossOptions,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor, Tensor]:
-        given, numbers = _pack(o)
-        inputs = (logprobs, entropy, values, *t, given, numbers)
-        loss, stats, _ = operator(*inputs, o.kl_estimator, o.aggregation, list(needs))
-        return loss, stats.detach()
+        tensors: LossTensors,
+        options: LossOptions,
+        needs: Needs,
+        names: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        loss, stats, gradients, divisors = eager.forward(logprobs, entropy, values, tensors, options, needs)
+        on_device = [x if isinstance(x, Tensor) else None for x in divisors]
+        ctx.save_for_backward(*gradients, *on_device)
+        ctx.divisors = [None if isinstance(x, Tensor) else x for x in divisors]
+        ctx.dtypes = [None if x is None else x.dtype for x in (logprobs, entropy, values)]
+        ordered = [stats[name] for name in names]
+        ctx.mark_non_differentiable(*ordered)
+        ctx.set_materialize_grads(False)
+        return loss, *ordered
 
-    return run
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 7
+        saved = ctx.saved_tensors
+        out: list[Tensor | None] = [None, None, None]
+        for i in range(3):
+            if saved[i] is not None:
+                divisor = ctx.divisors[i] if saved[3 + i] is None else saved[3 + i]
+                out[i] = (saved[i] * (grad_loss / divisor)).to(ctx.dtypes[i])
+        return *out, None, None, None, None
+
+
+class _NumbaLoss(torch.autograd.Function):
+    """The same in one compiled loop. The statistics are one tensor, because each output of a Function takes time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor | None,
+        entropy: Tensor | None,
+        values: Tensor | None,
+        tensors: LossTensors,
+        options: LossOptions,
+        num_stats: int,
+    ) -> tuple[Tensor, Tensor]:
+        from ppo_fast.kernels.loss import cpu
+
+        loss, stats, ctx.gradients = cpu.forward(logprobs, entropy, values, tensors, options, num_stats)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if grad_loss is None:
+            return (None,) * 6
+        return *(None if x is None else x * grad_loss for x in ctx.gradients), None, None, None
+
+
+def numba_supports(
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    tensors: LossTensors,
+    options: LossOptions,
+) -> bool:
+    """Returns whether one compiled loop can compute this loss."""
+    first = values if logprobs is None else logprobs
+    if first is None or not first.is_cpu or torch.compiler.is_compiling() or not numba_works():
+        return False
+    from ppo_fast.kernels.loss import cpu
+
+    return cpu.supports(logprobs, entropy, values, tensors, options)
+
+
+def _traceable(options: LossOptions, device: torch.device) -> LossOptions:
+    """The numbers as tensors: torch.compile would make a float a constant, and compile again for the next value."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    numbers = {name: zero + x for name, x in options._asdict().items() if isinstance(x, (int, float))}
+    return options._replace(**numbers)
+
+
+def _torch_loss(
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    values: Tensor | None,
+    tensors: LossTensors,
+    options: LossOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    _, names = wanted_stats(logprobs is not None, entropy is not None, values is not None, tensors, options)
+    if numba_supports(logprobs, entropy, values, tensors, options):
+        loss, stats = _NumbaLoss.apply(logprobs, entropy, values, tensors, options, len(names))
+        return loss, dict(zip(names, stats.unbind(), strict=True))
+    if torch.compiler.is_compiling():
+        options = _traceable(options, (values if logprobs is None else logprobs).device)
+    needs = _wanted_gradients(logprobs, entropy, values)
+    if True in needs:
+        loss, *ordered = _EagerLoss.apply(logprobs, entropy, values, tensors, options, needs, names)
+        if torch.compiler.is_compiling():  # torch 2.11 ignores mark_non_differentiable there
+            ordered = [x.detach() for x in ordered]
+        return loss, dict(zip(names, ordered, strict=True))
+    with torch.no_grad():  # a constant that requires a gradient gets none here either
+        loss, named, _, _ = eager.forward(logprobs, entropy, values, tensors, options, needs)
+    return loss, {name: named[name] for name in names}

@@ -16,7 +16,7 @@ from ppo_fast.kernels.loss.terms import (
     merge,
     num_columns,
     padding,
-    sequence_share,
+    sequence_weight,
     write_optional,
 )
 
@@ -174,20 +174,20 @@ def loss_rows_kernel(
     if SEQUENCES:
         is_packed = has(given, "cu_seqlens")
         row, start, end = _sequence(cu_seqlens_ptr, is_packed, steps, T)
-        policy_share = tl.full((), 1.0, tl.float32)
-        value_share = policy_share
+        policy_weight = tl.full((), 1.0, tl.float32)
+        value_weight = policy_weight
         if has(given, "mean"):
-            policy_share = sequence_share(masks[0], row, start, end, has(given, "mask"), BLOCK)
-            value_share = policy_share
+            policy_weight = sequence_weight(masks[0], row, start, end, has(given, "mask"), BLOCK)
+            value_weight = policy_weight
             if has(given, "value_mask"):
-                value_share = sequence_share(masks[1], row, start, end, has(given, "value_mask"), BLOCK)
-        shares = (policy_share, value_share)
+                value_weight = sequence_weight(masks[1], row, start, end, has(given, "value_mask"), BLOCK)
+        token_weights = (policy_weight, value_weight)
         sums = tl.zeros((num_columns(),), tl.float32)
         for first in range(start, end, BLOCK):
             step = first + tl.arange(0, BLOCK)
             gradients = gradient_addresses(workspace_ptr, row * T + step, steps, given)
             position = (row, step, step < end)
-            block = block_sums(policy, value, masks, scalars, position, shares, gradients, given, False)
+            block = block_sums(policy, value, masks, scalars, position, token_weights, gradients, given, False)
             sums = merge(sums, block, tl.arange(0, num_columns()))
         if is_packed:  # steps before the first and after the last sequence: no program has them
             programs = tl.num_programs(0).to(tl.int64)
@@ -204,10 +204,10 @@ def loss_rows_kernel(
 
 
 @triton.jit(do_not_specialize=list(range(7)))
-def shares_kernel(
+def token_weights_kernel(
     mask_ptr,  # [rows, T]
     cu_seqlens_ptr,  # [programs + 1]
-    shares_ptr,  # [steps]
+    weights_ptr,  # [steps]
     given: tl.int32,
     steps: tl.int64,
     T: tl.int64,
@@ -216,19 +216,19 @@ def shares_kernel(
 ):
     """For each step 1 / number of counted steps of its sequence; a program takes a sequence."""
     row, start, end = _sequence(cu_seqlens_ptr, has(given, "cu_seqlens"), steps, T)
-    share = sequence_share((mask_ptr, mask_stride), row, start, end, has(given, "mask"), BLOCK)
+    weight = sequence_weight((mask_ptr, mask_stride), row, start, end, has(given, "mask"), BLOCK)
     for first in range(start, end, BLOCK):
         step = first + tl.arange(0, BLOCK)
-        tl.store(shares_ptr + row * T + step, tl.zeros((BLOCK,), tl.float32) + share, mask=step < end)
+        tl.store(weights_ptr + row * T + step, tl.zeros((BLOCK,), tl.float32) + weight, mask=step < end)
 
 
 @triton.jit
-def _get(sums, NAME: tl.constexpr):
+def _sum_of(sums, NAME: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, num_columns()) == column(NAME), sums, 0.0))
 
 
 @triton.jit
-def _put_wanted(to_ptr, wanted, i, x):
+def _store_wanted(to_ptr, wanted, i, x):
     """Stores the i-th statistic if it is wanted; the address of the next one."""
     bit = (wanted >> i) & 1
     tl.store(to_ptr, x, mask=bit != 0)
@@ -276,8 +276,8 @@ def loss_reduce_kernel(
             weighted += tile / tl.maximum(length, 1.0)
     sums = tl.where(tl.arange(0, num_columns()) == column("RATIO_MAX"), tl.max(totals, 1), tl.sum(totals, 1))
     terms = tl.where(is_mean != 0, tl.sum(weighted, 1), sums)
-    count = tl.maximum(_get(sums, "COUNT"), 1.0)
-    value_count = tl.maximum(_get(sums, "VALUE_COUNT"), 1.0)
+    count = tl.maximum(_sum_of(sums, "COUNT"), 1.0)
+    value_count = tl.maximum(_sum_of(sums, "VALUE_COUNT"), 1.0)
     from_device = tl.load(denominator_ptr, mask=divisor == 3, other=0).to(tl.float32)
     own = tl.where(divisor == 3, from_device, denominator)
     by_sequence = tl.maximum(tl.sum(sequences), 1.0), tl.maximum(tl.sum(value_sequences), 1.0)
@@ -286,26 +286,26 @@ def loss_reduce_kernel(
     scale = tl.arange(0, padding())
     # div_rn: the mean of ratios of 1 is exactly 1, which a GPU's approximate division does not promise.
     tl.store(workspace_ptr + scale, tl.div_rn(1.0, tl.where(scale == 1, value_normaliser, normaliser)))
-    policy = tl.div_rn(_get(terms, "TERM"), normaliser)
-    value = tl.div_rn(_get(terms, "ERROR"), value_normaliser)
-    companions = kl_coef * _get(terms, "KL") - entropy_coef * _get(terms, "ENTROPY")
+    policy = tl.div_rn(_sum_of(terms, "TERM"), normaliser)
+    value = tl.div_rn(_sum_of(terms, "ERROR"), value_normaliser)
+    companions = kl_coef * _sum_of(terms, "KL") - entropy_coef * _sum_of(terms, "ENTROPY")
     tl.store(loss_ptr, policy + tl.div_rn(companions, normaliser) + value_coef * value)
-    ratio = _get(sums, "RATIO")
-    ratio_max = tl.where(ratio == ratio, _get(sums, "RATIO_MAX"), ratio)  # maxima drop NaN, sums keep it
-    to_ptr = _put_wanted(stats_ptr, wanted, 0, policy)
-    to_ptr = _put_wanted(to_ptr, wanted, 1, tl.div_rn(_get(sums, "APPROX_KL"), count))
-    to_ptr = _put_wanted(to_ptr, wanted, 2, tl.div_rn(_get(sums, "CLIPPED"), count))
-    to_ptr = _put_wanted(to_ptr, wanted, 3, tl.div_rn(ratio, count))
-    to_ptr = _put_wanted(to_ptr, wanted, 4, ratio_max)
-    to_ptr = _put_wanted(to_ptr, wanted, 5, tl.div_rn(_get(sums, "DUAL_CLIPPED"), count))
-    to_ptr = _put_wanted(to_ptr, wanted, 6, tl.div_rn(_get(sums, "ENTROPY"), count))
-    to_ptr = _put_wanted(to_ptr, wanted, 7, tl.div_rn(_get(sums, "KL"), count))
-    to_ptr = _put_wanted(to_ptr, wanted, 8, value)
-    _put_wanted(to_ptr, wanted, 9, tl.div_rn(_get(sums, "VALUE_CLIPPED"), value_count))
+    ratio = _sum_of(sums, "RATIO")
+    ratio_max = tl.where(ratio == ratio, _sum_of(sums, "RATIO_MAX"), ratio)  # maxima drop NaN, sums keep it
+    to_ptr = _store_wanted(stats_ptr, wanted, 0, policy)
+    to_ptr = _store_wanted(to_ptr, wanted, 1, tl.div_rn(_sum_of(sums, "APPROX_KL"), count))
+    to_ptr = _store_wanted(to_ptr, wanted, 2, tl.div_rn(_sum_of(sums, "CLIPPED"), count))
+    to_ptr = _store_wanted(to_ptr, wanted, 3, tl.div_rn(ratio, count))
+    to_ptr = _store_wanted(to_ptr, wanted, 4, ratio_max)
+    to_ptr = _store_wanted(to_ptr, wanted, 5, tl.div_rn(_sum_of(sums, "DUAL_CLIPPED"), count))
+    to_ptr = _store_wanted(to_ptr, wanted, 6, tl.div_rn(_sum_of(sums, "ENTROPY"), count))
+    to_ptr = _store_wanted(to_ptr, wanted, 7, tl.div_rn(_sum_of(sums, "KL"), count))
+    to_ptr = _store_wanted(to_ptr, wanted, 8, value)
+    _store_wanted(to_ptr, wanted, 9, tl.div_rn(_sum_of(sums, "VALUE_CLIPPED"), value_count))
 
 
 @triton.jit
-def _scale(stored_at, to_ptr, start, lane, scale, inside, is_wanted, WHOLE: tl.constexpr):
+def _scale_gradient(stored_at, to_ptr, start, lane, scale, inside, is_wanted, WHOLE: tl.constexpr):
     at = tl.multiple_of(to_ptr + start, 16) + lane
     if WHOLE:
         x = tl.load(stored_at, mask=is_wanted, other=0.0)
@@ -334,10 +334,10 @@ def loss_bwd_kernel(
     value_scale = upstream * tl.load(workspace_ptr + 1)
     logprobs, entropy, values = has(given, "d_logprobs"), has(given, "d_entropy"), has(given, "d_values")
     if start + BLOCK <= steps:
-        _scale(stored[0], d_logprobs_ptr, start, lane, scale, inside, logprobs, True)
-        _scale(stored[1], d_entropy_ptr, start, lane, scale, inside, entropy, True)
-        _scale(stored[2], d_values_ptr, start, lane, value_scale, inside, values, True)
+        _scale_gradient(stored[0], d_logprobs_ptr, start, lane, scale, inside, logprobs, True)
+        _scale_gradient(stored[1], d_entropy_ptr, start, lane, scale, inside, entropy, True)
+        _scale_gradient(stored[2], d_values_ptr, start, lane, value_scale, inside, values, True)
     else:
-        _scale(stored[0], d_logprobs_ptr, start, lane, scale, inside, logprobs, False)
-        _scale(stored[1], d_entropy_ptr, start, lane, scale, inside, entropy, False)
-        _scale(stored[2], d_values_ptr, start, lane, value_scale, inside, values, False)
+        _scale_gradient(stored[0], d_logprobs_ptr, start, lane, scale, inside, logprobs, False)
+        _scale_gradient(stored[1], d_entropy_ptr, start, lane, scale, inside, entropy, False)
+        _scale_gradient(stored[2], d_values_ptr, start, lane, value_scale, inside, values, False)

@@ -19,7 +19,7 @@ from ppo_fast.kernels.loss.kernel import (
     loss_flat_kernel,
     loss_reduce_kernel,
     loss_rows_kernel,
-    shares_kernel,
+    token_weights_kernel,
 )
 from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors
 from ppo_fast.kernels.loss.terms import bit, num_columns, padding
@@ -32,7 +32,7 @@ _BLOCK, _SCALE_BLOCK, _REDUCE_BLOCK = 512, 1024, 256
 _FLAT = {4: launch_options(4), 2: launch_options(2)}  # by the bytes of an element
 _ROWS = {False: launch_options(4, REGISTERS), True: launch_options(8, REGISTERS)}  # by whether they are sequences
 _SCALE = launch_options(4)
-_SHARES = launch_options(4)
+_TOKEN_WEIGHTS = launch_options(4)
 _REDUCE = launch_options(4)
 _PAD, _COLUMNS = padding(), num_columns()
 _EVERY_STATISTIC = 2 ** len(ALL_STATS) - 1
@@ -71,11 +71,11 @@ _PLANS = {
 }
 
 
-def _plan(o: LossOptions) -> _Plan:
-    plan = _PLANS[o.aggregation]
-    if o.denominator is None or plan.divisor == _BY_NUMBER:
+def _plan(options: LossOptions) -> _Plan:
+    plan = _PLANS[options.aggregation]
+    if options.denominator is None or plan.divisor == _BY_NUMBER:
         return plan
-    return _Plan(_BY_TENSOR if isinstance(o.denominator, Tensor) else _BY_NUMBER, plan.mean, plan.mean)
+    return _Plan(_BY_TENSOR if isinstance(options.denominator, Tensor) else _BY_NUMBER, plan.mean, plan.mean)
 
 
 def _stride(steps: int) -> int:
@@ -83,9 +83,9 @@ def _stride(steps: int) -> int:
     return -(-steps // _PAD) * _PAD
 
 
-def kept(steps: int, stored: int) -> int:
+def saved_size(steps: int, num_gradients: int) -> int:
     """Elements of the workspace that the backward reads: scales and `stored` gradients."""
-    return _PAD + stored * _stride(steps)
+    return _PAD + num_gradients * _stride(steps)
 
 
 @functools.cache
@@ -94,14 +94,14 @@ def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty((), dtype=dtype, device=device)
 
 
-def _in_listed_dtypes(tensors: list[Tensor], is_given: list[bool]) -> list[Tensor]:
+def _in_listed_dtypes(operands: list[Tensor], is_given: list[bool]) -> list[Tensor]:
     """The per-step floats, converted to fp32 unless _DTYPES has their mixture; an absent one is replaced again."""
-    of_values = {tensors[i].dtype for i in (6, 7) if is_given[i]}
-    others = {tensors[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
+    of_values = {operands[i].dtype for i in (6, 7) if is_given[i]}
+    others = {operands[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
     if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
-        return tensors
-    wide = {id(x): x.to(torch.float32) for x in tensors}  # one conversion for all places where an input stands in
-    return [wide[id(x)] for x in tensors]
+        return operands
+    wide = {id(x): x.to(torch.float32) for x in operands}  # one conversion for all places where an input stands in
+    return [wide[id(x)] for x in operands]
 
 
 def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
@@ -115,19 +115,26 @@ def _as_rows(x: Tensor, T: int) -> tuple[Tensor, int]:
 
 
 def _reduce(
-    workspace: Tensor, o: LossOptions, plan: _Plan, T: int, steps: int, programs: int, stored: int, wanted: int
+    workspace: Tensor,
+    options: LossOptions,
+    plan: _Plan,
+    T: int,
+    steps: int,
+    programs: int,
+    num_gradients: int,
+    wanted: int,
 ) -> tuple[Tensor, Tensor]:
     """Loss and the wanted statistics."""
     given, number, norm = workspace, 1.0, 1.0
     loss = torch.empty_strided((), (), dtype=torch.float32, device=workspace.device)  # quicker than torch.empty(())
     stats = workspace.new_empty(wanted.bit_count())
-    if o.denominator is not None:
+    if options.denominator is not None:
         if plan.divisor == _BY_TENSOR:
-            given = o.denominator if o.denominator.dtype in _DENOMINATORS else o.denominator.float()
-        elif o.aggregation != "token-sum":
-            number = float(o.denominator)
-    if o.aggregation == "seq-mean-token-sum-norm":
-        norm = float(max(T, 1) if o.norm_length is None else o.norm_length)
+            given = options.denominator if options.denominator.dtype in _DENOMINATORS else options.denominator.float()
+        elif options.aggregation != "token-sum":
+            number = float(options.denominator)
+    if options.aggregation == "seq-mean-token-sum-norm":
+        norm = float(max(T, 1) if options.norm_length is None else options.norm_length)
     loss_reduce_kernel.run(
         workspace,
         loss,
@@ -135,12 +142,12 @@ def _reduce(
         given,
         number,
         norm,
-        float(o.entropy_coef),
-        float(o.kl_coef),
-        float(o.value_coef),
+        float(options.entropy_coef),
+        float(options.kl_coef),
+        float(options.value_coef),
         steps,
         programs,
-        stored | plan.divisor << 2 | plan.mean << 4 | wanted << 5,
+        num_gradients | plan.divisor << 2 | plan.mean << 4 | wanted << 5,
         _REDUCE_BLOCK,
         grid=(1,),
         warmup=False,
@@ -149,17 +156,17 @@ def _reduce(
     return loss, stats
 
 
-def _scalars(o: LossOptions) -> tuple[float | int, ...]:
+def _scalars(options: LossOptions) -> tuple[float | int, ...]:
     return (
-        1.0 - o.clip_low,
-        1.0 + o.clip_high,
-        math.inf if o.dual_clip is None else float(o.dual_clip),
-        float(o.log_ratio_clamp),
-        float(o.entropy_coef),
-        float(o.kl_coef),
-        float(o.value_coef),
-        math.inf if o.value_clip is None else float(o.value_clip),
-        KL_ESTIMATORS.index(o.kl_estimator),
+        1.0 - options.clip_low,
+        1.0 + options.clip_high,
+        math.inf if options.dual_clip is None else float(options.dual_clip),
+        float(options.log_ratio_clamp),
+        float(options.entropy_coef),
+        float(options.kl_coef),
+        float(options.value_coef),
+        math.inf if options.value_clip is None else float(options.value_clip),
+        KL_ESTIMATORS.index(options.kl_estimator),
     )
 
 
@@ -167,51 +174,51 @@ def forward(
     logprobs: Tensor | None,
     entropy: Tensor | None,
     values: Tensor | None,
-    t: LossTensors,
-    o: LossOptions,
+    tensors: LossTensors,
+    options: LossOptions,
     needs: tuple[bool, ...],  # gradients wanted: of logprobs, entropy, values
     wanted: int = _EVERY_STATISTIC,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace, which the backward needs."""
     like = values if logprobs is None else logprobs
     assert like is not None
-    steps, T, plan = like.numel(), like.shape[-1], _plan(o)
-    given, stored = _NEEDS[needs]
-    packed = plan.by_sequence and t.cu_seqlens is not None
+    steps, T, plan = like.numel(), like.shape[-1], _plan(options)
+    given, num_gradients = _NEEDS[needs]
+    packed = plan.by_sequence and tensors.cu_seqlens is not None
     programs = -(-steps // _BLOCK)
     if steps and plan.by_sequence:
-        programs = len(t.cu_seqlens) - 1 if packed else steps // T
-    size = kept(steps, stored) + _COLUMNS * programs
+        programs = len(tensors.cu_seqlens) - 1 if packed else steps // T
+    size = saved_size(steps, num_gradients) + _COLUMNS * programs
     # Without a sequence there is no program that could clear the gradients.
     workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=like.device)
     with device_guard(like):
         if programs:
-            present, is_flat, tensors = _inputs(logprobs, entropy, values, t, o.value_clip is not None)
+            present, is_flat, operands = _inputs(logprobs, entropy, values, tensors, options.value_clip is not None)
             given |= present
             if is_flat and not plan.by_sequence:
-                options = _FLAT[tensors[0].element_size()]
-                arguments = *tensors, workspace, *_scalars(o), given, steps, _BLOCK
-                loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **options)
+                arguments = *operands, workspace, *_scalars(options), given, steps, _BLOCK
+                compiling = _FLAT[operands[0].element_size()]
+                loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **compiling)
             else:
-                _forward_rows(tensors, is_flat, workspace, t, o, plan, given, steps, T, programs, packed)
-        loss, stats = _reduce(workspace, o, plan, T, steps, programs, stored, wanted)
+                _forward_rows(operands, is_flat, workspace, tensors, options, plan, given, steps, T, programs, packed)
+        loss, stats = _reduce(workspace, options, plan, T, steps, programs, num_gradients, wanted)
     return loss, stats, workspace
 
 
 def _inputs(
-    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, t: LossTensors, has_clip: bool
+    logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, has_clip: bool
 ) -> tuple[int, bool, list[Tensor]]:
     """The bits of what is present, whether all of it is contiguous and aligned, and the first arguments of the kernels,
     where an address of the same type replaces what is absent."""
-    policy = logprobs, t.old_logprobs, t.advantages, t.weights, entropy, t.ref_logprobs
-    inputs = (*policy, values, t.old_values if has_clip else None, t.returns)
-    other = t.returns if logprobs is None else logprobs
+    policy = logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, entropy, tensors.ref_logprobs
+    inputs = (*policy, values, tensors.old_values if has_clip else None, tensors.returns)
+    other = tensors.returns if logprobs is None else logprobs
     assert other is not None
     dtype = other.dtype
-    present, is_flat, is_listed, addresses, tensors = 0, True, dtype in _POINTERS, 0, []
+    present, is_flat, is_listed, addresses, operands = 0, True, dtype in _POINTERS, 0, []
     for x, flag in zip(inputs, _FLAGS, strict=True):
         if x is None:
-            tensors.append(values if flag == _VALUE_CLIP and values is not None else other)
+            operands.append(values if flag == _VALUE_CLIP and values is not None else other)
             continue
         present |= flag
         addresses |= x.data_ptr()
@@ -219,28 +226,28 @@ def _inputs(
             is_listed = False
         if not x.is_contiguous():
             is_flat = False
-        tensors.append(x)
+        operands.append(x)
     if not is_listed:
-        tensors = _in_listed_dtypes(tensors, [x is not None for x in inputs])
-        for x in tensors:
+        operands = _in_listed_dtypes(operands, [x is not None for x in inputs])
+        for x in operands:
             addresses |= x.data_ptr()
-    for mask, flag in ((t.mask, _MASK), (t.value_mask, _VALUE_MASK)):
+    for mask, flag in ((tensors.mask, _MASK), (tensors.value_mask, _VALUE_MASK)):
         if mask is None:
-            tensors.append(_unread(torch.bool, other.device))
+            operands.append(_unread(torch.bool, other.device))
         else:
             present |= flag
             addresses |= mask.data_ptr()
             is_flat = is_flat and mask.is_contiguous()
-            tensors.append(mask)
-    return present, is_flat and not addresses & 15, tensors
+            operands.append(mask)
+    return present, is_flat and not addresses & 15, operands
 
 
 def _forward_rows(
-    tensors: list[Tensor],
+    operands: list[Tensor],
     is_flat: bool,  # all that are read are contiguous
     workspace: Tensor,
-    t: LossTensors,
-    o: LossOptions,
+    tensors: LossTensors,
+    options: LossOptions,
     plan: _Plan,
     given: int,
     steps: int,
@@ -248,18 +255,18 @@ def _forward_rows(
     programs: int,
     packed: bool,
 ) -> None:
-    strides = [T] * len(tensors)
+    strides = [T] * len(operands)
     if not is_flat:
-        views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in tensors}
-        tensors, strides = [views[id(x)][0] for x in tensors], [views[id(x)][1] for x in tensors]
+        views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in operands}
+        operands, strides = [views[id(x)][0] for x in operands], [views[id(x)][1] for x in operands]
     cu_seqlens = _unread(torch.int32, workspace.device)
     if packed:
         given |= _CU_SEQLENS
-        cu_seqlens = t.cu_seqlens.contiguous()
+        cu_seqlens = tensors.cu_seqlens.contiguous()
     loss_rows_kernel.run(
-        *tensors,
+        *operands,
         workspace,
-        *_scalars(o),
+        *_scalars(options),
         given | (_MEAN if plan.mean else 0),
         steps,
         cu_seqlens,
@@ -273,22 +280,22 @@ def _forward_rows(
     )
 
 
-def token_shares(like: Tensor, t: LossTensors) -> Tensor:
+def token_weights(like: Tensor, tensors: LossTensors) -> Tensor:
     """For each step 1 / counted steps of its sequence, as in seq-mean-token-mean; 0 outside of all sequences."""
     steps, T, device = like.numel(), like.shape[-1], like.device
     cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
-    if t.mask is not None:
-        (mask, mask_stride), given = _as_rows(t.mask, T), _MASK
-    programs, packed = steps // max(T, 1), t.cu_seqlens is not None
+    if tensors.mask is not None:
+        (mask, mask_stride), given = _as_rows(tensors.mask, T), _MASK
+    programs, packed = steps // max(T, 1), tensors.cu_seqlens is not None
     if packed:
-        cu_seqlens, given = t.cu_seqlens.contiguous(), given | _CU_SEQLENS
+        cu_seqlens, given = tensors.cu_seqlens.contiguous(), given | _CU_SEQLENS
         programs = len(cu_seqlens) - 1
-    shares = (torch.zeros if packed else torch.empty)(like.shape, dtype=torch.float32, device=device)
+    weights = (torch.zeros if packed else torch.empty)(like.shape, dtype=torch.float32, device=device)
     if steps and programs:
         with device_guard(like):
-            arguments = mask, cu_seqlens, shares, given, steps, T, mask_stride, _BLOCK
-            shares_kernel.run(*arguments, grid=(programs,), warmup=False, **_SHARES)
-    return shares
+            arguments = mask, cu_seqlens, weights, given, steps, T, mask_stride, _BLOCK
+            token_weights_kernel.run(*arguments, grid=(programs,), warmup=False, **_TOKEN_WEIGHTS)
+    return weights
 
 
 @functools.cache
@@ -332,7 +339,7 @@ def backward(
     return made if is_listed else [None if x is None else x.to(y) for x, y in zip(made, dtypes, strict=True)]
 
 
-def stored(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
+def saved_gradients(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
     """The gradients in a workspace and their scales: what `backward` multiplies, for torch.compile to fuse."""
     first, found = _PAD, []
     for shape, scale in zip(shapes, (workspace[0], workspace[0], workspace[1]), strict=True):
@@ -383,8 +390,10 @@ def variants() -> list[Variant]:
         types = _types(loss_bwd_kernel, pointers | {"d_values_ptr": _POINTERS[of_values]})
         found.append(Variant(f"loss backward {name}", loss_bwd_kernel, types, {"BLOCK": _SCALE_BLOCK}, _SCALE))
     for pointer in _INDICES.values():
-        types = _types(shares_kernel, {"mask_ptr": "*u1", "cu_seqlens_ptr": pointer})
-        found.append(Variant(f"loss shares {pointer[1:]}", shares_kernel, types, {"BLOCK": _BLOCK}, _SHARES))
+        types = _types(token_weights_kernel, {"mask_ptr": "*u1", "cu_seqlens_ptr": pointer})
+        found.append(
+            Variant(f"loss token weights {pointer[1:]}", token_weights_kernel, types, {"BLOCK": _BLOCK}, _TOKEN_WEIGHTS)
+        )
     for pointer in _DENOMINATORS.values():
         types = _types(loss_reduce_kernel, {"denominator_ptr": pointer})
         title = f"loss reduce denominator {pointer[1:]}"

@@ -1,15 +1,8 @@
-"""policy_loss, value_loss and ppo_loss in front of their two backends: names and signatures, no arithmetic.
-
-A backend is one function, run(logprobs, entropy, values, tensors, options) -> (loss, statistics). logprobs is None for
-value_loss and values for policy_loss; gradients flow to these three arguments only, everything else is a constant, and
-there is no second derivative. reference.py says what is computed.
-"""
+"""The tensors and options of a scalar loss, as ppo_fast.ops builds them for every implementation; its statistics."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 ALL_STATS = (
@@ -55,7 +48,6 @@ class LossOptions(NamedTuple):
     norm_length: float | None = None
 
 
-_NO_POLICY = LossOptions()[: LossOptions._fields.index("value_clip")]
 _BITS = {name: 1 << i for i, name in enumerate(ALL_STATS)}
 
 
@@ -71,17 +63,24 @@ def _wanted(
 
 
 def wanted_stats(
-    policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions
+    policy: bool, entropy: bool, value: bool, tensors: LossTensors, options: LossOptions
 ) -> tuple[int, tuple[str, ...]]:
     """The statistics that these inputs have, as bits of ALL_STATS and by name, in its order."""
     return _wanted(
-        policy, o.dual_clip is not None, entropy, t.ref_logprobs is not None, value, o.value_clip is not None
+        policy,
+        options.dual_clip is not None,
+        entropy,
+        tensors.ref_logprobs is not None,
+        value,
+        options.value_clip is not None,
     )
 
 
-def stat_names(policy: bool, entropy: bool, value: bool, t: LossTensors, o: LossOptions) -> tuple[str, ...]:
-    """The names alone."""
-    return wanted_stats(policy, entropy, value, t, o)[1]
+def required(x: Tensor | None) -> Tensor:
+    """A tensor that ppo_fast.ops has checked to be there."""
+    if x is None:
+        raise TypeError("a tensor that this loss needs is None")
+    return x
 
 
 def named_stats(stats: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -90,137 +89,3 @@ def named_stats(stats: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     if len(scalars) == len(names):
         return dict(zip(names, scalars, strict=True))
     return {name: scalars[ALL_STATS.index(name)] for name in names}
-
-
-def refuse_double_backward() -> None:
-    """For a backward: autograd runs it with gradients enabled only where it is to be differentiated again."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "policy_loss, value_loss and ppo_loss have no double backward: call backward without create_graph=True, "
-            "or use ppo_fast.kernels.reference"
-        )
-
-
-def public_functions(  # they build tuples by position, which takes half the time
-    run: Callable[
-        [Tensor | None, Tensor | None, Tensor | None, LossTensors, LossOptions], tuple[Tensor, dict[str, Tensor]]
-    ],
-) -> tuple[Callable, Callable, Callable]:
-    """policy_loss, value_loss and ppo_loss of a backend, with the signatures of reference.py."""
-
-    def policy_loss(
-        logprobs: Tensor,  # [..., T]
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor | None = None,
-        *,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = None,
-        log_ratio_clamp: float = 20.0,
-        entropy: Tensor | None = None,
-        entropy_coef: float = 0.0,
-        ref_logprobs: Tensor | None = None,
-        kl_coef: float = 0.0,
-        kl_estimator: str = "k2",
-        weights: Tensor | None = None,
-        aggregation: str = "token-mean",
-        denominator: float | Tensor | None = None,
-        norm_length: float | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """reference.policy_loss; gradients flow to `logprobs` and `entropy` only."""
-        return run(
-            logprobs,
-            entropy,
-            None,
-            LossTensors(old_logprobs, advantages, mask, weights, ref_logprobs, None, None, None, cu_seqlens),
-            LossOptions(
-                clip_low,
-                clip_high,
-                dual_clip,
-                log_ratio_clamp,
-                entropy_coef,
-                kl_coef,
-                kl_estimator,
-                1.0,
-                None,
-                aggregation,
-                denominator,
-                norm_length,
-            ),
-        )
-
-    def value_loss(
-        values: Tensor,  # [..., T]
-        old_values: Tensor | None,
-        returns: Tensor,
-        mask: Tensor | None = None,
-        *,
-        clip: float | None = 0.2,
-        aggregation: str = "token-mean",
-        denominator: float | Tensor | None = None,
-        norm_length: float | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """reference.value_loss; gradients flow to `values` only."""
-        return run(
-            None,
-            None,
-            values,
-            LossTensors(None, None, mask, None, None, old_values, returns, None, cu_seqlens),
-            LossOptions(*_NO_POLICY, clip, aggregation, denominator, norm_length),
-        )
-
-    def ppo_loss(
-        logprobs: Tensor,  # [..., T]
-        values: Tensor,
-        old_logprobs: Tensor,
-        old_values: Tensor | None,
-        advantages: Tensor,
-        returns: Tensor,
-        mask: Tensor | None = None,
-        *,
-        value_coef: float = 0.5,
-        value_clip: float | None = 0.2,
-        value_mask: Tensor | None = None,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        dual_clip: float | None = None,
-        log_ratio_clamp: float = 20.0,
-        entropy: Tensor | None = None,
-        entropy_coef: float = 0.0,
-        ref_logprobs: Tensor | None = None,
-        kl_coef: float = 0.0,
-        kl_estimator: str = "k2",
-        weights: Tensor | None = None,
-        aggregation: str = "token-mean",
-        denominator: float | Tensor | None = None,
-        norm_length: float | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """reference.ppo_loss; gradients flow to `logprobs`, `values` and `entropy` only."""
-        return run(
-            logprobs,
-            entropy,
-            values,
-            LossTensors(
-                old_logprobs, advantages, mask, weights, ref_logprobs, old_values, returns, value_mask, cu_seqlens
-            ),
-            LossOptions(
-                clip_low,
-                clip_high,
-                dual_clip,
-                log_ratio_clamp,
-                entropy_coef,
-                kl_coef,
-                kl_estimator,
-                value_coef,
-                value_clip,
-                aggregation,
-                denominator,
-                norm_length,
-            ),
-        )
-
-    return policy_loss, value_loss, ppo_loss

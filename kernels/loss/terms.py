@@ -110,7 +110,7 @@ def _read_optional(tensor, position, is_given, default, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _counted(mask, position, has_mask, WHOLE: tl.constexpr):
+def _load_mask(mask, position, has_mask, WHOLE: tl.constexpr):
     return position[2] & (_read_optional(mask, position, has_mask, 1, WHOLE) != 0)
 
 
@@ -130,27 +130,27 @@ def surrogate(logprobs, old, advantages, low, high, dual_clip, log_ratio_clamp):
     # The maximum is NaN if either is. The derivative of `clipped` is that of `unclipped` where the ratio is in range.
     term = tl.where((unclipped > clipped) | (unclipped != unclipped), unclipped, clipped)
     tie = (unclipped == clipped) & (ratio != clipped_ratio)
-    slope = tl.where(is_clipped, 0.0, tl.where(tie, 0.5 * unclipped, unclipped))
+    grad_logprob = tl.where(is_clipped, 0.0, tl.where(tie, 0.5 * unclipped, unclipped))
     bound = -advantages * dual_clip
     is_dual_clipped = (advantages < 0) & (term > bound)
-    slope = tl.where((advantages < 0) & (term == bound), 0.5 * slope, slope)
-    slope = tl.where(is_dual_clipped, 0.0, slope)
+    grad_logprob = tl.where((advantages < 0) & (term == bound), 0.5 * grad_logprob, grad_logprob)
+    grad_logprob = tl.where(is_dual_clipped, 0.0, grad_logprob)
     term = tl.where(is_dual_clipped, bound, term)
-    slope = tl.where((log_ratio >= -log_ratio_clamp) & (log_ratio <= log_ratio_clamp), slope, 0.0)
-    return term, slope, log_ratio, ratio, is_clipped, is_dual_clipped
+    grad_logprob = tl.where((log_ratio >= -log_ratio_clamp) & (log_ratio <= log_ratio_clamp), grad_logprob, 0.0)
+    return term, grad_logprob, log_ratio, ratio, is_clipped, is_dual_clipped
 
 
 @triton.jit
-def kl_and_slope(d, log_ratio_clamp, estimator):
+def kl_and_gradient(d, log_ratio_clamp, estimator):
     """reference.kl_estimate and its derivative by the log-probability; estimator is an index into KL_ESTIMATORS."""
     sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
     kl = tl.where(estimator == 0, d, tl.where(estimator == 1, 0.5 * d * d, tl.abs(d)))
-    slope = tl.where(estimator == 0, 1.0, tl.where(estimator == 1, d, sign))
+    gradient = tl.where(estimator == 0, 1.0, tl.where(estimator == 1, d, sign))
     if estimator == 2:
         inverse_ratio = precise_exp(-clamp(d, -log_ratio_clamp, log_ratio_clamp))
         in_range = (d >= -log_ratio_clamp) & (d <= log_ratio_clamp)
-        kl, slope = inverse_ratio - 1 + d, 1 - tl.where(in_range, inverse_ratio, 0.0)
-    return kl, slope
+        kl, gradient = inverse_ratio - 1 + d, 1 - tl.where(in_range, inverse_ratio, 0.0)
+    return kl, gradient
 
 
 @triton.jit
@@ -165,13 +165,13 @@ def _squared_error(values, old, returns, clip, has_clip):
     clipped_squared = clipped_error * clipped_error
     is_clipped = clipped_squared > squared
     tie = (clipped_squared == squared) & (move == move) & (in_range == 0)
-    slope = tl.where(is_clipped, 0.0, tl.where(tie, 0.5 * error, error))
+    grad_value = tl.where(is_clipped, 0.0, tl.where(tie, 0.5 * error, error))
     squared = tl.where((squared > clipped_squared) | (squared != squared), squared, clipped_squared)
-    return squared, slope, is_clipped
+    return squared, grad_value, is_clipped
 
 
 @triton.jit
-def _put(sums, NAME: tl.constexpr, x):
+def _set_sum(sums, NAME: tl.constexpr, x):
     """The partial sums with the sum of x in the column of that name."""
     return tl.where(tl.arange(0, num_columns()) == column(NAME), tl.sum(x.to(tl.float32)), sums)
 
@@ -191,40 +191,40 @@ def write_optional(at, x, inside, is_wanted, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _policy_block(sums, tensors, scalars, position, counted, share, gradients, given, WHOLE: tl.constexpr):
+def _policy_block(sums, tensors, scalars, position, mask, token_weight, gradients, given, WHOLE: tl.constexpr):
     """Adds a block's policy term to the partial sums and writes its gradients."""
     logprobs_, old_, advantages_, weights_, entropy_, ref_ = tensors
     low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef, kl_estimator = scalars
     logprobs = _read(logprobs_, position, WHOLE)
     old = _read(old_, position, WHOLE)
     advantages = _read(advantages_, position, WHOLE)
-    term, slope, log_ratio, ratio, is_clipped, is_dual_clipped = surrogate(
+    term, grad_logprob, log_ratio, ratio, is_clipped, is_dual_clipped = surrogate(
         logprobs, old, advantages, low, high, dual_clip, log_ratio_clamp
     )
     weights = _read_optional(weights_, position, has(given, "weights"), 1.0, WHOLE).to(tl.float32)
-    term, slope = term * weights, slope * weights
-    sums = _put(sums, "TERM", tl.where(counted, term, 0.0))
-    sums = _put(sums, "APPROX_KL", tl.where(counted, ratio - 1 - log_ratio, 0.0))
-    sums = _put(sums, "CLIPPED", is_clipped & counted)
-    sums = _put(sums, "RATIO", tl.where(counted, ratio, 0.0))
-    ratio_max = tl.max(tl.where(counted, ratio, 0.0))
+    term, grad_logprob = term * weights, grad_logprob * weights
+    sums = _set_sum(sums, "TERM", tl.where(mask, term, 0.0))
+    sums = _set_sum(sums, "APPROX_KL", tl.where(mask, ratio - 1 - log_ratio, 0.0))
+    sums = _set_sum(sums, "CLIPPED", is_clipped & mask)
+    sums = _set_sum(sums, "RATIO", tl.where(mask, ratio, 0.0))
+    ratio_max = tl.max(tl.where(mask, ratio, 0.0))
     sums = tl.where(tl.arange(0, num_columns()) == column("RATIO_MAX"), ratio_max, sums)
-    sums = _put(sums, "DUAL_CLIPPED", is_dual_clipped & counted)
+    sums = _set_sum(sums, "DUAL_CLIPPED", is_dual_clipped & mask)
     if has(given, "entropy"):
-        sums = _put(sums, "ENTROPY", tl.where(counted, _read(entropy_, position, WHOLE), 0.0))
-    d_entropy = tl.where(counted, -entropy_coef * share, 0.0)
+        sums = _set_sum(sums, "ENTROPY", tl.where(mask, _read(entropy_, position, WHOLE), 0.0))
+    d_entropy = tl.where(mask, -entropy_coef * token_weight, 0.0)
     write_optional(gradients[1], d_entropy, position[2], has(given, "d_entropy"), WHOLE)
     if has(given, "ref_logprobs"):
-        kl, kl_slope = kl_and_slope(logprobs - _read(ref_, position, WHOLE), log_ratio_clamp, kl_estimator)
-        sums = _put(sums, "KL", tl.where(counted, kl, 0.0))
-        slope = tl.fma(kl_slope, kl_coef, slope)
-    d_logprobs = tl.where(counted, slope * share, 0.0)
+        kl, kl_gradient = kl_and_gradient(logprobs - _read(ref_, position, WHOLE), log_ratio_clamp, kl_estimator)
+        sums = _set_sum(sums, "KL", tl.where(mask, kl, 0.0))
+        grad_logprob = tl.fma(kl_gradient, kl_coef, grad_logprob)
+    d_logprobs = tl.where(mask, grad_logprob * token_weight, 0.0)
     write_optional(gradients[0], d_logprobs, position[2], has(given, "d_logprobs"), WHOLE)
     return sums
 
 
 @triton.jit
-def _value_block(sums, tensors, scalars, position, counted, share, gradients, given, WHOLE: tl.constexpr):
+def _value_block(sums, tensors, scalars, position, mask, token_weight, gradients, given, WHOLE: tl.constexpr):
     """Adds a block's value term to the partial sums and writes its gradient."""
     values_, old_, returns_ = tensors
     value_coef, value_clip = scalars
@@ -232,28 +232,28 @@ def _value_block(sums, tensors, scalars, position, counted, share, gradients, gi
     values = _read(values_, position, WHOLE)
     old = _read_optional(old_, position, has_clip, 0.0, WHOLE).to(tl.float32)
     returns = _read(returns_, position, WHOLE)
-    squared, slope, is_clipped = _squared_error(values, old, returns, value_clip, has_clip)
-    sums = _put(sums, "ERROR", tl.where(counted, 0.5 * squared, 0.0))
-    sums = _put(sums, "VALUE_CLIPPED", is_clipped & counted)
-    d_values = tl.where(counted, value_coef * slope * share, 0.0)
+    squared, grad_value, is_clipped = _squared_error(values, old, returns, value_clip, has_clip)
+    sums = _set_sum(sums, "ERROR", tl.where(mask, 0.5 * squared, 0.0))
+    sums = _set_sum(sums, "VALUE_CLIPPED", is_clipped & mask)
+    d_values = tl.where(mask, value_coef * grad_value * token_weight, 0.0)
     write_optional(gradients[2], d_values, position[2], has(given, "d_values"), WHOLE)
     return sums
 
 
 @triton.jit
-def block_sums(policy, value, masks, scalars, position, shares, gradients, given, WHOLE: tl.constexpr):
+def block_sums(policy, value, masks, scalars, position, token_weights, gradients, given, WHOLE: tl.constexpr):
     """Partial sums of a block of steps, one per column; the gradients go to memory."""
     sums = tl.zeros((num_columns(),), tl.float32)
-    counted = _counted(masks[0], position, has(given, "mask"), WHOLE)
-    value_counted = counted
+    mask = _load_mask(masks[0], position, has(given, "mask"), WHOLE)
+    value_mask = mask
     if has(given, "value_mask"):
-        value_counted = _counted(masks[1], position, True, WHOLE)
-    sums = _put(sums, "COUNT", counted)
-    sums = _put(sums, "VALUE_COUNT", value_counted)
+        value_mask = _load_mask(masks[1], position, True, WHOLE)
+    sums = _set_sum(sums, "COUNT", mask)
+    sums = _set_sum(sums, "VALUE_COUNT", value_mask)
     if has(given, "policy"):
-        sums = _policy_block(sums, policy, scalars[0], position, counted, shares[0], gradients, given, WHOLE)
+        sums = _policy_block(sums, policy, scalars[0], position, mask, token_weights[0], gradients, given, WHOLE)
     if has(given, "value"):
-        sums = _value_block(sums, value, scalars[1], position, value_counted, shares[1], gradients, given, WHOLE)
+        sums = _value_block(sums, value, scalars[1], position, value_mask, token_weights[1], gradients, given, WHOLE)
     return sums
 
 
@@ -273,13 +273,13 @@ def gradient_addresses(workspace_ptr, index, steps, given):
 
 
 @triton.jit
-def sequence_share(mask, row, start, end, has_mask, BLOCK: tl.constexpr):
+def sequence_weight(mask, row, start, end, has_mask, BLOCK: tl.constexpr):
     """1 / number of counted steps of a sequence."""
     count = (end - start).to(tl.float32)
     if has_mask:
         counts = tl.zeros((BLOCK,), tl.float32)
         for first in range(start, end, BLOCK):
             step = first + tl.arange(0, BLOCK)
-            counts += _counted(mask, (row, step, step < end), has_mask, False).to(tl.float32)
+            counts += _load_mask(mask, (row, step, step < end), has_mask, False).to(tl.float32)
         count = tl.sum(counts)
     return 1.0 / tl.maximum(count, 1.0)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppo_fast.classic.config import ClassicConfig
     from ppo_fast.classic.policy import load
-    from ppo_fast.classic.ppo import ClassicTrainer
+    from ppo_fast.classic.trainer import ClassicTrainer
 
 __all__ = ["ClassicConfig", "ClassicTrainer", "load"]
 
-_MODULES = {"ClassicConfig": "config", "ClassicTrainer": "ppo", "load": "policy"}
+_MODULES = {"ClassicConfig": "config", "ClassicTrainer": "trainer", "load": "policy"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # classes and functions
     if name not in _MODULES:
         raise AttributeError(f"module 'ppo_fast.classic' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ppo_fast.classic.{_MODULES[name]}"), name)

@@ -1,45 +1,45 @@
-"""Between the spaces of an environment and the network: observations to inputs, outputs to actions.
+"""Conversion between the spaces of an environment and the network: observations to inputs, outputs to actions.
 
-Both classes hold numbers and texts only, so that a saved policy needs neither the environment nor Gymnasium's spaces.
+Both classes contain numbers and strings only, so that a saved policy needs neither the environment nor Gymnasium's
+spaces.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gymnasium import spaces
 
-from ppo_fast.classic.normalize import Moments
+from ppo_fast.classic.normalize import RunningMeanStd
 from ppo_fast.common.errors import UserError
 
-WIDE = 20  # a range of more than ten first standard deviations to either side
-UNBOUNDED = 2**31 - 1  # integers with this bound, or a larger one, have none that means anything
-COMPOSITE = (spaces.Dict, spaces.Tuple, spaces.MultiBinary, spaces.MultiDiscrete)  # FlattenObservation takes these
+WIDE = 20  # width of a range that is more than ten initial standard deviations to either side
+UNBOUNDED = 2**31 - 1  # a bound of integers that is as large as this, or larger, is none in effect
+FLATTENABLE = (spaces.Dict, spaces.Tuple, spaces.MultiBinary, spaces.MultiDiscrete)  # by FlattenObservation
 
 
 @dataclass(frozen=True)
-class Observations:
-    """What the network sees of an observation.
+class ObservationEncoder:
+    """Conversion of observations to inputs of the network.
 
-    Discrete(n) becomes one-hot. An element of a Box of integers is divided by the largest size that the space declares
-    for it: a map of 0 and 1 stays as it is, pixels of 0 to 255 become 0 to 1. Floats stay as they are.
+    Discrete(n) becomes one-hot. An element of a Box of integers is divided by the largest absolute value that the space
+    declares for it: a map of 0 and 1 is unchanged, pixels of 0 to 255 become 0 to 1. Floats are unchanged.
     """
 
-    shape: tuple[int, ...]  # of one observation, as the network takes it
+    shape: tuple[int, ...]  # of one input of the network
     categories: int = 0  # n of Discrete(n)
     start: int = 0  # the first of them
     images: bool = False  # uint8 [., ., .]
     scale: np.ndarray | None = None  # [*shape] or [1, ..., 1], float32: the factor of integers; None: 1
 
-    def encode(self, raw: np.ndarray, moments: Moments | None) -> np.ndarray:
-        """Observations [B, ...] as numbers [B, *shape]; with `moments`, normalised by them."""
+    def encode(self, raw: np.ndarray, rms: RunningMeanStd | None) -> np.ndarray:
+        """Convert observations [B, ...] to inputs [B, *shape]; with `rms`, normalize them by its mean and variance."""
         if self.categories:
             return self._one_hot(np.asarray(raw))
-        if moments is not None:
-            return np.clip((raw - moments.mean) / np.sqrt(moments.var + 1e-8), -10, 10)
+        if rms is not None:
+            return np.clip((raw - rms.mean) / np.sqrt(rms.var + 1e-8), -10, 10)
         return raw if self.scale is None else raw * self.scale
 
     def _one_hot(self, raw: np.ndarray) -> np.ndarray:
@@ -53,19 +53,19 @@ class Observations:
 
 
 @dataclass(frozen=True)
-class Actions:
-    """What the environment gets for an output of the network.
+class ActionDecoder:
+    """Conversion of outputs of the network to actions of the environment.
 
-    A Box gets the Gaussian's draw, clipped to its bounds and, where it holds integers, rounded to the nearest. The
-    Gaussian begins at 0 with a standard deviation of 1: an element whose range is finite, and does not contain 0 or is
-    wider than WIDE, is measured from the middle of the range in half widths; one whose range has one bound, and no 0,
-    is measured from that bound.
+    For a Box the sample of the Gaussian is clipped to the bounds and, for integers, rounded to the nearest. The
+    Gaussian starts at 0 with a standard deviation of 1. Therefore an element whose range is finite, and does not
+    contain 0 or is wider than WIDE, is measured from the middle of the range in units of half its width; an element
+    whose range has one bound and does not contain 0 is measured from that bound.
     """
 
     kind: str  # discrete, several (MultiDiscrete, MultiBinary) or box
     sizes: tuple[int, ...]  # discrete, several: the number of choices of each; box: the number of elements
-    shape: tuple[int, ...]  # of one action, as the environment takes it
-    dtype: str  # numpy's, of the environment
+    shape: tuple[int, ...]  # of one action of the environment
+    dtype: str  # of an action of the environment, as numpy names it
     start: np.ndarray | None = None  # discrete, several: the first choice of each; None: 0
     low: np.ndarray | None = None  # box: [elements]
     high: np.ndarray | None = None
@@ -74,11 +74,11 @@ class Actions:
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of the network: logits, or means."""
+        """Number of outputs of the network: logits, or means."""
         return sum(self.sizes)
 
     def to_environment(self, actions: np.ndarray) -> np.ndarray:
-        """Actions of the network [B] or [B, ...] as the environment takes them; always a copy."""
+        """Convert actions of the network [B] or [B, ...] to actions of the environment; always a copy."""
         if self.kind == "discrete":
             moved = actions if self.start is None else actions + self.start
             return moved.copy() if moved.dtype == np.int64 and self.dtype == "int64" else moved.astype(self.dtype)
@@ -92,17 +92,18 @@ class Actions:
         return np.clip(actions, self.low, self.high).reshape(-1, *self.shape).astype(self.dtype)
 
 
-def read_observations(env: str, space: spaces.Space) -> Observations:
-    """How the observations of `space` become inputs; `env` is its name for messages."""
+def observation_encoder(env: str, space: spaces.Space) -> ObservationEncoder:
+    """Make the encoder of a space; `env` is the name of the environment for messages."""
     if isinstance(space, spaces.Discrete):
-        return Observations((int(space.n),), categories=int(space.n), start=int(space.start))
+        return ObservationEncoder((int(space.n),), categories=int(space.n), start=int(space.start))
     if not isinstance(space, spaces.Box) or not space.shape or not math.prod(space.shape):
         raise UserError(
             f"{env} has the observation space {space}; this PPO takes Box(n, ...), Discrete and what FlattenObservation"
-            " makes one of these: give a wrapper that selects a part, as in wrapper = minigrid.wrappers:ImgObsWrapper"
+            " converts to one of these: give a wrapper that selects a part, as in wrapper ="
+            " minigrid.wrappers:ImgObsWrapper"
         )
     images = len(space.shape) == 3 and space.dtype == np.uint8
-    return Observations(space.shape, images=images, scale=_scale(space))
+    return ObservationEncoder(space.shape, images=images, scale=_scale(space))
 
 
 def _scale(space: spaces.Box) -> np.ndarray | None:
@@ -116,32 +117,32 @@ def _scale(space: spaces.Box) -> np.ndarray | None:
     return scale.flat[:1].reshape([1] * scale.ndim) if (scale == scale.flat[0]).all() else scale
 
 
-def read_actions(env: str, space: spaces.Space) -> Actions:
-    """How outputs of the network become actions of `space`; `env` is its name for messages."""
+def action_decoder(env: str, space: spaces.Space) -> ActionDecoder:
+    """Make the decoder of a space; `env` is the name of the environment for messages."""
     if isinstance(space, spaces.Discrete):
         start = np.array([space.start]) if space.start else None
-        return Actions("discrete", (int(space.n),), (), str(space.dtype), start)
+        return ActionDecoder("discrete", (int(space.n),), (), str(space.dtype), start)
     count = math.prod(space.shape or ())
     if isinstance(space, spaces.MultiBinary) and count:
-        return Actions("several", (2,) * count, space.shape, str(space.dtype))
+        return ActionDecoder("several", (2,) * count, space.shape, str(space.dtype))
     if isinstance(space, spaces.MultiDiscrete) and count:
         start = np.asarray(getattr(space, "start", 0 * space.nvec)).flatten()  # not in Gymnasium 1.0
         sizes = tuple(space.nvec.flatten().tolist())
-        return Actions("several", sizes, space.shape, str(space.dtype), start if start.any() else None)
+        return ActionDecoder("several", sizes, space.shape, str(space.dtype), start if start.any() else None)
     if not isinstance(space, spaces.Box) or not count:
         raise UserError(
             f"{env} has the action space {space}; this PPO takes Discrete, MultiDiscrete, MultiBinary and Box(n, ...):"
-            " give a wrapper that makes it one of these, as in wrapper = my_wrappers:Buttons"
+            " give a wrapper that converts it to one of these, as in wrapper = my_wrappers:Buttons"
         )
     integers = space.dtype is not None and space.dtype.kind != "f"
-    low, high = (_inside(x.flatten(), to=to, integers=integers) for x, to in ((space.low, 1), (space.high, -1)))
+    low, high = (_float_bounds(x.flatten(), to=to, integers=integers) for x, to in ((space.low, 1), (space.high, -1)))
     middle, width = _from_middle(low.astype(np.float64), high.astype(np.float64))
     moved = {"middle": middle, "width": width} if middle.any() or (width != 1).any() else {}
-    return Actions("box", (low.size,), space.shape, str(space.dtype), low=low, high=high, **moved)
+    return ActionDecoder("box", (low.size,), space.shape, str(space.dtype), low=low, high=high, **moved)
 
 
 def _from_middle(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Middle and half width of each range without 0, or wider than WIDE, and 0 and 1 for the others."""
+    """Return middle and half width of each range that lacks 0 or is wider than WIDE, and 0 and 1 for the others."""
     with np.errstate(over="ignore", invalid="ignore"):
         bounded = high - low < UNBOUNDED
         middle = np.where(bounded, (low + high) / 2, np.where(low > 0, low, high))
@@ -149,8 +150,8 @@ def _from_middle(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndar
         return np.where(far, middle, 0.0), np.where(far & bounded, np.maximum((high - low) / 2, 1e-8), 1.0)
 
 
-def _inside(bounds: np.ndarray, *, to: int, integers: bool) -> np.ndarray:
-    """Bounds in float64; those of integers that it cannot hold, such as 2^63 - 1, are moved to the nearest inside."""
+def _float_bounds(bounds: np.ndarray, *, to: int, integers: bool) -> np.ndarray:
+    """Convert bounds to float64; an integer that it lacks, such as 2^63 - 1, becomes the nearest inside the range."""
     if not integers:
         return bounds if bounds.dtype == np.float32 else bounds.astype(np.float64)
     found = [float(int(x)) for x in bounds]
@@ -160,13 +161,17 @@ def _inside(bounds: np.ndarray, *, to: int, integers: bool) -> np.ndarray:
     ])  # fmt: skip
 
 
-def parts(code: Observations | Actions) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What JSON holds of it, and its arrays."""
+Code = TypeVar("Code", ObservationEncoder, ActionDecoder)
+
+
+def to_parts(code: ObservationEncoder | ActionDecoder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Split an encoder or decoder into what JSON can represent, and its arrays."""
     fields = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     return {name: value for name, value in fields.items() if name not in arrays}, arrays
 
 
-def from_parts(kind: Callable[..., Any], plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
-    """The inverse of `parts`."""
-    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}, **arrays)
+def from_parts(kind: type[Code], plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> Code:
+    """Build an encoder or decoder from what `to_parts` returned; lists, as of JSON, become tuples."""
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}
+    return kind(**fields, **arrays)  # type: ignore[arg-type]  # the fields are those of `kind`

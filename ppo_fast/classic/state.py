@@ -1,88 +1,99 @@
-"""What a run of classic.py leaves behind and takes up again: its checkpoints; and how good its policy is."""
+"""Checkpoints of a classic run: its state as nested dicts, and how they are laid out in OUT/checkpoints/step-N.
+
+A checkpoint has model.safetensors (weights), adam.safetensors, run.safetensors (generator, observations, arrays),
+spaces.safetensors, and state.json (options, counters, environments). Their names do not change when the code does.
+"""
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ppo_fast.classic.envs.vector import environment_states, restore_environments
-from ppo_fast.classic.policy import spaces_state
+from ppo_fast.classic.config import ClassicConfig
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
 
-if TYPE_CHECKING:
-    from ppo_fast.classic.ppo import ClassicTrainer
+State = dict[str, Any]  # nested, as that of torch.nn.Module
 
-RUNNING = ("episode_return", "episode_length", "discounted_return")  # arrays [N] of a trainer
 # Options that may differ between a run and its continuation
-FREE = {"out", "resume", "overwrite", "quiet", "save_every", "tensorboard", "total_steps", "threads"}
-FREE |= {"eval_episodes", "eval_max_steps", "record"}
+RESUMABLE_OPTIONS = {"out", "resume", "overwrite", "quiet", "save_every", "tensorboard", "total_steps", "threads"}
+RESUMABLE_OPTIONS |= {"eval_episodes", "eval_max_steps", "record"}
+# Names in a state, and in a checkpoint
+ARRAYS = {"prev_done": "finished_before"}
+ARRAYS |= {name: name for name in ("episode_return", "episode_length", "discounted_return")}
+COUNTERS = {"global_step": "steps", "updates_done": "updates", "episodes": "episodes"}
+RUNNING_STATISTICS = {"observation_rms": "observation_", "return_rms": "return_"}
 
 
-def save(trainer: "ClassicTrainer", *, whole: bool = True) -> Path | None:
-    """OUT/checkpoints/step-N, N steps of single environments: all that the run is; nothing without an OUT.
+def save(out: Path, config: ClassicConfig, state: State) -> Path:
+    """Write a checkpoint, and keep the one before it.
 
-    `whole` is False in the middle of a rollout: the environments then start anew.
+    Args:
+        out: the folder of the run.
+        config: its options.
+        state: what `state_dict` of the trainer returned.
+
+    Returns:
+        OUT/checkpoints/step-N, where N counts the steps of all environments.
     """
-    c = trainer.config
-    if c.out is None:
-        return None
-    moments = {"observation": trainer.observation_moments, "return": trainer.return_moments}
-    arrays = {f"{k}_{name}": np.asarray(getattr(m, name)) for k, m in moments.items() for name in vars(m)}
-    arrays |= {name: getattr(trainer, name) for name in ("finished_before", *RUNNING)}
+    arrays = {on_disk: state[name] for name, on_disk in ARRAYS.items()}
+    for name, prefix in RUNNING_STATISTICS.items():
+        arrays |= {prefix + part: x for part, x in state[name].items()}
+    policy, adam = state["policy"], state["adam"]
     tensors = {
-        "model": {name: x.clone() for name, x in trainer.network.state_dict().items()},
-        "adam": {"mean": trainer.adam.mean, "square": trainer.adam.square},
+        "model": policy["model"],
+        "adam": {"mean": adam["mean"], "square": adam["square"]},
         "run": {
-            "generator": trainer.generator.get_state(),
-            "observations": trainer.observations[-1].clone(),
+            "generator": state["generator"],
+            "observations": state["observations"],
             **{name: torch.from_numpy(np.array(x)) for name, x in arrays.items()},
         },
+        "spaces": policy["space_arrays"],
     }
-    counts = {"steps": trainer.steps_done, "updates": trainer.updates_done, "episodes": trainer.episodes}
-    counts["adam_steps"] = trainer.adam.steps
-    state = {"config": dataclasses.asdict(c), "recent": list(trainer.recent), **counts}
-    state["environments"] = environment_states(trainer.envs) if whole else None
-    state["spaces"], tensors["spaces"] = spaces_state(trainer.policy)
-    return checkpoint.write(Path(c.out) / "checkpoints", trainer.steps_done, tensors, state, keep=2)
+    written = {
+        "config": dataclasses.asdict(config),
+        "recent": state["recent_returns"],
+        **{on_disk: state[name] for name, on_disk in COUNTERS.items()},
+        "adam_steps": adam["steps"],
+        "environments": state["environments"],
+        "spaces": policy["spaces"],
+    }
+    return checkpoint.write(out / "checkpoints", state["global_step"], tensors, written, keep=2)
 
 
-def load(trainer: "ClassicTrainer", folder: Path) -> None:
-    """Continues from a checkpoint that `save` wrote."""
+def load(folder: Path, config: ClassicConfig) -> State:
+    """Read a checkpoint that `save` wrote, for `load_state_dict` of the trainer.
+
+    Raises:
+        UserError: it is damaged, was not written by `save`, or its run has other options.
+    """
     saved = checkpoint.read(folder)
     if "config" not in saved.state or "run" not in saved.tensors:
         raise UserError(f"{folder} is not a checkpoint of ppo-fast classic: choose another folder")
-    config, run = saved.state["config"], saved.tensors["run"]
-    for option in dataclasses.fields(trainer.config):
-        value, before = getattr(trainer.config, option.name), config.get(option.name, option.default)
+    _check_options(folder, config, saved.state["config"])
+    run = saved.tensors["run"]
+    state: State = {
+        "policy": {"model": saved.tensors["model"]},
+        "adam": {**saved.tensors["adam"], "steps": saved.state["adam_steps"]},
+        "generator": run["generator"],
+        "observations": run["observations"],
+        "recent_returns": saved.state["recent"],
+        "environments": saved.state["environments"],
+    }
+    state |= {name: run[on_disk].numpy() for name, on_disk in ARRAYS.items()}
+    state |= {name: saved.state[on_disk] for name, on_disk in COUNTERS.items()}
+    for name, prefix in RUNNING_STATISTICS.items():
+        state[name] = {part: run[prefix + part].numpy() for part in ("mean", "var", "count")}
+    return state
+
+
+def _check_options(folder: Path, config: ClassicConfig, saved: dict[str, Any]) -> None:
+    for option in dataclasses.fields(config):
+        value, before = getattr(config, option.name), saved.get(option.name, option.default)
         before = tuple(before) if isinstance(before, list) else before
-        if option.name not in FREE and before != value:
+        if option.name not in RESUMABLE_OPTIONS and before != value:
             raise UserError(
-                f"{folder} was made with {option.name} = {before}, not {value}: a run is continued with its own options"
+                f"{folder} was made with {option.name} = {before}, not {value}: resume a run with its own options"
             )
-    trainer.network.load_state_dict(saved.tensors["model"])
-    for name, x in saved.tensors["adam"].items():
-        getattr(trainer.adam, name).copy_(x)
-    trainer.adam.steps = saved.state["adam_steps"]
-    trainer.generator.set_state(run["generator"])
-    trainer.observations[-1] = run["observations"]
-    for name in ("finished_before", *RUNNING):
-        setattr(trainer, name, run[name].numpy())
-    for kind, moments in (("observation", trainer.observation_moments), ("return", trainer.return_moments)):
-        for name in vars(moments):
-            setattr(moments, name, run[f"{kind}_{name}"].numpy())
-    trainer.steps_done, trainer.updates_done = saved.state["steps"], saved.state["updates"]
-    trainer.episodes = saved.state["episodes"]
-    trainer.recent.extend(saved.state["recent"])
-    restart_environments(trainer, saved.state["environments"])
-
-
-def restart_environments(trainer: "ClassicTrainer", states: list[dict[str, Any]] | None) -> None:
-    """After a checkpoint, in the run that wrote it and in the one that reads it: environments that can be put back
-    where they were stay there; others start anew, from a seed of this moment, so that both runs see the same."""
-    if states is None:
-        trainer.start_environments(trainer.config.seed + 1_000_003 * trainer.updates_done)
-    else:
-        restore_environments(trainer.envs, states, trainer.finished_before)

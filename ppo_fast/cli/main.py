@@ -1,4 +1,4 @@
-"""The command line: ppo-fast train, ppo-fast doctor."""
+"""The command line: ppo-fast train, classic, doctor, memory, recipe, label, compile."""
 
 import argparse
 import dataclasses
@@ -6,37 +6,79 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from ppo_fast.cli.train import resolve, train
 from ppo_fast.common.errors import UserError, plain_warnings
 from ppo_fast.common.launched import process_count, this_rank
-from ppo_fast.common.options import add_option, nearest
+from ppo_fast.common.text import nearest
 from ppo_fast.common.threads import wait_passively
-from ppo_fast.llm.config import PPOConfig, options_of
+
+CONFIGURED = ("train", "memory")  # commands with every option of PPOConfig, which needs pydantic
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse that names the nearest option when one is unknown."""
 
-    def refuse_unknown(self, unknown: list[str]) -> None:
+    def reject_unknown(self, unknown: list[str]) -> None:
         options = [name for action in self._actions for name in action.option_strings]
         self.error(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
 
-def build_parser() -> tuple[_Parser, _Parser]:
-    """The whole parser, and that of `train`, whose options are the fields of PPOConfig and what stands around it."""
+def build_parser(commands: Sequence[str] = CONFIGURED) -> tuple[_Parser, _Parser]:
+    """Build the parser of all commands.
+
+    Args:
+        commands: those of CONFIGURED that get the options of PPOConfig.
+
+    Returns:
+        The whole parser, and that of `train`.
+    """
     parser = _Parser(prog="ppo-fast", description="PPO for language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = subparsers.add_parser(
         "train",
         help="train a model with PPO on prompts and a reward function",
         description="Train a model with PPO on prompts and a reward function.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # what is not given comes from the configuration file, or by default
     )
+    _add_run_options(train)
+    subparsers.add_parser(
+        "compile", help="compile the loops of numba ahead of time, before many processes start together"
+    )
+    subparsers.add_parser("classic", help="train on a Gymnasium environment: ppo-fast classic --help", add_help=False)
+    label = subparsers.add_parser("label", help="choose the better of two answers, to train a reward model on")
+    label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
+    label.add_argument("--out", required=True, metavar="FILE", help="JSON Lines of pairs, to which choices are added")
+    recipe = subparsers.add_parser("recipe", help="copy a configuration and a few prompts for a common task")
+    recipe.add_argument("name", nargs="?", metavar="NAME", help="the recipe; without it all recipes are listed")
+    recipe.add_argument("folder", nargs="?", metavar="FOLDER", help="the folder to copy to (default: NAME)")
+    memory = subparsers.add_parser(
+        "memory",
+        help="calculate the peak GPU memory of a run, by phase and part",
+        description="Calculate the peak GPU memory of a run, by phase and part. It has all options of the trainer.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_memory_options(memory)
+    doctor = subparsers.add_parser("doctor", help="report what this machine will run, and check every operation on it")
+    form = doctor.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the same as JSON, with a hash of each compiled kernel")
+    form.add_argument("--report", action="store_true", help="print a report for an issue, with these hashes")
+    if commands:
+        from ppo_fast.common.options import add_options
+        from ppo_fast.llm.config import PPOConfig
+
+        for name in commands:
+            add_options({"train": train, "memory": memory}[name], PPOConfig)
+    return parser, train
+
+
+def _add_run_options(train: argparse.ArgumentParser) -> None:
+    """Add what a run needs besides PPOConfig: model, data, rewards, and the folder of an earlier run."""
     train.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with any of these options, such as OUT/config.yaml of an earlier run; the command line wins",
+        help="YAML file with any of these options, such as OUT/config.yaml of an earlier run; the command line has"
+        " precedence",
     )
     train.add_argument(
         "--model", metavar="DIR", help="folder of a causal language model and tokenizer (required, no default)"
@@ -55,12 +97,12 @@ def build_parser() -> tuple[_Parser, _Parser]:
     train.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="plain prompts become a user's message, too, and go through the tokenizer's chat template (default: no)",
+        help="apply the chat template of the tokenizer to plain prompts, too, as messages of a user (default: no)",
     )
     train.add_argument(
         "--eval-prompts",
         metavar="FILE",
-        help="held-out prompts to evaluate on, read as --prompts are (default: none, no evaluation)",
+        help="held-out prompts to evaluate on, in the format of --prompts (default: none, no evaluation)",
     )
     train.add_argument(
         "--reward",
@@ -86,7 +128,7 @@ def build_parser() -> tuple[_Parser, _Parser]:
     train.add_argument(
         "--critic-model",
         metavar="DIR",
-        help="folder of a reward model that the critic starts from (default: actor)",
+        help="folder of a reward model to initialize the critic with (default: actor)",
     )
     train.add_argument(
         "--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with (default: the tokenizer's own)"
@@ -94,7 +136,7 @@ def build_parser() -> tuple[_Parser, _Parser]:
     train.add_argument(
         "--trust-remote-code",
         action=argparse.BooleanOptionalAction,
-        help="run Python files that lie in the folder of --model (default: no)",
+        help="run the Python files in the folder of --model (default: no)",
     )
     earlier = train.add_mutually_exclusive_group()
     earlier.add_argument("--overwrite", action="store_true", default=False, help="replace an earlier run in OUT")
@@ -102,7 +144,7 @@ def build_parser() -> tuple[_Parser, _Parser]:
         "--resume",
         action="store_true",
         default=False,
-        help="go on from the newest checkpoint in OUT, or start if there is none yet; with the same options and data",
+        help="resume from the newest checkpoint in OUT, or start if there is none; with the same options and data",
     )
     train.add_argument(
         "--allow-changes",
@@ -110,25 +152,9 @@ def build_parser() -> tuple[_Parser, _Parser]:
         default=False,
         help="with --resume: continue although prompts, rewards or tokenizer have changed since the checkpoint",
     )
-    for option in dataclasses.fields(PPOConfig):
-        add_option(train, option)
-    commands.add_parser(
-        "compile", help="compile the loops of numba ahead of time, before many processes start together"
-    )
-    commands.add_parser("classic", help="train on a Gymnasium environment: ppo-fast classic --help", add_help=False)
-    label = commands.add_parser("label", help="choose the better of two answers, to train a reward model on")
-    label.add_argument("answers", metavar="FILE", help='JSON Lines of {"prompt": text, "answers": [text, text]}')
-    label.add_argument("--out", required=True, metavar="FILE", help="JSON Lines of pairs, to which choices are added")
-    recipe = commands.add_parser("recipe", help="copy a configuration and a few prompts for a common task")
-    recipe.add_argument("name", nargs="?", metavar="NAME", help="which; without it they are listed")
-    recipe.add_argument("folder", nargs="?", metavar="FOLDER", help="where to (default: NAME)")
-    memory = commands.add_parser(
-        "memory",
-        help="calculate the peak GPU memory of a run, by phase and part",
-        description="Calculate the peak GPU memory of a run, by phase and part. All options of the trainer are taken.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+
+
+def _add_memory_options(memory: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--model", metavar="DIR", required=True, help="folder with the model's config.json; weights are not read"
     )
@@ -138,43 +164,45 @@ def build_parser() -> tuple[_Parser, _Parser]:
     memory.add_argument(
         "--gpu-gib", type=float, default=None, metavar="FLOAT", help="memory of the GPU in GiB (default: enough)"
     )
-    for option in dataclasses.fields(PPOConfig):
-        add_option(memory, option)
-    doctor = commands.add_parser("doctor", help="say what this machine will run, and check every operation on it")
-    form = doctor.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print the same as JSON, with a hash of each compiled kernel")
-    form.add_argument("--report", action="store_true", help="print a report for an issue, with these hashes")
-    return parser, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C,
-    143 after SIGTERM."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0, 1 after bad input, 2 after a bad command line, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     wait_passively()
     plain_warnings()
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["classic"]:  # its options need Gymnasium, which nobody else should have to install
+    if given[:1] == ["classic"]:  # its options need Gymnasium, which other commands do not
         return _classic(given[1:])
-    parser, train_parser = build_parser()
+    try:
+        parser, train_parser = build_parser([name for name in CONFIGURED if name in given[:1]])
+    except ModuleNotFoundError as error:
+        print(f"ppo-fast: error: ppo-fast {given[0]} needs the extra ppo_fast[train]: {error}", file=sys.stderr)
+        return 1
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
-        (train_parser if arguments.command == "train" else parser).refuse_unknown(unknown)
-    if arguments.command == "doctor":
-        from ppo_fast import doctor
+        (train_parser if arguments.command == "train" else parser).reject_unknown(unknown)
+    if arguments.command == "train":
+        return _train(arguments, train_parser)
+    commands = {"doctor": _doctor, "label": _label, "recipe": _recipe, "memory": _memory, "compile": _compile}
+    try:
+        return commands[arguments.command](arguments)
+    except UserError as error:
+        print(f"ppo-fast: error: {error}", file=sys.stderr)
+        return 1
 
-        return doctor.main(as_json=arguments.json, report=arguments.report)
-    others = {"label": _label, "recipe": _recipe, "memory": _memory, "compile": _compile}
-    if arguments.command in others:
-        try:
-            return others[arguments.command](arguments)
-        except UserError as error:
-            print(f"ppo-fast: error: {error}", file=sys.stderr)
-            return 1
+
+def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from ppo_fast.cli.train import resolve, train
+
     name = "ppo-fast"
     try:
         if (size := process_count()) > 1:
             name = f"ppo-fast: rank {this_rank(size)}"
-        status = train(arguments, *resolve(arguments, train_parser))
+        status = train(arguments, *resolve(arguments, parser))
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 1
@@ -197,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _classic(given: list[str]) -> int:
     try:
-        from ppo_fast.classic import ppo as classic
+        from ppo_fast.classic import trainer as classic
     except ImportError as error:
         print(f"ppo-fast: error: classic RL needs the extra ppo_fast[classic]: {error}", file=sys.stderr)
         return 1
@@ -205,7 +233,7 @@ def _classic(given: list[str]) -> int:
     classic.add_arguments(parser)
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
-        parser.refuse_unknown(unknown)
+        parser.reject_unknown(unknown)
     try:
         return classic.main(arguments)
     except UserError as error:
@@ -214,6 +242,12 @@ def _classic(given: list[str]) -> int:
     except KeyboardInterrupt:
         print("ppo-fast: stopped", file=sys.stderr)
         return 130
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ppo_fast import doctor
+
+    return doctor.main(as_json=arguments.json, report=arguments.report)
 
 
 def _label(arguments: argparse.Namespace) -> int:
@@ -225,15 +259,17 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _memory(arguments: argparse.Namespace) -> int:
+    from ppo_fast.common.options import options
     from ppo_fast.llm import memory
+    from ppo_fast.llm.config import PPOConfig, options_of
     from ppo_fast.llm.models.loading import load_model_config
 
-    fields = {option.name for option in dataclasses.fields(PPOConfig)}
+    fields = options(PPOConfig)
     config = options_of({name: value for name, value in vars(arguments).items() if name in fields})
     gib = arguments.gpu_gib
     if gib is not None and not 0 < gib < float("inf"):
         raise UserError(f"--gpu-gib must be a number above 0, got {gib}")
-    if config.dtype == "auto":  # which GPUs of compute capability 8.0 and newer compute in
+    if config.dtype == "auto":  # which is bfloat16 on GPUs of compute capability 8.0 and newer
         config = dataclasses.replace(config, dtype="bfloat16")
     bytes_ = None if gib is None else round(gib * 2**30)
     print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))

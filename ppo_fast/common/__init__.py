@@ -1,1 +1,1 @@
-"""What trainers and commands share: errors, options, devices, files, signals, the terminal. No PPO."""
+"""Parts that trainers and commands share: errors, options, devices, files, signals, the terminal. No PPO."""

@@ -1,9 +1,10 @@
-"""Checkpoint folders and the other files of a run: written whole or not at all.
+"""Checkpoint folders and other files of a run: each is written completely or not at all.
 
-OUT/checkpoints/step-N holds safetensors files, state.json, and SHA256SUMS over both (`sha256sum -c` reads it, too). It
-is written under another name, synced to the disk, and renamed: whatever stops the process, a folder called step-N is
-whole, and the one before it was not touched. Other files are written in the same way (`write_file`), and files that
-grow take a whole record or nothing (`GrowingFile`). An error of the disk becomes one sentence (`reported`).
+OUT/checkpoints/step-N has safetensors files, state.json, and SHA256SUMS of all of them (`sha256sum -c` reads it, too).
+It is written under another name, synced to the disk, and renamed: whatever stops the process, a folder called step-N is
+complete, and the one before it is unchanged. Other files are written in the same way (`write_file`), and files that
+grow contain each record completely or not at all (`GrowingFile`). An error of the disk becomes one sentence
+(`reported`).
 """
 
 import errno
@@ -34,33 +35,33 @@ OUTDATED = ".outdated"  # a folder that is being removed
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds."""
+    """The contents of a checkpoint folder."""
 
     folder: Path
-    state: dict[str, Any]
+    state: dict[str, Any]  # as JSON has it
     tensors: dict[str, dict[str, Tensor]]  # by file name without suffix
 
 
 def write(
     parent: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], *, keep: int
 ) -> Path:
-    """Writes parent/step-N and removes all but the newest `keep`.
+    """Write parent/step-N and remove all but the newest `keep`.
 
     Args:
         parent: made if it is missing.
         step: N.
-        tensors: what goes into each safetensors file, by its name without suffix. Must not share memory.
-        state: what JSON can hold.
-        keep: how many checkpoints stay, this one included.
+        tensors: of each safetensors file, by its name without suffix. They must not share memory.
+        state: a dict that JSON can represent.
+        keep: number of checkpoints to keep, with this one.
 
     Raises:
-        UserError: it cannot be written, for instance because the disk is full. The earlier ones are whole.
+        UserError: it cannot be written, for instance because the disk is full. The earlier ones are complete.
     """
     folder = parent / f"step-{step}"
     new = parent / (folder.name + UNFINISHED)
     try:
         with reported(f"the checkpoint of step {step} could not be written to {parent}", parent):
-            sweep(parent)
+            remove_partial(parent)
             new.mkdir(parents=True)
             for name, some in tensors.items():
                 save_file({key: x.detach().cpu().contiguous() for key, x in some.items()}, new / f"{name}.safetensors")
@@ -77,11 +78,11 @@ def write(
 
 @contextmanager
 def reported(what: str, path: Path | None = None) -> Iterator[None]:
-    """Turns an error of the disk inside this block into a sentence.
+    """Turn an error of the disk inside this block into a sentence.
 
     Args:
         what: the first part of the sentence, such as "the model could not be written to runs/first/model".
-        path: a file or folder of a run, whose newest checkpoint is named; None: no run is concerned.
+        path: a file or folder of a run, whose newest checkpoint is named; None: the block belongs to no run.
 
     Raises:
         UserError: "WHAT: reason; where to resume".
@@ -96,7 +97,7 @@ def reported(what: str, path: Path | None = None) -> Iterator[None]:
 
 
 def _where_to_resume(path: Path) -> str:
-    """Names the newest checkpoint of the run that a file or folder belongs to."""
+    """Name the newest checkpoint of the run that a file or folder belongs to."""
     near = [path, *(above / "checkpoints" for above in (path, *path.parents[:2]))]
     last = next((found for folder in near if (found := newest(folder)) is not None), None)
     if last is None:
@@ -105,12 +106,12 @@ def _where_to_resume(path: Path) -> str:
 
 
 def _encoded(text: bytes | str) -> bytes:
-    """UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes a backslash escape, as JSON has them."""
+    """Encode as UTF-8. A lone surrogate, which UTF-8 cannot represent, becomes a backslash escape, as in JSON."""
     return text.encode("utf-8", errors="backslashreplace") if isinstance(text, str) else text
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Writes a whole file, or leaves the one that was there.
+    """Write a file completely, or keep the one that exists.
 
     Raises:
         OSError: it cannot be written.
@@ -126,7 +127,7 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 class GrowingFile:
-    """A file to which whole records are appended: a record that does not fit on the disk leaves no part of it.
+    """A file to which records are appended: a record that does not fit on the disk leaves no part of it.
 
     Errors are UserErrors that name the newest checkpoint of the run.
     """
@@ -138,14 +139,14 @@ class GrowingFile:
             self.file = path.open("ab", buffering=0)  # without a buffer: `close` has nothing left to write
 
     def lost(self) -> bool:
-        """Whether somebody has removed or renamed the file, or a folder above it, since it was opened."""
+        """Check whether the file, or a folder above it, was removed or renamed after it was opened."""
         try:
             return not os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
         except OSError:
             return True
 
     def write(self, record: bytes | str) -> None:
-        """Appends the record."""
+        """Append a record."""
         with self._reported():
             end = os.fstat(self.file.fileno()).st_size
             left = memoryview(_encoded(record))
@@ -157,20 +158,16 @@ class GrowingFile:
                     self.file.truncate(end)
                 raise
 
-    def write_row(self, row: Mapping[str, Any]) -> None:
-        """Appends a line of JSON."""
-        self.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
     def flush(self) -> None:
-        """Does nothing: no record waits in a buffer. `RecordWriter` of TensorBoard calls it."""
+        """Do nothing: no record waits in a buffer. `RecordWriter` of TensorBoard calls it."""
 
     def sync(self) -> None:
-        """Waits until all records are on the disk."""
+        """Wait until all records are on the disk."""
         with self._reported():
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self.file.close()
 
     def _reported(self) -> AbstractContextManager[None]:
@@ -178,30 +175,30 @@ class GrowingFile:
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Removes all but the newest `keep`."""
+    """Remove all but the newest `keep`."""
     with reported(f"an old checkpoint could not be removed from {parent}", parent):
         for old in _all(parent)[:-keep]:
             remove(old)
 
 
 def drop_after(parent: Path, step: int) -> None:
-    """Removes checkpoints of later steps: they belong to a branch of the run that `step` does not continue."""
+    """Remove checkpoints of later steps: they belong to a branch of the run that `step` does not continue."""
     for folder in _all(parent):
         if _step_of(folder) > step:
             remove(folder)
 
 
 def newest(parent: Path) -> Path | None:
-    """The checkpoint with the highest step, or None."""
+    """Return the checkpoint with the highest step, or None."""
     found = _all(parent)
     return found[-1] if found else None
 
 
 def read(folder: Path) -> Checkpoint:
-    """A checkpoint that `write` wrote.
+    """Read a checkpoint that `write` wrote.
 
     Raises:
-        UserError: it is damaged, or something else; the message says which file and why.
+        UserError: it is damaged, or something else; the message names the file and the reason.
     """
     sums = _sums(folder)
     for name, written in sums.items():
@@ -240,11 +237,11 @@ def _sums(folder: Path) -> dict[str, str]:
 
 def _advice(folder: Path) -> str:
     others = [other for other in _all(folder.parent) if other != folder]
-    return f"remove it to continue from {others[-1]}" if others else "there is no other: start anew with --overwrite"
+    return f"remove it to continue from {others[-1]}" if others else "there is no other: start again with --overwrite"
 
 
 def _all(parent: Path) -> list[Path]:
-    """Whole checkpoints in the order of their steps."""
+    """List complete checkpoints in the order of their steps."""
     found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=_step_of)
 
@@ -253,19 +250,19 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def sweep(parent: Path) -> None:
-    """Removes what a killed process left half written or half removed."""
+def remove_partial(parent: Path) -> None:
+    """Remove folders that a killed process has written or removed in part."""
     for folder in [*parent.glob("*" + UNFINISHED), *parent.glob("*" + OUTDATED)]:
         _delete(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder; its name goes first, so that no half of it is taken for a whole."""
+    """Remove a folder; it is renamed first, so that a part of it is never taken for the whole."""
     _delete(_set_aside(folder))
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a folder; of a link to one, which may lie on another disk, the link."""
+    """Delete a folder; of a link to a folder, which may be on another disk, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -280,9 +277,9 @@ def _set_aside(folder: Path) -> Path:
 
 
 def replace(new: Path, folder: Path) -> None:
-    """Gives `new` the name `folder` after all in it has reached the disk; one that has it already is removed.
+    """Rename `new` to `folder` after all its files have reached the disk; an earlier `folder` is removed.
 
-    If the process is killed in between, `recover` gives the old one its name back.
+    If the process is killed in between, `recover` restores the name of the earlier one.
     """
     for path in sorted(new.rglob("*")):
         sync(path)
@@ -295,7 +292,7 @@ def replace(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Cleans up after a `replace` that did not come to its end: `folder` is the old one, or the new one, but whole."""
+    """Clean up after a `replace` that was interrupted: `folder` is then the old one or the new one, and complete."""
     new, outdated = (folder.with_name(folder.name + suffix) for suffix in (UNFINISHED, OUTDATED))
     if outdated.exists() and not folder.exists():
         outdated.rename(folder)
@@ -305,7 +302,7 @@ def recover(folder: Path) -> None:
 
 
 def check_folders(out: Path) -> None:
-    """Raises UserError if OUT, or a name in it, is one that the run could not write to or replace at its end."""
+    """Raise UserError if OUT, or a name in it, cannot be written to, or not be replaced at the end of the run."""
     try:
         str(out).encode()
     except UnicodeEncodeError:
@@ -323,7 +320,7 @@ def check_folders(out: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no handle for it
     handle = os.open(path, os.O_RDONLY)
@@ -337,6 +334,6 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal."""
+    """Compute the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

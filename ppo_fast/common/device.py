@@ -1,14 +1,14 @@
-"""The device that options name, and what it can do.
+"""The device of a run, and its properties.
 
-Only this module asks PyTorch about a type of device; everything else asks it with the device of a tensor or of the run,
-never about the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
+Only this module asks PyTorch about a type of device. All other modules pass the device of a tensor or of the run, and
+never use the current device. A run on the CPU calls nothing of CUDA, and so opens no context on a GPU.
 """
 
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from ppo_fast.common.errors import UserError
 from ppo_fast.ops.backend import Backend, uses_triton
 
+ComputeDtype = Literal["float32", "bfloat16"]
 SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
 GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
 
 
 def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") -> torch.device:
-    """The device `name`, with its index; "auto" is a GPU if there is one.
+    """Return the device `name`, with its index; "auto" is a GPU if there is one.
 
     Raises:
-        UserError: the device does not exist, `backend` cannot compute on it, or it has no bfloat16 and `dtype` is that.
+        UserError: the device does not exist, `backend` cannot compute on it, or `dtype` is bfloat16, which it lacks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +50,7 @@ def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") ->
 
 
 def _check_exists(device: torch.device) -> None:
-    """Raises UserError with what this machine has instead."""
+    """Raise UserError, with the devices of this machine, if a device does not exist."""
     start = f"device {str(device)!r} cannot be used: PyTorch {torch.__version__}"
     if device.type == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
@@ -64,28 +65,30 @@ def _check_exists(device: torch.device) -> None:
         raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")
 
 
-def device_module(device: torch.device) -> Any:
-    """torch.cuda, torch.cpu, ...: the module with the functions of the device's type."""
+def device_module(device: torch.device) -> Any:  # modules with common functions, but without a common type
+    """Return torch.cuda, torch.cpu, ...: the module with the functions of the type of a device."""
     return torch.get_device_module(device)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """(major, minor) of an NVIDIA GPU; None for every other device."""
+    """Return (major, minor) of an NVIDIA GPU; None for every other device."""
     if device.type != "cuda" or torch.version.hip:
         return None
     return torch.cuda.get_device_capability(device)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; on a CPU always true: PyTorch emulates it, and
-    `bfloat16_cost` measures how fast it is."""
+    """Check whether the device multiplies bfloat16 in hardware.
+
+    On a CPU it is always true: PyTorch emulates it, and `bfloat16_cost` measures how fast.
+    """
     capability = compute_capability(device)
     return capability is None or capability >= (8, 0)
 
 
 @functools.cache
 def bfloat16_cost() -> float:
-    """How many times as long as in fp32 a small product of matrices takes in bfloat16 on this CPU; measured once.
+    """Measure once how many times as long as in fp32 a small matrix product takes in bfloat16 on this CPU.
 
     0.2 on a processor with AMX, several hundred on one without any instructions for bfloat16.
     """
@@ -97,7 +100,7 @@ def bfloat16_cost() -> float:
 
 
 def _shortest(call: Callable[[], object], budget: float = 0.05) -> float:
-    """The shortest time of a call in seconds, after a first one that does not count; several calls within `budget`."""
+    """Measure the shortest time of a call in seconds, of several calls within `budget` after a warm-up call."""
     call()
     times: list[float] = []
     while not times or (sum(times) < budget and len(times) < 20):
@@ -107,16 +110,17 @@ def _shortest(call: Callable[[], object], budget: float = 0.05) -> float:
     return min(times)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
-    """The dtype that a run computes in where `dtype` is asked for, and a sentence about it; "" if there is none.
+def choose_dtype(dtype: str, device: torch.device) -> tuple[ComputeDtype, str]:
+    """Return the dtype of a run for the option `dtype`, and a sentence about it; "" if there is none.
 
-    auto is bfloat16 on a GPU that multiplies it in hardware, and on a CPU that is faster in it than in fp32.
+    auto is bfloat16 on a GPU that multiplies it in hardware, and on a CPU on which it is faster than fp32.
 
     >>> choose_dtype("float32", torch.device("cpu"))
     ('float32', '')
     """
+    chosen: ComputeDtype
     if dtype == "float32":
-        return dtype, ""
+        return "float32", ""
     if device.type != "cpu":
         chosen = "bfloat16" if dtype == "bfloat16" or has_bfloat16(device) else "float32"
         return chosen, f"dtype = auto: {chosen} on {device}" if dtype == "auto" else ""
@@ -132,27 +136,29 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of memory on a GPU, also what is in use; None for devices that share the memory of the CPU."""
+    """Return the total memory of a GPU in bytes; None for devices that share the memory of the CPU."""
     if device.type in ("cpu", "mps"):
         return None
     return device_module(device).get_device_properties(device).total_memory
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that was launched."""
+    """Wait until the device has done all work that was launched."""
     if device.type != "cpu":
         device_module(device).synchronize(device)
 
 
 def made_current(device: torch.device) -> AbstractContextManager:
-    """The device is the current one inside this block, as libraries expect that launch kernels from Python."""
+    """Make the device the current one inside this block, as libraries expect that launch kernels from Python."""
     return nullcontext() if device.type == "cpu" else device_module(device).device(device)
 
 
 @contextmanager
 def ordinary_modes() -> Iterator[None]:
-    """Inside this block PyTorch has the modes in which a run computes, whatever the caller has set: gradients are
-    recorded, autocast is off, and new tensors are fp32 and on the CPU unless they name something else."""
+    """Set the modes of PyTorch for a run inside this block, whatever the caller has set.
+
+    Gradients are recorded, autocast is off, and new tensors are fp32 and on the CPU unless they name something else.
+    """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -168,17 +174,17 @@ def ordinary_modes() -> Iterator[None]:
 
 
 def get_rng_state(device: torch.device) -> Tensor | None:
-    """The state of the device's own default generator; None on a CPU, whose generator is PyTorch's global one."""
+    """Return the state of the device's default generator; None on a CPU, where it is PyTorch's global one."""
     return None if device.type == "cpu" else device_module(device).get_rng_state(device)
 
 
 def set_rng_state(state: Tensor, device: torch.device) -> None:
-    """Restores what `get_rng_state` returned."""
+    """Restore what `get_rng_state` returned."""
     device_module(device).set_rng_state(state, device)
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed below 2^32 that depends on all parts, such as a run's seed and a process's rank, and on their order.
+    """Compute a seed below 2^32 from several parts, such as a run's seed and the rank of a process, and their order.
 
     Sums would overlap: seed 0 in rank 1 is not seed 1 in rank 0. Each part is an integer from 0 to 2^32 - 1.
 
@@ -192,7 +198,7 @@ def derived_seed(*parts: int) -> int:
 
 
 def seed(number: int, device: torch.device) -> None:
-    """Seeds the generators of the CPU and of this device, and of no other device."""
+    """Seed the generators of the CPU and of this device, and of no other device."""
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         with made_current(device):
@@ -200,14 +206,14 @@ def seed(number: int, device: torch.device) -> None:
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, through pinned memory: the host does not wait for what the device has still to do."""
+    """Copy a CPU tensor to the device through pinned memory: the host does not wait for the device."""
     if device.type in ("cpu", "mps"):
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one dtype on the device with one copy: views of one buffer, in their shapes."""
+    """Copy tensors of one dtype to the device with one copy; return views of one buffer, in their shapes."""
     if device.type == "cpu" or not tensors:
         return list(tensors)
     buffer = upload(torch.cat([x.flatten() for x in tensors]), device)
@@ -216,5 +222,5 @@ def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Ten
 
 
 def has_weights(model: nn.Module) -> bool:
-    """Whether all of the model has memory, none of it being on the meta device."""
+    """Check that the whole model has memory, and no part of it is on the meta device."""
     return not any(x.is_meta for x in (*model.parameters(), *model.buffers()))

@@ -1,6 +1,6 @@
-"""Output folders: a command writes to a folder that is new or its own, or that holds nothing which it could replace.
+"""Output folders: a command writes only to a folder that is new, is its own, or has nothing that it could replace.
 
-The mark of an own folder is the file `.ppo_fast` in it.
+A folder of this project has a file `.ppo_fast` as its mark.
 """
 
 from pathlib import Path
@@ -14,15 +14,15 @@ ENDINGS = {".jsonl", ".json", ".yaml", ".md", ".png", ".gif", ".lock", ".holder"
 
 
 def claim(folder: str | Path, by: str = "") -> Path:
-    """Makes and marks an output folder. One that exists must have the mark, or hold nothing that could be replaced.
+    """Make and mark an output folder. One that exists must have the mark, or nothing that could be replaced.
 
     Args:
         folder: made if it is missing, with those above it.
         by: the command, as its mark names it; the mark of another command is then rejected. "": any mark is accepted.
 
     Raises:
-        UserError: the folder holds files that this project did not write, or another command's results, or it cannot
-            be written.
+        UserError: the folder has files that this project did not write, or another command's results, or it cannot be
+            written.
     """
     folder = Path(folder)
     try:
@@ -52,7 +52,7 @@ def _ending(path: Path) -> str:
 
 
 def mark(folder: Path, by: str = "") -> None:
-    """Writes the mark of an own folder.
+    """Write the mark of a folder of this project.
 
     Raises:
         OSError: it cannot be written.

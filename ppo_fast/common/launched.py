@@ -1,4 +1,4 @@
-"""What torchrun announces in the environment of each process: how many there are, and which one this is."""
+"""The environment variables of torchrun: the number of processes, and the rank of this one."""
 
 import os
 
@@ -6,7 +6,7 @@ from ppo_fast.common.errors import UserError
 
 
 def process_count() -> int:
-    """WORLD_SIZE; 1 if it is not set.
+    """Return WORLD_SIZE; 1 if it is not set.
 
     Raises:
         UserError: it is not a count, or RANK does not fit.
@@ -20,7 +20,7 @@ def process_count() -> int:
 
 
 def this_rank(size: int) -> int:
-    """RANK, of `size` processes.
+    """Return RANK, of `size` processes.
 
     Raises:
         UserError: it is missing, or not below `size`.
@@ -32,12 +32,12 @@ def this_rank(size: int) -> int:
 
 
 def address() -> str:
-    """HOST:PORT of the first process; UserError if one of them is not set."""
+    """Return HOST:PORT of the first process; UserError if one of them is not set."""
     return f"{_value('MASTER_ADDR')}:{_value('MASTER_PORT')}"
 
 
 def local_rank() -> int:
-    """LOCAL_RANK, the number of this process on its machine; 0 if it is not set."""
+    """Return LOCAL_RANK, the number of this process on its machine; 0 if it is not set."""
     return _integer("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
 
 

@@ -1,4 +1,4 @@
-"""One run per folder: a lock that the operating system releases when its process ends, however it ends."""
+"""One run per folder: a lock that the operating system releases when its process ends, for whatever reason."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ _held: set[tuple[Path | None, int]] = set()  # folder and thread
 
 
 def absolute(folder: str | Path) -> Path:
-    """The folder with an absolute path; UserError if it is relative to a current folder that was removed."""
+    """Return the folder with an absolute path; UserError if it is relative to a folder that was removed."""
     try:
         return Path(folder).absolute()
     except FileNotFoundError as error:
@@ -28,15 +28,14 @@ def absolute(folder: str | Path) -> Path:
 
 @contextmanager
 def locked(folder: str | Path | None) -> Iterator[None]:
-    """Inside this block no other process, and no other thread of this one, has the folder, which is made if missing.
-    One that holds files of somebody else is rejected (`ppo_fast.common.folders`).
+    """Lock a folder inside this block for this thread of this process; it is made if it is missing.
 
-    A thread that has it may enter the block again. Without a folder, or on a file system that has no locks, nothing is
-    locked.
+    A folder with files of others is rejected (`ppo_fast.common.folders`). A thread that has the lock may enter the
+    block again. Without a folder, or on a file system without locks, nothing is locked.
 
     Raises:
-        UserError: another run has the folder, and the message says which; or the folder is not one of this project, or
-            cannot be written.
+        UserError: another run has the folder, and the message names it; or the folder does not belong to this project,
+            or cannot be written.
     """
     from filelock import FileLock, Timeout  # here: `ppo-fast doctor` needs no filelock
 

@@ -1,108 +1,220 @@
-"""TODO docstring."""
+"""Options of a run: checked dataclasses, their command-line options, and YAML files.
+
+`PPOConfig` and `ClassicConfig` are pydantic dataclasses with strict types. A field is written as
+
+    gamma: Fraction = setting(0.99, "discount per step")
+
+where the annotation holds type, range and choices, and `setting` the default and the help text. `checked_options`
+turns pydantic's errors into one sentence, and `options` reads the fields for command lines and documentation.
+"""
 
 import argparse
 import dataclasses
-import difflib
+import functools
 import re
-import sys
-from collections.abc import Iterable
-from dataclasses import field
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import nearest
 
 MAX_SEED = 2**32 - 1  # of numpy
+STRICT = ConfigDict(strict=True, validate_assignment=True, allow_inf_nan=False, extra="forbid")
+
+Count = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Le(MAX_SEED)]
+Threads = Annotated[int, Ge(0), Le(4096)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Positive = Annotated[float, Gt(0.0)]
+Strings = tuple[Annotated[str, MinLen(1)], ...]
+
+Config = TypeVar("Config")
 
 
-def setting(
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple = (),
-    above: float | None = None,
-) -> Any:
-    """A field with its help text and the range, or the choices, of its value. `above` is a bound that the value must
-    exceed; `low` and `high` belong to the range."""
-    limits = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"help": help, "choices": choices, **limits})
+def setting(default: Any, help: str) -> Any:
+    """Return a dataclass field with its default and its help text. `Any`, as of `dataclasses.field`."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 def plain_value(value: Any) -> Any:
-    """A number of numpy, or a member of an Enum, that is a Python number or text, as that: YAML knows no others."""
+    """Convert a value to what YAML and JSON know, before it is checked.
+
+    A number of numpy or a member of an Enum that is a Python number or string becomes one, and a list becomes a tuple.
+    """
+    if isinstance(value, list):
+        return tuple(value)
     for kind in (float, int):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
     return str.__str__(value) if isinstance(value, str) else value
 
 
-def check_setting(name: str, value: Any, option: dataclasses.Field) -> None:
-    """Refuses a value of the wrong type, out of its range, or not among its choices."""
-    optional = "None" in str(option.type)
-    if value is None and optional:
-        return
-    if "tuple" in str(option.type):
-        if not isinstance(value, list | tuple) or not all(isinstance(x, str) and x for x in value):
-            raise UserError(f"{name} must be a tuple of texts that are not empty, got {value!r}")
-        return
-    kind = next(t for t in (bool, int, float, str) if t.__name__ in str(option.type).split(" |")[0] or option.type is t)
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{name} must be of type {kind.__name__}{' or None' * optional}, got {value!r}")
-    low, high, above, choices = (option.metadata[key] for key in ("low", "high", "above", "choices"))
-    if choices and value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-    if kind is float and not abs(value) <= sys.float_info.max:
-        raise UserError(f"{name} must be a finite number, got {value}")
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"lie in [{_plain(low)}, {_plain(high)}]" if high is not None else f"be at least {_plain(low)}"
-        raise UserError(f"{name} must {bounds}, got {value}")
-    if above is not None and not value > above:
-        off = ": none switches it off" if optional else ""
-        raise UserError(f"{name} must be above {above:g}, got {value}{off}")
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field of a config class: what its annotation and `setting` say."""
+
+    name: str
+    default: Any  # of the type of the option
+    help: str
+    kind: type  # bool, int, float, str, or tuple (of strings)
+    optional: bool  # None is a value
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None  # only together with `low`
+    above: float | None = None  # a bound that the value must exceed
 
 
-def add_option(parser: argparse.ArgumentParser, option: dataclasses.Field) -> None:
-    """A field made by `setting` as an option of a command line; what its default is stands in the help only."""
+@functools.cache
+def options(config_class: type) -> dict[str, Option]:
+    """Read the options of a pydantic dataclass, by name."""
+    infos = config_class.__pydantic_fields__  # type: ignore[attr-defined]  # of every pydantic dataclass
+    return {
+        field.name: _read_option(field.name, infos[field.name], field.metadata["help"])
+        for field in dataclasses.fields(config_class)
+    }
+
+
+def _read_option(name: str, info: FieldInfo, help: str) -> Option:
+    annotation, constraints = info.annotation, list(info.metadata)
+    optional = get_origin(annotation) in (Union, types.UnionType)
+    if optional:
+        (annotation,) = (x for x in get_args(annotation) if x is not types.NoneType)
+    if get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        constraints += more
+    choices: tuple[str, ...] = get_args(annotation) if get_origin(annotation) is Literal else ()
+    kind: Any = str if choices else get_origin(annotation) or annotation  # a type, of which mypy is not sure
+    bounds = {
+        name: getattr(constraint, attribute)
+        for constraint in constraints
+        for kind_of_bound, attribute, name in ((Ge, "ge", "low"), (Le, "le", "high"), (Gt, "gt", "above"))
+        if isinstance(constraint, kind_of_bound)
+    }
+    return Option(name, info.default, help, kind, optional, choices, **bounds)
+
+
+def checked_options(config_class: type[Config]) -> type[Config]:
+    """Make a pydantic dataclass raise `UserError`, with one sentence about the first wrong value.
+
+    An assignment checks the new value and then, by `__post_init__`, the combinations of options; a value that fails
+    either check is not kept. To change two options that depend on each other, use `dataclasses.replace`.
+    """
+    initialize, assign = config_class.__init__, config_class.__setattr__
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]  # a pydantic dataclass
+
+    @functools.wraps(initialize)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            initialize(self, *args, **kwargs)
+        except ValidationError as error:
+            values = dict(zip(names, args, strict=False)) | kwargs
+            raise _readable(config_class, error.errors(include_url=False)[0], values) from None
+
+    @functools.wraps(assign)
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        try:
+            assign(self, name, value)
+        except ValidationError as error:
+            raise _readable(config_class, error.errors(include_url=False)[0], {name: value}) from None
+        try:
+            self.__post_init__()
+        except UserError:
+            self.__dict__[name] = before
+            raise
+
+    config_class.__init__ = __init__  # type: ignore[method-assign]  # the purpose of this decorator
+    config_class.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]  # likewise
+    return config_class
+
+
+def _readable(config_class: type, error: ErrorDetails, values: Mapping[str, Any]) -> Exception:
+    """Translate an error of pydantic: `UserError` for a wrong value, else what a dataclass would raise."""
+    first = error["loc"][0] if error["loc"] else ""
+    if error["type"] == "unexpected_keyword_argument":
+        return TypeError(f"{config_class.__name__}.__init__() got an unexpected keyword argument {first!r}")
+    if error["type"] == "unexpected_positional_argument":
+        return TypeError(f"{config_class.__name__}.__init__() takes at most {len(options(config_class))} arguments")
+    if error["type"] == "no_such_attribute":
+        near = nearest(str(first), options(config_class))
+        return AttributeError(f"{config_class.__name__} has no option {first!r}{near}")
+    name = list(options(config_class))[first] if isinstance(first, int) else first
+    return UserError(_sentence(options(config_class)[name], error["type"], values[name]))
+
+
+def _sentence(option: Option, error: str, value: Any) -> str:
+    """Say what an option must be, and what it is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if option.kind is tuple:
+        return f"{option.name} must be a tuple of texts that are not empty, got {value!r}"
+    if error == "literal_error" and isinstance(value, str):
+        return f"{option.name} must be one of {', '.join(option.choices)}; got {value!r}"
+    if option.kind is float and number and error in ("finite_number", "float_type"):  # float_type: 10**400
+        return f"{option.name} must be a finite number, got {value}"
+    if error == "greater_than":
+        off = ": none switches it off" if option.optional else ""
+        return f"{option.name} must be above {option.above:g}, got {value}{off}"
+    if error in ("greater_than_equal", "less_than_equal"):
+        return f"{option.name} must {_bounds(option)}, got {value}"
+    return f"{option.name} must be of type {option.kind.__name__}{' or None' * option.optional}, got {value!r}"
+
+
+def _bounds(option: Option) -> str:
+    if option.high is None:
+        return f"be at least {_plain(option.low)}"
+    return f"be in [{_plain(option.low)}, {_plain(option.high)}]"
+
+
+def _plain(bound: float | None) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add every option of a config class to a command line; the help text says the default, which is not set here."""
+    for option in options(config_class).values():
+        _add_option(parser, option)
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     flag = "--" + option.name.replace("_", "-")
     default = "none" if option.default in (None, ()) else option.default
     if isinstance(default, bool):
         default = "yes" if default else "no"
-    text = f"{option.metadata['help']} (default: {default}{_range(option)})".replace("%", "%%")
-    kind = str(getattr(option.type, "__name__", option.type))
-    if "bool" in kind:
+    text = f"{option.help} (default: {default}{_range(option)})".replace("%", "%%")
+    if option.kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        return
-    if "tuple" in kind:
+    elif option.kind is tuple:
         parser.add_argument(flag, nargs="+", metavar="TEXT", help=text)
-        return
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    kind = next(name for name in types if name in kind.replace("None", ""))
-    parser.add_argument(
-        flag,
-        type=_or_none(types[kind]) if "None" in str(option.type) else types[kind],
-        choices=option.metadata["choices"] or None,
-        metavar=None if option.metadata["choices"] else kind.upper(),
-        help=text,
-    )
+    else:
+        parser.add_argument(
+            flag,
+            type=_or_none(option.kind) if option.optional else option.kind,
+            choices=option.choices or None,
+            metavar=None if option.choices else option.kind.__name__.upper(),
+            help=text,
+        )
 
 
-def _range(option: dataclasses.Field) -> str:
-    low, high, above = (option.metadata[key] for key in ("low", "high", "above"))
-    if above is not None:
-        return f"; above {above:g}"
-    if low is None:
+def _range(option: Option) -> str:
+    if option.above is not None:
+        return f"; above {option.above:g}"
+    if option.low is None:
         return ""
-    return f"; at least {_plain(low)}" if high is None else f"; {_plain(low)} to {_plain(high)}"
+    low = _plain(option.low)
+    return f"; at least {low}" if option.high is None else f"; {low} to {_plain(option.high)}"
 
 
-def _plain(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
-
-
-def _or_none(kind: type) -> Any:
-    """A type of argparse that also takes "none"."""
+def _or_none(kind: type) -> Any:  # argparse's own type of `type`
+    """Return a type for argparse that also accepts "none"."""
 
     def convert(text: str) -> Any:
         return None if text == "none" else kind(text)
@@ -111,17 +223,11 @@ def _or_none(kind: type) -> Any:
     return convert
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the known name that is most like the given one, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
-    """Options of a YAML file by name, an underscore or a hyphen between words.
+    """Read the options in a YAML file by name, with an underscore or a hyphen between words.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or has a name that is unknown or stands there twice.
+        UserError: the file cannot be read, is not YAML, or has a name that is unknown or occurs twice.
     """
     import yaml
 
@@ -143,7 +249,7 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         if name not in known:
             raise UserError(f"{path}: unknown option {name}{nearest(name, known)}")
         if names.count(name) > 1:
-            raise UserError(f"{path}: the option {name} stands there twice")
+            raise UserError(f"{path}: the option {name} occurs twice")
     for key, node in root.value:
         if node.tag.endswith(":int") and re.fullmatch(r"[-+]?0\d+|.*:.*", node.value):
             raise UserError(

@@ -1,17 +1,20 @@
-"""Pictures of a run."""
+"""Learning curves, and the quantities of one response token by token, as PNG files."""
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.checkpoint import reported, write_file
 
+if TYPE_CHECKING:  # matplotlib is optional
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 CURVES = {
-    "score": "score (mean of a step's answers)",
+    "score": "score (mean of the responses of a step)",
     "validation": "right answers on held-out prompts",
     "eval/score": "score on held-out prompts",
     "kl": "KL to the reference (nats per token)",
@@ -22,18 +25,13 @@ CURVES = {
 }
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.jsonl, one for each step, and with evaluation one before the first."""
-    return [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
-
-
 def can_draw() -> bool:
-    """Whether matplotlib is installed; runs without it leave out their pictures."""
+    """Check whether matplotlib is installed; without it a run has no pictures."""
     return find_spec("matplotlib") is not None
 
 
-def _save(figure: Any, path: Path, dpi: int) -> None:
-    """Writes the picture as a PNG, whole or not at all."""
+def _save(figure: "Figure", path: Path, dpi: int) -> None:
+    """Write the picture as a PNG, completely or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     with reported(f"the picture {path} could not be written", path):
@@ -47,7 +45,7 @@ def draw_learning_curves(
     labels: Mapping[str, str] = CURVES,
     step_label: str = "PPO step",
 ) -> None:
-    """A PNG with one small plot for each of the first six of the `labels` that the history has, over its steps."""
+    """Draw a PNG with one small plot over the steps for each of the first six `labels` in the history."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -67,17 +65,17 @@ def draw_learning_curves(
         axis.set_title(label, fontsize=10)
         axis.set_xlabel(step_label)
         axis.grid(alpha=0.3)
-    for axis in axes:  # those that no curve has taken
+    for axis in axes:  # without a curve
         axis.set_visible(False)
     _save(figure, path, dpi=120)
 
 
-FEW_POINTS = 20  # each of which gets a dot
+FEW_POINTS = 20  # up to this number, each point has a marker
 SMALLEST = 1e-5  # half of the smallest range of an axis: differences below are noise of fp32
 
 
 def _steps_shown(steps: Sequence[float | None]) -> tuple[float, float]:
-    """The range of the axis of steps; of a single one, from the step before to the step after."""
+    """Return the range of the axis of steps; of a single one, from the step before to the step after."""
     known = [x for x in steps if x is not None]
     low, high = min(known), max(known)
     margin = 0.04 * (high - low) or 1.0
@@ -85,9 +83,9 @@ def _steps_shown(steps: Sequence[float | None]) -> tuple[float, float]:
 
 
 def range_shown(values: Sequence[float]) -> tuple[float, float]:
-    """The range of an axis that shows these values: from the smallest to the largest, with a margin.
+    """Return the range of an axis for these values: from the smallest to the largest, with a margin.
 
-    Of a constant a tenth of it to both sides, of zeros -0.1 to 0.1.
+    For a constant it is a tenth of it to both sides, for zeros -0.1 to 0.1.
     """
     low, high = min(values), max(values)
     middle, half = (low + high) / 2, 1.1 * (high - low) / 2
@@ -97,7 +95,7 @@ def range_shown(values: Sequence[float]) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-TOKENS_DRAWN = 150  # a longer answer's picture would not be read
+TOKENS_DRAWN = 150  # a longer picture could not be read
 
 LABELS = {
     "reward": "reward\n(KL penalty in it)",
@@ -111,9 +109,9 @@ LABELS = {
 def draw_tokens(
     tokens: list[str], numbers: dict[str, list[float]], path: Path, title: str, clip: tuple[float, float]
 ) -> None:
-    """A PNG with one row for each quantity over the tokens of an answer, the first TOKENS_DRAWN of them.
+    """Draw a PNG with one row for each quantity over the tokens of a response, the first TOKENS_DRAWN of them.
 
-    `clip` is (clip_low, clip_high): dashed lines show where the ratio's gradient stops.
+    `clip` is (clip_low, clip_high): dashed lines show where the gradient of the ratio becomes 0.
     """
     from matplotlib.figure import Figure
 
@@ -132,8 +130,8 @@ def draw_tokens(
     _save(figure, path, dpi=110)
 
 
-def _bars(axis: Any, name: str, values: list[float], clip: tuple[float, float]) -> None:
-    """Bars from 0, or for a ratio from 1; blue upwards, red downwards."""
+def _bars(axis: "Axes", name: str, values: list[float], clip: tuple[float, float]) -> None:
+    """Draw bars from 0, or for a ratio from 1; blue upwards, red downwards."""
     heights = [math.log(x) if name == "ratio" else x for x in values]
     axis.bar(range(len(values)), heights, color=["#d62728" if x < 0 else "#1f77b4" for x in heights], width=0.8)
     axis.axhline(0, color="black", linewidth=0.6)
@@ -151,7 +149,7 @@ def _bars(axis: Any, name: str, values: list[float], clip: tuple[float, float]) 
 
 
 def _drawable(text: str) -> str:
-    """Text with a box for each character that matplotlib's own font lacks, which it would warn about one by one."""
+    """Replace each character that matplotlib's font lacks by a box: matplotlib would warn about every one."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppo_fast.classic import ClassicConfig, ClassicTrainer
 from ppo_fast.classic.envs.maze import MOVES, Cell, Maze, distances
-from ppo_fast.classic.ppo import ClassicConfig, ClassicTrainer
 from ppo_fast.common.errors import UserError
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ppo_fast.classic import ClassicConfig, ClassicTrainer
 from ppo_fast.classic.envs.text_generation import WORDS, Scorer, SumScorer, TextGeneration, WordScorer, sentence_end
-from ppo_fast.classic.ppo import ClassicConfig, ClassicTrainer
 from ppo_fast.common.errors import UserError
 
 MAX_STEPS = 24

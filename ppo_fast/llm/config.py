@@ -1,14 +1,34 @@
-"""Every option of the trainer: one dataclass, each field with its unit and where its default comes from; and YAML."""
+"""Every option of the trainer in one dataclass, each field with its unit and the source of its default; and YAML."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import field_validator
+from pydantic.dataclasses import dataclass
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import MAX_SEED, check_setting, plain_value, setting
+from ppo_fast.common.options import (
+    STRICT,
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Seed,
+    Strings,
+    Threads,
+    checked_options,
+    options,
+    plain_value,
+    setting,
+)
+
+DtypeOption = Literal["float32", "bfloat16", "auto"]
 
 
-@dataclass
+@checked_options
+@dataclass(config=STRICT)
 class PPOConfig:
     """Options of `PPOTrainer`. Defaults follow TRL's and OpenAI's PPO for language models where nothing else is named.
 
@@ -16,185 +36,179 @@ class PPOConfig:
     10
     >>> PPOConfig(gamma=1.5)
     Traceback (most recent call last):
-    ppo_fast.common.errors.UserError: gamma must lie in [0, 1], got 1.5
+    ppo_fast.common.errors.UserError: gamma must be in [0, 1], got 1.5
     """
 
     # The loop
-    total_steps: int = setting(100, "PPO steps: rounds of sample, reward, learn", 1)
-    prompts_per_step: int = setting(64, "prompts sampled in each step, by all processes together", 1)
-    samples_per_prompt: int = setting(1, "answers sampled for each prompt", 1)
-    seed: int = setting(0, "seed of everything random: data order, sampling, minibatches", 0, MAX_SEED)
+    total_steps: Count = setting(100, "PPO steps: rounds of sample, reward, learn")
+    prompts_per_step: Count = setting(64, "prompts sampled in each step, by all processes together")
+    samples_per_prompt: Count = setting(1, "responses sampled for each prompt")
+    seed: Seed = setting(0, "seed of everything random: data order, sampling, minibatches")
 
     # Models
-    dtype: str = setting(
+    dtype: DtypeOption = setting(
         "float32",
         "compute; weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights; auto: the faster one,"
         " on a CPU by a measurement at the start)",
-        choices=("float32", "bfloat16", "auto"),
     )
-    critic: str = setting(
-        "own", "own: a backbone of its own; shared: a value head on the actor", choices=("own", "shared")
-    )
-    critic_warmup_steps: int = setting(0, "first steps in which only the critic learns", 0)
+    critic: Literal["own", "shared"] = setting("own", "own: a separate backbone; shared: a value head on the actor")
+    critic_warmup_steps: NonNegativeInt = setting(0, "number of first steps in which only the critic is trained")
     gradient_checkpointing: bool = setting(False, "recompute layers in backward: less memory, more time")
-    lora_rank: int = setting(0, "rank of LoRA adapters for actor and critic, through peft; 0: train all weights", 0)
-    lora_alpha: int = setting(16, "LoRA's alpha: adapters are scaled by alpha / rank", 1)
-    lora_targets: str = setting("all-linear", "modules that get adapters: all-linear, or names with commas between")
-    strict: bool = setting(False, "refuse a model that cannot learn from packed rows and hidden states")
+    lora_rank: NonNegativeInt = setting(
+        0, "rank of LoRA adapters for actor and critic, through peft; 0: train all weights"
+    )
+    lora_alpha: Count = setting(16, "alpha of LoRA: adapters are scaled by alpha / rank")
+    lora_targets: str = setting("all-linear", "modules that get adapters: all-linear, or comma-separated names")
+    strict: bool = setting(False, "reject a model that cannot be trained on packed rows and hidden states")
 
     # Sampling
-    max_prompt_tokens: int | None = setting(None, "longer prompts are left out, in tokens; none: the model's limit", 1)
-    max_new_tokens: int = setting(64, "longest answer, in tokens", 1)
-    temperature: float = setting(1.0, "sampling temperature; the learning pass uses the same", 1e-6)
-    top_k: int = setting(0, "sample from the k likeliest tokens only; 0: from all", 0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that hold this probability", 1e-6, 1.0)
-    min_p: float = setting(
-        0.0, "sample from the tokens with at least this share of the likeliest one's probability only", 0.0, 1.0
+    max_prompt_tokens: Count | None = setting(None, "longer prompts are left out, in tokens; none: the model's limit")
+    max_new_tokens: Count = setting(64, "longest response, in tokens")
+    temperature: Annotated[float, Ge(1e-06)] = setting(1.0, "sampling temperature; the training pass uses the same")
+    top_k: NonNegativeInt = setting(0, "sample from the k most likely tokens only; 0: from all")
+    top_p: Annotated[float, Ge(1e-06), Le(1.0)] = setting(
+        1.0, "sample from the most likely tokens that have this probability together"
     )
-    stop: tuple[str, ...] = setting((), "texts that end an answer, besides the end token; they belong to it")
-    sample_batch_size: int = setting(256, "answers generated at once", 1)
-    max_sampler_gap: float | None = setting(
+    min_p: Fraction = setting(
+        0.0, "sample only from tokens with at least this fraction of the probability of the most likely token"
+    )
+    stop: Strings = setting((), "texts that end a response, besides the end token; they are part of it")
+    sample_batch_size: Count = setting(256, "responses generated together")
+    max_sampler_gap: Positive | None = setting(
         0.2,
-        "a run ends with an error where the sampler's log-probabilities differ from the trainer's by this on average"
+        "end the run with an error if the sampler's log-probabilities differ from the trainer's by this on average"
         " (nats per token), or by five times this in one token of a hundred; checked in the first step and in"
         " evaluations; none: a warning only",
-        above=0.0,
     )
 
     # Reward
-    kl_coef: float = setting(0.05, "weight of the KL penalty to the reference; 0: no reference is kept", 0.0)
-    kl_in: str = setting(
-        "reward", "where the penalty stands: in each token's reward, or in the loss", choices=("reward", "loss")
+    kl_coef: NonNegative = setting(0.05, "weight of the KL penalty to the reference; 0: no reference is kept")
+    kl_in: Literal["reward", "loss"] = setting(
+        "reward", "where the penalty is added: to each token's reward, or to the loss"
     )
-    kl_estimator: str = setting("k1", "estimator of KL per token in the reward", choices=("k1", "k2", "k3", "abs"))
-    kl_loss_estimator: str = setting(
-        "k2", "and in the loss, where only k2 has an unbiased gradient", choices=("k1", "k2", "k3", "abs")
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = setting("k1", "estimator of the KL per token in the reward")
+    kl_loss_estimator: Literal["k1", "k2", "k3", "abs"] = setting(
+        "k2", "estimator of the KL per token in the loss, where only k2 has an unbiased gradient"
     )
-    kl_controller: str = setting(
-        "fixed", "kl_coef stays, or is driven towards kl_target (Ziegler et al. 2019)", choices=("fixed", "adaptive")
+    kl_controller: Literal["fixed", "adaptive"] = setting(
+        "fixed", "kl_coef is fixed, or is controlled to reach kl_target (Ziegler et al. 2019)"
     )
-    kl_target: float = setting(6.0, "adaptive: KL per answer to aim at, in nats", 1e-6)
-    kl_horizon: float = setting(10000.0, "adaptive: answers over which kl_coef may change by a factor", 1.0)
-    score_clip: float | None = setting(
-        None, "scores are clamped to +- this, before missing_eos_penalty; none: they are not", above=0.0
+    kl_target: Annotated[float, Ge(1e-06)] = setting(6.0, "adaptive: target KL per response, in nats")
+    kl_horizon: Annotated[float, Ge(1.0)] = setting(
+        10000.0, "adaptive: number of responses over which kl_coef may change by a factor"
     )
-    missing_eos_penalty: float = setting(0.0, "subtracted from the score of an answer cut by max_new_tokens", 0.0)
+    score_clip: Positive | None = setting(
+        None, "scores are clipped to +- this, before missing_eos_penalty; none: not clipped"
+    )
+    missing_eos_penalty: NonNegative = setting(0.0, "subtracted from the score of a response that max_new_tokens cut")
 
     # Advantages
-    gamma: float = setting(1.0, "discount per token", 0.0, 1.0)
-    lam: float = setting(0.95, "lambda of GAE (Schulman et al. 2016)", 0.0, 1.0)
+    gamma: Fraction = setting(1.0, "discount per token")
+    lam: Fraction = setting(0.95, "lambda of GAE (Schulman et al. 2016)")
     bootstrap_truncated: bool = setting(
-        False, "an answer cut by max_new_tokens goes on: the critic's value of its end counts (else: worth 0)"
+        False, "bootstrap a response that max_new_tokens cut with the critic's value of its end (else: with 0)"
     )
-    importance_cap: float | None = setting(
-        None, "policy terms are weighted by min(p_trainer / p_sampler, this), if the sampler tells its p", above=0.0
+    importance_cap: Positive | None = setting(
+        None, "policy terms are weighted by min(p_trainer / p_sampler, this), if the sampler returns its probabilities"
     )
-    whiten_advantages: bool = setting(True, "advantages to mean 0 and variance 1 over the rollout")
+    whiten_advantages: bool = setting(True, "normalize advantages to mean 0 and variance 1 over the rollout")
 
     # Learning
-    epochs: int = setting(4, "passes over each rollout", 1)
-    minibatches: int = setting(4, "optimizer steps in each epoch", 1)
-    micro_batch_tokens: int = setting(4096, "tokens in one forward and backward pass; does not change the result", 1)
-    target_kl: float | None = setting(
-        None, "a minibatch with a larger approx_kl (nats per token) ends the actor's part of the step", above=0.0
+    epochs: Count = setting(4, "passes over each rollout")
+    minibatches: Count = setting(4, "optimizer steps in each epoch")
+    micro_batch_tokens: Count = setting(4096, "tokens in one forward and backward pass; does not change the result")
+    target_kl: Positive | None = setting(
+        None, "a minibatch with a larger approx_kl (nats per token) ends the actor's part of the step"
     )
-    lr: float = setting(1e-6, "learning rate of the actor (verl's default)", 0.0)
-    critic_lr: float = setting(1e-5, "learning rate of the critic (verl's default)", 0.0)
-    lr_schedule: str = setting(
-        "linear", "learning rate over the steps of the run", choices=("constant", "linear", "cosine")
+    lr: NonNegative = setting(1e-6, "learning rate of the actor (verl's default)")
+    critic_lr: NonNegative = setting(1e-5, "learning rate of the critic (verl's default)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "learning rate over the steps of the run")
+    warmup_ratio: Fraction = setting(0.03, "fraction of the steps in which the learning rate rises from 0")
+    weight_decay: NonNegative = setting(0.0, "weight decay of AdamW, for matrices only: not for norms and biases")
+    adam_eps: NonNegative = setting(
+        1e-8, "AdamW's epsilon (its authors' value; 1e-5, used in PPO on small networks, slows large models down)"
     )
-    warmup_ratio: float = setting(0.03, "share of the steps in which the learning rate rises from 0", 0.0, 1.0)
-    weight_decay: float = setting(0.0, "AdamW's weight decay, of matrices only: not of norms and biases", 0.0)
-    adam_eps: float = setting(
-        1e-8, "AdamW's epsilon (its authors' value; 1e-5, of PPO on small networks, slows large models down)", 0.0
+    adam_beta1: Annotated[float, Ge(0.0), Le(0.9999999)] = setting(0.9, "AdamW's decay of the mean of gradients")
+    adam_beta2: Annotated[float, Ge(0.0), Le(0.9999999)] = setting(
+        0.999, "AdamW's decay of the mean of squared gradients"
     )
-    adam_beta1: float = setting(0.9, "AdamW's decay of the mean of gradients", 0.0, 0.9999999)
-    adam_beta2: float = setting(0.999, "AdamW's decay of the mean of squared gradients", 0.0, 0.9999999)
-    max_grad_norm: float | None = setting(
-        1.0, "gradients of actor and critic are each clipped to this norm; none: they are not", above=0.0
+    max_grad_norm: Positive | None = setting(
+        1.0, "gradients of actor and critic are each clipped to this norm; none: not clipped"
     )
 
     # Loss (the options of ppo_fast.ppo_loss)
-    clip_low: float = setting(0.2, "ratio clipped from below at 1 - this", 0.0, 1.0)
-    clip_high: float = setting(0.2, "ratio clipped from above at 1 + this", 0.0)
-    dual_clip: float | None = setting(None, "bound c > 1 of the loss at negative advantages", above=1.0)
-    value_clip: float | None = setting(
-        0.2, "how far a value moves per rollout before its gradient stops; none: any distance", above=0.0
+    clip_low: Fraction = setting(0.2, "ratio clipped from below at 1 - this")
+    clip_high: NonNegative = setting(0.2, "ratio clipped from above at 1 + this")
+    dual_clip: Annotated[float, Gt(1.0)] | None = setting(
+        None, "bound c > 1 of the ratio at negative advantages (dual clip)"
     )
-    value_coef: float = setting(0.5, "weight of the value loss", 0.0)
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus", 0.0)
-    entropy_target: float | None = setting(
-        None,
-        "entropy per token to hold, in nats: entropy_coef rises below and falls above it (He et al. 2025)",
-        above=0.0,
+    value_clip: Positive | None = setting(0.2, "clip range of the values per rollout; none: not clipped")
+    value_coef: NonNegative = setting(0.5, "weight of the value loss")
+    entropy_coef: NonNegative = setting(0.0, "weight of the entropy bonus")
+    entropy_target: Positive | None = setting(
+        None, "target entropy per token, in nats: entropy_coef rises below it and falls above it (He et al. 2025)"
     )
-    entropy_step: float = setting(0.0005, "with entropy_target: by how much, each step", 0.0)
-    aggregation: str = setting(
-        "token-mean",
-        "how token losses become one",
-        choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
+    entropy_step: NonNegative = setting(0.0005, "with entropy_target: change of entropy_coef in each step")
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        setting("token-mean", "how the losses of tokens are reduced to one number")
     )
 
     # Evaluation, on held-out prompts
-    eval_every: int = setting(
-        0, "evaluate every n steps, before the first and after the last; 0: before and after only", 0
+    eval_every: NonNegativeInt = setting(
+        0, "evaluate every n steps, before the first and after the last; 0: before and after only"
     )
-    eval_samples: int = setting(1, "answers sampled for each held-out prompt in an evaluation", 1)
+    eval_samples: Count = setting(1, "responses sampled for each held-out prompt in an evaluation")
 
-    eval_greedy: bool = setting(False, "answer held-out prompts with the likeliest tokens instead of sampling")
+    eval_greedy: bool = setting(False, "take the most likely tokens for held-out prompts instead of sampling")
 
     # Machine and output
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    threads: int = setting(0, "PyTorch's threads on the CPU, in each process; 0: as many as it chooses", 0, 4096)
-    parallel: str = setting(
+    threads: Threads = setting(0, "PyTorch's threads on the CPU, in each process; 0: as many as it chooses")
+    parallel: Literal["auto", "ddp", "fsdp"] = setting(
         "auto",
-        "with several processes under torchrun: ddp, a model in each; fsdp, weights and optimizer divided; auto: ddp",
-        choices=("auto", "ddp", "fsdp"),
+        "with several processes under torchrun: ddp, a full model in each; fsdp, weights and optimizer in shards; auto:"
+        " ddp",
     )
     gather_for_sampling: bool = setting(
-        True,
-        "under fsdp each process holds the actor's whole weights while it samples (else: each layer for each token)",
+        True, "under fsdp gather the whole weights of the actor for sampling (else: each layer for each token)"
     )
-    process_timeout: float = setting(
-        1800.0, "with several processes: seconds after which one that does not come is named in an error", above=0.0
+    process_timeout: Positive = setting(
+        1800.0, "with several processes: seconds to wait for a process before an error names it"
     )
-    backend: str = setting("auto", "arithmetic of the losses", choices=("auto", "triton", "torch"))
+    backend: Literal["auto", "triton", "torch"] = setting("auto", "implementation of losses and advantages")
     tf32: bool = setting(False, "multiply fp32 matrices in TF32 on a GPU: faster, with 10 bits of mantissa")
-    chunk_bytes: int | None = setting(
+    chunk_bytes: Count | None = setting(
         None,
         "memory for the logits of one chunk and their gradients, in bytes; none: for 4096 tokens, and on a GPU at most"
         " a sixteenth of its memory",
-        1,
     )
     check_memory: bool = setting(
-        True, "refuse a run whose peak memory by calculation is more than the GPU has (see ppo-fast memory)"
+        True, "reject a run whose calculated peak memory exceeds that of the GPU (see ppo-fast memory)"
     )
     cudnn_attention: bool = setting(
-        False, "PyTorch may use cuDNN for attention, which plans anew for each shape (only bench/on_gpu.sh needs it)"
+        False, "allow cuDNN attention in PyTorch, which makes a new plan for each shape (only bench/on_gpu.sh needs it)"
     )
     out: str | None = setting(None, "folder for metrics, TensorBoard events, samples and the model")
     tensorboard: bool = setting(True, "write TensorBoard events to OUT/tensorboard")
-    save_every: int = setting(
-        20,
-        "write a checkpoint to OUT/checkpoints every n steps, from which --resume continues; 0: only when stopped",
-        0,
+    save_every: NonNegativeInt = setting(
+        20, "write a checkpoint to OUT/checkpoints every n steps, from which --resume continues; 0: only when stopped"
     )
-    keep_checkpoints: int = setting(2, "checkpoints to keep, the newest; each holds weights and optimizer", 1)
+    keep_checkpoints: Count = setting(2, "number of newest checkpoints to keep; each holds weights and optimizer")
     merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")
-    save_dtype: str = setting(
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "dtype of the weights in OUT/model and OUT/best; auto: that of the start model's folder, and fp32 for adapters"
         " and models from Python (checkpoints are fp32)",
-        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    show_samples_every: int = setting(10, "show tables of answers every n steps; 0: never, nor of evaluations", 0)
+    show_samples_every: NonNegativeInt = setting(
+        10, "show a table of responses every n steps; 0: never, also not for evaluations"
+    )
     quiet: bool = setting(False, "print nothing but errors")
 
+    _plain_values = field_validator("*", mode="before")(plain_value)
+
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            check_setting(option.name, value, option)
-            setattr(self, option.name, plain_value(value))
+        """Check combinations of options, after each option by itself; also after an assignment."""
         rollout = self.prompts_per_step * self.samples_per_prompt
         if rollout < self.minibatches:
             raise UserError(
@@ -205,23 +219,22 @@ class PPOConfig:
 
 
 def options_of(values: dict[str, Any]) -> PPOConfig:
-    """A PPOConfig from values as YAML gives them: lists for tuples, and 1e-6, which YAML 1.1 takes for a text."""
-    for option in dataclasses.fields(PPOConfig):
-        value = values.get(option.name)
-        if isinstance(value, list):
-            values = {**values, option.name: tuple(value)}
-        elif value == "none" and "None" in str(option.type):  # as on the command line
-            values = {**values, option.name: None}
-        elif isinstance(value, str) and "float" in str(option.type):
+    """Make a PPOConfig from values as YAML has them: "none" for None, and 1e-6, which is a string in YAML 1.1."""
+    converted = dict(values)
+    for name, option in options(PPOConfig).items():
+        value = values.get(name)
+        if value == "none" and option.optional:  # as on the command line
+            converted[name] = None
+        elif isinstance(value, str) and option.kind is float:
             try:
-                values = {**values, option.name: float(value)}
+                converted[name] = float(value)
             except ValueError:
-                continue  # PPOConfig names the option and the type that it wants
-    return PPOConfig(**values)
+                continue  # PPOConfig names the option and the expected type
+    return PPOConfig(**converted)
 
 
 def yaml_text(config: PPOConfig, others: dict[str, Any]) -> str:
-    """The resolved configuration as YAML: `others` (model, data and rewards of a run) and every option."""
+    """Return the resolved configuration as YAML: `others` (model, data and rewards of a run) and every option."""
     import yaml
 
     resolved = {**others, **dataclasses.asdict(config)}

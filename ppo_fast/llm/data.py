@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import nearest
+from ppo_fast.common.text import nearest
 
 Prompt = str | list[dict[str, Any]]
 

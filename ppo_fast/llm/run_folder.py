@@ -60,7 +60,7 @@ class RunFolder:
         with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
             for name in ("best", "model"):
                 checkpoint.recover(out / name)
-            checkpoint.sweep(checkpoints)
+            checkpoint.remove_partial(checkpoints)
             checkpoint.drop_after(checkpoints, step)
         checkpoint.prune(checkpoints, self.config.keep_checkpoints)
         drop_best_after(out / "best", step)

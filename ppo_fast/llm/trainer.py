@@ -393,7 +393,7 @@ class PPOTrainer:
             else:
                 if self.steps_done < self.config.total_steps:
                     self.stopped_by = request.name
-            self.recorded = progress.recorded
+            self.recorded = progress.rows
             if self.stopped_by is not None:
                 self._checkpoint(progress)
             else:
@@ -575,9 +575,9 @@ class PPOTrainer:
 
     def _save_model(self, progress: Progress) -> None:
         """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
-        card = model_card(self.config, self.run_options, progress.recorded)
+        card = model_card(self.config, self.run_options, progress.rows)
         try:
-            self.save("model", {"README.md": card}, progress.recorded)
+            self.save("model", {"README.md": card}, progress.rows)
         except UserError as error:
             last = self.folder.checkpoint_of(self.steps_done)
             if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`

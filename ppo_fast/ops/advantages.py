@@ -1,11 +1,14 @@
-"""TODO docstring."""
+"""gae, shape_rewards, masked_whiten and rlhf_advantages: their signatures, documentation and checks."""
 
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.advantages import eager as eager_advantages
+from ppo_fast.kernels.advantages import custom_op as advantages_op
+from ppo_fast.kernels.advantages.options import AdvantageTensors, ShapingOptions, WhiteningOptions
+from ppo_fast.kernels.gae import custom_op as gae_op
+from ppo_fast.kernels.gae.options import GAEOptions
 from ppo_fast.ops import checks
 from ppo_fast.ops.backend import Backend, uses_triton
 from ppo_fast.ops.checks import KL_ESTIMATORS, KLEstimator, public_operation
@@ -43,7 +46,7 @@ def gae(
     action taken at step t (the paper's r_t; Gymnasium returns it from the step that follows).
 
     Args:
-        rewards, values: [..., T]; [T, N] if time_major, read in place; [total] with cu_seqlens.
+        rewards, values: [..., T]; [T, N] if time_major, read in device; [total] with cu_seqlens.
         gamma, lam: floats in [0, 1], or tensors with one for each row ([B], [N] or [S]).
         mask: True where a step counts. A masked step is skipped and returns 0: the steps before and after it are
             treated as adjacent.
@@ -62,10 +65,10 @@ def gae(
     ([[0.5, 0.5, 0.5]], [[1.0, 1.0, 1.0]])
     """
     checks.floating("rewards", rewards)
-    shape, place = rewards.shape, rewards.device
+    shape, device = rewards.shape, rewards.device
     if not shape:
         raise ValueError("rewards must have at least one dimension, got a scalar")
-    if values is None or not checks.alike(shape, rewards.dtype, place, values, final_values):
+    if values is None or not checks.alike(shape, rewards.dtype, device, values, final_values):
         checks.matching("values", values, rewards, "rewards")
         if final_values is not None:
             checks.matching("final_values", final_values, rewards, "rewards")
@@ -76,37 +79,24 @@ def gae(
             raise ValueError("time_major and cu_seqlens exclude each other: packed tensors have one dimension")
         rows = (cu_seqlens.shape[0] - 1,)
     if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
-        checks.discount("gamma", gamma, rows, place)
+        checks.discount("gamma", gamma, rows, device)
     if isinstance(lam, Tensor) or not 0 <= lam <= 1:
-        checks.discount("lam", lam, rows, place)
+        checks.discount("lam", lam, rows, device)
     if mask is not None:
-        mask = checks.flag("mask", mask, shape, place, "rewards")
+        mask = checks.flag("mask", mask, shape, device, "rewards")
     if terminated is not None:
-        terminated = checks.flag("terminated", terminated, shape, place, "rewards")
+        terminated = checks.flag("terminated", terminated, shape, device, "rewards")
     if truncated is not None:
-        truncated = checks.flag("truncated", truncated, shape, place, "rewards")
+        truncated = checks.flag("truncated", truncated, shape, device, "rewards")
         if final_values is None:
             raise ValueError("truncated needs final_values, the values of the observations before each reset")
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
-        checks.device("bootstrap", bootstrap, place, "rewards")
-    kernel = eager_advantages
-    if uses_triton(backend, rewards, values, bootstrap, final_values):
-        from ppo_fast.kernels.gae import launch as kernel  # type: ignore[no-redef]
-    return kernel.gae(
-        rewards,
-        values,
-        gamma=gamma,
-        lam=lam,
-        mask=mask,
-        terminated=terminated,
-        truncated=truncated,
-        bootstrap=bootstrap,
-        final_values=final_values,
-        cu_seqlens=cu_seqlens,
-        time_major=time_major,
-    )
+        checks.device("bootstrap", bootstrap, device, "rewards")
+    options = GAEOptions(gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major)
+    use_triton = uses_triton(backend, rewards, values, bootstrap, final_values)
+    return gae_op.gae(rewards, values, options, use_triton=use_triton)
 
 
 def _check_rewards(
@@ -114,24 +104,23 @@ def _check_rewards(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     mask: Tensor,
-    kl_estimator: str,
-    score_clip: float | None,
-    reward_at: str,
+    options: ShapingOptions,
 ) -> Tensor:
     """Checks what turns scores into rewards; the mask as bool."""
+    _, kl_estimator, score_clip, reward_at = options
     checks.floating("logprobs", logprobs)
-    shape, place = logprobs.shape, logprobs.device
+    shape, device = logprobs.shape, logprobs.device
     if len(shape) != 2:
         raise ValueError(f"logprobs must have shape [B, T], got {tuple(shape)}")
-    if ref_logprobs is None or not checks.alike(shape, logprobs.dtype, place, ref_logprobs):
+    if ref_logprobs is None or not checks.alike(shape, logprobs.dtype, device, ref_logprobs):
         checks.matching("ref_logprobs", ref_logprobs, logprobs, "logprobs")
     checks.floating("scores", scores)
     if scores.shape != shape[:1] and scores.shape != shape:
         raise ValueError(
             f"scores must have shape [B] or [B, T] with [B, T] = {tuple(shape)}; got {tuple(scores.shape)}"
         )
-    if scores.device != place:
-        checks.device("scores", scores, place, "logprobs")
+    if scores.device != device:
+        checks.device("scores", scores, device, "logprobs")
     if kl_estimator not in KL_ESTIMATORS:
         checks.one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
     if reward_at not in ("last", "after_last"):
@@ -140,7 +129,7 @@ def _check_rewards(
         raise ValueError("reward_at='after_last' needs one score for each sequence, got scores [B, T]")
     if score_clip is not None:
         checks.not_negative("score_clip", score_clip)
-    counted = checks.flag("mask", mask, shape, place, "logprobs")
+    counted = checks.flag("mask", mask, shape, device, "logprobs")
     if counted is None:
         raise TypeError("mask must be a bool tensor [B, T], got None")
     return counted
@@ -180,21 +169,10 @@ def shape_rewards(
     >>> (rewards + 0.0).tolist()
     [[0.0, 1.0, 0.0]]
     """
-    mask = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
-    kernel = eager_advantages
-    if uses_triton(backend, scores, logprobs, ref_logprobs):
-        from ppo_fast.kernels.advantages import custom_op as kernel  # type: ignore[no-redef]
-
-    return kernel.shape_rewards(
-        scores,
-        logprobs,
-        ref_logprobs,
-        mask,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        score_clip=score_clip,
-        reward_at=reward_at,
-    )
+    options = ShapingOptions(kl_coef, kl_estimator, score_clip, reward_at)
+    mask = _check_rewards(scores, logprobs, ref_logprobs, mask, options)
+    use_triton = uses_triton(backend, scores, logprobs, ref_logprobs)
+    return advantages_op.shape_rewards(scores, logprobs, ref_logprobs, mask, options, use_triton=use_triton)
 
 
 @public_operation
@@ -227,11 +205,8 @@ def masked_whiten(
     mask = checks.flag("mask", mask, x.shape, x.device, "x")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    kernel = eager_advantages
-    if uses_triton(backend, x):
-        from ppo_fast.kernels.advantages import custom_op as kernel  # type: ignore[no-redef]
-
-    return kernel.masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group)
+    options = WhiteningOptions(shift_mean, unbiased, eps, group)
+    return advantages_op.masked_whiten(x, mask, options, use_triton=uses_triton(backend, x))
 
 
 @public_operation
@@ -275,40 +250,27 @@ def rlhf_advantages(
     >>> out.advantages.tolist(), out.stats["score_mean"].item()
     ([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]], 1.5)
     """
-    counted = _check_rewards(scores, logprobs, ref_logprobs, mask, kl_estimator, score_clip, reward_at)
+    shaping = ShapingOptions(kl_coef, kl_estimator, score_clip, reward_at)
+    mask = _check_rewards(scores, logprobs, ref_logprobs, mask, shaping)
     checks.matching("values", values, logprobs, "logprobs")
-    rows, place = scores.shape[:1], scores.device
+    rows, device = scores.shape[:1], scores.device
     if isinstance(gamma, Tensor) or not 0 <= gamma <= 1:
-        checks.discount("gamma", gamma, rows, place)
+        checks.discount("gamma", gamma, rows, device)
     if isinstance(lam, Tensor) or not 0 <= lam <= 1:
-        checks.discount("lam", lam, rows, place)
+        checks.discount("lam", lam, rows, device)
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
-        checks.device("bootstrap", bootstrap, place, "logprobs")
+        checks.device("bootstrap", bootstrap, device, "logprobs")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    kernel = eager_advantages
-    if uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap):
-        from ppo_fast.kernels.advantages import custom_op as kernel  # type: ignore[no-redef]
-    return AdvantageOutput(
-        *kernel.rlhf_advantages(
-            scores,
-            logprobs,
-            ref_logprobs,
-            values,
-            counted,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            score_clip=score_clip,
-            reward_at=reward_at,
-            gamma=gamma,
-            lam=lam,
-            bootstrap=bootstrap,
-            whiten=whiten,
-            shift_mean=shift_mean,
-            unbiased=unbiased,
-            eps=eps,
-            group=group,
-        )
+    use_triton = uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap)
+    output = advantages_op.rlhf_advantages(
+        AdvantageTensors(scores, logprobs, ref_logprobs, values, mask),
+        shaping,
+        GAEOptions(gamma, lam, bootstrap=bootstrap),
+        WhiteningOptions(shift_mean, unbiased, eps, group),
+        whiten=whiten,
+        use_triton=use_triton,
     )
+    return AdvantageOutput(*output)

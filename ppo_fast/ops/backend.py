@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The choice between the Triton kernels and PyTorch."""
 
 from importlib.util import find_spec
 from typing import Literal

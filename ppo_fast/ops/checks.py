@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from ppo_fast.kernels.common import memory
 from ppo_fast.kernels.common.memory import jit_tracer, readable, transforms_active
-from ppo_fast.ops import checks
+from ppo_fast.kernels.loss.options import LossOptions
 
 # Options that may be numbers in tensors. They are constants: no operation has a gradient for them.
 OPTIONS = frozenset(
@@ -286,54 +286,59 @@ _Result = TypeVar("_Result")
 
 
 def public_operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """A public operation, which receives plain tensors: see `checks.resolved`."""
+    """A public operation, which receives plain tensors: see `resolved`."""
 
     @functools.wraps(function)
     def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if torch.compiler.is_compiling():
-            checks.compiled(function.__name__, kwargs)
-        elif not checks.ordinary(args, kwargs):
-            bound = checks.resolved(function, args, kwargs)
+            compiled(function.__name__, kwargs)
+        elif not ordinary(args, kwargs):
+            bound = resolved(function, args, kwargs)
             return function(*bound.args, **bound.kwargs)
         return function(*args, **kwargs)
 
     return operation
 
 
-def check_policy_options(
-    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float, kl_estimator: str
-) -> None:
+def policy_options(options: LossOptions) -> None:
+    """Checks the options of the policy term."""
+    clip_low, clip_high, dual_clip, log_ratio_clamp, _, _, kl_estimator, *_ = options
     if not 0 <= clip_low <= 1:
         raise ValueError(f"clip_low must lie in [0, 1], got {clip_low}")
     if not clip_high >= 0:
-        checks.not_negative("clip_high", clip_high)
+        not_negative("clip_high", clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
     if not log_ratio_clamp > 0:
-        checks.positive("log_ratio_clamp", log_ratio_clamp)
+        positive("log_ratio_clamp", log_ratio_clamp)
     if kl_estimator not in KL_ESTIMATORS:
-        checks.one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
+        one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
 
 
-def check_aggregation(
-    x: Tensor,
-    name: str,
-    aggregation: str,
-    denominator: float | Tensor | None,
-    norm_length: float | None,
-    cu_seqlens: Tensor | None,
-) -> None:
+def loss_aggregation(name: str, x: Tensor, options: LossOptions, boundaries: Tensor | None) -> None:
+    """Checks how the terms of the loss are averaged; x is what the loss is computed from."""
+    aggregation, given, norm_length = options[-3:]
     if aggregation not in AGGREGATIONS:
-        checks.one_of("aggregation", aggregation, AGGREGATIONS)
-    if cu_seqlens is not None:
-        checks.cu_seqlens(cu_seqlens, x, name)
-    if denominator is not None:
-        checks.denominator(denominator, aggregation, x)
+        one_of("aggregation", aggregation, AGGREGATIONS)
+    if boundaries is not None:
+        cu_seqlens(boundaries, x, name)
+    if given is not None:
+        denominator(given, aggregation, x)
     if norm_length is not None:
-        checks.positive("norm_length", norm_length)
+        positive("norm_length", norm_length)
         if aggregation != "seq-mean-token-sum-norm":
             raise ValueError(f"norm_length belongs to aggregation='seq-mean-token-sum-norm', got {aggregation!r}")
-    elif aggregation == "seq-mean-token-sum-norm" and cu_seqlens is not None:
+    elif aggregation == "seq-mean-token-sum-norm" and boundaries is not None:
         raise ValueError("aggregation='seq-mean-token-sum-norm' needs norm_length when cu_seqlens is given")
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar")
+
+
+def may_overlap(x: Tensor) -> bool:
+    """Whether two elements of x may have one address, as in expanded and sliding-window views."""
+    reach = 0
+    for stride, size in sorted((x.stride(i), x.shape[i]) for i in range(x.ndim) if x.shape[i] > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""linear_logprobs and linear_ppo_loss: their signatures, documentation and checks."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ppo_fast.kernels.common import memory
-from ppo_fast.kernels.linear import eager as eager_linear
+from ppo_fast.kernels.linear import custom_op
+from ppo_fast.kernels.linear.options import HeadOptions
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 from ppo_fast.ops import checks
 from ppo_fast.ops.backend import Backend, uses_triton
-from ppo_fast.ops.checks import Aggregation, KLEstimator, check_aggregation, check_policy_options, public_operation
+from ppo_fast.ops.checks import Aggregation, KLEstimator, public_operation
 
 
 class LinearLossOutput(NamedTuple):
@@ -22,19 +24,19 @@ class LinearLossOutput(NamedTuple):
 
 
 def _check_head(
+    operation: str,
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     tokens: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_bytes: int | None,
-    logits_dtype: torch.dtype | None,
-    num_counted: int | None,
+    options: HeadOptions,
 ) -> Tensor | None:
-    """Checks what the operations on hidden states share; the mask as bool."""
+    """Checks what both operations have in common, and returns the mask as bool."""
+    temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted = options
+    if torch.compiler.is_compiling():  # otherwise public_operation does so
+        for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            memory.refuse_distributed(operation, name, x)
     checks.floating("hidden", hidden)
     checks.floating("weight", weight)
     shape, head = hidden.shape, weight.shape
@@ -44,16 +46,16 @@ def _check_head(
         )
     if hidden.dtype is not weight.dtype:
         raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
-    place = hidden.device
-    if weight.device != place:
-        checks.device("weight", weight, place, "hidden")
+    device = hidden.device
+    if weight.device != device:
+        checks.device("weight", weight, device, "hidden")
     if bias is not None:
         checks.floating("bias", bias)
         checks.shape("bias", bias, head[:1], "weight's rows")
-        checks.device("bias", bias, place, "hidden")
+        checks.device("bias", bias, device, "hidden")
     rows = shape[:-1]
-    mask = checks.flag("mask", mask, rows, place, "hidden without its last dimension")
-    checks.token_ids(tokens, mask, rows, place, "hidden without its last dimension", head[0])
+    mask = checks.flag("mask", mask, rows, device, "hidden without its last dimension")
+    checks.token_ids(tokens, mask, rows, device, "hidden without its last dimension", head[0])
     checks.temperature(temperature)
     if softcap is not None:
         checks.positive("softcap", softcap)
@@ -117,24 +119,11 @@ def linear_logprobs(
     >>> [round(x, 4) for x in logp.tolist()]
     [-0.5514, -0.2395]
     """
-    head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
-    mask = _check_head(hidden, weight, tokens, mask, *head)
-    kernel = eager_linear
-    if uses_triton(backend, hidden, weight, bias):
-        from ppo_fast.kernels.linear import launch as kernel  # type: ignore[no-redef]
-    return kernel.linear_logprobs(
-        hidden,
-        weight,
-        tokens,
-        mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        with_entropy=with_entropy,
-        chunk_bytes=chunk_bytes,
-        logits_dtype=logits_dtype,
-        num_counted=num_counted,
+    options = HeadOptions(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted)
+    mask = _check_head("linear_logprobs", hidden, weight, bias, tokens, mask, options)
+    use_triton = uses_triton(backend, hidden, weight, bias)
+    return custom_op.linear_logprobs(
+        hidden, weight, bias, tokens, mask, options, with_entropy=with_entropy, use_triton=use_triton
     )
 
 
@@ -189,8 +178,8 @@ def linear_ppo_loss(
     >>> out.stats["ratio_mean"].item(), round(out.entropy[0].item(), 4)
     (1.0, 1.0986)
     """
-    head = bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted
-    mask = _check_head(hidden, weight, tokens, mask, *head)
+    head_options = HeadOptions(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted)
+    mask = _check_head("linear_ppo_loss", hidden, weight, bias, tokens, mask, head_options)
     checks.floating("advantages", advantages)
     checks.shape("advantages", advantages, tokens.shape, "tokens")
     checks.device("advantages", advantages, hidden.device, "hidden")
@@ -201,38 +190,25 @@ def linear_ppo_loss(
                 checks.matching(name, x, advantages, "advantages")
     if ref_logprobs is None and kl_coef != 0:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, which was not given")
-    check_policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, kl_estimator)
-    check_aggregation(advantages, "advantages", aggregation, denominator, norm_length, cu_seqlens)
-    kernel = eager_linear
-    if uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights):
-        from ppo_fast.kernels.linear import launch as kernel  # type: ignore[no-redef]
-    return LinearLossOutput(
-        *kernel.linear_ppo_loss(
-            hidden,
-            weight,
-            tokens,
-            old_logprobs,
-            advantages,
-            mask,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            log_ratio_clamp=log_ratio_clamp,
-            entropy_coef=entropy_coef,
-            ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            weights=weights,
-            aggregation=aggregation,
-            denominator=denominator,
-            norm_length=norm_length,
-            cu_seqlens=cu_seqlens,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            chunk_bytes=chunk_bytes,
-            logits_dtype=logits_dtype,
-            num_counted=num_counted,
-        )
+    tensors = LossTensors(old_logprobs, advantages, mask, weights, ref_logprobs, None, None, None, cu_seqlens)
+    options = LossOptions(
+        clip_low,
+        clip_high,
+        dual_clip,
+        log_ratio_clamp,
+        entropy_coef,
+        kl_coef,
+        kl_estimator,
+        1.0,
+        None,
+        aggregation,
+        denominator,
+        norm_length,
     )
+    checks.policy_options(options)
+    checks.loss_aggregation("advantages", advantages, options, cu_seqlens)
+    use_triton = uses_triton(backend, hidden, weight, bias, old_logprobs, advantages, ref_logprobs, weights)
+    output = custom_op.linear_ppo_loss(
+        hidden, weight, bias, tokens, tensors, options, head_options, use_triton=use_triton
+    )
+    return LinearLossOutput(*output)

@@ -1,8 +1,9 @@
-"""TODO docstring."""
+"""token_logprobs: its signature, documentation and checks."""
 
 from torch import Tensor
 
-from ppo_fast.kernels.logprobs import eager as eager_logprobs
+from ppo_fast.kernels.logprobs import custom_op
+from ppo_fast.kernels.logprobs.options import LogprobOptions
 from ppo_fast.ops import checks
 from ppo_fast.ops.backend import Backend, uses_triton
 from ppo_fast.ops.checks import public_operation
@@ -53,9 +54,10 @@ def token_logprobs(
     mask = checks.flag("mask", mask, rows, place, "logits without its last dimension")
     checks.token_ids(tokens, mask, rows, place, "logits without its last dimension", shape[-1])
     checks.temperature(temperature)
-    kernel = eager_logprobs
-    if uses_triton(backend, logits):
-        from ppo_fast.kernels.logprobs import launch as kernel  # type: ignore[no-redef]
-    return kernel.token_logprobs(
-        logits, tokens, mask, temperature=temperature, with_entropy=with_entropy, inplace_backward=inplace_backward
-    )
+    if inplace_backward and checks.may_overlap(logits):
+        raise ValueError(
+            "token_logprobs: inplace_backward=True needs logits whose elements have addresses of their own, "
+            f"got shape {tuple(shape)} with strides {logits.stride()}; pass logits.contiguous()"
+        )
+    options = LogprobOptions(temperature, with_entropy, inplace_backward)
+    return custom_op.token_logprobs(logits, tokens, mask, options, use_triton=uses_triton(backend, logits))

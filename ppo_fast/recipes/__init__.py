@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import nearest
+from ppo_fast.common.text import nearest
 
 NAMES = ("question_answering", "summarisation", "translation", "dialogue", "free_text", "classification")
 _FILES = ("recipe.yaml", "prompts.jsonl", "held_out.jsonl")

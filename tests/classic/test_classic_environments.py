@@ -1,4 +1,4 @@
-"""classic.py with other people's environments: autoreset modes, spaces, wrappers, states."""
+"""Classic RL with environments of others: autoreset modes, spaces, wrappers, evaluation, states."""
 
 import functools
 import os
@@ -23,11 +23,10 @@ from support.given import Given  # noqa: E402
 from ppo_fast.classic import (  # noqa: E402
     ClassicConfig,
     ClassicTrainer,
-    evaluate,
 )
 from ppo_fast.classic.envs.maze import Maze  # noqa: E402
 from ppo_fast.classic.envs.vector import environment_states, resets_in_same_step  # noqa: E402
-from ppo_fast.classic.spaces import read_actions, read_observations  # noqa: E402
+from ppo_fast.classic.spaces import action_decoder, observation_encoder  # noqa: E402
 from ppo_fast.common.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +80,7 @@ def test_a_mode_is_read_from_a_member_or_its_text(mode):
     trainer = ClassicTrainer(small(rollout_steps=20), envs=Vector({"autoreset_mode": mode}))
     trainer.collect()
     assert trainer.same_step
-    assert trainer.counted.all()
+    assert trainer.mask.all()
     assert {length for _, _, length in trainer.finished} == {5}
     following = AutoresetMode.NEXT_STEP if isinstance(mode, AutoresetMode) else "NextStep"
     assert not resets_in_same_step(Vector({"autoreset_mode": following}))
@@ -89,12 +88,14 @@ def test_a_mode_is_read_from_a_member_or_its_text(mode):
 
 @pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, "Disabled", "samestep", "SAME_STEP", "", None, 3])
 def test_other_modes_are_rejected(mode):
-    with pytest.raises(UserError, match=f"autoreset mode {getattr(mode, 'value', mode)}; PPO needs|does not say when"):
+    with pytest.raises(
+        UserError, match=f"autoreset mode {getattr(mode, 'value', mode)}; PPO needs|does not declare when"
+    ):
         ClassicTrainer(small(), envs=Vector({"autoreset_mode": mode}))
 
 
 def test_environments_that_declare_no_mode_are_rejected():
-    with pytest.raises(UserError, match=r'Vector does not say when it resets .* metadata\["autoreset_mode"\]'):
+    with pytest.raises(UserError, match=r'Vector does not declare when it resets .* metadata\["autoreset_mode"\]'):
         ClassicTrainer(small(), envs=Vector({}))
 
 
@@ -143,20 +144,20 @@ def test_gymnasium_1_0_resets_in_the_next_step(monkeypatch):
 
 def test_integers_are_divided_by_their_declared_size():
     box = spaces.Box(np.array([0, -4, 0, 0]), np.array([1, 2, 10, 0]), dtype=np.int16)
-    code = read_observations("it", box)
+    code = observation_encoder("it", box)
     seen = code.encode(np.array([[1, -4, 5, 0]], np.int16), None)
     np.testing.assert_allclose(seen, [[1, -1, 0.5, 0]])
-    assert read_observations("it", spaces.Box(0, 1, (8, 8, 27), np.uint8)).scale is None  # they stay as they are
-    pixels = read_observations("it", spaces.Box(0, 255, (128,), np.uint8))
+    assert observation_encoder("it", spaces.Box(0, 1, (8, 8, 27), np.uint8)).scale is None  # they stay as they are
+    pixels = observation_encoder("it", spaces.Box(0, 255, (128,), np.uint8))
     assert pixels.encode(np.full((1, 128), 255, np.uint8), None).max() == 1
-    unbounded = read_observations("it", spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64))
+    unbounded = observation_encoder("it", spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64))
     assert unbounded.scale is None
-    assert read_observations("it", spaces.Box(0, 255, (2,), np.float32)).scale is None
+    assert observation_encoder("it", spaces.Box(0, 255, (2,), np.float32)).scale is None
 
 
 @pytest.mark.parametrize("network", ["cnn", "mlp"])
 @pytest.mark.parametrize("high", [1, 255, "each"])
-def test_a_network_sees_maps_from_zero_to_one(network, high):
+def test_the_input_of_a_network_is_from_zero_to_one(network, high):
     shape = (8, 6, 3)
     highs = (
         np.array([1, 10, 255], np.uint8) * np.ones(shape, np.uint8)
@@ -211,7 +212,7 @@ def test_maps_of_zero_and_one_are_learned_from_like_those_of_255():
 def test_one_hot_observations_take_memory_for_one_row_each():
     n = 20_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code = read_observations("it", spaces.Discrete(n, start=-2))
+    code = observation_encoder("it", spaces.Discrete(n, start=-2))
     start = time.perf_counter()
     for _ in range(20):
         seen = code.encode(np.array([-2, n - 3]), None)
@@ -226,7 +227,7 @@ def test_one_hot_observations_take_memory_for_one_row_each():
 @pytest.mark.parametrize("value", [-3, 3])
 def test_an_observation_outside_of_its_discrete_space_is_named(value):
     with pytest.raises(UserError, match=r"an observation is \[-?\d\], outside of its space, -2 to 2"):
-        read_observations("it", spaces.Discrete(5, start=-2)).encode(np.array([value]), None)
+        observation_encoder("it", spaces.Discrete(5, start=-2)).encode(np.array([value]), None)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_an_observation_outside_of_its_discrete_space_is_named(value):
 def test_composite_observations_are_flattened(register, space, vectorization):
     name = register("Composite-v0", functools.partial(Given, space))
     trainer = ClassicTrainer(small(env=name, eval_episodes=1, vectorization=vectorization))
-    assert trainer.shape == spaces.flatten_space(space).shape
+    assert trainer.observation_shape == spaces.flatten_space(space).shape
     assert trainer.train()["eval_returns"] == [5.0]
 
 
@@ -270,8 +271,8 @@ def test_moments_are_of_double_precision(dtype):
     make = functools.partial(Far, spaces.Box(-np.inf, np.inf, (3,), dtype))
     trainer = trainer_of(make, count=8, rollout_steps=128, normalize_observations=True)
     trainer.collect()
-    assert trainer.observation_moments.var.dtype == np.float64
-    seen = trainer.observations[64:128][trainer.counted[64:]]
+    assert trainer.observation_rms.var.dtype == np.float64
+    seen = trainer.observations[64:128][trainer.mask[64:]]
     assert seen.std().item() == pytest.approx(1, abs=0.05)  # 3000 numbers: four standard errors
 
 
@@ -287,8 +288,8 @@ def test_the_observation_after_a_termination_is_not_needed(normalize, action):
 
     trainer = trainer_of(functools.partial(Lost, action=action), normalize_observations=normalize)
     trainer.train()
-    assert trainer.steps_done >= 64
-    assert np.isfinite(trainer.observation_moments.mean).all()
+    assert trainer.global_step >= 64
+    assert np.isfinite(trainer.observation_rms.mean).all()
     assert torch.isfinite(trainer.observations).all()
 
 
@@ -305,7 +306,7 @@ def test_moments_count_the_observations_that_are_acted_on():
             functools.partial(Numbers, box), mode=mode, rollout_steps=steps - 1, normalize_observations=True
         )
         trainer.collect()
-        found.append(trainer.observation_moments)
+        found.append(trainer.observation_rms)
     assert [float(x.mean[0]) for x in found] == pytest.approx([2.0, 2.0])
     assert [float(x.var[0]) for x in found] == pytest.approx([2.0, 2.0])
 
@@ -315,7 +316,7 @@ def test_moments_count_the_observations_that_are_acted_on():
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8, np.uint64, np.float64])
 def test_integer_actions_are_rounded_to_the_nearest_and_clipped(dtype):
-    code = read_actions("it", spaces.Box(0, 3, (1,), dtype))
+    code = action_decoder("it", spaces.Box(0, 3, (1,), dtype))
     given = code.to_environment(np.array([[-0.4], [0.6], [1.9], [2.99], [7.0], [-9.0]], np.float32))
     assert given.dtype == dtype
     wanted = [0, 0.6, 1.9, 2.99, 3, 0] if dtype == np.float64 else [0, 1, 2, 3, 3, 0]
@@ -326,7 +327,7 @@ def test_integer_actions_are_rounded_to_the_nearest_and_clipped(dtype):
 def test_the_largest_integers_do_not_overflow(dtype):
     limits = np.iinfo(dtype)
     space = spaces.Box(limits.min, limits.max, (1,), dtype)
-    given = read_actions("it", space).to_environment(np.array([[-1e30], [0.0], [1e30]], np.float32))
+    given = action_decoder("it", space).to_environment(np.array([[-1e30], [0.0], [1e30]], np.float32))
     assert all(space.contains(x) for x in given)
     assert given[0, 0] <= limits.min * 0.999
     assert given[2, 0] >= limits.max * 0.999
@@ -349,7 +350,7 @@ def test_the_largest_integers_do_not_overflow(dtype):
     ],
 )
 def test_a_range_that_is_wide_or_without_zero_is_measured_from_its_middle_or_its_bound(space, wanted):
-    given = read_actions("it", space).to_environment(np.array([[-20.0], [0.0], [0.5]], np.float32))
+    given = action_decoder("it", space).to_environment(np.array([[-20.0], [0.0], [0.5]], np.float32))
     assert all(space.contains(x) for x in given)
     assert given.ravel().tolist() == wanted
 
@@ -407,7 +408,7 @@ def test_several_choices_are_learned():
 @pytest.mark.parametrize("space", [spaces.Text(3), spaces.Box(-1, 1, (0,), np.float32), spaces.Dict()])
 def test_other_action_spaces_are_rejected(space):
     with pytest.raises(UserError, match="has the action space"):
-        read_actions("it", space)
+        action_decoder("it", space)
 
 
 def test_the_environment_gets_a_copy_of_the_actions():
@@ -520,7 +521,7 @@ def test_what_cannot_be_evaluated_alike_is_rejected_before_the_training(make):
     trainer = ClassicTrainer(small(eval_episodes=1), envs=envs)
     with pytest.raises(UserError, match=r"pass eval_env.*eval_episodes = 0"):
         trainer.train()
-    assert trainer.steps_done == 0
+    assert trainer.global_step == 0
     envs.close()
 
 
@@ -530,7 +531,7 @@ def test_environments_to_evaluate_in_with_other_bounds_are_rejected():
     )
     with pytest.raises(UserError, match=r"evaluate in has Discrete\(3\) where the training has Discrete\(2\)"):
         trainer.train()
-    assert trainer.steps_done == 0
+    assert trainer.global_step == 0
 
 
 def test_a_vector_form_from_make_vec_is_evaluated_in_one_of_its_kind():
@@ -565,7 +566,7 @@ def test_statistics_of_a_normalising_wrapper_are_those_of_the_training_and_stay(
     far = functools.partial(Far, spaces.Box(-np.inf, np.inf, (3,), np.float32))
     trainer = trainer_of(lambda: NormalizeObservation(far()), rollout_steps=200)
     trainer.collect()
-    env = evaluate.evaluation_env(trainer, drawn=False)
+    env = trainer.evaluation_env()
     raw = np.concatenate([env.reset(seed=9)[0][None], *[env.step(0)[0][None] for _ in range(4)]])
     assert abs(raw.mean()) < 1  # fresh statistics give 0 first; these would of 100 without them
     assert env.obs_rms.mean == pytest.approx(trainer.envs.envs[0].obs_rms.mean)
@@ -593,7 +594,7 @@ def test_get_state_and_set_state_of_others_are_not_called(register, tmp_path):
     assert environment_states(SyncVectorEnv([StateOfAnotherMeaning])) is None
 
 
-def test_states_are_saved_of_classes_that_say_so_themselves():
+def test_states_are_saved_of_classes_that_declare_it_themselves():
     class Deeper(Maze):
         """Has more state than a Maze; what it inherits does not speak for it."""
 
@@ -636,7 +637,7 @@ def test_modules_in_the_current_folder_are_found_by_the_installed_command(tmp_pa
 
 
 def test_an_unknown_environment_may_belong_to_a_package():
-    with pytest.raises(UserError, match=r"doesn't exist\. If another package brings it, write PACKAGE:MiniGrid-Empty"):
+    with pytest.raises(UserError, match=r"doesn't exist\. If another package has it, write PACKAGE:MiniGrid-Empty"):
         ClassicTrainer(small(env="MiniGrid-Empty-5x5-v0"))
 
 

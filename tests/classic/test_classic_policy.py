@@ -1,4 +1,4 @@
-"""classic.py: saved policies, what a run shows and leaves, and signals."""
+"""Saved policies, output and files of a classic run, signals and failures."""
 
 import functools
 import json
@@ -21,10 +21,11 @@ from gymnasium import spaces  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv  # noqa: E402
 from support import given  # noqa: E402
 
+from ppo_fast import classic  # noqa: E402
 from ppo_fast.classic import ClassicConfig, ClassicTrainer  # noqa: E402
-from ppo_fast.classic import ppo as classic  # noqa: E402
-from ppo_fast.classic.logger import Log  # noqa: E402
-from ppo_fast.classic.ppo import Stopped  # noqa: E402
+from ppo_fast.classic.envs.workers import close  # noqa: E402
+from ppo_fast.classic.logger import RunLogger  # noqa: E402
+from ppo_fast.classic.trainer import Stopped  # noqa: E402
 from ppo_fast.common import checkpoint  # noqa: E402
 from ppo_fast.common.errors import UserError  # noqa: E402
 
@@ -86,14 +87,14 @@ def test_a_loaded_policy_acts_as_the_trainer(tmp_path, observation, action):
     assert all(actions.contains(policy.act(x)) for x in batch)
     assert np.array_equal(policy.act(batch[3]), wanted[3])
     if normalize:
-        assert trainer.observation_moments.count > 50
-        assert policy.moments.count == trainer.observation_moments.count
+        assert trainer.observation_rms.count > 50
+        assert policy.rms.count == trainer.observation_rms.count
 
 
 def test_a_policy_is_loaded_from_a_folder_or_a_checkpoint_named_by_its_steps(tmp_path):
     trainer = trained(tmp_path, save_every=1)
     newest = checkpoint.newest(tmp_path / "checkpoints")
-    assert newest.name == f"step-{trainer.steps_done}"
+    assert newest.name == f"step-{trainer.global_step}"
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {p.name for p in newest.parent.iterdir()} == {f"step-{row['step']:.0f}" for row in rows[-2:]}
     weights = [classic.load(x).network.policy_head.weights[0] for x in (tmp_path, str(newest), newest.parent)]
@@ -113,7 +114,7 @@ def test_sampled_actions_follow_the_policy_and_the_generator(tmp_path, action):
         assert (first[:, 0, 0] <= 6).mean() == pytest.approx(shares.cdf(torch.tensor(6.5)).item(), abs=0.04)
     else:
         first = first.reshape(4000, -1)[:, 0]
-        n = policy.actions.sizes[0]
+        n = policy.decoder.sizes[0]
         counts = np.bincount(first - first.min(), minlength=n) / 4000
         np.testing.assert_allclose(counts, out[:n].softmax(-1), atol=0.04)  # five standard deviations
 
@@ -125,7 +126,7 @@ def test_an_observation_of_another_shape_is_named(tmp_path, observation):
         classic.load(tmp_path).act(observation)
 
 
-def test_a_policy_says_how_composite_observations_are_flattened(tmp_path):
+def test_a_policy_names_the_wrapper_for_composite_observations(tmp_path):
     trained(tmp_path)
     for observation in ({"a": np.zeros(3)}, (0, 1, 2)):
         with pytest.raises(UserError, match=r"takes what gymnasium\.wrappers\.FlattenObservation makes"):
@@ -177,7 +178,7 @@ def test_an_earlier_run_is_replaced_on_request_and_nothing_else(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == first
     trainer = trained(tmp_path, total_steps=32, overwrite=True)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == trainer.updates_done < len(first.splitlines())
-    assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == [f"step-{trainer.steps_done}"]
+    assert [x.name for x in (tmp_path / "checkpoints").iterdir()] == [f"step-{trainer.global_step}"]
     assert not (tmp_path / "tensorboard").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -203,7 +204,7 @@ def test_of_a_link_to_a_folder_elsewhere_the_link_is_replaced(tmp_path):
     assert not list(out.glob("*.outdated"))
 
 
-def test_a_run_leaves_curves_and_says_where_everything_is(tmp_path, capsys):
+def test_a_run_writes_curves_and_prints_where_its_files_are(tmp_path, capsys):
     trained(tmp_path, quiet=False)
     assert (tmp_path / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
@@ -225,14 +226,14 @@ def test_files_of_others_are_not_overwritten(tmp_path, name, overwrite):
     assert [x.name for x in tmp_path.iterdir()] == [name]
 
 
-def test_a_run_without_matplotlib_leaves_out_its_curves(tmp_path, monkeypatch, capsys):
+def test_a_run_without_matplotlib_has_no_curves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ppo_fast.classic.logger.can_draw", lambda: False)
     trained(tmp_path, quiet=False)
     assert not (tmp_path / "learning_curves.png").exists()
     assert "learning_curves.png" not in capsys.readouterr().out
 
 
-def test_a_run_that_keeps_nothing_says_so(capsys):
+def test_a_run_without_a_folder_reports_that_nothing_was_saved(capsys):
     ClassicTrainer(small(quiet=False), envs=SyncVectorEnv([Given])).train()
     assert "nothing was saved: --out FOLDER" in capsys.readouterr().out
 
@@ -261,11 +262,11 @@ def test_progress_is_shown_within_an_evaluation(monkeypatch, capsys):
 def test_a_terminal_gets_one_line_that_fits_in_with_a_bar_where_there_is_room(monkeypatch, capsys, columns, start):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("ppo_fast.common.console.Output.isatty", lambda self: True, raising=False)
-    with Log(small(quiet=False, total_steps=1000), 0, 100, lambda: 500) as log:
-        log.record({"step": 400, "entropy": 0.5, "return": 10.0})
-        log.show()
-        log.show()
-        log.say("a sentence")
+    with RunLogger(small(quiet=False, total_steps=1000), 0, lambda: 500) as log:
+        log.log_metrics({"step": 400, "entropy": 0.5, "return": 10.0})
+        log.log_progress()
+        log.log_progress()
+        log.info("a sentence")
     out = capsys.readouterr().out
     first, second = re.findall(r"\r(.*?)\x1b\[K", out)[:2]
     assert re.match(start, first)
@@ -339,7 +340,7 @@ def stopped_by(number: int, trainer: ClassicTrainer) -> Stopped:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_without_a_folder_says_that_nothing_is_saved(number):
+def test_a_stopped_run_without_a_folder_reports_that_nothing_was_saved(number):
     trainer = ClassicTrainer(small(total_steps=10**6), envs=SyncVectorEnv([Given]))
     stopped = stopped_by(number, trainer)
     assert stopped.number == number
@@ -347,7 +348,7 @@ def test_a_stopped_run_without_a_folder_says_that_nothing_is_saved(number):
 
 
 def test_a_long_rollout_is_given_up_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("ppo_fast.classic.GRACE", 0.2)
+    monkeypatch.setattr("ppo_fast.classic.trainer.GRACE", 0.2)
 
     class Slow(Given):
         def step(self, action):
@@ -389,7 +390,7 @@ def test_a_signal_that_ends_processes_of_the_users_environments_saves_the_run(tm
     message = rf"{number.name}: stopped after update (\d); .*step-\d+ is the checkpoint of update \1,"
     with pytest.raises(Stopped, match=message):
         trainer.train()
-    classic.close(envs)
+    close(envs)
     assert not any(process.is_alive() for process in envs.processes)
     envs = AsyncVectorEnv([Given, Given])
     resumed = ClassicTrainer(small(total_steps=200, out=str(tmp_path), resume=True), envs=envs)
@@ -398,7 +399,7 @@ def test_a_signal_that_ends_processes_of_the_users_environments_saves_the_run(tm
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
-def test_an_environment_that_fails_leaves_a_checkpoint_of_what_was_learned(tmp_path, save_every):
+def test_a_checkpoint_is_written_when_an_environment_fails(tmp_path, save_every):
     def trainer(**options) -> ClassicTrainer:
         fails_at = None if options.get("resume") else 90
         envs = SyncVectorEnv([functools.partial(Given, fails_at=fails_at), Given])
@@ -431,5 +432,5 @@ def test_a_killed_process_of_the_environments_does_not_delay_the_end(tmp_path):
         trainer.train()
     assert checkpoint.newest(tmp_path / "checkpoints") is not None
     began = time.monotonic()
-    classic.close(envs)
+    close(envs)
     assert time.monotonic() - began < 5

@@ -1,4 +1,4 @@
-"""Our Gymnasium environments: clean for Gymnasium's checker, and true to what they promise."""
+"""The included environments pass Gymnasium's checker and behave as documented."""
 
 import json
 import warnings
@@ -25,7 +25,7 @@ def write(env: TextGeneration, letters: str) -> list[tuple]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [None, "ansi", "human", "rgb_array"])
-def test_gymnasiums_checker_finds_a_fault(name, mode):
+def test_environments_pass_gymnasiums_checker(name, mode):
     if mode == "rgb_array" and "Text" in name:
         pytest.skip("a text has no picture")
     with warnings.catch_warnings():
@@ -33,7 +33,7 @@ def test_gymnasiums_checker_finds_a_fault(name, mode):
         check_env(gymnasium.make(name, render_mode=mode).unwrapped)
 
 
-def test_human_mode_does_not_print_what_is_written(capsys):
+def test_human_mode_prints_the_text(capsys):
     env = gymnasium.make("ppo_fast/TextGeneration-v0", render_mode="human")
     env.reset(seed=0)
     for letter in "ab.":
@@ -41,7 +41,7 @@ def test_human_mode_does_not_print_what_is_written(capsys):
     assert capsys.readouterr().out.split() == ["_", "a_", "ab_", "ab."]
 
 
-def test_a_second_import_warns_that_the_environments_are_registered():
+def test_a_second_import_does_not_warn():
     import importlib
 
     with warnings.catch_warnings():
@@ -51,7 +51,7 @@ def test_a_second_import_warns_that_the_environments_are_registered():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_does_not_bring_back_the_episode(name):
+def test_a_state_restores_the_episode(name):
     env, other = gymnasium.make(name).unwrapped, gymnasium.make(name).unwrapped
     env.reset(seed=1)
     other.reset(seed=2)
@@ -65,12 +65,12 @@ def test_a_state_does_not_bring_back_the_episode(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_episodes_of_one_seed_differ(name):
+def test_two_episodes_of_one_seed_are_equal(name):
     env, other = gymnasium.make(name).unwrapped, gymnasium.make(name).unwrapped
     assert np.array_equal(env.reset(seed=5)[0], other.reset(seed=5)[0])
 
 
-def test_a_full_stop_does_not_end_the_text():
+def test_a_full_stop_ends_the_text():
     env = TextGeneration(max_steps=6)
     env.reset(seed=0)
     steps = write(env, "ab.")
@@ -80,13 +80,13 @@ def test_a_full_stop_does_not_end_the_text():
         env.step(0)
 
 
-def test_the_last_position_does_not_end_the_text():
+def test_the_last_position_ends_the_text():
     env = TextGeneration(max_steps=3)
     env.reset(seed=0)
     assert [step[1:4] for step in write(env, "abc")][-1] == (0.0, True, False)
 
 
-def test_the_observation_is_not_what_was_written():
+def test_the_observation_is_the_text_backwards():
     env = TextGeneration(max_steps=4)
     first, _ = env.reset(seed=0)
     assert not first.any()
@@ -96,7 +96,7 @@ def test_the_observation_is_not_what_was_written():
     assert env.reset()[0].sum() == 0
 
 
-def test_a_scorer_of_the_users_is_not_called_for_each_character():
+def test_a_scorer_of_the_user_is_called_for_each_character():
     calls = []
     env = TextGeneration(max_steps=3, scorer=lambda *given: calls.append(given) or 0.5)
     env.reset()
@@ -105,7 +105,7 @@ def test_a_scorer_of_the_users_is_not_called_for_each_character():
 
 
 @pytest.mark.parametrize("scorer", text.SCORERS)
-def test_a_scorer_cannot_be_named(scorer):
+def test_a_scorer_can_be_named(scorer):
     env = gymnasium.make("ppo_fast/TextGeneration-v0", scorer=scorer, max_steps=4)
     env.reset(seed=0)
     rewards = [env.step(ALPHABET.index(letter))[1] for letter in "a b."]
@@ -118,18 +118,18 @@ def test_a_scorer_cannot_be_named(scorer):
     assert rewards == expected[scorer]
 
 
-def test_words_of_a_generator_are_lost():
+def test_words_may_come_from_a_generator():
     assert WordScorer(x for x in ("cat", "dog"))("cat.", True) == 1.5
 
 
-def test_a_word_pays_twice():
+def test_a_word_is_rewarded_once():
     score = WordScorer(["cat"])
     texts = ["cat cat x cat."[:n] for n in range(1, 15)]
     assert [n for n, x in enumerate(texts) if score(x, False) == 1.5] == [3]
 
 
 @pytest.mark.parametrize("size", [5, 7, 21])
-def test_the_exit_cannot_be_reached(size):
+def test_the_exit_can_be_reached(size):
     for seed in range(30):
         maze = Maze(size=size)
         maze.reset(seed=seed)
@@ -140,13 +140,13 @@ def test_the_exit_cannot_be_reached(size):
         assert maze.walls[:, [0, -1]].all()
 
 
-def test_openings_make_no_loops():
+def test_openings_make_loops():
     tree, open_ = (carve(15, share, np.random.default_rng(0)) for share in (0.0, 1.0))
     assert (~tree).sum() == 2 * 7 * 7 - 1  # 49 rooms and the 48 doors of a tree
     assert (~open_).sum() == 49 + 2 * 7 * 6
 
 
-def test_walls_do_not_stop_the_agent_or_the_exit_is_not_worth_ten():
+def test_walls_stop_the_agent_and_the_exit_is_worth_ten():
     maze = Maze(size=7, layout_seed=1)
     maze.reset(seed=0)
     steps = distances(maze.walls, maze.exit)
@@ -171,7 +171,7 @@ def test_walls_do_not_stop_the_agent_or_the_exit_is_not_worth_ten():
     assert rewards[-1] == pytest.approx(9.9)
 
 
-def test_the_step_limit_is_a_termination_or_comes_late():
+def test_the_step_limit_is_a_truncation():
     maze = Maze(size=5, layout_seed=0, max_steps=3)
     maze.reset(seed=0)
     up = 0  # a wall
@@ -180,7 +180,7 @@ def test_the_step_limit_is_a_termination_or_comes_late():
     assert maze.step(up)[2:4] == (False, False)
 
 
-def test_layouts_do_not_follow_their_seed():
+def test_layouts_follow_their_seed():
     fixed, drawn = Maze(size=9, layout_seed=3), Maze(size=9)
     layouts = []
     for seed in range(4):
@@ -191,7 +191,7 @@ def test_layouts_do_not_follow_their_seed():
     assert len(set(layouts)) > 1
 
 
-def test_random_starts_stay_in_one_place_or_on_the_exit():
+def test_random_starts_are_all_floor_cells_except_the_exit():
     maze = Maze(size=7, layout_seed=0, random_start=True)
     maze.reset(seed=0)
     starts = set()
@@ -201,7 +201,7 @@ def test_random_starts_stay_in_one_place_or_on_the_exit():
     assert starts == set(maze.floor()) - {maze.exit}
 
 
-def test_the_drawings_show_another_maze():
+def test_text_and_picture_show_the_maze():
     maze = Maze(size=5, layout_seed=0, render_mode="ansi")
     maze.reset(seed=0)
     rows = maze.render().split("\n")
@@ -218,7 +218,7 @@ def test_the_drawings_show_another_maze():
     ("make", "message"),
     [
         (lambda: Maze(size=4), "size must be an odd number"),
-        (lambda: Maze(openings=2), "openings must lie"),
+        (lambda: Maze(openings=2), "openings must be in"),
         (lambda: Maze(max_steps=0), "max_steps must be at least 1"),
         (lambda: Maze(render_mode="braille"), "render_mode must be"),
         (lambda: TextGeneration(max_steps=0), "max_steps must be a whole number"),
@@ -232,20 +232,20 @@ def test_the_drawings_show_another_maze():
         (lambda: text.LengthScorer(0), "length must be"),
     ],
 )
-def test_a_bad_argument_is_accepted(make, message):
+def test_a_bad_argument_is_rejected(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_impossible_action_is_taken(name):
+def test_an_impossible_action_is_rejected(name):
     env = gymnasium.make(name, disable_env_checker=True).unwrapped
     env.reset(seed=0)
     with pytest.raises(UserError, match="an action must be"):
         env.step(99)
 
 
-def test_the_examples_do_not_run(tmp_path, capsys):
+def test_the_examples_run(tmp_path, capsys):
     from ppo_fast.examples import classic_maze, classic_text
 
     out = str(tmp_path / "maze")

@@ -76,7 +76,7 @@ def test_train_on_a_jsonl_file_leaves_model_metrics_and_picture(folder, capsys):
     assert "learn" in shown
 
 
-def test_reward_models_weights_and_a_critic_of_ones_own_are_not_read(folder):
+def test_reward_models_weights_and_a_critic_model_are_read(folder):
     model = tiny_llama(258)
     model.config.num_labels = 1
     LlamaForSequenceClassification(model.config).save_pretrained(folder / "judge")
@@ -115,7 +115,7 @@ def write(folder: Path, text: str) -> dict[str, str]:
         (lambda f: {"reward": f"{f / 'rewards.py'}:too_few"}, "returned 1 values for 4 answers"),
         (lambda f: {"reward": f"{f / 'rewards.py'}:nan"}, "expected a finite number, got nan"),
         (lambda f: {"model": str(save_tiny_model(f / "nopad", pad=False))}, "has no pad token"),
-        (lambda f: {"gamma": "2"}, "gamma must lie in [0, 1], got 2.0"),
+        (lambda f: {"gamma": "2"}, "gamma must be in [0, 1], got 2.0"),
         (
             lambda f: {"reward": "ppo_fast.rewards:f1(reference=solution)"},
             "ppo-fast: error: the data has no column 'solution', which the reward 'f1' asks for; it has answer\n",
@@ -148,7 +148,7 @@ def test_bad_input_gets_one_clear_line(folder, capsys, change, message):
     assert error.count("\n") == 1
 
 
-def test_a_column_that_rewards_need_is_missed_only_after_sampling(folder, capsys, monkeypatch):
+def test_a_missing_column_is_reported_before_sampling(folder, capsys, monkeypatch):
     def sample(*arguments):
         raise AssertionError("answers were sampled")
 
@@ -165,7 +165,7 @@ def test_a_column_that_rewards_need_is_missed_only_after_sampling(folder, capsys
     assert "no column 'answer'" in capsys.readouterr().err
 
 
-def test_a_column_that_some_rows_lack_ends_the_run_at_a_step_without_it(folder):
+def test_a_column_that_some_rows_lack_is_none_there(folder):
     rows = [{"question": f"What is {i}?", **({"hint": "yes"} if i == 0 else {})} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "hints.py").write_text("def hints(prompts, completions, hint): return [float(x is None) for x in hint]\n")
@@ -174,7 +174,7 @@ def test_a_column_that_some_rows_lack_ends_the_run_at_a_step_without_it(folder):
     assert sorted(scores) == [0.75, 1.0, 1.0]
 
 
-def test_triton_without_a_gpu_ends_in_a_traceback(folder, capsys, monkeypatch):
+def test_triton_without_a_gpu_is_one_sentence(folder, capsys, monkeypatch):
     monkeypatch.setattr("ppo_fast.kernels.common.launch.interpreting", lambda: False)
     assert main(command(folder, backend="triton")) == 1
     assert "backend='triton' needs" in capsys.readouterr().err

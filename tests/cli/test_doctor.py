@@ -1,4 +1,4 @@
-"""The doctor: right on a healthy machine, an error on a broken operation."""
+"""ppo-fast doctor: every check passes, and a wrong operation is an error."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def test_doctor_prints_a_table(capsys):
     assert f"{count} of {count} checks are right" in shown
 
 
-def test_the_report_can_be_pasted_and_says_what_was_compiled(capsys):
+def test_the_report_can_be_pasted_and_lists_the_compiled_kernels(capsys):
     assert main(["doctor", "--report"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("```\n")
@@ -129,7 +129,7 @@ def test_doctor_reports_how_low_precision_products_are_computed(monkeypatch):
     assert doctor.describe()["products"].count("into the same dtype, and then to fp32") == 2
 
 
-def test_doctor_reports_the_attention_that_a_run_takes(tmp_path):
+def test_doctor_reports_the_attention_of_a_run(tmp_path):
     facts = doctor.describe()
     assert facts["attention float32"] == "PyTorch's SDPA by buckets"
     with stand_in.machine(tmp_path, "2.8.3"):

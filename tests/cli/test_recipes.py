@@ -1,4 +1,4 @@
-"""Recipes are copied whole, run as they are, and their prompts are fit for their rewards."""
+"""Recipes are copied completely, run unchanged, and have prompts that match their rewards."""
 
 import json
 import shlex
@@ -67,7 +67,7 @@ def test_recipes_are_listed(capsys):
         assert name in shown
 
 
-def test_the_command_that_follows_a_recipe_breaks_at_a_blank(tmp_path: Path, capsys):
+def test_the_command_that_follows_a_recipe_quotes_a_blank(tmp_path: Path, capsys):
     assert main(["recipe", "dialogue", str(tmp_path / "my chats")]) == 0
     assert shlex.split(capsys.readouterr().out)[-5] == str(tmp_path / "my chats" / "recipe.yaml")
 
@@ -90,7 +90,7 @@ def test_an_unknown_key_in_a_recipe_is_named_before_anything_is_loaded(tmp_path:
     assert "unknown option max_new_token; did you mean max_new_tokens?" in capsys.readouterr().err
 
 
-def test_the_same_reward_twice_is_refused(tmp_path: Path, capsys):
+def test_the_same_reward_twice_is_rejected(tmp_path: Path, capsys):
     config, *_ = recipes.copy("dialogue", tmp_path)
     spec = ["--reward", "ppo_fast.rewards:no_echo"]
     assert main(["train", "--config", str(config), "--model", "nowhere", *spec, *spec]) == 1

@@ -1,4 +1,4 @@
-"""A run that was killed, stopped, or met a full disk goes on bit for bit.
+"""A run that was killed, stopped, or met a full disk is resumed bit for bit.
 
 The runs are processes of their own, forked from a server that has everything imported, and die by SIGKILL.
 """
@@ -94,7 +94,7 @@ def run(*arguments, **options) -> int:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> dict:
-    """What a run leaves that nobody has disturbed."""
+    """The files of a run that was not disturbed."""
     assert run(folder, "whole") == 0, (folder / "whole.log").read_text()
     begun = time.perf_counter()  # the server has its imports now
     assert run(folder, "whole", "--overwrite") == 0, (folder / "whole.log").read_text()
@@ -135,7 +135,7 @@ def test_the_whole_run_moves_and_records_every_step(whole):
     assert not [name for name in whole["files"] if "unfinished" in name or "outdated" in name]
 
 
-def test_a_run_killed_at_random_moments_differs_from_one_that_ran_through(folder, whole):
+def test_a_run_killed_at_random_moments_has_the_bits_of_one_that_was_not(folder, whole):
     moments = random.Random(0)
     kills = 0
     for _ in range(200):
@@ -155,7 +155,7 @@ def test_a_run_killed_at_random_moments_differs_from_one_that_ran_through(folder
     assert kills >= 20
 
 
-def test_a_run_killed_at_each_point_of_saving_differs_from_one_that_ran_through(folder, whole):
+def test_a_run_killed_at_each_point_of_saving_has_the_bits_of_one_that_was_not(folder, whole):
     """Before every 7th fsync, rename, new folder or removal; all of them would take some minutes."""
     shutil.rmtree(folder / "points", ignore_errors=True)
     assert run(folder, "points", die_at=10_000) == 0, (folder / "points.log").read_text()
@@ -180,7 +180,7 @@ def wait_for(path: Path, child) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_loses_the_step_that_is_under_way(folder, whole, name):
+def test_ctrl_c_completes_and_saves_the_current_step(folder, whole, name):
     number = signal.Signals[name]
     child = start(folder, name, "--save-every", "0", "--no-quiet")
     wait_for(folder / name / "eval" / "step-2.md", child)
@@ -188,7 +188,7 @@ def test_ctrl_c_loses_the_step_that_is_under_way(folder, whole, name):
     child.join(60)
     assert child.exitcode == 128 + number
     log = (folder / f"{name}.log").read_text()
-    assert f"{name}: this step comes to its end, then the run is saved; once more to leave at once" in log
+    assert f"{name}: this step is completed, then the run is saved; once more to stop at once" in log
     (saved,) = (folder / name / "checkpoints").iterdir()
     assert f"stopped by {name} after {saved.name.replace('-', ' ')}; --resume continues it" in log
     assert not (folder / name / "model").exists()
@@ -197,7 +197,7 @@ def test_ctrl_c_loses_the_step_that_is_under_way(folder, whole, name):
     assert_same(folder / name, whole)
 
 
-def test_a_full_disk_harms_the_checkpoint_before(folder, whole):
+def test_a_full_disk_leaves_the_checkpoint_before(folder, whole):
     """A limit on the size of files stands for the disk: the system refuses to write, in the middle of a file."""
     child = start(folder, "full", "--save-every", "0")
     wait_for(folder / "full" / "eval" / "step-2.md", child)

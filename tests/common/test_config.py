@@ -1,4 +1,4 @@
-"""Options from a file and from the command line: which wins, what is refused, and that a run's own file repeats it."""
+"""Options from a file and from the command line: precedence, errors, and a run repeated from its own file."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from support.tiny import save_tiny_model
 from ppo_fast.cli.main import build_parser, main
 from ppo_fast.cli.train import RUN_OPTIONS, resolve
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import read_yaml
+from ppo_fast.common.options import options, read_yaml
 from ppo_fast.llm.config import PPOConfig, options_of, yaml_text
 
 FIELDS = [option.name for option in dataclasses.fields(PPOConfig)]
@@ -25,7 +25,7 @@ def resolved(tmp_path: Path, text: str, *arguments: str):
     return resolve(parser.parse_args(["train", "--config", str(tmp_path / "c.yaml"), *arguments]), train)
 
 
-def test_the_command_line_does_not_win_over_the_file(tmp_path):
+def test_the_command_line_has_precedence_over_the_file(tmp_path):
     text = NEEDED + "lr: 1.0e-3\nepochs: 2\nkl-coef: 0.5\nvalue_clip: 0.3\nwhiten_advantages: false\nstop: [a, b]\n"
     config, run = resolved(tmp_path, text, "--lr", "0.01", "--model", "other", "--value-clip", "none")
     assert (config.lr, config.epochs, config.kl_coef, config.value_clip) == (0.01, 2, 0.5, None)
@@ -51,11 +51,11 @@ def test_rewards_of_the_command_line_are_added_to_those_of_the_file(tmp_path):
         ("promts: x\n", "c.yaml: unknown option promts; did you mean prompts?"),
         ("overwrite: true\n", "c.yaml: unknown option overwrite"),
         ("qqq: 3\n", "c.yaml: unknown option qqq"),
-        ("lr: 1\nlr: 2\n", "c.yaml: the option lr stands there twice"),
-        ("kl-coef: 1\nkl_coef: 2\n", "c.yaml: the option kl_coef stands there twice"),
+        ("lr: 1\nlr: 2\n", "c.yaml: the option lr occurs twice"),
+        ("kl-coef: 1\nkl_coef: 2\n", "c.yaml: the option kl_coef occurs twice"),
         ("- lr\n", "c.yaml must hold lines like `lr: 1.0e-6`, got list"),
         ("lr: [1\n", "c.yaml is not YAML: "),
-        ("gamma: 1.5\n", "gamma must lie in [0, 1], got 1.5"),
+        ("gamma: 1.5\n", "gamma must be in [0, 1], got 1.5"),
         ("total_steps: 0\n", "total_steps must be at least 1, got 0"),
         ("eval_every: -1\n", "eval_every must be at least 0, got -1"),
         ("eval_samples: 0\n", "eval_samples must be at least 1, got 0"),
@@ -75,7 +75,7 @@ def test_a_bad_option_in_the_file_is_named(tmp_path, text, message):
     assert message in str(error.value)
 
 
-def test_a_missing_or_empty_file_is_taken_for_a_bad_one(tmp_path):
+def test_a_missing_file_is_an_error_and_an_empty_one_is_not(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the configuration: .*absent.yaml: No such file"):
         read_yaml(tmp_path / "absent.yaml", FIELDS)
     (tmp_path / "empty.yaml").write_text("# nothing\n")
@@ -99,16 +99,16 @@ def test_yaml_that_python_cannot_read_is_named(tmp_path, text, message):
 
 def test_a_seed_has_at_most_32_bits():
     assert PPOConfig(seed=2**32 - 1).seed == 4294967295
-    with pytest.raises(UserError, match=r"seed must lie in \[0, 4294967295\], got 4294967296"):
+    with pytest.raises(UserError, match=r"seed must be in \[0, 4294967295\], got 4294967296"):
         PPOConfig(seed=2**32)
 
 
-def test_1e_6_without_a_point_is_a_text_in_yaml_and_refused():
-    assert yaml.safe_load("lr: 1e-6")["lr"] == "1e-6", "YAML 1.1 has changed its mind: options_of may forget this"
+def test_1e_6_without_a_point_is_converted_from_the_string_that_yaml_reads():
+    assert yaml.safe_load("lr: 1e-6")["lr"] == "1e-6", "YAML 1.1 has changed: options_of need not convert it"
     assert options_of({"lr": "1e-6", "score_clip": "5e0"}) == PPOConfig(lr=1e-6, score_clip=5.0)
 
 
-def test_a_run_without_model_or_prompts_does_not_say_which_is_missing(tmp_path, capsys):
+def test_a_missing_model_or_prompts_option_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         resolved(tmp_path, "model: m\n")
     assert exit_.value.code == 2
@@ -117,7 +117,7 @@ def test_a_run_without_model_or_prompts_does_not_say_which_is_missing(tmp_path, 
     )
 
 
-def test_the_resolved_configuration_read_again_is_another(tmp_path):
+def test_the_resolved_configuration_can_be_read_again(tmp_path):
     changed = PPOConfig(
         lr=3e-7, stop=("\n\n", "é: #"), value_clip=None, dual_clip=2.0, quiet=True, out="runs/x", lora_targets="a,b"
     )
@@ -129,20 +129,20 @@ def test_the_resolved_configuration_read_again_is_another(tmp_path):
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == {*RUN_OPTIONS, *FIELDS}
 
 
-def test_help_leaves_out_an_option_its_default_or_its_range():
+def test_help_has_every_option_with_default_and_range():
     _, train = build_parser()
     actions = {action.dest: action for action in train._actions}
-    for option in dataclasses.fields(PPOConfig):
+    for option in options(PPOConfig).values():
         text = str(actions[option.name].help)
         assert "(default: " in text, option.name
         assert len(text.split(" (default")[0]) >= 15, f"{option.name} is not explained"
-        if option.metadata["low"] is not None:
+        if option.low is not None:
             assert "at least " in text or " to " in text.split("(default")[-1], option.name
     for name in RUN_OPTIONS:
         assert "default" in str(actions[name].help), name
 
 
-def test_a_field_of_the_configuration_has_no_command_line_option():
+def test_every_field_of_the_configuration_has_a_command_line_option():
     _, train = build_parser()
     assert {*RUN_OPTIONS, *FIELDS} <= {action.dest for action in train._actions}
     assert all(a.default is argparse.SUPPRESS for a in train._actions if a.dest in {*RUN_OPTIONS, *FIELDS}), (
@@ -170,7 +170,7 @@ def metrics(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
 
 
-def test_a_run_from_the_file_of_another_run_differs_from_it(folder):
+def test_a_run_from_the_file_of_another_run_repeats_it(folder):
     assert main(["train", "--config", str(folder / "c.yaml"), "--out", str(folder / "a"), "--seed", "3"]) == 0
     again = ["train", "--config", str(folder / "a" / "config.yaml")]
     assert main(again) == 1  # its OUT already holds a run
@@ -180,6 +180,6 @@ def test_a_run_from_the_file_of_another_run_differs_from_it(folder):
     assert metrics(folder / "a") != metrics(folder / "c")
 
 
-def test_eval_every_without_held_out_prompts_is_ignored_in_silence(folder, capsys):
+def test_eval_every_without_held_out_prompts_is_an_error(folder, capsys):
     assert main(["train", "--config", str(folder / "c.yaml"), "--eval-every", "2"]) == 1
     assert "eval_every = 2 needs held-out prompts: --eval-prompts FILE on the command line" in capsys.readouterr().err

@@ -13,8 +13,9 @@ import pytest
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast.cli.main import main
-from ppo_fast.common.checkpoint import UNFINISHED, GrowingFile, reported, write_file
+from ppo_fast.common.checkpoint import UNFINISHED, reported, write_file
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.jsonl import JsonLines
 from ppo_fast.common.logger import Events
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.llm.config import PPOConfig
@@ -92,7 +93,7 @@ def test_metrics_on_a_full_disk_keep_whole_lines_and_the_run_is_resumed(tmp_path
 
 
 def test_a_record_that_does_not_fit_leaves_no_part_of_it(tmp_path):
-    file = GrowingFile(tmp_path / "run" / "x.jsonl")
+    file = JsonLines(tmp_path / "run" / "x.jsonl")
     file.write_row({"text": "first \ud83d"})
     with full_disk(40), pytest.raises(UserError, match=r"x.jsonl could not be written: .*; there is no checkpoint"):
         file.write_row({"text": "second, which is longer than the limit"})
@@ -203,7 +204,7 @@ def test_a_line_that_no_run_wrote_is_named_at_resume(tmp_path, name, line):
         truncate_logs(tmp_path, 2)
 
 
-def test_what_others_put_beside_evaluations_stays(tmp_path):
+def test_files_of_others_beside_evaluations_are_kept(tmp_path):
     (tmp_path / "eval").mkdir()
     for name in ("step-1.md", "step-3.md", "step-x.md", "step-3.jsonl" + UNFINISHED):
         (tmp_path / "eval" / name).write_text("")
@@ -217,19 +218,19 @@ def test_files_of_a_classic_run_on_a_full_disk_end_in_a_sentence(tmp_path):
 
     from ppo_fast.classic.config import ClassicConfig
     from ppo_fast.classic.envs.vector import write_frames
-    from ppo_fast.classic.logger import Log
+    from ppo_fast.classic.logger import RunLogger
 
     config = ClassicConfig(env="CartPole-v1", out=str(tmp_path), quiet=True, tensorboard=False)
 
-    def fill(log: Log) -> None:
+    def fill(log: RunLogger) -> None:
         for step in range(1, 100):
-            log.record({"step": step, "entropy": 0.5, "explained_variance": 0.0})
+            log.log_metrics({"step": step, "entropy": 0.5, "explained_variance": 0.0})
 
-    with Log(config, 0, 10) as log, full_disk(200):
+    with RunLogger(config, 0) as log, full_disk(200):
         with pytest.raises(UserError, match=r"metrics.jsonl could not be written: File too large"):
             fill(log)
         with pytest.raises(UserError, match=r"summary.json could not be written: File too large"):
-            log.close_with({"text": 200 * "x"})
+            log.log_summary({"text": 200 * "x"})
     rows = rows_of(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows

@@ -1,4 +1,4 @@
-"""Output folders: what somebody else wrote is never replaced, by any command."""
+"""Output folders: no command replaces files of others."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_folder_is_made_and_marked_and_belongs_to_its_command(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.md", "metrics.jsonl", ".lock", ".lock.holder"])
-def test_a_folder_with_other_files_is_refused(tmp_path, name):
+def test_a_folder_with_other_files_is_rejected(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=rf"holds files that ppo_fast did not write, such as {name}: choose a new or"):
         claim(tmp_path)
@@ -41,13 +41,13 @@ def test_a_folder_with_other_files_is_refused(tmp_path, name):
         claim(tmp_path / name / "x")
 
 
-def test_a_folder_with_folders_of_others_is_refused(tmp_path):
+def test_a_folder_with_folders_of_others_is_rejected(tmp_path):
     (tmp_path / ".git").mkdir()
     with pytest.raises(UserError, match=r"holds files that ppo_fast did not write, such as \.git: choose a new or"):
         claim(tmp_path)
 
 
-def test_files_that_no_command_could_replace_may_be_there_before(tmp_path):
+def test_files_that_no_command_could_replace_are_accepted(tmp_path):
     for name in ("log.txt", "slurm-17.out", "run.sh", ".gitignore"):
         (tmp_path / name).write_text("mine")
     claim(tmp_path)
@@ -59,7 +59,7 @@ def test_the_top_of_a_disk_is_an_output_folder(tmp_path):
     assert claim(tmp_path) == tmp_path
 
 
-def test_a_copy_without_the_mark_is_told_what_it_lacks(tmp_path):
+def test_a_copy_without_the_mark_gets_an_error_that_names_it(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"a copy of an output folder needs its hidden file \.ppo_fast, too$"):
         claim(tmp_path)
@@ -119,7 +119,7 @@ def test_classic_does_not_write_to_the_folder_of_somebody_else(foreign, capsys):
             assert contents(foreign) == before
 
 
-def test_a_trainer_from_python_does_not_either(foreign):
+def test_a_trainer_from_python_does_not_write_to_the_folder_of_somebody_else(foreign):
     before = contents(foreign)
     options = PPOConfig(out=str(foreign), device="cpu", quiet=True, total_steps=1, prompts_per_step=4, max_new_tokens=3)
     rows = [{"prompt": "a"}, {"prompt": "b"}]
@@ -170,7 +170,7 @@ def test_every_file_at_the_top_of_an_output_folder_has_a_known_ending(tmp_path):
     assert {".jsonl", ".yaml"} <= endings_in(tmp_path / "llm") <= ENDINGS
 
 
-def test_every_file_that_classic_leaves_has_a_known_ending(tmp_path):
+def test_every_file_that_classic_writes_has_a_known_ending(tmp_path):
     pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
     command = ["classic", "--env", "ppo_fast/Maze-v0", "--total-steps", "300", "--record", "gif", "--quiet"]
     assert main([*command, "--eval-episodes", "1", "--eval-max-steps", "5", "--out", str(tmp_path / "maze")]) == 0

@@ -1,4 +1,4 @@
-"""One run per folder, and a folder that stays where it was."""
+"""One run per folder, and folders that do not depend on the current folder."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_a_second_process_is_refused_and_told_who_has_the_folder(tmp_path, holder):
+def test_a_second_process_gets_an_error_that_names_the_holder(tmp_path, holder):
     message = rf"another run is using .*out: process {holder.pid} on .*, since \d{{4}}-"
     with pytest.raises(UserError, match=message), locked(tmp_path / "out"):
         pass
@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         pass
 
 
-def test_train_and_the_command_line_refuse_a_folder_in_use(tmp_path, holder, capsys):
+def test_train_and_the_command_line_reject_a_folder_in_use(tmp_path, holder, capsys):
     save_tiny_model(tmp_path / "m")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "r.py").write_text("def f(prompts, completions):\n    return [0.0] * len(completions)\n")

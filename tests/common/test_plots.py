@@ -1,4 +1,4 @@
-"""Curves have axes that mean something, also those of one step and of a constant."""
+"""Ranges and ticks of the axes of learning curves, also for one step and for a constant."""
 
 import pytest
 
@@ -20,7 +20,7 @@ SCORE = "score (mean of a step's answers)"
         ([1e-4, 3e-4], (0.9e-4, 3.1e-4)),
     ],
 )
-def test_the_range_of_an_axis_is_not_that_of_rounding(values, expected):
+def test_the_range_of_an_axis_exceeds_rounding(values, expected):
     assert range_shown(values) == pytest.approx(expected, abs=1e-7)
 
 

@@ -1,4 +1,4 @@
-"""Waiting threads of commands, examples and benchmarks sleep; runs say how many threads they use."""
+"""Waiting threads of commands, examples and benchmarks sleep; runs print their number of threads."""
 
 import json
 import os
@@ -125,5 +125,5 @@ def test_the_benchmark_of_the_wait_policy_compares_both_policies(tmp_path: Path)
 @pytest.mark.parametrize("count", [-1, 100_000, 10**12])
 def test_a_number_of_threads_that_no_machine_has_is_rejected(count):
     """PyTorch fails with a traceback, or starts any number of them."""
-    with pytest.raises(UserError, match=rf"threads must lie in \[0, 4096\], got {count}"):
+    with pytest.raises(UserError, match=rf"threads must be in \[0, 4096\], got {count}"):
         PPOConfig(threads=count)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.backends import TORCH
 from torch import Tensor
 
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.advantages import eager as eager_advantages
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 ROOT = Path(__file__).parents[2]
@@ -50,22 +50,20 @@ def test_rewards_are_wrong(kl_estimator, reward_at):
     x = make()
     del x["values"]
     options = dict(kl_coef=0.3, kl_estimator=kl_estimator, score_clip=1.0, reward_at=reward_at)
-    close(eager_advantages.shape_rewards(**x, **options), reference.shape_rewards(**double(x), **options))
+    close(TORCH.shape_rewards(**x, **options), reference.shape_rewards(**double(x), **options))
 
 
 def test_token_scores_are_wrong():
     x = make()
     x["scores"] = torch.where(x["mask"], torch.randn(5, 9), torch.nan)
     del x["values"]
-    close(eager_advantages.shape_rewards(**x), reference.shape_rewards(**double(x)))
+    close(TORCH.shape_rewards(**x), reference.shape_rewards(**double(x)))
 
 
 def test_the_score_behind_the_last_token_stands_elsewhere_by_hand():
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     zero = torch.zeros(2, 4)
-    rewards, _, longer = eager_advantages.shape_rewards(
-        torch.tensor([1.0, 2.0]), zero, zero, mask, reward_at="after_last"
-    )
+    rewards, _, longer = TORCH.shape_rewards(torch.tensor([1.0, 2.0]), zero, zero, mask, reward_at="after_last")
     assert (rewards + 0.0).tolist() == [[0, 0, 1, 0], [0, 0, 0, 2]]
     assert longer.tolist() == [[True, True, True, False], [True] * 4]
 
@@ -75,7 +73,7 @@ def test_the_score_behind_the_last_token_stands_elsewhere_by_hand():
 def test_whitening_is_wrong(shift_mean, unbiased):
     x = make()
     options = dict(shift_mean=shift_mean, unbiased=unbiased)
-    actual = eager_advantages.masked_whiten(x["values"], x["mask"], **options)
+    actual = TORCH.masked_whiten(x["values"], x["mask"], **options)
     close((actual,), (reference.masked_whiten(x["values"].double(), x["mask"], **options),))
     assert not actual[~x["mask"]].any()
 
@@ -83,15 +81,15 @@ def test_whitening_is_wrong(shift_mean, unbiased):
 @pytest.mark.parametrize("counted", [0, 1])
 def test_whitening_one_element_or_none_scales_it(counted):
     x, mask = torch.tensor([3.0, 5.0]), torch.tensor([counted == 1, False])
-    assert eager_advantages.masked_whiten(x, mask).tolist() == [0.0, 0.0]
-    assert eager_advantages.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0 * counted, 0.0]
+    assert TORCH.masked_whiten(x, mask).tolist() == [0.0, 0.0]
+    assert TORCH.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0 * counted, 0.0]
 
 
 def test_whitening_cancels_where_the_mean_is_large():
     """Sums of squares in fp32 would lose the variance of 10000 + noise."""
     x = 1e4 + torch.randn(4000)
     truth = reference.masked_whiten(x.double())
-    assert (eager_advantages.masked_whiten(x).double() - truth).abs().max() < 2e-3
+    assert (TORCH.masked_whiten(x).double() - truth).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("whiten", [True, False])
@@ -102,7 +100,7 @@ def test_rlhf_advantages_differ_from_their_parts(whiten, reward_at):
         x["values"] = torch.where(x["mask"], x["values"], 0.25)
     options = dict(gamma=0.9, lam=0.8, kl_coef=0.2, whiten=whiten, reward_at=reward_at, bootstrap=torch.ones(5))
     truth_options = options | {"bootstrap": torch.ones(5).double()}
-    close(eager_advantages.rlhf_advantages(**x, **options), reference.rlhf_advantages(**double(x), **truth_options))
+    close(TORCH.rlhf_advantages(**x, **options), reference.rlhf_advantages(**double(x), **truth_options))
 
 
 WORKER = """

@@ -10,13 +10,13 @@ import pytest
 import torch
 from support import variants
 from support.accuracy import assert_error_at_most_twice_eager as assert_close
+from support.backends import TORCH, TRITON
 from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.advantages import custom_op as advantages
-from ppo_fast.kernels.advantages import eager as eager_advantages
-from ppo_fast.kernels.advantages import launch as advantages_launch
+from ppo_fast.kernels.advantages import eager, launch
+from ppo_fast.kernels.advantages.options import WhiteningOptions
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ Inputs = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The yardstick is PyTorch's operations in fp32; numba's loops, which sum in fp64, would be a stricter one."""
-    monkeypatch.setattr(eager_advantages, "numba_works", lambda: False)
+    monkeypatch.setattr(eager, "numba_works", lambda: False)
 
 
 def make(B: int, T: int, *, dtype: torch.dtype = torch.float32, slack: bool = False, per_token: bool = False) -> Inputs:
@@ -57,13 +57,13 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 
 def check(device: torch.device, name: str, **options: Any) -> None:
     """At most twice the torch backend's error, in every tensor and every statistic."""
-    actual = getattr(advantages, name)(**on(device, options))
-    eager = getattr(eager_advantages, name)(**options)
+    actual = getattr(TRITON, name)(**on(device, options))
+    by_torch = getattr(TORCH, name)(**options)
     truth = getattr(reference, name)(**double(options))
     if isinstance(actual, Tensor):
-        actual, eager, truth = (actual,), (eager,), (truth,)
+        actual, by_torch, truth = (actual,), (by_torch,), (truth,)
     assert len(actual) == len(truth)
-    for i, (a, e, t) in enumerate(zip(actual, eager, truth, strict=True)):
+    for i, (a, e, t) in enumerate(zip(actual, by_torch, truth, strict=True)):
         pairs = {str(i): (a, e, t)} if isinstance(t, Tensor) else {k: (a[k], e[k], t[k]) for k in t}
         assert isinstance(t, Tensor) or set(a) == set(t)
         for k, (x, y, z) in pairs.items():
@@ -85,7 +85,7 @@ def test_advantages_of_short_and_long_rows_are_wrong(device, T, reward_at):
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
 def test_the_score_is_lost_where_a_span_ends(device, monkeypatch, walked, reward_at):
     """1100 steps in three spans; the score stands on both sides of a boundary, and far from the end of its row."""
-    monkeypatch.setattr(advantages_launch, "_WALKED_SPANS", 3 if walked else 1)
+    monkeypatch.setattr(launch, "_WALKED_SPANS", 3 if walked else 1)
     x = make(4, 1100, slack=True)
     for row, length in enumerate((511, 512, 513, 30)):
         x["mask"][row, :length] |= torch.arange(length) % 7 > 2
@@ -139,8 +139,8 @@ def test_whitening_cancels_where_the_mean_is_large(device):
 
 def test_partial_results_of_many_programs_are_merged_wrongly(device, monkeypatch):
     """More partial results than are merged at once, and more tiles than programs."""
-    monkeypatch.setattr(advantages_launch, "BLOCK", 16)
-    monkeypatch.setattr(advantages_launch, "_PROGRAMS", 520)
+    monkeypatch.setattr(launch, "BLOCK", 16)
+    monkeypatch.setattr(launch, "_PROGRAMS", 520)
     check(device, "masked_whiten", x=5 + torch.randn(530, 16), mask=torch.rand(530, 16) < 0.7)
 
 
@@ -149,26 +149,26 @@ def test_empty_tensors_crash(device, shape):
     x = make(1, 1) | {"mask": torch.zeros(shape, dtype=torch.bool), "scores": torch.zeros(shape[0])}
     x |= {k: torch.zeros(shape) for k in ("logprobs", "ref_logprobs", "values")}
     x = on(device, x)
-    *outputs, stats = advantages.rlhf_advantages(**x)
+    *outputs, stats = TRITON.rlhf_advantages(**x)
     assert all(y.shape == shape for y in outputs)
     assert not any(s.item() for s in stats.values())
-    assert advantages.masked_whiten(x["values"], x["mask"]).shape == shape
+    assert TRITON.masked_whiten(x["values"], x["mask"]).shape == shape
     del x["values"]
-    assert [y.shape for y in advantages.shape_rewards(**x, reward_at="after_last")] == [shape] * 3
+    assert [y.shape for y in TRITON.shape_rewards(**x, reward_at="after_last")] == [shape] * 3
 
 
 def test_all_masked_gives_something_else_than_zero(device):
     nan = torch.full((3, 9), torch.nan, device=device)
     mask = torch.zeros(3, 9, dtype=torch.bool, device=device)
-    *outputs, stats = advantages.rlhf_advantages(nan[:, 0], nan, nan, nan, mask, gamma=0.9)
+    *outputs, stats = TRITON.rlhf_advantages(nan[:, 0], nan, nan, nan, mask, gamma=0.9)
     assert not any(x.any() for x in (*outputs, *stats.values()))
-    assert not advantages.masked_whiten(nan, mask).any()
+    assert not TRITON.masked_whiten(nan, mask).any()
 
 
 def test_one_counted_element_is_scaled(device):
     x, mask = torch.tensor([3.0, torch.nan], device=device), torch.tensor([True, False], device=device)
-    assert advantages.masked_whiten(x, mask).tolist() == [0.0, 0.0]
-    assert advantages.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0, 0.0]
+    assert TRITON.masked_whiten(x, mask).tolist() == [0.0, 0.0]
+    assert TRITON.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0, 0.0]
 
 
 def test_views_are_read_wrongly(device):
@@ -185,33 +185,33 @@ def test_negated_views_are_read_with_their_sign(device):
     """PyTorch negates such a view lazily: its memory has the other sign."""
     x = on(device, make(5, 70))
     negated = {k: torch._neg_view(-y) for k, y in x.items() if k != "mask"}
-    *plain, _ = advantages.rlhf_advantages(**x)
-    assert all(map(torch.equal, advantages.rlhf_advantages(**x | negated)[:4], plain))
-    whitened = advantages.masked_whiten(x["values"], x["mask"])
-    assert torch.equal(advantages.masked_whiten(negated["values"], x["mask"]), whitened)
+    *plain, _ = TRITON.rlhf_advantages(**x)
+    assert all(map(torch.equal, TRITON.rlhf_advantages(**x | negated)[:4], plain))
+    whitened = TRITON.masked_whiten(x["values"], x["mask"])
+    assert torch.equal(TRITON.masked_whiten(negated["values"], x["mask"]), whitened)
 
 
 def test_repeats_differ_in_their_bits(device):
     x = on(device, make(5, 70))
-    *first, stats = advantages.rlhf_advantages(**x)
+    *first, stats = TRITON.rlhf_advantages(**x)
     for _ in range(3):
-        *again, again_stats = advantages.rlhf_advantages(**x)
+        *again, again_stats = TRITON.rlhf_advantages(**x)
         assert all(map(torch.equal, first, again))
         assert all(torch.equal(stats[k], again_stats[k]) for k in stats)
 
 
 def test_a_rows_bits_depend_on_the_rows_around_it(device):
     x = on(device, make(9, 200))
-    together = advantages.rlhf_advantages(**x, whiten=False)[:4]
-    alone = advantages.rlhf_advantages(**{k: t[4:5] for k, t in x.items()}, whiten=False)[:4]
+    together = TRITON.rlhf_advantages(**x, whiten=False)[:4]
+    alone = TRITON.rlhf_advantages(**{k: t[4:5] for k, t in x.items()}, whiten=False)[:4]
     assert all(torch.equal(a[4:5], b) for a, b in zip(together, alone, strict=True))
 
 
 def test_a_row_walked_by_one_program_has_other_bits_than_a_split_one(device, monkeypatch):
     x = on(device, make(2, 600))
-    walked = advantages.rlhf_advantages(**x, whiten=False)[:4]
-    monkeypatch.setattr(advantages_launch, "_WALKED_SPANS", 1)
-    assert all(map(torch.equal, walked, advantages.rlhf_advantages(**x, whiten=False)[:4]))
+    walked = TRITON.rlhf_advantages(**x, whiten=False)[:4]
+    monkeypatch.setattr(launch, "_WALKED_SPANS", 1)
+    assert all(map(torch.equal, walked, TRITON.rlhf_advantages(**x, whiten=False)[:4]))
 
 
 class Counted:
@@ -229,28 +229,28 @@ class Counted:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     for name in KERNELS:
-        monkeypatch.setattr(advantages_launch, name, Counted(getattr(advantages_launch, name), names, name))
+        monkeypatch.setattr(launch, name, Counted(getattr(launch, name), names, name))
     return names
 
 
 def test_more_launches_than_promised(device, launches):
     for B, T, most in ((3, 20, 2), (2, 600, 2), (1, 2100, 3)):
         launches.clear()
-        advantages.rlhf_advantages(**on(device, make(B, T)))
+        TRITON.rlhf_advantages(**on(device, make(B, T)))
         assert len(launches) == most, (B, T)
     launches.clear()
     x = on(device, make(3, 20))
-    advantages.masked_whiten(x["values"], x["mask"])
+    TRITON.masked_whiten(x["values"], x["mask"])
     assert len(launches) == 2
     launches.clear()
     del x["values"]
-    advantages.shape_rewards(**x, reward_at="after_last")
+    TRITON.shape_rewards(**x, reward_at="after_last")
     assert len(launches) == 1
 
 
 def test_whitening_has_one_loop_each_for_moments_statistics_and_elements():
     """The statistics are read in one pass, not in one for each of them."""
-    variant = next(v for v in advantages_launch.variants() if v.name == "whiten float32 aligned")
+    variant = next(v for v in launch.variants() if v.name == "whiten float32 aligned")
     assert variants.compiled(variant).asm["ptx"].count("Inner Loop Header") == 3
 
 
@@ -259,8 +259,8 @@ def test_statistics_of_more_programs_than_are_merged_at_once_are_right(device):
     sums[0] = (9 * sums[0]).round()  # counts
     sums = sums.to(device)
     x, stats = torch.zeros(1, device=device), torch.empty(6, device=device)
-    whitening = advantages_launch.Whitening(shift_mean=True, unbiased=True, eps=1e-8, group=None)
-    advantages_launch._apply_whitening(advantages_launch._flat(x, None), 0, x, sums, stats, whitening)
+    whitening = WhiteningOptions(shift_mean=True, unbiased=True, eps=1e-8, group=None)
+    launch._apply_whitening(launch._flat(x, None), 0, x, sums, stats, whitening)
     total = sums.double().sum(1)
     expected = total[[3, 4, 5, 6]] / total[[7, 7, 0, 8]]
     mean = (sums[0] * sums[1]).double().sum() / total[0]
@@ -296,10 +296,10 @@ def test_compiled_code_recompiles_for_every_length_or_coefficient():
     for i in range(12):
         x, number = make(2 + i, 5 + i), 0.3 + 0.05 * i
         actual = compiled(x, number)
-        out = eager_advantages.rlhf_advantages(**x, kl_coef=number, eps=number, gamma=number)
+        out = TORCH.rlhf_advantages(**x, kl_coef=number, eps=number, gamma=number)
         del x["values"]
-        rewards = eager_advantages.shape_rewards(**x, kl_coef=number, score_clip=number)[0]
-        whitened = eager_advantages.masked_whiten(rewards, x["mask"])
+        rewards = TORCH.shape_rewards(**x, kl_coef=number, score_clip=number)[0]
+        whitened = TORCH.masked_whiten(rewards, x["mask"])
         for a, e in zip(actual, (out[0], out[4]["kl_mean"], rewards, whitened), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 3
@@ -361,11 +361,11 @@ def test_two_processes_whiten_otherwise_than_one(tmp_path):
 @pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
 def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
     x = on(device, make(*shape))
-    *first, stats = advantages.rlhf_advantages(**x, gamma=0.99, lam=0.95)
-    *truth, true_stats = eager_advantages.rlhf_advantages(**double(x), gamma=0.99, lam=0.95)
+    *first, stats = TRITON.rlhf_advantages(**x, gamma=0.99, lam=0.95)
+    *truth, true_stats = TORCH.rlhf_advantages(**double(x), gamma=0.99, lam=0.95)
     for actual, expected in zip(first, truth, strict=True):
         assert (actual.double() - expected).abs().max() <= 2e-5 * expected.abs().max()
     for k, expected in true_stats.items():
         torch.testing.assert_close(stats[k].double(), expected, rtol=1e-4, atol=1e-4)
     for _ in range(100):
-        assert all(map(torch.equal, first, advantages.rlhf_advantages(**x, gamma=0.99, lam=0.95)[:4]))
+        assert all(map(torch.equal, first, TRITON.rlhf_advantages(**x, gamma=0.99, lam=0.95)[:4]))

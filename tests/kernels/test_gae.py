@@ -10,16 +10,19 @@ import pytest
 import static
 import torch
 from support import variants
+from support.backends import TORCH, TRITON
+from support.backends import values_unread as values_unread_fixture
 from support.gae_cases import backend as backend_fixture
 from support.gae_cases import check, double, everything
 from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.gae import eager as eager_gae
-from ppo_fast.kernels.gae import launch as gae
+from ppo_fast.kernels.common import numba_threads
+from ppo_fast.kernels.gae import eager, launch
 
 backend = backend_fixture
+values_unread = values_unread_fixture
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 CPU_ONLY = not torch.cuda.is_available()
@@ -57,12 +60,12 @@ def test_a_row_among_four_takes_a_neighbours_numbers(backend, rows, flags):
 
 def test_rows_longer_than_a_span_lose_what_comes_behind_it(backend):
     """Several spans, so that Triton composes them in one launch and applies them in another."""
-    assert gae.LAYOUTS[gae.row_layout(1500)].W * gae.LAYOUTS[gae.row_layout(1500)].tiles < 1500
+    assert launch.LAYOUTS[launch.row_layout(1500)].W * launch.LAYOUTS[launch.row_layout(1500)].tiles < 1500
     check(backend, **everything((2, 1500), 2), gamma=0.999, lam=0.99)
 
 
 def test_many_rows_walked_by_one_program_each_are_wrong(backend, monkeypatch):
-    monkeypatch.setattr(gae, "MANY_ROWS", 2)
+    monkeypatch.setattr(launch, "MANY_ROWS", 2)
     check(backend, **everything((2, 1100), 2), gamma=0.999, lam=0.99)
 
 
@@ -145,10 +148,10 @@ def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
     """65536 steps take milliseconds; a loop over them would take seconds."""
     import time
 
-    monkeypatch.setattr(eager_gae, "numba_works", lambda: False)
+    monkeypatch.setattr(eager, "numba_works", lambda: False)
     options = everything((2, 65536), 2)
     start = time.perf_counter()
-    result = eager_gae.gae(**options, gamma=0.999, lam=0.99)
+    result = TORCH.gae(**options, gamma=0.999, lam=0.99)
     assert time.perf_counter() - start < 2
     for actual, truth in zip(result, reference.gae(**double(options), gamma=0.999, lam=0.99), strict=True):
         assert (actual.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
@@ -156,10 +159,10 @@ def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gae columns float32 aligned", "gae columns compose float32 aligned"])
 def test_time_major_kernels_load_16_bytes_and_have_no_barrier(name):
-    kernel = variants.compiled(next(variant for variant in gae.variants() if variant.name == name))
+    kernel = variants.compiled(next(variant for variant in launch.variants() if variant.name == name))
     assert "bar.sync" not in kernel.asm["ptx"]
     loads = static.cuda_report(kernel.asm["cubin"], kernel.metadata.shared, disassemble=True).loads
-    assert loads["128"] >= 3 * gae.LAYOUTS["columns"].W  # rewards, values and final values of each step of a tile
+    assert loads["128"] >= 3 * launch.LAYOUTS["columns"].W  # rewards, values and final values of each step of a tile
 
 
 @pytest.mark.parametrize(("time_major", "rows", "T"), [(False, 3, 700), (True, 3, 136), (True, 130, 136)])
@@ -167,9 +170,9 @@ def test_two_launches_give_the_bits_of_one(monkeypatch, time_major, rows, T):
     """Also where rows do not fill the last program, whose other lanes must not read the maps of spans."""
     shape = (T, rows) if time_major else (rows, T)
     options = {**everything(shape, rows), "gamma": torch.rand(rows), "lam": 0.95, "time_major": time_major}
-    split = gae.gae(**options)
-    monkeypatch.setattr(gae, "_MANY_COLUMNS" if time_major else "MANY_ROWS", 1)
-    assert all(map(torch.equal, split, gae.gae(**options)))
+    split = TRITON.gae(**options)
+    monkeypatch.setattr(launch, "_MANY_COLUMNS" if time_major else "MANY_ROWS", 1)
+    assert all(map(torch.equal, split, TRITON.gae(**options)))
 
 
 def test_triton_reads_negated_views_with_their_sign():
@@ -177,23 +180,24 @@ def test_triton_reads_negated_views_with_their_sign():
     options = {**everything((3, 40), 3), "gamma": torch.rand(3), "lam": 0.9}
     names = ("rewards", "values", "final_values", "bootstrap", "gamma")
     negated = {name: torch._neg_view(-options[name]) for name in names}
-    assert all(map(torch.equal, gae.gae(**options | negated), gae.gae(**options)))
+    assert all(map(torch.equal, TRITON.gae(**options | negated), TRITON.gae(**options)))
 
 
 def test_triton_reads_inputs_of_several_dtypes_and_strides():
     options = {**everything((3, 41), 3), "gamma": torch.rand(3).double(), "lam": 0.9}
     options = {name: x[:, :40] if isinstance(x, Tensor) and x.ndim == 2 else x for name, x in options.items()}
     options |= {name: options[name].half() for name in ("values", "bootstrap")}
-    check(gae.gae, **options | {name: options[name].contiguous() for name in ("terminated", "final_values")})
+    check(TRITON.gae, **options | {name: options[name].contiguous() for name in ("terminated", "final_values")})
 
 
+@pytest.mark.usefixtures("values_unread")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("inside", [[0, 5, 5, 140], [3, 140, 141], [0, 0], [7, 7]])
 def test_steps_outside_all_packed_sequences_are_zero(inside, dtype):
     """On a GPU nobody reads cu_seqlens before the launch, so it may be short."""
     total, rows = 200, len(inside) - 1
     options = {**everything((total,), rows), "gamma": torch.rand(rows), "lam": 0.95}
-    actual = gae.gae(**options, cu_seqlens=torch.tensor(inside, dtype=dtype))
+    actual = TRITON.gae(**options, cu_seqlens=torch.tensor(inside, dtype=dtype))
     own = {k: x[inside[0] : inside[-1]] if len(x) == total else x for k, x in options.items() if k != "lam"}
     shifted = torch.tensor(inside) - inside[0]
     for x, truth in zip(actual, reference.gae(**double(own), lam=0.95, cu_seqlens=shifted), strict=True):
@@ -203,29 +207,30 @@ def test_steps_outside_all_packed_sequences_are_zero(inside, dtype):
 
 
 @pytest.mark.parametrize("wrong", [[0, 10**9, 200], [-(10**9), 60, 200], [0, 150, 20, 200], [200, 0], [90, 80, 70, 60]])
-@pytest.mark.usefixtures("programs_may_overlap")
+@pytest.mark.usefixtures("programs_may_overlap", "values_unread")
 def test_wrong_packed_boundaries_are_bounded(wrong):
     """Every address stays inside the tensors, whatever cu_seqlens contains."""
-    for x in gae.gae(**everything((200,), len(wrong) - 1), cu_seqlens=torch.tensor(wrong)):
+    for x in TRITON.gae(**everything((200,), len(wrong) - 1), cu_seqlens=torch.tensor(wrong)):
         assert x.shape == (200,)
 
 
+@pytest.mark.usefixtures("values_unread")
 def test_packed_boundaries_beyond_the_end_stand_for_the_end():
     options = everything((200,), 3)
-    beyond = gae.gae(**options, cu_seqlens=torch.tensor([0, 60, 10**9, 2 * 10**9]))
-    assert all(map(torch.equal, beyond, gae.gae(**options, cu_seqlens=torch.tensor([0, 60, 200, 200]))))
+    beyond = TRITON.gae(**options, cu_seqlens=torch.tensor([0, 60, 10**9, 2 * 10**9]))
+    assert all(map(torch.equal, beyond, TRITON.gae(**options, cu_seqlens=torch.tensor([0, 60, 200, 200]))))
 
 
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
 def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
     options = {k: x.to(device) for k, x in everything(shape, shape[0]).items()}
-    first = gae.gae(**options, gamma=0.99, lam=0.95)
-    truth = eager_gae.gae(**double(options), gamma=0.99, lam=0.95)
+    first = TRITON.gae(**options, gamma=0.99, lam=0.95)
+    truth = TORCH.gae(**double(options), gamma=0.99, lam=0.95)
     for actual, expected in zip(first, truth, strict=True):
         assert (actual.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
     for _ in range(100):
-        assert all(map(torch.equal, first, gae.gae(**options, gamma=0.99, lam=0.95)))
+        assert all(map(torch.equal, first, TRITON.gae(**options, gamma=0.99, lam=0.95)))
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
@@ -251,8 +256,8 @@ def test_compiled_gae_recompiles_for_every_length_or_discount(name):
 @pytest.mark.parametrize("time_major", [False, True])
 def test_threads_change_the_bits(monkeypatch, time_major):
     """Every thread has its own rows (also where rows don't divide evenly, and beyond one per row)."""
-    cpu = pytest.importorskip("ppo_fast.kernels.gae.cpu", reason="numba is not installed")
-    monkeypatch.setattr(cpu, "_STEPS_PER_THREAD", 1)
+    pytest.importorskip("numba", reason="numba is not installed")
+    monkeypatch.setattr(numba_threads, "_STEPS_PER_THREAD", 1)
     shape = (50, 11) if time_major else (11, 50)
     options = {"rewards": torch.randn(shape), "values": torch.randn(shape), "terminated": torch.rand(shape) < 0.1}
     before, found = torch.get_num_threads(), []
@@ -267,7 +272,6 @@ def test_threads_change_the_bits(monkeypatch, time_major):
 
 
 def test_an_error_in_a_helping_thread_is_swallowed():
-    cpu = pytest.importorskip("ppo_fast.kernels.gae.cpu", reason="numba is not installed")
     before = torch.get_num_threads()
 
     caller = threading.get_ident()
@@ -283,7 +287,7 @@ def test_an_error_in_a_helping_thread_is_swallowed():
     try:
         torch.set_num_threads(2)
         with pytest.raises(ArithmeticError, match="of the helper"):
-            cpu.in_threads(work, 4, 2)
+            numba_threads.in_threads(work, 4, 2)
     finally:
         torch.set_num_threads(before)
 

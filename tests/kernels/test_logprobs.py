@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from support.logprob_cases import BACKENDS, check, differentiate, make
+from support.backends import BACKENDS, TORCH
+from support.backends import values_unread as values_unread_fixture
+from support.logprob_cases import check, differentiate, make
 
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.logprobs import eager as eager_logprobs
 
+values_unread = values_unread_fixture
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
@@ -23,7 +25,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture(params=list(BACKENDS))
 def token_logprobs(request: pytest.FixtureRequest):
-    return BACKENDS[request.param]
+    return BACKENDS[request.param].token_logprobs
 
 
 @pytest.mark.parametrize("V", VOCABULARIES)
@@ -242,6 +244,7 @@ def test_what_stands_at_a_masked_position_reaches_a_result(token_logprobs, devic
         assert (b[~mask] == 0).all()
 
 
+@pytest.mark.usefixtures("values_unread")
 @pytest.mark.parametrize("bad", [-1, 129, -(2**40), 2**32 + 5, 10**15])
 def test_a_token_outside_the_vocabulary_is_read_from_elsewhere(token_logprobs, device, bad):
     logits, tokens = make((3, 129), device)
@@ -282,7 +285,7 @@ def test_fp64_logits_are_computed_in_fp32_by_the_torch_backend(device):
     mask = torch.rand(2, 3, device=device) < 0.7
     for with_entropy in (False, True):
         torch.autograd.gradcheck(
-            lambda x, e=with_entropy: eager_logprobs.token_logprobs(x, tokens, mask, temperature=0.7, with_entropy=e), x
+            lambda x, e=with_entropy: TORCH.token_logprobs(x, tokens, mask, temperature=0.7, with_entropy=e), x
         )
 
 
@@ -306,6 +309,7 @@ def test_repeats_differ_in_bits(token_logprobs, device):
     logits, tokens = make((5, 1030), device)
     g = torch.randn(5, device=device)
     first = differentiate(token_logprobs, logits, tokens, g=g, h=g)
-    for _ in range(100 if "eager" in token_logprobs.__module__ or device.type == "cuda" else 5):  # 0.1 s interpreted
+    is_quick = token_logprobs.keywords["backend"] == "torch" or device.type == "cuda"
+    for _ in range(100 if is_quick else 5):  # 0.1 s interpreted
         again = differentiate(token_logprobs, logits, tokens, g=g, h=g)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from support.logprob_cases import BACKENDS, check, make
+from support.backends import BACKENDS
+from support.logprob_cases import check, make
 from torch import Tensor
 
 hypothesis = pytest.importorskip("hypothesis")  # a GPU machine may have pytest and nothing more
@@ -44,4 +45,4 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, float]:
 def test_some_mix_of_shape_stride_mask_and_value_is_less_exact_than_eager(backend, device, problem):
     logits, tokens, mask, temperature = problem
     mask = None if mask is None else mask.to(device)
-    check(BACKENDS[backend], logits.to(device), tokens.to(device), mask, temperature=temperature)
+    check(BACKENDS[backend].token_logprobs, logits.to(device), tokens.to(device), mask, temperature=temperature)

@@ -3,11 +3,12 @@
 import itertools
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from support.backends import TORCH, TRITON, Operations
+from support.backends import values_unread as values_unread_fixture
 from support.launches import NOT_INTERPRETED, launched_by
 from support.loss_cases import (
     AGGREGATIONS,
@@ -30,14 +31,13 @@ from support.loss_cases import backend as backend_fixture
 from torch import Tensor
 
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.loss import autograd as loss
-from ppo_fast.kernels.loss import eager as eager_loss
 
 backend = backend_fixture
+values_unread = values_unread_fixture
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 
-BACKENDS = pytest.mark.parametrize("backend", [loss, eager_loss], ids=["triton", "torch"])  # of torch.compile
+BACKENDS = pytest.mark.parametrize("backend", [TRITON, TORCH], ids=repr)  # of torch.compile
 
 
 # Layouts
@@ -120,8 +120,8 @@ def test_a_row_stride_past_2_to_the_31_elements_wraps_around(device, aggregation
     far = torch.tensor([], dtype=torch.float16, device=device).set_(storage, 0, (rows, T), (stride, 1))
     far.copy_(x["logprobs"])
     near = x | {"logprobs": x["logprobs"].half()}
-    expected = evaluate(loss, near, mask, aggregation=aggregation)
-    found = evaluate(loss, x | {"logprobs": far}, mask, aggregation=aggregation, leaf=lambda t: t.requires_grad_())
+    expected = evaluate(TRITON, near, mask, aggregation=aggregation)
+    found = evaluate(TRITON, x | {"logprobs": far}, mask, aggregation=aggregation, leaf=lambda t: t.requires_grad_())
     the_same(found, expected)
 
 
@@ -175,12 +175,10 @@ def test_create_graph_gives_wrong_second_derivatives_in_silence(backend, device)
 
 def test_a_constant_gets_a_gradient(backend, device):
     x = {name: t.requires_grad_() for name, t in make((2, 3), device).items()}
-    denominator = torch.tensor(3.0, device=device, requires_grad=True)
     inputs = {name: x[name] for name in OPTIONAL}
-    out, _ = backend.ppo_loss(*(x[name] for name in PPO), denominator=denominator, **inputs, **EVERYTHING)
+    out, _ = backend.ppo_loss(*(x[name] for name in PPO), **inputs, **EVERYTHING)
     out.backward()
     assert {name for name, t in x.items() if t.grad is not None} == set(GRADIENTS)
-    assert denominator.grad is None
 
 
 SUBSETS = [names for n in (1, 2, 3) for names in itertools.combinations(GRADIENTS, n)]
@@ -218,7 +216,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_backward_fills_no_tensor(device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     inputs = [x[name].requires_grad_(name in GRADIENTS) for name in PPO]
-    out, _ = loss.ppo_loss(*inputs, mask, entropy=x["entropy"].requires_grad_(), entropy_coef=0.1)
+    out, _ = TRITON.ppo_loss(*inputs, mask, entropy=x["entropy"].requires_grad_(), entropy_coef=0.1)
     upstream = torch.ones((), device=device)
     with Calls() as calls:
         torch.autograd.grad(out, [x[name] for name in GRADIENTS], upstream)
@@ -248,6 +246,7 @@ def test_an_unused_loss_has_no_gradient(backend, device):
     "boundaries", [[0, 5], [3, 9], [0, 9, 4], [2, 2], [-7, 4], [0, 5, 90], [50, 60], [7], [0]], ids=str
 )
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.usefixtures("values_unread")
 def test_steps_outside_the_sequences_have_zero_gradients_and_no_address_is_outside(device, boundaries, aggregation):
     """Wrong boundaries on a GPU, where nobody checks them: memory around the tensors stays as it was."""
     T = 12
@@ -255,7 +254,7 @@ def test_steps_outside_the_sequences_have_zero_gradients_and_no_address_is_outsi
     x = {name: around[name][T : 2 * T].copy_(t) for name, t in make((T,), device).items() if name in PPO}
     leaves = [x[name].requires_grad_() for name in ("logprobs", "values")]
     cu_seqlens = torch.tensor(boundaries, device=device, dtype=torch.int32)
-    out, stats = loss.ppo_loss(*(x[name] for name in PPO), aggregation=aggregation, cu_seqlens=cu_seqlens)
+    out, stats = TRITON.ppo_loss(*(x[name] for name in PPO), aggregation=aggregation, cu_seqlens=cu_seqlens)
     grads = torch.autograd.grad(out, leaves)
     inside = torch.zeros(T, dtype=torch.bool)
     for first, last in itertools.pairwise(boundaries):
@@ -279,14 +278,14 @@ def test_without_gradients_a_buffer_for_them_is_made(device, monkeypatch):
         return out
 
     monkeypatch.setattr(torch, "empty", recording)
-    out, stats = loss.ppo_loss(*(x[name] for name in PPO), mask)
+    out, stats = TRITON.ppo_loss(*(x[name] for name in PPO), mask)
     with torch.no_grad():
-        loss.ppo_loss(*(x[name].requires_grad_() for name in PPO), mask)
+        TRITON.ppo_loss(*(x[name].requires_grad_() for name in PPO), mask)
     assert max(sizes) < 1000
     assert not out.requires_grad
     assert not any(value.requires_grad for value in stats.values())
     sizes.clear()
-    loss.ppo_loss(*(x[name] for name in PPO), mask)
+    TRITON.ppo_loss(*(x[name] for name in PPO), mask)
     assert 8000 <= max(sizes) < 12000  # two of three
 
 
@@ -301,14 +300,14 @@ def test_without_gradients_the_torch_backend_computes_them(device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     inputs = [x[name].double() for name in PPO]  # small fp32 ones take one compiled loop, where numba is
     with Count() as without:
-        eager_loss.ppo_loss(*inputs, mask)
+        TORCH.ppo_loss(*inputs, mask)
     inputs[0].requires_grad_()
     inputs[1].requires_grad_()
     with Count() as with_gradients:
-        eager_loss.ppo_loss(*inputs, mask)
+        TORCH.ppo_loss(*inputs, mask)
     assert without.calls < with_gradients.calls - 8
     with torch.no_grad(), Count() as disabled:
-        eager_loss.ppo_loss(*inputs, mask)
+        TORCH.ppo_loss(*inputs, mask)
     assert disabled.calls == without.calls
 
 
@@ -319,7 +318,7 @@ def test_gradcheck_fails_in_fp64(device):
     def run(logprobs: Tensor, values: Tensor, entropy: Tensor) -> Tensor:
         rest = [x[name] for name in ("old_logprobs", "old_values", "advantages", "returns")]
         more = {"weights": x["weights"], "ref_logprobs": x["ref_logprobs"], "aggregation": "seq-mean-token-mean"}
-        return eager_loss.ppo_loss(logprobs, values, *rest, mask, entropy=entropy, **more, **EVERYTHING)[0]
+        return TORCH.ppo_loss(logprobs, values, *rest, mask, entropy=entropy, **more, **EVERYTHING)[0]
 
     assert torch.autograd.gradcheck(run, leaves)
 
@@ -388,7 +387,7 @@ def test_autocast_changes_the_arithmetic(backend, device):
 
 
 def test_a_repetition_gives_other_bits(backend, device):
-    slow = backend is loss and device.type == "cpu"  # the PTX interpreter
+    slow = backend is TRITON and device.type == "cpu"  # the PTX interpreter
     shape, repeats = ((2, 300), 4) if slow else ((5, 700), 100)
     x, mask = make(shape, device), make_mask(shape, device)
     for aggregation in ("token-mean", "seq-mean-token-mean"):
@@ -424,7 +423,7 @@ def count_graphs(function: Callable, calls: list[tuple]) -> tuple[int, list]:
     return counter.frame_count, results
 
 
-def compiled_call(backend: ModuleType, aggregation: str) -> Callable:
+def compiled_call(backend: Operations, aggregation: str) -> Callable:
     def run(leaves: tuple[Tensor, ...], rest: tuple[Tensor, ...], mask: Tensor, numbers: tuple[float, ...]):
         logprobs, values, entropy = leaves
         old_logprobs, old_values, advantages, returns, ref_logprobs = rest
@@ -526,7 +525,7 @@ def test_a_forward_takes_two_launches_and_a_backward_one(monkeypatch, device, ag
     shape = (16, 1024) if device.type == "cuda" else (3, 40)
     x, mask = make(shape, device), make_mask(shape, device)
     inputs = [x[name].requires_grad_(name in GRADIENTS) for name in PPO]
-    names, (out, _) = launched_by(lambda: loss.ppo_loss(*inputs, mask, aggregation=aggregation), device)
+    names, (out, _) = launched_by(lambda: TRITON.ppo_loss(*inputs, mask, aggregation=aggregation), device)
     assert 1 <= len(names) <= 2, names
     one = torch.ones((), device=device)
     names, _ = launched_by(lambda: torch.autograd.grad(out, inputs[:2], one, retain_graph=True), device)
@@ -575,28 +574,29 @@ def test_a_cuda_graph_cannot_capture_it(backend, device):
 
 def test_small_losses_take_the_compiled_loop_where_it_cannot_do_them_or_not_at_all(monkeypatch):
     pytest.importorskip("numba", reason="numba is not installed")
-    from ppo_fast.kernels.loss import cpu as cpu_loss
+    from ppo_fast.kernels.loss import cpu
 
     taken = []
-    forward = cpu_loss.forward
-    monkeypatch.setattr(cpu_loss, "forward", lambda *arguments: taken.append(1) or forward(*arguments))
-    cpu = torch.device("cpu")
-    x, mask = make((4, 20), cpu), make_mask((4, 20), cpu)
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *arguments: taken.append(1) or forward(*arguments))
+    device = torch.device("cpu")
+    x, mask = make((4, 20), device), make_mask((4, 20), device)
     plain = [x[name] for name in POLICY]
-    eager_loss.policy_loss(*plain, mask)
+    TORCH.policy_loss(*plain, mask)
     assert len(taken) == 1
     optional = {name: x[name] for name in OPTIONAL}
     for aggregation in AGGREGATIONS:
-        eager_loss.ppo_loss(*(x[name] for name in PPO), mask, aggregation=aggregation, **optional, **EVERYTHING)
-        eager_loss.value_loss(*(x[name] for name in VALUE), aggregation=aggregation, denominator=torch.tensor(3))
+        TORCH.ppo_loss(*(x[name] for name in PPO), mask, aggregation=aggregation, **optional, **EVERYTHING)
+        denominator = None if aggregation == "token-sum" else torch.tensor(3)
+        TORCH.value_loss(*(x[name] for name in VALUE), aggregation=aggregation, denominator=denominator)
     assert len(taken) == 11
-    eager_loss.policy_loss(*(t.double() for t in plain), mask)
-    eager_loss.policy_loss(plain[0].half(), *plain[1:], mask)
-    eager_loss.policy_loss(*plain, mask, weights=x["weights"].bfloat16())
-    eager_loss.policy_loss(*(t.t().contiguous().t() for t in plain), mask)
-    eager_loss.policy_loss(*plain, mask.t().contiguous().t())
-    eager_loss.policy_loss(*(t.flatten() for t in plain), cu_seqlens=torch.tensor([0, 30, 80], dtype=torch.int32))
-    eager_loss.ppo_loss(*(x[name] for name in PPO), mask, value_mask=~mask)
-    big = [torch.zeros(cpu_loss.MOST + 1)] * 3
-    eager_loss.policy_loss(*big)
+    TORCH.policy_loss(*(t.double() for t in plain), mask)
+    TORCH.policy_loss(plain[0].half(), *plain[1:], mask)
+    TORCH.policy_loss(*plain, mask, weights=x["weights"].bfloat16())
+    TORCH.policy_loss(*(t.t().contiguous().t() for t in plain), mask)
+    TORCH.policy_loss(*plain, mask.t().contiguous().t())
+    TORCH.policy_loss(*(t.flatten() for t in plain), cu_seqlens=torch.tensor([0, 30, 80], dtype=torch.int32))
+    TORCH.ppo_loss(*(x[name] for name in PPO), mask, value_mask=~mask)
+    big = [torch.zeros(cpu.MOST + 1)] * 3
+    TORCH.policy_loss(*big)
     assert len(taken) == 11

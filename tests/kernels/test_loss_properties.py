@@ -10,7 +10,7 @@ hypothesis = pytest.importorskip("hypothesis")  # a GPU machine may have pytest 
 
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from support.loss_cases import AGGREGATIONS, OPTIONAL, check, make, make_mask  # noqa: E402
+from support.loss_cases import AGGREGATIONS, OPTIONAL, check, make, make_mask, norm_length  # noqa: E402
 from support.loss_cases import backend as backend_fixture  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn) -> tuple[dict, Tensor | None, str, dict]:
     x = {name: t for name, t in x.items() if name not in OPTIONAL or draw(st.booleans())}
     options |= {"cu_seqlens": cu_seqlens}
     if cu_seqlens is not None or draw(st.booleans()):
-        options["norm_length"] = draw(st.floats(1, 20))
+        options |= norm_length(options["aggregation"], draw(st.floats(1, 20)))
     if options["aggregation"] != "token-sum":
         options["denominator"] = draw(st.none() | st.floats(1, 50))
     clip = st.none() | st.floats(0.05, 2)
@@ -47,7 +47,8 @@ def problems(draw: st.DrawFn) -> tuple[dict, Tensor | None, str, dict]:
     if kind != "value":
         options |= {"clip_low": draw(st.floats(0, 1)), "clip_high": draw(st.floats(0, 1))}
         options |= {"dual_clip": draw(st.none() | st.floats(1.1, 4)), "log_ratio_clamp": draw(st.floats(0.1, 20))}
-        options |= {"kl_coef": draw(st.floats(-1, 1)), "kl_estimator": draw(st.sampled_from(reference.KL_ESTIMATORS))}
+        options["kl_coef"] = draw(st.floats(-1, 1)) if "ref_logprobs" in x else 0.0
+        options["kl_estimator"] = draw(st.sampled_from(reference.KL_ESTIMATORS))
         options["entropy_coef"] = draw(st.floats(-1, 1)) if "entropy" in x else 0.0
     return x, draw(st.sampled_from([None, mask])), kind, options
 

@@ -17,8 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: it exists for Lin
 
 import static
 from ptx.emulator import Emulator
-
-from ppo_fast.kernels.logprobs import launch as logprobs
+from support.backends import TRITON
 
 ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in static.TARGETS if name != "sm_90"]
@@ -60,7 +59,7 @@ def captured(make) -> list:
 def backward_of_rows(V: int, *, offset: int = 0) -> list:
     def make() -> None:
         logits = torch.zeros(4, V + offset, dtype=torch.float32)[:, offset:].requires_grad_()
-        logprobs.token_logprobs(logits, torch.zeros(4, dtype=torch.int64)).sum().backward()
+        TRITON.token_logprobs(logits, torch.zeros(4, dtype=torch.int64)).sum().backward()
 
     return captured(make)
 
@@ -89,7 +88,7 @@ def test_other_batches_lengths_and_temperatures_compile_nothing_new():
             logits = base[:, 1:-1] if T % 2 else base[:, 1:-1].contiguous()
             tokens = torch.zeros(B, T + 1, dtype=torch.int64)[:, 1:]
             mask = None if temperature == 17 else torch.ones(B, T, dtype=torch.bool)
-            out = logprobs.token_logprobs(logits, tokens, mask, temperature=temperature, with_entropy=True)
+            out = TRITON.token_logprobs(logits, tokens, mask, temperature=temperature, with_entropy=True)
             torch.autograd.grad(out[0].sum() + out[1].sum(), logits)
 
     for V in (32, 1000, 8000):

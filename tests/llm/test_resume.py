@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_rejected(tmp_path, saved, name, harm):
     else:
         (saved / name).write_bytes(data if harm == "flipped bit" else data[:-1])
     what = "is missing" if harm == "missing" else "is not as it was written"
-    match = rf"the checkpoint .*step-2 is damaged: {name} {what}; there is no other: start anew with --overwrite"
+    match = rf"the checkpoint .*step-2 is damaged: {name} {what}; there is no other: start again with --overwrite"
     with pytest.raises(UserError, match=match):
         trainer_of(tmp_path / "run").resume()
 

@@ -179,7 +179,7 @@ def test_options_that_are_not_finite_are_rejected(name, value):
 
 
 def test_a_seed_fits_every_generator():
-    with pytest.raises(UserError, match=r"seed must lie in \[0, 4294967295\], got 4294967296"):
+    with pytest.raises(UserError, match=r"seed must be in \[0, 4294967295\], got 4294967296"):
         PPOConfig(seed=2**32)
     assert trainer_of(seed=2**32 - 1, total_steps=1).step()["step"] == 1
 

@@ -261,7 +261,7 @@ def test_memory_does_not_grow_over_steps(actor):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\], got 1.5"),
+        ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
         ({"lr": "fast"}, "lr must be of type float, got 'fast'"),
         ({"epochs": True}, "epochs must be of type int, got True"),

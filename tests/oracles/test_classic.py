@@ -76,7 +76,7 @@ def test_advantages_of_recorded_episodes_match(autoreset, gamma, lam):
     trainer.collect()
     batch, _ = trainer.advantages()
     ours = torch.full((2, *trainer.rewards.shape), torch.nan)
-    ours[:, trainer.counted] = torch.stack([batch.advantages, batch.returns])
+    ours[:, trainer.mask] = torch.stack([batch.advantages, batch.returns])
     with torch.no_grad():
         values = trainer.network.value(trainer.observations.flatten(0, 1)).view(91, 5)
         following = values[1:].clone()
@@ -84,7 +84,7 @@ def test_advantages_of_recorded_episodes_match(autoreset, gamma, lam):
             following[t, n] = trainer.network.value(torch.from_numpy(last[None]))[0]
     terminated, truncated, both_ways = trainer.terminated, trainer.truncated, [0, 0]
     for n in range(5):
-        rows = trainer.counted[:, n].nonzero()[:, 0]
+        rows = trainer.mask[:, n].nonzero()[:, 0]
         reward, value, ahead, end, cut = (
             x[rows, n, None] for x in (trainer.rewards, values[:-1], following, terminated, truncated)
         )

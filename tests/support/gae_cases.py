@@ -2,22 +2,22 @@
 
 import pytest
 import torch
+from support.backends import TORCH, TRITON
 from torch import Tensor
 
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.gae import eager as eager_gae
-from ppo_fast.kernels.gae import launch as gae
+from ppo_fast.kernels.gae import eager
 
 
 @pytest.fixture(params=["triton", "numba", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The three implementations."""
     if request.param == "triton":
-        return gae.gae
+        return TRITON.gae
     if request.param == "numba":
         pytest.importorskip("numba", reason="numba is not installed")
-    monkeypatch.setattr(eager_gae, "numba_works", lambda: request.param == "numba")
-    return eager_gae.gae
+    monkeypatch.setattr(eager, "numba_works", lambda: request.param == "numba")
+    return TORCH.gae
 
 
 def double(options: dict) -> dict:

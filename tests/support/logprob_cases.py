@@ -5,10 +5,6 @@ from support.accuracy import assert_error_at_most_twice_eager
 from torch import Tensor
 
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.logprobs import eager as eager_logprobs
-from ppo_fast.kernels.logprobs import launch as logprobs
-
-BACKENDS = {"triton": logprobs.token_logprobs, "torch": eager_logprobs.token_logprobs}
 
 
 def make(shape: tuple[int, ...], device: torch.device, *, scale: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:

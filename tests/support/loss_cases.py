@@ -1,4 +1,4 @@
-"""Shared by the tests of the losses: inputs, a call with its gradients, and the comparison with the reference."""
+"""What the tests of the losses share: inputs, a call with its gradients, and the comparison with the reference."""
 
 import itertools
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import assert_error_at_most_twice_eager
+from support.backends import TORCH, TRITON, Operations
 from torch import Tensor
 
 from ppo_fast.kernels import reference
-from ppo_fast.kernels.loss import autograd as loss
-from ppo_fast.kernels.loss import eager as eager_loss
+from ppo_fast.kernels.loss import custom_op
 
 AGGREGATIONS = reference.AGGREGATIONS
 GRADIENTS = ("logprobs", "values", "entropy")
@@ -35,7 +35,7 @@ def make_mask(shape: tuple[int, ...], device: torch.device, seed: int = 1, share
 
 
 def evaluate(
-    module: ModuleType,
+    module: Operations | ModuleType,
     x: dict[str, Tensor],
     mask: Tensor | None = None,
     *,
@@ -72,7 +72,12 @@ def summation_slack(x: dict[str, Tensor], mask: Tensor | None, options: dict[str
 
 
 def check(
-    module: ModuleType, x: dict[str, Tensor], mask: Tensor | None = None, *, kind: str = "ppo", **options: Any
+    module: Operations | ModuleType,
+    x: dict[str, Tensor],
+    mask: Tensor | None = None,
+    *,
+    kind: str = "ppo",
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The backend errs at most twice as much as the reference run in the inputs' own dtype; both against fp64."""
     dtype = x["values" if kind == "value" else "logprobs"].dtype
@@ -94,6 +99,11 @@ def check(
         assert grad.dtype == x[name].dtype
         assert_error_at_most_twice_eager(grad, eager_grads[name], true_grads[name], name=f"gradient of {name}")
     return actual, stats, grads
+
+
+def norm_length(aggregation: str, length: float) -> dict[str, float]:
+    """The option norm_length where the aggregation has it."""
+    return {"norm_length": length} if aggregation == "seq-mean-token-sum-norm" else {}
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
@@ -121,10 +131,10 @@ def ragged(
 
 
 @pytest.fixture(params=["triton", "torch", "loop"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """On a CPU loss/eager.py passes small fp32 losses to the compiled loop of loss/cpu.py: "torch" is without it."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operations:
+    """On a CPU the compiled loop of cpu.py computes small fp32 losses: "torch" is without it."""
     if request.param == "loop":
         pytest.importorskip("numba", reason="numba is not installed")
     elif request.param == "torch":
-        monkeypatch.setattr(eager_loss, "_is_small", lambda *_: False)
-    return loss if request.param == "triton" else eager_loss
+        monkeypatch.setattr(custom_op, "numba_supports", lambda *_: False)
+    return TRITON if request.param == "triton" else TORCH

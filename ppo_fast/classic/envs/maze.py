@@ -1,4 +1,4 @@
-"""ppo_fast/Maze-v0: a grid maze with a way to the exit, guaranteed."""
+"""ppo_fast/Maze-v0: a grid maze in which the exit can always be reached."""
 
 from collections import deque
 from typing import Any
@@ -19,11 +19,11 @@ Cell = tuple[int, int]
 
 
 def carve(size: int, openings: float, random: np.random.Generator) -> np.ndarray:
-    """Walls [size, size] of a random maze, True where a wall stands.
+    """Make the walls [size, size] of a random maze, True for a wall.
 
-    Depth-first carving (Jamis Buck's "recursive backtracker") makes a tree of corridors, so that every floor cell can
-    be reached from every other in exactly one way; then each inner wall between two corridors falls with probability
-    `openings`, which makes loops.
+    Depth-first search (the "recursive backtracker" of Jamis Buck) makes a tree of corridors, so that every floor cell
+    can be reached from every other in exactly one way; then each inner wall between two corridors is removed with
+    probability `openings`, which makes loops.
     """
     walls = np.ones((size, size), dtype=bool)
     walls[1, 1] = False
@@ -46,7 +46,7 @@ def carve(size: int, openings: float, random: np.random.Generator) -> np.ndarray
 
 
 def distances(walls: np.ndarray, goal: Cell) -> np.ndarray:
-    """Steps [size, size] from each cell to `goal`, -1 where there is no way."""
+    """Compute the steps [size, size] from each cell to `goal`, -1 where there is no path."""
     steps = np.full(walls.shape, -1)
     steps[goal] = 0
     queue = deque([goal])
@@ -61,18 +61,18 @@ def distances(walls: np.ndarray, goal: Cell) -> np.ndarray:
 
 
 class Maze(gymnasium.Env):
-    """Four moves, walls, and an exit worth 10.
+    """A maze with four moves, and an exit with a reward of 10.
 
-    The observation [size, size, 3] has three maps of 0 and 1: walls, agent, exit. A step costs 0.1, one against a wall
-    0.3 (the agent stays). The exit ends the episode (terminated); so does the step limit (truncated), as something
-    outside the task would. The exit is as far from the start as a cell can be.
+    The observation [size, size, 3] has three maps of 0 and 1: walls, agent, exit. A step has a reward of -0.1, a step
+    against a wall -0.3 (the agent does not move). The exit ends the episode (terminated); so does the step limit
+    (truncated). The exit is the cell with the largest distance from the start.
 
     Args:
         size: cells along each side, odd, at least 5; the border is wall.
-        layout_seed: of the walls; None draws new ones for each episode.
-        random_start: the agent starts on any floor cell, not always at the top left.
-        openings: share of inner walls that are taken out, 0 for a maze with one way only.
-        max_steps: step limit; None for 4 size^2.
+        layout_seed: seed of the walls; None: new walls for each episode.
+        random_start: the agent starts on a random floor cell instead of at the top left.
+        openings: probability that an inner wall is removed, 0 for a maze with one path only.
+        max_steps: step limit; None: 4 size^2.
         render_mode: "ansi": render returns a text; "human": prints it; "rgb_array": returns a picture.
 
     >>> env = Maze(size=5, layout_seed=0, render_mode="ansi")
@@ -81,7 +81,7 @@ class Maze(gymnasium.Env):
     '#####'
     """
 
-    ppo_fast_saves_state = True  # get_state and set_state are of the whole state, for checkpoints
+    ppo_fast_saves_state = True  # get_state and set_state cover the whole state, for checkpoints
     metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 8}  # noqa: RUF012  # Gymnasium's
 
     def __init__(
@@ -96,7 +96,7 @@ class Maze(gymnasium.Env):
         if not isinstance(size, int) or size < 5 or size % 2 == 0:
             raise UserError(f"size must be an odd number of at least 5 cells, got {size!r}")
         if not 0 <= openings <= 1:
-            raise UserError(f"openings must lie in [0, 1], got {openings}")
+            raise UserError(f"openings must be in [0, 1], got {openings}")
         if max_steps is not None and max_steps < 1:
             raise UserError(f"max_steps must be at least 1, got {max_steps}")
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -124,7 +124,7 @@ class Maze(gymnasium.Env):
         if self.random_start:
             cells = [cell for cell in self.floor() if cell != self.exit]
             self.agent = cells[self.np_random.integers(len(cells))]
-        self._show()
+        self._print()
         return self.observation(self.agent), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -138,15 +138,15 @@ class Maze(gymnasium.Env):
         terminated = self.agent == self.exit
         truncated = not terminated and self.steps >= self.max_steps
         reward = (WALL_REWARD if blocked else STEP_REWARD) + EXIT_REWARD * terminated
-        self._show()
+        self._print()
         return self.observation(self.agent), reward, terminated, truncated, {}
 
     def floor(self) -> list[Cell]:
-        """The cells that an agent can stand on."""
+        """List the cells without a wall."""
         return [(int(row), int(column)) for row, column in np.argwhere(~self.walls)]
 
     def observation(self, agent: Cell) -> np.ndarray:
-        """What the agent would see in a cell."""
+        """Make the observation of an agent in a cell."""
         maps = np.zeros((self.size, self.size, 3), np.float32)
         maps[..., 0] = self.walls
         maps[*agent, 1] = maps[*self.exit, 2] = 1.0
@@ -163,7 +163,7 @@ class Maze(gymnasium.Env):
         return text if self.render_mode == "ansi" else None
 
     def picture(self, *, with_agent: bool = True) -> np.ndarray:
-        """An RGB picture [CELL size, CELL size, 3]: dark walls, a green exit, a blue agent."""
+        """Draw an RGB picture [CELL size, CELL size, 3]: dark walls, a green exit, a blue agent."""
         cells = np.where(self.walls[..., None], WALL, FLOOR).astype(np.uint8)
         cells[self.exit] = EXIT
         image = cells.repeat(CELL, 0).repeat(CELL, 1)
@@ -174,7 +174,7 @@ class Maze(gymnasium.Env):
         return image
 
     def get_state(self) -> dict[str, Any]:
-        """All that the episode is, for JSON."""
+        """Return the whole state of the episode, for JSON."""
         return {
             "walls": self.walls.astype(int).tolist(),
             "agent": self.agent,
@@ -184,11 +184,11 @@ class Maze(gymnasium.Env):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` returned."""
+        """Restore what `get_state` returned."""
         self.walls, self.steps = np.array(state["walls"], dtype=bool), state["steps"]
         self.agent, self.exit = (state["agent"][0], state["agent"][1]), (state["exit"][0], state["exit"][1])
         self.np_random.bit_generator.state = state["random"]
 
-    def _show(self) -> None:
+    def _print(self) -> None:
         if self.render_mode == "human":
             self.render()

@@ -1,4 +1,4 @@
-"""ppo_fast/TextGeneration-v0: write a text one character at a time; a scorer says what it is worth."""
+"""ppo_fast/TextGeneration-v0: write a text one character at a time; a scorer gives the rewards."""
 
 import string
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from ppo_fast.common.errors import UserError
 
 ALPHABET = string.ascii_lowercase + " ."
 END = "."
-# For the scorer of words: short, so that a small network finds many of them within a minute
+# For WordScorer: short, so that a small network finds many of them within a minute
 WORDS = """
 a all an and are at bed bee big bird blue boy can car cat cow day dog door eat egg farm far fish fly for fox fun
 girl go good green hat he hen her his hot house i in is it jam joy key king lake let lion little love man moon my
@@ -25,7 +25,7 @@ Scorer = Callable[[str, bool], float]
 
 
 def sentence_end(text: str, ended: bool) -> float:
-    """1 for a text that ends with a full stop, at its end; 0 for all else.
+    """Return 1 at the end of a text that ends with a full stop, else 0.
 
     >>> sentence_end("ab.", True), sentence_end("ab", True), sentence_end("ab", False)
     (1.0, 0.0, 0.0)
@@ -34,10 +34,10 @@ def sentence_end(text: str, ended: bool) -> float:
 
 
 class WordScorer:
-    """Words of a list: a letter on the way to one gains 0.1, a new word 0.5 for each of its letters, all else nothing.
+    """Rewards for words of a list: 0.1 for a letter that continues a prefix, 0.5 for each letter of a new word, else 0.
 
-    A word counts when a space or the full stop closes it, and once in a text. Nothing costs: a learner that is punished
-    for closing what is no word ends by closing nothing.
+    A word counts when a space or the full stop ends it, and once in a text. No reward is negative: a policy that is
+    punished for ending a string that is no word learns to end none.
 
     >>> score = WordScorer(["a", "at"])
     >>> [score("at x a."[:n], n == 7) for n in range(1, 8)]
@@ -60,7 +60,7 @@ class WordScorer:
 
 
 class LengthScorer:
-    """At the end of a text, 1 less the share by which its length is off `target` characters; at least 0.
+    """Return, at the end of a text, 1 minus the relative error of its length from `target` characters; at least 0.
 
     >>> LengthScorer(4)("abc.", True), LengthScorer(4)("a.", True), LengthScorer(4)("a.", False)
     (1.0, 0.5, 0.0)
@@ -76,7 +76,7 @@ class LengthScorer:
 
 
 def diversity(text: str, ended: bool) -> float:
-    """At the end of a text, the share of its characters that differ from all before them.
+    """Return, at the end of a text, the fraction of its characters that differ from all before them.
 
     >>> diversity("abc.", True), diversity("aaaa", True)
     (1.0, 0.25)
@@ -85,7 +85,7 @@ def diversity(text: str, ended: bool) -> float:
 
 
 class SumScorer:
-    """The weighted sum of several scorers.
+    """Weighted sum of several scorers.
 
     >>> SumScorer({sentence_end: 2.0, diversity: 1.0})("ab.", True)
     3.0
@@ -100,7 +100,7 @@ class SumScorer:
         return sum(weight * scorer(text, ended) for scorer, weight in self.weights.items())
 
 
-SCORERS: dict[str, Callable[[int], Scorer]] = {  # by name, for the command line; each is given max_steps
+SCORERS: dict[str, Callable[[int], Scorer]] = {  # by name, for the command line; each takes max_steps
     "sentence_end": lambda max_steps: sentence_end,
     "words": lambda max_steps: WordScorer(),
     "length": lambda max_steps: LengthScorer(max(1, max_steps // 2)),
@@ -109,15 +109,15 @@ SCORERS: dict[str, Callable[[int], Scorer]] = {  # by name, for the command line
 
 
 class TextGeneration(gymnasium.Env):
-    """Each action writes one character of "a" to "z", space and full stop.
+    """A text, to which each action appends one character: "a" to "z", space, full stop.
 
-    The observation [max_steps, 28] has a row for each position, counted backwards from the character written last, so
-    that a word looks the same wherever it stands: one-hot, or zeros beyond the beginning. A full stop or the last
-    position ends the episode; both are terminations, not truncations, because the observation shows how many positions
-    are left.
+    The observation [max_steps, 28] has a row for each position, counted backwards from the last character, so that a
+    word has the same rows at every position: one-hot, or zeros before the beginning. A full stop or the last position
+    ends the episode; both are terminations, not truncations, because the observation shows how many positions are
+    left.
 
     Args:
-        max_steps: most characters of a text.
+        max_steps: maximum number of characters.
         scorer: f(text, ended), the reward for the last character; or one of the names sentence_end, words, length
             (half of max_steps), diversity.
         render_mode: "ansi": render returns the text; "human": prints it.
@@ -128,7 +128,7 @@ class TextGeneration(gymnasium.Env):
     (1.0, True, False)
     """
 
-    ppo_fast_saves_state = True  # get_state and set_state are of the whole state, for checkpoints
+    ppo_fast_saves_state = True  # get_state and set_state cover the whole state, for checkpoints
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012  # Gymnasium's interface
 
     def __init__(
@@ -149,7 +149,7 @@ class TextGeneration(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.text = ""
-        self._show()
+        self._print()
         return self._observation(), {"text": self.text}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -160,22 +160,22 @@ class TextGeneration(gymnasium.Env):
         self.text += ALPHABET[int(action)]
         ended = self._complete()
         reward = float(self.scorer(self.text, ended))
-        self._show()
+        self._print()
         return self._observation(), reward, ended, False, {"text": self.text}
 
     def render(self) -> str | None:
-        """What is written, and a mark where the next character goes."""
+        """Return the text, with a mark at the position of the next character."""
         text = self.text if self._complete() else self.text + "_"
         if self.render_mode == "human":
             print(text)
         return text if self.render_mode == "ansi" else None
 
     def get_state(self) -> dict[str, Any]:
-        """All that the episode is, for JSON."""
+        """Return the whole state of the episode, for JSON."""
         return {"text": self.text, "random": self.np_random.bit_generator.state}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` returned."""
+        """Restore what `get_state` returned."""
         self.text = state["text"]
         self.np_random.bit_generator.state = state["random"]
 
@@ -187,6 +187,6 @@ class TextGeneration(gymnasium.Env):
         rows[range(len(self.text)), [ALPHABET.index(x) for x in reversed(self.text)]] = 1.0
         return rows
 
-    def _show(self) -> None:
+    def _print(self) -> None:
         if self.render_mode == "human":
             self.render()

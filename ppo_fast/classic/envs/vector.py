@@ -1,4 +1,4 @@
-"""Around Gymnasium's environments: making them, telling how they reset, keeping their state, writing their pictures."""
+"""Gymnasium environments: how to make them, how they reset, their states in checkpoints, and their pictures."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from ppo_fast.common.errors import UserError
 
 
 def make_env(name: str, arguments: dict[str, Any], wrappers: Sequence[Wrapper] = ()) -> gymnasium.Env:
-    """One environment; UserError says what is wrong with the name, the arguments or the wrappers."""
+    """Make one environment; a UserError names what is wrong with the name, the arguments or the wrappers."""
 
     def make(name: str, **arguments: Any) -> gymnasium.Env:
         env = gymnasium.make(name, **arguments)
@@ -29,7 +29,7 @@ def make_env(name: str, arguments: dict[str, Any], wrappers: Sequence[Wrapper] =
             env = wrapper(env)
         return env
 
-    return _made(make, name, arguments)
+    return _make(make, name, arguments)
 
 
 def make_envs(
@@ -41,8 +41,11 @@ def make_envs(
     autoreset: str = "next_step",
     wrappers: Sequence[Wrapper] = (),
 ) -> VectorEnv:
-    """`count` environments that step together: the environment's own vector form if it has one and there are no
-    wrappers, else one by one."""
+    """Make `count` environments that step together.
+
+    With vectorization = auto they are the environment's own vector form if it has one and there are no wrappers, else
+    environments that step one after the other.
+    """
     more: dict[str, Any] = {}
     if wrappers and vectorization == "auto":
         vectorization = "sync"
@@ -58,11 +61,11 @@ def make_envs(
         wrappers = [*wrappers, functools.partial(defer_signals, trainer=os.getpid())]
     if wrappers:
         more["wrappers"] = wrappers
-    return _made(gymnasium.make_vec, name, {**arguments, **more, "num_envs": count, "vectorization_mode": mode})
+    return _make(gymnasium.make_vec, name, {**arguments, **more, "num_envs": count, "vectorization_mode": mode})
 
 
 class OneOfVector(gymnasium.Env):
-    """One environment in the vector form that its package has, for packages whose single form is another one."""
+    """One environment in the vector form of its package, for packages whose single form differs."""
 
     def __init__(self, envs: VectorEnv) -> None:
         self.envs, self.metadata, self.spec = envs, {**envs.metadata, "render_modes": []}, envs.spec
@@ -81,7 +84,7 @@ class OneOfVector(gymnasium.Env):
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """Arguments of an environment from JSON."""
+    """Parse the arguments of an environment from JSON."""
     try:
         arguments = json.loads(text)
     except json.JSONDecodeError as error:
@@ -91,25 +94,28 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
-def _made(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any:
+def _make(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any:
     if ":" in name:  # module:Name-v0
         search_here()
     try:
         return make(name, **arguments)
     except gymnasium.error.UnregisteredEnv as error:
-        hint = "" if ":" in name else f" If another package brings it, write PACKAGE:{name}"
+        hint = "" if ":" in name else f" If another package has it, write PACKAGE:{name}"
         raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from error
     except (gymnasium.error.Error, ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}") from error
-    except (AssertionError, LookupError) as error:  # such as KeyError('9x9'), which says little without its name
+    except (
+        AssertionError,
+        LookupError,
+    ) as error:  # such as KeyError('9x9'), whose message is useless without its class
         raise UserError(f"cannot make the environment {name}: {error!r}") from error
 
 
 def resets_in_same_step(envs: VectorEnv) -> bool:
-    """True for SAME_STEP, False for NEXT_STEP.
+    """Return True for SAME_STEP and False for NEXT_STEP.
 
     Raises:
-        UserError: the environments do not say how they reset, or in another way.
+        UserError: the environments do not declare how they reset, or declare another mode.
     """
     mode = _autoreset_mode(envs)
     if mode not in ("NextStep", "SameStep"):
@@ -118,24 +124,24 @@ def resets_in_same_step(envs: VectorEnv) -> bool:
 
 
 def _autoreset_mode(envs: VectorEnv) -> str:
-    """What the outermost layer that declares a mode declares."""
+    """Return the mode of the outermost layer that declares one."""
     layer = envs
     while (mode := _declared(layer)) is None and isinstance(layer, VectorWrapper):
         layer = layer.env
     if mode is not None:
         return str(getattr(mode, "value", mode))  # a member of AutoresetMode, or its text
-    # Gymnasium 1.0 has this mode only. make_vec warns, and Gymnasium's wrappers take it for this mode, too
+    # Gymnasium 1.0 has this mode only. make_vec warns, and Gymnasium's wrappers assume this mode, too
     gymnasiums = isinstance(layer, SyncVectorEnv | AsyncVectorEnv) or type(layer).__module__.startswith("gymnasium.")
     if layer.spec is not None or (gymnasiums and not hasattr(gymnasium.vector, "AutoresetMode")):
         return "NextStep"
     raise UserError(
-        f'{type(layer).__name__} does not say when it resets environments: set its metadata["autoreset_mode"] to'
+        f'{type(layer).__name__} does not declare when it resets environments: set its metadata["autoreset_mode"] to'
         " gymnasium.vector.AutoresetMode.NEXT_STEP or SAME_STEP"
     )
 
 
 def _declared(layer: VectorEnv) -> Any:
-    """The autoreset mode in a layer's own metadata, or None."""
+    """Return the autoreset mode in a layer's own metadata, or None."""
     if type(layer) in (SyncVectorEnv, AsyncVectorEnv) and hasattr(layer, "autoreset_mode"):
         return layer.autoreset_mode  # in Gymnasium 1.1 all vectors of one class of environments share their metadata
     if isinstance(layer, VectorWrapper) and layer.metadata is layer.env.metadata:
@@ -144,32 +150,39 @@ def _declared(layer: VectorEnv) -> Any:
 
 
 def environment_states(envs: VectorEnv) -> list[dict[str, Any]] | None:
-    """The state of each environment, where all classes say that get_state and set_state save and restore all of it, by
-    `ppo_fast_saves_state = True`, and no wrapper has a state of its own, as TimeLimit has; None for others."""
+    """Return the state of each environment, or None where it cannot be saved.
+
+    It can be saved if each class declares that get_state and set_state cover all of it, by `ppo_fast_saves_state =
+    True`, and no wrapper has a state of its own, as TimeLimit has.
+    """
     base = envs.unwrapped
     if type(base) is not SyncVectorEnv or not all(_saves_state(env) for env in base.envs):
         return None
-    return [env.unwrapped.get_state() for env in base.envs]  # type: ignore[attr-defined]
+    return [env.unwrapped.get_state() for env in base.envs]  # type: ignore[attr-defined]  # of ours, not of all
 
 
 def _saves_state(env: gymnasium.Env) -> bool:
     while isinstance(env, OrderEnforcing | PassiveEnvChecker):  # gymnasium.make puts these around all
         env = env.env
-    # Of the class itself: one that is derived from it may have more state
+    # of the class itself: a class derived from it may have more state
     return env is env.unwrapped and vars(type(env)).get("ppo_fast_saves_state") is True
 
 
-def restore_environments(envs: VectorEnv, states: list[dict[str, Any]], finished: np.ndarray) -> None:
-    """Puts environments back where they were; `finished` [N] are those that the next step shall reset."""
+def restore_environments(envs: VectorEnv, states: list[dict[str, Any]], done: np.ndarray) -> None:
+    """Restore the states of environments; `done` [N] marks those that the next step must reset."""
     base = envs.unwrapped
-    assert isinstance(base, SyncVectorEnv)
+    assert isinstance(base, SyncVectorEnv)  # else `environment_states` has returned None
     for env, state in zip(base.envs, states, strict=True):
-        env.unwrapped.set_state(state)  # type: ignore[attr-defined]
-    base._autoreset_envs = finished.copy()
+        env.unwrapped.set_state(state)  # type: ignore[attr-defined]  # of ours, not of all
+    base._autoreset_envs = done.copy()
 
 
 def write_frames(frames: list[np.ndarray], folder: Path, kind: str, *, fps: float) -> Path:
-    """RGB frames as an animated FOLDER/episode.gif, or as numbered PNG files in FOLDER/frames; the file or folder."""
+    """Write RGB frames to an animated FOLDER/episode.gif, or to numbered PNG files in FOLDER/frames.
+
+    Returns:
+        The file or folder.
+    """
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]

@@ -1,4 +1,4 @@
-"""Processes of AsyncVectorEnv and signals: Ctrl-C in a terminal reaches them, too, while the run still needs them."""
+"""Worker processes of AsyncVectorEnv and signals: Ctrl-C in a terminal reaches them, too, before the run is saved."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ from ppo_fast.common.signals import GRACE, SIGNALS
 
 
 def defer_signals(env: gymnasium.Env, *, trainer: int) -> gymnasium.Env:
-    """A wrapper that adds nothing to `env`: in a process that is not `trainer`, signals no longer end it at once.
+    """Return `env` unchanged; in a worker process (not `trainer`), signals no longer end it at once.
 
-    SIGINT and SIGHUP are ignored: the process ends with its pipe. SIGTERM, which multiprocessing sends to end it, ends
-    it after GRACE seconds.
+    SIGINT and SIGHUP are ignored: the process ends with its pipe. SIGTERM, which multiprocessing sends, ends it after
+    GRACE seconds.
     """
     if os.getpid() != trainer:
         for number in SIGNALS:
@@ -36,8 +36,8 @@ def _end_later(number: int, frame: FrameType | None) -> None:
 
 
 def close(envs: VectorEnv) -> None:
-    """Closes environments; processes that have ended, or that are in the middle of a step, are killed."""
-    base: Any = envs.unwrapped
+    """Close environments; worker processes that have ended, or that are in the middle of a step, are killed."""
+    base: Any = envs.unwrapped  # private attributes of AsyncVectorEnv
     waiting = isinstance(base, AsyncVectorEnv) and base._state != AsyncState.DEFAULT
     try:
         if not waiting:
@@ -48,4 +48,4 @@ def close(envs: VectorEnv) -> None:
     for process in getattr(base, "processes", ()):
         process.kill()
         process.join()
-    base.closed = True  # else its __del__ closes it once more
+    base.closed = True  # else its __del__ closes it again

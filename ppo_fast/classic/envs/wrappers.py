@@ -18,14 +18,14 @@ _SPEC = re.compile(r"(?P<module>[\w.]+):(?P<name>[A-Za-z_]\w*)\s*(?P<call>\(.*\)
 
 
 def search_here() -> None:
-    """Lets imports find modules in the current folder, as with python -m; an installed command does not look there."""
+    """Add the current folder to the import path, as python -m does and an installed command does not."""
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
 
 
 def load_wrappers(names: Sequence[str]) -> list[Wrapper]:
-    """The wrappers that texts such as gymnasium.wrappers:TimeLimit(max_episode_steps=100) name.
+    """Load wrappers by name, such as gymnasium.wrappers:TimeLimit(max_episode_steps=100).
 
     Raises:
         UserError: one cannot be read, imported or found.

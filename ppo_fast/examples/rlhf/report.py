@@ -12,8 +12,9 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.common.device import pick_device
-from ppo_fast.common.plots import draw_learning_curves, read_metrics
-from ppo_fast.common.text import shortened
+from ppo_fast.common.jsonl import read_rows
+from ppo_fast.common.plots import draw_learning_curves
+from ppo_fast.common.text import markdown_table, shortened
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
@@ -120,11 +121,11 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def write(out: Path, found: dict[str, Any], settings: Settings) -> None:
     """report.json, report.md, learning_curves.png, reward_against_kl.png and, after a sweep, sweep.png."""
-    history = read_metrics(out / "ppo" / "metrics.jsonl")
+    history = read_rows(out / "ppo" / "metrics.jsonl")
     draw_learning_curves(history, out / "learning_curves.png", "PPO against the reward model")
     draw_against_kl({"PPO": history}, out / "reward_against_kl.png")
     runs = {
-        f"{coefficient:g}": read_metrics(out / "sweep" / f"{coefficient:g}" / "metrics.jsonl")
+        f"{coefficient:g}": read_rows(out / "sweep" / f"{coefficient:g}" / "metrics.jsonl")
         for coefficient in settings.sweep
     }
     if runs:
@@ -139,14 +140,14 @@ def _last_evaluation(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _page(found: dict[str, Any]) -> str:
-    table = [("held-out prompts", "real text", "before PPO", "after PPO"), ("---",) * 4, *_rows(found)]
+    table = markdown_table(("held-out prompts", "real text", "before PPO", "after PPO"), _rows(found))
     ranks = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found["reward_model"].items())
     parts = [
         "# RLHF on real text",
         f"Held-out perplexity of the supervised model: {found['supervised']['held_out_perplexity']:.1f} per token,"
         f" {found['supervised']['parameters']} parameters.",
         f"Held-out pairs that the reward model ranks right: {ranks}.",
-        "\n".join("| " + " | ".join(row) + " |" for row in table),
+        table,
         "![learning curves](learning_curves.png)",
         "![reward and judge against KL](reward_against_kl.png)",
         *(["![the same for several weights of the KL penalty](sweep.png)"] if "sweep" in found else []),

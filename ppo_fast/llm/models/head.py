@@ -1,6 +1,6 @@
 """How a model computes a pack: hidden states or its own logits, from packed rows, padded rows or single sequences.
 
-`HeadInfo` holds the choices. `probe.probe` makes them at load.
+`HeadInfo` has the choices, which `probe.detect_heads` makes at load.
 """
 
 import functools
@@ -26,38 +26,38 @@ LanguageModel = Any
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """How a model's hidden states and logits are computed."""
+    """How to compute the hidden states and logits of a model."""
 
     linear: bool  # softcap(logit_scale (h W^T + b)) from its decoder's hidden states; else by its own forward
     packed: bool  # its attention takes packed rows
     softcap: float | None = None
     logit_scale: float = 1.0
-    batched: bool = True  # a batch of several sequences gives what each gives alone
-    boundaries: tuple[int, ...] = ()  # a sequence of at most so many tokens shares no batch with a longer one
+    batched: bool = True  # a batch of several sequences gives the values of each alone
+    boundaries: tuple[int, ...] = ()  # a sequence of at most this length shares no batch with a longer one
 
     def regime(self, length: int) -> int:
-        """The number of boundaries below a length; sequences of one regime may share a batch."""
+        """Return the number of boundaries below a length; sequences of one regime may share a batch."""
         return bisect_left(self.boundaries, length)
 
     def tokens_per_pack(self, budget: int) -> int:
-        """The most tokens in a pack: the budget, or 1 where each sequence needs a pack of its own."""
+        """Return the most tokens in a pack: the budget, or 1 where each sequence needs its own pack."""
         return budget if self.batched else 1
 
     def splits(self, lengths: Sequence[int]) -> bool:
-        """Whether sequences of these lengths must not share a batch. Packs of `split_minibatches` never do."""
+        """Check whether sequences of these lengths must not share a batch. Packs of `split_minibatches` never do."""
         return len(lengths) > 1 and (not self.batched or len({self.regime(n) for n in lengths}) > 1)
 
 
 @dataclass(frozen=True)
 class GenerateInfo:
-    """How an actor's own `generate` is used, as `detect_generate` found it."""
+    """How to use the `generate` of an actor, as `detect_generate` has found."""
 
     left_padding: bool = True  # a batch may hold prompts of different lengths
     cache: bool = True  # keys and values of earlier tokens are kept
     boundaries: tuple[int, ...] = ()  # as those of `HeadInfo`
 
     def batches(self, lengths: Sequence[int], *, new_tokens: int, size: int) -> list[list[int]]:
-        """The numbers of prompts of these lengths, in batches of at most `size`.
+        """Group the numbers of prompts of these lengths into batches of at most `size`.
 
         A sequence that may cross a boundary shares its batch only with those that cross it at the same token.
         """
@@ -70,7 +70,7 @@ class GenerateInfo:
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, without what peft has put around it."""
+    """Return the transformers model inside the wrapper of peft."""
     unwrap: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
     inner = model if unwrap is None else unwrap()
     assert isinstance(inner, PreTrainedModel)
@@ -78,12 +78,12 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
-    """The configuration of the part that reads and writes text: the model's own, or a part of a composite one."""
+    """Return the configuration of the text model: the model's own, or that of a part of a composite one."""
     return unwrap_peft(model).config.get_text_config(decoder=True)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part that ends in hidden states: what `get_decoder` returns, or the base model if that is something else.
+    """Return the part that computes hidden states: `get_decoder`, or the base model if that is something else.
 
     Raises:
         UserError: the model has no such part.
@@ -107,12 +107,12 @@ def _embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def head_of(model: nn.Module) -> Any:
-    """The LM head, by transformers' name: nn.Linear in most models."""
+    """Return the LM head, by transformers' name: nn.Linear in most models."""
     return unwrap_peft(model).get_output_embeddings()
 
 
 def model_name(model: nn.Module) -> str:
-    """The name of the model's class, without peft."""
+    """Return the name of the model's class, without peft."""
     return type(unwrap_peft(model)).__name__
 
 
@@ -122,29 +122,29 @@ def _parameters(model_type: Any) -> frozenset[str]:
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
+    """Check whether the model's forward has an argument of this name."""
     kind: Any = type(unwrap_peft(model))
     return name in _parameters(kind)
 
 
 def without_cache(model: nn.Module) -> dict[str, Any]:
-    """The argument of a forward that keeps no cache; none for a model that never has one, such as GPT-1."""
+    """Return the argument of a forward without a cache; none for a model that never has one, such as GPT-1."""
     known = accepts(model, "use_cache") or hasattr(text_config(model), "use_cache")
     return {"use_cache": False} if known else {}
 
 
 def hidden_states(decoder: nn.Module, pack: Pack, head: HeadInfo) -> Tensor:
-    """[total, D]: the decoder's last hidden states of a pack's tokens. Packed: inside `packed_attention` only."""
+    """Compute the decoder's last hidden states [total, D] of a pack. Packed: inside `packed_attention` only."""
     return _outputs(decoder, pack, head, "last_hidden_state", None)
 
 
 def model_logits(model: nn.Module, pack: Pack, head: HeadInfo) -> Tensor:
-    """[n, V]: the logits from which the pack's answer tokens are drawn, by the model's own forward."""
+    """Compute the logits [n, V] for the pack's completion tokens by the model's own forward."""
     return _outputs(model, pack, head, "logits", pack.logit_positions)
 
 
 def _outputs(model: nn.Module, pack: Pack, head: HeadInfo, name: str, tokens: Tensor | None) -> Tensor:
-    """A tensor of the model's output at the given tokens of a pack, or at all."""
+    """Select a tensor of the model's output at the given tokens of a pack, or at all."""
     if head.splits(pack.lengths) or not (head.packed or head.batched):
         each = [getattr(_run_single(model, ids, packed=head.packed), name)[0] for ids in _split(pack)]
         found = torch.cat(each)
@@ -174,7 +174,7 @@ def _run_packed(model: nn.Module, ids: Tensor, position: Tensor, layout: Layout)
 
 
 class PaddedRows(NamedTuple):
-    """A pack's sequences, each in a row of its own, padded on the right to the longest, L."""
+    """A pack's sequences, each in its own row, padded on the right to the longest, L."""
 
     input_ids: Tensor  # [S, L] int64
     position_ids: Tensor  # [S, L] int64, 0 in the padding
@@ -182,7 +182,7 @@ class PaddedRows(NamedTuple):
     tokens: Tensor  # [total] int64: where each of the pack's tokens is in the flattened rows
 
     def inputs(self) -> dict[str, Tensor]:
-        """Arguments of a model."""
+        """Return the arguments of a model."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -191,7 +191,7 @@ class PaddedRows(NamedTuple):
 
 
 def padded(pack: Pack) -> PaddedRows:
-    """The pack as padded rows. Its sizes are known on the host, so nothing here waits for a GPU."""
+    """Convert a pack to padded rows. Its sizes are known on the host, so nothing here waits for a GPU."""
     ends, L = pack.layout.cu_seqlens, pack.layout.longest
     column = torch.arange(L, device=ends.device)
     mask = column < ends.diff().unsqueeze(1)
@@ -205,15 +205,15 @@ def padded(pack: Pack) -> PaddedRows:
 def logprobs_of(
     model: nn.Module, head: HeadInfo, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [n] of the pack's answer tokens at the sampling temperature, with a graph."""
+    """Compute log-probability and entropy [n] of the pack's completion tokens, with a graph."""
     options: dict[str, Any] = {"temperature": config.temperature, "with_entropy": True, "backend": config.backend}
     if not head.linear:
         logits = model_logits(model, pack, head)
-        return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]
+        return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]  # with_entropy: two
     if hidden is None:
         hidden = hidden_states(decoder_of(model), pack, head)
     layer = head_of(model)
-    return ppo.linear_logprobs(  # type: ignore[return-value]
+    return ppo.linear_logprobs(  # type: ignore[return-value]  # likewise
         hidden[pack.logit_positions].to(layer.weight.dtype),
         layer.weight,
         pack.tokens,

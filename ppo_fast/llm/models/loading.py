@@ -1,4 +1,4 @@
-"""The models of PPO on transformers: the actor, its critic and the frozen reference; loading them, and LoRA."""
+"""Loading an actor and its tokenizer from a folder, and checks of the models of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ppo_fast.llm.packing.flash_calls import first_line
 
 
 def load_model_config(folder: str | Path) -> PreTrainedConfig:
-    """The configuration of a model in a folder that `save_pretrained` wrote; weights are not read."""
+    """Load the configuration of a model in a folder that `save_pretrained` wrote, without the weights."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
     try:
@@ -35,12 +35,12 @@ def load_model_config(folder: str | Path) -> PreTrainedConfig:
 def load_actor(
     folder: str | Path, *, pad_token: str | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in fp32 and its tokenizer, from a folder that `save_pretrained` wrote.
+    """Load a causal language model in fp32 and its tokenizer from a folder that `save_pretrained` wrote.
 
-    `pad_token` names a token of the vocabulary for padding where the tokenizer has none; `trust_remote_code` runs
-    Python files that lie in the folder. Nothing is downloaded. Without `weights` the model is on the meta device: under
-    parallel = fsdp all processes but the first may train such an actor. The dtype in which the weights are stored is
-    noted for `source_dtype`.
+    `pad_token` names a token of the vocabulary for padding where the tokenizer has none; `trust_remote_code` runs the
+    Python files in the folder. Nothing is downloaded. Without `weights` the model is on the meta device: under parallel
+    = fsdp all processes but the first may train such an actor. The dtype of the stored weights is noted for
+    `source_dtype`.
 
     Raises:
         UserError: it cannot be loaded, or its weights are not those that its config.json describes (`load_weights`).
@@ -63,17 +63,17 @@ def load_actor(
 
 
 def source_dtype(actor: nn.Module) -> torch.dtype | None:
-    """The dtype of the weights in the folder from which `load_actor` loaded the actor; None for any other actor."""
+    """Return the dtype of the weights in the folder of an actor from `load_actor`; None for other actors."""
     return getattr(unwrap_peft(actor), "ppo_fast_source_dtype", None)
 
 
 def vocabulary_of(model: Any) -> int:
-    """V, the number of tokens that the model has embeddings for."""
+    """Return V, the number of tokens for which the model has embeddings."""
     return input_embedding(model).shape[0]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
-    """Refuses what would fail deep inside a step: no pad token, no end token, ids beyond the embedding."""
+    """Reject a tokenizer that would fail in a step: no pad token, no end token, ids beyond the embedding."""
     if tokenizer.pad_token_id is None:
         raise UserError(
             "the tokenizer has no pad token; name one of its tokens (tokenizer.pad_token = ..., or --pad-token on the"
@@ -90,7 +90,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
 
 
 def check_embedding(tokenizer: PreTrainedTokenizerBase, model: Any, what: str) -> None:
-    """Refuses a model that has no embedding for some tokens. Ids may have gaps: the largest one counts.
+    """Reject a model without an embedding for some tokens. Ids may have gaps: the largest one counts.
 
     Raises:
         UserError: names the model as `what`.
@@ -106,10 +106,10 @@ def check_embedding(tokenizer: PreTrainedTokenizerBase, model: Any, what: str) -
 def check_others(
     tokenizer: PreTrainedTokenizerBase, config: PPOConfig, critic: "Critic | None", reference: nn.Module | None
 ) -> None:
-    """Refuses a critic or reference that cannot read what the actor reads.
+    """Reject a critic or reference that cannot read the tokens of the actor.
 
     Raises:
-        UserError: names the model and what does not fit.
+        UserError: names the model and the difference.
     """
     if critic is not None and critic.backbone is not None:
         check_embedding(tokenizer, critic.backbone, "the critic")
@@ -139,14 +139,14 @@ def _head_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the generation config's and the tokenizer's."""
+    """Return the ids of the tokens that end a completion, of the generation config and of the tokenizer."""
     configured = actor.generation_config.eos_token_id if actor.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def check_language_model(actor: nn.Module) -> None:
-    """Rejects an actor of another kind than a causal language model.
+    """Reject an actor other than a causal language model.
 
     Raises:
         UserError: it is an encoder-decoder model, or its configuration names no single part for text.

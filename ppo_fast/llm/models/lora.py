@@ -1,4 +1,4 @@
-"""LoRA adapters for actor and critic, through peft."""
+"""LoRA adapters through peft."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from ppo_fast.llm.config import PPOConfig
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_model: bool) -> nn.Module:
-    """LoRA adapters (Hu et al. 2021) through peft: everything else is frozen.
+    """Add LoRA adapters (Hu et al. 2021) through peft, and freeze all other weights.
 
-    `targets`: "all-linear", or names of modules with commas between. The LM head stays as it is, if it is not named.
-    The names are those of a language model; a critic may lack some of them.
+    `targets`: "all-linear", or comma-separated names of modules. The LM head gets an adapter only if it is named. The
+    names are those of a language model; a critic may lack some of them.
 
     Raises:
         UserError: the model lacks a module of that name.
@@ -28,11 +28,11 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_
         target_modules=targets if targets == "all-linear" else _targets(model, targets, language_model=language_model),
         task_type="CAUSAL_LM" if language_model else "FEATURE_EXTRACTION",
     )
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # any nn.Module works
 
 
 def _targets(model: nn.Module, targets: str, *, language_model: bool) -> list[str]:
-    """Names of modules, each of which the model has: peft ignores one that it does not find beside one that it does."""
+    """Split names of modules, each of which the model must have: peft ignores a missing one beside others."""
     modules = [f".{name}" for name, _ in model.named_modules()]
     names = [name.strip() for name in targets.split(",")]
     found = [name for name in names if name and any(module.endswith(f".{name}") for module in modules)]
@@ -48,7 +48,7 @@ def _targets(model: nn.Module, targets: str, *, language_model: bool) -> list[st
 
 
 def with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> Any:
-    """The model with the adapters that the options name; as it is, if they name none."""
+    """Return the model with the adapters that the options name; unchanged if they name none."""
     if not config.lora_rank:
         return model
     return add_lora(

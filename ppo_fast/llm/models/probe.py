@@ -1,15 +1,15 @@
-"""Decides at load how each model of a run is computed: which attention, which rows, and where its logits come from.
+"""Detects at load how to compute each model of a run: which attention, which rows, and the source of its logits.
 
-Expected values come from the model's own forward, one sequence at a time. They are compared with what the run would
-compute, by the run's own functions: the LM head on hidden states, packed rows, rows padded on the right. The first
-choice whose values are equal up to rounding is taken; the last choice is the model's own forward, one sequence at a
-time. Each choice but the first gives one warning.
+Expected values come from the model's own forward, one sequence at a time. They are compared with the values of the run,
+computed by its own functions: the LM head on hidden states, packed rows, rows padded on the right. The first choice
+whose values are equal up to rounding is taken; the last choice is the model's own forward, one sequence at a time. Each
+choice but the first gives one warning.
 
-Models are compared in their own precision, and again under the autocast of the run. A fast path of attention that
-fails is rejected in favour of the next one, before packed rows are.
+Models are compared in their own precision, and again under the autocast of the run. If a fast path of attention fails,
+the next one is tried before packed rows are rejected.
 
 The sequences have PROBE_LENGTHS, and lengths on both sides of every window, chunk and original length that the
-configuration names, as far as a run reaches them: a model may change how it computes there, for a whole batch even
+configuration names, up to the longest of the run: a model may compute differently there, for a whole batch even
 (longrope takes its frequencies by the longest sequence).
 """
 
@@ -56,7 +56,7 @@ FP32_BOUND, HALF_BOUND = 32, 4
 # or experts whose scores are equal, or is a long recurrence).
 UNDECIDED = 0.1
 
-# Values of a model that is not causal differ by at least so much of the largest: far more than by rounding, and than by
+# Values of a model that is not causal differ by at least this share of the largest: far more than by rounding, or by
 # an expert that is chosen or not by rounding.
 NOT_CAUSAL = 0.01
 
@@ -73,7 +73,7 @@ CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a run computes: the longest sequence, and the passes of tokens through models in a step."""
+    """The extent of a run: the longest sequence, and the passes of tokens through models in a step."""
 
     longest: int = max(PROBE_LENGTHS)
     step_passes: float = 0.0
@@ -81,7 +81,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class ModelHeads:
-    """What the probe decided for each model of a run. Boundaries and `batched` are common to all: packs are, too."""
+    """The result of the probe for each model of a run. Boundaries and `batched` are common to all, like the packs."""
 
     actor: HeadInfo
     critic: HeadInfo | None = None
@@ -99,7 +99,7 @@ def detect_heads(
     device: torch.device | None = None,
     reach: Reach = Reach(),
 ) -> ModelHeads:
-    """Finds out how every model of a run is computed.
+    """Detect how to compute every model of a run.
 
     Args:
         actor: a language model.
@@ -107,8 +107,8 @@ def detect_heads(
         reference: the frozen language model.
         strict: raise UserError instead of a warning.
         dtype: of the run's autocast; float32: none.
-        device: where the run computes, if the models are not there yet.
-        reach: how long sequences become, and how much a step computes.
+        device: of the run, if the models are not there yet.
+        reach: the longest sequences, and the work of a step.
     """
     flash.reset()
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
@@ -121,7 +121,7 @@ def detect_heads(
             continue
         head, problems = _probe(model, autocast, device, reach)
         found.append(head)
-        # a critic or reference of the actor's family has the actor's problems, which are reported once
+        # a critic or reference of the actor's family has the same problems, which are reported once
         key = (type(text_config(model)), head)
         if key not in said:
             for problem in problems:
@@ -130,7 +130,7 @@ def detect_heads(
     known = [head for head in found if head is not None]
     batched, boundaries = all(h.batched for h in known), tuple(sorted({b for h in known for b in h.boundaries}))
     heads = [h and dataclasses.replace(h, batched=batched, boundaries=boundaries) for h in found]
-    assert heads[0] is not None
+    assert heads[0] is not None  # there always is an actor
     return ModelHeads(heads[0], heads[1], heads[2])
 
 
@@ -143,14 +143,16 @@ def detect_head(
     device: torch.device | None = None,
     reach: Reach = Reach(),
 ) -> HeadInfo:
-    """Finds out how one model is computed; arguments as in `detect_heads`."""
+    """Detect how to compute one model; arguments as in `detect_heads`."""
     return detect_heads(model, None, None, strict=strict, dtype=dtype, device=device, reach=reach).actor
 
 
 @torch.no_grad()
 def detect_unpacked_head(model: nn.Module, *, strict: bool = False) -> HeadInfo:
-    """Finds out how the model's logits are computed, for rows that are not packed: attention is not asked for, and
-    what `probe` found of a run's attention is kept."""
+    """Detect how to compute the logits of a model for rows that are not packed.
+
+    Attention is not tested, and the result of `detect_heads` for it is kept.
+    """
     with exact_products():
         head, problem = _linear_head(model, _sequences(model, PROBE_LENGTHS))
     if problem is not None:
@@ -160,7 +162,7 @@ def detect_unpacked_head(model: nn.Module, *, strict: bool = False) -> HeadInfo:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """fp32 products without TF32 or bf16, whatever the user has set: the comparison is of fp32 with fp32."""
+    """Compute fp32 products without TF32 or bf16, whatever the user has set: fp32 is compared with fp32."""
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
     before = [x.fp32_precision for x in settings]
     # PyTorch has two interfaces to this setting, and raises an error where one is read that differs from the other
@@ -179,7 +181,7 @@ def exact_products() -> Iterator[None]:
 
 
 def _older_precision() -> str | None:
-    """What the older interface has been set to; None if only the newer one has been used."""
+    """Return the setting of the older interface; None if only the newer one has been used."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -196,12 +198,12 @@ def warn_or_raise(reason: str, strict: bool) -> None:
 
 
 def named_lengths(model: nn.Module, longest: int) -> list[int]:
-    """Lengths that the model's configuration names and that a sequence of `longest` tokens exceeds."""
+    """List lengths in the model's configuration that a sequence of `longest` tokens exceeds."""
     return sorted({n for n in _integers(text_config(model).to_dict(), named=False) if 1 < n < longest})
 
 
 def _integers(entry: Any, *, named: bool) -> Iterator[int]:
-    """Integers below a key that matches NAMED."""
+    """List integers below a key that matches NAMED."""
     if isinstance(entry, Mapping):
         for key, value in entry.items():
             yield from _integers(value, named=named or bool(NAMED.search(str(key))))
@@ -213,9 +215,10 @@ def _integers(entry: Any, *, named: bool) -> Iterator[int]:
 
 
 def _check_selection(model: nn.Module, longest: int) -> None:
-    """Rejects sequences that are longer than the number of tokens that sparse attention selects (DeepSeek 3.2). Scores
-    of several tokens are exactly 0, and which of them are selected depends on the shape of the batch: sampling and
-    learning would compute different models.
+    """Reject sequences that are longer than the number of tokens that sparse attention selects (DeepSeek 3.2).
+
+    Scores of several tokens are exactly 0, and the shape of the batch determines which of them are selected: sampling
+    and training would compute different models.
 
     Raises:
         UserError: a sequence may be longer.
@@ -230,8 +233,10 @@ def _check_selection(model: nn.Module, longest: int) -> None:
 
 
 def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.device) -> list[int]:
-    """The named lengths, from the shortest on, that the probe has time to check. It counts operations, not seconds:
-    two runs make the same choices."""
+    """Select the named lengths, from the shortest on, that the probe has time to check.
+
+    It counts operations, not seconds: two runs make the same choices.
+    """
     operations = 2.0 * sum(p.numel() for p in model.parameters())
     limit = max(
         SHARE_OF_STEP * reach.step_passes, SECONDS * RATES.get(device.type, ACCELERATOR_RATE) / max(operations, 1.0)
@@ -246,7 +251,7 @@ def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.d
 
 
 def _sequences(model: Any, lengths: Sequence[int]) -> Rollout:
-    """Sequences of these lengths, as a rollout whose completions are everything but the first token."""
+    """Make sequences of these lengths, as a rollout whose completions are everything but the first token."""
     vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
     ids = (torch.arange(sum(lengths)) * 7919 + 1) % vocabulary
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
@@ -266,22 +271,22 @@ def _rows(sequences: Rollout) -> list[Tensor]:
 
 
 def _computed(model: Any) -> torch.dtype:
-    """The dtype in which a model computes: autocast's where it is on, else that of its embeddings."""
+    """Return the dtype in which a model computes: that of autocast where it is on, else that of its embeddings."""
     weight = model.get_input_embeddings().weight
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def in_full_precision(model: nn.Module) -> bool:
-    """Whether a model computes in fp32."""
+    """Check whether a model computes in fp32."""
     return _computed(model) == torch.float32
 
 
 def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> float:
-    """How far two orders of summation may take the values of `compute` apart: see FP32_BOUND.
+    """Estimate by how much two orders of summation may change the values of `compute`: see FP32_BOUND.
 
-    Products of 9 rows and of 5, 3 and 1 run through different kernels, and each layer passes on the rounding of those
-    before it. Neither depth nor width tells by how much; the model itself does.
+    Products of 9 rows and of 5, 3 and 1 use different kernels, and each layer propagates the rounding of those before
+    it. Neither depth nor width determines the result; the model itself does.
     """
     eps = torch.finfo(_computed(model)).eps
 
@@ -308,13 +313,13 @@ TAIL = max(PROBE_LENGTHS)  # tokens of a sequence whose logits are compared: tho
 
 
 def _last_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """[up to TAIL, V], by the model's own forward."""
+    """Compute logits [up to TAIL, V] by the model's own forward."""
     fewer = {"logits_to_keep": TAIL} if ids.shape[1] > TAIL and accepts(model, "logits_to_keep") else {}
     return model(input_ids=ids, **no_cache(model), **fewer).logits[0, -TAIL:]
 
 
 def _linear_head(model: nn.Module, sequences: Rollout) -> tuple[HeadInfo, str | None]:
-    """Whether the logits are softcap(scale (h W^T + b)), and why not."""
+    """Check whether the logits are softcap(scale (h W^T + b)), and return the reason if they are not."""
     config = text_config(model)
     scaling = getattr(config, "logits_scaling", None)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -358,7 +363,7 @@ def _why_not_linear(
 
 
 def _compute(model: nn.Module, sequences: Rollout, head: HeadInfo) -> Tensor:
-    """[total, X]: what a run computes for the sequences, in their order: hidden states, or the model's own logits."""
+    """Compute the values [total, X] of a run for the sequences: hidden states, or the model's own logits."""
     found: dict[int, Tensor] = {}
     with packed_attention(model) if head.packed else nullcontext():
         (packs,) = split_minibatches(
@@ -381,7 +386,7 @@ def _compute(model: nn.Module, sequences: Rollout, head: HeadInfo) -> Tensor:
 
 
 def _why_not(model: nn.Module, sequences: Rollout, head: HeadInfo, expected: Tensor, bound: float) -> str | None:
-    """Why the model's values are other ones by this choice than one by one; None if they are equal."""
+    """Compare the values of this choice with those of one sequence at a time; return the difference, or None."""
     rows = "packed rows" if head.packed else "padded rows"
     try:
         out = _compute(model, sequences, head)
@@ -396,7 +401,7 @@ def _why_not(model: nn.Module, sequences: Rollout, head: HeadInfo, expected: Ten
 def _choose(
     model: nn.Module, sequences: Rollout, head: HeadInfo, choices: list[HeadInfo]
 ) -> tuple[HeadInfo, str | None]:
-    """The first of the choices whose values are right, or the model's own forward; and why it is not the first."""
+    """Return the first choice whose values are right, or the model's own forward, and the reason if not the first."""
     single = dataclasses.replace(head, packed=False, batched=False, boundaries=())
     expected = _compute(model, sequences, single)
     bound = rounding_bound(model, lambda: _compute(model, sequences, single), expected)
@@ -423,10 +428,10 @@ def _choose(
 
 
 def _check_causal(model: nn.Module, head: HeadInfo) -> None:
-    """Rejects a model whose tokens see later ones: it gives no probability of a next token.
+    """Reject a model whose tokens depend on later ones: it has no probability of a next token.
 
     Raises:
-        UserError: its values of a sequence depend on what follows.
+        UserError: its values of a sequence depend on the tokens after it.
     """
     single = dataclasses.replace(head, packed=False, batched=False)
     whole, part = (_compute(model, _sequences(model, [n]), single) for n in PROBE_LENGTHS[:2])
@@ -443,7 +448,7 @@ def _check_causal(model: nn.Module, head: HeadInfo) -> None:
 def _probe(
     model: nn.Module, autocast: torch.dtype | None, device: torch.device | None, reach: Reach
 ) -> tuple[HeadInfo, list[str]]:
-    """How a model is computed, and what a run must report of it."""
+    """Return how to compute a model, and the notes that a run must report about it."""
     _check_selection(model, reach.longest)
     here = next(model.parameters()).device
     named = named_lengths(model, reach.longest)
@@ -485,8 +490,10 @@ def _probe(
 
 
 def _choices(head: HeadInfo, boundaries: list[int]) -> list[HeadInfo]:
-    """Packed rows, then padded ones: all sequences together, those on the two sides of one boundary apart, or those
-    on the two sides of any."""
+    """List the choices: packed rows, then padded ones.
+
+    In each, all sequences are together, or those on the two sides of one boundary, or of any boundary, are separate.
+    """
     apart = [(), *((b,) for b in boundaries), *([tuple(boundaries)] if len(boundaries) > 1 else [])]
     return [dataclasses.replace(head, packed=packed, boundaries=b) for packed in (True, False) for b in apart]
 

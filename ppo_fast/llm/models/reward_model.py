@@ -1,4 +1,4 @@
-"""Reward models: sequence classifiers that score prompts with completions."""
+"""Reward models: a sequence classifier with one output, loaded from a folder and used as a reward function."""
 
 import copy
 import functools
@@ -21,9 +21,9 @@ from ppo_fast.llm.models.weights import check_folder, load_structure, load_token
 def load_reward_model(
     folder: str | Path, *, weights: bool = True, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen sequence classifier with one output, and its tokenizer, from a folder that `save_pretrained` wrote.
+    """Load a frozen sequence classifier with one output, and its tokenizer, from a folder of `save_pretrained`.
 
-    Without `weights` it is on the meta device, as in `load_actor`. `dtype`: of the weights; None: as they are stored.
+    Without `weights` it is on the meta device, as in `load_actor`. `dtype`: of the weights; None: that of the files.
 
     Raises:
         UserError: it cannot be loaded, has no scoring layer, or has more than one output.
@@ -47,16 +47,16 @@ def load_reward_model(
 class RewardModel:
     """A sequence classifier with one output as a reward function (Ouyang et al. 2022, section 3.5).
 
-    It reads prompt and answer in its own tokens: through its tokenizer's chat template, as the turns of user and
-    assistant, where there is one; else one after the other.
+    It encodes prompt and completion with its own tokenizer: through the chat template, as turns of user and assistant,
+    where there is one; else one after the other.
 
     Args:
         model: any AutoModelForSequenceClassification with num_labels = 1.
         tokenizer: its own, not the actor's.
-        batch_size: answers scored at once.
-        max_length: longer texts lose their beginning, in tokens; special tokens at both ends stay. None, or more than
-            the model has: the model's positions.
-        device: where it runs; None: where it is.
+        batch_size: completions scored together.
+        max_length: of longer texts the beginning is removed, in tokens; special tokens at both ends are kept. None, or
+            more than the model has: the model's positions.
+        device: of the model; None: unchanged.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RewardModel:
             raise RewardError(f"the reward model has {model.config.num_labels} outputs; one score is expected")
         check_embedding(tokenizer, model, "the reward model")
         model.config.pad_token_id = tokenizer.pad_token_id
-        self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]
+        self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]  # a stub of transformers
         # a copy: a call with truncation changes a tokenizer, and what save_pretrained writes of it
         self.tokenizer = copy.deepcopy(tokenizer)
         self.batch_size = batch_size
@@ -83,12 +83,12 @@ class RewardModel:
 
     @functools.cached_property
     def added_before(self) -> list[int]:
-        """What the tokenizer puts before each text."""
+        """Return the tokens that the tokenizer adds before each text."""
         return added_ids(self.tokenizer)[0]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """One score for each answer, from which the model's own `config.score_offset` is subtracted, if it has one."""
+        """Return one score for each completion, minus `config.score_offset` of the model, if it has one."""
         scores: list[float] = []
         for start in range(0, len(prompts), self.batch_size):
             stop = start + self.batch_size
@@ -97,7 +97,7 @@ class RewardModel:
         return [x - offset for x in scores]
 
     def forward(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Scores [B] fp32 of one batch, with a graph."""
+        """Compute the scores [B] fp32 of one batch, with a graph."""
         ids = [self._ids(p, c) for p, c in zip(prompts, completions, strict=True)]
         pad = self._padding(ids)
         if pad is None:
@@ -105,10 +105,10 @@ class RewardModel:
         return self._scores(ids, pad)
 
     def _padding(self, ids: list[list[int]]) -> int | None:
-        """A token for padding that none of these texts has; None: they have all.
+        """Return a token for padding that none of these texts has; None if there is none.
 
         A decoder's classifier reads its score at the last token that is not `config.pad_token_id`. Where that is the
-        end token, or another one of the text, it would read the score too early.
+        end token, or another token of the text, it would read the score too early.
         """
         used = {token for row in ids for token in row}
         tokens = range(self.model.get_input_embeddings().weight.shape[0])
@@ -145,7 +145,7 @@ class RewardModel:
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a model takes; None: any number.
+    """Return the number of tokens that a model accepts; None: any number.
 
     RoBERTa and its relatives count positions from the one after their padding's.
     """
@@ -159,7 +159,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def _pad_token(model: Any, token: int) -> Iterator[None]:
-    """The classifier takes `token` for padding inside this block."""
+    """Use `token` for padding inside this block."""
     configs = [model.config, model.config.get_text_config()]
     before = [config.pad_token_id for config in configs]
     try:

@@ -1,4 +1,4 @@
-"""Loading models from folders: the weights are those in the folder, all of them, and nothing else."""
+"""Loading weights from a folder: all weights in the folder, and no others."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from ppo_fast.common.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 
 
-# Masks and tables which older versions of transformers saved with the weights, as in GPT-2 and Pythia; models make them
+# Masks and tables that older versions of transformers saved with the weights, as in GPT-2 and Pythia; models make them
 CONSTANTS = re.compile(r"(^|\.)((attn|self_attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
 
 
 @contextmanager
 def no_loading_bars() -> Iterator[None]:
-    """transformers without its progress bars: a run has one of its own."""
+    """Disable the progress bars of transformers: a run has its own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -37,7 +37,7 @@ def no_loading_bars() -> Iterator[None]:
 
 @contextmanager
 def _no_loading_report() -> Iterator[None]:
-    """transformers without its table of weights that do not fit: here they are errors."""
+    """Disable the table of transformers for weights that do not fit: here they are errors."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -49,8 +49,11 @@ def _no_loading_report() -> Iterator[None]:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turns an error of a damaged folder into a sentence. transformers, safetensors, tokenizers, and the code of a
-    model raise errors of every class, tokenizers also a plain Exception."""
+    """Turn an error of a damaged folder into a sentence.
+
+    transformers, safetensors, tokenizers, and the code of a model raise errors of every class, tokenizers also a plain
+    Exception.
+    """
     try:
         yield
     except UserError:
@@ -62,10 +65,10 @@ def _reading(what: str) -> Iterator[None]:
 
 
 def check_folder(folder: str | Path, what: str, *, trust_remote_code: bool = False) -> None:
-    """Refuses what is no model: adapters alone, pickles, which can run code when they are read, a damaged config.json.
+    """Reject a folder without a safe model: adapters alone, pickles, which can run code, a damaged config.json.
 
     Raises:
-        UserError: says what to give instead.
+        UserError: names what to give instead.
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
@@ -81,7 +84,7 @@ def check_folder(folder: str | Path, what: str, *, trust_remote_code: bool = Fal
             f"{pickles[0]} is a pickle, which can run code when it is read: if you trust it, load it once with"
             " from_pretrained(..., use_safetensors=False), and give the folder that save_pretrained then writes"
         )
-    if (folder / "generation_config.json").is_file():  # transformers ignores a damaged one, and its end tokens
+    if (folder / "generation_config.json").is_file():  # transformers ignores a damaged file, with its end tokens
         with _reading(f"generation_config.json in {folder}"):
             json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     with _reading(f"the {what} in {folder}"):
@@ -89,7 +92,7 @@ def check_folder(folder: str | Path, what: str, *, trust_remote_code: bool = Fal
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
+    """Load the tokenizer in a folder.
 
     Raises:
         UserError: it cannot be loaded.
@@ -107,14 +110,14 @@ def load_weights(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model of an AutoModel class with the weights in a folder that `check_folder` took.
+    """Load a model of an AutoModel class with the weights in a folder that `check_folder` has accepted.
 
     Args:
         kind: AutoModelForCausalLM, for instance.
         folder: with config.json and safetensors files.
         what: the model's role in messages, such as "model".
         advice: what to give instead of a folder that lacks weights.
-        dtype: of the weights; None: as they are stored.
+        dtype: of the weights; None: that of the files.
         trust_remote_code: run the Python files in the folder.
 
     Raises:
@@ -139,7 +142,7 @@ def load_weights(
 def load_structure(
     kind: Any, folder: str | Path, what: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The same model on the meta device, as its configuration describes it; weights are not read."""
+    """Load the same model on the meta device, from its configuration; weights are not read."""
     how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with _reading(f"the {what} in {folder}"):
         config = AutoConfig.from_pretrained(folder, **how)
@@ -151,7 +154,7 @@ def load_structure(
 
 
 def _check_report(report: dict[str, Any], model: nn.Module, where: str, advice: str) -> None:
-    """Refuses weights that differ from what config.json describes."""
+    """Reject weights that differ from the description in config.json."""
     # (name, shape in the file, shape of the model)
     sizes = sorted(report["mismatched_keys"])
     if sizes:
@@ -180,7 +183,7 @@ def _named(names: list[str]) -> str:
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """Refuses NaN and infinite weights; one pass over them, and one copy to the host for each device.
+    """Reject NaN and infinite weights, with one pass over them and one copy to the host for each device.
 
     Raises:
         UserError: names the first such weight.
@@ -199,7 +202,7 @@ def check_finite(model: nn.Module, what: str) -> None:
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """The dtype of most weights in a folder's safetensors files; None if it is none of DTYPES."""
+    """Return the dtype of most weights in a folder's safetensors files; None if it is none of DTYPES."""
     counts: dict[str, int] = {}
     for file in _weight_files(Path(folder)):
         with safe_open(file, framework="pt") as opened:
@@ -210,7 +213,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype | None:
 
 
 def _weight_files(folder: Path) -> Iterable[Path]:
-    """The files that transformers reads."""
+    """List the files that transformers reads."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -218,7 +221,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 
 
 def check_trained_in_fp32(model: nn.Module, what: str) -> None:
-    """Refuses to train weights in another dtype: small updates round to nothing in half precision.
+    """Reject training of weights in another dtype: small updates round to nothing in half precision.
 
     Raises:
         UserError: names the first such weight.
@@ -236,11 +239,11 @@ def check_trained_in_fp32(model: nn.Module, what: str) -> None:
 
 
 def check_separate(trained: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> None:
-    """Refuses models that share memory with a model that is trained: they would change with it.
+    """Reject models that share memory with a model that is trained: they would change with it.
 
     Args:
         trained: by role, such as "the actor"; each is compared with each of the others, and with `others`.
-        others: models that must stay as they are, by role.
+        others: models that must not change, by role.
 
     Raises:
         UserError: names two roles and a weight.
@@ -257,7 +260,7 @@ def check_separate(trained: Mapping[str, nn.Module], others: Mapping[str, nn.Mod
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, tuple[torch.device, int], bool]]:
-    """Name, memory, and whether it is trained, of each weight that has memory."""
+    """List name, memory, and whether it is trained, of each weight that has memory."""
     for name, p in model.named_parameters():
         if not p.is_meta and p.numel():
             yield name, (p.device, p.untyped_storage().data_ptr()), p.requires_grad
@@ -271,7 +274,7 @@ def _shared(role: str, owner: str, name: str) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hashes the values of all parameters; the hash is the same on every device, in any order of summation."""
+    """Hash the values of all parameters; the hash is the same on every device, in any order of summation."""
     found = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = dict(model.named_parameters())

@@ -1,1 +1,1 @@
-"""Preferences: pairs of answers, their labels, and reward models trained on them."""
+"""Preferences: pairs of completions, their labels, and reward models that are trained on them."""

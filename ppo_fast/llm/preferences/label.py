@@ -1,8 +1,7 @@
-"""Human feedback in the terminal: two answers to a prompt, a person's choice, one more line in a file of pairs."""
+"""Human feedback in the terminal: two answers to a prompt, the choice of a person, one more line in a file of pairs."""
 
 import codecs
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,16 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.text import printable
+from ppo_fast.common.jsonl import as_lines
+from ppo_fast.common.text import escape_control
 from ppo_fast.llm.data import json_rows
 from ppo_fast.llm.preferences.reward_model import Pair, read_pairs
 
-KEYS = "1 or 2: the better answer; s: skip; q: save and leave"
+KEYS = "1 or 2: the better answer; s: skip; q: save and quit"
 
 
 def read_choices(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file with a prompt and two answers or more.
+    """Read a JSON Lines file of prompts with two answers or more.
 
     Raises:
         UserError: the message names file and line.
@@ -42,16 +42,17 @@ def read_choices(path: str | Path) -> list[dict[str, Any]]:
 def label(
     answers: str | Path, out: str | Path, *, console: Console | None = None, ask: Callable[[str], str] = input
 ) -> int:
-    """Asks about every row of `answers` that `out` does not have yet, and appends each choice to it at once.
+    """Ask about every row of `answers` that is not in `out`, and append each choice to `out` at once.
 
     Args:
         answers: JSON Lines with {"prompt": text, "answers": [text, text, ...]}; the first two that differ are shown.
         out: JSON Lines of pairs, {"prompt", "chosen", "rejected", "kind": "person"}, made if it is missing.
-        console: where to show them.
-        ask: takes a question and returns what the person typed.
+        console: for the output.
+        ask: prints a question and returns the input. `rich.prompt` would not be shorter: its `Prompt` reads from a
+            stream, and end of input, Ctrl-C and a missing standard input must be handled here as well.
 
     Returns:
-        How many choices were made.
+        The number of choices.
 
     Raises:
         UserError: one of the files cannot be read or written.
@@ -59,7 +60,7 @@ def label(
     console = console or Console()
     rows, made = read_choices(answers), 0
     known = {(p.prompt, frozenset((p.chosen, p.rejected))) for p in _pairs_in(out)}
-    _append(out, "")  # before anybody chooses
+    _append(out, "")  # before the first choice: it must be writable
     console.print(KEYS)
     for number, row in enumerate(rows, start=1):
         first = row["answers"][0]
@@ -74,14 +75,14 @@ def label(
             continue
         chosen, rejected = (first, second) if choice == "1" else (second, first)
         pair = dataclasses.asdict(Pair(row["prompt"], chosen, rejected, "person"))
-        _append(out, json.dumps(pair, ensure_ascii=False) + "\n")
+        _append(out, as_lines([pair]))
         made += 1
     console.print(f"{made} choices were added to {out}")
     return made
 
 
 def _pairs_in(path: str | Path) -> list[Pair]:
-    """The pairs that the file holds already. Only a file to which lines can be added is accepted."""
+    """Read the pairs of the output file. Only a file to which lines can be added is accepted."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -92,7 +93,7 @@ def _pairs_in(path: str | Path) -> list[Pair]:
     if not start:
         return []
     if not start.startswith(b"{"):
-        raise UserError(f"{path} does not hold JSON Lines of pairs: choose another --out")
+        raise UserError(f"{path} is no JSON Lines file of pairs: choose another --out")
     return read_pairs(path)
 
 
@@ -103,7 +104,7 @@ def _show(console: Console, prompt: str, first: str, second: str, title: str) ->
 
 
 def _lines(text: str) -> Text:
-    return Text("\n".join(map(printable, text.split("\n"))))
+    return Text("\n".join(map(escape_control, text.split("\n"))))
 
 
 def _choice(ask: Callable[[str], str]) -> str:
@@ -113,13 +114,13 @@ def _choice(ask: Callable[[str], str]) -> str:
         except (EOFError, KeyboardInterrupt):
             return "q"
         except RuntimeError as error:  # what input() raises without standard input
-            raise UserError(f"no user can choose here: {error}") from error
+            raise UserError(f"there is no terminal to choose in: {error}") from error
         if typed in ("1", "2", "s", "q"):
             return typed
 
 
 def _append(path: str | Path, line: str) -> None:
-    """Writes a line, behind a line break if the file ends within one."""
+    """Append a line, after a line break if the last line of the file has none."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("a+b") as file:

@@ -1,10 +1,9 @@
-"""Preferences: pairs of answers of which people (or a rule) liked one better, and the reward model that learns them.
+"""Preferences: pairs of completions, one of which people (or a rule) preferred, and a reward model trained on them.
 
 The loss is that of Bradley and Terry (1952), as in Christiano et al. 2017 (equation 1) and Ouyang et al. 2022
 (equation 1): -log sigmoid(r(prompt, chosen) - r(prompt, rejected)).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.errors import NonFiniteError, UserError
+from ppo_fast.common.jsonl import as_lines
 from ppo_fast.llm.data import json_rows
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.models.weights import check_trained_in_fp32
@@ -25,25 +25,25 @@ from ppo_fast.llm.models.weights import check_trained_in_fp32
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a prompt."""
+    """Two completions of a prompt."""
 
     prompt: str
     chosen: str
     rejected: str
-    kind: str = "pair"  # of the rejected answer: accuracy is reported for each kind
+    kind: str = "pair"  # of the rejected completion: accuracy is reported for each kind
 
     def __post_init__(self) -> None:
         for name, text in asdict(self).items():
             if not isinstance(text, str):
                 raise UserError(f"{name} must be a text, got {text!r:.80}")
             if any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(f"{name} holds half a character, which UTF-8 cannot: {text!r:.80}")
+                raise UserError(f"{name} has a lone surrogate, which UTF-8 cannot encode: {text!r:.80}")
         if self.chosen == self.rejected:
             raise UserError(f"chosen and rejected are the same text: {self.chosen!r:.80}")
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs of a JSON Lines file with the fields prompt, chosen, rejected, and perhaps kind.
+    """Read pairs from a JSON Lines file with the fields prompt, chosen, rejected, and optionally kind.
 
     Raises:
         UserError: the file cannot be read, is empty, or a line is not such a pair; the message names file and line.
@@ -67,21 +67,21 @@ def _pair(row: dict[str, Any]) -> Pair:
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
-    """The file that `read_pairs` reads."""
-    text = "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
+    """Write a file for `read_pairs`."""
+    text = as_lines(map(asdict, pairs))
     with reported(f"the pairs could not be written to {path}"):
         write_file(Path(path), text)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected).
+    """Compute the mean of -log sigmoid(chosen - rejected).
 
     Args:
-        chosen: [B] scores of the better answers, any float dtype.
+        chosen: [B] scores of the preferred completions, any float dtype.
         rejected: [B] scores of the others.
 
     Returns:
-        A scalar in the scores' dtype; log 2 for a model that knows nothing.
+        A scalar in the dtype of the scores; log 2 for equal scores.
 
     >>> bradley_terry_loss(torch.zeros(2), torch.zeros(2))
     tensor(0.6931)
@@ -101,17 +101,17 @@ def train_reward_model(
     seed: int = 0,
     after_step: Callable[[int, int, float], None] | None = None,
 ) -> None:
-    """Trains a sequence classifier with one output on pairs, in place.
+    """Train a sequence classifier with one output on pairs, in place.
 
     Args:
         model: an AutoModelForSequenceClassification with num_labels = 1 and a pad token, on its device.
-        tokenizer: its tokenizer; prompt and answer go through its chat template, if it has one.
+        tokenizer: its tokenizer; prompt and completion go through its chat template, if it has one.
         pairs: in any order.
         epochs: passes over the pairs.
         batch_size: pairs in one optimizer step.
-        lr: AdamW's learning rate at its highest: it rises over the first twentieth and falls to a tenth.
+        lr: peak learning rate of AdamW: it rises over the first twentieth of the steps and falls to a tenth.
         seed: of the order of the pairs.
-        after_step: receives step, the number of steps, and the loss in nats.
+        after_step: is called with the step, the number of steps, and the loss in nats.
 
     Raises:
         UserError: the model has more than one output, or no pad token; or a setting is out of range.
@@ -119,7 +119,7 @@ def train_reward_model(
     """
     check_reward_model(model)
     if not pairs:
-        raise UserError("there are no pairs to learn from")
+        raise UserError("there are no pairs to train on")
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "max_grad_norm": max_grad_norm}
     for name, value in settings.items():
         if not 0 < value < math.inf:
@@ -153,14 +153,14 @@ def train_reward_model(
 
 
 def pair_loss(reader: RewardModel, batch: Sequence[Pair]) -> Tensor:
-    """The loss of some pairs, with a graph."""
+    """Compute the loss of some pairs, with a graph."""
     prompts = [pair.prompt for pair in batch]
     scores = reader.forward([*prompts, *prompts], [p.chosen for p in batch] + [p.rejected for p in batch])
     return bradley_terry_loss(*scores.chunk(2))
 
 
 def check_reward_model(model: PreTrainedModel) -> None:
-    """Refuses a classifier that gives no single score."""
+    """Reject a classifier without a single score."""
     labels = model.config.num_labels
     if labels != 1:
         raise UserError(f"the reward model has {labels} outputs; one score is expected (num_labels=1)")
@@ -171,9 +171,9 @@ def check_reward_model(model: PreTrainedModel) -> None:
 def calibrate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
 ) -> float:
-    """Moves the model's scores so that their mean over these answers is 0 (Ouyang et al. 2022, section 3.5).
+    """Shift the scores of the model so that their mean over these completions is 0 (Ouyang et al. 2022, section 3.5).
 
-    What is subtracted is kept in `model.config.score_offset`, which `RewardModel` reads, and returned.
+    The offset is stored in `model.config.score_offset`, which `RewardModel` reads, and returned.
     """
     model.config.score_offset = 0.0
     if not texts:
@@ -184,12 +184,12 @@ def calibrate(
 
 
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Share of pairs whose chosen answer scores higher, for each kind of rejected answer, and for all together.
+    """Return the fraction of pairs whose chosen completion has the higher score, by kind of pair, and for all together.
 
     A tie counts half.
     """
     if not pairs:
-        raise UserError("there are no pairs to judge")
+        raise UserError("there are no pairs to evaluate on")
     judge = RewardModel(model, tokenizer, device=model.device)
     prompts = [pair.prompt for pair in pairs]
     chosen = judge(prompts, [pair.chosen for pair in pairs])

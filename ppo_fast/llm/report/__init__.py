@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: progress, evaluation, the exported model."""
+"""Output of a run: progress, evaluation, and the exported model."""

@@ -1,7 +1,7 @@
-"""Evaluation: held-out prompts are completed and scored, and one completion of the last step is explained.
+"""Evaluation: completions of held-out prompts are scored, and one completion of the last step is explained.
 
-It has no effect on training: sampling uses a random state of its own, the same in every evaluation, so that two
-evaluations differ by the policy only.
+It does not change the training: sampling has its own random state, the same in every evaluation, so that two
+evaluations differ by the policy alone.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from ppo_fast.llm.reward.scoring import RewardFunction, score
 from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
 from ppo_fast.llm.sampler import Sampler
 
-EVALUATION = 2**32 - 1  # in place of a step: its seeds are not those of training
+EVALUATION = 2**32 - 1  # instead of a step: its seeds differ from those of training
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of one evaluation."""
+    """The results of one evaluation."""
 
     step: int
     metrics: dict[str, float]  # eval/score, eval/kl, ...
@@ -46,9 +46,9 @@ class Evaluation:
 
 
 def distinct(answers: list[list[int]], n: int) -> float:
-    """Different n-grams of all answers together, divided by their tokens (Li et al. 2016, section 5.2).
+    """Return the number of different n-grams of all completions, divided by their tokens (Li et al. 2016, section 5.2).
 
-    Comparable only between equally many answers: more of them repeat each other more often.
+    It can be compared only between equal numbers of completions: with more of them, more n-grams repeat.
 
     >>> distinct([[1, 2, 1], [1, 2]], 1), distinct([[1, 2, 1], [1, 2]], 2)  # {1, 2} and {12, 21}, of 5 tokens
     (0.4, 0.4)
@@ -59,7 +59,7 @@ def distinct(answers: list[list[int]], n: int) -> float:
 
 @dataclass
 class Evaluator:
-    """Evaluates the policy on held-out rows, without those that are too long, with the objects of the trainer."""
+    """Evaluation of the policy on held-out rows, without those that are too long; it uses the trainer's models."""
 
     rows: list[dict[str, Any]]
     trained_on: list[dict[str, Any]]
@@ -72,7 +72,7 @@ class Evaluator:
     rewards: dict[str, RewardFunction]
     reward_weights: dict[str, float]
     distributed: Distributed = SINGLE_PROCESS
-    notes: list[str] = field(init=False, default_factory=list)  # what people should know of the rows
+    notes: list[str] = field(init=False, default_factory=list)  # sentences about the rows for the user
 
     def __post_init__(self) -> None:
         others = (self.policy.critic.backbone, getattr(self.reference, "model", None))
@@ -87,7 +87,7 @@ class Evaluator:
             self.notes.append(f"{twice} of {len(self.rows)} held-out prompts are among the training prompts, too")
 
     def due(self, step: int) -> bool:
-        """Before the first step, every `eval_every` steps, and after the last."""
+        """Return True before the first step, every `eval_every` steps, and after the last step."""
         every = self.config.eval_every
         return step in (0, self.config.total_steps) or bool(every and step % every == 0)
 
@@ -130,10 +130,10 @@ class Evaluator:
         kl = None if self.reference is None else experience.kl.sum(1).tolist()
         return Evaluation(step, {f"eval/{name}": x for name, x in metrics.items()}, rollout, kl, explained)
 
-    def keep_best(self, evaluation: Evaluation, save: Callable[[str, dict[str, str]], Any]) -> bool:
-        """Has the model saved as OUT/best if its score is higher than that of the one there; says whether it was.
+    def keep_best(self, evaluation: Evaluation, save: Callable[[str, dict[str, str]], object]) -> bool:
+        """Save the model as OUT/best if its score is higher than that of OUT/best; return True if it was saved.
 
-        OUT/best/evaluation.json names step and metrics. Before the first step nothing there counts.
+        OUT/best/evaluation.json has step and metrics. Before the first step an earlier OUT/best is ignored.
         """
         if self.config.out is None:
             return False
@@ -152,7 +152,7 @@ def _score_in(folder: Path) -> float:
 
 
 def _note_in(folder: Path) -> dict[str, float] | None:
-    """OUT/best/evaluation.json with its step and score, or None where there is none."""
+    """Read OUT/best/evaluation.json with its step and score; None if there is none."""
     try:
         noted = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         return {**noted, "step": int(noted["step"]), "eval/score": float(noted["eval/score"])}
@@ -163,7 +163,7 @@ def _note_in(folder: Path) -> dict[str, float] | None:
 
 
 def drop_best_after(folder: Path, step: int) -> None:
-    """Removes OUT/best if a later step than `step` left it, or if no step is done: it is of another branch or run."""
+    """Remove OUT/best if a step after `step` saved it, or if no step is done: it belongs to another branch or run."""
     noted = _note_in(folder) if step > 0 else None
     if step == 0 or (noted is not None and noted["step"] > step):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,5 @@
-"""Shows an evaluation on the terminal and writes it as a page and as JSON."""
+"""The results of an evaluation in the terminal, and as a page with tables, a file of completions, and a picture."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_fast.common.checkpoint import reported, write_file
+from ppo_fast.common.jsonl import as_lines
 from ppo_fast.common.plots import can_draw, draw_tokens
-from ppo_fast.common.text import printable, shortened
+from ppo_fast.common.text import escape_control, markdown_table, shortened
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import as_text
 from ppo_fast.llm.report.evaluation import Evaluation
 from ppo_fast.llm.report.progress import SAMPLES_SHOWN
 
-TOKENS_SHOWN = 30  # in the terminal; the file has them all
+TOKENS_SHOWN = 30  # in the terminal; the file has all
 
 
 def summary(evaluation: Evaluation) -> str:
-    """One line: step 10, 64 held-out answers: score 0.53, ..."""
+    """Format one line: step 10, 64 held-out answers: score 0.53, ..."""
     shown = {
         "score": "score",
         "kl_per_answer": "KL per answer",
@@ -36,7 +36,7 @@ def summary(evaluation: Evaluation) -> str:
 
 
 def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Every held-out answer: prompt, answer, score, its tokens and, with a reference, its KL in nats."""
+    """List every held-out completion: prompt, answer, score, its tokens and, with a reference, its KL in nats."""
     rollout = evaluation.rollout
     rows = [
         {"prompt": prompt, "answer": answer, "score": points, "tokens": tokens}
@@ -48,7 +48,7 @@ def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> None:
-    """In the terminal: the summary, and with `tables` some held-out answers, and the explained answer."""
+    """Print the summary, and with `tables` some held-out completions and the explained completion."""
     console.print(Text(summary(evaluation), style="bold"), soft_wrap=True)
     if not tables:
         return
@@ -77,12 +77,11 @@ def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> No
 
 
 def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
-    """step-N.md with tables, step-N.jsonl with every held-out answer, step-N.png with the explained one."""
+    """Write step-N.md with tables, step-N.jsonl with every held-out completion, step-N.png with the explained one."""
     name = folder / f"step-{evaluation.step}"
     with reported(f"the evaluation could not be written to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in samples(evaluation)]
-        write_file(name.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+        write_file(name.with_suffix(".jsonl"), as_lines(samples(evaluation)))
         write_file(name.with_suffix(".md"), markdown(evaluation))
     if evaluation.explained is not None and can_draw():
         e = evaluation.explained
@@ -91,7 +90,7 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The whole evaluation as a page: metrics, some held-out answers, and the explained answer token by token."""
+    """Format the evaluation as a page: metrics, some held-out completions, and the explained completion by token."""
     rows = [{**row, "prompt": as_text(row["prompt"])} for row in samples(evaluation)[:SAMPLES_SHOWN]]
     parts = [
         f"# Evaluation after step {evaluation.step}",
@@ -119,10 +118,9 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def _table(names: list[str], rows: list[list[str]]) -> str:
-    lines = [names, ["---"] * len(names), *([_escaped(x) for x in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(names, [[_escaped(x) for x in row] for row in rows])
 
 
 def _escaped(text: str) -> str:
-    """Text as Markdown shows it unchanged, in one line."""
-    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", printable(" ".join(text.split())))
+    """Escape text so that Markdown shows it unchanged, in one line."""
+    return re.sub(r"([\\`*_\[\]<>#|~$])", r"\\\1", escape_control(" ".join(text.split())))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.common.text import printable
+from ppo_fast.common.text import escape_control
 from ppo_fast.llm.data import as_text
 from ppo_fast.llm.decoding import BROKEN, CompletionText
 from ppo_fast.llm.experience import Experience
@@ -15,7 +15,7 @@ from ppo_fast.llm.packing.pack import make_pack
 
 @dataclass(frozen=True)
 class TokenExplanation:
-    """One answer of a training step, token by token: why, and how far, the update moved the policy."""
+    """One completion of a training step, token by token: the reasons and the size of the update of the policy."""
 
     prompt: str
     answer: str
@@ -28,7 +28,7 @@ class TokenExplanation:
 def explain(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, experience: Experience, *, with_kl: bool
 ) -> TokenExplanation:
-    """The answer that pushed the policy hardest (by its sum of |advantages|), and what the step made of it.
+    """Explain the completion with the largest sum of |advantage|, and the effect of the step on it.
 
     The ratio is p(token) after the step over p(token) when it was sampled.
     """
@@ -55,9 +55,9 @@ def explain(
 
 
 def visible(texts: CompletionText, token: int) -> str:
-    """A token's text with its spaces visible; the tokenizer's own name for a part of a character."""
+    """Return the text of a token with visible spaces; for a part of a character, its name in the tokenizer."""
     text = texts.token(token)
     if BROKEN in text or not text:
         # an embedding may have more rows than the tokenizer has tokens
         text = str(texts.tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
-    return printable(text.replace(" ", "␣"))
+    return escape_control(text.replace(" ", "␣"))

@@ -1,4 +1,4 @@
-"""The finished model: an ordinary transformers folder with weights, tokenizer, generation config and a model card."""
+"""The trained model: a transformers folder with weights, tokenizer, generation config and a model card."""
 
 import copy
 import dataclasses
@@ -18,6 +18,7 @@ import ppo_fast
 from ppo_fast.common.checkpoint import UNFINISHED, replace, reported
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.plots import can_draw, draw_learning_curves
+from ppo_fast.common.text import markdown_table
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.head import text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
@@ -45,18 +46,18 @@ def save_model(
     history: Sequence[Mapping[str, Any]] = (),
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes what `AutoModelForCausalLM.from_pretrained(folder)` and AutoTokenizer load; a folder there is replaced.
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load; an earlier folder is replaced.
 
     Args:
-        actor: a transformers model, or a PeftModel: then the folder holds its active adapter alone.
-        merge_adapters: adapters become part of a full model's weights; the actor itself stays as it is.
-        weights: the actor's state dict, where it holds only a part of each (FSDP2).
+        actor: a transformers model, or a PeftModel: then the folder has its active adapter alone.
+        merge_adapters: merge the adapters into the weights of a full model; the actor itself is not changed.
+        weights: the actor's state dict, where the actor has only a shard of each (FSDP2).
         texts: files to add by name, such as README.md.
-        history: metrics of each step, for a picture of the curves beside them.
-        dtype: of the weights in the folder; None: as they are.
+        history: metrics of each step, for a picture of the learning curves.
+        dtype: of the weights in the folder; None: unchanged.
 
     Raises:
-        UserError: it cannot be written; a folder that was there is as it was.
+        UserError: it cannot be written; an earlier folder is unchanged.
     """
     new = folder.with_name(folder.name + UNFINISHED)
     try:
@@ -92,7 +93,7 @@ def _save_weights(
 
 
 def cast_weights(model: nn.Module, weights: dict[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict with its parameters in another dtype, on the CPU. Tied weights stay one tensor."""
+    """Return the state dict with its parameters in another dtype, on the CPU. Tied weights remain one tensor."""
     state = model.state_dict() if weights is None else weights
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[tuple[int, tuple[int, ...]], Tensor] = {}
@@ -106,7 +107,7 @@ def cast_weights(model: nn.Module, weights: dict[str, Tensor] | None, dtype: tor
 
 
 def _note_dtype(file: Path, dtype: torch.dtype) -> None:
-    """Writes the dtype into config.json, also where it is that of a part; transformers writes the model's own."""
+    """Write the dtype into config.json, also for parts of the model; transformers writes the model's own."""
     name = str(dtype).removeprefix("torch.")
 
     def noted(values: dict[str, Any]) -> dict[str, Any]:
@@ -118,9 +119,9 @@ def _note_dtype(file: Path, dtype: torch.dtype) -> None:
 
 
 def saved_dtype(actor: nn.Module, config: PPOConfig) -> torch.dtype | None:
-    """The dtype of weights in OUT/model and OUT/best, by config.save_dtype; None: as they are in the actor.
+    """Return the dtype of weights in OUT/model and OUT/best, by config.save_dtype; None: unchanged.
 
-    Adapters that are saved alone stay as they are under "auto".
+    Adapters that are saved alone are unchanged under "auto".
     """
     if config.save_dtype != "auto":
         return getattr(torch, config.save_dtype)
@@ -132,7 +133,7 @@ def _saves_adapters(actor: nn.Module, config: PPOConfig) -> bool:
 
 
 def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> list[str]:
-    """Tries before the first step all that saving needs but the weights, and returns sentences for the user.
+    """Try, before the first step, everything that saving needs except the weights; return sentences for the user.
 
     Raises:
         UserError: the model or its tokenizer could not be saved after the training.
@@ -158,13 +159,13 @@ def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConf
     return notes
 
 
-def _try_saving(what: str, advice: str, save: Callable[[], Any]) -> None:
+def _try_saving(what: str, advice: str, save: Callable[[], object]) -> None:
     try:
         with reported(f"{what} could not be written to the temporary folder"):
             save()
     except UserError:
         raise
-    except Exception as error:  # of any class: a tokenizer and a configuration may bring code of their own
+    except Exception as error:  # of any class: a tokenizer and a configuration may have their own code
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # transformers lists what is wrong in a generation config, one or more sentences each
         reason = next((line.removeprefix("- ").split(". ")[0] for line in lines if line.startswith("- ")), lines[0])
@@ -172,7 +173,7 @@ def _try_saving(what: str, advice: str, save: Callable[[], Any]) -> None:
 
 
 def _dtype_notes(actor: nn.Module, config: PPOConfig) -> list[str]:
-    """Says in what dtype the model will be saved, if it is not that of the trained weights or of the start model."""
+    """Describe the dtype of the saved model, if it differs from that of the trained weights or of the start model."""
     saved, source = saved_dtype(actor, config), source_dtype(actor)
     if saved is None or (saved == torch.float32 and source in (None, saved)):
         return []
@@ -183,9 +184,9 @@ def _dtype_notes(actor: nn.Module, config: PPOConfig) -> list[str]:
 
 
 def merged(actor: Any) -> Any:
-    """A copy of the actor on the CPU with its adapters in its weights; an actor without adapters is returned as it is.
+    """Return a copy of the actor on the CPU with its adapters in its weights; without adapters, the actor itself.
 
-    The copy is made on the CPU, because a GPU that is full of the training has no room for a second model.
+    The copy is made on the CPU, because a GPU in training has no memory for a second model.
     """
     if not is_adapted(actor):
         return actor
@@ -195,8 +196,10 @@ def merged(actor: Any) -> Any:
 
 
 def _untie_adapted(actor: Any) -> None:
-    """Gives the LM head weights of its own where it shares them with the embedding and one of the two has an adapter:
-    merged into shared weights, the adapter would change both."""
+    """Copy the weights of the LM head if it shares them with the embedding and one of the two has an adapter.
+
+    Merged into shared weights, the adapter would change both.
+    """
     model = unwrap_peft(actor)
     parts: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedding, head = (getattr(part, "base_layer", part) for part in parts)
@@ -209,7 +212,7 @@ def _untie_adapted(actor: Any) -> None:
 
 
 def copy_on_cpu(model: nn.Module) -> Any:
-    """A copy of the model on the CPU, which needs no memory on the model's own device. Tied weights stay tied."""
+    """Copy the model to the CPU without memory on its own device. Tied weights remain tied."""
     there = [*model.parameters(), *model.buffers()]
     copies = {
         id(x): nn.Parameter(x.detach().to("cpu", copy=True), x.requires_grad)
@@ -221,11 +224,11 @@ def copy_on_cpu(model: nn.Module) -> Any:
 
 
 def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown for people who find the folder: what it is, what came out, how it was made.
+    """Write Markdown for readers of the folder: results and options.
 
     Args:
-        config: the run's options.
-        run: `PPOTrainer.run_options`: model, prompts, rewards; paths are cut to their last part.
+        config: the options of the run.
+        run: `PPOTrainer.run_options`: model, prompts, rewards; of paths only the last part is written.
         history: the metrics of each step.
     """
     named = {name: _names(value) for name, value in run.items() if value not in (None, [], False)}
@@ -242,9 +245,9 @@ def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping
         "# A language model trained with PPO",
         f"Trained for {history[-1]['step'] if history else 0} steps of {answers}"
         " answers with proximal policy optimisation (Schulman et al. 2017), by ppo_fast.",
-        *(["## What came out", _results(history), *picture] if history else []),
-        "## How it was made",
-        _table(("", ""), [*named.items(), *((k, str(v)) for k, v in changed.items())]),
+        *(["## Results", _results(history), *picture] if history else []),
+        "## Options",
+        markdown_table(("", ""), [*named.items(), *((k, str(v)) for k, v in changed.items())]),
         "Every other option has its default. Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "What the model is good for, and its licence, follow from the start model, the prompts and the rewards.",
     ]
@@ -257,15 +260,11 @@ def _results(history: Sequence[Mapping[str, Any]]) -> str:
         values = [m[name] for m in history if m.get(name) is not None]
         if values:
             rows.append((label, f"{values[0]:z.4g}", f"{values[-1]:z.4g}"))
-    return _table(("", "first", "last"), rows)
+    return markdown_table(("", "first", "last"), rows)
 
 
-def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ("---",) * len(heading), *rows))
-
-
-def _names(value: Any) -> str:
-    """The last part of a path, or of each: the card does not publish where a folder was."""
+def _names(value: object) -> str:
+    """Return the last part of a path, or of each: the location of a folder is private."""
     if isinstance(value, list):
         return ", ".join(map(_names, value))
     return Path(value).name if isinstance(value, str) else str(value)

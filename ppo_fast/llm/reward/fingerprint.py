@@ -1,4 +1,4 @@
-"""Fingerprint: a short name for the code, the options and the weights of a reward function.
+"""Fingerprint: a hash of the code, the options and the weights of a reward function.
 
 It is the same in every process of one Python version, and does not depend on the names of files, on line numbers or on
 what a function has stored in lists, dicts and counters.
@@ -21,7 +21,7 @@ _SPEED = {"batch_size", "workers", "device"}  # options that change no value
 
 
 def reward_fingerprint(function: Any, weights: Callable[[nn.Module], str]) -> str:
-    """16 hexadecimal digits that change with a reward function.
+    """Return 16 hexadecimal digits that change with a reward function.
 
     They depend on its bytecode and that of the functions and classes of its module that it uses, on its defaults and
     constants, on the options of `Configured`, `functools.partial`, `Pool` and of objects (attributes with the name of
@@ -40,14 +40,14 @@ def reward_fingerprint(function: Any, weights: Callable[[nn.Module], str]) -> st
 
 
 class _Description:
-    """Describes objects by tuples and texts, each function and object once."""
+    """Describes objects by tuples and strings, each function and object once."""
 
     def __init__(self, weights: Callable[[nn.Module], str]) -> None:
         self.weights = weights
-        self.seen: dict[int, tuple[int, Any]] = {}  # the object is kept: its id must not be used again
+        self.seen: dict[int, tuple[int, Any]] = {}  # with the object, so that its id is not used again
 
     def of(self, x: Any, *, options: bool = False) -> Any:
-        """`options`: lists and dicts are settings; elsewhere they are state, which is left out."""
+        """Describe an object. `options`: lists and dicts are settings; elsewhere they are state, which is left out."""
         if isinstance(x, _PLAIN):
             return type(x).__name__, repr(x)
         if isinstance(x, tuple) or (options and isinstance(x, list)):
@@ -109,7 +109,7 @@ class _Description:
         return "function", self.of(code), self.of(function.__defaults__), defaults, closure, self._globals(function)
 
     def _globals(self, function: types.FunctionType) -> Any:
-        """What a function uses of its module: functions, classes, and constants that no function changes."""
+        """Describe the globals that a function uses: functions, classes, and constants that no function changes."""
         space = function.__globals__
         used = sorted({name for code in _codes(function.__code__) for name in code.co_names} & space.keys())
         functions = [x for x in space.values() if isinstance(x, types.FunctionType) and x.__globals__ is space]
@@ -132,7 +132,7 @@ class _Description:
         return "class", x.__qualname__, bases, members
 
     def _options(self, x: Any) -> Any:
-        """Attributes with the name of an argument of __init__, and `function`, which `Pool` calls."""
+        """List attributes with the name of an argument of __init__, and `function`, which `Pool` calls."""
         try:
             arguments = set(inspect.signature(type(x).__init__).parameters) - _SPEED
         except (TypeError, ValueError):  # a type without Python code
@@ -144,7 +144,7 @@ class _Description:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code object and all that it contains."""
+    """List a code object and all code objects in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -152,7 +152,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _stored(code: types.CodeType, operation: str) -> Iterator[str]:
-    """Names that code assigns to by an operation."""
+    """List the names that code assigns to by an operation."""
     for part in _codes(code):
         yield from (x.argval for x in dis.get_instructions(part) if x.opname == operation)
 
@@ -165,7 +165,7 @@ def _content(cell: Any) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A fingerprint of a tokenizer without the truncation and padding of its last call."""
+    """Return a fingerprint of a tokenizer without the truncation and padding of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     described |= {"truncation": None, "padding": None, "template": tokenizer.chat_template}

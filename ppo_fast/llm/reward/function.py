@@ -1,4 +1,4 @@
-"""Reward functions by name, with options and the names of the data's columns."""
+"""Reward functions: loading them by name, with options and columns of the data."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.options import nearest
+from ppo_fast.common.text import nearest
 from ppo_fast.llm.data import RESERVED
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<name>[A-Za-z_]\w*)\s*(?P<call>\(.*\))?", re.DOTALL)
@@ -34,7 +34,7 @@ class Configured:
     columns: dict[str, str] = field(default_factory=dict)  # argument: column
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]
+    def __name__(self) -> str:  # type: ignore[override]  # of an object, not of its class
         return _called(self.function)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> Sequence[Any]:
@@ -56,13 +56,13 @@ class Configured:
 def arguments_of(
     function: Callable[..., Any], columns: Mapping[str, list], given: Collection[str] = ()
 ) -> dict[str, list]:
-    """The columns that a reward function takes: all of them with **columns, else those that it names.
+    """Select the columns for a reward function: all of them with **columns, else its named arguments.
 
-    What is fixed already (by functools.partial) does not come from the data.
+    An argument that is fixed already (by functools.partial) does not come from the data.
 
     Raises:
         UserError: the function needs a column that the data lacks; or a keyword-only argument with a default, an
-            option, has the name of a column: which is meant?
+            option, has the name of a column, which is ambiguous.
     """
     fixed = function.keywords if isinstance(function, functools.partial) else {}
     parameters = inspect.signature(function).parameters
@@ -80,29 +80,29 @@ def arguments_of(
     for name in free:
         parameter = parameters.get(name)
         option = parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
-        if option and parameter.default is not parameter.empty and name not in given:  # type: ignore[union-attr]
+        if option and parameter.default is not parameter.empty and name not in given:  # type: ignore[union-attr]  # option: not None
             raise UserError(
                 f"{name!r} is an option of the reward {called!r} and a column of the data: fix it, as in"
-                f" {called}({name}={parameter.default!r}), or rename the column"  # type: ignore[union-attr]
+                f" {called}({name}={parameter.default!r}), or rename the column"  # type: ignore[union-attr]  # as above
             )
     return free
 
 
 def of_data(missing: str, columns: Collection[str]) -> str:
-    """For the message of a missing column: which the data has, without those that the trainer adds, and the nearest."""
+    """List, for the message of a missing column, those of the data without those of the trainer, and the nearest."""
     known = [name for name in columns if name not in RESERVED]
     has = f"it has {', '.join(known)}" if known else "it has none besides the prompt"
     return f"{nearest(missing, known)}; {has}"
 
 
 def _called(function: Callable[..., Any]) -> str:
-    """The name of a reward function for messages."""
+    """Return the name of a reward function for messages."""
     inner = function.func if isinstance(function, functools.partial) else function
     return getattr(inner, "__name__", type(inner).__name__)
 
 
 def check_signature(function: Callable[..., Any]) -> None:
-    """Refuses a function that does not take (prompts, completions, **columns) in this order, or is asynchronous."""
+    """Reject a function that does not take (prompts, completions, **columns) in this order, or is asynchronous."""
     called = _called(function)
     kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
     if any(kind(f) for kind in kinds for f in (function, getattr(function, "__call__", None))):  # noqa: B004
@@ -125,7 +125,7 @@ def check_signature(function: Callable[..., Any]) -> None:
 
 
 def check_columns(function: Callable[..., Any], columns: Mapping[str, list]) -> None:
-    """Raises what a call would, of the columns that a reward function needs."""
+    """Raise the error of a call with the columns of the data, without a call."""
     check_signature(function.function if isinstance(function, Configured) else function)
     columns = arguments_of(function, columns)
     if (inner := getattr(function, "columns_taken", None)) is not None:  # Configured, Pool
@@ -133,10 +133,10 @@ def check_columns(function: Callable[..., Any], columns: Mapping[str, list]) -> 
 
 
 def load_reward(spec: str) -> Any:
-    """The function that MODULE:FUNCTION or FILE.py:FUNCTION names, perhaps with arguments.
+    """Load the function MODULE:FUNCTION or FILE.py:FUNCTION, optionally with arguments.
 
-    In FUNCTION(name=value, ...) a value is a Python literal, or a bare name: that column of the data. A class is made
-    an object with the literals.
+    In FUNCTION(name=value, ...) a value is a Python literal, or a bare name: that column of the data. A class is
+    instantiated with the literals.
 
     Raises:
         UserError: it cannot be read, imported or found.
@@ -176,7 +176,7 @@ def load_reward(spec: str) -> Any:
 
 
 def _arguments(spec: str, call: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Literals, and columns, of "(name=value, ...)"."""
+    """Parse "(name=value, ...)" into literals and columns."""
     options: dict[str, Any] = {}
     columns: dict[str, str] = {}
     try:
@@ -228,7 +228,7 @@ def _module_from_file(path: Path) -> Any:
         raise FileNotFoundError(f"no such file: {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
+    assert spec.loader is not None  # as of every file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

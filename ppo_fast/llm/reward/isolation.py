@@ -23,8 +23,7 @@ from ppo_fast.common.errors import RewardError
 
 @contextmanager
 def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside this block torch (on the CPU and on `device`), numpy and random start from `seed`; after it they are as
-    before."""
+    """Seed torch (on the CPU and on `device`), numpy and random, and restore their states after the block."""
     python, array = random.getstate(), np.random.get_state()
     on_cpu, on_device = torch.get_rng_state(), devices.get_rng_state(device)
     devices.seed(seed, device)
@@ -42,7 +41,7 @@ def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def isolated(name: str, seed: int, device: torch.device) -> Iterator[None]:
-    """Restores random states and settings after the call of the reward function `name` in this block.
+    """Restore random states and settings after the call of the reward function `name` in this block.
 
     Its random numbers start from `seed`. A setting that it changed is named in a RuntimeWarning, once in a process.
 
@@ -72,7 +71,7 @@ def isolated(name: str, seed: int, device: torch.device) -> Iterator[None]:
             _report(name, what)
 
 
-@functools.lru_cache(maxsize=1024)  # once in a process: Python's own memory is lost when filters change
+@functools.lru_cache(maxsize=1024)  # once in a process: Python's own record is lost when filters change
 def _report(name: str, what: str) -> None:
     warnings.warn(
         f"reward function {name!r} changed {what}; the change is undone after each call", RuntimeWarning, stacklevel=2
@@ -124,18 +123,18 @@ def _set_handlers(handlers: list[Any]) -> None:
 
 
 def _alarm() -> bool:
-    """Whether an alarm is due."""
+    """Check whether an alarm is due."""
     return hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
 
 def _cancel_alarm(due: bool) -> None:
-    if not due:  # one that was due before and has come cannot be brought back
+    if not due:  # an alarm that was due before and has fired cannot be restored
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _set_filters(filters: list[Any]) -> None:
-    warnings.resetwarnings()  # also makes Python forget what it has decided by the changed filters
-    warnings.filters[:] = filters  # type: ignore[index]
+    warnings.resetwarnings()  # also clears the decisions that Python has made with the changed filters
+    warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever its stub says
 
 
 def _decimals() -> tuple[Any, ...]:
@@ -194,8 +193,8 @@ def _set_current_gpu(current: tuple[int, Any] | None) -> None:
 _STREAMS = ("stdin", "stdout", "stderr")
 _ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-_PRECISIONS: list[Any] = [torch.backends, _CUDA.matmul, _CUDNN, _CUDNN.conv, _CUDNN.rnn]  # type: ignore[attr-defined]
-_PRECISIONS += [_MKLDNN, _MKLDNN.matmul, _MKLDNN.conv, _MKLDNN.rnn]  # type: ignore[attr-defined]
+_PRECISIONS: list[Any] = [torch.backends, _CUDA.matmul, _CUDNN, _CUDNN.conv, _CUDNN.rnn]  # type: ignore[attr-defined]  # conv, rnn: not in stubs
+_PRECISIONS += [_MKLDNN, _MKLDNN.matmul, _MKLDNN.conv, _MKLDNN.rnn]  # type: ignore[attr-defined]  # likewise
 
 # in the order in which they are restored: general ones change more special ones
 _SETTINGS = [

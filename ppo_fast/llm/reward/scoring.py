@@ -1,4 +1,4 @@
-"""Reward: Python functions and reward models judge the answers, and their numbers become scores."""
+"""Scores: Python functions and reward models evaluate the completions, and their values are weighted and checked."""
 
 import copy
 import hashlib
@@ -49,12 +49,17 @@ def score(
     config: PPOConfig,
     weights: dict[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum of all reward functions: scores [B], or [B, T] if one judges tokens; and each one's mean.
+    """Compute the weighted sum of all reward functions, and their means.
 
-    A number for a whole answer is at the answer's last token. The sums are clamped to +-config.score_clip, and then the
-    penalty of an answer that did not end is subtracted. What is noted in `rollout.scores` is not clamped, and the means
-    are unweighted. `reward_failed/NAME` counts the answers that a Pool, or an object with an integer `failed`, could
-    not judge. Raises RewardError, which names function and sample.
+    The scores are [B], or [B, T] if one of the functions scores tokens.
+
+    A value for a whole completion is at its last token. The sums are clipped to +-config.score_clip, and then the
+    penalty of a completion that did not end is subtracted. The values in `rollout.scores` are not clipped, and the
+    means are unweighted. `reward_failed/NAME` counts the completions for which a Pool, or an object with an integer
+    `failed`, has no value.
+
+    Raises:
+        RewardError: the message names function and sample.
     """
     # the stream of all rewards: Python's generator is part of checkpoints, and sampling does not use it
     stream = random.getrandbits(64)
@@ -63,7 +68,7 @@ def score(
     }
     means = {f"reward/{name}": sum(map(_total, values)) / len(values) for name, values in results.items()}
     for name, function in functions.items():
-        failed = getattr(function, "failed", None)  # of a Pool, or of an object that counts as it does
+        failed = getattr(function, "failed", None)  # of a Pool, or of an object with the same counter
         if type(failed) is int:
             means[f"reward_failed/{name}"] = float(failed)
     penalties = [0.0 if ended else -config.missing_eos_penalty for ended in rollout.ended]
@@ -89,7 +94,7 @@ LARGEST_SCORE = 1e15  # the sum of the squares of a rollout's returns must be a 
 
 
 def _fp32(scores: Tensor, rollout: Rollout) -> Tensor:
-    """Scores [B] or [B, T] fp64 in fp32. Raises RewardError where one is too large to learn from."""
+    """Convert scores [B] or [B, T] from fp64 to fp32. Raises RewardError for a score that is too large to train on."""
     outside = ~(scores.abs() <= LARGEST_SCORE)  # NaN, too, of infinities
     if outside.any():
         row = int(outside.nonzero()[0, 0])
@@ -102,7 +107,7 @@ def _fp32(scores: Tensor, rollout: Rollout) -> Tensor:
 
 
 def run_reward_function(function: RewardFunction, name: str, rollout: Rollout, seed: int) -> list[float | list[float]]:
-    """One reward function's values for all answers, checked; its random numbers start from `seed`."""
+    """Return the checked values of one reward function for all completions; its random numbers start from `seed`."""
     known = {
         **rollout.columns,
         "raw_completions": rollout.raw_completions,
@@ -136,7 +141,7 @@ def _call_isolated(
     seed: int,
     device: torch.device,
 ) -> Any:
-    """What the function returns for copies of its arguments."""
+    """Call the function with copies of its arguments."""
     copies = {key: list(map(_copy, column)) for key, column in columns.items()}
     with isolated(name, seed, device):
         values = function(list(map(_copy, prompts)), list(completions), **copies)
@@ -147,7 +152,7 @@ _CONSTANTS = {str, int, float, bool, bytes, type(None)}
 
 
 def _copy(x: Any) -> Any:
-    """A copy of one row's value, for JSON's types faster than deepcopy; the value itself if it cannot be copied."""
+    """Copy the value of one row, for JSON's types faster than deepcopy; a value that cannot be copied is returned."""
     if type(x) is list:
         return [item if type(item) in _CONSTANTS else _copy(item) for item in x]
     if type(x) is dict:
@@ -161,12 +166,12 @@ def _copy(x: Any) -> Any:
 
 
 def _seed(stream: int, name: str) -> int:
-    """A seed of 63 bits for each function."""
+    """Derive a seed of 63 bits for each function."""
     return int.from_bytes(hashlib.sha256(f"{stream} {name}".encode()).digest()[:8]) >> 1
 
 
 def _place(error: BaseException) -> traceback.FrameSummary:
-    """Where an error was raised; of exit(), where it was called."""
+    """Return the place where an error was raised; for exit(), where it was called."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((x for x in reversed(frames) if "_sitebuiltins" not in x.filename), frames[-1])
 
@@ -183,7 +188,7 @@ def _failing_row(
     columns: dict[str, list],
     seed: int,
 ) -> str:
-    """Names the first answer for which the function also fails alone."""
+    """Name the first completion for which the function also fails alone."""
     for row, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True)):
         alone = {key: [column[row]] for key, column in columns.items()}
         try:
@@ -200,15 +205,15 @@ def _weighted(values: list[float | list[float]], weight: float) -> list[float | 
 
 
 def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, Any]]) -> None:
-    """Refuses rows that lack a column that a reward function asks for: now, not after the first answers."""
+    """Reject rows without a column that a reward function needs, before the first completions are sampled."""
     known = columns(rows[:1], 1)
-    known.pop("prompt", None)  # whose absence is reported elsewhere
+    known.pop("prompt", None)  # a missing prompt is reported elsewhere
     for function in functions.values():
         check_columns(function, {**known, "raw_completions": [], "completion_ids": [], "ended": []})
 
 
 def named_rewards(rewards: RewardFunction | dict[str, RewardFunction]) -> dict[str, RewardFunction]:
-    """Reward functions by name; one function has its own name. Raises RewardError if something is no function."""
+    """Return reward functions by name; a single one gets its own name. Raises RewardError for other objects."""
     functions = rewards if isinstance(rewards, dict) else {name_of(rewards): rewards}
     if not functions:
         raise RewardError("there is no reward: give a function, or a dict of functions by name")
@@ -222,12 +227,12 @@ def named_rewards(rewards: RewardFunction | dict[str, RewardFunction]) -> dict[s
 
 
 def name_of(function: RewardFunction) -> str:
-    """The name of a reward function in metrics and messages."""
+    """Return the name of a reward function in metrics and messages."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def check_weights(weights: dict[str, float] | None, functions: dict[str, RewardFunction]) -> dict[str, float]:
-    """A weight for each reward function; 1 where none is given."""
+    """Return a weight for each reward function; 1 where none is given."""
     if weights is not None and not isinstance(weights, Mapping):
         raise RewardError(f"reward_weights must be a dict of numbers by reward, got {type(weights).__name__}")
     for name, weight in (weights or {}).items():
@@ -260,7 +265,7 @@ def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[floa
 
 
 def _listed(values: Any, name: str) -> list:
-    """What a reward function returned, as a list: not a text, a dict, a set, or a coroutine, which have other items."""
+    """Return the result of a reward function as a list; a string, dict, set or coroutine is an error."""
     if inspect.iscoroutine(values):
         values.close()  # Python would warn that it was never awaited
     try:
@@ -274,7 +279,7 @@ def _listed(values: Any, name: str) -> list:
 
 
 def _plain(x: Any) -> Any:
-    """A tensor or an array as Python's numbers."""
+    """Convert a tensor or an array to Python numbers."""
     return x.tolist() if hasattr(x, "tolist") else x
 
 
