@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.generate import cache_options
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import decoder_of, unwrap_peft
 from ppo_fast.llm.models.lora import with_lora
@@ -38,7 +39,6 @@ from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.packing.flash_calls import first_line
-from ppo_fast.llm.sample import cache_options
 
 NAME = "ppo_fast_memory"
 HALF = (torch.float16, torch.bfloat16)

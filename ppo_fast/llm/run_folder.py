@@ -11,10 +11,11 @@ from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.common.folders import claim
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import Distributed, full_state_dict, peer_failure
+from ppo_fast.llm.distributed import Distributed, peer_failure
 from ppo_fast.llm.models.head import LanguageModel
 from ppo_fast.llm.report.evaluation import drop_best_after
 from ppo_fast.llm.report.export import save_model, saved_dtype
+from ppo_fast.llm.sharding import full_state_dict
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same point, or none
 

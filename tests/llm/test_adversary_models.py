@@ -37,7 +37,7 @@ from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.report.explanation import visible
-from ppo_fast.llm.sample import Completions, SamplingParams
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 END, PAD = 256, 257
@@ -429,7 +429,7 @@ def test_a_sampler_of_another_kind_is_rejected():
         def sample(self, prompts, params):
             return [[65]] * len(prompts), [True] * len(prompts)
 
-    with pytest.raises(UserError, match=r"must return an object of ppo_fast.llm.sample.Answers, got tuple"):
+    with pytest.raises(UserError, match=r"must return ppo_fast.llm.sampler.Completions, got tuple"):
         train(sampler=Pairs())
 
 

@@ -29,10 +29,11 @@ from ppo_fast.llm.data import (
     read_prompts,
     tokenizer_notes,
 )
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts, sample_rollout
-from ppo_fast.llm.state import digest_of_rows
+from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.trainer import PPOTrainer
 
 NO_PYARROW = 'pyarrow is not installed: pip install "ppo_fast[data]"'
@@ -391,7 +392,7 @@ def test_parquet_columns_of_other_types_are_read_or_named(tmp_path):
         parquet.write_table(arrow.table({"prompt": column, "day": [datetime.date(2026, 1, 1)] * 2}), tmp_path / name)
         found = read_prompts(tmp_path / name)  # without the suffix, too
         assert found == [{"prompt": text, "day": datetime.date(2026, 1, 1)} for text in "ab"]
-        assert digest_of_rows(found) != digest_of_rows(found[::-1])
+        assert rows_hash(found) != rows_hash(found[::-1])
     for column, got in ((arrow.array([1, 2]), "int"), (arrow.array([b"a", b"b"]), "bytes"), ([None, "b"], "null")):
         parquet.write_table(arrow.table({"prompt": column}), tmp_path / "x.parquet")
         with pytest.raises(UserError, match=rf"row 1: field 'prompt' must be a string .*, got {got}"):

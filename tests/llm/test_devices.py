@@ -20,6 +20,7 @@ from ppo_fast.llm import distributed as parallel
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.report.export import copy_on_cpu
+from ppo_fast.llm.sharding import wrap
 from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
@@ -267,7 +268,7 @@ def test_gradients_of_ddp_are_views_of_its_buckets(tmp_path):
     try:
         distributed = parallel.Distributed(0, 2, "ddp", CPU)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        distributed.wrap(model, dtype="float32", unused_parameters=False)
+        wrap(model, distributed, dtype="float32", unused_parameters=False)
         for _ in range(2):  # buckets are ordered anew after the first backward
             model.zero_grad()
             distributed.wrapped_module(model)(torch.ones(1, 3)).sum().backward()

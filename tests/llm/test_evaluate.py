@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.decoding import CompletionText
+from ppo_fast.llm.generate import generate
 from ppo_fast.llm.report.evaluation import Evaluation, distinct, own_random_state
 from ppo_fast.llm.report.evaluation_page import markdown, show, write
 from ppo_fast.llm.report.explanation import explain, visible
-from ppo_fast.llm.sample import SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "base": i} for i, text in enumerate(("hi", "what time is it", "a", "the fox jumps", "no"))]

@@ -10,8 +10,8 @@ from support.tiny import byte_tokenizer, distinct, tiny_llama
 
 from ppo_fast.common.errors import InvariantError, NonFiniteError, RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.invariants import ROUNDING, Bound, check_first_kl, check_ratio, gap_problem, rounding_of
-from ppo_fast.llm.sample import GenerateSampler
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello"}]

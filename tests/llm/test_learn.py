@@ -14,6 +14,7 @@ import ppo_fast as ppo
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
+from ppo_fast.llm.generate import GenerateSampler, generate
 from ppo_fast.llm.learn import Learner
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.critic import Critic
@@ -23,7 +24,8 @@ from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.optimizer import Optimizer, Optimizers
 from ppo_fast.llm.packing.pack import make_pack
-from ppo_fast.llm.sample import Completions, GenerateSampler, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear import chunks as linear_chunks
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.experience import ExperienceMaker
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import Policy, packed_mode
@@ -24,7 +25,8 @@ from ppo_fast.llm.models.reference import frozen_copy
 from ppo_fast.llm.packing.attention import Layout, copy_configs, packed_attention
 from ppo_fast.llm.packing.pack import balance_packs, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
-from ppo_fast.llm.sample import GenerateSampler, SamplingParams, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import SamplingParams
 
 CPU = torch.device("cpu")
 PROMPTS, ANSWERS = [3, 9, 1, 6, 2], [7, 2, 12, 1, 5]

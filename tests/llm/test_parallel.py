@@ -37,13 +37,16 @@ from ppo_fast.cli import train
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import Distributed, init_distributed, to_full_tensor
+from ppo_fast.llm.distributed import Distributed, init_distributed
+from ppo_fast.llm.generate import GenerateOptions, generate
 from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.packing.rollout import Rollout, join_rollouts, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import SamplingParams
+from ppo_fast.llm.sharding import to_full_tensor
 from ppo_fast.llm.state import trainable_state
 from ppo_fast.llm.trainer import PPOTrainer
 

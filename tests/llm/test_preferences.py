@@ -140,7 +140,7 @@ def test_a_loss_that_is_no_number_does_not_reach_the_weights():
 
 
 def test_an_empty_list_of_pairs_is_rejected():
-    with pytest.raises(UserError, match="no pairs to judge"):
+    with pytest.raises(UserError, match="no pairs to evaluate on"):
         accuracy(classifier(), byte_tokenizer(), [])
     with pytest.raises(UserError, match="no answers to calibrate on"):
         calibrate(classifier(), byte_tokenizer(), [], [])
@@ -160,7 +160,7 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
         ('{"prompt": "a", "chosen": 1, "rejected": "b"}', "line 2: chosen must be a text, got 1"),
         ('{"prompt": "a"', "line 2: malformed JSON"),
         ("[1]", "line 2: expected a JSON object, got list"),
-        (r'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "line 2: chosen holds half a character"),
+        (r'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "line 2: chosen has a lone surrogate"),
     ],
 )
 def test_a_bad_pair_is_named(tmp_path, line, message):
@@ -264,10 +264,10 @@ PAIR = '{"prompt": "q", "chosen": "c", "rejected": "d"}'
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (f"[{PAIR}]".encode(), "does not hold JSON Lines of pairs: choose another --out"),
-        (PAIR.encode("utf-16"), "does not hold JSON Lines of pairs: choose another --out"),
-        (gzip.compress(PAIR.encode(), mtime=0), "does not hold JSON Lines of pairs: choose another --out"),
-        (b"My diary\n", "does not hold JSON Lines of pairs: choose another --out"),
+        (f"[{PAIR}]".encode(), "is no JSON Lines file of pairs: choose another --out"),
+        (PAIR.encode("utf-16"), "is no JSON Lines file of pairs: choose another --out"),
+        (gzip.compress(PAIR.encode(), mtime=0), "is no JSON Lines file of pairs: choose another --out"),
+        (b"My diary\n", "is no JSON Lines file of pairs: choose another --out"),
         (b'{"prompt": "p", "answers": ["a", "b"]}\n', "line 1: no field 'chosen'"),
         (None, "cannot write to .*: Is a directory"),
     ],

@@ -29,11 +29,12 @@ from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import peer_failure, to_full_tensor
+from ppo_fast.llm.distributed import peer_failure
 from ppo_fast.llm.meeting import Meeting
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.reward.isolation import isolated
-from ppo_fast.llm.state import digest_of_rows
+from ppo_fast.llm.sharding import to_full_tensor
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Pool
 
@@ -235,12 +236,12 @@ def test_paths_quiet_and_the_order_of_sets_may_differ_and_other_code_of_a_reward
 
 
 def test_rows_with_sets_have_one_hash_under_each_hash_seed():
-    code = "from ppo_fast.llm.state import digest_of_rows as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
-    here = digest_of_rows([{"a": set("hello"), "b": [{"x", 1}]}])
+    code = "from ppo_fast.llm.hashes import rows_hash as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
+    here = rows_hash([{"a": set("hello"), "b": [{"x", 1}]}])
     environment = {**os.environ, "PYTHONHASHSEED": "4", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == here
-    assert here != digest_of_rows([{"a": set("help"), "b": [{"x", 1}]}])
+    assert here != rows_hash([{"a": set("help"), "b": [{"x", 1}]}])
 
 
 def seeding(prompts: list[str], completions: list[str]) -> list[float]:

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.common.errors import NonFiniteError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.experience import ExperienceMaker
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.packing.rollout import Rollout, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "weight": float(i)} for i, text in enumerate(["hi", "what time is it", "a", "the fox jumps"])]

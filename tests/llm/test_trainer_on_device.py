@@ -15,10 +15,11 @@ from support import families, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ppo_fast.llm.generate import generate
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.probe import PROBE_LENGTHS, detect_head
 from ppo_fast.llm.packing.attention import Layout, packed_attention
-from ppo_fast.llm.sample import SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import ppo_fast as ppo
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import keep_gathered
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import (
     GenerateInfo,
@@ -31,6 +30,7 @@ from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
 from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
 from ppo_fast.llm.packing.pack import Pack
+from ppo_fast.llm.sharding import keep_gathered
 
 
 @dataclass(frozen=True)

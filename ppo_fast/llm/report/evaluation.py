@@ -27,7 +27,8 @@ from ppo_fast.llm.packing.rollout import Rollout
 from ppo_fast.llm.report.explanation import TokenExplanation, explain
 from ppo_fast.llm.reward.isolation import own_random_state
 from ppo_fast.llm.reward.scoring import RewardFunction, score
-from ppo_fast.llm.sample import Sampler, drop_long_prompts, sample_rollout
+from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
+from ppo_fast.llm.sampler import Sampler
 
 EVALUATION = 2**32 - 1  # instead of a step: its seeds differ from those of training
 
