@@ -30,10 +30,10 @@ from ppo_fast.llm.data import (
     tokenizer_notes,
 )
 from ppo_fast.llm.generate import GenerateSampler
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.reward.scoring import score
 from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
-from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.trainer import PPOTrainer
 
 NO_PYARROW = 'pyarrow is not installed: pip install "ppo_fast[data]"'

@@ -30,11 +30,11 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import peer_failure
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.meeting import Meeting
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.reward.isolation import isolated
 from ppo_fast.llm.sharding import to_full_tensor
-from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Pool
 
