@@ -69,7 +69,7 @@ def label(dtype: torch.dtype) -> str:
 
 
 def once_ms(run: Callable[[], Any]) -> float:
-    """One call and the wait for it, as the host sees them: plans are built by the host."""
+    """One call and the wait for it, on the host, which builds the plans."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()

@@ -16,7 +16,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 REWARD_POSITIONS = ("last", "after_last")
 
 
-def _counted(mask: Tensor | None, like: Tensor) -> Tensor:
+def _as_mask(mask: Tensor | None, like: Tensor) -> Tensor:
     """The mask as bool; all True where none was given."""
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -37,17 +37,17 @@ def token_logprobs(
     logp = (z_j - 3e38) / temperature, which is -inf where fp32 cannot hold it, and gradients of 0. A row with NaN or
     +inf, or with nothing but -inf, is NaN.
     """
-    counted = _counted(mask, tokens)
-    kept = torch.where(counted.unsqueeze(-1), logits, 0)
+    mask = _as_mask(mask, tokens)
+    kept = torch.where(mask.unsqueeze(-1), logits, 0)
     z = (kept - kept.detach().amax(-1, keepdim=True)) / temperature  # logsumexp(z) would round away what is below 1 ulp
     lse = torch.logsumexp(z, dim=-1)
-    chosen = torch.where(counted, tokens, 0).long().unsqueeze(-1)
-    logprobs = torch.where(counted, z.gather(-1, chosen).squeeze(-1) - lse, 0)
+    chosen = torch.where(mask, tokens, 0).long().unsqueeze(-1)
+    logprobs = torch.where(mask, z.gather(-1, chosen).squeeze(-1) - lse, 0)
     if not with_entropy:
         return logprobs
     finite_z = torch.where(z == -torch.inf, 0, z)
     entropy = lse - (torch.softmax(z, dim=-1) * finite_z).sum(-1)
-    return logprobs, torch.where(counted, entropy, 0)
+    return logprobs, torch.where(mask, entropy, 0)
 
 
 def linear_logits(
@@ -100,26 +100,26 @@ def token_weights(
     Sequences are rows of the last dimension, or the pieces that cu_seqlens cuts; one without a counted step does not
     count. `denominator` replaces the number of tokens (token-mean) or of sequences (seq-mean-*).
     """
-    counted = mask.to(dtype)
+    mask = mask.to(dtype)
     if aggregation == "token-sum":
-        return counted
+        return mask
     if aggregation == "token-mean":
-        return counted / (counted.sum().clamp(min=1) if denominator is None else denominator)
+        return mask / (mask.sum().clamp(min=1) if denominator is None else denominator)
     if cu_seqlens is not None:
         sizes = cu_seqlens.diff().long()
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=mask.device), sizes)
-        lengths = torch.zeros(len(sizes), dtype=dtype, device=mask.device).index_add(0, owner, counted)
+        lengths = torch.zeros(len(sizes), dtype=dtype, device=mask.device).index_add(0, owner, mask)
         per_token_length = lengths[owner]
     else:
-        lengths = counted.sum(-1)
-        per_token_length = lengths.unsqueeze(-1).expand_as(counted)
+        lengths = mask.sum(-1)
+        per_token_length = lengths.unsqueeze(-1).expand_as(mask)
     sequences = (lengths > 0).sum().clamp(min=1).to(dtype) if denominator is None else denominator
     if aggregation == "seq-mean-token-sum":
-        return counted / sequences
+        return mask / sequences
     if aggregation == "seq-mean-token-mean":
-        return counted / per_token_length.clamp(min=1) / sequences
+        return mask / per_token_length.clamp(min=1) / sequences
     if aggregation == "seq-mean-token-sum-norm":
-        return counted / (mask.shape[-1] if norm_length is None else norm_length) / sequences
+        return mask / (mask.shape[-1] if norm_length is None else norm_length) / sequences
     raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
 
 
@@ -150,36 +150,36 @@ def policy_loss(
     at most -A dual_clip (Ye et al. 2020, eq. 5), times `weights`. loss = agg(term) - entropy_coef agg(H) + kl_coef
     agg(kl).
     """
-    counted = _counted(mask, logprobs)
+    mask = _as_mask(mask, logprobs)
 
-    def at_counted(x: Tensor) -> Tensor:
-        return torch.where(counted, x, 0)
+    def select(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0)
 
     token_weight = token_weights(
-        counted,
+        mask,
         aggregation=aggregation,
         denominator=denominator,
         norm_length=norm_length,
         cu_seqlens=cu_seqlens,
         dtype=logprobs.dtype,
     )
-    logp, old, adv = at_counted(logprobs), at_counted(old_logprobs), at_counted(advantages)
+    logp, old, adv = select(logprobs), select(old_logprobs), select(advantages)
     log_ratio = logp - old
     ratio = torch.exp(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp))
     unclipped, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
     term = torch.maximum(unclipped, clipped)
-    dual_clipped = torch.zeros_like(counted)
+    dual_clipped = torch.zeros_like(mask)
     if dual_clip is not None:
         bound = -adv * dual_clip
         dual_clipped = (adv < 0) & (term > bound)
         term = torch.where(adv < 0, torch.minimum(term, bound), term)
     if weights is not None:
-        term = term * at_counted(weights)
+        term = term * select(weights)
 
-    count = counted.sum().clamp(min=1)
+    count = mask.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
-        return (at_counted(x).sum() / count).detach()
+        return (select(x).sum() / count).detach()
 
     policy = (token_weight * term).sum()
     loss = policy
@@ -188,16 +188,16 @@ def policy_loss(
         "approx_kl": mean(ratio - 1 - log_ratio),
         "clip_fraction": mean((clipped > unclipped).to(logp.dtype)),
         "ratio_mean": mean(ratio),
-        "ratio_max": at_counted(ratio).amax().detach() if ratio.numel() else ratio.new_zeros(()),
+        "ratio_max": select(ratio).amax().detach() if ratio.numel() else ratio.new_zeros(()),
     }
     if dual_clip is not None:
         stats["dual_clip_fraction"] = mean(dual_clipped.to(logp.dtype))
     if entropy is not None:
-        h = at_counted(entropy)
+        h = select(entropy)
         loss = loss - entropy_coef * (token_weight * h).sum()
         stats["entropy"] = mean(h)
     if ref_logprobs is not None:
-        kl = kl_estimate(logp, at_counted(ref_logprobs), kind=kl_estimator, log_ratio_clamp=log_ratio_clamp)
+        kl = kl_estimate(logp, select(ref_logprobs), kind=kl_estimator, log_ratio_clamp=log_ratio_clamp)
         loss = loss + kl_coef * (token_weight * kl).sum()
         stats["ref_kl"] = mean(kl)
     return loss, stats
@@ -216,24 +216,25 @@ def value_loss(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """0.5 max((v - R)^2, (old + clamp(v - old, +-clip) - R)^2): the value clipping of openai/baselines' ppo2."""
-    counted = _counted(mask, values)
+    mask = _as_mask(mask, values)
     token_weight = token_weights(
-        counted,
+        mask,
         aggregation=aggregation,
         denominator=denominator,
         norm_length=norm_length,
         cu_seqlens=cu_seqlens,
         dtype=values.dtype,
     )
-    v, target = torch.where(counted, values, 0), torch.where(counted, returns, 0)
+    v, target = torch.where(mask, values, 0), torch.where(mask, returns, 0)
     error = (v - target).square()
     stats = {}
     if clip is not None:
-        assert old_values is not None
-        old = torch.where(counted, old_values, 0)
+        if old_values is None:
+            raise ValueError(f"a value clip of {clip} needs old_values, which is None")
+        old = torch.where(mask, old_values, 0)
         clipped_error = (old + (v - old).clamp(-clip, clip) - target).square()
-        clipped = ((clipped_error > error) & counted).to(v.dtype)
-        stats["value_clip_fraction"] = clipped.sum() / counted.sum().clamp(min=1)
+        clipped = ((clipped_error > error) & mask).to(v.dtype)
+        stats["value_clip_fraction"] = clipped.sum() / mask.sum().clamp(min=1)
         error = torch.maximum(error, clipped_error)
     loss = (token_weight * 0.5 * error).sum()
     return loss, {"value_loss": loss.detach(), **stats}
@@ -296,8 +297,8 @@ def gae(
         )
     time = 0 if time_major else -1
     r, v = rewards.movedim(time, 0), values.movedim(time, 0)
-    counted = _counted(mask, rewards).movedim(time, 0)
-    never = torch.zeros_like(counted)
+    mask = _as_mask(mask, rewards).movedim(time, 0)
+    never = torch.zeros_like(mask)
     ends = never if terminated is None else terminated.bool().movedim(time, 0)
     cuts = never if truncated is None else truncated.bool().movedim(time, 0) & ~ends
     final = torch.zeros_like(v) if final_values is None else final_values.movedim(time, 0)
@@ -307,25 +308,38 @@ def gae(
     for t in reversed(range(len(v))):
         v_next = torch.where(ends[t], 0, torch.where(cuts[t], final[t], next_value))
         advantage = r[t] + gamma * v_next - v[t] + torch.where(ends[t] | cuts[t], 0, gamma * lam * trace)
-        advantages[t] = torch.where(counted[t], advantage, 0)
-        returns[t] = torch.where(counted[t], advantage + v[t], 0)
-        trace = torch.where(counted[t], advantage, trace)
-        next_value = torch.where(counted[t], v[t], next_value)
+        advantages[t] = torch.where(mask[t], advantage, 0)
+        returns[t] = torch.where(mask[t], advantage + v[t], 0)
+        trace = torch.where(mask[t], advantage, trace)
+        next_value = torch.where(mask[t], v[t], next_value)
     return advantages.movedim(0, time), returns.movedim(0, time)
 
 
-def _gae_packed(rewards, values, gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens):
+def _gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    mask: Tensor | None,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap: Tensor | None,
+    final_values: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     for s in range(len(cu_seqlens) - 1):
         piece = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
-        per_step = {"mask": mask, "terminated": terminated, "truncated": truncated, "final_values": final_values}
         advantages[piece], returns[piece] = gae(
             rewards[piece],
             values[piece],
             gamma=gamma[s] if isinstance(gamma, Tensor) and gamma.ndim else gamma,
             lam=lam[s] if isinstance(lam, Tensor) and lam.ndim else lam,
             bootstrap=None if bootstrap is None else bootstrap[s],
-            **{name: None if x is None else x[piece] for name, x in per_step.items()},
+            mask=None if mask is None else mask[piece],
+            terminated=None if terminated is None else terminated[piece],
+            truncated=None if truncated is None else truncated[piece],
+            final_values=None if final_values is None else final_values[piece],
         )
     return advantages, returns
 
@@ -346,20 +360,20 @@ def shape_rewards(
     Scores [B, T] are added step by step. "after_last" puts a score [B] one slot later (at most T - 1) and also
     returns the mask extended by that slot.
     """
-    counted = mask.bool()
-    d = torch.where(counted, logprobs, 0), torch.where(counted, ref_logprobs, 0)
-    kl = torch.where(counted, kl_estimate(*d, kind=kl_estimator), 0)
+    mask = mask.bool()
+    d = torch.where(mask, logprobs, 0), torch.where(mask, ref_logprobs, 0)
+    kl = torch.where(mask, kl_estimate(*d, kind=kl_estimator), 0)
     score = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
     rewards = -kl_coef * kl
     if scores.ndim == mask.ndim:
-        return rewards + torch.where(counted, score, 0), kl
+        return rewards + torch.where(mask, score, 0), kl
     T = mask.shape[-1]
     steps = torch.arange(T, device=mask.device)
-    last = torch.where(counted, steps, -1).amax(-1, keepdim=True)
+    last = torch.where(mask, steps, -1).amax(-1, keepdim=True)
     slot = last if reward_at == "last" else torch.where(last >= 0, (last + 1).clamp(max=T - 1), -1)
     here = steps == slot
     rewards = torch.where(here, rewards + score.unsqueeze(-1), rewards)
-    return (rewards, kl) if reward_at == "last" else (rewards, kl, counted | here)
+    return (rewards, kl) if reward_at == "last" else (rewards, kl, mask | here)
 
 
 def masked_whiten(
@@ -369,15 +383,15 @@ def masked_whiten(
 
     One counted element or none: centred, not scaled.
     """
-    counted = _counted(mask, x)
-    kept = torch.where(counted, x, 0)
-    count = counted.sum()
+    mask = _as_mask(mask, x)
+    kept = torch.where(mask, x, 0)
+    count = mask.sum()
     mean = kept.sum() / count.clamp(min=1)
-    squares = torch.where(counted, kept - mean, 0).square().sum()
+    squares = torch.where(mask, kept - mean, 0).square().sum()
     variance = squares / (count - int(unbiased)).clamp(min=1)
     scale = torch.where(count > 1, torch.rsqrt(variance + eps), 1)
     whitened = (kept - mean) * scale + (0 if shift_mean else mean)
-    return torch.where(counted, whitened, 0)
+    return torch.where(mask, whitened, 0)
 
 
 def rlhf_advantages(
@@ -416,22 +430,22 @@ def rlhf_advantages(
         score_clip=score_clip,
         reward_at=reward_at,
     )
-    counted = mask.bool()
-    steps = longer[0] if longer else counted
+    mask = mask.bool()
+    steps = longer[0] if longer else mask
     raw, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
-    raw = torch.where(counted, raw, 0)
-    advantages = masked_whiten(raw, counted, shift_mean=shift_mean, unbiased=unbiased, eps=eps) if whiten else raw
-    count, rows = counted.sum().clamp(min=1), counted.any(-1)
+    raw = torch.where(mask, raw, 0)
+    advantages = masked_whiten(raw, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps) if whiten else raw
+    count, rows = mask.sum().clamp(min=1), mask.any(-1)
     mean = raw.sum() / count
-    squares = torch.where(counted, raw - mean, 0).square().sum()
-    score = torch.where(rows if scores.ndim == 1 else counted, scores, 0)
+    squares = torch.where(mask, raw - mean, 0).square().sum()
+    score = torch.where(rows if scores.ndim == 1 else mask, scores, 0)
     stats = {
         "score_mean": score.sum() / rows.sum().clamp(min=1),
         "reward_mean": rewards.sum() / rows.sum().clamp(min=1),
         "kl_mean": kl.sum() / count,
         "return_mean": returns.sum() / steps.sum().clamp(min=1),
         "advantage_mean": mean,
-        "advantage_std": (squares / (counted.sum() - int(unbiased)).clamp(min=1)).sqrt(),
+        "advantage_std": (squares / (mask.sum() - int(unbiased)).clamp(min=1)).sqrt(),
     }
     return advantages, returns, rewards, kl, stats
 
@@ -449,10 +463,10 @@ def linear_logprobs(
     with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """token_logprobs of linear_logits. Masked rows of `hidden` are zeroed before the product: 0 * NaN is NaN."""
-    counted = _counted(mask, tokens)
-    kept = torch.where(counted.unsqueeze(-1), hidden, 0)
+    mask = _as_mask(mask, tokens)
+    kept = torch.where(mask.unsqueeze(-1), hidden, 0)
     logits = linear_logits(kept, weight, bias, softcap=softcap, logit_scale=logit_scale)
-    return token_logprobs(logits, tokens, counted, temperature=temperature, with_entropy=with_entropy)
+    return token_logprobs(logits, tokens, mask, temperature=temperature, with_entropy=with_entropy)
 
 
 def linear_ppo_loss(

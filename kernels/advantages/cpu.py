@@ -1,7 +1,7 @@
-"""shape_rewards and masked_whiten in compiled loops for a CPU: what eager_advantages.py uses for fp32 where numba is.
+"""shape_rewards and masked_whiten in loops compiled by numba, for fp32 tensors on a CPU.
 
-The same numbers in one traversal for the rewards and three for the whitening, instead of an operation of PyTorch, and
-some microseconds, for each term. Sums are kept in fp64. The kernels are C callbacks, as those of cpu.py.
+One traversal for the rewards and three for the whitening, instead of an operation of PyTorch, which takes some
+microseconds, for each term. Sums are kept in fp64. The loops are C callbacks, as in gae/cpu.py.
 
 Bytes: shape_rewards reads log-probabilities and mask once and writes rewards and KL once; whitening reads its input
 three times, the second time from a cache.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ppo_fast.kernels.advantages.options import ShapingOptions
 from ppo_fast.kernels.common.memory import addressable
-from ppo_fast.kernels.common.numba_loops import c_function
-from ppo_fast.kernels.common.numba_threads import in_threads, shares
+from ppo_fast.kernels.common.numba_loops import Array, c_function
+from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
@@ -33,7 +33,7 @@ _ANY_ORDER = {"contract", "reassoc", "nsz"}  # of a sum, but always the same; Na
 
 
 @numba.njit(forceinline=True, fastmath=_ANY_ORDER, error_model="numpy")
-def _sum_between(x: Any, mask: Any, masked: int, start: int, stop: int) -> float:
+def _sum_between(x: Array, mask: Array, masked: int, start: int, stop: int) -> float:
     total = 0.0
     if masked:
         for i in range(start, stop):
@@ -45,7 +45,7 @@ def _sum_between(x: Any, mask: Any, masked: int, start: int, stop: int) -> float
 
 
 @numba.njit(forceinline=True, error_model="numpy")
-def _count_between(mask: Any, start: int, stop: int) -> int:
+def _count_between(mask: Array, start: int, stop: int) -> int:
     count = 0
     for i in range(start, stop):
         count += mask[i] != 0
@@ -53,14 +53,14 @@ def _count_between(mask: Any, start: int, stop: int) -> int:
 
 
 def _shape(
-    logprobs: Any,  # (B, T) each, contiguous
-    ref_logprobs: Any,
-    mask: Any,
-    scores: Any,  # (B,), or (B, T) with _BY_TOKEN
-    rewards: Any,  # outputs
-    kl: Any,
-    longer: Any,  # (B, T) with _AFTER_LAST: the mask with the score's slot
-    sums: Any,  # (B, len(SUMS)) fp64 with _SUMMED
+    logprobs: Array,  # (B, T) each, contiguous
+    ref_logprobs: Array,
+    mask: Array,
+    scores: Array,  # (B,), or (B, T) with _BY_TOKEN
+    rewards: Array,  # outputs
+    kl: Array,
+    longer: Array,  # (B, T) with _AFTER_LAST: the mask with the score's slot
+    sums: Array,  # (B, len(SUMS)) fp64 with _SUMMED
     coef: float,
     score_clip: float,
     clamp: float,  # of the log-ratio in k3
@@ -73,7 +73,7 @@ def _shape(
     zero, one, half = coef - coef, (coef - coef) + 1, (coef - coef) + 0.5
     for row in range(first_row, last_row):
         start = row * T
-        # Short loops with few arrays each: LLVM gives up vectorising a loop with too many pointers that may overlap
+        # Short loops with few arrays each: LLVM does not vectorise a loop with too many pointers that may overlap
         for i in range(start, start + T):
             kl[i] = logprobs[i] - ref_logprobs[i] if mask[i] != 0 else zero
         if kind == 1:
@@ -124,9 +124,9 @@ def _shape(
 
 
 def _moments(
-    x: Any,  # (N,)
-    mask: Any,  # (N,), or null
-    out: Any,  # (3,) fp64: count, mean, sum of squared deviations
+    x: Array,  # (N,)
+    mask: Array,  # (N,), or null
+    out: Array,  # (3,) fp64: count, mean, sum of squared deviations
     N: int,
     masked: int,
 ) -> None:
@@ -145,9 +145,9 @@ def _moments(
 
 
 def _scale(
-    x: Any,  # (N,)
-    mask: Any,
-    out: Any,
+    x: Array,  # (N,)
+    mask: Array,
+    out: Array,
     mean: float,
     scale: float,
     shift: float,  # added at the end: the mean, if it is kept
@@ -163,15 +163,15 @@ def _scale(
 
 
 def _scale_in_place(
-    x: Any,  # (N,)
-    mask: Any,
+    x: Array,  # (N,)
+    mask: Array,
     mean: float,
     scale: float,
     shift: float,
     N: int,
     masked: int,
 ) -> None:
-    """_scale to x itself: LLVM vectorises only what it knows not to overlap, also behind a shared inlined function."""
+    """_scale to x itself: LLVM vectorises only pointers that provably do not overlap, even in an inlined function."""
     if masked:
         for i in range(N):
             x[i] = (x[i] - mean) * scale + shift if mask[i] != 0 else 0.0
@@ -180,12 +180,12 @@ def _scale_in_place(
             x[i] = (x[i] - mean) * scale + shift
 
 
-def _sum(x: Any, out: Any, N: int) -> None:
+def _sum(x: Array, out: Array, N: int) -> None:
     out[0] = _sum_between(x, x, 0, 0, N)
 
 
 _FLOATS, _FLAGS, _DOUBLES = (types.CPointer(x) for x in (types.float32, types.uint8, types.float64))
-_SIGNATURES = {
+_SIGNATURES: dict[str, tuple[Callable[..., None], list[Any]]] = {
     "shape": (
         _shape,
         [_FLOATS, _FLOATS, _FLAGS, *[_FLOATS] * 3, _FLAGS, _DOUBLES, *[types.float32] * 3, *[types.int64] * 5],
@@ -208,14 +208,14 @@ def _compiled(name: str) -> tuple[Callable[..., None], Any]:
 ALL = [partial(_compiled, name) for name in _SIGNATURES]  # what `ppo-fast compile` compiles
 
 
-def supports(*tensors: Tensor | None) -> bool:
-    """Whether the loops can do it: contiguous fp32 tensors and bool masks, not empty, that may be read by address."""
-    for x in tensors:
+def supports(first: Tensor, *others: Tensor | None) -> bool:
+    """Returns whether the loops support the tensors: contiguous fp32 or bool, not empty, and readable by address."""
+    for x in (first, *others):
         if x is None:
             continue
         if x.dtype not in (torch.float32, torch.bool) or not x.is_contiguous() or x.numel() == 0:
             return False
-    return addressable(*tensors)
+    return addressable(first, *others)
 
 
 def shape_rewards(
@@ -228,7 +228,7 @@ def shape_rewards(
     clamp: float,
     sums: Tensor | None = None,  # [B, len(SUMS)] fp64, to be written
 ) -> tuple[Tensor, ...]:
-    """eager_advantages.shape_rewards for what `takes` allows."""
+    """eager.shape_rewards for tensors that `supports` accepts."""
     kl_coef, kl_estimator, score_clip, reward_at = options
     rewards, kl = torch.empty_like(logprobs), torch.empty_like(logprobs)
     by_token = scores.ndim == mask.ndim
@@ -241,9 +241,9 @@ def shape_rewards(
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
     scalars = (float(kl_coef), score_clip or 0.0, clamp, T)
     function, _ = _compiled("shape")
-    parts = shares(rows, mask.numel(), per_thread=_PER_THREAD)
+    parts = split_rows(rows, mask.numel(), per_thread=_PER_THREAD)
 
-    def work(part: int, _kept: object = tensors) -> None:  # an interrupted caller must not free what it reads
+    def work(part: int, _kept: object = tensors) -> None:  # an interrupted caller must not free them
         function(*pointers, *scalars, parts[part], parts[part + 1], KINDS.index(kl_estimator), flags)
 
     in_threads(work, len(parts) - 1, len(parts) - 1)

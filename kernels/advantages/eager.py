@@ -1,7 +1,7 @@
-"""The torch backend of shape_rewards, masked_whiten, rlhf_advantages and (from eager_gae.py) gae: CPU, or any device.
+"""shape_rewards, masked_whiten and rlhf_advantages in PyTorch, for a CPU and any other device.
 
-The same numbers as reference.py in fewer passes over the data. Nothing here carries a graph: rewards, advantages and
-returns are data. Nothing waits for the device. On a CPU with numba, compiled loops do it (cpu.py).
+The results of reference.py in fewer passes over the data. No result has a graph: rewards, advantages and returns are
+data. Nothing waits for the device. On a CPU with numba, the compiled loops of cpu.py are used.
 """
 
 import math
@@ -20,12 +20,12 @@ from ppo_fast.kernels.gae.options import GAEOptions
 _LOG_RATIO_CLAMP = 20.0  # as in reference.kl_estimate
 
 
-def _numba_supports(*tensors: Tensor | None) -> bool:
+def _numba_supports(first: Tensor, *others: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or not numba_works():
         return False
     from ppo_fast.kernels.advantages import cpu
 
-    return cpu.supports(*tensors)
+    return cpu.supports(first, *others)
 
 
 def _kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -135,7 +135,7 @@ def _whiten_with_numba(
     count, mean, m2 = cpu.moments(x, mask)
     if options.group is not None:
         own = torch.tensor((count, mean, m2), dtype=torch.float64, device="cpu")
-        count, mean, m2 = (y.item() for y in merge_over_group(*own, options.group))
+        count, mean, m2 = (y.item() for y in merge_over_group(own[0], own[1], own[2], options.group))
     variance = m2 / max(count - int(options.unbiased), 1.0)
     spread = math.sqrt(variance + float(options.eps))
     scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread

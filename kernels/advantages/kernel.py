@@ -1,8 +1,8 @@
-"""The device code of advantages.py: reference.shape_rewards, masked_whiten and rlhf_advantages.
+"""reference.shape_rewards and the scan of reference.rlhf_advantages.
 
-The scan is that of gae_kernels.py, over rewards that never exist in memory before they are used: each tile makes them
-from log-probabilities, scores and mask. Whitening needs the moments of all rows, hence another launch, which
-whiten_kernels.py has; the scan leaves the moments and sums of what each of its programs wrote.
+The scan is that of gae/kernel.py; each tile computes its rewards from log-probabilities, scores and mask. Whitening
+needs the moments of all rows, hence another launch (whiten_kernel.py): the scan stores the moments and sums of the
+values that each of its programs wrote.
 """
 
 import triton
@@ -29,28 +29,28 @@ def _clipped(x, clip):
 
 
 @triton.jit
-def _last_counted(mask, T, lowest, inside, W: tl.constexpr):
+def _last_step(masks, T, lowest, inside, W: tl.constexpr):
     """The last counted step of each row if it is not before `lowest`, else something below that.
 
-    From the end backwards, and no further than needed: answers end near the end of their row.
+    From the end backwards, and no further than needed: responses end near the end of their row.
     """
     found = tl.full(inside.shape, -1, tl.int32)
     first = T
     while (first > lowest) & (tl.min(tl.where(inside, found, 0)) < 0):
         first -= W
         t = tl.arange(0, W)[None, :] + first
-        counted = tl.load(mask + t, mask=inside[:, None] & (t >= 0), other=0) != 0
-        found = tl.maximum(found, tl.max(tl.where(counted, t, -1), 1))
+        mask = tl.load(masks + t, mask=inside[:, None] & (t >= 0), other=0) != 0
+        found = tl.maximum(found, tl.max(tl.where(mask, t, -1), 1))
     return found
 
 
 @triton.jit
-def _score_slots(mask, scores_ptr, score_stride, row, inside, T, lowest, per_token, behind, W: tl.constexpr):
+def _score_slots(masks, scores_ptr, score_stride, row, inside, T, lowest, per_token, behind, W: tl.constexpr):
     """Each row's slot for the score and the score; whether the row has a counted step, and whether its slot is beyond.
 
     The last two only if `lowest` is at most 0.
     """
-    last = _last_counted(mask, T, lowest, inside, 4 * W)
+    last = _last_step(masks, T, lowest, inside, 4 * W)
     slot = tl.where(last >= 0, tl.minimum(last + behind.to(tl.int32), T - 1), -1)
     present = inside & (last >= 0)
     score = tl.load(scores_ptr + row * score_stride, mask=present & ~per_token, other=0.0)
@@ -68,16 +68,16 @@ def _shaped_tile(
     here,
 ):
     """Of a tile: which steps count, rewards, KL, and the scores per token before the clip (or 0)."""
-    logprobs, refs, scores, mask = inputs
+    logprobs, refs, scores, masks = inputs
     clip, kl_coef, kind = numbers
-    counted = tl.load(mask + t, mask=here, other=0) != 0
+    mask = tl.load(masks + t, mask=here, other=0) != 0
     logprob = tl.load(logprobs + t, mask=here, other=0.0).to(tl.float32)
     d = logprob - tl.load(refs + t, mask=here, other=0.0).to(tl.float32)
-    token_scores = tl.where(counted, tl.load(scores + t, mask=here & per_token, other=0.0), 0.0)
-    kl = tl.where(counted, _kl(d, kind), 0.0)
-    reward = tl.where(counted, tl.fma(-kl_coef, kl, _clipped(token_scores, clip)), 0.0)
+    token_scores = tl.where(mask, tl.load(scores + t, mask=here & per_token, other=0.0), 0.0)
+    kl = tl.where(mask, _kl(d, kind), 0.0)
+    reward = tl.where(mask, tl.fma(-kl_coef, kl, _clipped(token_scores, clip)), 0.0)
     reward = tl.where(t == slot[:, None], reward + score[:, None], reward)
-    return counted, reward, kl, token_scores
+    return mask, reward, kl, token_scores
 
 
 @triton.jit(do_not_specialize=list(range(18)))
@@ -111,25 +111,25 @@ def shape_kernel(
     if ALIGNED:
         T = T // 4 * 4
     has_token_scores = per_token != 0
-    mask = row_start(mask_ptr, row * m_stride, ALIGNED)
+    masks = row_start(mask_ptr, row * m_stride, ALIGNED)
     inputs = (
         row_start(logprobs_ptr, row * l_stride, ALIGNED),
         row_start(refs_ptr, row * ref_stride, ALIGNED),
         row_start(scores_ptr, row * score_stride, ALIGNED),
-        mask,
+        masks,
     )
     slot, score, _present, _beyond = _score_slots(
-        mask, scores_ptr, score_stride, row, inside, T, first - 1, has_token_scores, behind, W
+        masks, scores_ptr, score_stride, row, inside, T, first - 1, has_token_scores, behind, W
     )
     score = _clipped(score, clip)
     for j in range(tl.minimum(tl.cdiv(T - first, W), TILES)):
         t = tl.arange(0, W)[None, :] + (first + j * W)
         here = inside[:, None] & (t < T)
         numbers = clip, kl_coef, kind
-        counted, reward, kl, _scores = _shaped_tile(inputs, numbers, has_token_scores, slot, score, t, here)
+        mask, reward, kl, _scores = _shaped_tile(inputs, numbers, has_token_scores, slot, score, t, here)
         tl.store(row_start(rewards_ptr, row * T, ALIGNED) + t, reward, mask=here)
         tl.store(row_start(kl_ptr, row * T, ALIGNED) + t, kl, mask=here)
-        longer = counted | (t == slot[:, None])
+        longer = mask | (t == slot[:, None])
         tl.store(row_start(longer_ptr, row * T, ALIGNED) + t, longer, mask=here & (behind != 0))
 
 
@@ -160,7 +160,7 @@ def _shaped_span(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """gae_kernels.scan_span for shaped rewards. Returns the span's map and, with WRITE, the sums with this span's."""
+    """gae/kernel.scan_span for shaped rewards. Returns the span's map and, with WRITE, the sums with this span's."""
     n, mean, m2, rewards, kls, returns, scores = sums
     span_a = tl.full([R], 1.0, tl.float32)
     span_b = tl.zeros([R], tl.float32)
@@ -168,19 +168,19 @@ def _shaped_span(
         t = tl.arange(0, W)[None, :] + (first + (tiles - 1 - j) * W)
         here = inside[:, None] & (t < T)
         v = tl.load(values + t, mask=here, other=0.0).to(tl.float32)
-        counted, r, kl, token_scores = _shaped_tile(inputs, numbers, per_token, slot, score, t, here)
-        step = counted | (t == slot[:, None])  # after the last token, the score's slot is a step too
+        mask, r, kl, token_scores = _shaped_tile(inputs, numbers, per_token, slot, score, t, here)
+        step = mask | (t == slot[:, None])  # after the last token, the score's slot is a step too
         td_error = r - v
         a, b = step_maps(td_error, v, step, gamma[:, None], decay[:, None])
         following, tile_a, tile_b = row_tile(a, b, apply_map(span_a, span_b, s), R, W)
         if WRITE:
-            advantage = tl.where(counted, td_error + following, 0.0)
+            advantage = tl.where(mask, td_error + following, 0.0)
             value_target = tl.where(step, r + following, 0.0)
             tl.store(outputs[0] + t, advantage, mask=here)
             tl.store(outputs[1] + t, value_target, mask=here)
             tl.store(outputs[2] + t, r, mask=here)
             tl.store(outputs[3] + t, kl, mask=here)
-            n, mean, m2 = add_elements(n, mean, m2, advantage, counted)
+            n, mean, m2 = add_elements(n, mean, m2, advantage, mask)
             rewards += _lane_sums(r, R, W)
             kls += _lane_sums(kl, R, W)
             returns += _lane_sums(value_target, R, W)
@@ -191,7 +191,7 @@ def _shaped_span(
 
 @triton.jit
 def _sums_column(sums_ptr):
-    """What the program leaves for whiten_kernels.py, (9, programs): where its column begins, and the next plane."""
+    """Where the program's column of the results for whiten_kernel.py, (9, programs), begins; from plane to plane."""
     plane = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
     return sums_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), plane
 
@@ -251,12 +251,12 @@ def advantages_kernel(
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside = row < rows
     per_token = is_given(present, 3)
-    mask = row_start(mask_ptr, row * m_stride, ALIGNED)
+    masks = row_start(mask_ptr, row * m_stride, ALIGNED)
     inputs = (
         row_start(logprobs_ptr, row * l_stride, ALIGNED),
         row_start(refs_ptr, row * ref_stride, ALIGNED),
         row_start(scores_ptr, row * score_stride, ALIGNED),
-        mask,
+        masks,
     )
     values = row_start(values_ptr, row * v_stride, ALIGNED)
     outputs = (
@@ -271,19 +271,19 @@ def advantages_kernel(
     plane = spans.to(tl.int64) * rows
     zeros, none = tl.zeros([R, W], tl.float32), tl.zeros([R, W // 4], tl.float32)
     n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, none, none, none, none
-    walks = tl.num_programs(1) == 1
+    one_pass = tl.num_programs(1) == 1
     if WRITE:
-        first_span = tl.where(walks, 0, tl.program_id(1))
-        last_span = tl.where(walks, spans - 1, tl.program_id(1))
+        first_span = tl.where(one_pass, 0, tl.program_id(1))
+        last_span = tl.where(one_pass, spans - 1, tl.program_id(1))
     else:
         first_span = tl.program_id(1) + 1
         last_span = first_span
     slot, score, has_step, beyond = _score_slots(
-        mask, scores_ptr, score_stride, row, inside, T, first_span * TILES * W - 1, per_token, behind, W
+        masks, scores_ptr, score_stride, row, inside, T, first_span * TILES * W - 1, per_token, behind, W
     )
     clipped = _clipped(score, clip)
     if WRITE:
-        # every span of a row knows its score; the first, which has seen the whole row, counts it
+        # every span of a row has its score; the program of the first, which reads the whole row, counts it
         counts = has_step & (first_span == 0)
         row_score = tl.sum(tl.where(counts, score, 0.0))
         row_count = tl.sum(counts.to(tl.float32))

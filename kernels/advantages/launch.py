@@ -1,6 +1,6 @@
-"""The launches of advantages.py.
+"""The launches of shape_rewards, masked_whiten and rlhf_advantages.
 
-rlhf_advantages takes two launches, or three where long rows are few: one walks the spans of its rows and writes
+rlhf_advantages takes two launches, or three where long rows are few: one scans the spans of its rows and writes
 rewards, KL, raw advantages and returns, with their moments and sums per program; the last merges those, whitens in
 place and writes the statistics. Over a process group the moments are merged to three numbers and gathered in between.
 
@@ -39,7 +39,7 @@ from ppo_fast.kernels.gae.options import GAEOptions
 BLOCK = 1024  # elements in a tile of whitening
 NUM_WARPS = 4
 _PROGRAMS = 512  # of a launch of whitening, at most: each reads all partial results
-_WALKED_SPANS = 4  # that one program processes although several would be quicker: it saves a launch
+_ONE_PASS_SPANS = 4  # that one program processes although several would be quicker: it saves a launch
 _KINDS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 _PLANES = 9  # numbers of each program of the scan: three moments and six sums
 
@@ -209,14 +209,14 @@ def _scan(
     layout = row_layout(T)
     R, W, tiles, _ = LAYOUTS[layout]
     spans, programs = -(-T // (W * tiles)), -(-B // R)
-    walks = spans <= _WALKED_SPANS or B >= MANY_ROWS or spans > LARGEST_GRID_Y
-    partial = outputs[0].new_empty(_PLANES, programs if walks else programs * spans)
+    one_pass = spans <= _ONE_PASS_SPANS or B >= MANY_ROWS or spans > LARGEST_GRID_Y
+    partial = outputs[0].new_empty(_PLANES, programs if one_pass else programs * spans)
     present, numbers, gamma, lam = row_numbers(gae_options.bootstrap, gae_options.gamma, gae_options.lam, B)
     arguments = (
         *inputs,
         partial if numbers is None else numbers,
         *outputs,
-        partial if walks else outputs[0].new_empty(2 * spans * B),
+        partial if one_pass else outputs[0].new_empty(2 * spans * B),
         partial,
         present | per_token << 3,
         gamma,
@@ -226,8 +226,8 @@ def _scan(
         T,
         *strides,
     )
-    kernel, grid = advantages_kernel, (programs, 1 if walks else spans)
-    if not walks:
+    kernel, grid = advantages_kernel, (programs, 1 if one_pass else spans)
+    if not one_pass:
         kernel.run(*arguments, grid=(programs, spans - 1), warmup=False, **keywords(layout, is_aligned, False))
     kernel.run(*arguments, grid=grid, warmup=False, **keywords(layout, is_aligned, True))
     return partial

@@ -1,6 +1,6 @@
-"""The device code of whitening in advantages.py: moments of counted elements, merged in a fixed order, and applied.
+"""reference.masked_whiten: moments of counted elements, merged in a fixed order, and applied.
 
-A first launch leaves one (count, mean, sum of squared deviations) per program; each program of the second merges all
+A first launch stores one (count, mean, sum of squared deviations) per program; each program of the second merges all
 of them, in the same order and so to the same bits, by the formula of Chan, Golub and LeVeque (1979). Sums of squares
 would cancel in fp32.
 """
@@ -14,17 +14,17 @@ MERGED = tl.constexpr(512)  # partial results that are merged at once
 
 
 @triton.jit
-def add_elements(n, mean, m2, x, counted):
+def add_elements(n, mean, m2, x, mask):
     """Welford's update of each lane's moments by one element.
 
     The first element is its own mean: x / 1 in the approximate division of a GPU may be off by two roundings, which is
     much for |mean| >> spread.
     """
-    n_new = tl.where(counted, n + 1.0, n)
+    n_new = tl.where(mask, n + 1.0, n)
     delta = x - mean
     updated = tl.where(n == 0, x, mean + delta / tl.maximum(n_new, 1.0))
-    mean_new = tl.where(counted, updated, mean)
-    return n_new, mean_new, tl.where(counted, tl.fma(delta, x - mean_new, m2), m2)
+    mean_new = tl.where(mask, updated, mean)
+    return n_new, mean_new, tl.where(mask, tl.fma(delta, x - mean_new, m2), m2)
 
 
 @triton.jit
@@ -102,8 +102,8 @@ def moments_kernel(
     for tile in range(program, rows * row_tiles, tl.num_programs(0)):
         x_at, mask_at, _, here = _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK)
         x = tl.load(pointers(x_ptr, x_at, ALIGNED), mask=here, other=0.0).to(tl.float32)
-        counted = here & (tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & (has_mask != 0), other=1) != 0)
-        n, mean, m2 = add_elements(n, mean, m2, x, counted)
+        mask = here & (tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & (has_mask != 0), other=1) != 0)
+        n, mean, m2 = add_elements(n, mean, m2, x, mask)
     n_all, mean_all, m2_all = over_lanes(n, mean, m2)
     tl.store(moments_ptr + program, n_all)
     tl.store(moments_ptr + tl.num_programs(0) + program, mean_all)
@@ -160,6 +160,6 @@ def whiten_kernel(
     for tile in range(program, rows * row_tiles, tl.num_programs(0)):
         x_at, mask_at, out_at, here = _tile(tile, row_tiles, T, x_stride, m_stride, BLOCK)
         x = tl.load(pointers(x_ptr, x_at, ALIGNED), mask=here, other=0.0).to(tl.float32)
-        counted = tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & is_given(switches, 0), other=1) != 0
-        whitened = tl.where(counted, tl.fma(x - mean, scale, kept), 0.0)
+        mask = tl.load(pointers(mask_ptr, mask_at, ALIGNED), mask=here & is_given(switches, 0), other=1) != 0
+        whitened = tl.where(mask, tl.fma(x - mean, scale, kept), 0.0)
         tl.store(pointers(out_ptr, out_at, ALIGNED), whitened, mask=here)

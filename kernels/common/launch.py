@@ -1,4 +1,4 @@
-"""What the Triton launchers share: no Triton code, and nothing that needs Triton to import."""
+"""Variants, compile options and device guards of all Triton launchers. Importing this needs no Triton."""
 
 import contextlib
 import functools
@@ -25,16 +25,16 @@ class Variant(NamedTuple):
 
 
 @functools.cache
-def launch_options(num_warps: int, registers: int | None = None) -> dict[str, Any]:
+def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str, Any]:
     """Compile options of a launch. Do not change the result: it is shared.
 
     enable_fp_fusion is off so that every compiler and GPU computes what the source says: a fused multiply-add appears
-    where the source calls tl.fma and nowhere else. `registers` is an upper bound for a thread, which only NVIDIA GPUs
-    have: without it ptxas aims at one more block on a multiprocessor and spills a few bytes in some kernels.
+    where the source calls tl.fma and nowhere else. `max_registers` is a bound per thread, which only NVIDIA GPUs have:
+    without it ptxas tries to fit one more block on a multiprocessor and spills a few bytes in some kernels.
     """
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
-    if registers is not None and not torch.version.hip:
-        options["maxnreg"] = registers
+    if max_registers is not None and not torch.version.hip:
+        options["maxnreg"] = max_registers
     return options
 
 
@@ -42,12 +42,12 @@ _NOTHING = contextlib.nullcontext()
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the device of x current, which is where Triton launches. Costs microseconds only where it is another."""
+    """Makes the device of x current, because Triton launches there. Takes time only if another one is current."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _NOTHING
 
 
 def interpreting() -> bool:
-    """True where kernels run on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Returns True where kernels run on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

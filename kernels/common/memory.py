@@ -1,8 +1,9 @@
 """Tensors whose memory may be read by address, without PyTorch's dispatcher.
 
-A compiled loop or a Triton kernel receives an address, a shape and strides. That is the whole tensor only for a plain
-one. A fake or distributed tensor has no memory here, a negated view has a pending sign, a tensor of torch.func stands
-for several, and what a tracer does not see becomes a constant of its graph. Whatever is not plain is left to PyTorch.
+A compiled loop or a Triton kernel receives an address, a shape and strides. They describe the whole tensor only if it
+is plain. A fake or distributed tensor has no memory here, a negated view has a pending sign, a tensor of torch.func
+represents several, and a value that a tracer does not record becomes a constant of its graph. PyTorch's operations
+compute whatever is not plain.
 """
 
 from typing import Any
@@ -27,9 +28,9 @@ _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PRO
 
 
 def addressable(first: Tensor, *others: Tensor | None) -> bool:
-    """True if the memory of all tensors may be read by address: plain, strided, on the CPU, and not traced.
+    """Returns whether the memory of all tensors may be read by address: plain, strided, on the CPU, and not traced.
 
-    False in every dispatch mode: a mode that only observes would miss what is read and written here.
+    False in every dispatch mode: a mode that only records would miss what is read and written by address.
     """
     if not first.is_cpu or torch.compiler.is_compiling() or _modes() or jit_tracer() is not None:
         return False
@@ -47,7 +48,7 @@ def addressable(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """True if make_fx, FakeTensorMode or a tensor's own dispatch records or replaces what is computed."""
+    """Returns whether make_fx, FakeTensorMode or a tensor's own dispatch records or replaces what is computed."""
     if torch.compiler.is_compiling():
         return False
     if _modes() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
@@ -56,7 +57,7 @@ def traced(*tensors: Tensor | None) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """True if Python may look at values: without waiting for a device, and without fixing them in a recorded graph."""
+    """Returns whether Python may read values: without waiting for a device or making them constants of a graph."""
     return x.is_cpu and not torch.compiler.is_compiling() and jit_tracer() is None and not traced(x)
 
 
@@ -89,9 +90,16 @@ def refuse_distributed(operation: str, argument: str, x: Any) -> None:
         )
 
 
+def required(x: Tensor | None) -> Tensor:
+    """Returns a tensor that ppo_fast.ops has checked to be given."""
+    if x is None:
+        raise TypeError("a tensor that this operation needs is None")
+    return x
+
+
 def plain(x: Tensor) -> Tensor:
     """x with its pending sign and efficient zeros written out, and without a subclass that only adds a name."""
-    override = getattr(type(x).__torch_function__, "__func__", None)
-    if override is Tensor.__torch_function__.__func__ and not _keys(x).has(_Key.Python):
+    override, plain_one = (getattr(kind.__torch_function__, "__func__", None) for kind in (type(x), Tensor))
+    if override is plain_one and not _keys(x).has(_Key.Python):
         x = x.as_subclass(Tensor)
     return x.clone() if x._is_zerotensor() else x.resolve_neg()

@@ -1,4 +1,4 @@
-"""numba, where it is installed and works, and the C functions that it makes of loops.
+"""Compilation of loops by numba to C functions, where numba is installed and works.
 
 numba keeps the machine code of a loop on disk: beside this file, in a folder of the user where that cannot be written,
 or in NUMBA_CACHE_DIR. Compiling a loop takes a second or two, once for each machine and version; many processes that
@@ -9,13 +9,15 @@ import ctypes
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
+
+Array = Any  # an array in a loop that numba compiles: a pointer, which a type checker cannot index
 
 
 @cache
 def numba_works() -> bool:
-    """Whether numba can be imported; a warning says why an installed one cannot, such as for a newer NumPy."""
+    """Returns whether numba can be imported; warns with the reason if an installed one cannot."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -35,7 +37,7 @@ def numba_works() -> bool:
 def c_function(
     body: Callable[..., None], arguments: Sequence[Any], fastmath: set[str] | None = None
 ) -> tuple[Callable[..., None], Any]:
-    """The loop `body` as a C function, and the numba object that keeps its machine code alive.
+    """Compiles the loop `body` to a C function; also returns the numba object that keeps its machine code alive.
 
     Args:
         body: a function without a result that numba can compile, and that does not raise.
@@ -45,11 +47,15 @@ def c_function(
     import numba
     from numba import types
 
-    options = {"nopython": True, "error_model": "numpy", "fastmath": fastmath or False}
-    signature = types.void(*arguments)
+    options: dict[str, Any] = {"nopython": True, "error_model": "numpy", "fastmath": fastmath or False}
+    compiler = partial(numba.cfunc, types.void(*arguments), **options)
     try:
-        code = numba.cfunc(signature, cache=True, **options)(body)
+        code = compiler(cache=True)(body)
     except Exception:  # the cache has no folder, or a damaged file, for which pickle has errors of many types
-        code = numba.cfunc(signature, **options)(body)
-    c_types = {types.float32: ctypes.c_float, types.float64: ctypes.c_double, types.int64: ctypes.c_int64}
-    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code
+        code = compiler()(body)
+    c_types: dict[Any, Any] = {
+        types.float32: ctypes.c_float,
+        types.float64: ctypes.c_double,
+        types.int64: ctypes.c_int64,
+    }
+    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code  # type: ignore[arg-type]  # an address, once it is compiled

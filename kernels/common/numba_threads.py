@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Threads for loops compiled by numba, whose calls release the GIL."""
 
 import _thread
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STEPS_PER_THREAD = 1 << 18  # about 0.3 ms of work; a core that slept takes 0.06 ms to begin
+_STEPS_PER_THREAD = 1 << 18  # about 0.3 ms of work; an idle core takes 0.06 ms to start
 
 
-def shares(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thread: int = 0) -> list[int]:
-    """Boundaries of the row ranges, one range per thread, with about the same number of steps in each."""
+def split_rows(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thread: int = 0) -> list[int]:
+    """Returns boundaries of row ranges, one range per thread, with about the same number of steps in each."""
     workers = steps // (per_thread or _STEPS_PER_THREAD)
     if workers > 1:
         workers = min(workers, torch.get_num_threads(), rows)
@@ -24,9 +24,9 @@ def shares(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thread: 
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> None:
-    """work(0), ..., work(count - 1) on so many threads, but not more than PyTorch has; a C callback releases the GIL.
+    """Runs work(0), ..., work(count - 1) on `threads` threads, but not on more than PyTorch has.
 
-    Bare threads: threading.Thread.start waits until the new one runs, which costs another 0.1 ms.
+    Bare threads, because threading.Thread.start waits until the new one runs, which takes another 0.1 ms.
     """
     threads = 1 if threads <= 1 else min(count, threads, torch.get_num_threads())
     if threads == 1:

@@ -1,10 +1,10 @@
-"""Device functions for rows of logits: the online softmax, entropy, gradient and addresses that kernels share.
+"""Device functions for rows of logits: online softmax, entropy, gradient and addresses.
 
 With m the largest x of a row and scale = log2(e)/temperature, a row is reduced to m, s = sum 2^u and w = sum 2^u u with
 u = (x - m) scale. Subtracting first costs one instruction more than a fused multiply-add of x scale - m scale, but it
 is right for every finite x: near m the difference is exact, so logits of 1e4 lose no digits, and no product overflows
-or leaves a rounding residual, so that -1e10 or the lowest finite number may stand for -inf. m starts at the lowest
-finite number instead of -inf: a block of -inf needs no case of its own.
+or leaves a rounding residual, so that -1e10 or the lowest finite number may be used instead of -inf. m starts at the
+lowest finite number: a block of -inf needs no case of its own.
 
 All sums are trees over pairs of fixed columns: the bits of a row depend on its values and on the number of columns
 only, not on alignment, strides, other rows or how Triton lays the block out.
@@ -62,7 +62,7 @@ def fold_sum(
     SIZE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """(ROWS, LANES): columns that are LANES apart added up. They sit in one thread, so this costs no shuffles."""
+    """(ROWS, LANES): columns that are LANES apart added up. They are in one thread, so this needs no shuffles."""
     for level in tl.static_range(30):
         if (SIZE >> level) > LANES:
             x = tl.sum(tl.reshape(x, (ROWS, 2, SIZE >> (level + 1))), axis=1)
@@ -74,7 +74,7 @@ def start_rows(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The state (m, sums, moments) of an online softmax that has seen nothing; sums and moments are partial."""
+    """The state (m, sums, weighted sums) of an online softmax before the first block; the sums are partial."""
     return (
         tl.full((ROWS,), -3.4028234663852886e38, tl.float32),
         tl.zeros((ROWS, LANES), tl.float32),
@@ -94,7 +94,7 @@ def add_block(
     LANES: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    """One step of the online softmax: the state after another block of columns."""
+    """The state of the online softmax after another block of columns."""
     new_max = tl.maximum(row_max, tl.max(x, axis=1))
     shift = with_mass((row_max - new_max) * scale)[:, None]
     shrink = tl.exp2(shift)
@@ -113,7 +113,7 @@ def finish_rows(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """log2 s, and the entropy in nats, which means nothing if the moments were left out."""
+    """log2 s, and the entropy in nats, which has no meaning if the weighted sums were left out."""
     total, weighted_total = tree_sums(sums, weighted_sum, ROWS, LANES)
     log_sum = tl.log2(total)
     return log_sum, to_nats(log_sum - weighted_total / total)
@@ -209,7 +209,7 @@ def load_mask(
     stride_t,
     has_mask,
 ):
-    """Which rows exist and count."""
+    """Whether each row exists and counts."""
     exists = row < N
     mask = tl.load(mask_ptr + row_offset(row, T, stride_b, stride_t), mask=exists & (has_mask != 0), other=1)
     return exists & (mask != 0)

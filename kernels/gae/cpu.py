@@ -1,8 +1,8 @@
-"""Scans over time compiled by numba for a CPU: what eager_advantages.py uses where numba is installed.
+"""reference.gae in loops over time compiled by numba, for a CPU.
 
-Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t (see eager_advantages.py). The kernels
-are C callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
-fork) and no array boxing; a call releases the GIL, so plain Python threads share the rows. The caller makes sure that
+Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t (see eager.py). The loops are C
+callbacks: no numba thread pool (its default one aborts the process when two Python threads enter it, or after a
+fork) and no array boxing; a call releases the GIL, so plain Python threads divide the rows. The caller checks that
 every tensor may be read by address (memory.addressable).
 
 Bytes: every input is read once and both outputs are written once.
@@ -18,8 +18,8 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.common.numba_loops import c_function
-from ppo_fast.kernels.common.numba_threads import in_threads, shares
+from ppo_fast.kernels.common.numba_loops import Array, c_function
+from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
 
 # Bits of `options`: which of the optional tensors are there.
 _MASK, _TERMINATED, _TRUNCATED, _BOOTSTRAP, _GAMMAS, _LAMS, _PACKED = (1 << bit for bit in range(7))
@@ -30,11 +30,11 @@ _FEW_ROWS = 8  # below this the loop over rows is too short to be vectorised
 @numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
 def _step(
     kind: int,  # a constant where it is called: _MASK, _TERMINATED, or 0 for neither
-    rewards: Any,
-    values: Any,
-    flags: Any,
-    advantages: Any,
-    returns: Any,
+    rewards: Array,
+    values: Array,
+    flags: Array,
+    advantages: Array,
+    returns: Array,
     r_at: int,
     v_at: int,
     flag_at: int,
@@ -60,11 +60,11 @@ def _step(
 @numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
 def _one_or_two_rows(
     kind: int,
-    rewards: Any,
-    values: Any,
-    flags: Any,
-    advantages: Any,
-    returns: Any,
+    rewards: Array,
+    values: Array,
+    flags: Array,
+    advantages: Array,
+    returns: Array,
     T: int,
     row: int,
     other: int,  # the row behind it; the same row if there is none
@@ -79,7 +79,7 @@ def _one_or_two_rows(
     s0: float,  # gamma times the value behind the row
     s1: float,
 ) -> None:
-    """A step has to wait for the one after it; a second row gives the processor something to do meanwhile."""
+    """A step needs the result of the one after it; the processor computes a second row meanwhile."""
     r0, v0, f0, o0 = row * r_row, row * v_row, row * flag_row, row * o_row
     if row == other:
         for t in range(T - 1, -1, -1):
@@ -92,20 +92,20 @@ def _one_or_two_rows(
 
 
 def _scan_rows(
-    rewards: Any,  # (rows, T) with the strides below; (total,) if packed
-    values: Any,
-    mask: Any,
-    terminated: Any,
-    truncated: Any,
-    final_values: Any,
-    advantages: Any,
-    returns: Any,
-    bootstrap: Any,  # (rows,)
-    gammas: Any,  # (rows,)
-    lams: Any,  # (rows,)
-    cu_seqlens: Any,  # (rows + 1,)
-    state: Any,  # this and the next are for _scan_columns
-    incoming: Any,
+    rewards: Array,  # (rows, T) with the strides below; (total,) if packed
+    values: Array,
+    mask: Array,
+    terminated: Array,
+    truncated: Array,
+    final_values: Array,
+    advantages: Array,
+    returns: Array,
+    bootstrap: Array,  # (rows,)
+    gammas: Array,  # (rows,)
+    lams: Array,  # (rows,)
+    cu_seqlens: Array,  # (rows + 1,)
+    state: Array,  # this and the next are for _scan_columns
+    incoming: Array,
     gamma: float,
     lam: float,
     T: int,
@@ -219,26 +219,26 @@ def _scan_rows(
         if options & _LAMS:
             decay = lams[row]
         decay = g * decay
-        place, start, stop = row, 0, T
+        base_row, start, stop = row, 0, T
         if options & _PACKED:
-            place, start, stop = 0, cu_seqlens[row], cu_seqlens[row + 1]
+            base_row, start, stop = 0, cu_seqlens[row], cu_seqlens[row + 1]
         s = zero
         if options & _BOOTSTRAP:
             s = g * bootstrap[row]
         for t in range(stop - 1, start - 1, -1):
             counted = True
             if options & _MASK:
-                counted = mask[place * m_row + t * m_step] != 0
+                counted = mask[base_row * m_row + t * m_step] != 0
             cut, end_value = False, zero
             if options & _TRUNCATED:  # noqa: SIM102
-                if truncated[place * c_row + t * c_step] != 0:
-                    cut, end_value = True, g * final_values[place * f_row + t * f_step]
+                if truncated[base_row * c_row + t * c_step] != 0:
+                    cut, end_value = True, g * final_values[base_row * f_row + t * f_step]
             if options & _TERMINATED:  # noqa: SIM102
-                if terminated[place * e_row + t * e_step] != 0:
+                if terminated[base_row * e_row + t * e_step] != 0:
                     cut, end_value = True, zero
-            r, v = rewards[place * r_row + t * r_step], values[place * v_row + t * v_step]
+            r, v = rewards[base_row * r_row + t * r_step], values[base_row * v_row + t * v_step]
             following = end_value if cut else s
-            out = place * o_row + t * o_step
+            out = base_row * o_row + t * o_step
             advantages[out] = (r - v) + following if counted else zero
             returns[out] = r + following if counted else zero
             # Written so that only one multiply-add depends on the step before.
@@ -247,20 +247,20 @@ def _scan_rows(
 
 
 def _scan_columns(
-    rewards: Any,
-    values: Any,
-    mask: Any,
-    terminated: Any,
-    truncated: Any,
-    final_values: Any,
-    advantages: Any,
-    returns: Any,
-    bootstrap: Any,
-    gammas: Any,
-    lams: Any,
-    cu_seqlens: Any,  # unused: packed rows are never time-major
-    state: Any,  # (_BLOCK,) scratch: s_t
-    incoming: Any,  # (_BLOCK,) scratch: what stands for s_{t + 1} after the cuts, then s_t of a counted step
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    terminated: Array,
+    truncated: Array,
+    final_values: Array,
+    advantages: Array,
+    returns: Array,
+    bootstrap: Array,
+    gammas: Array,
+    lams: Array,
+    cu_seqlens: Array,  # unused: packed rows are never time-major
+    state: Array,  # (_BLOCK,) scratch: s_t
+    incoming: Array,  # (_BLOCK,) scratch: what replaces s_{t + 1} after the cuts, then s_t of a counted step
     gamma: float,
     lam: float,
     T: int,
@@ -282,9 +282,9 @@ def _scan_columns(
     o_row: int,
     o_step: int,
 ) -> None:
-    """All rows of a block at each step: for time-major tensors, where neighbouring rows are neighbours in memory.
+    """All rows of a block at each step: for time-major tensors, where neighbouring rows are adjacent in memory.
 
-    Short loops with few arrays each: LLVM gives up vectorising a loop with too many pointers that may overlap.
+    Short loops with few arrays each: LLVM does not vectorise a loop with too many pointers that may overlap.
     """
     zero = gamma - gamma
     for low in range(first_row, last_row, _BLOCK):
@@ -367,7 +367,7 @@ def gae(
     cu_seqlens: Tensor | None,  # [S + 1] int64, contiguous
     time: int,
 ) -> None:
-    """Writes advantages and returns, as eager_gae.py describes them."""
+    """Writes advantages and returns, as eager.py describes them."""
     rows, T = rewards.shape if time else reversed(rewards.shape)
     steps = rows * T
     pointers = [
@@ -386,18 +386,19 @@ def gae(
     ]
     strides = [*rewards.stride(), *values.stride(), 0, 0, 0, 0, 0, 0, 0, 0, *advantages.stride()]
     options, kept = 0, [rewards, values, advantages, returns]
-    for place, bit, flag in ((2, _MASK, mask), (3, _TERMINATED, terminated), (4, _TRUNCATED, truncated)):
+    for slot, bit, flag in ((2, _MASK, mask), (3, _TERMINATED, terminated), (4, _TRUNCATED, truncated)):
         if flag is not None:
             x = flag if flag.dtype is torch.bool else flag != 0
-            options, pointers[place], strides[2 * place : 2 * place + 2] = options | bit, x.data_ptr(), x.stride()
+            options, pointers[slot], strides[2 * slot : 2 * slot + 2] = options | bit, x.data_ptr(), x.stride()
             kept.append(x)
     if final_values is not None:
         pointers[5], strides[10:12] = final_values.data_ptr(), final_values.stride()
         kept.append(final_values)
-    for place, bit, x in ((8, _BOOTSTRAP, bootstrap), (9, _GAMMAS, gamma), (10, _LAMS, lam), (11, _PACKED, cu_seqlens)):
-        if isinstance(x, Tensor):
-            options, pointers[place] = options | bit, x.data_ptr()
-            kept.append(x)
+    by_row = ((8, _BOOTSTRAP, bootstrap), (9, _GAMMAS, gamma), (10, _LAMS, lam), (11, _PACKED, cu_seqlens))
+    for slot, bit, numbers in by_row:
+        if isinstance(numbers, Tensor):
+            options, pointers[slot] = options | bit, numbers.data_ptr()
+            kept.append(numbers)
     if not time:
         strides[::2], strides[1::2] = strides[1::2], strides[::2]
     if cu_seqlens is not None:
@@ -406,12 +407,12 @@ def gae(
     double = values.dtype is torch.float64
     scan, _ = _compiled(columns, double)
     scalars = (0.0 if options & _GAMMAS else gamma, 0.0 if options & _LAMS else lam, T)
-    parts = shares(rows, steps, cu_seqlens)
+    parts = split_rows(rows, steps, cu_seqlens)
     workers, block_bytes = len(parts) - 1, _BLOCK * (8 if double else 4)
     scratch = torch.empty(workers * 2 * block_bytes, dtype=torch.uint8, device="cpu") if columns else None
     scratch_ptr = 0 if scratch is None else scratch.data_ptr()
 
-    def work(share: int, _kept: object = (kept, scratch)) -> None:  # an interrupted caller must not free what it reads
+    def work(share: int, _kept: object = (kept, scratch)) -> None:  # an interrupted caller must not free them
         state = scratch_ptr + 2 * share * block_bytes
         scan(*pointers, state, state + block_bytes, *scalars, parts[share], parts[share + 1], options, *strides)
 

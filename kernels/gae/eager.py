@@ -1,28 +1,30 @@
-"""The torch backend of gae (reference.gae): for a CPU, and for any other device.
+"""reference.gae in PyTorch, for a CPU and any other device.
 
-Backwards in time the scan carries one number per row: s_t = gamma V_t + gamma lam A_t, all that step t tells step t -
-1. Then
+Backwards in time the scan carries one number per row: s_t = gamma V_t + gamma lam A_t, all that step t - 1 needs of
+step t. Then
 
     A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1}    (s_T = gamma
     bootstrap).
 
 A masked step passes s on unchanged, so the steps before and after it are treated as adjacent; a terminated step takes
-0 and a truncated one gamma final_values_t instead of s_{t+1}. On a CPU with numba, compiled loops do that (cpu.py).
-Elsewhere the affine maps are scanned in chunks: all chunks side by side, then the carries between chunks likewise.
+0 and a truncated one gamma final_values_t instead of s_{t+1}. On a CPU with numba, the compiled loops of cpu.py are
+used. Elsewhere the affine maps are scanned in chunks: all chunks side by side, then the carries between chunks.
 
 Advantages and returns carry no graph: they are data.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.common.memory import addressable, readable
+from ppo_fast.kernels.common.memory import addressable, readable, required
 from ppo_fast.kernels.common.numba_loops import numba_works
 from ppo_fast.kernels.gae.options import GAEOptions
 
 _CHUNK = 16  # steps that a chunk scans one after the other, all chunks at once
 _SHORT = 128  # rows up to this length are not cut in chunks
-_BLOCK = 1 << 18  # steps whose intermediate results fit in a core's cache, and in memory that malloc hands out again
+_BLOCK = 1 << 18  # steps whose intermediate results fit in a core's cache, and in memory that malloc reuses
 
 
 def float_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -33,31 +35,33 @@ def float_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def _scan_steps(decay: Tensor, gain: Tensor, last: Tensor, *, careful: bool) -> Tensor:
+def _scan_steps(decay: Tensor, gain: Tensor, last: Tensor, *, nan_safe: bool) -> Tensor:
     """_suffix_scan step by step, for [T, rows]."""
     following = torch.empty_like(gain)
     following[-1] = last
     steps = list(zip(decay.unbind(), gain.unbind(), following.unbind(), strict=True))
     for t in reversed(range(1, len(steps))):
         factor, addend, s = steps[t]
-        s = s.masked_fill(factor == 0, 0) if careful else s
+        s = s.masked_fill(factor == 0, 0) if nan_safe else s
         torch.addcmul(addend, factor, s, out=steps[t - 1][2])
     return following
 
 
-def _suffix_scan(decay: Tensor, gain: Tensor, last: Tensor, *, time: int, careful: bool, short: int = _SHORT) -> Tensor:
+def _suffix_scan(
+    decay: Tensor, gain: Tensor, last: Tensor, *, time: int, nan_safe: bool, short: int = _SHORT
+) -> Tensor:
     """s_t = gain_t + decay_t s_{t+1} along `time` (0 or 1) with s_T = last; returns s_1 ... s_T.
 
-    decay and gain are [T, rows] or [rows, T], last is [rows]. Work O(T), depth O(log T). Where decay is 0 nothing of
-    s_{t+1} may come through: multiplying does that for finite numbers, `careful` for NaN and infinity too.
+    decay and gain are [T, rows] or [rows, T], last is [rows]. Work O(T), depth O(log T). Where decay is 0, s_{t+1}
+    must not contribute: multiplying ensures that for finite numbers, `nan_safe` for NaN and infinity, too.
     """
     T, rows = gain.shape[time], gain.shape[1 - time]
     if short >= T:
         if time == 0:
-            return _scan_steps(decay, gain, last, careful=careful)
-        return _scan_steps(decay.t().contiguous(), gain.t().contiguous(), last, careful=careful).t().contiguous()
+            return _scan_steps(decay, gain, last, nan_safe=nan_safe)
+        return _scan_steps(decay.t().contiguous(), gain.t().contiguous(), last, nan_safe=nan_safe).t().contiguous()
     chunks = -(-T // _CHUNK)
-    missing = [0, 0] * (1 - time) + [0, chunks * _CHUNK - T]  # steps past the end, which hand s on
+    missing = [0, 0] * (1 - time) + [0, chunks * _CHUNK - T]  # steps past the end, which pass s on unchanged
 
     def step_first(x: Tensor, past_the_end: float) -> Tensor:
         """[_CHUNK, lanes]: one step of every chunk is one contiguous slice; a lane is (row, chunk) or (chunk, row)."""
@@ -70,14 +74,14 @@ def _suffix_scan(decay: Tensor, gain: Tensor, last: Tensor, *, time: int, carefu
     decay, gain = step_first(decay, 1.0), step_first(gain, 0.0)
     decays, gains = decay.unbind(), gain.unbind()
     for t in reversed(range(_CHUNK - 1)):  # step t becomes the map of steps t to the end of its chunk
-        later = gains[t + 1].masked_fill(decays[t] == 0, 0) if careful else gains[t + 1]
+        later = gains[t + 1].masked_fill(decays[t] == 0, 0) if nan_safe else gains[t + 1]
         gains[t].addcmul_(decays[t], later)
         decays[t].mul_(decays[t + 1])
     lanes = (rows, chunks) if time else (chunks, rows)
     carry = _suffix_scan(
-        decay[0].view(lanes), gain[0].view(lanes), last, time=time, careful=careful, short=_CHUNK
+        decay[0].view(lanes), gain[0].view(lanes), last, time=time, nan_safe=nan_safe, short=_CHUNK
     ).reshape(-1)  # s behind each chunk
-    entering = carry.expand_as(gain[1:]).masked_fill(decay[1:] == 0, 0) if careful else carry
+    entering = carry.expand_as(gain[1:]).masked_fill(decay[1:] == 0, 0) if nan_safe else carry
     gain[1:].addcmul_(decay[1:], entering)
     following = torch.cat([gain[1:], carry.unsqueeze(0)])
     if time:
@@ -93,44 +97,48 @@ def _gae_vectorised(
     mask: Tensor | None,
     terminated: Tensor | None,
     truncated: Tensor | None,
-    behind_the_end: Tensor,  # [rows], s_T
+    after_the_end: Tensor,  # [rows], s_T
     final_values: Tensor | None,
     segment_end: Tensor | None,  # [1, T] for packed rows: the last step of each
-    behind_the_segment: Tensor | None,  # [1, T], gamma bootstrap of the step's segment
+    after_the_segment: Tensor | None,  # [1, T], gamma bootstrap of the step's segment
     *,
     advantages: Tensor,  # outputs
     returns: Tensor,
     time: int,
 ) -> None:
-    """Advantages and returns by a scan of affine maps, which sees a segment's end only as a step that is cut."""
+    """Advantages and returns by a scan of affine maps, where the end of a segment is a step that is cut."""
     td_error = torch.sub(rewards, values, out=advantages)
-    if isinstance(gamma, Tensor) or isinstance(lam, Tensor):
-        decay = (gamma * lam).expand_as(values).clone()
+    product = gamma * lam
+    if isinstance(product, Tensor):
+        decay = product.expand_as(values).clone()
         gain = torch.addcmul(gamma * values, decay, td_error)
     else:
-        decay = torch.full_like(values, gamma * lam)
-        gain = torch.add(gamma * values, td_error, alpha=gamma * lam)
+        decay = torch.full_like(values, product)
+        gain = torch.add(gamma * values, td_error, alpha=product)
     if mask is not None:
         decay, gain = decay.masked_fill_(~mask, 1), gain.masked_fill_(~mask, 0)
-    # Where a step is cut, end_value stands for s_{t+1}; None is 0.
-    ends = [] if segment_end is None else [(segment_end.expand_as(values), behind_the_segment)]
+    # Where a step is cut, end_value replaces s_{t+1}; None is 0.
+    ends: list[tuple[Tensor, Tensor | None]] = []
+    if segment_end is not None:
+        ends.append((segment_end.expand_as(values), after_the_segment))
     if truncated is not None:
-        ends.append((truncated if mask is None else truncated & mask, gamma * final_values))
+        ends.append((truncated if mask is None else truncated & mask, gamma * required(final_values)))
     if terminated is not None:
         ends.append((terminated if mask is None else terminated & mask, None))
-    cut, end_value = None, None
+    cut: Tensor | None = None
+    end_value: Tensor | None = None
     for flag, value in ends:
         if value is not None or end_value is not None:
             value = values.new_zeros(()) if value is None else value
             end_value = torch.where(flag, value, 0 if end_value is None else end_value)
         cut = flag if cut is None else cut | flag
-    if end_value is not None:
+    if end_value is not None and cut is not None:
         gain += torch.where(cut, decay * end_value, 0)
     if cut is not None:
         decay.masked_fill_(cut, 0)
-    careful = not readable(gain) or not gain.sum().isfinite()
-    following = _suffix_scan(decay, gain, behind_the_end, time=time, careful=careful)
-    if end_value is not None:
+    nan_safe = not readable(gain) or not gain.sum().isfinite()
+    following = _suffix_scan(decay, gain, after_the_end, time=time, nan_safe=nan_safe)
+    if end_value is not None and cut is not None:
         following = torch.where(cut, end_value, following)
     elif cut is not None:
         following.masked_fill_(cut, 0)
@@ -163,27 +171,26 @@ def _gae_torch(
     time: int,
 ) -> None:
     """_gae_vectorised on a block of rows after the other, with the numbers per row in the shape of the steps."""
+    ends: tuple[Tensor | None, Tensor | None] = None, None
     flags = (mask, terminated, truncated)
     mask, terminated, truncated = (x if x is None or x.dtype == torch.bool else x != 0 for x in flags)
     per_step = [rewards, values, mask, terminated, truncated, final_values, advantages, returns]
     if cu_seqlens is not None:
         steps = torch.arange(rewards.shape[1], device=rewards.device)
         segment = torch.searchsorted(cu_seqlens[1:], steps, right=True).clamp_(max=len(cu_seqlens) - 2)
-        gamma, lam, bootstrap = (
-            x[segment].unsqueeze(0) if isinstance(x, Tensor) else x for x in (gamma, lam, bootstrap)
-        )
-        behind = values.new_zeros(1, 1).expand_as(values) if bootstrap is None else gamma * bootstrap
-        ends = (steps + 1 == cu_seqlens[1:][segment]).unsqueeze(0), behind
-        blocks = [(per_step, gamma, lam, values.new_zeros(1))]
+        gamma, lam = (x[segment].unsqueeze(0) if isinstance(x, Tensor) else x for x in (gamma, lam))
+        bootstrap = None if bootstrap is None else bootstrap[segment].unsqueeze(0)
+        after_rows = values.new_zeros(1, 1).expand_as(values) if bootstrap is None else gamma * bootstrap
+        ends = (steps + 1 == cu_seqlens[1:][segment]).unsqueeze(0), after_rows
+        blocks: list[Any] = [(per_step, gamma, lam, values.new_zeros(1))]  # tensors, floats and None
     else:
         rows, T = rewards.shape[1 - time], rewards.shape[time]
-        behind = values.new_zeros(rows) if bootstrap is None else gamma * bootstrap
-        ends = None, None
+        after_rows = values.new_zeros(rows) if bootstrap is None else gamma * bootstrap
         size = max(1, _BLOCK // T) if values.is_cpu else rows
         columns = (x.unsqueeze(time) if isinstance(x, Tensor) else x for x in (gamma, lam))
         parts = [
             x.split(size, dim) if isinstance(x, Tensor) else [x] * -(-rows // size)
-            for x, dim in (*((x, 1 - time) for x in (*per_step, *columns)), (behind, 0))
+            for x, dim in (*((x, 1 - time) for x in (*per_step, *columns)), (after_rows, 0))
         ]
         blocks = [(part[:8], *part[8:]) for part in zip(*parts, strict=True)]
     for (r, v, m, e, c, f, a, q), g, decay, s in blocks:

@@ -1,4 +1,4 @@
-"""The device code of gae.py: reference.gae as a scan of affine maps, for rows, packed sequences and time-major columns.
+"""reference.gae as a scan of affine maps, for rows, packed sequences and time-major columns.
 
 Backwards in time one number per row is carried, s_t = gamma V_t + gamma lam A_t, all that step t - 1 needs of step t:
 
@@ -30,18 +30,18 @@ def apply_map(a, b, s):
 
 
 @triton.jit
-def step_maps(td_error, values, counted, gamma, decay):
+def step_maps(td_error, values, mask, gamma, decay):
     """(a, b) of each step. td_error includes what replaces s_{t+1} at a cut, where the caller sets a to 0."""
-    a = tl.where(counted, decay, 1.0)
-    b = tl.where(counted, tl.fma(decay, td_error, gamma * values), 0.0)
+    a = tl.where(mask, decay, 1.0)
+    b = tl.where(mask, tl.fma(decay, td_error, gamma * values), 0.0)
     return a, b
 
 
 @triton.jit
-def cut_of(counted, terminated, truncated, final_values, gamma):
+def cut_of(mask, terminated, truncated, final_values, gamma):
     """Whether each step cuts the trace, and what replaces s_{t+1} where it does."""
     end_value = tl.where(truncated & ~terminated, gamma * final_values, 0.0)
-    return counted & (terminated | truncated), end_value
+    return mask & (terminated | truncated), end_value
 
 
 @triton.jit
@@ -101,8 +101,8 @@ def row_tile(a, b, s, R: tl.constexpr, W: tl.constexpr):
     a_all, b_all = compose(a123, b123, a0, b0)
     a_all, b_all = tl.associative_scan((tl.gather(a_all, turned, 1), tl.gather(b_all, turned, 1)), 1, compose)
     s_first = apply_map(a_all, b_all, s[:, None])  # s at the first of the four steps, threads turned
-    behind = tl.gather(s_first, tl.broadcast_to(tl.maximum(G - 2 - thread, 0), [R, G]), 1)
-    s4 = tl.where(thread == G - 1, s[:, None], behind)
+    s_next = tl.gather(s_first, tl.broadcast_to(tl.maximum(G - 2 - thread, 0), [R, G]), 1)
+    s4 = tl.where(thread == G - 1, s[:, None], s_next)
     s3 = apply_map(a3, b3, s4)
     s2 = apply_map(a2, b2, s3)
     s1 = apply_map(a1, b1, s2)
@@ -148,7 +148,7 @@ def scan_span(
     W: tl.constexpr,
 ):
     """Composes a span of R rows, and with WRITE writes its advantages and returns. Returns the span's map."""
-    rewards, values, finals, mask, terminations, truncations = inputs
+    rewards, values, finals, masks, terminations, truncations = inputs
     has_mask, has_terminated, has_truncated = is_given(present, 0), is_given(present, 1), is_given(present, 2)
     span_a = tl.full([R], 1.0, tl.float32)
     span_b = tl.zeros([R], tl.float32)
@@ -158,19 +158,19 @@ def scan_span(
         read = real[:, None] & (t < length)
         r = tl.load(rewards + t, mask=read, other=0.0).to(tl.float32)
         v = tl.load(values + t, mask=read, other=0.0).to(tl.float32)
-        counted = read & (tl.load(mask + t, mask=read & has_mask, other=1) != 0)
+        mask = read & (tl.load(masks + t, mask=read & has_mask, other=1) != 0)
         terminated = tl.load(terminations + t, mask=read & has_terminated, other=0) != 0
         truncated = tl.load(truncations + t, mask=read & has_truncated, other=0) != 0
         final = tl.load(finals + t, mask=read & has_truncated, other=0.0).to(tl.float32)
-        cut, end_value = cut_of(counted, terminated, truncated, final, gamma[:, None])
+        cut, end_value = cut_of(mask, terminated, truncated, final, gamma[:, None])
         td_error = r - v
-        a, b = step_maps(td_error + end_value, v, counted, gamma[:, None], decay[:, None])
+        a, b = step_maps(td_error + end_value, v, mask, gamma[:, None], decay[:, None])
         a = tl.where(cut, 0.0, a)
         following, tile_a, tile_b = row_tile(a, b, apply_map(span_a, span_b, s), R, W)
         if WRITE:
             following = tl.where(cut, end_value, following)
-            tl.store(outputs[0] + t, tl.where(counted, td_error + following, 0.0), mask=here)
-            tl.store(outputs[1] + t, tl.where(counted, r + following, 0.0), mask=here)
+            tl.store(outputs[0] + t, tl.where(mask, td_error + following, 0.0), mask=here)
+            tl.store(outputs[1] + t, tl.where(mask, r + following, 0.0), mask=here)
         span_a, span_b = compose(span_a, span_b, tile_a, tile_b)
     return span_a, span_b
 
@@ -219,11 +219,11 @@ def gae_rows_kernel(
     spans = tl.cdiv(T, TILES * W)
     plane = spans.to(tl.int64) * rows
     if WRITE:
-        walks = tl.num_programs(1) == 1
-        last = tl.where(walks, spans - 1, tl.program_id(1))
+        one_pass = tl.num_programs(1) == 1
+        last = tl.where(one_pass, spans - 1, tl.program_id(1))
         later = spans - 1 - last
         s = chain(maps_ptr + row + last.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
-        for back in range(tl.where(walks, spans, 1)):
+        for back in range(tl.where(one_pass, spans, 1)):
             first = (last - back) * TILES * W
             here = tl.minimum(tl.cdiv(T - first, W), TILES)
             a, b = scan_span(inputs, outputs, first, T, inside, inside, present, here, g, decay, s, True, R, W)
@@ -324,14 +324,14 @@ def _load_columns(ptr, stride, t, column, mask, ALIGNED: tl.constexpr, other: tl
 @triton.jit
 def _load_column_step(inputs, strides, t, column, inside, present, ALIGNED: tl.constexpr):
     """Rewards, values, final values, mask, terminated and truncated of step t."""
-    rewards, values, finals, mask, terminations, truncations = inputs
+    rewards, values, finals, masks, terminations, truncations = inputs
     r_stride, v_stride, f_stride, flag_stride = strides
     has_truncated = inside & is_given(present, 2)
     return (
         _load_columns(rewards, r_stride, t, column, inside, ALIGNED, 0.0),
         _load_columns(values, v_stride, t, column, inside, ALIGNED, 0.0),
         _load_columns(finals, f_stride, t, column, has_truncated, ALIGNED, 0.0),
-        _load_columns(mask, flag_stride, t, column, inside & is_given(present, 0), ALIGNED, 1),
+        _load_columns(masks, flag_stride, t, column, inside & is_given(present, 0), ALIGNED, 1),
         _load_columns(terminations, flag_stride, t, column, inside & is_given(present, 1), ALIGNED, 0),
         _load_columns(truncations, flag_stride, t, column, has_truncated, ALIGNED, 0),
     )
@@ -371,18 +371,18 @@ def _scan_columns(
             t = start + W - 1 - i
             here = inside & (t < T)
             r, v = steps[i][0].to(tl.float32), steps[i][1].to(tl.float32)
-            counted = here & (steps[i][3] != 0)
+            mask = here & (steps[i][3] != 0)
             final = steps[i][2].to(tl.float32)
-            cut, end_value = cut_of(counted, steps[i][4] != 0, steps[i][5] != 0, final, gamma)
+            cut, end_value = cut_of(mask, steps[i][4] != 0, steps[i][5] != 0, final, gamma)
             td_error = r - v
-            a, b = step_maps(td_error + end_value, v, counted, gamma, decay)
+            a, b = step_maps(td_error + end_value, v, mask, gamma, decay)
             a = tl.where(cut, 0.0, a)
             if WRITE:
                 following = tl.where(cut, end_value, apply_map(a_all, b_all, s))
                 at = t.to(tl.int64) * out_stride + column
-                advantage = tl.where(counted, td_error + following, 0.0)
+                advantage = tl.where(mask, td_error + following, 0.0)
                 tl.store(pointers(outputs[0], at, ALIGNED), advantage, mask=here)
-                tl.store(pointers(outputs[1], at, ALIGNED), tl.where(counted, r + following, 0.0), mask=here)
+                tl.store(pointers(outputs[1], at, ALIGNED), tl.where(mask, r + following, 0.0), mask=here)
             a_all, b_all = compose(a_all, b_all, a, b)
     return a_all, b_all
 
@@ -425,12 +425,12 @@ def gae_columns_kernel(
     spans = tl.cdiv(T, tiles * W)
     plane = spans.to(tl.int64) * columns
     if WRITE:
-        walks = tl.num_programs(1) == 1
-        last = tl.where(walks, spans - 1, tl.program_id(1))
+        one_pass = tl.num_programs(1) == 1
+        last = tl.where(one_pass, spans - 1, tl.program_id(1))
         later = spans - 1 - last
         own_map = maps_ptr + last.to(tl.int64) * columns + column
         s = chain(own_map, columns, plane, later, later, inside, s, ALIGNED)
-        for back in range(tl.where(walks, spans, 1)):
+        for back in range(tl.where(one_pass, spans, 1)):
             first = (last - back) * tiles * W
             here = tl.minimum(tl.cdiv(T - first, W), tiles)
             a, b = _scan_columns(

@@ -1,9 +1,9 @@
-"""Generalised advantage estimation in Triton: reference.gae for padded, packed and time-major tensors.
+"""The launches of gae, for padded, packed and time-major tensors.
 
 One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows or
 columns, and packed rows, take two: every span is composed to one affine map by a program of its own, then every program
 chains the maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see
-gae_kernels.py.
+kernel.py.
 
 Bytes for N steps in fp32 with one flag: 9 N read and 8 N written; with two launches another 9 N read, from the second
 level cache if they fit.
@@ -19,13 +19,14 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.gae.kernel import gae_columns_kernel, gae_packed_kernel, gae_rows_kernel
 from ppo_fast.kernels.gae.options import GAEOptions
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}  # of rewards and values
 MANY_ROWS = 2048  # rows that keep a GPU busy with one program for each four
 _MANY_COLUMNS = 16384  # columns that do, with one program for each 128
-_WALKED_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
+_ONE_PASS_TILES = 16  # of columns: processed by one program although several would be quicker, as it saves a launch
 _LARGEST = 2**30  # sizes, and sums of two, are int32 in the kernels
 LARGEST_GRID_Y = 65535  # of a GPU, in its second dimension, which has the spans
 
@@ -118,19 +119,17 @@ def as_rows(tensors: list[Tensor], rows: int, T: int) -> tuple[list[Tensor], lis
     return found, strides, multiple % 4 == 0
 
 
-def _flags(
-    mask: Tensor | None, terminated: Tensor | None, truncated: Tensor | None, rows: int, T: int, device: torch.device
-) -> tuple[list[Tensor], int, bool]:
+def _flags(flags: list[Tensor | None], rows: int, T: int, *, device: torch.device) -> tuple[list[Tensor], int, bool]:
     """The flags with neighbouring steps, their common row stride, and whether four of them can be moved at once."""
-    if mask is None and terminated is None and truncated is None:
+    given = [x for x in flags if x is not None]
+    if not given:
         return [no_flags(device)] * 3, 0, True
-    given = [x for x in (mask, terminated, truncated) if x is not None]
     tensors, strides, is_aligned = as_rows(given, rows, T)
     if len(given) > 1 and any(stride != strides[0] for stride in strides):
         tensors, strides, is_aligned = as_rows([x.contiguous() for x in given], rows, T)
     rest = iter(tensors)
     unused = tensors[0]
-    return [unused if x is None else next(rest) for x in (mask, terminated, truncated)], strides[0], is_aligned
+    return [unused if x is None else next(rest) for x in flags], strides[0], is_aligned
 
 
 def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, Tensor]:
@@ -141,27 +140,25 @@ def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, T
     total = rewards.numel()
     if total == 0:
         return advantages, returns
-    packed = cu_seqlens is not None
-    rows = cu_seqlens.shape[0] - 1 if packed else total // rewards.shape[0 if time_major else -1]
-    T = total if packed else total // rows
+    T = rewards.shape[0 if time_major else -1]
+    rows = total // T if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if rows > _LARGEST or T > _LARGEST:
         raise ValueError(f"gae takes at most {_LARGEST} rows and steps of a row (all steps if packed), got {rows}, {T}")
     if truncated is None:
         rewards, values = same_dtype(rewards, values)
         floats = [rewards, values]
     else:
-        assert final_values is not None
-        floats = [*same_dtype(rewards, values, final_values)]
+        floats = [*same_dtype(rewards, values, required(final_values))]
 
     present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, rows)
     present = present << 3 | (mask is not None) | (terminated is not None) << 1 | (truncated is not None) << 2
     scalars = present, gamma, lam
-    shape = (1, T) if packed else (T, rows) if time_major else (rows, T)
+    shape = (1, T) if cu_seqlens is not None else (T, rows) if time_major else (rows, T)
     floats, strides, floats_aligned = as_rows(floats, *shape)
-    flags, flag_stride, flags_aligned = _flags(mask, terminated, truncated, *shape, rewards.device)
+    flags, flag_stride, flags_aligned = _flags([mask, terminated, truncated], *shape, device=rewards.device)
     tensors = *floats[:2], floats[-1], *flags, advantages if numbers is None else numbers
     with device_guard(rewards):
-        if packed:
+        if cu_seqlens is not None:
             _launch_packed(tensors, cu_seqlens, (advantages, returns), scalars)
         else:
             _launch_rows(
@@ -188,18 +185,18 @@ def _launch_rows(
     if columns:
         kernel, tiles = gae_columns_kernel, column_tiles(T)
         spans = -(-T // (W * tiles))
-        walks = spans * tiles <= _WALKED_TILES or rows >= _MANY_COLUMNS
+        one_pass = spans * tiles <= _ONE_PASS_TILES or rows >= _MANY_COLUMNS
         sizes: tuple[int, ...] = rows, T, tiles
     else:
         kernel, sizes = gae_rows_kernel, (rows, T)
         spans = -(-T // (W * tiles))
-        walks = spans == 1 or rows >= MANY_ROWS or spans > LARGEST_GRID_Y
-    maps = outputs[0] if walks else outputs[0].new_empty(2 * spans * rows)
+        one_pass = spans == 1 or rows >= MANY_ROWS or spans > LARGEST_GRID_Y
+    maps = outputs[0] if one_pass else outputs[0].new_empty(2 * spans * rows)
     arguments = *tensors, *outputs, maps, *scalars, *sizes, *strides
     programs = -(-rows // R)
-    if not walks:
+    if not one_pass:
         kernel.run(*arguments, grid=(programs, spans - 1), warmup=False, **keywords(layout, is_aligned, False))
-    grid = programs, 1 if walks else spans
+    grid = programs, 1 if one_pass else spans
     kernel.run(*arguments, grid=grid, warmup=False, **keywords(layout, is_aligned, True))
 
 
@@ -209,7 +206,7 @@ def _launch_packed(
     outputs: tuple[Tensor, Tensor],
     scalars: tuple[int, float, float],
 ) -> None:
-    """Two launches, also for what has one span, as only the device knows the lengths."""
+    """Two launches, also for what has one span, because the lengths are on the device."""
     R, W, tiles, _ = LAYOUTS["packed"]
     total, rows = outputs[0].numel(), cu_seqlens.shape[0] - 1
     slots = total // (W * tiles) + rows + 2
@@ -239,7 +236,7 @@ def variant(title: str, kernel: triton.JITFunction, keys: dict[str, Any], pointe
 
 
 def variants() -> list[Variant]:
-    """Every variant that the launches above can start."""
+    """Returns every variant that the launches above can start."""
     kernels = {"columns": gae_columns_kernel, "packed": gae_packed_kernel}
     flags = dict.fromkeys(("mask_ptr", "terminated_ptr", "truncated_ptr"), "*u1")
     found = []

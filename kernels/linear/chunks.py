@@ -1,8 +1,8 @@
 """The matrix products around a chunk of logits: which rows, how many at a time, and the gradients of the LM head.
 
-Tokens are taken a chunk at a time. A chunk's logits h W^T go into one buffer, a backend's row math turns them into
-d loss / d logits, and two more products give d hidden and d weight, both accumulated in fp32 (fp64 for fp64). Nothing
-here knows what the loss is.
+Tokens are processed a chunk at a time. A chunk's logits h W^T are written to one buffer, an epilogue (steps.py) turns
+them into d loss / d logits, and two more products give d hidden and d weight, both accumulated in fp32 (fp64 for
+fp64). This file is independent of the loss.
 
 Operands of a product have one dtype. Where the hardware multiplies fp16 and bf16 into fp32 ("native"), that is theirs.
 Elsewhere, on a CPU above all, it is the dtype of the arithmetic, and the weight is converted tile by tile of the
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A CPU's chunk is small enough to stay beside its dW in a server's last cache, and large enough that adding to dW,
+# A CPU's chunk is small enough to fit a server's last cache together with its dW, and large enough that adding to dW,
 # which every chunk does once, stays cheap beside the product. On a GPU that needs 4096 rows.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS, DEVICE_CHUNK_ROWS = 64 << 20, 256, 4096
 LINE = 128  # bytes; rows of a chunk start at multiples of it
@@ -26,7 +26,7 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 class Head(NamedTuple):
-    """How hidden states become logits z: raw = h W^T + bias, scaled, squeezed, divided by the temperature."""
+    """The LM head: logits z are raw = h W^T + bias, scaled, squeezed, divided by the temperature."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V] in the dtype of the arithmetic, a padded_copy
@@ -37,7 +37,7 @@ class Head(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """d z / d raw, where no softcap bends it."""
+        """d z / d raw, without the derivative of the softcap."""
         return self.logit_scale / self.temperature
 
 
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 
 
 def counted_rows(mask: Tensor | None, num_counted: int | None, N: int) -> Rows:
-    """Finds the counted tokens. Without `num_counted` a mask on a GPU costs one wait for their number."""
+    """Finds the counted tokens. Without `num_counted` a mask on a GPU makes the host wait once for their number."""
     if mask is None:
         if num_counted is not None and num_counted != N:
             raise ValueError(f"num_counted must be {N}, the number of tokens, if no mask is given; got {num_counted}")
@@ -168,11 +168,11 @@ def make_plan(
     rows: Rows,
     *,
     native: bool,
-    in_place: bool,  # the row math may write dlogits over the logits
+    in_place: bool,  # the epilogue may write dlogits over the logits
     chunk_bytes: int | None,
     logits_dtype: torch.dtype | None,
     needs: tuple[bool, ...],  # gradients wanted: of hidden, weight, bias
-    scratch_bytes: int,  # of the row math
+    scratch_bytes: int,  # of the epilogue
 ) -> Plan:
     """Cuts the rows so that all memory beyond inputs and gradients fits `chunk_bytes`, but at least one row at a time.
 
@@ -319,8 +319,8 @@ def differentiate(
 ) -> Gradients:
     """Logits, chunk by chunk, and the gradients of hidden, weight and bias from theirs; up to three products.
 
-    row_math(logits [rows, V], d, part) writes d loss / d logits to d, which may be the logits' own memory. It returns
-    a factor per row that is still missing, or None: multiplying hidden's rows is cheaper than multiplying the chunk's.
+    apply_epilogue(logits [rows, V], d, part) writes d loss / d logits to d, which may be the logits' own memory. It
+    returns a missing factor per row, or None: multiplying hidden's rows is cheaper than multiplying the chunk's.
     """
     (V, D), device, wide = head.weight.shape, hidden.device, plan.arithmetic
     d_hidden = torch.empty(rows.total, D, dtype=wide, device=device) if needs[0] else None

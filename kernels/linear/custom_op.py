@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.common.autograd import direct_apply
+from ppo_fast.kernels.common.autograd import Context, direct_apply
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.linear import eager
 from ppo_fast.kernels.linear.chunks import Gradients, Rows, counted_rows
 from ppo_fast.kernels.linear.options import HeadOptions
@@ -126,7 +127,7 @@ class _LogprobsCall(NamedTuple):
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _LogprobsCall
+        ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _LogprobsCall
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens, mask, head_options, with_entropy, epilogue = call
         logprobs, entropy, statistics, rows = logprobs_forward(
@@ -139,7 +140,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+        ctx: Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_logprobs")
         if grad_logprobs is None and grad_entropy is None:
@@ -171,7 +172,7 @@ class _PPOCall(NamedTuple):
 
 class _LinearPPO(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _PPOCall) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _PPOCall) -> Tensor:
         tokens, tensors, options, head_options, needs, epilogue, results = call
         out = ppo_forward(epilogue, hidden, weight, bias, tokens, tensors, options, head_options, needs)
         ctx.save_for_backward(*out.gradients, out.inverse, out.indices)
@@ -181,7 +182,7 @@ class _LinearPPO(torch.autograd.Function):
         return out.loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_ppo_loss")
         if grad_loss is None:
             return None, None, None, None
@@ -253,6 +254,7 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
         logprobs, entropy, statistics, rows = logprobs_forward(
             epilogue, hidden, weight, bias, tokens, mask, head_options, with_entropy, keep_statistics=True
         )
+        statistics = required(statistics)
         if rows.indices is not None:
             statistics = statistics.new_zeros(4, tokens.numel()).index_copy_(1, rows.indices, statistics)
         return logprobs, _or_empty(entropy, logprobs), statistics
@@ -324,14 +326,14 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
         wanted = zip((hidden, weight, bias), needs, strict=True)
         return tuple(x.new_empty(x.shape) if need else statistics.new_empty(0) for x, need in wanted)
 
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def set_up(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden, weight, bias, tokens, mask, scalars, with_entropy, *ctx.options = inputs
         ctx.save_for_backward(hidden, weight, bias, tokens, mask, output[2], scalars)
         ctx.with_entropy = with_entropy
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
-    def differentiate(ctx: Any, g: Tensor | None, h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Context, g: Tensor | None, h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_logprobs")
         out = operator_backward(g, h if ctx.with_entropy else None, *ctx.saved_tensors, *ctx.options)
         return *(x if need else None for x, need in zip(out, ctx.options[0], strict=True)), *[None] * 8
@@ -373,13 +375,13 @@ def _ppo_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
         loss = torch.empty((), **wide | {"dtype": loss_dtype})
         return loss, torch.empty(len(_STATS), **wide), *tokenwise, *gradients, inverse
 
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def set_up(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.like, ctx.needs, ctx.absent = shapes_and_dtypes(*inputs[:3]), inputs[-4], [None] * (len(inputs) - 3)
         ctx.save_for_backward(*output[4:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Context, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_ppo_loss")
         if grad_loss is None:
             return None, None, None, *ctx.absent

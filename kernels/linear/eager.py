@@ -1,12 +1,12 @@
 """linear_logprobs and linear_ppo_loss in plain PyTorch, for a CPU and any device without Triton.
 
-linear_chunks.py makes the logits z of a chunk; here they become log-probabilities, entropies and d loss / d logits. A
-few rows at a time, so that they stay in cache, and in place in the chunk's own buffer, with one buffer more for u = z -
-max z or e^u. The chunk is written once for that: without an entropy bonus d loss / d z_j = f (e^u_j - s 1[j = token]),
-s = sum e^u, and the factor f = -g / s, which takes the loss to know, is left to the products, on the side of hidden.
-With the bonus a second pass over the chunk makes d loss / d z.
+chunks.py computes the logits z of a chunk; this file turns them into log-probabilities, entropies and
+d loss / d logits, a few rows at a time, so that they stay in cache, and in place in the chunk's own buffer, with one
+more buffer for u = z - max z or e^u. The chunk is written once: without an entropy bonus
+d loss / d z_j = f (e^u_j - s 1[j = token]) with s = sum e^u, and hidden is multiplied by the factor f = -g / s, which
+depends on the loss. With the bonus a second pass over the chunk computes d loss / d z.
 
-With a softcap, a further buffer keeps t = tanh(raw / softcap): d z / d raw = logit_scale / temperature (1 - t^2).
+With a softcap, another buffer keeps t = tanh(raw / softcap): d z / d raw = logit_scale / temperature (1 - t^2).
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.linear.chunks import Head
 from ppo_fast.kernels.linear.steps import Epilogue
 from ppo_fast.kernels.loss import eager as eager_loss
-from ppo_fast.kernels.loss.options import LossOptions, LossTensors, required
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 
-# What is worked on at a time: on a CPU this and its copy fit the caches, elsewhere launches should not dominate.
+# What is worked on at a time: on a CPU this and its copy fit the caches, elsewhere launches must not dominate.
 CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES = 1 << 20, 32 << 20
 # e^-1000 is 0 in fp64 and fp32: exponents are clamped there, since 0 * -inf is NaN.
 _NO_MASS = -1000.0
@@ -98,13 +99,13 @@ def _clamp(u: Tensor, head: Head) -> None:
 
 
 def _bend(d: Tensor, block: _Block) -> None:
-    """d loss / d z times what the softcap lets through."""
+    """Multiplies d loss / d z by the derivative of the softcap."""
     if block.tanh is not None:
         d.addcmul_(d, block.tanh.square_(), value=-1)
 
 
 def _at_tokens(u: Tensor, tokens: Tensor) -> Tensor:
-    """[rows]; NaN for a token outside the vocabulary, which a CPU has refused before."""
+    """[rows]; NaN for a token outside the vocabulary, which is an error on a CPU already."""
     safe_tokens = tokens.clamp(0, u.shape[1] - 1)
     values = u.gather(1, safe_tokens.unsqueeze(1)).squeeze(1)
     return values if u.device.type == "cpu" else values.masked_fill_(safe_tokens != tokens, torch.nan)

@@ -1,4 +1,14 @@
-"""TODO docstring."""
+"""What is computed from a chunk of logits between the matrix products of linear_logprobs and linear_ppo_loss.
+
+A program owns a row of the chunk. linear_policy_kernel (reference.linear_ppo_loss) reads the row twice: an online
+softmax (online_softmax.py) gives logp and entropy, the scalar loss (loss/terms.py) their gradients g and h, and the
+second loop writes d loss / d logits in the dtype of the products' operands. reference.linear_logprobs has one loop for
+its values (linear_score_kernel), and another in its backward, over logits that are computed again
+(linear_gradient_kernel).
+
+Chunk buffers pad their rows to 128 bytes, so every load and store is 16 bytes a thread, also in the last block. Bytes
+for a row: policy 2 V reads of logits and V writes of dlogits; score V reads; gradient V reads and V writes.
+"""
 
 import triton
 import triton.language as tl
@@ -197,7 +207,7 @@ def linear_score_kernel(
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     logprobs_ptr,  # (N,) fp32
     entropy_ptr,  # (N,) fp32; any address if not has_entropy
-    statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see softmax_rows.py; any address if not has_statistics
+    statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see online_softmax.py; any address if not has_statistics
     has_indices: tl.int32,
     has_bias: tl.int32,
     has_entropy: tl.int32,
@@ -303,7 +313,7 @@ def linear_gradient_kernel(
     bias_ptr,  # (V,) fp32 at a multiple of 16 bytes, padded to 128; any address if not has_bias
     g_ptr,  # (N,) fp32: d loss / d logp; any address if not has_g
     h_ptr,  # (N,) fp32: d loss / d H; any address if not has_h
-    statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see softmax_rows.py
+    statistics_ptr,  # (4, n) fp32: m, log2 s, H, logp, see online_softmax.py
     has_indices: tl.int32,
     has_bias: tl.int32,
     has_g: tl.int32,

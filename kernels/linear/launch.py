@@ -1,13 +1,4 @@
-"""linear_logprobs and linear_ppo_loss in Triton: what happens to a chunk of logits between the matrix products.
-
-One program owns a row of the chunk. For reference.linear_ppo_loss it reads the row twice: an online softmax
-(softmax_rows.py) gives logp and entropy, the scalar loss (loss_terms.py) their gradients g and h, and the second loop
-writes d loss / d logits in the dtype of the products' operands. reference.linear_logprobs has one loop for its values,
-and another in its backward, over logits that are computed again.
-
-Chunk buffers pad their rows to 128 bytes, so every load and store here is 16 bytes a thread, the last block's too.
-Bytes for a row: policy 2 V reads of logits and V writes of dlogits; score V reads; gradient V reads and V writes.
-"""
+"""The launches of linear_logprobs and linear_ppo_loss: the epilogue of a chunk of logits, and the final scaling."""
 
 import functools
 import math
@@ -73,13 +64,13 @@ _DTYPES += [(torch.float32, torch.float32)]
 
 @functools.cache
 def _keywords(*key: Any) -> dict[str, Any]:
-    """Both in one. Do not change the result: it is shared."""
+    """Both in one dict. Do not change the result: it is shared."""
     constexprs, options = _config(*key)
     return constexprs | options
 
 
 def variants(threads_per_warp: int = 32) -> list[Variant]:
-    """Everything that the launchers below can start on a GPU with such warps."""
+    """Returns every variant that the launches below can start on a GPU with such warps."""
     found = []
     for transformed in (False, True):
         for logits, dlogits in _DTYPES:
@@ -151,7 +142,9 @@ def _or(x: Tensor | None, address: Tensor) -> Tensor:
     return address if x is None else x
 
 
-ChunkRows = tuple[Tensor | None, int]  # the counted tokens (None: all), and the place of a chunk's first row among them
+ChunkRows = tuple[
+    Tensor | None, int
+]  # indices of the counted tokens (None: all), and of a chunk's first row among them
 
 
 def _score(
@@ -196,7 +189,8 @@ def _score(
 def _policy(
     logits: Tensor,
     dlogits: Tensor,
-    per_token: tuple[Tensor | None, ...],  # tokens, old_logprobs, advantages, weights, ref_logprobs, share
+    # tokens, old_logprobs, advantages, weights, ref_logprobs, token_weight
+    per_token: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None],
     chunk_rows: ChunkRows,
     options: LossOptions,
     head: Head,
@@ -311,10 +305,10 @@ def scale_gradients(
     gradients: Gradients,
     upstream: Tensor | None,  # []; so is the next one, and the gradients are multiplied by both
     inverse: Tensor | None,
-    indices: Tensor | None,  # the rows in d.hidden, None for all
+    indices: Tensor | None,  # the rows in gradients.hidden, None for all
     shapes_and_dtypes: list[Any],  # shapes and dtypes of hidden, weight and bias
 ) -> list[Tensor | None] | None:
-    """The gradients of hidden, weight and bias; None for what the kernel does not take or need not do."""
+    """Returns the gradients of hidden, weight and bias; None where the kernel is unsupported or not needed."""
     dtype = next(like[1] for x, like in zip(gradients, shapes_and_dtypes, strict=True) if x is not None)
     if dtype not in _POINTERS or (upstream is not None and upstream.dtype is not torch.float32):
         return None
@@ -330,8 +324,8 @@ def scale_gradients(
             return None
         source, target = x, torch.empty(*shape, dtype=dtype, device=x.device)
         results[i], sizes[i] = target, target.numel()
-    assert source is not None
-    assert target is not None
+    if source is None or target is None:  # no gradient is wanted
+        return results
     n = N = D = 0
     hidden_programs = -(-sizes[0] // _SCALE_BLOCK)
     if gradients.hidden is not None:

@@ -1,4 +1,4 @@
-"""The last step of a backward of linear.py in one launch: gradients times their scale, in the dtypes of their tensors.
+"""The last step of the linear operations' backward: gradients times their scale, in the dtypes of their tensors.
 
 d hidden has the counted rows only; the others become 0. A program takes a block of a row of hidden and searches the
 row among the counted ones, or a block of what has all of its elements. Bytes: each stored gradient is read once, and
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _find(indices_ptr, row, n, N):
-    """The place of a row among n of N rows, which are in order, if it is there."""
+    """The position of a row among n of N rows, which are in order, if it is one of them."""
     low, high = tl.maximum(row - (N - n), 0), tl.minimum(row, n - 1)
     while low < high:
         middle = (low + high) // 2

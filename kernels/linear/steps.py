@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.linear.chunks import (
     Gradients,
     Head,
@@ -33,7 +34,7 @@ from ppo_fast.kernels.linear.chunks import (
 from ppo_fast.kernels.linear.options import HeadOptions
 from ppo_fast.kernels.loss.custom_op import compute_loss
 from ppo_fast.kernels.loss.eager import loss_scale
-from ppo_fast.kernels.loss.options import LossOptions, LossTensors, required
+from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 
 # |d loss / d logits| / p where fp16 holds it: 2^12 below the largest number, for ratios and rare KL terms.
 _FP16_TARGET = 16.0
@@ -378,8 +379,12 @@ def differentiate_logprobs(
     scale = None
     if work.plan.operand == torch.float16 and rows.total:
         sizes = [None if x is None else rows.gather(x, dtype).abs().amax() for x in upstream]
-        bound = 0 if sizes[0] is None else sizes[0]
-        factor = _power_of_two(bound if sizes[1] is None else bound + sizes[1] * math.log(len(weight)))
+        given = [
+            size
+            for size in (sizes[0], None if sizes[1] is None else sizes[1] * math.log(len(weight)))
+            if size is not None
+        ]
+        factor = _power_of_two(given[0] if len(given) == 1 else given[0] + given[1])
         g, h = (None if x is None else x * factor for x in (g, h))
         scale = 1 / factor
     if rows.count_mismatch is not None:
@@ -390,7 +395,7 @@ def differentiate_logprobs(
             return epilogue.gradient(
                 logits, dlogits, work.tokens, (rows.indices, part.start), g, h, work.head, statistics
             )
-        at_part = g[part], None if h is None else h[part]
+        at_part = required(g)[part], None if h is None else h[part]
         return epilogue.gradient(logits, dlogits, work.tokens[part], *at_part, work.head, statistics[:, part])
 
     with in_given_dtypes(hidden):

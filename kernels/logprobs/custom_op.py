@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.common.autograd import direct_apply
+from ppo_fast.kernels.common.autograd import Context, direct_apply
 from ppo_fast.kernels.common.scalars import as_tensor
 from ppo_fast.kernels.logprobs import eager
 from ppo_fast.kernels.logprobs.options import LogprobOptions, allocate
@@ -67,7 +67,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, call: tuple[Tensor, Tensor | None, float, bool, bool, _Functions]
+        ctx: Context, logits: Tensor, call: tuple[Tensor, Tensor | None, float, bool, bool, _Functions]
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens, mask, temperature, with_entropy, inplace_backward, functions = call
         logprobs, entropy, statistics = functions.forward(logits, tokens, mask, temperature, with_entropy)
@@ -78,7 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+        ctx: Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, None]:
         _refuse_double_backward()
         logits, tokens, mask, statistics = ctx.saved_tensors
@@ -144,14 +144,14 @@ def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
         " Tensor statistics, Tensor temperature) -> Tensor",
     )
 
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def set_up(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits, tokens, mask, temperature, _ = inputs
         ctx.save_for_backward(logits, tokens, mask, output[2], temperature)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
     def differentiate(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+        ctx: Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         logits, tokens, mask, statistics, temperature = ctx.saved_tensors

@@ -4,8 +4,8 @@ The rows of [..., V] are taken a chunk at a time into a scratch buffer that stay
 there in place, in fp32 (fp64 for fp64). So the logits are read once forward and once backward, the gradient is written
 once, and nothing else is larger than a chunk or one row. Per row, forward saves m = max x and log s with
 s = sum e^((x-m)/temperature), the entropy and logp: backward's e^((x-m)/temperature) / s then keeps its digits for
-logits of 1e4. On a CPU masked rows are not even read; elsewhere finding them would wait for the device, so there
-they are read and thrown away.
+logits of 1e4. On a CPU masked rows are not read; elsewhere finding them would wait for the device, so there they are
+read and discarded.
 """
 
 from collections.abc import Iterator
@@ -25,17 +25,17 @@ _NO_MASS = -1000.0
 
 
 class _Chunk(NamedTuple):
-    """Some rows: their places in [N], in the leading dimensions where these do not merge, and which do not count."""
+    """Some rows: their indices in [N], or in leading dimensions that do not merge, and which do not count."""
 
     rows: Tensor | slice
     indices: tuple[Tensor, ...]  # empty if the leading dimensions merge
     uncounted: Tensor | None  # [rows, 1], or None if all count
     size: int
-    view: tuple[int | slice, ...] = ()  # where neighbours stand in leading dimensions that do not merge
+    view: tuple[int | slice, ...] = ()  # of adjacent rows in leading dimensions that do not merge
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether Python may look at values, to skip rows that do not count."""
+    """Returns whether Python may read values, to skip rows that do not count."""
     return readable(x)
 
 
@@ -64,7 +64,7 @@ def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chunk]:
-    """All rows that have to be looked at, chunk by chunk."""
+    """Yields all rows that must be read, chunk by chunk."""
     step, N = _row_count(logits), logits.shape[:-1].numel()
     flat_mask = None if mask is None else mask.reshape(-1)
     counted = None
@@ -72,14 +72,14 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
         counted = None if bool(flat_mask.all()) else flat_mask.nonzero().squeeze(1)
         flat_mask = None
     inner = 1 if logits.ndim < 2 else logits.shape[-2]
-    if counted is None and not merged and 2 * inner >= min(step, N):  # a slice [:, a:b] has long runs of neighbours
+    if counted is None and not merged and 2 * inner >= min(step, N):  # a slice [:, a:b] has long runs of adjacent rows
         for first in range(0, N, inner):
             outer = _unravel(first // inner, logits.shape[:-2])
             for start in range(0, inner, step):
                 size = min(step, inner - start)
-                rows = slice(first + start, first + start + size)
-                uncounted = None if flat_mask is None else ~flat_mask[rows].unsqueeze(1)
-                yield _Chunk(rows, (), uncounted, size, (*outer, slice(start, start + size)))
+                run = slice(first + start, first + start + size)
+                uncounted = None if flat_mask is None else ~flat_mask[run].unsqueeze(1)
+                yield _Chunk(run, (), uncounted, size, (*outer, slice(start, start + size)))
         return
     if counted is None and not merged:
         counted = torch.arange(N, device=logits.device)
@@ -89,8 +89,9 @@ def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chun
             rows: Tensor | slice = slice(start, start + size)
             indices: tuple[Tensor, ...] = ()
         else:
-            rows = counted[start : start + step]
-            indices, size = () if merged else torch.unravel_index(rows, logits.shape[:-1]), len(rows)
+            here = counted[start : start + step]
+            rows, size = here, len(here)
+            indices = () if merged else torch.unravel_index(here, logits.shape[:-1])
         yield _Chunk(rows, indices, None if flat_mask is None else ~flat_mask[rows].unsqueeze(1), size)
 
 
@@ -106,7 +107,7 @@ def _flat(x: Tensor, merged: bool) -> Tensor:
 
 
 def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
-    """The rows of a chunk: a view where they are neighbours, else gathered in `out`."""
+    """Returns the rows of a chunk: a view where they are adjacent, else gathered in `out`."""
     if isinstance(chunk.rows, slice):
         return source[chunk.view or chunk.rows]
     if chunk.indices:
@@ -117,7 +118,7 @@ def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
 
 
 def _write(target: Tensor, chunk: _Chunk, e: Tensor, factor: Tensor) -> None:
-    """target[rows] = e factor, at once where they are neighbours; e is lost."""
+    """target[rows] = e factor, in one operation where the rows are adjacent; e is overwritten."""
     if isinstance(chunk.rows, slice):
         torch.mul(e, factor, out=target[chunk.view or chunk.rows])
     elif chunk.indices:
@@ -127,13 +128,13 @@ def _write(target: Tensor, chunk: _Chunk, e: Tensor, factor: Tensor) -> None:
 
 
 def _safe_tokens(tokens: Tensor, mask: Tensor | None, V: int) -> Tensor:
-    """[N] int64 indices that a gather can take whatever stands under the mask."""
+    """[N] int64 indices that are valid for a gather, whatever the values under the mask."""
     flat = tokens.reshape(-1).long()
     return flat.clamp(0, V - 1) if mask is None else torch.where(mask.reshape(-1), flat, 0).clamp(0, V - 1)
 
 
 def _mark_out_of_vocabulary(logprobs: Tensor, safe_tokens: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-    """NaN where a counted token had to be replaced, [N]."""
+    """Writes NaN where a counted token is outside the vocabulary, [N]."""
     replaced = safe_tokens.view(-1) != tokens.reshape(-1)
     logprobs.masked_fill_(replaced if mask is None else replaced & mask.reshape(-1), float("nan"))
 

@@ -1,4 +1,12 @@
-"""TODO docstring."""
+"""reference.token_logprobs for rows of logits, forward and backward.
+
+Forward: a program owns a few rows and reads them in blocks of columns with an online softmax (online_softmax.py); at
+the end logp and H follow from m, s and w. Saved for the backward, per row: logsumexp as the pair m, log2 s, so that
+logits of 1e4 keep their digits, H and logp. Backward: a program owns a row, or a few short ones, and a block of
+columns.
+
+Bytes: forward reads the logits once; backward reads them once and writes the gradient once. A masked row is not read.
+"""
 
 import triton
 import triton.language as tl
@@ -48,37 +56,37 @@ def token_logprobs_fwd_kernel(
 ):
     V = V // V_MULTIPLE * V_MULTIPLE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = load_mask(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
+    mask = load_mask(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
     row_ptr = tl.multiple_of(logits_ptr + row_offset(row, T, logits_stride_b, logits_stride_t), ALIGN)
-    token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=counted, other=0)
-    in_vocabulary = counted & (token >= 0) & (token < V)
+    token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=mask, other=0)
+    in_vocabulary = mask & (token >= 0) & (token < V)
     at_token = tl.load(row_ptr + token * logits_stride_v, mask=in_vocabulary, other=float("nan")).to(tl.float32)
 
     columns = tl.arange(0, BLOCK)[None, :]
     row_max, sums, weighted_sum = start_rows(ROWS, LANES)
-    whole_blocks = tl.where(tl.max(counted.to(tl.int32), axis=0) > 0, V // BLOCK, 0)
+    whole_blocks = tl.where(tl.max(mask.to(tl.int32), axis=0) > 0, V // BLOCK, 0)
     for block in range(0, whole_blocks):
         column_ptr = row_ptr[:, None] + column_offset(block * BLOCK + columns, logits_stride_v, UNIT)
         if ROWS == 1:
             x = tl.load(column_ptr).to(tl.float32)
         else:
-            x = tl.load(column_ptr, mask=counted[:, None], other=float("-inf")).to(tl.float32)
+            x = tl.load(column_ptr, mask=mask[:, None], other=float("-inf")).to(tl.float32)
         row_max, sums, weighted_sum = add_block(row_max, sums, weighted_sum, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
     if V % BLOCK > 0:
         tail = V // BLOCK * BLOCK + columns
         column_ptr = row_ptr[:, None] + column_offset(tail, logits_stride_v, UNIT)
-        x = tl.load(column_ptr, mask=counted[:, None] & (tail < V), other=float("-inf")).to(tl.float32)
+        x = tl.load(column_ptr, mask=mask[:, None] & (tail < V), other=float("-inf")).to(tl.float32)
         row_max, sums, weighted_sum = add_block(row_max, sums, weighted_sum, x, scale, ROWS, BLOCK, LANES, WITH_ENTROPY)
 
     log_sum, entropy = finish_rows(sums, weighted_sum, ROWS, LANES)
     logprobs = token_logprob(at_token, row_max, log_sum, inverse_temperature)
-    tl.store(logprobs_ptr + row, tl.where(counted, logprobs, 0.0), mask=row < N)
-    tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0), mask=(row < N) & (has_entropy != 0))
+    tl.store(logprobs_ptr + row, tl.where(mask, logprobs, 0.0), mask=row < N)
+    tl.store(entropy_ptr + row, tl.where(mask, entropy, 0.0), mask=(row < N) & (has_entropy != 0))
     row = row.to(tl.int64)
-    tl.store(statistics_ptr + row, row_max, mask=counted)
-    tl.store(statistics_ptr + row + N, log_sum, mask=counted)
-    tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 2, entropy, mask=counted)
-    tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 3, logprobs, mask=counted)
+    tl.store(statistics_ptr + row, row_max, mask=mask)
+    tl.store(statistics_ptr + row + N, log_sum, mask=mask)
+    tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 2, entropy, mask=mask)
+    tl.store(statistics_ptr + row + tl.cast(N, tl.int64) * 3, logprobs, mask=mask)
 
 
 @triton.jit(do_not_specialize=list(range(25)))
@@ -118,17 +126,17 @@ def token_logprobs_bwd_kernel(
 ):
     V = V // V_MULTIPLE * V_MULTIPLE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = load_mask(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
-    token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=counted, other=0)
-    g = tl.load(grad_logprobs_ptr + row, mask=counted & (has_grad_logprobs != 0), other=0.0) * inverse_temperature
-    h = tl.load(grad_entropy_ptr + row, mask=counted & (has_grad_entropy != 0), other=0.0) * inverse_temperature
+    mask = load_mask(mask_ptr, row, N, T, mask_stride_b, mask_stride_t, has_mask)
+    token = tl.load(tokens_ptr + row_offset(row, T, tokens_stride_b, tokens_stride_t), mask=mask, other=0)
+    g = tl.load(grad_logprobs_ptr + row, mask=mask & (has_grad_logprobs != 0), other=0.0) * inverse_temperature
+    h = tl.load(grad_entropy_ptr + row, mask=mask & (has_grad_entropy != 0), other=0.0) * inverse_temperature
     out_of_vocabulary = (token < 0) | (token >= V)
     g = tl.where(out_of_vocabulary & (has_grad_logprobs != 0), float("nan"), g)
     statistic = statistics_ptr + row.to(tl.int64)
-    row_max = tl.load(statistic, mask=counted, other=0.0)
-    log_sum = tl.load(statistic + N, mask=counted, other=0.0)
-    entropy = tl.load(statistic + tl.cast(N, tl.int64) * 2, mask=counted, other=0.0)
-    logprobs = tl.load(statistic + tl.cast(N, tl.int64) * 3, mask=counted, other=0.0)
+    row_max = tl.load(statistic, mask=mask, other=0.0)
+    log_sum = tl.load(statistic + N, mask=mask, other=0.0)
+    entropy = tl.load(statistic + tl.cast(N, tl.int64) * 2, mask=mask, other=0.0)
+    logprobs = tl.load(statistic + tl.cast(N, tl.int64) * 3, mask=mask, other=0.0)
     at_token = target_gradient(g, h, logprobs, entropy)
 
     start = tl.program_id(1) * BLOCK
@@ -145,11 +153,11 @@ def token_logprobs_bwd_kernel(
     d_ptr = tl.multiple_of(grad_ptr + grad_offset, ALIGN)[:, None] + column_offset(lane, grad_stride_v, UNIT)
     is_token = column == tl.where(out_of_vocabulary, -1, token).to(tl.int32)[:, None]  # int32: half the comparison
     if ROWS == 1 and (start >= PEEL - 1 and start + BLOCK <= V):
-        x = tl.load(x_ptr, mask=counted[:, None], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr, mask=mask[:, None], other=0.0).to(tl.float32)
         d = logit_gradient(x, is_token, at_token, g, h, row_max, log_sum, entropy, scale, WITH_ENTROPY)
         tl.store(d_ptr, d.to(grad_ptr.dtype.element_ty))
     else:
         inside = (column >= 0) & (column < V) & (row < N)[:, None]
-        x = tl.load(x_ptr, mask=inside & counted[:, None], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr, mask=inside & mask[:, None], other=0.0).to(tl.float32)
         d = logit_gradient(x, is_token, at_token, g, h, row_max, log_sum, entropy, scale, WITH_ENTROPY)
         tl.store(d_ptr, d.to(grad_ptr.dtype.element_ty), mask=inside)

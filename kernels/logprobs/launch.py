@@ -1,14 +1,8 @@
-"""Log-probability of each token and entropy of its distribution, from logits: reference.token_logprobs in Triton.
-
-One program owns a few rows and reads them in blocks of columns with an online softmax (softmax_rows.py). At the end
-logp and H follow from m, s and w. Backward has a program per row and block of columns.
-
-Saved for backward, per row: logsumexp as the pair m, log2 s (so that logits of 1e4 keep their digits), H and logp.
-Bytes: forward reads the logits once; backward reads them once and writes the gradient once. A masked row is not read.
-"""
+"""The launches of token_logprobs: one forward, one backward. kernel.py describes what they compute."""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +21,7 @@ class _Layout(NamedTuple):
     UNIT: bool  # the stride of columns is 1
     ALIGN: int  # bytes; every row starts at a multiple of it
     V_MULTIPLE: int  # V is a multiple of it
-    PEEL: int = 1  # backward steps back to a multiple of so many elements, so that odd rows too move 16 bytes at a time
+    PEEL: int = 1  # the backward starts at a multiple of this many elements, so that odd rows move 16 bytes, too
 
 
 class _Tile(NamedTuple):
@@ -56,7 +50,7 @@ def _tile(V: int) -> _Tile:
 
 @functools.cache
 def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
-    """Every layout that a launch with this tile may choose, by name."""
+    """Returns every layout that a launch with this tile may choose, by name."""
     vector = 16 // itemsize
     layouts = {"strided": _Layout(False, itemsize, 1), "aligned": _Layout(True, 16, vector)}
     if tile.BLOCK > 1024:  # for less, fewer variants count more than the last address computation
@@ -69,7 +63,7 @@ def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
 def _choose_layout(
     tile: _Tile, V: int, itemsize: int, backward: bool, starts_aligned: bool, rows_aligned: bool, same_rows: bool
 ) -> _Layout:
-    """The layout for columns that are neighbours in memory."""
+    """Returns the layout for columns that are adjacent in memory."""
     layouts = _layouts(itemsize, tile, backward)
     unit = layouts.get("unit", layouts["strided"])
     if not starts_aligned:
@@ -79,8 +73,8 @@ def _choose_layout(
     return layouts.get("peeled_aligned", unit) if same_rows else unit
 
 
-def _layout(tile: _Tile, V: int, operands: list[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
-    """The layout of logits and, in backward, their gradient, each with its row strides."""
+def _layout(tile: _Tile, V: int, operands: Sequence[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
+    """Returns the layout of logits and, in backward, their gradient, each with its row strides."""
     itemsize, row_strides = operands[0][0].element_size(), operands[0][1]
     backward = len(operands) == 2
     starts_aligned = rows_aligned = same_rows = True
@@ -110,13 +104,13 @@ def _config(
 
 @functools.cache
 def _keywords(*key: Any) -> dict[str, Any]:
-    """Both in one. Do not change the result: it is shared."""
+    """Both in one dict. Do not change the result: it is shared."""
     constexprs, options = _config(*key)
     return constexprs | options
 
 
 def variants(threads_per_warp: int = 32) -> list[Variant]:
-    """Everything that the launchers below can start on a GPU with such warps."""
+    """Returns every variant that the launches below can start on a GPU with such warps."""
     found = []
     for dtype, pointer in _POINTERS.items():
         for tile in _TILES.values():
@@ -151,7 +145,7 @@ class _Rows(NamedTuple):
 
 
 def _merge(shape: torch.Size, strides: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Leading dimensions merged as far as every operand allows: sizes, and per dimension each operand's stride."""
+    """Merges leading dimensions as far as every operand allows: sizes, and per dimension each operand's stride."""
     sizes: list[int] = []
     merged: list[tuple[int, ...]] = []
     for i, size in enumerate(shape):
@@ -172,7 +166,7 @@ def _no_mask(device: torch.device) -> Tensor:
 
 
 def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) -> _Rows:
-    """A view of the operands as [B, T] rows. Only logits with three unmergeable leading dimensions are copied."""
+    """Views the operands as [B, T] rows. Copies only logits with three unmergeable leading dimensions."""
     flags = _no_mask(logits.device) if mask is None else mask
     tensors, copied = (logits, tokens, flags, *grad), 0
     if mask is None:
@@ -191,7 +185,7 @@ def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) ->
 def _contiguous_setup(
     backward: bool, V: int, itemsize: int, is_aligned: bool, with_entropy: bool, threads_per_warp: int
 ) -> tuple[tuple[int, ...], _Tile, _Layout, dict[str, Any]]:
-    """Strides, tile, layout and keywords where nothing has gaps, which is the usual case and should take no time."""
+    """Strides, tile, layout and keywords where nothing has gaps: the usual case, so it is cached."""
     tile = _tile(V)
     layout = _choose_layout(tile, V, itemsize, backward, is_aligned, not V * itemsize & 15, True)
     strides = (0, V, 1) * (1 + backward) + (0, 1) * 2
@@ -201,8 +195,8 @@ def _contiguous_setup(
 def _setup(
     with_entropy: bool, logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor
 ) -> tuple[tuple[Tensor, ...], int, tuple[int, ...], _Tile, _Layout, dict[str, Any]]:
-    """What a launch needs besides its outputs and scalars: logits, tokens, mask and gradient as the kernel takes them,
-    T, the kernel's strides, tile, layout, and keywords."""
+    """Prepares a launch: logits, tokens, mask and gradient as the kernel takes them, T, the kernel's strides, tile,
+    layout, and keywords."""
     V, device, backward = logits.shape[-1], logits.device, bool(grad)
     if tokens.dtype is not torch.int64:
         tokens = tokens.to(torch.int64)

@@ -1,8 +1,8 @@
-"""PPO's scalar losses in one compiled loop for a CPU: what eager_loss.py uses for small fp32 tensors where numba is.
+"""PPO's scalar losses in one loop compiled by numba, for small fp32 tensors on a CPU.
 
-Same terms, gradients and statistics as eager_loss.py, in one traversal instead of about forty: at 256 steps, as in
-classic RL, an operation of PyTorch costs some microseconds whatever its size. Sums are kept in fp64. The kernel is a
-C callback, as those of cpu.py. Packed sequences and a mask of the value loss alone are left to eager_loss.py.
+The terms, gradients and statistics of eager.py, in one traversal instead of about forty: at 256 steps, as in classic
+RL, an operation of PyTorch takes some microseconds whatever its size. Sums are kept in fp64. The loop is a C callback,
+as in gae/cpu.py. It does not support packed sequences or a mask of the value loss alone.
 
 Bytes: every input is read once, the mask twice or three times, and every gradient is written once.
 """
@@ -17,16 +17,16 @@ import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.common.memory import addressable
-from ppo_fast.kernels.common.numba_loops import c_function
+from ppo_fast.kernels.common.memory import addressable, required
+from ppo_fast.kernels.common.numba_loops import Array, c_function
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 
 _KINDS = ("k1", "k2", "k3", "abs")
 _POLICY, _VALUE, _MASK, _ENTROPY, _VALUE_CLIP = (1 << bit for bit in range(5))
 _DUAL_CLIP, _WEIGHTS, _REFERENCE, _SEQUENCES, _ROW_MEANS = (1 << bit for bit in range(5, 10))
-MOST = 1 << 15  # steps; beyond, PyTorch's threads pay
+MOST = 1 << 15  # steps; with more, PyTorch's threads are faster
 
-# In the helpers `zero`, `one` and `half` are made of an argument: numba takes a literal as fp64, and all that it meets.
+# In the helpers `zero`, `one` and `half` are computed from an argument: numba makes a literal fp64, and its results.
 
 
 @numba.njit(forceinline=True, error_model="numpy")
@@ -35,7 +35,7 @@ def _surrogate(
 ) -> tuple[float, float, float, bool, bool]:
     """Ratio, objective to maximise and its derivative by the log-probability; clipped, and below the dual bound.
 
-    A tie of minimum or maximum halves the derivative: `order` is 1, 0 or -1 as in eager_loss.py.
+    A tie of minimum or maximum halves the derivative: `order` is 1, 0 or -1 as in eager.py.
     """
     zero, one, half = low - low, (low - low) + 1, (low - low) + 0.5
     exponent = min(max(d, -clamp), clamp) if d == d else d
@@ -90,21 +90,21 @@ def _squared_error(v: float, old: float, r: float, clip: float, clipped: int) ->
 
 
 def _loop(
-    logprobs: Any,  # (rows, T) each
-    old_logprobs: Any,
-    advantages: Any,
-    weights: Any,
-    ref_logprobs: Any,
-    entropy: Any,
-    values: Any,
-    old_values: Any,
-    returns: Any,
-    d_logprobs: Any,  # outputs
-    d_values: Any,
-    d_entropy: Any,
-    loss: Any,  # (1,)
-    stats: Any,  # those of loss_op.stat_names
-    mask: Any,
+    logprobs: Array,  # (rows, T) each
+    old_logprobs: Array,
+    advantages: Array,
+    weights: Array,
+    ref_logprobs: Array,
+    entropy: Array,
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    d_logprobs: Array,  # outputs
+    d_values: Array,
+    d_entropy: Array,
+    loss: Array,  # (1,)
+    stats: Array,  # in the order of options.wanted_stats
+    mask: Array,
     low: float,  # 1 - clip_low
     high: float,
     clamp: float,
@@ -113,7 +113,7 @@ def _loop(
     value_coef: float,
     entropy_coef: float,
     kl_coef: float,
-    denominator: float,  # 0 stands for the counted steps, or with _SEQUENCES for the rows that have any
+    denominator: float,  # 0: the counted steps, or with _SEQUENCES the rows that have any
     norm: float,
     rows: int,
     T: int,
@@ -212,9 +212,8 @@ ALL = [_compiled]  # what `ppo-fast compile` compiles
 def supports(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, options: LossOptions
 ) -> bool:
-    """Whether `forward` can do it: small contiguous fp32 tensors that may be read by address."""
-    first = values if logprobs is None else logprobs
-    assert first is not None
+    """Returns whether `forward` can compute it: small contiguous fp32 tensors that may be read by address."""
+    first = required(values if logprobs is None else logprobs)
     if not 0 < first.numel() <= MOST or tensors.value_mask is not None or tensors.cu_seqlens is not None:
         return False
     given = [x for x in (logprobs, entropy, values, *tensors) if x is not None]
@@ -246,9 +245,8 @@ def forward(
     options: LossOptions,
     num_stats: int,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """loss, statistics in the order of loss_op.stat_names, and the gradients by logprobs, entropy and values."""
-    first = values if logprobs is None else logprobs
-    assert first is not None
+    """loss, statistics in the order of options.wanted_stats, and the gradients by logprobs, entropy and values."""
+    first = required(values if logprobs is None else logprobs)
     T = first.shape[-1] if first.ndim else 1
     denominator, norm, flags = _aggregation(options, T)
     given = (
@@ -258,20 +256,20 @@ def forward(
         (_ENTROPY, entropy),
         (_VALUE_CLIP, options.value_clip),
     )
-    given += ((_DUAL_CLIP, options.dual_clip), (_WEIGHTS, tensors.weights), (_REFERENCE, tensors.ref_logprobs))
-    flags |= sum(bit for bit, x in given if x is not None)
-    inputs = (logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, tensors.ref_logprobs, entropy)
-    inputs += (values, tensors.old_values, tensors.returns)
+    more = ((_DUAL_CLIP, options.dual_clip), (_WEIGHTS, tensors.weights), (_REFERENCE, tensors.ref_logprobs))
+    flags |= sum(bit for bit, x in (*given, *more) if x is not None)
+    inputs = [logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, tensors.ref_logprobs, entropy]
+    inputs += [values, tensors.old_values, tensors.returns]
     gradients = tuple(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
     loss, stats = first.new_empty(()), first.new_empty(num_stats)
     pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *gradients, loss, stats, tensors.mask)]
-    scalars = (
+    scalars = [
         1 - options.clip_low,
         1 + options.clip_high,
         options.log_ratio_clamp,
         options.dual_clip or 0.0,
         options.value_clip or 0.0,
-    )
-    scalars += (options.value_coef, options.entropy_coef, options.kl_coef, denominator, norm)
+    ]
+    scalars += [options.value_coef, options.entropy_coef, options.kl_coef, denominator, norm]
     _compiled()[0](*pointers, *scalars, first.numel() // T, T, _KINDS.index(options.kl_estimator), flags)
     return loss, stats, (gradients[0], gradients[2], gradients[1])

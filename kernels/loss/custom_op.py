@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.kernels.common.autograd import direct_apply
+from ppo_fast.kernels.common.autograd import Context, direct_apply
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.common.numba_loops import numba_works
 from ppo_fast.kernels.loss import eager
 from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors, named_stats, wanted_stats
@@ -65,7 +66,7 @@ class _TritonLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
@@ -77,17 +78,17 @@ class _TritonLoss(torch.autograd.Function):
         loss, stats, workspace = launch.forward(logprobs, entropy, values, tensors, options, needs, wanted)
         ctx.save_for_backward(workspace)
         ctx.set_materialize_grads(False)
-        ctx.shape = (values if logprobs is None else logprobs).shape
+        ctx.shape = required(values if logprobs is None else logprobs).shape
         ctx.dtypes = (
-            logprobs.dtype if needs[0] else None,
-            entropy.dtype if needs[1] else None,
-            values.dtype if needs[2] else None,
+            logprobs.dtype if needs[0] and logprobs is not None else None,
+            entropy.dtype if needs[1] and entropy is not None else None,
+            values.dtype if needs[2] and values is not None else None,
         )
         results.append(stats)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         from ppo_fast.kernels.loss import launch
 
         refuse_double_backward()
@@ -169,7 +170,7 @@ def _operator_shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty((), **created), torch.empty(len(ALL_STATS), **created), workspace
 
 
-def _set_up_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _set_up_operator(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     wanted = [x if need else None for x, need in zip(inputs[:3], inputs[-1], strict=True)]
     ctx.shapes = [None if x is None else x.shape for x in wanted]
     ctx.dtypes = [None if x is None else x.dtype for x in wanted]
@@ -179,7 +180,7 @@ def _set_up_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_operator(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate_operator(ctx: Context, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     from ppo_fast.kernels.loss import launch
 
     if grad_loss is None:
@@ -206,7 +207,7 @@ _operator.register_autograd(_differentiate_operator, setup_context=_set_up_opera
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
@@ -226,7 +227,7 @@ class _EagerLoss(torch.autograd.Function):
         return loss, *ordered
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
             return (None,) * 7
@@ -244,7 +245,7 @@ class _NumbaLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
@@ -260,7 +261,7 @@ class _NumbaLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
             return (None,) * 6
@@ -286,7 +287,7 @@ def numba_supports(
 def _traceable(options: LossOptions, device: torch.device) -> LossOptions:
     """The numbers as tensors: torch.compile would make a float a constant, and compile again for the next value."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    numbers = {name: zero + x for name, x in options._asdict().items() if isinstance(x, (int, float))}
+    numbers: dict[str, Any] = {name: zero + x for name, x in options._asdict().items() if isinstance(x, (int, float))}
     return options._replace(**numbers)
 
 
@@ -302,7 +303,7 @@ def _torch_loss(
         loss, stats = _NumbaLoss.apply(logprobs, entropy, values, tensors, options, len(names))
         return loss, dict(zip(names, stats.unbind(), strict=True))
     if torch.compiler.is_compiling():
-        options = _traceable(options, (values if logprobs is None else logprobs).device)
+        options = _traceable(options, required(values if logprobs is None else logprobs).device)
     needs = _wanted_gradients(logprobs, entropy, values)
     if True in needs:
         loss, *ordered = _EagerLoss.apply(logprobs, entropy, values, tensors, options, needs, names)

@@ -1,8 +1,8 @@
 """PPO's scalar losses in vectorised PyTorch, for a CPU and any other device: policy_loss, value_loss and ppo_loss.
 
-The gradients are written down by hand and made in the forward, beside the terms that they share; the backward is one
-scale. Every per-token tensor is traversed by elementwise operations only, nothing synchronises, and nothing is longer
-than the inputs. Gradients flow to logprobs, values and entropy; every other tensor is a constant.
+The gradients are written by hand and computed in the forward, together with the terms that they share; the backward,
+in custom_op.py, scales them. Every per-token tensor is traversed by elementwise operations only, nothing synchronises,
+and nothing is longer than the inputs.
 
 Notation: the surrogate is maximised here (objective = -term), which saves a negation and changes no bit.
 """
@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 
 
 class LossScale(NamedTuple):
-    """loss = sum_i share_i term_i / normaliser; statistics are sums over `count`."""
+    """loss = sum_i share_i term_i / normaliser; statistics are sums over `steps`."""
 
-    count: int | Tensor  # counted steps, at least 1
+    steps: int | Tensor  # counted ones, at least 1
     token_weight: float | Tensor | None  # None is 1
     normaliser: float | Tensor
 
@@ -73,7 +74,7 @@ def _sequence_lengths(mask: Tensor | None, like: Tensor, cu_seqlens: Tensor | No
 def loss_scale(
     mask: Tensor | None, like: Tensor, cu_seqlens: Tensor | None, options: LossOptions, dtype: torch.dtype
 ) -> LossScale:
-    """What reference.token_weights says, without a weight per token where one number does."""
+    """Returns reference.token_weights, without a weight per token where one number is enough."""
     count = max(like.numel(), 1) if mask is None else mask.sum().clamp(min=1)
     if options.aggregation == "token-sum":
         return LossScale(count, None, 1.0)
@@ -84,7 +85,7 @@ def loss_scale(
         return LossScale(count, None, count if given is None else given)
     lengths = _sequence_lengths(mask, like, cu_seqlens)
     if isinstance(lengths, int):
-        sequences = max(like.numel() // max(lengths, 1), 1)
+        sequences: int | Tensor = max(like.numel() // max(lengths, 1), 1)
     else:
         sequences = (lengths > 0).sum().clamp(min=1)
     normaliser = sequences if given is None else given
@@ -156,7 +157,10 @@ def _policy(
     select = _make_selector(tensors.mask, dtype)
     logprobs = logprobs.to(dtype)
     scale = loss_scale(tensors.mask, logprobs, tensors.cu_seqlens, options, dtype)
-    d, advantages = select(logprobs - tensors.old_logprobs.to(dtype)), select(tensors.advantages.to(dtype))
+    d, advantages = (
+        select(logprobs - required(tensors.old_logprobs).to(dtype)),
+        select(required(tensors.advantages).to(dtype)),
+    )
     sums: dict[str, Tensor] = {}
     ratio, objective, gradient = _surrogate(d, advantages, options, sums, needs[0])
     sums["approx_kl"] = (ratio - 1 - d).sum()
@@ -181,7 +185,7 @@ def _policy(
         sums["ref_kl"] = kl.sum()
         loss = loss + options.kl_coef * (_weighted(kl, scale).sum() / scale.normaliser)
         d_logprobs = None if d_logprobs is None else d_logprobs + options.kl_coef * select(kl_gradient)
-    means = torch.stack(tuple(sums.values())) / scale.count
+    means = torch.stack(tuple(sums.values())) / scale.steps
     stats = dict(zip(sums, means.unbind(), strict=True))
     stats["policy_loss"] = policy
     stats["ratio_max"] = ratio.amax() if ratio.numel() else ratio.new_zeros(())
@@ -193,24 +197,24 @@ def _value(
 ) -> _Parts:
     mask = tensors.mask if tensors.value_mask is None else tensors.value_mask
     select = _make_selector(mask, dtype)
-    values, returns = values.to(dtype), tensors.returns.to(dtype)
+    values, returns = values.to(dtype), required(tensors.returns).to(dtype)
     scale = loss_scale(mask, values, tensors.cu_seqlens, options, dtype)
     error = select(values - returns)
     squared, gradient = error * error, error
     stats = {}
     if options.value_clip is not None:
-        # Clamped between its bounds, a value in range stays itself; old + (v - old) would round and look like clipping.
-        old = tensors.old_values.to(dtype)
+        # Clamped between its bounds, a value in range does not change; old + (v - old) would round, as if clipped.
+        old = required(tensors.old_values).to(dtype)
         clipped_values = values.clamp(old - options.value_clip, old + options.value_clip)
         clipped_squared = select(clipped_values - returns).square()
         order = (squared - clipped_squared).sign()
-        stats["value_clip_fraction"] = _count_negative(order) / scale.count
+        stats["value_clip_fraction"] = _count_negative(order) / scale.steps
         if need_gradient:
             gradient = error * (1 - 0.5 * _differ(values, clipped_values) * (1 - order))
         squared = torch.maximum(squared, clipped_squared)
     loss = 0.5 * _weighted(squared, scale).sum() / scale.normaliser
-    gradient = _weighted(options.value_coef * gradient, scale) if need_gradient else None
-    return _Parts(loss, scale, (gradient,), {"value_loss": loss, **stats})
+    d_values = _weighted(options.value_coef * gradient, scale) if need_gradient else None
+    return _Parts(loss, scale, (d_values,), {"value_loss": loss, **stats})
 
 
 def forward(
@@ -221,7 +225,7 @@ def forward(
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], list[float | Tensor | None]]:
-    """loss, statistics, the three un-normalised gradients and what divides each of them."""
+    """Returns loss, statistics, the three un-normalised gradients and the divisor of each."""
     floats = [x for x in (logprobs, entropy, values, *tensors) if x is not None and x.is_floating_point()]
     dtype = reduce(torch.promote_types, [x.dtype for x in floats], torch.float32)
     gradients: list[Tensor | None] = [None, None, None]

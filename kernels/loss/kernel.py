@@ -1,7 +1,14 @@
-"""The kernels of loss.py: forward by blocks of steps, of rows or by sequences, reduction, backward.
+"""PPO's scalar losses: reference.policy_loss, reference.value_loss and reference.ppo_loss, one code for all.
 
-loss_terms.py computes a block. Every forward program leaves one column of partial sums, which the reduction adds in a
-fixed order.
+Forward: one launch reads every per-token tensor once, writes the gradients (fp32, before normalisation: the number of
+counted steps is not known yet) and one column of partial sums per program; a second launch of one program adds the
+columns in a fixed order, divides, and writes loss, statistics and the two scales that turn the stored gradients into
+real ones. Backward: one launch, gradient = stored * (upstream * scale), cast to the input's dtype.
+
+A program takes a block of steps of the flattened tensors; where the weight of a step depends on its sequence it takes
+one sequence (a row, or a piece of cu_seqlens). terms.py computes a block.
+
+Bytes for N steps in fp32, ppo_loss with a mask: 25 N read and 8 N written forward, 8 N read and 8 N written backward.
 """
 
 import triton
@@ -58,11 +65,11 @@ def loss_flat_kernel(
     value_coef: tl.float32,
     value_clip: tl.float32,  # infinite if there is none
     kl_estimator: tl.int32,
-    given: tl.int32,  # see loss_terms.bit
+    given: tl.int32,  # see terms.bit
     steps: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """A program takes BLOCK steps. Strides have a kernel of their own, since every argument makes a launch slower."""
+    """A program takes BLOCK steps. Strides have their own kernel, because every argument makes a launch slower."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     policy = (
@@ -93,7 +100,7 @@ def loss_flat_kernel(
 def _sequence(cu_seqlens_ptr, is_packed, steps, T):
     """Row, first step and end of the program's sequence."""
     program = tl.program_id(0).to(tl.int64)
-    # Boundaries from the device are not checked there: clamped, a wrong one leads to no address outside.
+    # Boundaries on a GPU are not checked: they are clamped, so that no address is outside of the tensors.
     start = tl.maximum(tl.load(cu_seqlens_ptr + program, mask=is_packed, other=0).to(tl.int64), 0)
     end = tl.minimum(tl.load(cu_seqlens_ptr + program + 1, mask=is_packed, other=0).to(tl.int64), steps)
     return tl.where(is_packed, 0, program), start, tl.where(is_packed, end, T)

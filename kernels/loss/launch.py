@@ -1,4 +1,4 @@
-"""The launches of loss.py: forward (two), backward (one), and every variant of them for the ahead-of-time gate.
+"""The launches of the scalar losses: two forward, one backward.
 
 The workspace is one buffer of fp32: two scales, padded; up to three gradients, each padded; one column of partial sums
 per program. The backward needs all but the last part.
@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ppo_fast.kernels.common.launch import REGISTERS, Variant, device_guard, launch_options
+from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.loss.kernel import (
     loss_bwd_kernel,
     loss_flat_kernel,
@@ -100,7 +101,7 @@ def _in_listed_dtypes(operands: list[Tensor], is_given: list[bool]) -> list[Tens
     others = {operands[i].dtype for i in (0, 1, 2, 3, 4, 5, 8) if is_given[i]}
     if len(of_values) == len(others) == 1 and (*of_values, *others) in _DTYPES:
         return operands
-    wide = {id(x): x.to(torch.float32) for x in operands}  # one conversion for all places where an input stands in
+    wide = {id(x): x.to(torch.float32) for x in operands}  # one conversion where an input replaces absent ones
     return [wide[id(x)] for x in operands]
 
 
@@ -129,7 +130,7 @@ def _reduce(
     loss = torch.empty_strided((), (), dtype=torch.float32, device=workspace.device)  # quicker than torch.empty(())
     stats = workspace.new_empty(wanted.bit_count())
     if options.denominator is not None:
-        if plan.divisor == _BY_TENSOR:
+        if isinstance(options.denominator, Tensor) and plan.divisor == _BY_TENSOR:
             given = options.denominator if options.denominator.dtype in _DENOMINATORS else options.denominator.float()
         elif options.aggregation != "token-sum":
             number = float(options.denominator)
@@ -179,15 +180,14 @@ def forward(
     needs: tuple[bool, ...],  # gradients wanted: of logprobs, entropy, values
     wanted: int = _EVERY_STATISTIC,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace, which the backward needs."""
-    like = values if logprobs is None else logprobs
-    assert like is not None
+    """Returns loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace for the backward."""
+    like = required(values if logprobs is None else logprobs)
     steps, T, plan = like.numel(), like.shape[-1], _plan(options)
     given, num_gradients = _NEEDS[needs]
-    packed = plan.by_sequence and tensors.cu_seqlens is not None
+    cu_seqlens = tensors.cu_seqlens if plan.by_sequence else None
     programs = -(-steps // _BLOCK)
     if steps and plan.by_sequence:
-        programs = len(tensors.cu_seqlens) - 1 if packed else steps // T
+        programs = steps // T if cu_seqlens is None else len(cu_seqlens) - 1
     size = saved_size(steps, num_gradients) + _COLUMNS * programs
     # Without a sequence there is no program that could clear the gradients.
     workspace = (torch.empty if programs else torch.zeros)(size, dtype=torch.float32, device=like.device)
@@ -200,7 +200,7 @@ def forward(
                 compiling = _FLAT[operands[0].element_size()]
                 loss_flat_kernel.run(*arguments, grid=(programs,), warmup=False, **compiling)
             else:
-                _forward_rows(operands, is_flat, workspace, tensors, options, plan, given, steps, T, programs, packed)
+                _forward_rows(operands, is_flat, workspace, cu_seqlens, options, plan, given, steps, T, programs)
         loss, stats = _reduce(workspace, options, plan, T, steps, programs, num_gradients, wanted)
     return loss, stats, workspace
 
@@ -208,12 +208,11 @@ def forward(
 def _inputs(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, has_clip: bool
 ) -> tuple[int, bool, list[Tensor]]:
-    """The bits of what is present, whether all of it is contiguous and aligned, and the first arguments of the kernels,
-    where an address of the same type replaces what is absent."""
+    """Returns the bits of the given inputs, whether all of them are contiguous and aligned, and the first arguments of
+    the kernels, where an address of the same type replaces an absent input."""
     policy = logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, entropy, tensors.ref_logprobs
     inputs = (*policy, values, tensors.old_values if has_clip else None, tensors.returns)
-    other = tensors.returns if logprobs is None else logprobs
-    assert other is not None
+    other = required(tensors.returns if logprobs is None else logprobs)
     dtype = other.dtype
     present, is_flat, is_listed, addresses, operands = 0, True, dtype in _POINTERS, 0, []
     for x, flag in zip(inputs, _FLAGS, strict=True):
@@ -246,30 +245,27 @@ def _forward_rows(
     operands: list[Tensor],
     is_flat: bool,  # all that are read are contiguous
     workspace: Tensor,
-    tensors: LossTensors,
+    cu_seqlens: Tensor | None,
     options: LossOptions,
     plan: _Plan,
     given: int,
     steps: int,
     T: int,
     programs: int,
-    packed: bool,
 ) -> None:
     strides = [T] * len(operands)
     if not is_flat:
         views = {id(x): _as_rows(x, T) if x.ndim else (x, 0) for x in operands}
         operands, strides = [views[id(x)][0] for x in operands], [views[id(x)][1] for x in operands]
-    cu_seqlens = _unread(torch.int32, workspace.device)
-    if packed:
-        given |= _CU_SEQLENS
-        cu_seqlens = tensors.cu_seqlens.contiguous()
+    given |= 0 if cu_seqlens is None else _CU_SEQLENS
+    boundaries = _unread(torch.int32, workspace.device) if cu_seqlens is None else cu_seqlens.contiguous()
     loss_rows_kernel.run(
         *operands,
         workspace,
         *_scalars(options),
         given | (_MEAN if plan.mean else 0),
         steps,
-        cu_seqlens,
+        boundaries,
         T,
         *strides,
         plan.by_sequence,
@@ -281,13 +277,14 @@ def _forward_rows(
 
 
 def token_weights(like: Tensor, tensors: LossTensors) -> Tensor:
-    """For each step 1 / counted steps of its sequence, as in seq-mean-token-mean; 0 outside of all sequences."""
+    """Returns 1 / counted steps of its sequence for each step (seq-mean-token-mean); 0 outside of all sequences."""
     steps, T, device = like.numel(), like.shape[-1], like.device
     cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
     if tensors.mask is not None:
         (mask, mask_stride), given = _as_rows(tensors.mask, T), _MASK
-    programs, packed = steps // max(T, 1), tensors.cu_seqlens is not None
-    if packed:
+    programs, packed = steps // max(T, 1), False
+    if tensors.cu_seqlens is not None:
+        packed = True
         cu_seqlens, given = tensors.cu_seqlens.contiguous(), given | _CU_SEQLENS
         programs = len(cu_seqlens) - 1
     weights = (torch.zeros if packed else torch.empty)(like.shape, dtype=torch.float32, device=device)
@@ -303,7 +300,7 @@ def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch
     """The bits of the gradients that have a dtype, their dtypes in the kernel, and whether these are the same."""
     given = sum(flag for flag, dtype in zip(_WANTED, dtypes, strict=True) if dtype is not None)
     *policy, of_values = dtypes
-    others = {x for x in policy if x is not None} or {of_values}
+    others: set[torch.dtype | None] = {x for x in policy if x is not None} or {of_values}
     if len(others) == 1 and (of_values or next(iter(others)), *others) in _DTYPES:
         return given, dtypes, True
     return given, tuple(None if x is None else torch.float32 for x in dtypes), False
@@ -312,14 +309,13 @@ def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch
 def backward(
     workspace: Tensor, grad_loss: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype | None, ...]
 ) -> list[Tensor | None]:
-    """The gradients of logprobs, entropy and values; None where there is no dtype."""
+    """Returns the gradients of logprobs, entropy and values; None where there is no dtype."""
     given, written, is_listed = _gradients(dtypes)
     device = workspace.device
     # With sizes one by one torch.empty takes half the time that it takes with a torch.Size.
     made = [None if x is None else torch.empty(*shape, dtype=x, device=device) for x in written]
     d_logprobs, d_entropy, d_values = made
-    other = d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy
-    assert other is not None
+    other = required(d_logprobs if d_logprobs is not None else d_values if d_entropy is None else d_entropy)
     steps = other.numel()
     if steps:
         with device_guard(workspace):
@@ -340,8 +336,9 @@ def backward(
 
 
 def saved_gradients(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
-    """The gradients in a workspace and their scales: what `backward` multiplies, for torch.compile to fuse."""
-    first, found = _PAD, []
+    """Returns the gradients in a workspace and their scales, which `backward` multiplies, for torch.compile to fuse."""
+    first = _PAD
+    found: list[tuple[Tensor, Tensor] | None] = []
     for shape, scale in zip(shapes, (workspace[0], workspace[0], workspace[1]), strict=True):
         if shape is None:
             found.append(None)
@@ -372,7 +369,7 @@ def _dtype_name(of_values: torch.dtype, others: torch.dtype) -> str:
 
 
 def variants() -> list[Variant]:
-    """Everything that the launchers above can start."""
+    """Returns every variant that the launches above can start."""
     found = []
     policy = ("logprobs", "old_logprobs", "advantages", "weights", "entropy", "ref_logprobs", "returns")
     for of_values, others in _DTYPES:

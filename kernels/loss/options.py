@@ -20,7 +20,7 @@ ALL_STATS = (
 
 
 class LossTensors(NamedTuple):
-    """Everything that gets no gradient."""
+    """The inputs that get no gradient."""
 
     old_logprobs: Tensor | None = None
     advantages: Tensor | None = None
@@ -34,6 +34,8 @@ class LossTensors(NamedTuple):
 
 
 class LossOptions(NamedTuple):
+    """Numbers and choices; the names are those of reference.py, but for value_clip, which is `clip` of value_loss."""
+
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -65,7 +67,7 @@ def _wanted(
 def wanted_stats(
     policy: bool, entropy: bool, value: bool, tensors: LossTensors, options: LossOptions
 ) -> tuple[int, tuple[str, ...]]:
-    """The statistics that these inputs have, as bits of ALL_STATS and by name, in its order."""
+    """Returns the statistics that these inputs have, as bits of ALL_STATS and by name, in its order."""
     return _wanted(
         policy,
         options.dual_clip is not None,
@@ -76,15 +78,8 @@ def wanted_stats(
     )
 
 
-def required(x: Tensor | None) -> Tensor:
-    """A tensor that ppo_fast.ops has checked to be there."""
-    if x is None:
-        raise TypeError("a tensor that this loss needs is None")
-    return x
-
-
 def named_stats(stats: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The statistics with these names, from a tensor of them alone, or of the first or all of ALL_STATS."""
+    """Names statistics, from a tensor of them alone, or of the first or all of ALL_STATS."""
     scalars = stats.unbind()
     if len(scalars) == len(names):
         return dict(zip(names, scalars, strict=True))

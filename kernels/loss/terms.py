@@ -1,4 +1,4 @@
-"""What loss_kernels.py computes for one block of steps: terms of PPO's loss, their gradients, sums for the statistics.
+"""Device functions for one block of steps: terms of PPO's loss, their gradients, sums for the statistics.
 
 reference.policy_loss, reference.value_loss and reference.ppo_loss are the specification. A tensor is passed between
 these functions as (pointer, row stride), a position as (row, column, inside). `given` says which optional inputs there
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def bit(name):
-    """The bit of `given` that stands for an input, an option or a wanted gradient."""
+    """The bit of `given` for an input, an option or a wanted gradient."""
     return {
         "policy": 1,
         "value": 2,
@@ -160,7 +160,7 @@ def _squared_error(values, old, returns, clip, has_clip):
     squared = error * error
     move = tl.where(has_clip, values - old, 0.0)
     in_range = (move >= -clip) & (move <= clip)
-    # In range old + (v - old) is v: adding it up would make rounding look like clipping.
+    # In range old + (v - old) is v: computing the sum would count rounding as clipping.
     clipped_error = tl.where(in_range, values, old + clamp(move, -clip, clip)) - returns
     clipped_squared = clipped_error * clipped_error
     is_clipped = clipped_squared > squared

@@ -136,7 +136,7 @@ def _dtype_of_run(out: Path) -> DtypeOption:
 
 
 def _holds_run(out: Path) -> bool:
-    """Whether OUT holds a run or parts of one; a run that ended before its first step has no metrics."""
+    """Check whether OUT has a run or parts of one; a run that ended before its first step has no metrics."""
     metrics = out / "metrics.jsonl"
     return (metrics.exists() and metrics.stat().st_size > 0) or any(
         (out / name).exists() for name in ("checkpoints", "model", "best")

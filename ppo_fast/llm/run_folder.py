@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from ppo_fast.llm.sharding import full_state_dict
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same point, or none
 
-Captured = tuple[Mapping[str, Mapping[str, Tensor]], dict[str, Any]]  # tensors by file, and state.json
+Captured = tuple[Mapping[str, Mapping[str, Tensor]], dict[str, object]]  # tensors by file, and state.json
 
 
 class RunFolder:
@@ -88,7 +87,7 @@ class RunFolder:
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: dict[str, str] | None,
-        history: Sequence[Mapping[str, Any]],
+        history: Sequence[Mapping[str, object]],
     ) -> Path | None:
         """Writes actor and tokenizer to OUT/name; collective.
 

@@ -15,7 +15,7 @@ from ppo_fast.ops.checks import KL_ESTIMATORS, KLEstimator, public_operation
 
 
 class AdvantageOutput(NamedTuple):
-    """What `rlhf_advantages` returns: four tensors [B, T], zero at masked steps, and detached scalars on the device."""
+    """The results of `rlhf_advantages`: four tensors [B, T], 0 at masked steps, and detached scalars on the device."""
 
     advantages: Tensor
     returns: Tensor
@@ -51,7 +51,7 @@ def gae(
         mask: True where a step counts. A masked step is skipped and returns 0: the steps before and after it are
             treated as adjacent.
         terminated: the episode ended in this step: V_{t+1} is 0 and the trace is cut.
-        truncated: the episode was cut here, but would have gone on: V_{t+1} is final_values_t and the trace is cut.
+        truncated: the episode was cut here, but had not ended: V_{t+1} is final_values_t and the trace is cut.
         bootstrap: one value for each row, V of the state after its last counted step; 0 if not given.
         final_values: V of the observation before each reset, the shape of rewards; needed with truncated.
         cu_seqlens: [S + 1] boundaries of packed sequences.
@@ -153,9 +153,9 @@ def shape_rewards(
     The KL-shaped reward of Ziegler et al. 2019 and Stiennon et al. 2020 (section 3.4), token by token.
 
     Args:
-        scores: [B], one for each answer, or [B, T], one for each token.
+        scores: [B], one for each response, or [B, T], one for each token.
         logprobs, ref_logprobs: [B, T] of the policy that sampled, and of the reference.
-        mask: [B, T], True at the answer's tokens.
+        mask: [B, T], True at the tokens of the response.
         kl_coef, kl_estimator: weight and estimator of the KL, as in `policy_loss`.
         score_clip: scores are clamped to +-score_clip first.
         reward_at: "last" puts the score at the last counted token; "after_last" one slot later (at most T - 1), where
@@ -189,7 +189,7 @@ def masked_whiten(
     """(x - mean) / sqrt(var + eps) over the counted elements, 0 elsewhere.
 
     One counted element, or none: centred, not scaled. With `group`, mean and variance are those of all ranks'
-    elements, merged in rank order (Chan et al. 1979), so that the result does not depend on how a batch is spread.
+    elements, merged in rank order (Chan et al. 1979), so that the result is that of the whole batch.
 
     Args:
         x: any shape. mask: the same shape, True where an element counts.

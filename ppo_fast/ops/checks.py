@@ -2,8 +2,8 @@
 
 Shapes, dtypes, devices and Python values are always checked. Values inside tensors are checked only where that costs
 nothing but a little time (`readable`): on a GPU the check would have to wait for the device, and while a graph is
-recorded there are no values yet. Valid arguments take the shortest way: a check is one condition, and what it expects
-is put into words after it has failed.
+recorded there are no values yet. Valid arguments take little time: a check is one condition, and its message
+is composed after it has failed.
 """
 
 import functools
@@ -57,7 +57,7 @@ def constants(operation: str, options: dict[str, Any]) -> None:
 
 
 def compiled(operation: str, options: dict[str, Any]) -> None:
-    """What `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
+    """Checks what `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
 
     Raises:
         NotImplementedError: a level of forward-mode AD is open. Compiled code would lose the tangents.
@@ -69,7 +69,7 @@ def compiled(operation: str, options: dict[str, Any]) -> None:
 
 
 def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """True if no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
+    """Returns whether no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
     if transforms_active() or forward_ad._current_level >= 0 or jit_tracer() is not None:
         return False
     for x in args:
@@ -90,9 +90,9 @@ def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 
 def resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
-    """The arguments with every tensor made plain where that is possible.
+    """Returns the arguments with every tensor made plain where that is possible.
 
-    After a graph break torch.compile would trace this function on its own, and would not see tangents.
+    After a graph break torch.compile would trace this function separately, without the tangents.
 
     Raises:
         NotImplementedError: torch.jit.trace is active, a tensor belongs to a transform of torch.func or has a tangent.
@@ -136,14 +136,14 @@ def device(name: str, x: Tensor, expected: torch.device, like: str) -> None:
 
 
 def matching(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
-    """A floating tensor with the shape and on the device of another."""
+    """Checks a floating tensor for the shape and the device of another."""
     floating(name, x)
     shape(name, x, like.shape, like_name)
     device(name, x, like.device, like_name)
 
 
 def alike(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device, *tensors: Tensor | None) -> bool:
-    """True if all tensors are of that shape, dtype and device; `matching` says which one may not be used otherwise."""
+    """Returns whether all tensors have that shape, dtype and device; if not, `matching` decides about an error."""
     try:
         for x in tensors:
             if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == place):
@@ -154,7 +154,7 @@ def alike(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device, *tens
 
 
 def flag(name: str, x: Tensor | None, expected: tuple[int, ...], place: torch.device, like: str) -> Tensor | None:
-    """A mask or another 0/1 tensor as bool; numbers are converted."""
+    """Checks a mask or another 0/1 tensor and returns it as bool; numbers are converted."""
     if x is None:
         return None
     if not isinstance(x, Tensor):
@@ -173,7 +173,7 @@ def flag(name: str, x: Tensor | None, expected: tuple[int, ...], place: torch.de
 def token_ids(
     tokens: Tensor, mask: Tensor | None, expected: tuple[int, ...], place: torch.device, like: str, size: int
 ) -> None:
-    """int32 or int64 ids of the given shape; on a CPU each counted one must lie in [0, size)."""
+    """Checks int32 or int64 ids of the given shape; on a CPU each counted one must be in [0, size)."""
     if not isinstance(tokens, Tensor) or (tokens.dtype is not torch.int64 and tokens.dtype is not torch.int32):
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be an int32 or int64 tensor, got {got}")
@@ -188,7 +188,7 @@ def token_ids(
         outside = outside & mask
     if outside.any():
         raise IndexError(
-            f"tokens must lie in [0, {size}) wherever the mask counts, got {int(tokens[outside][0])}"
+            f"tokens must be in [0, {size}) wherever the mask counts, got {int(tokens[outside][0])}"
             f" (and {int(outside.sum()) - 1} more)"
         )
 
@@ -199,10 +199,10 @@ def positive(name: str, x: float) -> None:
 
 
 def temperature(x: float) -> None:
-    """A sampling temperature: positive, and such that it and its inverse are ordinary fp32 numbers."""
+    """Checks a sampling temperature: positive, and such that it and its inverse are normal fp32 numbers."""
     if not 1e-37 <= x <= 1e37:
         positive("temperature", x)
-        raise ValueError(f"temperature must lie between 1e-37 and 1e37, got {x!r}")
+        raise ValueError(f"temperature must be between 1e-37 and 1e37, got {x!r}")
 
 
 def not_negative(name: str, x: float) -> None:
@@ -216,7 +216,7 @@ def one_of(name: str, x: str, allowed: tuple[str, ...]) -> None:
 
 
 def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.device) -> None:
-    """gamma or lam: a float in [0, 1], or a tensor of them, one for each row."""
+    """Checks gamma or lam: a float in [0, 1], or a tensor of them, one for each row."""
     if isinstance(x, Tensor):
         floating(name, x)
         if x.ndim:
@@ -226,11 +226,11 @@ def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.d
     else:
         inside = 0 <= x <= 1
     if not inside:
-        raise ValueError(f"{name} must lie in [0, 1], got {x}")
+        raise ValueError(f"{name} must be in [0, 1], got {x}")
 
 
 def cu_seqlens(x: Tensor | None, packed: Tensor, name: str) -> None:
-    """[S + 1] int32 or int64 boundaries, from 0 to the length of the packed dimension, never falling."""
+    """Checks [S + 1] int32 or int64 boundaries, from 0 to the length of the packed dimension, never falling."""
     if x is None:
         return
     if packed.ndim != 1:
@@ -251,7 +251,7 @@ def cu_seqlens(x: Tensor | None, packed: Tensor, name: str) -> None:
 
 
 def denominator(x: float | Tensor | None, aggregation: str, like: Tensor) -> None:
-    """A count of tokens or sequences given from outside: a number or a 0-dim tensor, at least 1."""
+    """Checks a count of tokens or sequences: a number or a 0-dim tensor, at least 1."""
     if x is None:
         return
     if aggregation == "token-sum":
@@ -286,7 +286,7 @@ _Result = TypeVar("_Result")
 
 
 def public_operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """A public operation, which receives plain tensors: see `resolved`."""
+    """Makes a function a public operation, which receives plain tensors: see `resolved`."""
 
     @functools.wraps(function)
     def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -304,7 +304,7 @@ def policy_options(options: LossOptions) -> None:
     """Checks the options of the policy term."""
     clip_low, clip_high, dual_clip, log_ratio_clamp, _, _, kl_estimator, *_ = options
     if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low must lie in [0, 1], got {clip_low}")
+        raise ValueError(f"clip_low must be in [0, 1], got {clip_low}")
     if not clip_high >= 0:
         not_negative("clip_high", clip_high)
     if dual_clip is not None and not dual_clip > 1:

@@ -15,7 +15,7 @@ from ppo_fast.ops.checks import Aggregation, KLEstimator, public_operation
 
 
 class LinearLossOutput(NamedTuple):
-    """What `linear_ppo_loss` returns: a `LossOutput`, and per token the detached `logprobs` and `entropy`."""
+    """The results of `linear_ppo_loss`: a `LossOutput`, and per token the detached `logprobs` and `entropy`."""
 
     loss: Tensor
     stats: dict[str, Tensor]
@@ -101,14 +101,14 @@ def linear_logprobs(
 
     z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature, without softcap logit_scale (h W^T + b) /
     temperature. Without gradients this is one GEMM; the backward pass recomputes each chunk (four GEMMs in all), so
-    that any gradient per token may come. For PPO's own loss see `linear_ppo_loss`, which needs three.
+    that any gradient per token is possible. For PPO's own loss see `linear_ppo_loss`, which needs three.
 
     Args:
         hidden: [..., D]; weight: [V, D], the LM head; bias: [V] or None.
         tokens, mask: [...]; rows that do not count are dropped before the first GEMM. On a GPU a mask costs one wait
             for its count, unless num_counted gives it.
         softcap: of Gemma 2; logit_scale: of Cohere.
-        chunk_bytes: what the chunk buffers may take; the default depends on shapes and dtypes only.
+        chunk_bytes: size limit of the chunk buffers; the default depends on shapes and dtypes only.
         logits_dtype: fp32, or the dtype of hidden for less traffic and less exact log-probabilities.
 
     Returns:
@@ -158,10 +158,10 @@ def linear_ppo_loss(
     num_counted: int | None = None,
     backend: Backend = "auto",
 ) -> LinearLossOutput:
-    """`policy_loss` straight from hidden states, with all gradients made in the forward pass: three GEMMs.
+    """`policy_loss` straight from hidden states, with all gradients computed in the forward pass: three GEMMs.
 
     The gradient of a token's loss with respect to its logits depends on that row alone, so each chunk of tokens goes
-    from logits to the gradients of hidden states and weight at once, and nothing of it is kept. The entropy of each
+    from logits to the gradients of hidden states and weight at once, and its logits are not kept. The entropy of each
     token is computed inside, so entropy_coef needs no argument of its own. There is no value term.
 
     Args:

@@ -39,7 +39,7 @@ def token_logprobs(
         logp [...], or (logp, entropy), fp32 (fp64 for fp64 logits), 0 where masked.
 
     Raises:
-        IndexError: a counted token lies outside [0, V) (on a CPU; on a GPU its row becomes NaN).
+        IndexError: a counted token is outside [0, V) (on a CPU; on a GPU its row becomes NaN).
 
     >>> logits = torch.tensor([[0.0, 0.0, -torch.inf], [1.0, 2.0, 3.0]])
     >>> logp, entropy = token_logprobs(logits, torch.tensor([1, 2]), with_entropy=True)

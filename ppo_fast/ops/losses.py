@@ -12,7 +12,7 @@ from ppo_fast.ops.checks import Aggregation, KLEstimator, public_operation
 
 
 class LossOutput(NamedTuple):
-    """What the losses return: `loss`, a scalar that carries the graph, and `stats`, detached scalars on the device."""
+    """The results of the losses: `loss`, a scalar with the graph, and `stats`, detached scalars on the device."""
 
     loss: Tensor
     stats: dict[str, Tensor]
@@ -53,8 +53,8 @@ def policy_loss(
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: c > 1; where A < 0 the term is at most -c A.
         log_ratio_clamp: bound of every exponent, in nats.
-        entropy, entropy_coef: bonus for a policy that stays random; entropy [..., T] in nats.
-        ref_logprobs, kl_coef, kl_estimator: penalty for leaving a reference, with d = logp - ref: k1 = d, k2 = d^2/2,
+        entropy, entropy_coef: bonus for a random policy; entropy [..., T] in nats.
+        ref_logprobs, kl_coef, kl_estimator: KL penalty to a reference, with d = logp - ref: k1 = d, k2 = d^2/2,
             k3 = exp(-d) - 1 + d, abs = |d|. As a loss only k2 has the gradient of the true KL; k1's has mean 0.
         weights: [..., T] factors of the term, for instance a truncated importance correction for the sampler.
         aggregation: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-mean, or seq-mean-token-sum-norm (which
@@ -64,8 +64,8 @@ def policy_loss(
         cu_seqlens: [S + 1] boundaries of packed sequences.
 
     Returns:
-        loss, and stats: policy_loss, approx_kl = mean(r - 1 - log r), clip_fraction, ratio_mean, ratio_max, and where
-        their inputs are given entropy, ref_kl, dual_clip_fraction. Means are over the counted tokens of this call.
+        loss, and stats: policy_loss, approx_kl = mean(r - 1 - log r), clip_fraction, ratio_mean, ratio_max, and, where
+        their inputs are given, entropy, ref_kl, dual_clip_fraction. Means are over the counted tokens of this call.
 
     >>> out = policy_loss(torch.tensor([0.0, 0.5]), torch.zeros(2), torch.tensor([1.0, 1.0]))
     >>> round(out.loss.item(), 4), out.stats["clip_fraction"].item()  # -(1 + 1.2) / 2: the second ratio is clipped

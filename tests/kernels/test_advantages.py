@@ -46,21 +46,21 @@ def close(actual: tuple, truth: tuple) -> None:
 
 @pytest.mark.parametrize("kl_estimator", reference.KL_ESTIMATORS)
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
-def test_rewards_are_wrong(kl_estimator, reward_at):
+def test_rewards_match_the_reference(kl_estimator, reward_at):
     x = make()
     del x["values"]
     options = dict(kl_coef=0.3, kl_estimator=kl_estimator, score_clip=1.0, reward_at=reward_at)
     close(TORCH.shape_rewards(**x, **options), reference.shape_rewards(**double(x), **options))
 
 
-def test_token_scores_are_wrong():
+def test_token_scores_match_the_reference():
     x = make()
     x["scores"] = torch.where(x["mask"], torch.randn(5, 9), torch.nan)
     del x["values"]
     close(TORCH.shape_rewards(**x), reference.shape_rewards(**double(x)))
 
 
-def test_the_score_behind_the_last_token_stands_elsewhere_by_hand():
+def test_after_last_puts_the_score_one_slot_later_by_hand():
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     zero = torch.zeros(2, 4)
     rewards, _, longer = TORCH.shape_rewards(torch.tensor([1.0, 2.0]), zero, zero, mask, reward_at="after_last")
@@ -70,7 +70,7 @@ def test_the_score_behind_the_last_token_stands_elsewhere_by_hand():
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_whitening_is_wrong(shift_mean, unbiased):
+def test_whitening_matches_the_reference(shift_mean, unbiased):
     x = make()
     options = dict(shift_mean=shift_mean, unbiased=unbiased)
     actual = TORCH.masked_whiten(x["values"], x["mask"], **options)
@@ -79,13 +79,13 @@ def test_whitening_is_wrong(shift_mean, unbiased):
 
 
 @pytest.mark.parametrize("counted", [0, 1])
-def test_whitening_one_element_or_none_scales_it(counted):
+def test_whitening_does_not_scale_one_element_or_none(counted):
     x, mask = torch.tensor([3.0, 5.0]), torch.tensor([counted == 1, False])
     assert TORCH.masked_whiten(x, mask).tolist() == [0.0, 0.0]
     assert TORCH.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0 * counted, 0.0]
 
 
-def test_whitening_cancels_where_the_mean_is_large():
+def test_whitening_keeps_its_digits_where_the_mean_is_large():
     """Sums of squares in fp32 would lose the variance of 10000 + noise."""
     x = 1e4 + torch.randn(4000)
     truth = reference.masked_whiten(x.double())
@@ -94,7 +94,7 @@ def test_whitening_cancels_where_the_mean_is_large():
 
 @pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
-def test_rlhf_advantages_differ_from_their_parts(whiten, reward_at):
+def test_rlhf_advantages_match_the_reference(whiten, reward_at):
     x = make()
     if reward_at == "after_last":  # the slot behind the answer has a value of its own
         x["values"] = torch.where(x["mask"], x["values"], 0.25)
@@ -121,7 +121,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_whiten_otherwise_than_one(tmp_path):
+def test_two_processes_whiten_as_one(tmp_path):
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],

@@ -27,7 +27,7 @@ Inputs = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The yardstick is PyTorch's operations in fp32; numba's loops, which sum in fp64, would be a stricter one."""
+    """Results are compared with PyTorch's operations in fp32; numba's loops, which sum in fp64, would be stricter."""
     monkeypatch.setattr(eager, "numba_works", lambda: False)
 
 
@@ -74,7 +74,7 @@ def check(device: torch.device, name: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("T", [1, 9, 63, 300])
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
-def test_advantages_of_short_and_long_rows_are_wrong(device, T, reward_at):
+def test_advantages_of_short_and_long_rows_match_the_reference(device, T, reward_at):
     """300 steps in one span; one row has no counted step, another ends with one."""
     x = make(5, T, slack=reward_at == "after_last")
     options = {"gamma": 0.9, "lam": 0.8, "kl_coef": 0.2, "reward_at": reward_at, "bootstrap": torch.randn(5)}
@@ -83,9 +83,9 @@ def test_advantages_of_short_and_long_rows_are_wrong(device, T, reward_at):
 
 @pytest.mark.parametrize("walked", [True, False])
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
-def test_the_score_is_lost_where_a_span_ends(device, monkeypatch, walked, reward_at):
-    """1100 steps in three spans; the score stands on both sides of a boundary, and far from the end of its row."""
-    monkeypatch.setattr(launch, "_WALKED_SPANS", 3 if walked else 1)
+def test_the_score_is_kept_at_the_boundary_of_two_spans(device, monkeypatch, walked, reward_at):
+    """1100 steps in three spans; the score is on both sides of a boundary, and far from the end of its row."""
+    monkeypatch.setattr(launch, "_ONE_PASS_SPANS", 3 if walked else 1)
     x = make(4, 1100, slack=True)
     for row, length in enumerate((511, 512, 513, 30)):
         x["mask"][row, :length] |= torch.arange(length) % 7 > 2
@@ -97,12 +97,12 @@ def test_the_score_is_lost_where_a_span_ends(device, monkeypatch, walked, reward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_half_precision_is_not_computed_in_fp32(device, dtype):
+def test_half_precision_is_computed_in_fp32(device, dtype):
     check(device, "rlhf_advantages", **make(4, 40, dtype=dtype), gamma=0.99)
 
 
 @pytest.mark.parametrize("kl_estimator", reference.KL_ESTIMATORS)
-def test_rewards_use_another_kl_estimator(device, kl_estimator):
+def test_rewards_use_the_given_kl_estimator(device, kl_estimator):
     x = make(5, 12)
     x["logprobs"][0, -1] += 50  # k3's exponent is clamped
     del x["values"]
@@ -110,7 +110,7 @@ def test_rewards_use_another_kl_estimator(device, kl_estimator):
         check(device, "shape_rewards", **x, kl_coef=0.3, kl_estimator=kl_estimator, score_clip=clip)
 
 
-def test_token_scores_are_wrong(device):
+def test_token_scores_match_the_reference(device):
     x = make(4, 40, per_token=True)
     check(device, "rlhf_advantages", **x, score_clip=0.5, lam=torch.rand(4), gamma=torch.rand(4))
     del x["values"]
@@ -118,14 +118,14 @@ def test_token_scores_are_wrong(device):
 
 
 @pytest.mark.parametrize("option", [{"whiten": False}, {"shift_mean": False}, {"unbiased": False}, {"eps": 0.5}])
-def test_an_option_of_whitening_is_ignored(device, option):
+def test_options_of_whitening_match_the_reference(device, option):
     check(device, "rlhf_advantages", **make(5, 9), **option)
     if "whiten" not in option:
         x = make(5, 9)
         check(device, "masked_whiten", x=x["values"], mask=x["mask"], **option)
 
 
-def test_whitening_needs_a_mask_or_a_shape(device):
+def test_whitening_takes_any_shape_with_and_without_a_mask(device):
     check(device, "masked_whiten", x=torch.randn(3, 5, 7))
     check(device, "masked_whiten", x=torch.randn(()))
     big = torch.randn(6, 700)
@@ -133,11 +133,11 @@ def test_whitening_needs_a_mask_or_a_shape(device):
     check(device, "masked_whiten", x=big[:, ::5], mask=(torch.rand(140, 6) < 0.5).T)
 
 
-def test_whitening_cancels_where_the_mean_is_large(device):
+def test_whitening_keeps_its_digits_where_the_mean_is_large(device):
     check(device, "masked_whiten", x=1e4 + torch.randn(40, 1000))
 
 
-def test_partial_results_of_many_programs_are_merged_wrongly(device, monkeypatch):
+def test_partial_results_of_many_programs_are_merged_exactly(device, monkeypatch):
     """More partial results than are merged at once, and more tiles than programs."""
     monkeypatch.setattr(launch, "BLOCK", 16)
     monkeypatch.setattr(launch, "_PROGRAMS", 520)
@@ -145,7 +145,7 @@ def test_partial_results_of_many_programs_are_merged_wrongly(device, monkeypatch
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
-def test_empty_tensors_crash(device, shape):
+def test_empty_tensors_give_empty_results(device, shape):
     x = make(1, 1) | {"mask": torch.zeros(shape, dtype=torch.bool), "scores": torch.zeros(shape[0])}
     x |= {k: torch.zeros(shape) for k in ("logprobs", "ref_logprobs", "values")}
     x = on(device, x)
@@ -157,7 +157,7 @@ def test_empty_tensors_crash(device, shape):
     assert [y.shape for y in TRITON.shape_rewards(**x, reward_at="after_last")] == [shape] * 3
 
 
-def test_all_masked_gives_something_else_than_zero(device):
+def test_all_masked_gives_zero(device):
     nan = torch.full((3, 9), torch.nan, device=device)
     mask = torch.zeros(3, 9, dtype=torch.bool, device=device)
     *outputs, stats = TRITON.rlhf_advantages(nan[:, 0], nan, nan, nan, mask, gamma=0.9)
@@ -165,13 +165,13 @@ def test_all_masked_gives_something_else_than_zero(device):
     assert not TRITON.masked_whiten(nan, mask).any()
 
 
-def test_one_counted_element_is_scaled(device):
+def test_one_counted_element_is_not_scaled(device):
     x, mask = torch.tensor([3.0, torch.nan], device=device), torch.tensor([True, False], device=device)
     assert TRITON.masked_whiten(x, mask).tolist() == [0.0, 0.0]
     assert TRITON.masked_whiten(x, mask, shift_mean=False).tolist() == [3.0, 0.0]
 
 
-def test_views_are_read_wrongly(device):
+def test_views_match_the_reference(device):
     x = make(6, 40)
     wide = {k: torch.full((6, 90), torch.nan) for k in ("logprobs", "values")}
     for k, w in wide.items():
@@ -191,7 +191,7 @@ def test_negated_views_are_read_with_their_sign(device):
     assert torch.equal(TRITON.masked_whiten(negated["values"], x["mask"]), whitened)
 
 
-def test_repeats_differ_in_their_bits(device):
+def test_repeats_have_the_same_bits(device):
     x = on(device, make(5, 70))
     *first, stats = TRITON.rlhf_advantages(**x)
     for _ in range(3):
@@ -200,17 +200,17 @@ def test_repeats_differ_in_their_bits(device):
         assert all(torch.equal(stats[k], again_stats[k]) for k in stats)
 
 
-def test_a_rows_bits_depend_on_the_rows_around_it(device):
+def test_a_rows_bits_do_not_depend_on_other_rows(device):
     x = on(device, make(9, 200))
     together = TRITON.rlhf_advantages(**x, whiten=False)[:4]
     alone = TRITON.rlhf_advantages(**{k: t[4:5] for k, t in x.items()}, whiten=False)[:4]
     assert all(torch.equal(a[4:5], b) for a, b in zip(together, alone, strict=True))
 
 
-def test_a_row_walked_by_one_program_has_other_bits_than_a_split_one(device, monkeypatch):
+def test_one_program_and_several_give_a_row_the_same_bits(device, monkeypatch):
     x = on(device, make(2, 600))
     walked = TRITON.rlhf_advantages(**x, whiten=False)[:4]
-    monkeypatch.setattr(launch, "_WALKED_SPANS", 1)
+    monkeypatch.setattr(launch, "_ONE_PASS_SPANS", 1)
     assert all(map(torch.equal, walked, TRITON.rlhf_advantages(**x, whiten=False)[:4]))
 
 
@@ -233,7 +233,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_more_launches_than_promised(device, launches):
+def test_each_operation_takes_the_documented_number_of_launches(device, launches):
     for B, T, most in ((3, 20, 2), (2, 600, 2), (1, 2100, 3)):
         launches.clear()
         TRITON.rlhf_advantages(**on(device, make(B, T)))
@@ -254,7 +254,7 @@ def test_whitening_has_one_loop_each_for_moments_statistics_and_elements():
     assert variants.compiled(variant).asm["ptx"].count("Inner Loop Header") == 3
 
 
-def test_statistics_of_more_programs_than_are_merged_at_once_are_right(device):
+def test_statistics_of_more_programs_than_are_merged_at_once_are_exact(device):
     sums = torch.rand(9, 700, generator=torch.Generator().manual_seed(0))
     sums[0] = (9 * sums[0]).round()  # counts
     sums = sums.to(device)
@@ -268,7 +268,7 @@ def test_statistics_of_more_programs_than_are_merged_at_once_are_right(device):
     torch.testing.assert_close(stats[4].double(), mean, rtol=1e-5, atol=0)
 
 
-def test_the_option_backend_is_ignored(launches):
+def test_the_option_backend_selects_the_kernels(launches):
     x = make(2, 6)
     ppo.rlhf_advantages(**x, backend="torch")
     ppo.masked_whiten(x["values"], x["mask"], backend="torch")
@@ -280,7 +280,7 @@ def test_the_option_backend_is_ignored(launches):
     assert launches == ["advantages_kernel", "whiten_kernel", "moments_kernel", "whiten_kernel", "shape_kernel"]
 
 
-def test_compiled_code_recompiles_for_every_length_or_coefficient():
+def test_compiled_code_is_reused_for_other_lengths_and_coefficients():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -342,7 +342,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_whiten_otherwise_than_one(tmp_path):
+def test_two_processes_whiten_as_one(tmp_path):
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
@@ -359,7 +359,7 @@ def test_two_processes_whiten_otherwise_than_one(tmp_path):
 
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
-def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
+def test_gpu_results_are_exact_and_repeat(device, shape):
     x = on(device, make(*shape))
     *first, stats = TRITON.rlhf_advantages(**x, gamma=0.99, lam=0.95)
     *truth, true_stats = TORCH.rlhf_advantages(**double(x), gamma=0.99, lam=0.95)

@@ -38,7 +38,7 @@ def test_a_transform_of_torch_func_raises_the_error_of_apply():
         torch.func.grad(lambda x: square(x, 3.0).sum())(torch.ones(2))
 
 
-def test_a_tensor_that_left_its_transform_is_differentiated():
+def test_a_tensor_kept_from_a_transform_is_differentiated():
     kept = []
 
     def keep(x: Tensor) -> Tensor:

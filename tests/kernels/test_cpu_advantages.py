@@ -43,7 +43,7 @@ def seen(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("kl_estimator", reference.KL_ESTIMATORS)
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
 @pytest.mark.parametrize("score_clip", [None, 0.5])
-def test_rewards_by_loops_are_others_than_by_operations(monkeypatch, shape, kl_estimator, reward_at, score_clip):
+def test_rewards_by_loops_match_those_by_operations(monkeypatch, shape, kl_estimator, reward_at, score_clip):
     names, x = seen(monkeypatch), make(*shape)
     options = dict(kl_coef=0.3, kl_estimator=kl_estimator, score_clip=score_clip, reward_at=reward_at)
     got = TORCH.shape_rewards(**x, **options)
@@ -54,7 +54,7 @@ def test_rewards_by_loops_are_others_than_by_operations(monkeypatch, shape, kl_e
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # the same operations; exp may differ in the last place
 
 
-def test_scores_of_tokens_by_loops_are_others(monkeypatch):
+def test_token_scores_by_loops_match_those_by_operations(monkeypatch):
     x = make(4, 33)
     x["scores"] = torch.where(x["mask"], torch.randn(4, 33), torch.nan)
     for clip in (None, 0.2):
@@ -67,7 +67,7 @@ def test_scores_of_tokens_by_loops_are_others(monkeypatch):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("options", [{}, {"shift_mean": False}, {"unbiased": False}, {"eps": 0.1}], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 1000, 65_536, 200_001])
-def test_whitening_by_loops_is_further_from_the_truth(monkeypatch, masked, options, size):
+def test_whitening_by_loops_matches_the_reference(monkeypatch, masked, options, size):
     names = seen(monkeypatch)
     x, mask = 100 + torch.randn(size), torch.rand(size) < 0.8
     mask[0] = True
@@ -78,7 +78,7 @@ def test_whitening_by_loops_is_further_from_the_truth(monkeypatch, masked, optio
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=2e-6 if options.get("shift_mean", True) else 1e-4)
 
 
-def test_whitening_depends_on_the_number_of_threads(monkeypatch):
+def test_whitening_does_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(cpu, "_PER_THREAD", 1000)
     x = torch.randn(300_001)
     before = torch.get_num_threads()
@@ -95,7 +95,7 @@ def test_whitening_depends_on_the_number_of_threads(monkeypatch):
 
 @pytest.mark.parametrize("value", [3.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_whitening_hides_what_pytorch_shows(monkeypatch, value, eps):
+def test_whitening_by_loops_gives_nan_where_operations_do(monkeypatch, value, eps):
     """Constant numbers without eps give NaN, and so do NaN and infinity: nothing is made up."""
     x = torch.full((5,), value)
     got = TORCH.masked_whiten(x, eps=eps)
@@ -107,7 +107,7 @@ def test_whitening_hides_what_pytorch_shows(monkeypatch, value, eps):
 @pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize(("reward_at", "by_token"), [("last", False), ("last", True), ("after_last", False)])
 @pytest.mark.parametrize("shape", [(3, 7), (4, 40_000), (64, 17_000)])  # the last is worth a second thread
-def test_statistics_by_loops_are_others(monkeypatch, reward_at, shape, by_token, whiten):
+def test_statistics_by_loops_match_those_by_operations(monkeypatch, reward_at, shape, by_token, whiten):
     names, x = seen(monkeypatch), make(*shape)
     x["values"] = torch.randn(*shape)
     if by_token:
@@ -126,7 +126,7 @@ def test_statistics_by_loops_are_others(monkeypatch, reward_at, shape, by_token,
         torch.testing.assert_close(value, expected[4][name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_bits_of_statistics_depend_on_the_number_of_threads():
+def test_the_bits_of_statistics_do_not_depend_on_the_number_of_threads():
     x, before = make(64, 17_000), torch.get_num_threads()
     x["values"] = torch.where(x["mask"], torch.randn(64, 17_000), 0)
     results = []
@@ -141,7 +141,7 @@ def test_the_bits_of_statistics_depend_on_the_number_of_threads():
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
-def test_the_loops_take_only_contiguous_fp32_tensors_that_may_be_read_by_address():
+def test_the_loops_support_contiguous_fp32_tensors_readable_by_address():
     x, mask = torch.randn(4, 6), torch.ones(4, 6, dtype=torch.bool)
     assert cpu.supports(x, mask, None)
     for other in (x.T, x[:, ::2], x.double(), x.half(), x[:0], x.to("meta"), torch._neg_view(x)):

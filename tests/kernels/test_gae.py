@@ -39,7 +39,7 @@ def tensors_on_the_device(device: torch.device) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("T", [1, 7, 63, 130])
-def test_padded_rows_are_wrong(backend, T):
+def test_padded_rows_match_the_reference(backend, T):
     check(backend, rewards=torch.randn(3, T), values=torch.randn(3, T), gamma=0.99, lam=0.95)
     check(backend, **everything((3, T), 3), gamma=0.99, lam=0.95)
     check(backend, **everything((3, T), 3), gamma=torch.rand(3), lam=torch.rand(3))
@@ -47,8 +47,8 @@ def test_padded_rows_are_wrong(backend, T):
 
 @pytest.mark.parametrize("rows", [3, 4, 6, 8, 9])
 @pytest.mark.parametrize("flags", [(), ("mask",), ("terminated",), ("mask", "terminated")], ids=str)
-def test_a_row_among_four_takes_a_neighbours_numbers(backend, rows, flags):
-    """A CPU walks four rows side by side; the last ones alone."""
+def test_rows_processed_side_by_side_match_the_reference(backend, rows, flags):
+    """A CPU processes rows side by side; the last ones alone."""
     options = {**everything((rows, 19), rows), "gamma": torch.rand(rows), "lam": torch.rand(rows)}
     if "mask" not in flags:
         options |= {name: torch.randn(rows, 19) for name in ("rewards", "values")}
@@ -58,19 +58,19 @@ def test_a_row_among_four_takes_a_neighbours_numbers(backend, rows, flags):
     check(backend, **{name: views.get(name, x) for name, x in options.items() if name in kept})
 
 
-def test_rows_longer_than_a_span_lose_what_comes_behind_it(backend):
+def test_rows_longer_than_a_span_match_the_reference(backend):
     """Several spans, so that Triton composes them in one launch and applies them in another."""
     assert launch.LAYOUTS[launch.row_layout(1500)].W * launch.LAYOUTS[launch.row_layout(1500)].tiles < 1500
     check(backend, **everything((2, 1500), 2), gamma=0.999, lam=0.99)
 
 
-def test_many_rows_walked_by_one_program_each_are_wrong(backend, monkeypatch):
+def test_many_rows_with_one_program_each_match_the_reference(backend, monkeypatch):
     monkeypatch.setattr(launch, "MANY_ROWS", 2)
     check(backend, **everything((2, 1100), 2), gamma=0.999, lam=0.99)
 
 
 @pytest.mark.parametrize(("T", "N"), [(1, 1), (5, 7), (70, 3)])
-def test_time_major_differs_from_batch_first_transposed(backend, T, N):
+def test_time_major_equals_batch_first_transposed(backend, T, N):
     options = everything((T, N), N)
     check(backend, **options, gamma=0.99, lam=0.95, time_major=True)
     flipped = {k: x if k == "bootstrap" else x.T for k, x in options.items()}
@@ -81,14 +81,14 @@ def test_time_major_differs_from_batch_first_transposed(backend, T, N):
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 0, 9, 1], [130, 1, 0, 300, 64, 128, 0], [0, 0, 2]])
-def test_packed_sequences_see_each_other(backend, lengths):
+def test_packed_sequences_are_independent(backend, lengths):
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     options = everything((sum(lengths),), len(lengths))
     check(backend, **options, gamma=0.99, lam=0.95, cu_seqlens=cu_seqlens)
     check(backend, **options, gamma=torch.rand(len(lengths)), lam=0.95, cu_seqlens=cu_seqlens.int())
 
 
-def test_without_discount_and_trace_gae_is_not_monte_carlo(backend):
+def test_gae_without_discount_is_monte_carlo_and_without_trace_the_td_error(backend):
     r, v = torch.randn(2, 4, 50)
     _, returns = backend(r, v, gamma=1.0, lam=1.0)
     torch.testing.assert_close(returns, r.flip(-1).cumsum(-1).flip(-1), rtol=0, atol=2e-5)
@@ -97,12 +97,12 @@ def test_without_discount_and_trace_gae_is_not_monte_carlo(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32] + ([] if CPU_ONLY else [torch.bfloat16]))
-def test_half_precision_inputs_are_not_computed_in_fp32(backend, dtype):
+def test_half_precision_inputs_are_computed_in_fp32(backend, dtype):
     options = {k: x.to(dtype) if x.is_floating_point() else x for k, x in everything((3, 40), 3).items()}
     check(backend, **options, gamma=0.99, lam=0.95)
 
 
-def test_transposed_sliced_and_expanded_views_are_read_wrongly(backend):
+def test_transposed_sliced_and_expanded_views_match_the_reference(backend):
     big = torch.randn(2, 80, 9)
     check(backend, rewards=big[0, ::2, 1:8].T, values=big[1, 1::2, :7].T, gamma=0.9, lam=0.9)
     check(backend, rewards=torch.randn(1, 30).expand(4, 30), values=torch.randn(4, 1).expand(4, 30), gamma=0.9, lam=0.9)
@@ -110,26 +110,26 @@ def test_transposed_sliced_and_expanded_views_are_read_wrongly(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
-def test_empty_tensors_crash(backend, shape):
+def test_empty_tensors_give_empty_results(backend, shape):
     for x in backend(torch.zeros(shape), torch.zeros(shape)):
         assert x.shape == shape
 
 
-def test_all_masked_gives_something_else_than_zero(backend):
+def test_all_masked_gives_zero(backend):
     nan = torch.full((2, 9), torch.nan)
     for x in backend(nan, nan, mask=torch.zeros(2, 9, dtype=torch.bool)):
         assert not x.any()
 
 
-def test_a_reward_behind_an_end_reaches_the_steps_before_it(backend):
-    """Not even infinity may come through a cut."""
+def test_a_reward_after_an_end_does_not_reach_the_steps_before_it(backend):
+    """Not even infinity may pass a cut."""
     rewards = torch.tensor([[1.0, 1.0, torch.inf]])
     ends = torch.tensor([[False, True, False]])
     advantages, _ = backend(rewards, torch.zeros(1, 3), gamma=0.9, lam=0.9, terminated=ends)
     torch.testing.assert_close(advantages[:, :2], torch.tensor([[1.81, 1.0]]))
 
 
-def test_a_rows_bits_depend_on_the_rows_around_it(backend):
+def test_a_rows_bits_do_not_depend_on_other_rows(backend):
     options = everything((9, 200), 9)
     together = backend(**options, gamma=0.99, lam=0.95)
     alone = backend(**{k: x[4:5] for k, x in options.items()}, gamma=0.99, lam=0.95)
@@ -137,14 +137,14 @@ def test_a_rows_bits_depend_on_the_rows_around_it(backend):
         assert torch.equal(a[4:5], b)
 
 
-def test_repeats_differ_in_their_bits(backend):
+def test_repeats_have_the_same_bits(backend):
     options = everything((3, 100), 3)
     first = backend(**options, gamma=0.99, lam=0.95)
     for _ in range(5):
         assert all(map(torch.equal, first, backend(**options, gamma=0.99, lam=0.95)))
 
 
-def test_a_long_row_without_numba_is_a_python_loop(monkeypatch):
+def test_a_long_row_without_numba_takes_milliseconds(monkeypatch):
     """65536 steps take milliseconds; a loop over them would take seconds."""
     import time
 
@@ -194,7 +194,7 @@ def test_triton_reads_inputs_of_several_dtypes_and_strides():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("inside", [[0, 5, 5, 140], [3, 140, 141], [0, 0], [7, 7]])
 def test_steps_outside_all_packed_sequences_are_zero(inside, dtype):
-    """On a GPU nobody reads cu_seqlens before the launch, so it may be short."""
+    """On a GPU cu_seqlens is not checked before the launch, so it may be short."""
     total, rows = 200, len(inside) - 1
     options = {**everything((total,), rows), "gamma": torch.rand(rows), "lam": 0.95}
     actual = TRITON.gae(**options, cu_seqlens=torch.tensor(inside, dtype=dtype))
@@ -215,7 +215,7 @@ def test_wrong_packed_boundaries_are_bounded(wrong):
 
 
 @pytest.mark.usefixtures("values_unread")
-def test_packed_boundaries_beyond_the_end_stand_for_the_end():
+def test_packed_boundaries_beyond_the_end_are_the_end():
     options = everything((200,), 3)
     beyond = TRITON.gae(**options, cu_seqlens=torch.tensor([0, 60, 10**9, 2 * 10**9]))
     assert all(map(torch.equal, beyond, TRITON.gae(**options, cu_seqlens=torch.tensor([0, 60, 200, 200]))))
@@ -223,7 +223,7 @@ def test_packed_boundaries_beyond_the_end_stand_for_the_end():
 
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("shape", [(4096, 128), (64, 32768), (16, 65536), (3, 1000)])
-def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
+def test_gpu_results_are_exact_and_repeat(device, shape):
     options = {k: x.to(device) for k, x in everything(shape, shape[0]).items()}
     first = TRITON.gae(**options, gamma=0.99, lam=0.95)
     truth = TORCH.gae(**double(options), gamma=0.99, lam=0.95)
@@ -234,7 +234,7 @@ def test_gpu_results_are_wrong_or_differ_between_repeats(device, shape):
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
-def test_compiled_gae_recompiles_for_every_length_or_discount(name):
+def test_compiled_gae_is_reused_for_other_lengths_and_discounts(name):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     import ppo_fast as ppo
@@ -254,7 +254,7 @@ def test_compiled_gae_recompiles_for_every_length_or_discount(name):
 
 
 @pytest.mark.parametrize("time_major", [False, True])
-def test_threads_change_the_bits(monkeypatch, time_major):
+def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch, time_major):
     """Every thread has its own rows (also where rows don't divide evenly, and beyond one per row)."""
     pytest.importorskip("numba", reason="numba is not installed")
     monkeypatch.setattr(numba_threads, "_STEPS_PER_THREAD", 1)
@@ -271,7 +271,7 @@ def test_threads_change_the_bits(monkeypatch, time_major):
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-def test_an_error_in_a_helping_thread_is_swallowed():
+def test_an_error_in_a_helping_thread_is_raised():
     before = torch.get_num_threads()
 
     caller = threading.get_ident()
@@ -310,7 +310,7 @@ print(advantages.tolist(), [str(w.message) for w in told if "numba" in str(w.mes
 """
 
 
-def test_a_numba_that_cannot_be_imported_is_told_once_and_pytorch_computes():
+def test_a_numba_that_cannot_be_imported_warns_once_and_pytorch_computes():
     pytest.importorskip("numba", reason="numba is not installed")
     done = subprocess.run([sys.executable, "-c", BROKEN_NUMBA], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from ppo_fast.kernels.linear.options import HeadOptions
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that are not stored
 ]
 
 values_unread = values_unread_fixture
@@ -87,7 +87,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_is_ignored_or_its_gradient_is_wrong(kernels, device, name):
+def test_options_and_their_gradients_match_the_reference(kernels, device, name):
     tensors, options = OPTIONS[name]
     everything = make(2, 5, V=133, device=device)
     check_ppo(kernels, {n: everything[n] for n in (*BASIC, *tensors)}, **options)
@@ -95,7 +95,7 @@ def test_an_option_is_ignored_or_its_gradient_is_wrong(kernels, device, name):
 
 @pytest.mark.parametrize("aggregation", reference.AGGREGATIONS)
 @pytest.mark.parametrize("denominator", [None, 5.0, "tensor"])
-def test_a_term_gets_another_weight_than_its_sequence_says(kernels, device, aggregation, denominator):
+def test_aggregations_weight_terms_as_the_reference(kernels, device, aggregation, denominator):
     if denominator is not None and aggregation == "token-sum":
         pytest.skip("token-sum divides by nothing")
     x = make(3, 4, V=33, device=device)
@@ -108,7 +108,7 @@ def test_a_term_gets_another_weight_than_its_sequence_says(kernels, device, aggr
 
 
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
-def test_packed_sequences_are_weighted_as_if_they_were_rows(kernels, device, aggregation):
+def test_packed_sequences_are_weighted_by_their_lengths(kernels, device, aggregation):
     x = make(12, V=33, device=device)
     options = {"aggregation": aggregation, "cu_seqlens": torch.tensor([0, 3, 3, 8, 12], device=device)}
     check_ppo(kernels, {n: x[n] for n in (*BASIC, "mask")}, **options)
@@ -116,13 +116,13 @@ def test_packed_sequences_are_weighted_as_if_they_were_rows(kernels, device, agg
 
 
 @pytest.mark.parametrize("V", [1, 2, 129, 2048, 8192, 8195])
-def test_a_vocabulary_of_some_size_has_a_wrong_last_block(kernels, device, V):
+def test_vocabularies_of_every_size_match_the_reference(kernels, device, V):
     x = make(5, V=V, device=device)
     check_ppo(kernels, {n: x[n] for n in BASIC})
     check_ppo(kernels, {n: x[n] for n in (*BASIC, "bias")}, entropy_coef=0.1)
 
 
-def test_low_precision_inputs_err_more_than_eager_pytorch(kernels, device, low_or_not):
+def test_low_precision_inputs_err_at_most_as_eager_pytorch(kernels, device, low_or_not):
     """Root mean square errors of the gradients at most 1.2 times those of eager PyTorch, and logp exact to fp32."""
     x = make(32, V=300, D=32, device=device)
     x = {n: x[n].to(low_or_not) if n in ("hidden", "weight") else x[n] for n in BASIC}
@@ -139,7 +139,7 @@ def test_low_precision_inputs_err_more_than_eager_pytorch(kernels, device, low_o
         assert error(actual, name) <= 1.2 * error(eager, name) + 1e-9
 
 
-def test_logits_dtype_does_not_round_the_logits(kernels, device):
+def test_logits_dtype_rounds_the_logits(kernels, device):
     """As rollout engines do: the product rounded to the model's dtype, everything after it in fp32."""
     x = make(8, V=200, device=device)
     hidden, weight = x["hidden"].half(), x["weight"].half()
@@ -149,14 +149,14 @@ def test_logits_dtype_does_not_round_the_logits(kernels, device):
     assert (kernels.linear_logprobs(hidden, weight, x["tokens"]) - rounded).abs().max() > 1e-4
 
 
-def test_a_logits_dtype_that_no_product_writes_is_taken(kernels, device):
+def test_a_logits_dtype_that_no_product_writes_is_rejected(kernels, device):
     x = make(3, V=9, device=device)
     with pytest.raises(ValueError, match="logits_dtype must be"):
         kernels.linear_logprobs(x["hidden"].half(), x["weight"].half(), x["tokens"], logits_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
-def test_hidden_and_weight_of_different_dtypes_are_multiplied_in_the_lower_one(kernels, device, weight_dtype):
+def test_hidden_and_weight_of_different_dtypes_are_multiplied_in_the_higher_one(kernels, device, weight_dtype):
     x = make(6, V=50, device=device)
     hidden = x["hidden"].to(torch.float16 if weight_dtype == torch.float32 else torch.float32).requires_grad_()
     weight = x["weight"].to(weight_dtype).requires_grad_()
@@ -169,7 +169,7 @@ def test_hidden_and_weight_of_different_dtypes_are_multiplied_in_the_lower_one(k
     assert weight.grad.dtype == weight.dtype
 
 
-def test_tiny_advantages_vanish_from_fp16_gradients(kernels, device):
+def test_tiny_advantages_keep_their_fp16_gradients(kernels, device):
     """1e-6 p is far below what fp16 can hold; with a loss scale of 1e6 the gradients themselves are not."""
     x = {n: v for n, v in make(20, V=500, device=device).items() if n in BASIC}
     x |= {"advantages": x["advantages"] * 1e-6, "hidden": x["hidden"].half(), "weight": x["weight"].half()}
@@ -180,7 +180,7 @@ def test_tiny_advantages_vanish_from_fp16_gradients(kernels, device):
         assert error < 2e-3, name  # 4 roundings of 2^-11
 
 
-def test_two_words_differ_from_the_hand_calculation(kernels, device):
+def test_two_words_match_the_hand_calculation(kernels, device):
     """z = (0, ln 3), p = (1/4, 3/4), A = 2: loss -2; d loss / d z = -2 (3/4, -3/4); d h = W^T that, d W = that h^T."""
     hidden = torch.tensor([[1.0]], device=device, requires_grad=True)
     weight = torch.tensor([[0.0], [math.log(3)]], device=device, requires_grad=True)
@@ -192,7 +192,7 @@ def test_two_words_differ_from_the_hand_calculation(kernels, device):
     torch.testing.assert_close([a.item() for a in actual], expected, rtol=1e-6, atol=0)
 
 
-def test_ratios_without_old_logprobs_are_not_exactly_one(kernels, device):
+def test_ratios_without_old_logprobs_are_exactly_one(kernels, device):
     x = make(2, 5, V=200, device=device)
     _, stats, *_ = kernels.linear_ppo_loss(x["hidden"], x["weight"], x["tokens"], None, x["advantages"])
     assert (stats["ratio_mean"], stats["ratio_max"], stats["approx_kl"], stats["clip_fraction"]) == (1, 1, 0, 0)
@@ -200,7 +200,7 @@ def test_ratios_without_old_logprobs_are_not_exactly_one(kernels, device):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
-def test_the_result_depends_on_chunk_bytes(kernels, device, rows):
+def test_the_result_does_not_depend_on_chunk_bytes(kernels, device, rows):
     x = {n: v for n, v in make(2, 6, V=150, device=device).items() if n in (*BASIC, "mask", "bias")}
     whole = ppo(kernels.linear_ppo_loss, x, torch.float32, entropy_coef=0.1)
     cut = ppo(kernels.linear_ppo_loss, x, torch.float32, entropy_coef=0.1, chunk_bytes=rows * 160 * 4 * 2 + 5000)
@@ -208,7 +208,7 @@ def test_the_result_depends_on_chunk_bytes(kernels, device, rows):
         torch.testing.assert_close(cut[name], value, rtol=2e-6, atol=2e-6, msg=name)
 
 
-def test_micro_batches_add_up_to_something_else(kernels, device):
+def test_micro_batches_add_up_to_the_whole(kernels, device):
     x = make(4, 6, V=70, device=device)
     head = [x[name].requires_grad_() for name in ("hidden", "weight")]
     count = x["mask"].sum().float()
@@ -223,7 +223,7 @@ def test_micro_batches_add_up_to_something_else(kernels, device):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_what_stands_at_masked_tokens_reaches_a_result(kernels, device, bad):
+def test_values_at_masked_tokens_reach_no_result(kernels, device, bad):
     x = make(3, 7, V=60, device=device)
     x = {n: x[n] for n in (*BASIC, "mask", "ref_logprobs", "weights")}
     dirty = dict(x)
@@ -237,7 +237,7 @@ def test_what_stands_at_masked_tokens_reaches_a_result(kernels, device, bad):
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 5), (2, 5)])
-def test_nothing_counted_gives_no_graph_or_nan(kernels, device, shape):
+def test_nothing_counted_gives_zero_with_a_graph(kernels, device, shape):
     x = make(*shape, V=30, device=device)
     x["mask"] = torch.zeros_like(x["mask"])
     x = {n: x[n] for n in (*BASIC, "mask", "bias")}
@@ -304,7 +304,7 @@ def test_one_huge_logit_has_all_the_probability(kernels, device, with_bias):
     assert not entropy.any()
 
 
-def test_a_dropped_word_makes_nan(kernels, device):
+def test_a_word_with_a_bias_of_minus_inf_has_no_probability(kernels, device):
     """A bias of -inf takes a word out of the vocabulary: no probability, no gradient, also behind a softcap."""
     for options in ({}, {"softcap": 5.0}):
         x = make(6, V=40, device=device)
@@ -314,8 +314,8 @@ def test_a_dropped_word_makes_nan(kernels, device):
 
 
 @pytest.mark.usefixtures("values_unread")
-def test_a_token_outside_the_vocabulary_goes_unnoticed(device):
-    """On a GPU nobody has looked at the tokens before: NaN for the row, the loss and d weight, and no stray read."""
+def test_a_token_outside_the_vocabulary_gives_nan(device):
+    """On a GPU the tokens are not checked: NaN for the row, the loss and d weight, and no read out of bounds."""
     x = make(4, V=33, device=device)
     for token in (33, -1, 10**12):
         tokens = x["tokens"].clone()
@@ -330,7 +330,7 @@ def test_a_token_outside_the_vocabulary_goes_unnoticed(device):
 
 
 @pytest.mark.parametrize("way", ["transposed", "sliced", "expanded", "offset"])
-def test_strides_are_ignored(kernels, device, way):
+def test_strides_are_respected(kernels, device, way):
     x = {n: v for n, v in make(4, 6, V=50, device=device).items() if n in (*BASIC, "mask")}
 
     def view(t: Tensor) -> Tensor:
@@ -371,7 +371,7 @@ def logprobs_and_gradients(
 
 @pytest.mark.parametrize("upstream", ["both", "logp", "entropy"])
 @pytest.mark.parametrize("name", LOGPROB_OPTIONS)
-def test_some_upstream_gradient_of_linear_logprobs_is_lost(kernels, device, name, upstream):
+def test_every_upstream_gradient_of_linear_logprobs_matches_the_reference(kernels, device, name, upstream):
     tensors, options = LOGPROB_OPTIONS[name]
     x = make(2, 4, V=133, device=device)
     x = {n: x[n] for n in ("hidden", "weight", "tokens", *tensors)}
@@ -386,7 +386,7 @@ def test_some_upstream_gradient_of_linear_logprobs_is_lost(kernels, device, name
             assert_error_at_most_twice_eager(actual[key], eager[key], t, slack=2e-6, name=f"{key}, {dtype}")
 
 
-def test_fp64_is_computed_in_fp32(device):
+def test_fp64_is_computed_in_fp64(device):
     x = {n: v.double() if v.is_floating_point() else v for n, v in make(3, 5, V=40, device=device).items()}
     options = {"kl_coef": 0.1, "entropy_coef": 0.1, "softcap": 4.0, "aggregation": "seq-mean-token-mean"}
     actual = ppo(TORCH.linear_ppo_loss, x, torch.float64, **options)

@@ -1,4 +1,4 @@
-"""What the linear operations cost (products, memory, waits, compilations), and how they sit in autograd and FSDP."""
+"""The linear operations: products, memory, waits, compilations, autograd and FSDP."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppo_fast.kernels import reference
 from ppo_fast.kernels.linear import chunks, eager, launch, steps
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about lanes that nobody stores
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about lanes that are not stored
 
 values_unread = values_unread_fixture
 
@@ -54,7 +54,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("trained", "products"), [("hw", 3), ("h", 2), ("w", 2), ("", 1)])
-def test_a_product_more_than_needed_is_computed(kernels, device, dtype, trained, products):
+def test_only_the_needed_products_are_computed(kernels, device, dtype, trained, products):
     """FlopCounterMode would miss addmm_ and everything inside an operator; in eager mode there is none."""
     hidden, weight, *rest = inputs(2, 5, V=50, device=device)
     hidden, weight = (x.detach().to(dtype).requires_grad_(n in trained) for n, x in (("h", hidden), ("w", weight)))
@@ -68,7 +68,7 @@ def test_a_product_more_than_needed_is_computed(kernels, device, dtype, trained,
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_linear_logprobs_makes_logits_that_nobody_needs(kernels, device, trained):
+def test_linear_logprobs_computes_the_needed_products_only(kernels, device, trained):
     hidden, weight, tokens, *_ = inputs(2, 5, V=50, device=device)
     with torch.set_grad_enabled(trained), Products() as counted:
         logprobs = kernels.linear_logprobs(hidden, weight, tokens)
@@ -78,7 +78,7 @@ def test_linear_logprobs_makes_logits_that_nobody_needs(kernels, device, trained
             assert counted.flops == 4 * 2 * 10 * 16 * 50
 
 
-def test_masked_tokens_are_multiplied(kernels, device):
+def test_masked_tokens_are_not_multiplied(kernels, device):
     hidden, weight, *rest = inputs(3, 40, V=50, device=device)
     mask = torch.zeros(3, 40, dtype=torch.bool, device=device)
     mask[1, 35:] = True
@@ -97,7 +97,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("values_unread")
-def test_the_host_waits_for_the_device(kernels, device):
+def test_the_host_does_not_wait_for_the_device(kernels, device):
     """With num_counted, or without a mask. A CPU checks num_counted, which is what `like_a_gpu` turns off."""
     hidden, weight, *rest = inputs(3, 4, V=50, device=device)
     for options in ({}, {"aggregation": "seq-mean-token-mean", "weights": rest[2], "ref_logprobs": rest[1]}):
@@ -107,7 +107,7 @@ def test_the_host_waits_for_the_device(kernels, device):
             kernels.linear_logprobs(hidden, weight, rest[0]).sum().backward()
 
 
-def test_num_counted_changes_the_result_or_a_wrong_one_is_believed(kernels, device):
+def test_num_counted_changes_no_result_and_a_wrong_one_is_an_error(kernels, device):
     hidden, weight, *rest = inputs(3, 7, V=50, device=device)
     mask = make(3, 7, V=50, device=device)["mask"]
     n = int(mask.sum())
@@ -122,8 +122,8 @@ def test_num_counted_changes_the_result_or_a_wrong_one_is_believed(kernels, devi
 
 
 @pytest.mark.usefixtures("programs_may_overlap", "values_unread")
-def test_a_wrong_num_counted_on_a_gpu_is_not_nan(kernels, device, monkeypatch):
-    """There nobody can look. A CPU that does not look either stands in for it."""
+def test_a_wrong_num_counted_on_a_gpu_gives_nan(kernels, device, monkeypatch):
+    """No check reads values on a GPU. A CPU without these checks is used instead of one."""
 
     def like_a_gpu(mask: Tensor, num_counted: int, N: int) -> chunks.Rows:
         index = torch.nonzero_static(mask.reshape(-1), size=num_counted, fill_value=0).squeeze(1)
@@ -172,7 +172,7 @@ def test_scaled_gradients_are_nan_everywhere_if_their_rows_are_not_those_of_the_
     assert hidden.isnan().all()
 
 
-def test_rows_that_start_anywhere_and_mixed_dtypes_are_left_to_torch_operations(device):
+def test_unaligned_rows_and_mixed_dtypes_are_scaled_by_torch_operations(device):
     one = torch.ones((), device=device)
     index = torch.tensor([0, 2], device=device)
     for D, other in ((7, torch.float32), (8, torch.bfloat16)):
@@ -197,7 +197,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("count", [1, 6])
-def test_more_memory_than_chunk_bytes_is_taken(dtype, masked, count):
+def test_memory_stays_within_chunk_bytes(dtype, masked, count):
     """Of the torch backend, beyond inputs, gradients, and with several chunks the fp32 accumulator of d weight."""
     N, D, V = 600, 64, 4000
     x = inputs(N, V=V, D=D, device=torch.device("cpu"))
@@ -217,11 +217,11 @@ def test_more_memory_than_chunk_bytes_is_taken(dtype, masked, count):
     gradients = (V + N) * D * dtype.itemsize
     extra = accumulator - V * D * dtype.itemsize if count > 1 else 0
     assert in_forward <= gradients + chunk_bytes + extra
-    assert in_forward >= counted * V * 4 // count  # the measurement sees the chunk
+    assert in_forward >= counted * V * 4 // count  # the measurement includes the chunk
     assert in_backward <= 2 * gradients + (8 << 20)  # those that are returned, and at most one more d weight
 
 
-def test_linear_logprobs_takes_more_memory_than_chunk_bytes():
+def test_memory_of_linear_logprobs_stays_within_chunk_bytes():
     N, D, V = 600, 64, 4000
     hidden, weight, tokens, *_ = inputs(N, V=V, D=D, device=torch.device("cpu"))
     chunk_bytes = N * V * 4 // 6 + (4 << 20)
@@ -233,7 +233,7 @@ def test_linear_logprobs_takes_more_memory_than_chunk_bytes():
 
 
 def chunk_rows(N: int, *, dtype: torch.dtype, logits_dtype: torch.dtype, **options) -> int:
-    """What a GPU would be given for D = 4096, V = 128256; only shapes and dtypes are looked at."""
+    """Rows of a chunk on a GPU for D = 4096, V = 128256; they depend on shapes and dtypes only."""
     hidden = torch.empty(N, 4096, dtype=dtype, device="meta")
     weight = torch.empty(128256, 4096, dtype=dtype, device="meta")
     return chunks.make_plan(
@@ -249,7 +249,7 @@ def chunk_rows(N: int, *, dtype: torch.dtype, logits_dtype: torch.dtype, **optio
     ).rows
 
 
-def test_a_gpu_gets_chunks_that_reread_d_weight_too_often(monkeypatch):
+def test_a_gpu_gets_few_large_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "product_path", lambda device, dtype: "widening")
     low, wide = torch.bfloat16, torch.float32
     assert chunk_rows(8192, dtype=low, logits_dtype=low) == 8192  # one chunk takes no more than two and d weight
@@ -281,7 +281,7 @@ def test_an_explicit_fp32_of_logits_is_honoured_where_no_product_widens(device):
 
 
 @pytest.mark.usefixtures("without_widening")
-def test_gradients_are_right_where_no_product_widens(device):
+def test_gradients_match_the_reference_where_no_product_widens(device):
     x = make(40, V=50, device=device)
     hidden, weight = (x[n].half().requires_grad_() for n in ("hidden", "weight"))
     TRITON.linear_logprobs(hidden, weight, x["tokens"], chunk_bytes=1).sum().backward()
@@ -301,7 +301,7 @@ def low_products(monkeypatch: pytest.MonkeyPatch) -> Operations:
 @pytest.mark.usefixtures("without_widening")
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.1}, {"softcap": 5.0}, {"chunk_bytes": 1}], ids=str)
-def test_eager_gradients_are_right_in_half_precision_where_no_product_widens(
+def test_eager_half_precision_gradients_match_the_reference_where_no_product_widens(
     low_products, device, dtype, share, options
 ):
     """The chunk itself is in fp16 or bf16 there, so the bound is a few of their roundings."""
@@ -338,7 +338,7 @@ def test_the_plan_counts_the_rounded_product_of_d_weight(monkeypatch):
     assert chunk_rows(8192, chunk_bytes=product, **options) == 1
 
 
-def test_a_device_without_widening_products_is_found_out():
+def test_a_device_without_widening_products_is_detected():
     """A CPU has none, in any form of the call."""
     assert not chunks._multiplies_into_fp32(torch.device("cpu"), torch.float16)
     assert chunks.product_path(torch.device("cpu"), torch.bfloat16) == "converted"
@@ -394,7 +394,7 @@ def gradients(loss: Tensor, *of: Tensor, **options) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, of, **options)
 
 
-def test_a_second_backward_gets_what_the_first_has_scaled(kernels, device):
+def test_a_second_backward_is_independent_of_the_first(kernels, device):
     hidden, weight, *rest = inputs(2, 5, V=50, device=device)
     losses = [kernels.linear_ppo_loss(hidden, weight, *rest)[0], kernels.linear_logprobs(hidden, weight, rest[0]).sum()]
     for loss in losses:
@@ -408,7 +408,7 @@ def test_a_second_backward_gets_what_the_first_has_scaled(kernels, device):
             assert torch.equal(c, k)
 
 
-def test_gradients_do_not_add_up_over_calls_and_consumers(kernels, device):
+def test_gradients_add_up_over_calls_and_consumers(kernels, device):
     """Accumulation, a second consumer of hidden, and a weight that is also the embedding."""
     x = make(2, 5, V=50, device=device)
 
@@ -424,7 +424,7 @@ def test_gradients_do_not_add_up_over_calls_and_consumers(kernels, device):
     torch.testing.assert_close(actual.double(), truth, rtol=3e-6, atol=1e-6)
 
 
-def test_create_graph_gives_a_wrong_second_derivative(kernels, device):
+def test_create_graph_is_an_error(kernels, device):
     hidden, weight, *rest = inputs(2, 5, V=50, device=device)
     for name, loss in (
         ("linear_ppo_loss", kernels.linear_ppo_loss(hidden, weight, *rest)[0]),
@@ -434,7 +434,7 @@ def test_create_graph_gives_a_wrong_second_derivative(kernels, device):
             gradients(loss, hidden, weight, create_graph=True)
 
 
-def test_autocast_casts_the_operands_again(kernels, device):
+def test_autocast_does_not_cast_the_operands_again(kernels, device):
     hidden, weight, *rest = inputs(2, 5, V=50, device=device)
     expected = gradients(kernels.linear_ppo_loss(hidden, weight, *rest)[0], hidden, weight)
     logprobs = kernels.linear_logprobs(hidden, weight, rest[0])
@@ -449,7 +449,7 @@ def test_autocast_casts_the_operands_again(kernels, device):
     assert torch.equal(frozen, logprobs)
 
 
-def test_a_frozen_bias_or_hidden_gets_a_gradient(kernels, device):
+def test_only_the_trained_input_gets_a_gradient(kernels, device):
     x = make(2, 5, V=50, device=device)
     rest = [x[n] for n in BASIC[2:]]
     for trained in ("hidden", "weight", "bias"):
@@ -462,14 +462,14 @@ def test_a_frozen_bias_or_hidden_gets_a_gradient(kernels, device):
     assert not loss.requires_grad
 
 
-def test_the_same_inputs_give_other_bits(kernels, device):
+def test_the_same_inputs_give_the_same_bits(kernels, device):
     hidden, weight, *rest = inputs(2, 5, V=500, device=device)
     runs = [gradients(kernels.linear_ppo_loss(hidden, weight, *rest)[0], hidden, weight) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_scoring_gives_other_bits_than_the_loss_so_the_first_ratio_is_not_one(kernels, device, frozen, monkeypatch):
+def test_scoring_gives_the_bits_of_the_loss_so_the_first_ratio_is_one(kernels, device, frozen, monkeypatch):
     """As many rows to a product with gradients as without, also where there are several chunks."""
     monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 1 << 15)
     monkeypatch.setattr(chunks, "CPU_CHUNK_ROWS", 16)
@@ -487,7 +487,7 @@ def test_scoring_gives_other_bits_than_the_loss_so_the_first_ratio_is_not_one(ke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_the_cut_into_chunks_depends_on_the_gradients_wanted(dtype, in_place):
+def test_the_cut_into_chunks_does_not_depend_on_the_gradients_wanted(dtype, in_place):
     """Products of another number of rows may have other bits, on a GPU above all."""
     for n in (100, 4200, 4500, 5000, 10000, 50000):
         hidden, weight = (torch.empty(rows, 2048, dtype=dtype, device="meta") for rows in (n, 30000))
@@ -509,7 +509,7 @@ def alone(tmp_path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_distributed_weight_is_read_as_if_it_were_whole(kernels):
+def test_a_distributed_weight_is_rejected(kernels):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -537,7 +537,7 @@ class Policy(nn.Module):
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_it_fails_inside_an_fsdp2_forward(kernels):
+def test_it_works_inside_an_fsdp2_forward(kernels):
     """Inside the wrapped module's forward the parameter is a plain tensor, and its gradient reaches the shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -564,7 +564,7 @@ NUMBERS = ("temperature", "logit_scale", "clip_low", "dual_clip", "entropy_coef"
 
 
 @pytest.mark.parametrize("changing", ["N", "num_counted", "softcap", "denominator", *NUMBERS])
-def test_torch_compile_breaks_the_graph_or_compiles_for_every_value(kernels, device, changing):
+def test_torch_compile_keeps_one_graph_for_all_values(kernels, device, changing):
     """The operator in front of both backends is one code, so the slow interpreter tries one number only."""
     if kernels is TRITON and changing in NUMBERS[1:]:
         pytest.skip("as with the torch backend")
@@ -592,7 +592,7 @@ def test_torch_compile_breaks_the_graph_or_compiles_for_every_value(kernels, dev
 
 
 @pytest.mark.parametrize("changing", ["N", "temperature", "chunk_bytes"])
-def test_compiled_linear_logprobs_differs_or_compiles_for_every_value(kernels, device, changing):
+def test_compiled_linear_logprobs_is_reused_and_has_the_same_results(kernels, device, changing):
     def loss_of(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
         logp, entropy = kernels.linear_logprobs(hidden * 1.5, weight, tokens, mask, with_entropy=True, **options)
         return (logp * logp.detach() - 0.1 * entropy).sum()
@@ -609,7 +609,7 @@ def test_compiled_linear_logprobs_differs_or_compiles_for_every_value(kernels, d
     assert counter.frame_count <= 3
 
 
-def test_compiling_without_gradients_or_entropy_fails(kernels, device):
+def test_compiling_works_without_gradients_or_entropy(kernels, device):
     x = make(1, 3, V=9, device=device)
     args = x["hidden"], x["weight"], x["tokens"]
     function, _ = compiled(lambda *a: kernels.linear_logprobs(*a))
@@ -626,7 +626,7 @@ def test_compiling_without_gradients_or_entropy_fails(kernels, device):
 
 
 class Recorder:
-    """Stands for a kernel and keeps the configuration of each launch."""
+    """Replaces a kernel and records the configuration of each launch."""
 
     def __init__(self, kernel, launches: set) -> None:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
@@ -669,7 +669,7 @@ def test_the_launches_are_the_variants_that_the_gate_compiles(monkeypatch, devic
     assert launches == gate  # and nothing is compiled that no launch can choose
 
 
-def test_the_operators_break_a_rule_of_torch_library(device):
+def test_the_operators_follow_the_rules_of_torch_library(device):
     x = make(2, 3, V=9, device=device)
     head = [x["hidden"].requires_grad_(), x["weight"].requires_grad_(), None]
     head_scalars = torch.tensor([0.7, math.nan, 1.0]).double()

@@ -13,7 +13,7 @@ from ppo_fast.kernels import reference
 values_unread = values_unread_fixture
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that are not stored
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,20 +30,20 @@ def token_logprobs(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("V", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_some_vocabulary_size_or_dtype_is_less_exact_than_eager(token_logprobs, device, V, dtype):
+def test_every_vocabulary_size_and_dtype_is_as_exact_as_eager(token_logprobs, device, V, dtype):
     logits, tokens = make((2, 3, V), device)
     mask = torch.tensor([[True, False, True], [True, True, False]], device=device)
     check(token_logprobs, logits.to(dtype), tokens, mask, temperature=0.7)
     check(token_logprobs, logits.to(dtype), tokens)
 
 
-def test_a_vocabulary_of_262144_is_less_exact_than_eager(token_logprobs, device):
+def test_a_vocabulary_of_262144_is_as_exact_as_eager(token_logprobs, device):
     """Megatron-LM #2206 asks about numerics beyond 250k."""
     logits, tokens = make((1, 262144), device)
     check(token_logprobs, logits, tokens, temperature=0.7)
 
 
-def test_two_logits_differ_from_the_hand_calculation(token_logprobs, device):
+def test_two_logits_match_the_hand_calculation(token_logprobs, device):
     """z = (0, ln 3): p = (1/4, 3/4), H = ln 4 - (3/4) ln 3; d logp_0 = (3/4, -3/4); d H = p (H + log p) negated."""
     logits = torch.tensor([[0.0, math.log(3)]], device=device)
     tokens, one = torch.tensor([0], device=device), torch.ones(1, device=device)
@@ -57,14 +57,14 @@ def test_two_logits_differ_from_the_hand_calculation(token_logprobs, device):
     torch.testing.assert_close(grad.cpu(), expected)
 
 
-def test_probabilities_of_all_tokens_do_not_add_up_to_one(token_logprobs, device):
+def test_probabilities_of_all_tokens_add_up_to_one(token_logprobs, device):
     logits, _ = make((1, 129), device)
     every = token_logprobs(logits.expand(129, 129), torch.arange(129, device=device))
     torch.testing.assert_close(every.exp().sum().cpu(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("V", [1, 63, 65, 127, 129, 1025, 4099])
-def test_all_negative_rows_meet_a_maximum_of_zero_or_padding_of_exp_0(token_logprobs, device, V):
+def test_all_negative_rows_match_the_reference(token_logprobs, device, V):
     """verl #2899, #7439, SkyRL #2141: the maximum began at 0, and padded columns added exp(0) each."""
     logits, tokens = make((3, V), device)
     check(token_logprobs, logits - 90, tokens)
@@ -73,7 +73,7 @@ def test_all_negative_rows_meet_a_maximum_of_zero_or_padding_of_exp_0(token_logp
 
 
 @pytest.mark.parametrize("V", [7, 129, 4099])
-def test_entropy_is_nan_when_a_logit_is_minus_inf(token_logprobs, device, V):
+def test_entropy_is_finite_when_a_logit_is_minus_inf(token_logprobs, device, V):
     """trl #7221: 0 * -inf, in the value and in the gradient."""
     logits, tokens = make((3, V), device)
     logits[:, ::2] = -INF
@@ -134,7 +134,7 @@ def test_one_huge_logit_has_all_the_probability(token_logprobs, device, V, other
     assert torch.equal(grad, expected)
 
 
-def test_minus_inf_at_the_target_is_not_minus_inf_or_spoils_the_gradient(token_logprobs, device):
+def test_minus_inf_at_the_target_gives_minus_inf_and_a_finite_gradient(token_logprobs, device):
     logits, tokens = make((3, 129), device)
     logits[torch.arange(3), tokens] = -INF
     g = torch.ones(3, device=device)
@@ -148,7 +148,7 @@ def test_minus_inf_at_the_target_is_not_minus_inf_or_spoils_the_gradient(token_l
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, "all -inf"])
-def test_nan_or_inf_in_a_row_is_hidden_or_reaches_another_row(token_logprobs, device, bad):
+def test_nan_or_inf_makes_its_own_row_nan_only(token_logprobs, device, bad):
     """torch.log_softmax makes the whole row NaN; so do we, values and gradients, and no other row is touched."""
     logits, tokens = make((3, 129), device)
     if bad == "all -inf":
@@ -165,14 +165,14 @@ def test_nan_or_inf_in_a_row_is_hidden_or_reaches_another_row(token_logprobs, de
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
-def test_logits_of_ten_thousand_overflow(token_logprobs, device, temperature, offset):
+def test_logits_of_ten_thousand_do_not_overflow(token_logprobs, device, temperature, offset):
     logits, tokens = make((4, 1025), device)
     logits[0] *= 3000
     check(token_logprobs, logits + offset, tokens, temperature=temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_target_probability_near_one_cancels_in_the_gradient(token_logprobs, device, dtype):
+def test_target_probability_near_one_keeps_digits_in_the_gradient(token_logprobs, device, dtype):
     """Liger recomputes it for bf16: p rounded to the logits' dtype before p - 1 keeps no digit at 1 - p = 1e-4."""
     logits, tokens = torch.zeros(1, 33, device=device, dtype=dtype), torch.zeros(1, dtype=torch.int64, device=device)
     logits[0, 0] = math.log(32 / 1e-4)
@@ -182,7 +182,7 @@ def test_target_probability_near_one_cancels_in_the_gradient(token_logprobs, dev
     assert grad[0, 0].item() == pytest.approx(expected, rel=1e-2)
 
 
-def test_temperature_reaches_logprobs_but_not_entropy(token_logprobs, device):
+def test_temperature_divides_the_logits_of_logprobs_and_entropy(token_logprobs, device):
     """OpenRLHF #1319, trl #3169."""
     logits, tokens = make((3, 129), device)
     for hot, cold in zip(
@@ -193,7 +193,7 @@ def test_temperature_reaches_logprobs_but_not_entropy(token_logprobs, device):
         torch.testing.assert_close(hot, cold)
 
 
-def test_all_tokens_get_the_upstream_gradient_of_the_first(token_logprobs, device):
+def test_every_token_gets_its_own_upstream_gradient(token_logprobs, device):
     """Liger #1298, #680. Expanded and transposed upstream gradients too."""
     logits, tokens = make((2, 3, 5), device)
     g = torch.arange(1.0, 7.0, device=device).view(2, 3)
@@ -216,7 +216,7 @@ def test_a_lazily_negated_upstream_gradient_keeps_its_sign(token_logprobs, devic
 
 
 @pytest.mark.parametrize("V", [5, 129, 4099])
-def test_the_gradient_of_one_output_needs_or_changes_the_other(token_logprobs, device, V):
+def test_the_gradients_of_both_outputs_are_independent(token_logprobs, device, V):
     logits, tokens = make((3, V), device)
     g, h = (torch.randn(3, device=device) for _ in range(2))
     both = differentiate(token_logprobs, logits, tokens, g=g, h=h)[2]
@@ -230,7 +230,7 @@ def test_the_gradient_of_one_output_needs_or_changes_the_other(token_logprobs, d
     torch.testing.assert_close(alone.detach(), with_entropy)
 
 
-def test_what_stands_at_a_masked_position_reaches_a_result(token_logprobs, device):
+def test_values_at_masked_positions_reach_no_result(token_logprobs, device):
     """NaN logits, tokens of -100 and 10^15, and NaN upstream: masked rows give 0 and a gradient of 0."""
     logits, tokens = make((4, 129), device)
     mask = torch.tensor([True, False, True, False], device=device)
@@ -246,7 +246,7 @@ def test_what_stands_at_a_masked_position_reaches_a_result(token_logprobs, devic
 
 @pytest.mark.usefixtures("values_unread")
 @pytest.mark.parametrize("bad", [-1, 129, -(2**40), 2**32 + 5, 10**15])
-def test_a_token_outside_the_vocabulary_is_read_from_elsewhere(token_logprobs, device, bad):
+def test_a_token_outside_the_vocabulary_makes_its_row_nan(token_logprobs, device, bad):
     logits, tokens = make((3, 129), device)
     g = torch.ones(3, device=device)
     clean = differentiate(token_logprobs, logits, tokens, g=g, h=g)
@@ -260,26 +260,26 @@ def test_a_token_outside_the_vocabulary_is_read_from_elsewhere(token_logprobs, d
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (7,), (1, 1, 7)])
-def test_an_empty_batch_or_a_single_row_has_the_wrong_shape(token_logprobs, device, shape):
+def test_an_empty_batch_and_a_single_row_have_the_right_shape(token_logprobs, device, shape):
     logits, tokens = make(shape, device)
     check(token_logprobs, logits, tokens)
 
 
-def test_everything_masked_has_no_graph_or_a_gradient(token_logprobs, device):
+def test_everything_masked_gives_zero_with_a_zero_gradient(token_logprobs, device):
     logits, tokens = make((3, 129), device)
     nothing, g = torch.zeros(3, dtype=torch.bool, device=device), torch.ones(3, device=device)
     for x in differentiate(token_logprobs, logits * NAN, tokens, nothing, g=g, h=g):
         assert (x == 0).all()
 
 
-def test_double_backward_is_silently_wrong(token_logprobs, device):
+def test_double_backward_is_an_error(token_logprobs, device):
     logits, tokens = make((3, 129), device)
     logp = token_logprobs(logits.requires_grad_(), tokens)
     with pytest.raises(RuntimeError, match="token_logprobs has no double backward"):
         torch.autograd.grad(logp.sum(), logits, create_graph=True)
 
 
-def test_fp64_logits_are_computed_in_fp32_by_the_torch_backend(device):
+def test_the_torch_backend_computes_fp64_logits_in_fp64(device):
     logits, tokens = make((2, 3, 17), device)
     x = logits.double().requires_grad_()
     mask = torch.rand(2, 3, device=device) < 0.7
@@ -290,7 +290,7 @@ def test_fp64_logits_are_computed_in_fp32_by_the_torch_backend(device):
 
 
 @pytest.mark.parametrize("V", [3, 129, 1030, 4099])
-def test_a_row_has_other_bits_alone_than_in_a_batch_of_64(token_logprobs, device, V):
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_64(token_logprobs, device, V):
     """Also at other alignments, and with 16-byte loads or not."""
     logits, tokens = make((64, V), device)
     g, h = torch.randn(64, device=device), torch.randn(64, device=device)
@@ -305,7 +305,7 @@ def test_a_row_has_other_bits_alone_than_in_a_batch_of_64(token_logprobs, device
                 assert torch.equal(a, b[row])
 
 
-def test_repeats_differ_in_bits(token_logprobs, device):
+def test_repeats_have_equal_bits(token_logprobs, device):
     logits, tokens = make((5, 1030), device)
     g = torch.randn(5, device=device)
     first = differentiate(token_logprobs, logits, tokens, g=g, h=g)

@@ -19,7 +19,7 @@ from ppo_fast.kernels.logprobs import custom_op, eager, launch
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that are not stored
 ]
 
 KERNELS = {name: getattr(launch, name) for name in ("token_logprobs_fwd_kernel", "token_logprobs_bwd_kernel")}
@@ -43,7 +43,7 @@ def make(*shape: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tens
 class Traffic(TorchDispatchMode):
     """Counts, in units of `big` elements, what operators read and write of tensors in storages that large or larger.
 
-    It knows the operators that the torch backend uses and refuses others on big tensors, so that none hides traffic.
+    It counts operators on big tensors by their schema, so that none hides traffic.
     """
 
     WRITE_ONLY = ("aten.copy_", "aten.zero_", "aten.fill_", "aten.index_fill_", "aten.index_copy_", "aten.index_put_")
@@ -90,7 +90,7 @@ class Traffic(TorchDispatchMode):
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("view", ["plain", "masked", "sliced", "inplace"])
-def test_the_torch_backend_traverses_the_logits_more_than_three_times(monkeypatch, with_entropy, dtype, view):
+def test_the_torch_backend_traverses_the_logits_three_times(monkeypatch, with_entropy, dtype, view):
     """Peers make 7 to 59 traversals of tensors as large as the logits (anchors/trainers.md, section 2)."""
     monkeypatch.undo()  # poisoning is a traversal too
     B, T, V = 4, 150, 8192
@@ -111,7 +111,7 @@ def test_the_torch_backend_traverses_the_logits_more_than_three_times(monkeypatc
     assert traffic.largest_small <= 8 << 20
 
 
-def test_the_traffic_counter_misses_the_traffic_of_plain_pytorch():
+def test_the_traffic_counter_counts_the_traffic_of_plain_pytorch():
     """The counter itself: log_softmax, gather and their backward read 1 + V-less, write 1, then 3 and 2."""
     logits, tokens, _ = make(64, 1000, device=torch.device("cpu"))
     traffic = Traffic(64 * 1000, 4)
@@ -123,8 +123,8 @@ def test_the_traffic_counter_misses_the_traffic_of_plain_pytorch():
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_masked_rows_reach_a_result_where_the_device_cannot_be_asked_which(monkeypatch, with_entropy):
-    """Elsewhere than on a CPU masked rows are read and thrown away; here a CPU plays such a device."""
+def test_masked_rows_reach_no_result_where_the_mask_is_not_read(monkeypatch, with_entropy):
+    """On other devices than a CPU masked rows are read and discarded; here a CPU is used as such a device."""
     logits, tokens, mask = make(4, 3, 33, device=torch.device("cpu"))
     logits[~mask], tokens[~mask] = math.nan, -100
     results = []
@@ -153,7 +153,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {  # of [4, 7, 6, V], or of token
 
 @pytest.mark.parametrize("V", [129, 2051])
 @pytest.mark.parametrize("name", list(VIEWS))
-def test_a_strided_view_is_read_at_the_wrong_addresses(token_logprobs, device, name, V):
+def test_a_strided_view_gives_the_results_of_a_contiguous_copy(token_logprobs, device, name, V):
     """rl_games #358. The gradient of a view lands in the right place of its base."""
     logits, tokens, mask = make(4, 7, 6, V, device=device)
     view = VIEWS[name]
@@ -170,7 +170,7 @@ def test_a_strided_view_is_read_at_the_wrong_addresses(token_logprobs, device, n
 
 
 @pytest.mark.parametrize("V", [3, 130, 2051])
-def test_a_padded_row_or_a_vocabulary_not_last_in_memory_is_read_wrongly(token_logprobs, device, V):
+def test_padded_rows_and_strided_vocabularies_give_the_same_results(token_logprobs, device, V):
     logits, tokens, mask = make(3, 5, V, device=device)
     expected, gradient = run(token_logprobs, logits, tokens, mask)
     padded = torch.nn.functional.pad(logits, (0, 3), value=math.nan)[..., :V]
@@ -184,14 +184,14 @@ def test_a_padded_row_or_a_vocabulary_not_last_in_memory_is_read_wrongly(token_l
 
 
 def run(token_logprobs, logits: Tensor, tokens: Tensor, mask: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
-    """logp, and the gradient of a weighted sum, for logits as they lie."""
+    """logp, and the gradient of a weighted sum, for logits with their strides."""
     x = logits.detach().requires_grad_()
     logp = token_logprobs(x, tokens, mask, **options)
     weight = torch.arange(1.0, logp.numel() + 1, device=logits.device).view_as(logp)
     return logp.detach(), torch.autograd.grad(logp, x, weight)[0]
 
 
-def test_tokens_at_odd_addresses_or_of_other_widths_are_misread(token_logprobs, device):
+def test_tokens_at_odd_addresses_and_of_int32_match_the_reference(token_logprobs, device):
     """flash-attention's cross entropy pads int64 labels that do not start at 16 bytes."""
     logits, _, mask = make(6, 129, device=device)
     for dtype in (torch.int64, torch.int32):
@@ -201,7 +201,7 @@ def test_tokens_at_odd_addresses_or_of_other_widths_are_misread(token_logprobs, 
             torch.testing.assert_close(token_logprobs(logits, tokens, mask), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_inplace_backward_allocates_a_gradient_or_changes_it(token_logprobs, device):
+def test_inplace_backward_writes_the_same_gradient_over_the_logits(token_logprobs, device):
     logits, tokens, mask = make(3, 5, 2051, device=device)
     _, expected = run(token_logprobs, logits, tokens, mask)
     for x in (logits.clone(), logits.transpose(0, 1).contiguous().transpose(0, 1)):
@@ -211,7 +211,7 @@ def test_inplace_backward_allocates_a_gradient_or_changes_it(token_logprobs, dev
         assert torch.equal(x, expected)
 
 
-def test_inplace_backward_with_three_leading_dimensions_leaves_the_logits(token_logprobs, device):
+def test_inplace_backward_overwrites_logits_with_three_leading_dimensions(token_logprobs, device):
     base, tokens, mask = make(3, 5, 4, 33, device=device)
     x, t, m = base[:, 1:-1, 1:-1], tokens[:, 1:-1, 1:-1], mask[:, 1:-1, 1:-1]
     _, expected = run(token_logprobs, x.clone(), t, m)
@@ -220,7 +220,7 @@ def test_inplace_backward_with_three_leading_dimensions_leaves_the_logits(token_
     assert torch.equal(x, expected)
 
 
-def test_a_second_inplace_backward_differentiates_the_gradient(token_logprobs, device):
+def test_a_second_inplace_backward_is_an_error(token_logprobs, device):
     logits, tokens, _ = make(3, 129, device=device)
     loss = token_logprobs(logits.requires_grad_(), tokens, inplace_backward=True).sum()
     loss.backward(retain_graph=True)
@@ -228,8 +228,8 @@ def test_a_second_inplace_backward_differentiates_the_gradient(token_logprobs, d
         loss.backward()
 
 
-def test_another_consumer_of_overwritten_logits_gets_a_wrong_gradient(token_logprobs, device):
-    """Liger #272, #343, #1251. square() has saved the logits; whichever runs later must notice."""
+def test_another_consumer_of_overwritten_logits_is_an_error(token_logprobs, device):
+    """Liger #272, #343, #1251. square() has saved the logits; whichever backward runs later must raise an error."""
     logits, tokens, _ = make(3, 129, device=device)
     x = logits.requires_grad_() * 1
     other = x.square().sum()
@@ -242,14 +242,14 @@ def test_another_consumer_of_overwritten_logits_gets_a_wrong_gradient(token_logp
 
 
 @pytest.mark.parametrize("view", [lambda x: x[:1].expand(3, -1), lambda x: x.view(-1).unfold(0, 50, 10)])
-def test_inplace_backward_writes_one_address_for_two_elements(token_logprobs, device, view):
+def test_inplace_backward_rejects_two_elements_with_one_address(token_logprobs, device, view):
     x = view(make(3, 129, device=device)[0]).requires_grad_()
     tokens = torch.zeros(x.shape[0], dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="inplace_backward=True needs logits whose elements"):
         token_logprobs(x, tokens, inplace_backward=True)
 
 
-def test_logits_changed_before_backward_give_a_wrong_gradient_in_silence(token_logprobs, device):
+def test_logits_changed_before_backward_are_an_error(token_logprobs, device):
     logits, tokens, _ = make(3, 129, device=device)
     x = logits.requires_grad_() * 1
     logp = token_logprobs(x, tokens)
@@ -258,7 +258,7 @@ def test_logits_changed_before_backward_give_a_wrong_gradient_in_silence(token_l
         logp.sum().backward()
 
 
-def test_outputs_changed_before_backward_spoil_the_gradient(token_logprobs, device):
+def test_outputs_changed_before_backward_do_not_change_the_gradient(token_logprobs, device):
     """trl-losses tests it too: backward must not read what the caller may overwrite."""
     logits, tokens, _ = make(3, 129, device=device)
     expected = run(token_logprobs, logits, tokens)[1]
@@ -272,7 +272,7 @@ def test_outputs_changed_before_backward_spoil_the_gradient(token_logprobs, devi
 
 
 @pytest.mark.parametrize("rows", [(3,), (2, 3)])
-def test_addresses_wrap_past_two_to_the_31(token_logprobs, device, rows):
+def test_addresses_past_two_to_the_31_are_exact(token_logprobs, device, rows):
     """Rows 2^30 + 5 elements apart: only the pages that are touched exist. int32 offsets would go below the buffer."""
     V, gap = 129, 2**30 + 5
     strides = (gap,) if rows == (3,) else (V, gap)
@@ -289,7 +289,7 @@ def test_addresses_wrap_past_two_to_the_31(token_logprobs, device, rows):
 
 
 class Recorder:
-    """Stands for a kernel and keeps the configuration of each launch."""
+    """Replaces a kernel and records the configuration of each launch."""
 
     def __init__(self, kernel, launches: set) -> None:
         self.arg_names, self.name, self.launches = kernel.arg_names, kernel.fn.__name__, launches
@@ -313,7 +313,7 @@ def record(monkeypatch, logits: Tensor, *args, function=TRITON.token_logprobs, *
     return launches
 
 
-def test_a_sliced_batch_is_copied_whole_before_the_kernel(monkeypatch, device):
+def test_a_sliced_batch_is_not_copied(monkeypatch, device):
     """[B, T, V] sliced in T, the usual case: no operator may read or make anything as large as the logits."""
     monkeypatch.undo()  # poisoning is a traversal too
     logits, tokens, mask = make(3, 9, 2051, device=device)
@@ -350,7 +350,7 @@ def test_the_launches_are_the_variants_that_the_gate_compiles(monkeypatch, devic
     assert launches == gate  # and nothing is compiled that no launch can choose
 
 
-def test_entropy_is_computed_in_the_loop_only_where_it_is_asked_for(monkeypatch, device):
+def test_entropy_is_computed_in_the_loop_only_if_requested(monkeypatch, device):
     logits, tokens, _ = make(3, 5000, device=device)
     for function, expected in ((TRITON.token_logprobs, False), (entropy_of, True)):
         launches = record(monkeypatch, logits, tokens, function=function)
@@ -367,7 +367,7 @@ def test_a_partial_sum_belongs_to_one_thread_whether_warps_have_32_or_64(module)
                 assert v.constexprs["LANES"] % (threads * 16 // itemsize) == 0, v.name
 
 
-def test_checkpointing_or_autocast_changes_the_result(token_logprobs, device):
+def test_checkpointing_and_autocast_do_not_change_the_result(token_logprobs, device):
     logits, tokens, mask = make(3, 129, device=device)
     expected, gradient = run(token_logprobs, logits, tokens, mask)
     weight = torch.arange(1.0, 4, device=device)
@@ -396,7 +396,7 @@ def compiled(token_logprobs) -> tuple[Callable, CompileCounterWithBackend]:
 
 
 @pytest.mark.parametrize("changing", ["N", "temperature"])
-def test_torch_compile_breaks_the_graph_or_compiles_for_every_value(token_logprobs, device, changing):
+def test_torch_compile_keeps_one_graph_for_all_values(token_logprobs, device, changing):
     """Liger #146, #1364. fullgraph=True raises on a break."""
     loss, counter = compiled(token_logprobs)
     for i in range(12):
@@ -410,7 +410,7 @@ def test_torch_compile_breaks_the_graph_or_compiles_for_every_value(token_logpro
     assert counter.frame_count <= 3
 
 
-def test_torch_compile_loses_an_option(token_logprobs, device):
+def test_torch_compile_keeps_all_options(token_logprobs, device):
     logits, tokens, _ = make(3, 129, device=device)
     torch._dynamo.reset()
     for options in ({}, {"inplace_backward": True}, {"temperature": 0.3}):
@@ -424,7 +424,7 @@ def test_torch_compile_loses_an_option(token_logprobs, device):
 
 
 @pytest.mark.parametrize("operator", [custom_op.triton_operator, custom_op.torch_operator], ids=["triton", "torch"])
-def test_the_operator_breaks_a_rule_of_torch_library(monkeypatch, device, operator):
+def test_the_operator_follows_the_rules_of_torch_library(monkeypatch, device, operator):
     monkeypatch.undo()  # poisoned empty tensors would differ between the fake and the real run
     logits, tokens, mask = make(3, 9, device=device)
     scalar = torch.tensor(0.7, dtype=torch.float64)
@@ -436,7 +436,7 @@ def test_the_operator_breaks_a_rule_of_torch_library(monkeypatch, device, operat
 @pytest.mark.needs_gpu
 class TestOnGpu:
     @pytest.mark.parametrize("V", [32000, 50257, 151936])
-    def test_bf16_is_less_exact_than_eager_or_repeats_differ(self, V):
+    def test_bf16_is_as_exact_as_eager_and_repeats(self, V):
         generator = torch.Generator("cuda").manual_seed(0)
         logits = (torch.randn(64, V, device="cuda", generator=generator) * 3).bfloat16()
         tokens = torch.randint(0, V, (64,), device="cuda", generator=generator)
@@ -449,7 +449,7 @@ class TestOnGpu:
             again = run(TRITON.token_logprobs, logits, tokens)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
-    def test_more_than_two_to_the_31_logits_are_misread(self):
+    def test_more_than_two_to_the_31_logits_match_the_reference(self):
         N, V = 16384, 151936
         logits = torch.empty(N, V, device="cuda", dtype=torch.bfloat16).normal_()
         tokens = torch.randint(0, V, (N,), device="cuda")
@@ -464,7 +464,7 @@ class TestOnGpu:
             target = weight * (torch.nn.functional.one_hot(tokens[rows], V) - p)
             torch.testing.assert_close(grad[rows].float(), target, rtol=1e-2, atol=1e-4)
 
-    def test_peak_memory_holds_more_than_one_gradient(self):
+    def test_peak_memory_holds_at_most_one_gradient(self):
         logits = torch.randn(4096, 32000, device="cuda", dtype=torch.bfloat16)
         tokens = torch.randint(0, 32000, (4096,), device="cuda")
         run(TRITON.token_logprobs, logits, tokens)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that nobody stores
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, about lanes that are not stored
 ]
 INF = math.inf
 
@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, float]:
 @pytest.mark.parametrize("backend", list(BACKENDS))
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problem=problems())
-def test_some_mix_of_shape_stride_mask_and_value_is_less_exact_than_eager(backend, device, problem):
+def test_every_mix_of_shape_stride_mask_and_value_is_as_exact_as_eager(backend, device, problem):
     logits, tokens, mask, temperature = problem
     mask = None if mask is None else mask.to(device)
     check(BACKENDS[backend].token_logprobs, logits.to(device), tokens.to(device), mask, temperature=temperature)

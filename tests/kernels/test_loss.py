@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 # Numbers that a reader can check
 
 
-def test_the_policy_term_differs_from_a_hand_calculation(backend, device):
+def test_the_policy_term_matches_a_hand_calculation(backend, device):
     logprobs = torch.tensor([math.log(1.5), 0.0, math.log(0.5), 9.0], device=device, requires_grad=True)
     advantages = torch.tensor([1.0, 2.0, -1.0, 9.0], device=device)
     mask = torch.tensor([True, True, True, False], device=device)
@@ -56,7 +56,7 @@ def test_the_policy_term_differs_from_a_hand_calculation(backend, device):
     assert not stats
 
 
-def test_the_value_term_differs_from_a_hand_calculation(backend, device):
+def test_the_value_term_matches_a_hand_calculation(backend, device):
     values = torch.tensor([0.5, 0.0, 2.0, 9.0], device=device, requires_grad=True)
     old, returns = torch.tensor([[0.0, 0.0, 2.0, 9.0], [1.0, 1.0, 2.0, -9.0]], device=device)
     mask = torch.tensor([True, True, True, False], device=device)
@@ -70,7 +70,7 @@ def test_the_value_term_differs_from_a_hand_calculation(backend, device):
     assert not stats
 
 
-def test_the_five_aggregations_differ_from_hand_calculations(backend, device):
+def test_the_five_aggregations_match_hand_calculations(backend, device):
     # Ratio 1: the term is -A. Rows with 2, 1 and 0 counted steps.
     advantages = -torch.tensor([[1.0, 3.0, 9.0, 9.0], [5.0, 9.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]], device=device)
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool, device=device)
@@ -88,7 +88,7 @@ def test_the_five_aggregations_differ_from_hand_calculations(backend, device):
     close(backend.policy_loss(zero, zero, advantages, mask, **norm)[0], (4 / 2 + 5 / 2) / 2)
 
 
-def test_the_total_differs_from_policy_minus_entropy_plus_kl_plus_value(backend, device):
+def test_the_total_is_policy_minus_entropy_plus_kl_plus_value(backend, device):
     x, mask = make((3, 7), device), make_mask((3, 7), device)
     out, stats, _ = evaluate(backend, x, mask, entropy_coef=0.1, kl_coef=0.2, value_coef=0.3)
     total = stats["policy_loss"] - 0.1 * stats["entropy"] + 0.2 * stats["ref_kl"] + 0.3 * stats["value_loss"]
@@ -98,7 +98,7 @@ def test_the_total_differs_from_policy_minus_entropy_plus_kl_plus_value(backend,
 # Identities
 
 
-def test_ratio_one_is_not_the_plain_policy_gradient(backend, device):
+def test_ratio_one_gives_the_plain_policy_gradient(backend, device):
     x = make((4, 9), device)
     x = {name: x[name] for name in POLICY} | {"old_logprobs": x["logprobs"]}
     mask = make_mask((4, 9), device)
@@ -111,7 +111,7 @@ def test_ratio_one_is_not_the_plain_policy_gradient(backend, device):
 
 
 @pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a != "token-sum"])
-def test_the_loss_depends_on_how_a_batch_is_split_into_micro_batches(backend, device, aggregation):
+def test_the_loss_does_not_depend_on_the_split_into_micro_batches(backend, device, aggregation):
     x, mask = make((6, 8), device), make_mask((6, 8), device)
     mask[2] = False
     denominator = mask.sum() if aggregation == "token-mean" else mask.any(-1).sum()
@@ -126,7 +126,7 @@ def test_the_loss_depends_on_how_a_batch_is_split_into_micro_batches(backend, de
         close(torch.cat([part[2][name] for part in parts]), grads[name])
 
 
-def test_the_order_of_tokens_matters(backend, device):
+def test_the_order_of_tokens_changes_nothing(backend, device):
     x, mask = make((101,), device), make_mask((101,), device)
     order = torch.randperm(101, generator=torch.Generator().manual_seed(3)).to(device)
     one = evaluate(backend, x, mask, **EVERYTHING)
@@ -138,7 +138,7 @@ def test_the_order_of_tokens_matters(backend, device):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_packed_sequences_give_another_loss_than_padded_ones(backend, device, aggregation, index):
+def test_packed_sequences_give_the_loss_of_padded_ones(backend, device, aggregation, index):
     x, mask, packed, packed_mask, cu_seqlens = ragged(device)
     options = EVERYTHING | {"aggregation": aggregation} | norm_length(aggregation, 12.0)
     padded = evaluate(backend, x, mask, **options)
@@ -149,14 +149,14 @@ def test_packed_sequences_give_another_loss_than_padded_ones(backend, device, ag
         assert not other[2][name][~packed_mask].any()
 
 
-def test_packed_sequences_without_a_mask_lose_the_empty_ones(backend, device):
+def test_packed_sequences_without_a_mask_match_the_reference(backend, device):
     _, _, packed, _, cu_seqlens = ragged(device)
     for aggregation in AGGREGATIONS:
         check(backend, packed, aggregation=aggregation, cu_seqlens=cu_seqlens, **norm_length(aggregation, 4.0))
 
 
 @pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a.startswith("seq")])
-def test_a_sequence_without_counted_steps_counts(backend, device, aggregation):
+def test_a_sequence_without_counted_steps_does_not_count(backend, device, aggregation):
     x, mask = make((4, 6), device), make_mask((4, 6), device)
     mask[1] = False
     kept = torch.tensor([0, 2, 3], device=device)
@@ -171,20 +171,20 @@ def test_a_sequence_without_counted_steps_counts(backend, device, aggregation):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("kind", ["policy", "value", "ppo"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_an_aggregation_differs_from_the_reference(backend, device, aggregation, kind, masked):
+def test_every_aggregation_matches_the_reference(backend, device, aggregation, kind, masked):
     x = make((3, 700), device)  # more than one block of steps in all, and of a row
     check(backend, x, make_mask((3, 700), device) if masked else None, kind=kind, aggregation=aggregation)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (5, 1), (1, 63), (2, 1000), (1, 512), (2, 3, 5), (1025,)])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_an_odd_size_differs_from_the_reference(backend, device, shape, aggregation):
+def test_odd_sizes_match_the_reference(backend, device, shape, aggregation):
     check(backend, make(shape, device), make_mask(shape, device), aggregation=aggregation, **EVERYTHING)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
-def test_a_dtype_errs_more_than_eager_pytorch(backend, device, dtype, aggregation):
+def test_every_dtype_errs_at_most_twice_as_much_as_eager_pytorch(backend, device, dtype, aggregation):
     if dtype == torch.float64 and backend is TRITON:
         pytest.skip("fp64 goes to the torch backend")
     x, mask = to(make((4, 300), device), dtype), make_mask((4, 300), device)
@@ -193,7 +193,7 @@ def test_a_dtype_errs_more_than_eager_pytorch(backend, device, dtype, aggregatio
 
 @pytest.mark.parametrize("estimator", reference.KL_ESTIMATORS)
 @pytest.mark.parametrize("log_ratio_clamp", [20.0, 0.25])
-def test_a_kl_estimator_differs_from_the_reference(backend, device, estimator, log_ratio_clamp):
+def test_every_kl_estimator_matches_the_reference(backend, device, estimator, log_ratio_clamp):
     x, mask = make((4, 30), device), make_mask((4, 30), device)
     options = {"kl_coef": 0.7, "kl_estimator": estimator, "log_ratio_clamp": log_ratio_clamp}
     _, stats, _ = check(backend, x, mask, kind="policy", **options)
@@ -218,13 +218,13 @@ def test_a_kl_estimator_differs_from_the_reference(backend, device, estimator, l
     ],
     ids=str,
 )
-def test_an_option_differs_from_the_reference(backend, device, options):
+def test_every_option_matches_the_reference(backend, device, options):
     x, mask = make((4, 30), device), make_mask((4, 30), device)
     check(backend, x, mask, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int32])
-def test_a_denominator_on_the_device_differs_from_the_same_number(backend, device, dtype):
+def test_a_denominator_on_the_device_equals_the_same_number(backend, device, dtype):
     x, mask = make((4, 30), device), make_mask((4, 30), device)
     for aggregation in AGGREGATIONS:
         if aggregation == "token-sum":
@@ -236,7 +236,7 @@ def test_a_denominator_on_the_device_differs_from_the_same_number(backend, devic
         assert all(torch.equal(number[2][name], tensor[2][name]) for name in number[2])
 
 
-def test_dual_clip_bounds_good_advantages_or_not_the_bad_ones(backend, device):
+def test_dual_clip_bounds_negative_advantages_only(backend, device):
     logprobs = torch.full((4,), math.log(4.0), device=device, requires_grad=True)
     advantages = torch.tensor([-1.0, -2.0, 1.0, 0.0], device=device)
     out, stats = backend.policy_loss(logprobs, torch.zeros(4, device=device), advantages, dual_clip=3.0)
@@ -247,7 +247,7 @@ def test_dual_clip_bounds_good_advantages_or_not_the_bad_ones(backend, device):
 
 
 @pytest.mark.parametrize("kind", ["value", "ppo"])
-def test_a_value_mask_of_its_own_is_mixed_up_with_the_mask(backend, device, kind):
+def test_the_value_mask_is_separate_from_the_mask(backend, device, kind):
     x, mask, other = make((5, 40), device), make_mask((5, 40), device), make_mask((5, 40), device, seed=7, share=0.3)
     for aggregation in AGGREGATIONS:
         if kind == "value":
@@ -267,35 +267,35 @@ def tie(backend: Operations, device: torch.device, kind: str, inputs: dict[str, 
     return grads["values" if kind == "value" else "logprobs"] / 1.7
 
 
-def test_the_gradient_at_the_clip_bound_is_lost(backend, device):
+def test_the_gradient_at_the_clip_bound_is_kept(backend, device):
     inputs = {"logprobs": [0.5, 0.5], "old_logprobs": [0.5, 0.5], "advantages": [1.0, -2.0]}
     close(tie(backend, device, "policy", inputs, clip_low=0.0, clip_high=0.0), torch.tensor([-1.0, 2.0]))
 
 
-def test_the_gradient_at_the_bound_of_the_log_ratio_is_lost(backend, device):
+def test_the_gradient_at_the_bound_of_the_log_ratio_is_kept(backend, device):
     inputs = {"logprobs": [0.5, -0.5, 0.75], "old_logprobs": [0.0, 0.0, 0.0], "advantages": [1.0, -1.0, 1.0]}
     grad = tie(backend, device, "policy", inputs, log_ratio_clamp=0.5, clip_low=0.9, clip_high=0.9)
     close(grad, torch.tensor([-math.exp(0.5), math.exp(-0.5), 0.0]))
 
 
-def test_a_zero_advantage_gives_a_gradient(backend, device):
+def test_a_zero_advantage_gives_no_gradient(backend, device):
     inputs = {"logprobs": [0.0, 1.0, -1.0], "old_logprobs": [0.0, 0.0, 0.0], "advantages": [0.0, 0.0, -0.0]}
     assert not tie(backend, device, "policy", inputs, dual_clip=1.5).any()
 
 
-def test_a_tie_with_the_dual_bound_does_not_halve_the_gradient(backend, device, monkeypatch):
+def test_a_tie_with_the_dual_bound_halves_the_gradient(backend, device, monkeypatch):
     monkeypatch.setattr(checks, "policy_options", lambda options: None)  # a bound of 1, where a tie is exact
     inputs = {"logprobs": [0.5, 0.5], "old_logprobs": [0.5, 0.5], "advantages": [-1.0, 1.0]}
     close(tie(backend, device, "policy", inputs, dual_clip=1.0), torch.tensor([0.5, -1.0]))
 
 
-def test_a_tie_of_the_value_errors_does_not_halve_the_gradient(backend, device):
+def test_a_tie_of_the_value_errors_halves_the_gradient(backend, device):
     # |v - R| = |clipped v - R| = 0.25, from both sides; at the clip bound; within the clip range
     inputs = {"values": [1.0, 0.5, 0.25], "old_values": [0.0, 0.0, 0.0], "returns": [0.75, 1.0, 1.0]}
     close(tie(backend, device, "value", inputs, clip=0.5), torch.tensor([0.125, -0.5, -0.75]))
 
 
-def test_rounding_inside_the_clip_range_counts_as_clipping(backend, device):
+def test_rounding_inside_the_clip_range_does_not_count_as_clipping(backend, device):
     # old + (v - old) differs from v by a rounding on many of these; none is out of range.
     g = torch.Generator().manual_seed(0)
     old = torch.randn(2000, generator=g).to(device)
@@ -304,7 +304,7 @@ def test_rounding_inside_the_clip_range_counts_as_clipping(backend, device):
     assert stats["value_clip_fraction"] == 0
 
 
-def test_the_gradient_of_absolute_kl_at_zero_is_not_zero(backend, device):
+def test_the_gradient_of_absolute_kl_at_zero_is_zero(backend, device):
     zero = [0.0, 0.0]
     inputs = {"logprobs": zero, "old_logprobs": zero, "advantages": zero, "ref_logprobs": zero}
     assert not tie(backend, device, "policy", inputs, kl_coef=1.0, kl_estimator="abs").any()
@@ -313,7 +313,7 @@ def test_the_gradient_of_absolute_kl_at_zero_is_not_zero(backend, device):
 # Hostile values
 
 
-def test_a_huge_log_ratio_overflows(backend, device):
+def test_a_huge_log_ratio_does_not_overflow(backend, device):
     x = make((4, 8), device)
     x["logprobs"] += torch.tensor([[1e4], [-1e4], [0.0], [0.0]], device=device)
     x["ref_logprobs"] += torch.tensor([[0.0], [0.0], [1e4], [-1e4]], device=device)
@@ -325,7 +325,7 @@ def test_a_huge_log_ratio_overflows(backend, device):
     assert grads["logprobs"].isfinite().all()
 
 
-def test_an_infinite_logprob_gives_nan(backend, device):
+def test_an_infinite_logprob_gives_finite_results(backend, device):
     x = {name: t for name, t in make((2, 4), device).items() if name in POLICY}
     x["logprobs"][0, 1] = -torch.inf
     out, stats, grads = evaluate(backend, x, kind="policy")
@@ -335,7 +335,7 @@ def test_an_infinite_logprob_gives_nan(backend, device):
     assert evaluate(backend, x, kind="policy", log_ratio_clamp=math.inf)[0].isfinite()  # ratio 0
 
 
-def test_the_ratio_of_a_large_log_ratio_loses_digits(backend, device):
+def test_the_ratio_of_a_large_log_ratio_keeps_its_digits(backend, device):
     # exp2(x log2(e)) would lose |x| ulp: 1e-6 here.
     log_ratio = torch.linspace(-20, 20, 64, device=device)
     x = {"logprobs": log_ratio, "old_logprobs": torch.zeros(64, device=device)}
@@ -348,7 +348,7 @@ def test_the_ratio_of_a_large_log_ratio_loses_digits(backend, device):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -100.0])
-def test_what_stands_at_a_masked_position_reaches_a_result(backend, device, aggregation, bad):
+def test_values_at_masked_positions_reach_no_result(backend, device, aggregation, bad):
     x, mask = make((4, 30), device), make_mask((4, 30), device)
     options = EVERYTHING | {"aggregation": aggregation}
     clean = evaluate(backend, x, mask, **options)
@@ -362,7 +362,7 @@ def test_what_stands_at_a_masked_position_reaches_a_result(backend, device, aggr
 
 @pytest.mark.parametrize("name", [*PPO, *OPTIONAL])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_nan_at_a_counted_position_is_swallowed(backend, device, name, aggregation):
+def test_nan_at_a_counted_position_reaches_the_loss(backend, device, name, aggregation):
     x, mask = make((4, 30), device), make_mask((4, 30), device)
     mask[2, 3] = True
     x[name][2, 3] = torch.nan
@@ -375,7 +375,7 @@ def test_nan_at_a_counted_position_is_swallowed(backend, device, name, aggregati
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0), (0,)])
-def test_nothing_counted_is_not_a_zero_with_a_graph(backend, device, aggregation, shape):
+def test_nothing_counted_is_zero_with_a_graph(backend, device, aggregation, shape):
     x, mask = make(shape, device), torch.zeros(shape, dtype=torch.bool, device=device)
     out, stats, grads = evaluate(backend, x, mask, aggregation=aggregation, **EVERYTHING)
     assert out.requires_grad
@@ -384,7 +384,7 @@ def test_nothing_counted_is_not_a_zero_with_a_graph(backend, device, aggregation
     assert all(grad.shape == shape and not grad.any() for grad in grads.values())
 
 
-def test_no_sequences_at_all_fails(backend, device):
+def test_no_sequences_at_all_give_zero(backend, device):
     x, cu_seqlens = make((0,), device), torch.zeros(1, dtype=torch.int32, device=device)
     for aggregation in AGGREGATIONS:
         options = {"aggregation": aggregation} | norm_length(aggregation, 1.0)

@@ -1,4 +1,4 @@
-"""The losses as tensors, autograd, torch.compile and a GPU see them: layouts, memory, graphs, launches."""
+"""The losses with strided tensors, autograd, torch.compile and a GPU: layouts, memory, graphs, launches."""
 
 import itertools
 import math
@@ -76,7 +76,7 @@ def views(name: str) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("layout", ["sliced", "every_other", "offset", "transposed", "deep"])
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_strides_are_ignored(backend, device, layout, aggregation):
+def test_strides_are_respected(backend, device, layout, aggregation):
     x, mask = make((6, 8), device), make_mask((6, 8), device)
     shape = (2, 3, 8) if layout == "deep" else (6, 8)
     plain = {name: t.view(shape) for name, t in x.items()}
@@ -98,13 +98,13 @@ def test_strides_are_ignored(backend, device, layout, aggregation):
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum"])
-def test_expanded_advantages_are_read_out_of_bounds(backend, device, aggregation):
+def test_expanded_advantages_match_the_reference(backend, device, aggregation):
     x, mask = make((6, 8), device), make_mask((6, 8), device)
     for small in (x["advantages"][:, :1], x["advantages"][:1], x["advantages"][:1, :1]):
         check(backend, x | {"advantages": small.expand(6, 8)}, mask, aggregation=aggregation)
 
 
-def test_packed_tensors_with_a_stride_are_misread(backend, device):
+def test_packed_tensors_with_a_stride_give_the_same_results(backend, device):
     _, _, packed, mask, cu_seqlens = ragged(device)
     wide = {name: torch.stack([t, t * torch.nan], -1)[:, 0] for name, t in packed.items()}
     options = {"aggregation": "seq-mean-token-mean", "cu_seqlens": cu_seqlens}
@@ -112,7 +112,7 @@ def test_packed_tensors_with_a_stride_are_misread(backend, device):
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_a_row_stride_past_2_to_the_31_elements_wraps_around(device, aggregation):
+def test_a_row_stride_past_2_to_the_31_elements_is_exact(device, aggregation):
     # Untouched memory: the system hands out pages only where something is written.
     rows, T, stride = 3, 4, 2**31 // 2 + 8
     x, mask = make((rows, T), device), make_mask((rows, T), device)
@@ -125,7 +125,7 @@ def test_a_row_stride_past_2_to_the_31_elements_wraps_around(device, aggregation
     the_same(found, expected)
 
 
-def test_mixed_dtypes_are_refused_or_change_the_dtype_of_a_gradient(backend, device):
+def test_mixed_dtypes_give_each_gradient_the_dtype_of_its_input(backend, device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     half = {"logprobs", "old_values", "entropy", "weights"}
     mixed = {name: t.half() if name in half else t for name, t in x.items()}
@@ -141,7 +141,7 @@ def test_mixed_dtypes_are_refused_or_change_the_dtype_of_a_gradient(backend, dev
 # Autograd
 
 
-def test_a_second_backward_differs_from_the_first(backend, device):
+def test_a_second_backward_equals_the_first(backend, device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     leaves = [x[name].requires_grad_() for name in GRADIENTS]
     inputs = [x[name] for name in PPO]
@@ -154,7 +154,7 @@ def test_a_second_backward_differs_from_the_first(backend, device):
         close(b, -3 * a)
 
 
-def test_a_loss_divided_in_place_spoils_the_backward_or_the_statistics(backend, device):
+def test_a_loss_may_be_divided_in_place(backend, device):
     x = {name: t for name, t in make((4, 20), device).items() if name in POLICY}
     _, stats, grads = evaluate(backend, x, kind="policy")
     leaf = x["logprobs"].clone().requires_grad_()
@@ -165,7 +165,7 @@ def test_a_loss_divided_in_place_spoils_the_backward_or_the_statistics(backend, 
     assert torch.equal(found["policy_loss"], stats["policy_loss"])
 
 
-def test_create_graph_gives_wrong_second_derivatives_in_silence(backend, device):
+def test_create_graph_is_an_error(backend, device):
     x = make((2, 3), device)
     leaf = x["logprobs"].requires_grad_()
     out, _ = backend.ppo_loss(*(x[name] for name in PPO))
@@ -173,7 +173,7 @@ def test_create_graph_gives_wrong_second_derivatives_in_silence(backend, device)
         torch.autograd.grad(torch.autograd.grad(out, leaf, create_graph=True)[0].sum(), leaf)
 
 
-def test_a_constant_gets_a_gradient(backend, device):
+def test_a_constant_gets_no_gradient(backend, device):
     x = {name: t.requires_grad_() for name, t in make((2, 3), device).items()}
     inputs = {name: x[name] for name in OPTIONAL}
     out, _ = backend.ppo_loss(*(x[name] for name in PPO), **inputs, **EVERYTHING)
@@ -248,7 +248,7 @@ def test_an_unused_loss_has_no_gradient(backend, device):
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum"])
 @pytest.mark.usefixtures("values_unread")
 def test_steps_outside_the_sequences_have_zero_gradients_and_no_address_is_outside(device, boundaries, aggregation):
-    """Wrong boundaries on a GPU, where nobody checks them: memory around the tensors stays as it was."""
+    """Wrong boundaries on a GPU, where they are not checked: memory around the tensors does not change."""
     T = 12
     around = {name: torch.full((3 * T,), torch.nan, device=device) for name in PPO}
     x = {name: around[name][T : 2 * T].copy_(t) for name, t in make((T,), device).items() if name in PPO}
@@ -267,7 +267,7 @@ def test_steps_outside_the_sequences_have_zero_gradients_and_no_address_is_outsi
     assert all(t[:T].isnan().all() and t[2 * T :].isnan().all() for t in around.values())
 
 
-def test_without_gradients_a_buffer_for_them_is_made(device, monkeypatch):
+def test_without_gradients_no_buffer_for_them_is_allocated(device, monkeypatch):
     x, mask = make((4, 1000), device), make_mask((4, 1000), device)
     sizes: list[int] = []
     empty = torch.empty
@@ -289,7 +289,7 @@ def test_without_gradients_a_buffer_for_them_is_made(device, monkeypatch):
     assert 8000 <= max(sizes) < 12000  # two of three
 
 
-def test_without_gradients_the_torch_backend_computes_them(device):
+def test_without_gradients_the_torch_backend_computes_none(device):
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         calls = 0
 
@@ -311,7 +311,7 @@ def test_without_gradients_the_torch_backend_computes_them(device):
     assert disabled.calls == without.calls
 
 
-def test_gradcheck_fails_in_fp64(device):
+def test_gradcheck_passes_in_fp64(device):
     x, mask = to(make((3, 5), device), torch.float64), make_mask((3, 5), device)
     leaves = [x[name].requires_grad_() for name in GRADIENTS]
 
@@ -323,7 +323,7 @@ def test_gradcheck_fails_in_fp64(device):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-def test_checkpointing_changes_the_gradients(backend, device):
+def test_checkpointing_does_not_change_the_gradients(backend, device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     _, _, expected = evaluate(backend, x, mask, aggregation="seq-mean-token-mean", **EVERYTHING)
     inputs = {name: x[name] for name in OPTIONAL if name != "entropy"}
@@ -341,7 +341,7 @@ def test_checkpointing_changes_the_gradients(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend):
+def test_ddp_works_where_a_term_has_no_weight(backend):
     """With value_coef = 0 or entropy_coef = 0 what the term depends on still takes part in each step."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -377,7 +377,7 @@ def test_ddp_waits_for_a_parameter_whose_term_has_no_weight(backend):
         dist.destroy_process_group()
 
 
-def test_autocast_changes_the_arithmetic(backend, device):
+def test_autocast_does_not_change_the_arithmetic(backend, device):
     x, mask = make((4, 20), device), make_mask((4, 20), device)
     expected = evaluate(backend, x, mask, **EVERYTHING)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -386,7 +386,7 @@ def test_autocast_changes_the_arithmetic(backend, device):
     assert all(torch.equal(found[2][name], expected[2][name]) for name in GRADIENTS)
 
 
-def test_a_repetition_gives_other_bits(backend, device):
+def test_a_repetition_gives_the_same_bits(backend, device):
     slow = backend is TRITON and device.type == "cpu"  # the PTX interpreter
     shape, repeats = ((2, 300), 4) if slow else ((5, 700), 100)
     x, mask = make(shape, device), make_mask(shape, device)
@@ -455,7 +455,7 @@ def compile_inputs(shape: tuple[int, ...], device: torch.device) -> tuple:
 
 @BACKENDS
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_torch_compile_breaks_the_graph_or_recompiles_for_every_size_and_number(backend, device, aggregation):
+def test_torch_compile_keeps_one_graph_for_all_sizes_and_numbers(backend, device, aggregation):
     base = (0.2, 0.2, 3.0, 20.0, 0.01, 0.1, 0.5, 0.2, 7.0)
     calls = [
         (*compile_inputs((3 + i, 5 + 2 * i), device), tuple(number * (1 + 0.01 * i) for number in base))
@@ -477,7 +477,7 @@ def test_torch_compile_breaks_the_graph_or_recompiles_for_every_size_and_number(
 
 @BACKENDS
 @pytest.mark.parametrize("kind", ["policy", "value"])
-def test_torch_compile_fails_without_gradients_or_with_a_denominator_on_the_device(backend, device, kind):
+def test_torch_compile_works_without_gradients_and_with_a_denominator_on_the_device(backend, device, kind):
     x, mask = make((3, 8), device), make_mask((3, 8), device)
     names = POLICY if kind == "policy" else VALUE
     denominator = torch.tensor(5, device=device)
@@ -494,7 +494,7 @@ def test_torch_compile_fails_without_gradients_or_with_a_denominator_on_the_devi
     assert found.dtype == torch.float32
 
 
-def test_the_operator_for_torch_compile_lies_about_shapes_or_aliases(device):
+def test_the_operator_for_torch_compile_follows_the_rules_of_torch_library(device):
     x, mask = make((2, 8), device), make_mask((2, 8), device)  # 16 steps: the buffer of gradients has no padding
     numbers = torch.tensor([0.2, 0.2, math.nan, 20.0, 0.1, 0.1, 1.0, 0.2, math.nan, math.nan], dtype=torch.float64)
     x["logprobs"].requires_grad_()
@@ -533,7 +533,7 @@ def test_a_forward_takes_two_launches_and_a_backward_one(monkeypatch, device, ag
 
 
 @pytest.mark.needs_gpu
-def test_the_host_waits_for_the_device(backend, device):
+def test_the_host_does_not_wait_for_the_device(backend, device):
     x, mask = make((16, 1024), device), make_mask((16, 1024), device)
     denominator = mask.sum()
     inputs = [x[name].requires_grad_(name in GRADIENTS) for name in PPO]
@@ -548,7 +548,7 @@ def test_the_host_waits_for_the_device(backend, device):
 
 
 @pytest.mark.needs_gpu
-def test_a_cuda_graph_cannot_capture_it(backend, device):
+def test_a_cuda_graph_can_capture_it(backend, device):
     x, mask = make((16, 1024), device), make_mask((16, 1024), device)
     inputs = [x[name].requires_grad_(name in GRADIENTS) for name in PPO]
 
@@ -572,7 +572,7 @@ def test_a_cuda_graph_cannot_capture_it(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(captured[2], expected[2], strict=True))
 
 
-def test_small_losses_take_the_compiled_loop_where_it_cannot_do_them_or_not_at_all(monkeypatch):
+def test_the_compiled_loop_computes_the_small_losses_that_it_supports(monkeypatch):
     pytest.importorskip("numba", reason="numba is not installed")
     from ppo_fast.kernels.loss import cpu
 

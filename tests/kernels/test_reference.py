@@ -143,7 +143,7 @@ def test_gae_skips_masked_steps_as_if_they_were_cut_out():
     assert not advantages[~mask].any()
 
 
-def test_gae_at_an_end_forgets_what_follows_and_at_a_cut_sees_the_final_value():
+def test_gae_uses_zero_after_an_end_and_the_final_value_at_a_cut():
     r, v = tensor(1.0, 5.0), tensor(2.0, 7.0)
     ended, _ = reference.gae(r, v, gamma=0.5, lam=1.0, terminated=torch.tensor([True, False]))
     assert ended[0].item() == 1 - 2

@@ -146,7 +146,7 @@ def test_innermost_loops_are_found_and_rare_cases_behind_the_end_are_none():
     assert [loop.instructions for loop in loops.amd_loops(AMD)[1]] == [1]
 
 
-def test_a_prediction_has_its_measurement_beside_it(tmp_path: Path):
+def test_a_prediction_appears_with_its_measurement(tmp_path: Path):
     """A record of our rows on an H200 appears in the table; a baseline's row and a CPU's record do not."""
     task = next(task for task in predict.tasks() if task.operation == "gae")
     info = {"operation": "gae", "shape": task.shape, "provider": "ppo_fast", "samples_ms": [9.0], "replay_ms": [0.011]}

@@ -53,7 +53,7 @@ def rounding_of(launch: variants.Launch) -> float:
 
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("key", LISTED, ids=lambda key: LISTED[key].name)
-def test_a_compiled_variant_agrees_with_the_torch_backend(captured, emulator, key):
+def test_a_compiled_variant_matches_the_torch_backend(captured, emulator, key):
     """The call that launches it, run in the PTX interpreter, which reports races, bounds and unwritten memory."""
     _, call = random_calls.make_call(captured[key].call)
     before = emulator.launches.copy()

@@ -18,7 +18,7 @@ TOKENS = torch.zeros(2, 3, dtype=torch.long)
 
 
 @pytest.mark.parametrize("module", [ops, config, data], ids=lambda m: m.__name__)
-def test_documented_examples_say_what_the_code_does(module):
+def test_documented_examples_give_the_documented_results(module):
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
@@ -55,7 +55,7 @@ BAD = {
         ValueError,
         r"tokens must have the shape of logits without its last dimension, \(2, 3\); got \(1, 3\)",
     ),
-    "token beyond V": (lambda: ppo.token_logprobs(LOGITS, TOKENS + 5), IndexError, r"must lie in \[0, 5\).*got 5"),
+    "token beyond V": (lambda: ppo.token_logprobs(LOGITS, TOKENS + 5), IndexError, r"must be in \[0, 5\).*got 5"),
     "negative token": (lambda: ppo.token_logprobs(LOGITS, TOKENS - 100), IndexError, "got -100"),
     "temperature 0": (lambda: ppo.token_logprobs(LOGITS, TOKENS, temperature=0.0), ValueError, "positive, got 0.0"),
     "temperature nan": (lambda: ppo.token_logprobs(LOGITS, TOKENS, temperature=float("nan")), ValueError, "positive"),
@@ -75,7 +75,7 @@ BAD = {
     "unknown aggregation": (lambda: loss(aggregation="mean"), ValueError, "aggregation must be one of token-mean"),
     "unknown estimator": (lambda: loss(kl_estimator="k4"), ValueError, "kl_estimator must be one of k1, k2, k3, abs"),
     "dual clip of 1": (lambda: loss(dual_clip=1.0), ValueError, "dual_clip must be greater than 1"),
-    "clip_low above 1": (lambda: loss(clip_low=1.2), ValueError, r"clip_low must lie in \[0, 1\]"),
+    "clip_low above 1": (lambda: loss(clip_low=1.2), ValueError, r"clip_low must be in \[0, 1\]"),
     "negative clip_high": (lambda: loss(clip_high=-0.1), ValueError, "clip_high must not be negative"),
     "denominator 0": (lambda: loss(denominator=0.0), ValueError, "denominator must be at least 1"),
     "denominator a vector": (lambda: loss(denominator=torch.ones(2)), ValueError, "0-dim tensor"),
@@ -87,8 +87,8 @@ BAD = {
         "needs norm_length when cu_seqlens is given",
     ),
     "value clip alone": (lambda: ppo.value_loss(F, None, F), ValueError, "needs old_values, which is None"),
-    "gamma above 1": (lambda: ppo.gae(F, F, gamma=1.1), ValueError, r"gamma must lie in \[0, 1\], got 1.1"),
-    "lam below 0": (lambda: ppo.gae(F, F, lam=torch.tensor([0.5, -0.5])), ValueError, r"lam must lie in \[0, 1\]"),
+    "gamma above 1": (lambda: ppo.gae(F, F, gamma=1.1), ValueError, r"gamma must be in \[0, 1\], got 1.1"),
+    "lam below 0": (lambda: ppo.gae(F, F, lam=torch.tensor([0.5, -0.5])), ValueError, r"lam must be in \[0, 1\]"),
     "gamma for each step": (lambda: ppo.gae(F, F, gamma=torch.ones(3)), ValueError, "gamma must have the shape"),
     "truncated alone": (lambda: ppo.gae(F, F, truncated=MASK), ValueError, "truncated needs final_values"),
     "bootstrap [B, 1]": (lambda: ppo.gae(F, F, bootstrap=F[:, :1]), ValueError, "bootstrap must have the shape"),
@@ -125,7 +125,7 @@ BAD = {
     "token beyond the head": (
         lambda: ppo.linear_ppo_loss(F, torch.zeros(5, 3), TOKENS[:, 0] + 7, None, F[:, 0]),
         IndexError,
-        r"must lie in \[0, 5\).*got 7",
+        r"must be in \[0, 5\).*got 7",
     ),
     "wrong number of counted tokens": (
         lambda: ppo.linear_logprobs(F, torch.zeros(5, 3), TOKENS[:, 0], MASK[:, 0], num_counted=1),
@@ -147,7 +147,7 @@ def test_bad_argument_is_named_with_what_was_expected(case):
         call()
 
 
-def test_triton_on_a_cpu_without_the_interpreter_says_what_to_do(monkeypatch):
+def test_triton_on_a_cpu_without_the_interpreter_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     with pytest.raises(RuntimeError, match=r"needs CUDA tensors, got cpu; use backend='torch'"):
         ppo.token_logprobs(LOGITS, TOKENS, backend="triton")

@@ -127,7 +127,7 @@ def test_plain_tensors_may_be_read_by_address(make):
 
 @pytest.mark.parametrize("make", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tensors_that_are_not_plain_are_left_to_pytorch(make):
+def test_tensors_that_are_not_plain_are_computed_by_pytorch(make):
     x = make()
     assert not addressable(x)
     assert not addressable(torch.zeros(1), x)
@@ -230,7 +230,7 @@ def test_a_subclass_that_adds_nothing_counts_as_its_tensor(name):
 
 def test_the_values_of_a_subclass_are_checked():
     tokens = torch.tensor([0, 9]).as_subclass(Named)
-    with pytest.raises(IndexError, match=r"must lie in \[0, 5\).*got 9"):
+    with pytest.raises(IndexError, match=r"must be in \[0, 5\).*got 9"):
         ppo.token_logprobs(torch.zeros(2, 5), tokens)
 
 

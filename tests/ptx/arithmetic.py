@@ -3,7 +3,7 @@
 A value that is the same in all threads may be a NumPy scalar. Every function takes both.
 
 Approximate instructions (ex2, lg2, rcp, sqrt, tanh, div) return the exact result times 1 + bound x noise, where
-`bound` is the accuracy that NVIDIA's PTX manual gives and the noise lies in [-1, 1]. The noise is a function of the
+`bound` is the accuracy that NVIDIA's PTX manual gives and the noise is in [-1, 1]. The noise is a function of the
 operands and of a seed, as a GPU computes a function too: equal operands give equal bits.
 """
 

@@ -4,7 +4,7 @@
 
 Prints for each operation and dtype the error against fp64 in the interpreter and, on a machine with a GPU, on the GPU
 too, with the bound that `ppo-fast doctor` has for it, and the largest difference between the two. They may differ by
-rounding where the code uses approximate instructions (ex2, lg2, div, ...), whose bits only the hardware knows. Exits
+rounding where the code uses approximate instructions (ex2, lg2, div, ...), whose bits depend on the hardware. Exits
 with 1 if an error is above its bound or the interpreter reports an issue. Without --architecture it is that of the GPU.
 """
 

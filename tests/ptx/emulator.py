@@ -86,7 +86,7 @@ def poisoned_allocations() -> Iterator[None]:
     def wrap(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return functools.wraps(make)(lambda *args, **kwargs: poison(make(*args, **kwargs)))
 
-    _device_constructors()  # `with torch.device(...)` knows functions by identity: it must have seen the original ones
+    _device_constructors()  # `with torch.device(...)` compares functions by identity
     owners = [(torch, name) for name in _ALLOCATORS] + [(torch.Tensor, "new_empty")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in owners]
     try:

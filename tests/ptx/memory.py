@@ -126,7 +126,7 @@ class GlobalMemory(_Memory):
         return self.segments[i] if i >= 0 and high <= self.segments[i].end else None
 
     def pieces(self, addresses: np.ndarray, size: int, operation: str, instruction: int) -> list[tuple[Segment, Any]]:
-        """Storages, and which of the addresses lie in them; an address in none of them is reported."""
+        """Storages, and which of the addresses are in them; an address in none of them is reported."""
         if not len(addresses):
             return []
         whole = self.find(int(addresses.min()), int(addresses.max()) + size)

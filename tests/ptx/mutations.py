@@ -1,4 +1,4 @@
-"""Proof that the detectors work on the real kernels: each fault is put into compiled code and must be noticed.
+"""Proof that the detectors work on the real kernels: each fault is put into compiled code and must be detected.
 
     python tests/ptx/mutations.py [--write]
 
@@ -130,7 +130,7 @@ PAGE = """# Faults put into compiled kernels
 Made by `python tests/ptx/mutations.py --write`. {provenance}.
 
 Detected: the interpreter reports an issue. Wrong results: it reports none, as every access is in order, but the numbers
-change, which the accuracy tests notice. Harmless: no issue, and all results keep their bits, because the fault changes
+change, which the accuracy tests detect. Harmless: no issue, and all results keep their bits, because the fault changes
 nothing at the shape of the test. Removed: a barrier; the predicate of a load or store of global memory; the last
 element of a tensor; the number of the program, so that all take the first rows.
 

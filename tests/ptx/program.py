@@ -1,7 +1,7 @@
 """Parsing of PTX: the text that Triton emits becomes a list of instructions with their source lines.
 
 Only the part of PTX that Triton's kernels use is known: one entry function, virtual registers, no calls. What the
-parser does not know raises UnknownPTX with the text in question.
+parser does not support raises UnknownPTX with the text in question.
 """
 
 import re
@@ -20,7 +20,7 @@ class Instruction(NamedTuple):
     predicate: str | None  # register
     negated: bool  # runs where the predicate is false
     text: str
-    source: str  # "gae_kernels.py:173:20 @[ gae_kernels.py:320:9 ]", or ""
+    source: str  # "kernel.py:173:20 @[ kernel.py:320:9 ]", or ""
 
 
 class Block(NamedTuple):

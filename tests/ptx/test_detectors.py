@@ -158,7 +158,7 @@ def test_one_unwritten_half_of_a_word_is_reported_in_a_tensor_of_halves():
     assert run(f"{body.replace('ld.', 'st.global.b16 [%rd93 + 2], %rs1;ld.')}", element=2) == []
 
 
-def test_a_half_that_nobody_has_written_is_reported_when_it_is_stored_in_a_word():
+def test_an_unwritten_half_is_reported_when_it_is_stored_in_a_word():
     body = """
     setp.lt.u32 %p1, %r90, 5;
     mov.b16 %rs2, 1;

@@ -74,7 +74,7 @@ def last_program_kernel(out_ptr):
 
 
 def test_the_order_of_programs_depends_on_the_seed_and_the_number_of_the_launch():
-    """A test that starts at launch 0 sees the same order alone and after other tests."""
+    """A test that starts at launch 0 has the same order alone and after other tests."""
 
     def last_programs(emulator):
         emulator.number, found = 0, []
@@ -167,7 +167,7 @@ def test_a_store_outside_of_a_view_is_reported(own):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.int64])
-def test_every_second_element_that_nobody_has_written_is_reported(own, dtype):
+def test_every_second_element_that_was_never_written_is_reported(own, dtype):
     x = poison(torch.empty(64, dtype=dtype))
     x[::2] = 1
     copy_kernel[(1,)](x, torch.empty_like(x), 64, BLOCK=64)

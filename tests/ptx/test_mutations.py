@@ -1,4 +1,4 @@
-"""Faults put into a compiled kernel of this project are noticed."""
+"""Faults put into a compiled kernel of this project are detected."""
 
 import pytest
 import torch

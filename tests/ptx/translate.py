@@ -61,7 +61,7 @@ class Translator:
         self.wanted: dict[str, set[str]] = {}  # register -> suffixes of the names that are read
         self.constants: dict[str, str] = {}  # name -> expression
         self.defined: set[str] = set()  # registers that an instruction without a predicate writes first
-        self.initial: set[str] = set()  # the others: some threads may read what nobody wrote
+        self.initial: set[str] = set()  # the others: some threads may read unwritten memory
         self.lines: list[str] = []
         self.line_of: list[int] = []
         self.instructions = [i for block in program.blocks for i in block.instructions]

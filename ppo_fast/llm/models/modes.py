@@ -33,11 +33,11 @@ def warn_if_not_recomputed(*models: nn.Module | None) -> None:
         )
 
 
-def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., object]) -> Callable[..., object]:
     """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
 
-    def run(function: Callable[..., Any], *arguments: Any) -> Any:
-        def quiet(*given: Any) -> Any:
+    def run(function: Callable[..., object], *arguments: object) -> object:
+        def quiet(*given: object) -> object:
             before, layer.training = layer.training, False
             try:
                 return function(*given)

@@ -1,8 +1,8 @@
 """Which attention runs on packed rows: flash-attn 3 or 2, PyTorch's variable-length attention, or SDPA by buckets.
 
 `decide` is the only function that decides this. Every layer of a run calls it, `models.probe` calls it at load, and
-`doctor` prints its decisions. A fast path is used only after a trial (`flash_calls.trial`); after a failed trial the next
-path is tried.
+`doctor` prints its decisions. A fast path is used only after a trial (`flash_calls.trial`); after a failed trial the
+next path is tried.
 
 FlashAttention: Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (2307.08691), Shah et al. 2024 (2407.08608).
 """
@@ -82,7 +82,7 @@ class _Package:
     """An installed implementation: its function, or why there is none."""
 
     label: str
-    function: Callable[..., Any] | None = None
+    function: Callable[..., object] | None = None
     version: tuple[int, ...] = ()
     problem: str | None = None
     broken: bool = False  # it is installed, but cannot be used
@@ -218,7 +218,7 @@ def _trial_result(path: str, package: _Package, request: Request, deterministic:
     return _found.rejected[key]
 
 
-def _try(path: str, function: Any, request: Request) -> str | None:
+def _try(path: str, function: object, request: Request) -> str | None:
     with devices.made_current(request.device):  # that of a new thread is the first
         return trial(path, function, request)
 

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -61,8 +60,8 @@ def distinct(answers: list[list[int]], n: int) -> float:
 class Evaluator:
     """Evaluation of the policy on held-out rows, without those that are too long; it uses the trainer's models."""
 
-    rows: list[dict[str, Any]]
-    trained_on: list[dict[str, Any]]
+    rows: list[dict[str, object]]
+    trained_on: list[dict[str, object]]
     config: PPOConfig
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -92,7 +91,7 @@ class Evaluator:
         return step in (0, self.config.total_steps) or bool(every and step % every == 0)
 
     def run(self, step: int, kl_coef: float, trained: Experience | None = None) -> Evaluation:
-        """Completes all held-out prompts and measures the completions; `trained` is the experience of the last step."""
+        """Evaluate on all held-out prompts, and explain one completion of the last step (`trained`)."""
         explained = None
         if trained is not None:
             explained = explain(self.policy, self.tokenizer, trained, with_kl=self.reference is not None)
