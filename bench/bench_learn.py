@@ -67,9 +67,8 @@ class Task(NamedTuple):
 def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     transformers = peer("transformers", "transformers")
     from ppo_fast.llm.config import PPOConfig
-    from ppo_fast.llm.experience import evaluate
+    from ppo_fast.llm.experience import ExperienceMaker
     from ppo_fast.llm.models.build import build_models
-    from ppo_fast.llm.packing.pack import split_minibatches
     from ppo_fast.llm.packing.rollout import Rollout
 
     layers, width, heads, groups, inner, V, sequences, prompt, answer = shape
@@ -106,12 +105,10 @@ def make(shape: tuple[int, ...], device: torch.device, backend: str) -> Task:
     tokens = torch.zeros(sequences, P + T, dtype=torch.int64)
     for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         tokens[row, P - p : P + a] = torch.randint(1, V, (p + a,))
-    texts = [""] * sequences
-    rollout = Rollout(tokens, prompts, answers, [True] * sequences, texts, {"prompt": texts}, device=device)
-    packs = split_minibatches(rollout, list(range(sequences)), minibatches=1, max_tokens=options.micro_batch_tokens)
+    rollout = Rollout.from_lengths(tokens, prompts, answers, device=device)
     scores = torch.randn(sequences, device=device)
-    experience = evaluate(policy, None, rollout, scores, packs, options)
-    experience.logprobs += LONG_BEFORE * torch.randn_like(experience.logprobs) * rollout.mask
+    experience = ExperienceMaker(policy, None, options).make(rollout, scores)
+    experience.logprobs += LONG_BEFORE * torch.randn_like(experience.logprobs) * experience.mask
     return Task(policy, rollout, scores, experience, options)
 
 
@@ -185,9 +182,7 @@ def fused_advantages(task: Task) -> Callable[[], Any]:
     settings = dict(kl_coef=0.0, gamma=o.gamma, lam=o.lam, backend=o.backend)
 
     def run() -> Any:
-        out = ppo.rlhf_advantages(
-            task.scores, known.logprobs, known.logprobs, known.values, task.rollout.mask, **settings
-        )
+        out = ppo.rlhf_advantages(task.scores, known.logprobs, known.logprobs, known.values, known.mask, **settings)
         return dataclasses.replace(known, advantages=out.advantages, returns=out.returns)
 
     return run
@@ -195,7 +190,7 @@ def fused_advantages(task: Task) -> Callable[[], Any]:
 
 def plain_advantages(task: Task) -> Callable[[], Any]:
     """What trainers without a kernel do: the score at the last token, a loop over time, whitening with a mask."""
-    known, o, mask = task.experience, task.options, task.rollout.mask
+    known, o, mask = task.experience, task.options, task.experience.mask
     last = torch.tensor(task.rollout.completion_lengths, device=mask.device).unsqueeze(1) - 1
 
     def run() -> Any:
@@ -224,18 +219,22 @@ class Parts(NamedTuple):
 
 
 def ours(task: Task, off: tuple[str, ...]) -> Parts:
-    from ppo_fast.llm.experience import packed_mode, split_minibatches_of
-    from ppo_fast.llm.learn import accumulate_gradients
+    from ppo_fast.llm.experience import ExperienceMaker
+    from ppo_fast.llm.learn import Learner
     from ppo_fast.llm.models.head import decoder_of, hidden_states
+    from ppo_fast.llm.models.policy import packed_mode
+    from ppo_fast.llm.optimizer import Optimizer, Optimizers
 
     policy, rollout, options = task.policy, task.rollout, task.options
     kept = {"packed": "packing" not in off, "linear": "linear loss" not in off}
     policy.head, policy.critic_head = (dataclasses.replace(x, **kept) for x in (policy.head, policy.critic_head))
-    packs = split_minibatches_of(rollout, list(range(len(rollout))), options)[0]
+    (packs,) = ExperienceMaker(policy, None, options).split_minibatches(rollout, range(len(rollout)))
+    optimizers = Optimizers(Optimizer(policy.actor, options.lr, options), Optimizer(policy.critic, options.lr, options))
+    learner = Learner(policy, None, optimizers, options)
 
     def gradients(experience: Any) -> Tensor:
         with packed_mode(policy):
-            return accumulate_gradients(policy, packs, experience, options)["loss"]
+            return learner.accumulate_gradients(packs, experience)["loss"]
 
     def backbones() -> None:
         with packed_mode(policy):

@@ -3,8 +3,8 @@
     python bench/classic_parts.py    # bench/results/cpu-2core/classic_parts/parts.jsonl, and a table in README.md
 
 The networks are those of `ppo-fast classic --env CartPole-v1` (two MLPs of 2 layers of 64), on one thread. One call of
-each way in turn, so that other work on the machine affects all ways alike. A time is the median over the rounds; the
-20th percentile is beside it, which other work changes less.
+each way in turn, so that other work on the machine affects all ways alike. A time is that of the processor in this
+process, the median over the rounds; the 20th percentile is beside it, which other work changes less.
 """
 
 import argparse
@@ -95,10 +95,10 @@ def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, tup
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 20):
         for name, call in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if number >= 20:
-                times[name].append(1e6 * (time.perf_counter() - start))
+                times[name].append(1e6 * (time.process_time() - start))
     return {
         name: (round(statistics.median(found), 2), round(statistics.quantiles(found, n=5)[0], 2))
         for name, found in times.items()
@@ -131,7 +131,7 @@ def main() -> None:
     print(table)
     (given.out / "README.md").write_text(
         "# Parts of an update of classic RL\n\n"
-        "Made by `python bench/classic_parts.py`: the ways in turn, on one thread of a machine"
+        "Made by `python bench/classic_parts.py`: processor time, the ways in turn, on one thread of a machine"
         f"\nwith other work (load average {os.getloadavg()[0]:.1f} at the end); raw figures in parts.jsonl.\n\n"
         f"{table}\n"
     )

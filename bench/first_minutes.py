@@ -94,7 +94,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """The path of the trainer, whichever it chooses."""
     layout = attention.Layout.from_lengths(list(LENGTHS), q.device)
     options = {"scaling": SCALE, "sliding_window": window, **layout.arguments()}
-    return attention._attend(nn.Module(), q, k, v, None, **options)[0].squeeze(0)
+    return attention.packed_attention_forward(nn.Module(), q, k, v, None, **options)[0].squeeze(0)
 
 
 def by_library(

@@ -15,8 +15,9 @@ Activations = list[Tensor]  # the input of each layer of an MLP, and its output
 class MLP(nn.Module):
     """Linear layers with weights [in, out], each followed by the activation (tanh, relu or none).
 
-    The gradient comes from autograd, or from `backward`, with less overhead in a small network: `forward` then stores
-    the activations, and `backward` writes the gradients of the weights to `gradients`.
+    The gradient comes from autograd, or from `backward`: `forward` then stores the activations, and `backward` writes
+    the gradients of the weights to `gradients`. It saves overhead only: with it the update of a minibatch of 64, 256
+    or 1024 steps takes 11, 6 or 4 % less time of a processor (bench/classic_parts.py).
     """
 
     def __init__(self, sizes: list[int], gain: float, generator: torch.Generator, activation: str = "none") -> None:
@@ -160,7 +161,7 @@ class Network(nn.Module):
         policy_in, value_in, policy_out, value_out = activations
         policy_grad = self.policy_head.backward(policy_grad, policy_out, to_input=True)
         value_grad = self.value_head.backward(value_grad[:, None], value_out, to_input=True)
-        # Only MLPs come here (`forward_with_cache`), which mypy does not know of the trunks
+        # `forward_with_cache` is for MLPs only; the trunks have the type nn.Module
         assert isinstance(self.policy_trunk, MLP)
         assert isinstance(self.value_trunk, MLP)
         if self.shared:

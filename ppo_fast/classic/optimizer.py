@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015) on one flat tensor."""
+    """Adam (Kingma and Ba 2015) on one flat tensor.
+
+    For CartPole's 9155 weights a step takes 30 us of a processor. torch.optim.Adam(fused=True) takes 46 us on the same
+    tensor and 75 us on the separate weights (bench/classic_parts.py).
+    """
 
     def __init__(self, weights: Tensor, eps: float) -> None:
         self.weights, self.eps, self.steps = weights, eps, 0

@@ -427,7 +427,7 @@ class PPO:
             "return_rms": self.return_rms.state_dict(),
             "generator": self.generator.get_state(),
             "observations": self.observations[-1].clone(),
-            **{name: getattr(self, name) for name in RUNNING},
+            **{name: getattr(self, name).copy() for name in RUNNING},
             "global_step": self.global_step,
             "updates_done": self.updates_done,
             "episodes": self.episodes,
@@ -443,8 +443,10 @@ class PPO:
         self.return_rms.load_state_dict(state["return_rms"])
         self.generator.set_state(state["generator"])
         self.observations[-1] = state["observations"]
-        for name in (*RUNNING, "global_step", "updates_done", "episodes"):
-            setattr(self, name, state[name])
+        for name in RUNNING:
+            setattr(self, name, state[name].copy())
+        self.global_step, self.updates_done = state["global_step"], state["updates_done"]
+        self.episodes = state["episodes"]
         self.recent_returns.extend(state["recent_returns"])
         self.reset_or_restore_envs(state["environments"])
 

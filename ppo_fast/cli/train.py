@@ -136,7 +136,7 @@ def _dtype_of_run(out: Path) -> DtypeOption:
 
 
 def _holds_run(out: Path) -> bool:
-    """Whether OUT holds a run or parts of one; a run that ended before its first step has no metrics."""
+    """Check whether OUT has a run or parts of one; a run that ended before its first step has no metrics."""
     metrics = out / "metrics.jsonl"
     return (metrics.exists() and metrics.stat().st_size > 0) or any(
         (out / name).exists() for name in ("checkpoints", "model", "best")
@@ -170,8 +170,9 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     if sys.flags.optimize > 1:
         raise UserError("transformers needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove: run without them")
     # transformers takes seconds to import: bad input is reported before
-    from ppo_fast.llm.distributed import init_distributed, load_on_main
+    from ppo_fast.llm.distributed import init_distributed
     from ppo_fast.llm.models.loading import load_actor
+    from ppo_fast.llm.sharding import load_on_main
     from ppo_fast.llm.trainer import PPOTrainer
 
     distributed = init_distributed(config)  # before models are loaded: a device that does not exist is reported at once
@@ -219,9 +220,9 @@ def _load_reward_models(folders: Sequence[str], distributed: "Distributed") -> d
 def _load_critic(folder: str, distributed: "Distributed") -> "Critic":
     import torch
 
-    from ppo_fast.llm.distributed import load_on_main
     from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.reward_model import load_reward_model
+    from ppo_fast.llm.sharding import load_on_main
 
     model, _ = load_on_main(
         distributed, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)

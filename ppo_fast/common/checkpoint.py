@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 def write(
-    parent: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], *, keep: int
+    parent: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, object], *, keep: int
 ) -> Path:
     """Write parent/step-N and remove all but the newest `keep`.
 

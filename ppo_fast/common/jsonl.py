@@ -14,12 +14,12 @@ Row = dict[str, float | None]  # the metrics of one step: JSON has no NaN
 class JsonLines(GrowingFile):
     """A file to which rows are appended; it contains each row completely or not at all."""
 
-    def write_row(self, row: Mapping[str, Any]) -> None:
+    def write_row(self, row: Mapping[str, object]) -> None:
         """Append a row."""
         self.write(as_lines([row]))
 
 
-def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def as_lines(rows: Iterable[Mapping[str, object]]) -> str:
     """Format rows, one a line; what JSON cannot represent is written as a string."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 

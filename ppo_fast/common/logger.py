@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ppo_fast.common.checkpoint import GrowingFile
 from ppo_fast.common.errors import UserError
@@ -39,7 +38,7 @@ class Events:
         ]
         self._write(step=int(metrics["step"] or 0), summary=self.summary(value=values))
 
-    def _write(self, **content: Any) -> None:  # fields of TensorBoard's Event
+    def _write(self, **content: object) -> None:  # fields of TensorBoard's Event
         self.records.write(self.event(wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ def setting(default: Any, help: str) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """Convert a value to what YAML and JSON know, before it is checked.
+    """Convert a value to a type of YAML and JSON, before it is checked.
 
     A number of numpy or a member of an Enum that is a Python number or string becomes one, and a list becomes a tuple.
     """

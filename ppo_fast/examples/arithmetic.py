@@ -38,7 +38,8 @@ from ppo_fast.common.errors import UserError, plain_warnings
 from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate
+from ppo_fast.llm.generate import GenerateOptions, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 SEED = 0

@@ -35,8 +35,10 @@ from ppo_fast.common.plots import can_draw
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import prompt_ids, read_prompts
 from ppo_fast.llm.decoding import CompletionText
+from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
 from ppo_fast.llm.models.loading import load_actor
-from ppo_fast.llm.sample import GenerateOptions, GenerateSampler, SamplingParams, drop_long_prompts
+from ppo_fast.llm.sample import drop_long_prompts
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """Prompts: reading them from a file or folder, turning them into tokens, and dealing them out in a seeded order.
 
 A prompt is a text, or a chat: a list of messages {"role": ..., "content": ...}, which goes through the tokenizer's chat
-template. Reward functions get it as it stands in the data.
+template. Reward functions get it as it is in the data.
 """
 
 import codecs
@@ -19,13 +19,13 @@ import torch
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.text import nearest
 
-Prompt = str | list[dict[str, Any]]
+Prompt = str | list[dict[str, object]]
 
 # reward functions get these names
 RESERVED = ("prompt", "prompts", "completions", "raw_completions", "completion_ids", "ended")
 
 
-def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool = False) -> list[dict[str, Any]]:
+def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool = False) -> list[dict[str, object]]:
     """Rows of a file or folder in its own order, each a dict whose "prompt" is `prompt_field`; all others are kept.
 
     Args:
@@ -63,7 +63,7 @@ def _is_parquet(path: Path) -> bool:
         return path.suffix == ".parquet" or file.read(4) == b"PAR1"
 
 
-def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, prompt_field: str) -> list[dict[str, object]]:
     """Rows of a JSON file, each a dict whose "prompt" is that of `prompt_field`; all other fields are kept.
 
     Raises:
@@ -114,7 +114,7 @@ def read_text(path: str | Path, what: str) -> str:
     return text
 
 
-def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, object]]]:
     """The objects of a JSON Lines file, or of a file with one JSON array, each with its place for messages.
 
     Raises:
@@ -123,7 +123,7 @@ def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]
     text = read_text(path, what)
     if text.lstrip().startswith("["):
         found = _parse(text, str(path), what)
-        places: Iterable[tuple[str, Any]] = (
+        places: Iterable[tuple[str, object]] = (
             (f"{path}, row {number}", row) for number, row in enumerate(found, start=1)
         )
     else:
@@ -149,7 +149,7 @@ def _check_first_line(line: str, text: str, path: str | Path, what: str) -> None
         raise UserError(f"cannot read the {what}: {path} has one JSON object over several lines: {needed}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -168,7 +168,7 @@ def _parse(text: str, where: str, what: str) -> Any:
         raise UserError(f"{where}: JSON that Python cannot read: {error}") from error
 
 
-def _row(row: Mapping[str, Any], where: str, prompt_field: str) -> dict[str, Any]:
+def _row(row: Mapping[str, object], where: str, prompt_field: str) -> dict[str, object]:
     """A checked row whose "prompt" is that of `prompt_field`."""
     for name in row:
         if not isinstance(name, str):
@@ -182,18 +182,18 @@ def _row(row: Mapping[str, Any], where: str, prompt_field: str) -> dict[str, Any
     return {"prompt": row[prompt_field], **others}
 
 
-def _listed(row: Mapping[str, Any]) -> str:
+def _listed(row: Mapping[str, object]) -> str:
     names = [repr(name) for name in row]
     return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20) if names else "none"
 
 
-def _check_names(row: Mapping[str, Any], where: str, reserved: Sequence[str]) -> None:
+def _check_names(row: Mapping[str, object], where: str, reserved: Sequence[str]) -> None:
     for name in reserved:
         if name in row:
             raise UserError(f"{where}: field {name!r} clashes with a name that reward functions get; rename it")
 
 
-def check_prompt(prompt: Any, where: str, name: str) -> None:
+def check_prompt(prompt: object, where: str, name: str) -> None:
     """Refuses what is neither a text that is not empty nor a chat that waits for an answer."""
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -227,7 +227,7 @@ def _check_text(text: str, where: str) -> None:
         ) from error
 
 
-def as_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> list[dict[str, Any]]:
+def as_rows(rows: Iterable[Mapping[str, object]], name: str = "rows") -> list[dict[str, object]]:
     """Rows that come from Python, as a list of dicts, checked as the rows of a file are.
 
     Args:
@@ -250,7 +250,7 @@ def as_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> list[dict[
     return [_row(row, f"{name}[{number}]", "prompt") for number, row in enumerate(found)]
 
 
-def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
+def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, object]]:
     if (folder / "state.json").is_file():  # written by Dataset.save_to_disk
         return _read_dataset(folder, prompt_field)
     if (folder / "dataset_dict.json").is_file():
@@ -267,7 +267,7 @@ def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
     )
 
 
-def _read_dataset(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
+def _read_dataset(folder: Path, prompt_field: str) -> list[dict[str, object]]:
     datasets = _package("datasets", folder)
     try:
         rows = datasets.load_from_disk(str(folder))
@@ -276,9 +276,9 @@ def _read_dataset(folder: Path, prompt_field: str) -> list[dict[str, Any]]:
     return _rows(rows, str(folder), prompt_field)
 
 
-def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, Any]]:
+def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, object]]:
     arrow, parquet = _package("pyarrow", files[0]), _package("pyarrow.parquet", files[0])
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for file in files:
         try:
             names = parquet.read_schema(str(file)).names
@@ -292,7 +292,7 @@ def _read_parquet(files: list[Path], prompt_field: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _rows(rows: Iterable[dict[str, Any]], where: str, prompt_field: str) -> list[dict[str, Any]]:
+def _rows(rows: Iterable[dict[str, object]], where: str, prompt_field: str) -> list[dict[str, object]]:
     found = [_row(dict(row), f"{where}, row {number}", prompt_field) for number, row in enumerate(rows, start=1)]
     if not found:
         raise UserError(f"{where} has no prompts: it is empty")
@@ -372,7 +372,7 @@ def tokenizer_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
     return notes
 
 
-def chat_text(tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+def chat_text(tokenizer: Any, messages: list[dict[str, object]], *, add_generation_prompt: bool = True) -> str:
     """A chat as the text that the tokenizer's template makes of it.
 
     Raises:
@@ -418,9 +418,9 @@ class Prompts:
         """Continues at the position of a checkpoint."""
         self.num_drawn = state["dealt"]
 
-    def take(self, n: int) -> list[dict[str, Any]]:
+    def take(self, n: int) -> list[dict[str, object]]:
         """The next n rows."""
-        taken: list[dict[str, Any]] = []
+        taken: list[dict[str, object]] = []
         while len(taken) < n:
             epoch, position = divmod(self.num_drawn, len(self.rows))
             some = self._order(epoch)[position : position + n - len(taken)]
@@ -433,13 +433,13 @@ class Prompts:
         return torch.randperm(len(self.rows), generator=generator).tolist()
 
 
-def with_all_fields(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_all_fields(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Rows that all have the same fields, in the same order: None where one lacks what another has."""
     fields = dict.fromkeys(name for row in rows for name in row)
     return [{**fields, **row} for row in rows]
 
 
-def columns(rows: list[dict[str, Any]], repeat: int) -> dict[str, list]:
+def columns(rows: list[dict[str, object]], repeat: int) -> dict[str, list]:
     """Rows to columns, each row `repeat` times; a field that some rows lack is None there."""
     rows = with_all_fields(rows)
     return {name: [row[name] for row in rows for _ in range(repeat)] for name in rows[0]}

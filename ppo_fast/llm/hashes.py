@@ -16,10 +16,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def rows_hash(rows: list[dict[str, Any]]) -> str:
+def rows_hash(rows: list[dict[str, object]]) -> str:
     """Hashes rows in their order. The address of an object that JSON cannot hold has no effect."""
 
-    def described(x: Any) -> Any:
+    def described(x: object) -> Any:
         if isinstance(x, set | frozenset):  # whose order differs between processes
             return sorted(map(described, x))
         return re.sub(r" at 0x[0-9a-f]+", "", repr(x))

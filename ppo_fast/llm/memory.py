@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.generate import cache_options
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import decoder_of, unwrap_peft
 from ppo_fast.llm.models.lora import with_lora
@@ -38,7 +39,6 @@ from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.packing.flash_calls import first_line
-from ppo_fast.llm.sample import cache_options
 
 NAME = "ppo_fast_memory"
 HALF = (torch.float16, torch.bfloat16)
@@ -92,7 +92,7 @@ class Allocations(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._alive: dict[int, tuple[str, int]] = {}  # category and size of each storage
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         out = func(*args, **(kwargs or {}))
         category = self.name
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
@@ -157,7 +157,7 @@ _FP32_ON_GPU = {
 class _GpuAutocast(TorchFunctionMode):
     """Autocast on the CPU with the fp32 operations of a GPU's."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if getattr(func, "__name__", "").strip("_") in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
             args = tuple(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args)
         return func(*args, **(kwargs or {}))
@@ -180,7 +180,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
 ) -> tuple[Tensor, None]:
     """transformers' attention signature."""
     if torch.is_autocast_enabled("cpu"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import gather_to_main, shard_like, to_full_tensor
+from ppo_fast.llm.sharding import gather_to_main, shard_like, to_full_tensor
 
 
 def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:

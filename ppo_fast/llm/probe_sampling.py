@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.generate import GenerateOptions, generate
 from ppo_fast.llm.models.head import GenerateInfo, model_name, text_config, without_cache
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.probe import (
@@ -29,7 +30,7 @@ from ppo_fast.llm.models.probe import (
     rounding_bound,
 )
 from ppo_fast.llm.packing.flash_calls import first_line
-from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 
 NEW_TOKENS = 3  # the first from the prompt, the others from the cache
 LONG_PROMPT = 32  # beside the short ones, so that these have much padding

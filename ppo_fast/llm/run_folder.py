@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -12,14 +11,15 @@ from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.common.folders import claim
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import Distributed, full_state_dict, peer_failure
+from ppo_fast.llm.distributed import Distributed, peer_failure
 from ppo_fast.llm.models.head import LanguageModel
 from ppo_fast.llm.report.evaluation import drop_best_after
 from ppo_fast.llm.report.export import save_model, saved_dtype
+from ppo_fast.llm.sharding import full_state_dict
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same point, or none
 
-Captured = tuple[Mapping[str, Mapping[str, Tensor]], dict[str, Any]]  # tensors by file, and state.json
+Captured = tuple[Mapping[str, Mapping[str, Tensor]], dict[str, object]]  # tensors by file, and state.json
 
 
 class RunFolder:
@@ -87,7 +87,7 @@ class RunFolder:
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: dict[str, str] | None,
-        history: Sequence[Mapping[str, Any]],
+        history: Sequence[Mapping[str, object]],
     ) -> Path | None:
         """Writes actor and tokenizer to OUT/name; collective.
 

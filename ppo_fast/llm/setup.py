@@ -29,7 +29,8 @@ from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import weights_hash
 from ppo_fast.llm.reward.fingerprint import reward_fingerprint
 from ppo_fast.llm.reward.scoring import RewardFunction
-from ppo_fast.llm.sample import Sampler, check_sampler, drop_long_prompts
+from ppo_fast.llm.sample import drop_long_prompts
+from ppo_fast.llm.sampler import Sampler, check_sampler
 
 Rows = list[dict[str, Any]]
 

@@ -21,9 +21,10 @@ from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import Distributed, copy_from_full, gather_to_main
+from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.optimizer import Optimizers, rate_of_step
 from ppo_fast.llm.random_state import RandomState
+from ppo_fast.llm.sharding import copy_from_full, gather_to_main
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note reports it
 RESUMABLE_OPTIONS = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "threads"}

@@ -28,6 +28,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
 from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
+from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
 from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.hints import Hints
 from ppo_fast.llm.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
@@ -47,7 +48,8 @@ from ppo_fast.llm.report.export import check_saving, model_card
 from ppo_fast.llm.report.progress import Progress, peak_memory
 from ppo_fast.llm.reward.scoring import RewardFunction, check_rewards, check_weights, named_rewards, score
 from ppo_fast.llm.run_folder import COMMON_ERRORS, RunFolder
-from ppo_fast.llm.sample import GenerateOptions, GenerateSampler, Sampler, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import Sampler
 from ppo_fast.llm.state import RunState, capture, environment_info, restore, run_fingerprint
 
 AfterStep = Callable[["PPOTrainer", dict[str, float]], bool | None]

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.random_state import RandomState
-from ppo_fast.llm.sample import Completions, SamplingParams
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 TEXTS = ("hi", "what time is it", "a", "the fox jumps", "over", "it all")

@@ -137,7 +137,7 @@ def test_nothing_of_a_step_stays_on_the_device(as_cuda):
         gc.enable()
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_moved_with_options_that_help(as_cuda, monkeypatch):
+def test_a_model_that_does_not_fit_is_rejected_before_it_is_moved_with_options_that_help(as_cuda, monkeypatch):
     module = torch.get_device_module("testgpu")
     before = module.memory_allocated()
     monkeypatch.setattr(setup, "total_memory", lambda device: 12 << 20)

@@ -29,7 +29,7 @@ MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]
 
 
 class Diary(gymnasium.Env):
-    """Episodes of 1 to 6 random steps that end in either way; notes each true transition."""
+    """Episodes of 1 to 6 random steps that end in either way; records each transition."""
 
     observation_space = spaces.Box(-10, 10, (3,), np.float32)
     action_space = spaces.Discrete(3)
@@ -208,7 +208,7 @@ def test_normalized_rewards_leave_out_steps_that_only_reset(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_final_observations_are_normalized_like_the_others(mode):
-    """The value of a truncated episode's end must see the moments, and the clipping, that all observations see."""
+    """The value at the end of a truncated episode uses the same statistics and clipping as all other observations."""
     trainer = ClassicTrainer(small(normalize_observations=True), envs=diaries(mode))
     trainer.collect()
     moments, rows = trainer.observation_rms, []
@@ -441,8 +441,20 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_killed(tmp_path, monkeyp
         assert torch.equal(never.adam.weights, whole.adam.weights)
 
 
+def test_a_state_restores_the_next_update():
+    options = dict(env="ppo_fast/Maze-v0", normalize_rewards=True, rollout_steps=40, total_steps=1000)
+    trainer, other = (ClassicTrainer(small(**options, seed=seed)) for seed in (1, 2))
+    for _ in range(2):
+        trainer.step()
+    other.load_state_dict(trainer.state_dict())
+    assert other.global_step == trainer.global_step
+    metrics = [{k: x for k, x in t.step().items() if "second" not in k} for t in (trainer, other)]
+    assert metrics[0] == metrics[1]
+    assert torch.equal(trainer.adam.weights, other.adam.weights)
+
+
 def test_a_run_made_longer_has_the_bits_of_one_that_was_long_from_the_start(tmp_path):
-    """The last update is also one to save at: what was reset after that checkpoint must not come into it."""
+    """The last update also saves a checkpoint, which must not contain what is reset after it."""
     options = dict(env="Pendulum-v1", rollout_steps=8, lr_schedule="constant", save_every=1, tensorboard=False)
     options |= dict(normalize_observations=True, num_envs=2)
     whole = ClassicTrainer(small(**options, total_steps=96, out=str(tmp_path / "whole")))
@@ -678,7 +690,7 @@ def test_a_continuous_policy_finds_its_target(mode):
 
 
 def test_cartpole_is_learned():
-    """With our own settings of bench/against_sb3.py: seeds 0 to 5 all reach 500."""
+    """With the other settings of bench/against_sb3.py: seeds 0 to 5 all reach 500."""
     config = ClassicConfig(
         total_steps=40_000,
         rollout_steps=32,

@@ -181,7 +181,7 @@ def test_the_input_of_a_network_is_from_zero_to_one(network, high):
 
 
 class Maps(Given):
-    """One of two planes is on in a random cell; it tells the right action. Rounds of 20."""
+    """One of two planes is on in a random cell; the plane is the right action. Episodes of 20 steps."""
 
     def __init__(self, high=1, render_mode=None):
         super().__init__(spaces.Box(0, high, (4, 4, 9), np.uint8), steps=20)
@@ -253,7 +253,7 @@ def test_a_space_that_cannot_be_flattened_is_named_with_what_to_do(register):
         ClassicTrainer(small(env=name))
 
     class Mission(spaces.Space):
-        """A space of a package's own, as MiniGrid has."""
+        """A space class of a package, as MiniGrid has."""
 
     space = spaces.Dict({"image": spaces.Box(0, 255, (2, 2, 3), np.uint8), "mission": Mission(None, None)})
     name = register("Mission-v0", functools.partial(Given, space))
@@ -541,7 +541,7 @@ def test_a_vector_form_from_make_vec_is_evaluated_in_one_of_its_kind():
 
 
 def test_a_vector_form_with_other_spaces_is_evaluated_in_one_of_its_kind(register):
-    """As in ALE: the single form has frames, the vector form stacks of small ones."""
+    """As in ALE: the single form has frames, the vector form has stacks of small frames."""
 
     class Stacked(Vector):
         def __init__(self, num_envs, render_mode=None):
@@ -578,7 +578,7 @@ def test_statistics_of_a_normalising_wrapper_are_those_of_the_training_and_stay(
 
 
 class StateOfAnotherMeaning(Given):
-    """get_state gives what the agent sees; set_state restarts the clock."""
+    """get_state returns an observation; set_state restarts the clock."""
 
     def get_state(self):
         return [0.0, 0.0, 0.0]
@@ -596,7 +596,7 @@ def test_get_state_and_set_state_of_others_are_not_called(register, tmp_path):
 
 def test_states_are_saved_of_classes_that_declare_it_themselves():
     class Deeper(Maze):
-        """Has more state than a Maze; what it inherits does not speak for it."""
+        """Has more state than a Maze; the inherited declaration does not apply to it."""
 
     assert environment_states(gymnasium.make_vec("ppo_fast/Maze-v0", num_envs=2)) is not None
     assert environment_states(SyncVectorEnv([Deeper])) is None

@@ -166,7 +166,7 @@ def test_a_policy_of_other_options_is_named(tmp_path):
             classic.load(tmp_path / "x")
 
 
-# What a run shows and leaves
+# Output and files
 
 
 def test_an_earlier_run_is_replaced_on_request_and_nothing_else(tmp_path):
@@ -367,7 +367,7 @@ def test_a_long_rollout_is_given_up_in_time(tmp_path, monkeypatch):
 
 
 class DyingWorker(Given):
-    """A process of AsyncVectorEnv that gets the signal of its parent, and has no handler of ours."""
+    """A process of AsyncVectorEnv that gets the signal of its parent, and has no handler of this project."""
 
     def __init__(self, number):
         super().__init__()

@@ -149,10 +149,10 @@ def test_bad_input_gets_one_clear_line(folder, capsys, change, message):
 
 
 def test_a_missing_column_is_reported_before_sampling(folder, capsys, monkeypatch):
-    def sample(*arguments):
+    def sample(*arguments, **options):
         raise AssertionError("answers were sampled")
 
-    monkeypatch.setattr("ppo_fast.llm.trainer.respond", sample)
+    monkeypatch.setattr("ppo_fast.llm.trainer.sample_rollout", sample)
     pool = folder / "pool.py"
     judge = "Pool('ppo_fast.rewards:f1(reference=solution)', timeout=1.0, fallback=0.0)"
     pool.write_text(f"from ppo_fast.rewards import Pool\njudge = {judge}\n")

@@ -105,7 +105,7 @@ def test_an_adapter_of_which_peft_keeps_one_only_is_rejected():
     assert "give PPOTrainer a reference of its own" in str(error.value)
 
 
-def test_a_copy_that_computes_otherwise_than_its_adapter_is_rejected(monkeypatch):
+def test_a_copy_that_computes_other_logits_than_its_adapter_is_rejected(monkeypatch):
     monkeypatch.setattr(AdapterReference, "_copy_weights", lambda self: None)
     with pytest.raises(UserError, match="the frozen copy of the actor's adapter gives other logits"):
         trainer_of(adapted(peft.LoraConfig(**LORA)))

@@ -37,7 +37,7 @@ from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.report.explanation import visible
-from ppo_fast.llm.sample import Completions, SamplingParams
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 END, PAD = 256, 257
@@ -202,7 +202,7 @@ def test_attributes_of_a_reward_object_have_no_meaning_for_the_trainer():
     assert reward.seen == ["x"] * 4
 
 
-def test_an_integer_failed_counts_the_answers_without_a_judgement():
+def test_an_integer_failed_counts_the_completions_without_a_score():
     class Counts:
         failed = 0
 
@@ -410,12 +410,12 @@ def test_an_error_in_a_sampler_names_its_place_and_keeps_the_steps_before_it(tmp
         def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
             self.calls += 1
             if self.calls > 1:
-                raise ConnectionError("the server is gone")
+                raise ConnectionError("the server has ended")
             return super().sample(prompts, params)
 
     options = {"out": str(tmp_path), "total_steps": 3}
     with pytest.raises(
-        UserError, match=r"ConnectionError: the server is gone \(.*test_adversary_models.py, line \d+\)"
+        UserError, match=r"ConnectionError: the server has ended \(.*test_adversary_models.py, line \d+\)"
     ):
         train(sampler=Breaks([65, END]), options=options)
     assert (tmp_path / "checkpoints" / "step-1").is_dir()
@@ -429,7 +429,7 @@ def test_a_sampler_of_another_kind_is_rejected():
         def sample(self, prompts, params):
             return [[65]] * len(prompts), [True] * len(prompts)
 
-    with pytest.raises(UserError, match=r"must return an object of ppo_fast.llm.sample.Answers, got tuple"):
+    with pytest.raises(UserError, match=r"must return ppo_fast.llm.sampler.Completions, got tuple"):
         train(sampler=Pairs())
 
 

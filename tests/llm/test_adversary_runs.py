@@ -123,7 +123,7 @@ def test_ordinary_modes_end_with_the_block():
         assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (False, True)
 
 
-def test_an_actor_made_under_inference_mode_is_refused():
+def test_an_actor_made_under_inference_mode_is_rejected():
     with torch.inference_mode(), pytest.raises(UserError, match=r"made under torch\.inference_mode\(\)"):
         trainer_of()
 
@@ -137,7 +137,7 @@ def test_detect_anomaly_and_deterministic_algorithms_change_no_number(whole):
         torch.use_deterministic_algorithms(False)
 
 
-def test_two_trainers_by_turns_make_what_each_makes_alone(whole):
+def test_two_alternating_trainers_give_the_numbers_of_each_alone(whole):
     first, second = trainer_of(), trainer_of(seed=1)
     steps = [(first.step(), second.step()) for _ in range(3)]
     assert numbers_of([mine for mine, _ in steps]) == whole
@@ -183,7 +183,7 @@ def test_all_controllers_and_random_rewards_resume_bit_for_bit(tmp_path):
 # Interruptions
 
 
-def test_a_second_signal_at_once_is_the_same_request():
+def test_a_second_signal_at_once_counts_as_the_same_request():
     """`timeout` of GNU coreutils sends SIGTERM to the process and to its group."""
     with stop_requests(lambda _: None) as request:
         for _ in range(3):
@@ -293,7 +293,7 @@ class Broken(io.StringIO):
         raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_a_run_whose_output_is_gone_continues_and_says_so_once(tmp_path, capsys, monkeypatch, whole):
+def test_a_run_whose_output_is_closed_continues_and_reports_it_once(tmp_path, capsys, monkeypatch, whole):
     trainer = trainer_of(tmp_path / "run", quiet=False, show_samples_every=1)
     monkeypatch.setattr(sys, "stdout", Broken())
     assert numbers_of(trainer.train()) == whole
@@ -338,7 +338,7 @@ def test_an_out_that_is_renamed_during_the_run_keeps_what_it_had(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model", "best", "checkpoints", "eval"])
-def test_a_name_that_the_run_cannot_replace_is_refused_before_the_first_step(tmp_path, name):
+def test_a_name_that_the_run_cannot_replace_is_rejected_before_the_first_step(tmp_path, name):
     trainer = trainer_of(tmp_path / "run")
     (claim(tmp_path / "run") / name).write_text("mine")
     with pytest.raises(UserError, match=rf"{name} is a file, and the run needs a folder there"):
@@ -346,7 +346,7 @@ def test_a_name_that_the_run_cannot_replace_is_refused_before_the_first_step(tmp
     assert trainer.steps_done == 0
 
 
-def test_links_are_refused_where_they_would_not_lead_to_the_new_folder(tmp_path):
+def test_links_are_rejected_where_they_would_not_lead_to_the_new_folder(tmp_path):
     for name in ("elsewhere", "out"):
         (tmp_path / name).mkdir()
     (tmp_path / "out/checkpoints").symlink_to(tmp_path / "elsewhere")
@@ -356,7 +356,7 @@ def test_links_are_refused_where_they_would_not_lead_to_the_new_folder(tmp_path)
         check_folders(tmp_path / "out")
 
 
-def test_an_out_that_the_tokenizer_cannot_write_to_is_refused(tmp_path):
+def test_an_out_that_the_tokenizer_cannot_write_to_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"run-\\udcc3\\udcbc is not ASCII.*PYTHONUTF8=1"):
         check_folders(tmp_path / "run-\udcc3\udcbc")  # "ü" in an argument of a process whose encoding is ASCII
 
@@ -398,7 +398,7 @@ def test_an_unfinished_copy_of_a_checkpoint_gets_advice(stopped):
         (lambda folder: (folder / "optimizers.safetensors").unlink(), "it has no optimizers"),
     ],
 )
-def test_an_edited_checkpoint_is_one_sentence(stopped, edit, message):
+def test_an_edited_checkpoint_is_rejected_with_one_sentence(stopped, edit, message):
     edit(stopped / "checkpoints/step-2")
     resummed(stopped / "checkpoints/step-2")
     with pytest.raises(UserError, match=message):
@@ -477,7 +477,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, numb
         assert (tmp_path / "run").is_dir()
 
 
-def test_a_relative_out_in_a_removed_folder_is_one_sentence(tmp_path, monkeypatch):
+def test_a_relative_out_in_a_removed_folder_is_rejected_with_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -500,7 +500,7 @@ def test_a_step_is_kept_where_after_step_fails(tmp_path, whole):
 
 
 @pytest.mark.parametrize("line", ["seed: 010", "total_steps: 0100", "seed: -010", "seed: 1:30"])
-def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, line):
+def test_numbers_that_yaml_reads_as_other_numbers_are_rejected(tmp_path, line):
     (tmp_path / "c.yaml").write_text(line + "\n")
     with pytest.raises(UserError, match=r"is -?\d+ in YAML 1\.1.*: write a decimal number"):
         read_yaml(tmp_path / "c.yaml", ["seed", "total_steps"])
@@ -544,7 +544,7 @@ def test_what_torchrun_sets_is_read(monkeypatch):
     assert (process_count(), this_rank(2), local_rank()) == (2, 1, 0)
 
 
-def test_a_process_that_waits_for_others_in_vain_is_told_where(monkeypatch):
+def test_the_error_of_a_process_that_waits_in_vain_names_the_address(monkeypatch):
     variables = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -347,7 +347,7 @@ def test_gradients_through_a_fast_path_are_as_near_to_fp32_as_those_through_buck
 
 @pytest.mark.parametrize("case", ["head size 84", "head size 264", "capability 7.5", "softcap", "sinks"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_model_that_no_fast_path_takes_says_so_once(case, precision, tmp_path):
+def test_a_model_that_no_fast_path_takes_is_reported_once(case, precision, tmp_path):
     shape = {**families.SHAPE, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     shape["head_dim"] = int(case.split()[-1]) if case.startswith("head size") else 8
     torch.manual_seed(0)
@@ -378,7 +378,7 @@ def gpt_oss() -> Any:
     return AutoModelForCausalLM.from_config(GptOssConfig(**shape), attn_implementation="eager").eval()
 
 
-def test_a_full_precision_model_says_nothing(tmp_path):
+def test_a_full_precision_model_gives_no_message(tmp_path):
     model = families.load("llama", tmp_path / "model")
     with stand_in.machine(tmp_path, "2.8.3") as calls, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")

@@ -29,10 +29,11 @@ from ppo_fast.llm.data import (
     read_prompts,
     tokenizer_notes,
 )
+from ppo_fast.llm.generate import GenerateSampler
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, drop_long_prompts, sample_rollout
-from ppo_fast.llm.state import digest_of_rows
+from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
 from ppo_fast.llm.trainer import PPOTrainer
 
 NO_PYARROW = 'pyarrow is not installed: pip install "ppo_fast[data]"'
@@ -123,7 +124,7 @@ def test_a_missing_file_and_a_wrong_encoding_are_named(tmp_path):
         read_jsonl(write(tmp_path, '{"prompt": "é"}', "latin-1"), "prompt")
 
 
-def test_every_row_is_dealt_once_in_each_epoch_and_the_order_is_the_seeds():
+def test_every_row_is_drawn_once_in_each_epoch_in_the_order_of_the_seed():
     rows = [{"prompt": str(i)} for i in range(7)]
     prompts, again, other = (Prompts(rows, seed=s) for s in (1, 1, 2))
     dealt = [row["prompt"] for _ in range(7) for row in prompts.take(2)]
@@ -141,7 +142,7 @@ ROWS = [{"question": f"q{i}", "answer": i, "tags": ["a", None]} for i in range(5
 EXPECTED = [{"prompt": f"q{i}", "answer": i, "tags": ["a", None]} for i in range(5)]
 
 
-def test_parquet_files_lose_a_column_or_their_order(tmp_path):
+def test_parquet_files_keep_their_columns_and_order(tmp_path):
     arrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
     parquet = pytest.importorskip("pyarrow.parquet", reason=NO_PYARROW)
     for name, rows in (("b.parquet", ROWS[3:]), ("a.parquet", ROWS[:3])):
@@ -155,14 +156,14 @@ def test_parquet_files_lose_a_column_or_their_order(tmp_path):
         read_prompts(tmp_path, "question")
 
 
-def test_chats_in_parquet_are_not_lists_of_messages(tmp_path):
+def test_chats_in_parquet_are_lists_of_messages(tmp_path):
     arrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
     parquet = pytest.importorskip("pyarrow.parquet", reason=NO_PYARROW)
     parquet.write_table(arrow.Table.from_pylist([{"messages": CHAT, "n": 1}]), tmp_path / "chat.parquet")
     assert read_prompts(tmp_path / "chat.parquet", "messages") == [{"prompt": CHAT, "n": 1}]
 
 
-def test_data_set_folders_lose_a_column_or_their_order(tmp_path):
+def test_data_set_folders_keep_their_columns_and_order(tmp_path):
     datasets = pytest.importorskip("datasets", reason='datasets is not installed: pip install "ppo_fast[data]"')
     datasets.disable_progress_bars()
     whole = datasets.Dataset.from_list(ROWS)
@@ -175,7 +176,7 @@ def test_data_set_folders_lose_a_column_or_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "package"), [("x.parquet", "pyarrow"), ("folder", "datasets")])
-def test_a_missing_package_is_not_named(tmp_path, monkeypatch, name, package):
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
     (tmp_path / "x.parquet").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "state.json").touch()
@@ -200,7 +201,7 @@ def test_plain_prompts_become_chats_only_where_asked_to(tmp_path):
     assert [row["prompt"] for row in read_prompts(path, chat=True)] == [[{"role": "user", "content": "a"}], CHAT]
 
 
-def test_a_chat_gets_a_second_begin_token_or_no_place_to_answer():
+def test_a_chat_gets_one_begin_token_and_a_generation_prompt():
     tokenizer = chat_tokenizer()
     chat, plain, again = prompt_ids(tokenizer, [CHAT, "Why?", CHAT])
     assert tokenizer.decode(chat) == "<s>[system]Be brief.[user]Why?[assistant]"
@@ -310,7 +311,7 @@ def test_rows_from_python_that_are_no_rows_are_named(rows, message):
         as_rows(rows)
 
 
-def test_other_peoples_files_are_read_right(tmp_path):
+def test_files_of_other_tools_are_read_correctly(tmp_path):
     """A byte-order mark, UTF-16, gzip, CRLF, empty lines, an array, a long line, and a path with blanks and umlauts."""
     folder = tmp_path / "Üb ungen"
     folder.mkdir()
@@ -391,7 +392,7 @@ def test_parquet_columns_of_other_types_are_read_or_named(tmp_path):
         parquet.write_table(arrow.table({"prompt": column, "day": [datetime.date(2026, 1, 1)] * 2}), tmp_path / name)
         found = read_prompts(tmp_path / name)  # without the suffix, too
         assert found == [{"prompt": text, "day": datetime.date(2026, 1, 1)} for text in "ab"]
-        assert digest_of_rows(found) != digest_of_rows(found[::-1])
+        assert rows_hash(found) != rows_hash(found[::-1])
     for column, got in ((arrow.array([1, 2]), "int"), (arrow.array([b"a", b"b"]), "bytes"), ([None, "b"], "null")):
         parquet.write_table(arrow.table({"prompt": column}), tmp_path / "x.parquet")
         with pytest.raises(UserError, match=rf"row 1: field 'prompt' must be a string .*, got {got}"):
@@ -402,7 +403,7 @@ def test_parquet_columns_of_other_types_are_read_or_named(tmp_path):
         read_prompts(tmp_path / "x.parquet")
 
 
-def test_length_filter_measures_a_chat_without_its_template():
+def test_length_filter_measures_a_chat_with_its_template():
     """CHAT is 41 bytes with its template (<s> is one token), 13 without."""
     tokenizer, actor = chat_tokenizer(), tiny_llama(259)
     length = len(prompt_ids(tokenizer, [CHAT])[0])
@@ -413,7 +414,7 @@ def test_length_filter_measures_a_chat_without_its_template():
         assert (len(kept), left_out) == (2 - dropped, dropped)
 
 
-def test_a_chat_or_a_column_does_not_reach_the_rewards_as_it_stands_in_the_data():
+def test_chats_and_columns_reach_the_rewards_unchanged():
     seen = {}
 
     def reward(prompts, completions, level):
@@ -429,7 +430,7 @@ def test_a_chat_or_a_column_does_not_reach_the_rewards_as_it_stands_in_the_data(
     assert rollout.prompt_lengths[:1] == [len(prompt_ids(tokenizer, [CHAT])[0])]
 
 
-def test_a_reward_model_does_not_read_a_chat_through_its_own_template():
+def test_a_reward_model_reads_a_chat_through_its_own_template():
     tokenizer = chat_tokenizer()
     model = tiny_llama(259)
     model.config.num_labels = 1

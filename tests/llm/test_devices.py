@@ -20,6 +20,7 @@ from ppo_fast.llm import distributed as parallel
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.report.export import copy_on_cpu
+from ppo_fast.llm.sharding import wrap
 from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
@@ -33,22 +34,22 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_without_cuda_is_refused_with_the_build_of_pytorch():
+def test_a_device_without_cuda_is_rejected_with_the_build_of_pytorch():
     with pytest.raises(UserError, match=r"'cuda' cannot be used: PyTorch \S+ (is built for the CPU only|finds no GPU)"):
         devices.pick_device("cuda")
 
 
-def test_a_device_that_does_not_exist_is_refused_with_those_that_do(two_gpus):
+def test_a_device_that_does_not_exist_is_rejected_with_those_that_do(two_gpus):
     with pytest.raises(UserError, match="'cuda:3' does not exist; this machine has cuda:0, cuda:1"):
         devices.pick_device("cuda:3")
 
 
-def test_an_unknown_device_is_refused_with_the_names_that_are_known():
+def test_an_unknown_device_is_rejected_with_the_known_names():
     with pytest.raises(UserError, match=r"device must be cpu, cuda, cuda:1, ... or auto, got 'gpu7'"):
         devices.pick_device("gpu7")
 
 
-def test_bfloat16_is_refused_where_the_gpu_has_none(monkeypatch):
+def test_bfloat16_is_rejected_where_the_gpu_has_none(monkeypatch):
     monkeypatch.setattr(devices, "compute_capability", lambda device: (7, 5))
     assert devices.pick_device("cpu") == CPU
     with pytest.raises(UserError, match=r"needs a GPU of compute capability 8.0 or newer, and cpu has 7.5"):
@@ -174,17 +175,17 @@ def test_a_process_takes_the_gpu_of_its_local_rank_and_joins_with_it(rank_one):
     assert distributed.rank == 1
 
 
-def test_a_process_on_the_cpu_asks_nothing_of_a_gpu(rank_one):
+def test_a_process_on_the_cpu_calls_nothing_of_a_gpu(rank_one):
     assert parallel.init_distributed(PPOConfig(device="cpu")).device == CPU
     assert rank_one == ["pick cpu", "join gloo None"]
 
 
-def test_one_named_gpu_for_several_processes_is_refused(rank_one):
+def test_one_named_gpu_for_several_processes_is_rejected(rank_one):
     with pytest.raises(UserError, match="device = cuda:1, but under torchrun each process has a GPU of its own"):
         parallel.init_distributed(PPOConfig(device="cuda:1"))
 
 
-def test_more_processes_than_gpus_are_refused(rank_one, monkeypatch):
+def test_more_processes_than_gpus_are_rejected(rank_one, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="LOCAL_RANK = 1, but this machine has 1 GPUs"):
         parallel.init_distributed(PPOConfig())
@@ -267,7 +268,7 @@ def test_gradients_of_ddp_are_views_of_its_buckets(tmp_path):
     try:
         distributed = parallel.Distributed(0, 2, "ddp", CPU)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        distributed.wrap(model, dtype="float32", unused_parameters=False)
+        wrap(model, distributed, dtype="float32", unused_parameters=False)
         for _ in range(2):  # buckets are ordered anew after the first backward
             model.zero_grad()
             distributed.wrapped_module(model)(torch.ones(1, 3)).sum().backward()
@@ -309,7 +310,7 @@ def test_the_cost_of_bfloat16_is_measured_once_and_short():
         ("bfloat16", 376.0, "bfloat16", "warning: dtype = bfloat16 is slow here"),
     ],
 )
-def test_a_cpu_takes_the_faster_dtype_and_tells_of_a_slow_one(
+def test_a_cpu_takes_the_faster_dtype_and_reports_a_slow_one(
     monkeypatch: pytest.MonkeyPatch, asked: str, cost: float, chosen: str, note: str
 ):
     monkeypatch.setattr(devices, "bfloat16_cost", lambda: cost)
@@ -319,7 +320,7 @@ def test_a_cpu_takes_the_faster_dtype_and_tells_of_a_slow_one(
     assert bool(said) == bool(note)
 
 
-def test_a_run_computes_in_the_dtype_that_auto_chose_and_says_so(
+def test_a_run_computes_in_the_dtype_that_auto_chose_and_reports_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(devices, "bfloat16_cost", lambda: 0.2)
@@ -331,7 +332,7 @@ def test_a_run_computes_in_the_dtype_that_auto_chose_and_says_so(
     assert any(note.startswith("dtype = auto: bfloat16") for note in made.notes)
 
 
-def test_threads_of_a_run_are_set_and_told(capsys: pytest.CaptureFixture[str]):
+def test_threads_of_a_run_are_set_and_reported(capsys: pytest.CaptureFixture[str]):
     before = torch.get_num_threads()
     try:
         trainer(threads=3, quiet=False, total_steps=1).train()

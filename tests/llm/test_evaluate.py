@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.decoding import CompletionText
+from ppo_fast.llm.generate import generate
 from ppo_fast.llm.report.evaluation import Evaluation, distinct, own_random_state
 from ppo_fast.llm.report.evaluation_page import markdown, show, write
 from ppo_fast.llm.report.explanation import explain, visible
-from ppo_fast.llm.sample import SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "base": i} for i, text in enumerate(("hi", "what time is it", "a", "the fox jumps", "no"))]
@@ -59,12 +60,12 @@ def of_training(history: list[dict]) -> list[dict]:
     ]
 
 
-def test_training_notices_that_it_is_evaluated():
+def test_evaluations_do_not_change_training():
     without = of_training(trainer_of(None, eval_rows=None).train())
     assert of_training(trainer_of(None, eval_every=1).train()) == without
 
 
-def test_two_evaluations_of_one_policy_differ():
+def test_two_evaluations_of_one_policy_are_equal():
     trainer = trainer_of(None)
     trainer.step()
     first, again = evaluation_of(trainer), evaluation_of(trainer)
@@ -74,7 +75,7 @@ def test_two_evaluations_of_one_policy_differ():
     assert evaluation_of(trainer).metrics != first.metrics, "the policy has moved, and the evaluation has not seen it"
 
 
-def test_a_greedy_evaluation_is_not_the_models_likeliest_answer():
+def test_a_greedy_evaluation_samples_the_likeliest_completion():
     trainer = trainer_of(None, eval_greedy=True)
     tokenizer = byte_tokenizer()
     prompts = tokenizer([row["prompt"] for row in HELD_OUT])["input_ids"]
@@ -85,7 +86,7 @@ def test_a_greedy_evaluation_is_not_the_models_likeliest_answer():
         PPOConfig(eval_greedy=True, eval_samples=2)
 
 
-def test_min_p_leaves_in_what_is_too_unlikely():
+def test_min_p_leaves_out_tokens_that_are_too_unlikely():
     model, tokenizer = tiny_llama(258), byte_tokenizer()
     with torch.no_grad():
         model.lm_head.weight *= 40  # from nearly uniform to sharp
@@ -97,7 +98,7 @@ def test_min_p_leaves_in_what_is_too_unlikely():
     assert {row[0] for row in generate(model, tokenizer, prompts, SamplingParams(max_new_tokens=1)).ids} > set(allowed)
 
 
-def test_the_random_state_is_another_after_the_block():
+def test_the_random_state_is_restored_after_the_block():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -108,14 +109,14 @@ def test_the_random_state_is_another_after_the_block():
         assert torch.equal(torch.rand(3), inside)
 
 
-def test_evaluations_come_at_other_steps_than_asked_for():
+def test_evaluations_are_made_at_the_steps_that_the_options_name():
     history = trainer_of(None, eval_every=2, total_steps=5).train()
     assert [row["step"] for row in history if "eval/score" in row] == [2, 4, 5]
     history = trainer_of(None, total_steps=3).train()
     assert [row["step"] for row in history if "eval/score" in row] == [3]
 
 
-def test_metrics_are_not_those_of_the_held_out_answers():
+def test_metrics_are_those_of_the_held_out_completions():
     trainer = trainer_of(None, eval_samples=2)
     trainer.step()
     found = evaluation_of(trainer)
@@ -142,11 +143,11 @@ def test_metrics_are_not_those_of_the_held_out_answers():
         ([[1]], 2, 0.0),
     ],
 )
-def test_distinct_n_counts_otherwise_than_in_the_paper(answers, n, expected):
+def test_distinct_n_counts_as_in_the_paper(answers, n, expected):
     assert distinct(answers, n) == expected
 
 
-def test_a_token_is_explained_by_numbers_of_another_token_or_answer():
+def test_each_token_is_explained_by_its_own_numbers():
     trainer = trainer_of(None)
     trainer.step()
     trainer.step()  # in the first the policy is still its reference: no KL
@@ -170,17 +171,17 @@ def test_a_token_is_explained_by_numbers_of_another_token_or_answer():
 
 
 @pytest.mark.parametrize(("token", "shown"), [(" ", "␣"), ("\n", "\\n"), ("\x1b", "\\x1b"), ("a", "a")])
-def test_a_token_is_invisible_or_obeyed_by_the_terminal(token, shown):
+def test_control_characters_of_a_token_are_visible_and_escaped(token, shown):
     tokenizer = byte_tokenizer()
     assert visible(CompletionText(tokenizer, []), tokenizer(token)["input_ids"][0]) == shown
 
 
-def test_half_a_character_is_drawn_as_nothing():
+def test_half_a_character_is_shown_by_the_name_of_its_token():
     tokenizer = byte_tokenizer()
     assert visible(CompletionText(tokenizer, []), tokenizer("é")["input_ids"][0]) == "Ã"  # its name in the vocabulary
 
 
-def test_the_best_model_is_overwritten_by_a_worse_one(tmp_path):
+def test_the_best_model_is_not_overwritten_by_a_worse_one(tmp_path):
     trainer = trainer_of(tmp_path / "run")
     scores = iter([1.0, 3.0, 2.0])
     assert trainer.evaluator is not None
@@ -196,7 +197,7 @@ def test_the_best_model_is_overwritten_by_a_worse_one(tmp_path):
     assert all(torch.equal(p, second[name]) for name, p in best.named_parameters())
 
 
-def test_the_page_of_an_evaluation_lacks_numbers_or_breaks_its_tables(tmp_path):
+def test_the_page_of_an_evaluation_has_all_numbers_in_whole_tables(tmp_path):
     trainer = trainer_of(None)
     trainer.step()
     evaluation = evaluation_of(trainer)
@@ -223,7 +224,7 @@ def test_a_held_out_row_without_a_prompt_is_named():
         trainer_of(None, eval_rows=[{"question": "b", "base": 0}])
 
 
-def test_what_the_terminal_shows_is_cut_or_coloured_by_an_answer():
+def test_the_terminal_shows_markup_in_texts_as_it_is():
     trainer = trainer_of(None, eval_rows=[{"prompt": "[red]x[/red]", "base": 0}, *HELD_OUT])
     trainer.step()
     screen = StringIO()
@@ -232,7 +233,7 @@ def test_what_the_terminal_shows_is_cut_or_coloured_by_an_answer():
     assert "step 1, 4 held-out answers: score" in screen.getvalue()
 
 
-def test_held_out_prompts_that_are_trained_on_are_not_named():
+def test_held_out_prompts_that_are_trained_on_are_counted_in_a_note():
     trainer = trainer_of(None, eval_rows=[*HELD_OUT, ROWS[0], {"prompt": "x" * 300, "base": 0}])
     assert trainer.notes == [
         "1 held-out prompts are too long and were left out",

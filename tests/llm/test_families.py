@@ -83,7 +83,7 @@ def test_a_family_learns_by_its_own_log_probabilities_or_is_rejected(kind):
 
 
 @pytest.mark.parametrize("kind", PATHS)
-def test_a_family_takes_the_fastest_path_that_is_right(kind):
+def test_a_family_takes_the_fastest_correct_path(kind):
     found, expected = outcome_of(build(kind)), PATHS[kind]
     check(kind, found)
     for name in ("error", "linear", "packed", "batched", "left_padding", "cache"):
@@ -186,7 +186,7 @@ def test_lengths_without_time_to_check_run_on_the_models_own_forward(monkeypatch
     assert not head.packed
 
 
-def test_prompts_share_a_batch_only_where_that_is_right():
+def test_prompts_share_a_batch_only_where_that_is_correct():
     lengths, how = [3, 60, 3, 70, 5, 60, 80], {"new_tokens": 8, "size": 10}
     assert GenerateInfo().batches(lengths, **how) == [[0, 1, 2, 3, 4, 5, 6]]
     assert GenerateInfo().batches(lengths, new_tokens=8, size=4) == [[0, 1, 2, 3], [4, 5, 6]]

@@ -19,7 +19,7 @@ def given(steps: list[dict], scores: list[list[float]] | None = None, **options)
     return found
 
 
-def test_a_calm_run_gets_no_hint():
+def test_an_ordinary_run_gets_no_hint():
     assert given([{}] * 30) == [[]] * 30
     assert given([{"learn/clip_fraction": 0.3, "kl": 1.0, "ended": 0.01}] * 5) == [[]] * 5
 

@@ -10,8 +10,8 @@ from support.tiny import byte_tokenizer, distinct, tiny_llama
 
 from ppo_fast.common.errors import InvariantError, NonFiniteError, RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.invariants import ROUNDING, Bound, check_first_kl, check_ratio, gap_problem, rounding_of
-from ppo_fast.llm.sample import GenerateSampler
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": "ab"}, {"prompt": "hello"}]
@@ -54,7 +54,7 @@ def shifted(shift: float, share: float = 1.0, **options) -> PPOTrainer:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_untroubled_run_warns_of_nothing(dtype):
+def test_an_ordinary_run_gives_no_warning(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics = trainer_of(eval_rows=ROWS, dtype=dtype).train()
@@ -169,7 +169,7 @@ def test_bounds_depend_on_what_multiplies_matrices():
     assert rounding_of(PPOConfig(tf32=True, dtype="bfloat16"), "cuda") == ROUNDING["bfloat16"]
 
 
-def test_the_checks_themselves():
+def test_each_check_accepts_its_bound_and_rejects_what_is_beyond():
     bound = Bound(0.001, 0.01)
     check_ratio({}, bound)
     check_ratio({"ratio_max": 1.0, "approx_kl": 0.0}, bound)

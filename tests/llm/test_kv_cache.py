@@ -8,9 +8,10 @@ from support import families
 from support.tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
-from ppo_fast.llm import sample
+from ppo_fast.llm import generate as generating
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sample import Completions, GenerateOptions, SamplingParams, generate
+from ppo_fast.llm.generate import GenerateOptions, generate
+from ppo_fast.llm.sampler import Completions, SamplingParams
 
 PROMPTS = [[72, 105], [84] * 11, [5]]
 
@@ -50,9 +51,9 @@ def held(cache: DynamicCache) -> tuple[set[torch.dtype], int]:
 def test_the_cache_is_in_bf16_and_samples_are_the_same_bits(name, greedy, tmp_path, caches, monkeypatch):
     model = families.load(name, tmp_path)
     ours, (cache,) = answers(model, config(), greedy=greedy), caches
-    monkeypatch.setattr(sample, "cache_options", lambda actor, dtype: {})
+    monkeypatch.setattr(generating, "cache_options", lambda actor, dtype: {})
     before, (_, own) = answers(model, config(), greedy=greedy), caches
-    assert type(cache) is sample.HalfCache
+    assert type(cache) is generating.HalfCache
     assert type(own) is DynamicCache
     assert (ours.ids, ours.logprobs, ours.ended) == (before.ids, before.logprobs, before.ended)
     assert [type(x) for x in cache.layers] == [type(x) for x in own.layers]  # sliding windows stay
@@ -76,7 +77,7 @@ def test_a_model_with_a_cache_of_its_own_keeps_it():
     torch.manual_seed(0)
     shape = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8, bos_token_id=None)
     mamba = AutoModelForCausalLM.from_config(MambaConfig(**shape, eos_token_id=256, pad_token_id=257)).eval()
-    assert sample.cache_options(mamba, config()) == {}
+    assert generating.cache_options(mamba, "bfloat16") == {}
     assert all(len(ids) >= 1 for ids in answers(mamba, config()).ids)
 
 
@@ -84,9 +85,9 @@ def test_adapters_that_fill_the_cache_keep_theirs(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     model = families.load("llama", tmp_path)
     prefix = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
-    assert sample.cache_options(prefix, config()) == {}
+    assert generating.cache_options(prefix, "bfloat16") == {}
     lora = peft.get_peft_model(families.load("llama", tmp_path), peft.LoraConfig(task_type="CAUSAL_LM")).eval()
-    assert set(sample.cache_options(lora, config())) == {"past_key_values"}
+    assert set(generating.cache_options(lora, "bfloat16")) == {"past_key_values"}
     assert all(len(ids) >= 1 for ids in answers(lora, config()).ids)
 
 

@@ -14,6 +14,7 @@ import ppo_fast as ppo
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
+from ppo_fast.llm.generate import GenerateSampler, generate
 from ppo_fast.llm.learn import Learner
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.critic import Critic
@@ -23,7 +24,8 @@ from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.optimizer import Optimizer, Optimizers
 from ppo_fast.llm.packing.pack import make_pack
-from ppo_fast.llm.sample import Completions, GenerateSampler, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
@@ -65,7 +67,7 @@ def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
 
 
-def test_the_adaptive_kl_coefficient_moves_the_wrong_way_or_too_far():
+def test_the_adaptive_kl_coefficient_moves_towards_the_target_by_a_bounded_step():
     """Ziegler et al. 2019: the relative error is clipped to +-0.2, and one horizon of answers applies it once."""
     controller = KLController(PPOConfig(kl_coef=0.1, kl_controller="adaptive", kl_target=5.0, kl_horizon=100.0))
     controller.update(50.0, 10)
@@ -77,7 +79,7 @@ def test_the_adaptive_kl_coefficient_moves_the_wrong_way_or_too_far():
     assert fixed.coef == 0.1
 
 
-def test_the_adaptive_coefficient_does_not_reach_the_next_step():
+def test_the_adaptive_coefficient_is_used_in_the_next_step():
     trainer = trainer_of(kl_controller="adaptive", kl_target=1e-5, kl_horizon=8.0, kl_estimator="k3")
     history = trainer.train()
     assert history[0]["kl_coef"] == 0.05
@@ -85,7 +87,7 @@ def test_the_adaptive_coefficient_does_not_reach_the_next_step():
     assert history[2]["kl_coef"] == pytest.approx(0.04 * 1.2), "and then it is beyond it"
 
 
-def test_the_entropy_coefficient_moves_away_from_the_target_or_below_zero():
+def test_the_entropy_coefficient_moves_towards_the_target_and_stays_above_zero():
     """He et al. 2025: a step up below the target, a step down above it."""
     controller = EntropyController(PPOConfig(entropy_coef=0.003, entropy_target=2.0, entropy_step=0.002))
     found = []
@@ -98,7 +100,7 @@ def test_the_entropy_coefficient_moves_away_from_the_target_or_below_zero():
     assert fixed.coef == 0.003
 
 
-def test_the_adapted_entropy_coefficient_does_not_reach_the_loss():
+def test_the_adapted_entropy_coefficient_is_used_in_the_loss():
     """A bonus by far larger than everything else pulls the entropy up; the coefficient starts at 0."""
     runs = {}
     for step in (0.0, 100.0):
@@ -109,7 +111,7 @@ def test_the_adapted_entropy_coefficient_does_not_reach_the_loss():
     assert any(not torch.equal(runs[0.0][name], runs[100.0][name]) for name in runs[0.0])
 
 
-def test_kl_in_the_loss_also_stands_in_the_reward():
+def test_kl_in_the_loss_is_not_in_the_reward():
     trainer = trainer_of(kl_in="loss", kl_coef=0.5, total_steps=2, kl_estimator="k3")
     second = trainer.train()[1]
     assert second["kl"] > 0
@@ -119,7 +121,7 @@ def test_kl_in_the_loss_also_stands_in_the_reward():
     assert experience.rewards.sum() == len(rollout), "the score alone"
 
 
-def test_critic_warm_up_moves_the_actor_or_not_the_critic():
+def test_critic_warm_up_trains_the_critic_alone():
     for critic in ("own", "shared"):
         trainer = trainer_of(critic_warmup_steps=2, critic=critic)
         actor, value_head = snapshot(trainer.actor), snapshot(trainer.critic)
@@ -132,7 +134,7 @@ def test_critic_warm_up_moves_the_actor_or_not_the_critic():
         assert changed(trainer.actor, actor)
 
 
-def test_a_large_kl_does_not_stop_the_step():
+def test_a_large_kl_stops_the_updates_of_the_actor():
     trainer = trainer_of(target_kl=1e-4, lr=3e-2, lr_schedule="constant", warmup_ratio=0.0)
     metrics = trainer.step()
     assert metrics["updates"] < 4
@@ -140,7 +142,7 @@ def test_a_large_kl_does_not_stop_the_step():
     assert trainer_of(lr=3e-2).step()["updates"] == 4
 
 
-def test_an_answer_cut_by_length_is_worth_nothing_after_its_end():
+def test_bootstrap_truncated_adds_the_value_after_a_cut_completion():
     """With the option V(end) follows the last token; an answer that ended gets no such thing."""
     actor = tiny_llama(258)
     for bootstrap in (False, True):
@@ -198,7 +200,7 @@ class Echo:
         return Completions(ids, [False] * len(ids), [[-0.5] * len(answer) for answer in ids])
 
 
-def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
+def test_a_given_sampler_is_used_and_its_gap_is_measured():
     trainer = trainer_of(sampler=Echo(), max_sampler_gap=None, importance_cap=0.01, rewards={"letters": letters})
     metrics = trainer.step()
     assert set(trainer.last_rollout.completions) == {"hi", "what ti", "a", "the fox"}
@@ -209,7 +211,7 @@ def test_a_sampler_of_ones_own_is_ignored_or_its_distance_not_measured():
     torch.testing.assert_close(experience.weights[rollout.mask], expected)
 
 
-def test_importance_weights_do_not_reach_the_loss():
+def test_importance_weights_scale_the_loss():
     """Weights all equal to the cap scale the policy's gradient by it."""
     gradients = []
     for cap in (None, 0.004):
@@ -234,7 +236,7 @@ def test_importance_weights_do_not_reach_the_loss():
         (lambda n: Completions([[1]] * n, [True] * n, [[-1.0, -1.0]] * n), "2 logprobs for the 1 tokens of prompt 0"),
     ],
 )
-def test_a_sampler_that_breaks_its_promise_is_believed(answers, message):
+def test_a_sampler_with_a_wrong_result_is_rejected(answers, message):
     class Broken:
         def sample(self, prompts, params):
             return answers(len(prompts))
@@ -244,14 +246,14 @@ def test_a_sampler_that_breaks_its_promise_is_believed(answers, message):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_generate_reports_logprobs_that_the_trainer_does_not_compute(temperature):
+def test_log_probabilities_of_generate_are_those_of_the_trainer(temperature):
     """At the sampling temperature, left padding and the KV cache included."""
     trainer = trainer_of(temperature=temperature)
     metrics = trainer.step()
     assert 0 < metrics["sampler_gap_max"] < 1e-4
 
 
-def test_an_answer_goes_on_after_its_stop_text():
+def test_a_completion_ends_with_its_stop_text():
     actor, tokenizer = tiny_llama(258), byte_tokenizer()
     options = config(stop=("e", "zz"), max_new_tokens=40)
     torch.manual_seed(0)
@@ -264,7 +266,7 @@ def test_an_answer_goes_on_after_its_stop_text():
     assert [len(row) for row in answers.logprobs] == [len(ids) for ids in answers.ids]
 
 
-def test_lora_trains_the_base_weights_or_moves_the_reference():
+def test_lora_trains_the_adapters_alone_and_keeps_the_reference():
     pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     base = tiny_llama(258)
     plain = copy.deepcopy(base)
@@ -290,7 +292,7 @@ def test_lora_trains_the_base_weights_or_moves_the_reference():
     assert all(p.requires_grad == ("lora_" in name) for name, p in trainer.actor.named_parameters())
 
 
-def test_adapters_that_were_trained_before_are_switched_off_in_the_reference():
+def test_trained_adapters_of_the_start_are_the_reference():
     """TRL #495, #4723: the reference of a run that starts from a trained adapter is that adapter."""
     peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     adapter = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -306,7 +308,7 @@ def test_adapters_that_were_trained_before_are_switched_off_in_the_reference():
     assert trainer.actor.active_adapter == "default"
 
 
-def test_compute_in_bf16_trains_bf16_weights():
+def test_bf16_compute_trains_fp32_weights():
     trainer = trainer_of(dtype="bfloat16")
     before = snapshot(trainer.actor)
     metrics = trainer.step()
@@ -319,7 +321,7 @@ def test_compute_in_bf16_trains_bf16_weights():
     assert again["entropy"] != exact["entropy"], "bf16 was not used"
 
 
-def test_a_shared_critic_has_a_backbone_or_does_not_train_the_actors():
+def test_a_shared_critic_trains_the_backbone_of_the_actor():
     trainer = trainer_of(critic="shared", value_coef=1.0)
     assert trainer.critic.backbone is None
     before = snapshot(trainer.actor)
@@ -334,7 +336,7 @@ def reward_model(labels: int = 1) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(shape).eval()
 
 
-def test_a_reward_model_scores_padding_or_another_answer():
+def test_a_reward_model_scores_each_text_as_alone():
     """Each score equals that of the text alone."""
     model, tokenizer = reward_model(), byte_tokenizer()
     score = RewardModel(model, tokenizer, batch_size=2)
@@ -346,7 +348,7 @@ def test_a_reward_model_scores_padding_or_another_answer():
             assert model(ids).logits.item() == pytest.approx(value, abs=1e-5)
 
 
-def test_a_reward_model_with_a_chat_template_reads_the_bare_text():
+def test_a_reward_model_with_a_chat_template_reads_the_templated_text():
     model, tokenizer = reward_model(), byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     templated = RewardModel(model, tokenizer)(["hi"], ["yo"])
@@ -354,7 +356,7 @@ def test_a_reward_model_with_a_chat_template_reads_the_bare_text():
     assert templated == RewardModel(model, tokenizer)(["[user]hi[assistant]"], ["yo"])
 
 
-def test_a_critic_from_a_reward_model_starts_elsewhere():
+def test_a_critic_from_a_reward_model_starts_with_its_scores():
     model = reward_model()
     critic = Critic.from_reward_model(model)
     ids = torch.arange(5).unsqueeze(0)
@@ -368,7 +370,7 @@ def test_a_critic_from_a_reward_model_starts_elsewhere():
     assert metrics["value"] != 0
 
 
-def test_weights_of_rewards_are_ignored():
+def test_weights_of_rewards_scale_the_scores():
     rewards = {"a": letters, "b": lambda prompts, completions: [1.0] * len(prompts)}
     one, other = trainer_of(rewards=rewards), trainer_of(rewards=rewards, reward_weights={"a": 0.0, "b": 3.0})
     assert other.step()["score"] == 3.0
@@ -377,7 +379,7 @@ def test_weights_of_rewards_are_ignored():
         trainer_of(rewards={"a": letters}, reward_weights={"c": 1.0})
 
 
-def test_a_reward_that_fails_for_one_sample_does_not_name_it():
+def test_a_reward_that_fails_for_one_sample_names_it():
     def fragile(prompts, completions):
         return [1.0 / (len(prompt) - 1) for prompt in prompts]
 
@@ -386,7 +388,7 @@ def test_a_reward_that_fails_for_one_sample_does_not_name_it():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2", "cohere"])
-def test_a_family_does_not_go_through_three_steps_and_back(name, tmp_path):
+def test_a_family_trains_three_steps_and_is_loaded_again(name, tmp_path):
     families.load(name, tmp_path)
     byte_tokenizer().save_pretrained(tmp_path / name)
     actor, tokenizer = load_actor(tmp_path / name)
@@ -399,7 +401,7 @@ def test_a_family_does_not_go_through_three_steps_and_back(name, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, trainer.actor(ids).logits)
 
 
-def test_the_loss_in_packs_is_another_than_of_the_whole_by_hand():
+def test_the_loss_in_packs_is_that_of_the_whole_batch():
     """One update's loss against ppo_loss on padded tensors of the model's own logits."""
     trainer = trainer_of(epochs=1, minibatches=1, kl_coef=0.0, entropy_coef=0.02, whiten_advantages=False)
     torch.nn.init.normal_(trainer.critic.head.weight, std=0.1)
@@ -426,7 +428,7 @@ def test_the_loss_in_packs_is_another_than_of_the_whole_by_hand():
     assert metrics["learn/loss"] == pytest.approx(out.loss.item(), rel=1e-4)
 
 
-def test_learn_without_a_trainer_needs_one():
+def test_a_learner_works_without_a_trainer():
     """The verbs work alone."""
     options = config(minibatches=1, epochs=1)
     policy, reference = build_models(options, tiny_llama(258), None, None, CPU)

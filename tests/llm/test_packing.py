@@ -16,6 +16,7 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear import chunks as linear_chunks
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.experience import ExperienceMaker
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import Policy, packed_mode
@@ -24,7 +25,8 @@ from ppo_fast.llm.models.reference import frozen_copy
 from ppo_fast.llm.packing.attention import Layout, copy_configs, packed_attention
 from ppo_fast.llm.packing.pack import balance_packs, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
-from ppo_fast.llm.sample import GenerateSampler, SamplingParams, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import SamplingParams
 
 CPU = torch.device("cpu")
 PROMPTS, ANSWERS = [3, 9, 1, 6, 2], [7, 2, 12, 1, 5]
@@ -68,7 +70,7 @@ def gradients(policy: Policy, batch: Rollout, experience, *, recompute: bool = F
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_a_family_gives_other_numbers_packed_than_one_by_one(name, tmp_path):
+def test_a_family_gives_the_same_numbers_packed_and_one_by_one(name, tmp_path):
     """Log-probabilities, values and gradients of packs against the model's own forward on unpadded rows."""
     actor = families.load(name, tmp_path)
     with warnings.catch_warnings():
@@ -99,7 +101,7 @@ def test_a_family_gives_other_numbers_packed_than_one_by_one(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", families.NAMES)
-def test_a_family_gets_other_gradients_packed_than_padded(name, tmp_path):
+def test_a_family_gets_the_same_gradients_packed_and_padded(name, tmp_path):
     """And than through its own logits, padded: the way of most PPO code."""
     policy, batch = policy_of(families.load(name, tmp_path), config()), rollout()
     experience = experience_of(policy, batch)
@@ -115,7 +117,7 @@ def test_a_family_gets_other_gradients_packed_than_padded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_gradient_checkpointing_changes_the_gradients_or_does_not_recompute(name, tmp_path):
+def test_gradient_checkpointing_recomputes_and_keeps_the_gradients(name, tmp_path):
     policy, batch = policy_of(families.load(name, tmp_path), config()), rollout()
     experience = experience_of(policy, batch)
     plain = gradients(policy, batch, experience)
@@ -129,7 +131,7 @@ def test_gradient_checkpointing_changes_the_gradients_or_does_not_recompute(name
     assert not any(module.training for module in policy.actor.modules())
 
 
-def test_generation_is_another_after_learning_code_ran(tmp_path):
+def test_generation_is_the_same_after_learning_code_ran(tmp_path):
     """Custom attention in generate() would drop the padding mask without a word."""
     actor, tokenizer = families.load("llama", tmp_path), byte_tokenizer()
     options = config(gradient_checkpointing=True)
@@ -146,7 +148,7 @@ def test_generation_is_another_after_learning_code_ran(tmp_path):
     assert sample() == before
 
 
-def test_the_attention_of_one_model_leaks_to_another_of_the_same_config():
+def test_packed_attention_of_one_model_leaves_another_of_the_same_config_alone():
     shared = LlamaConfig(**families.SHAPE)
     one, other = AutoModelForCausalLM.from_config(shared), AutoModelForCausalLM.from_config(shared)
     for model in (one, other):
@@ -158,7 +160,7 @@ def test_the_attention_of_one_model_leaks_to_another_of_the_same_config():
     assert one.config._attn_implementation == shared._attn_implementation
 
 
-def test_packed_attention_is_used_where_it_would_be_wrong():
+def test_packed_attention_rejects_inputs_for_which_it_would_be_wrong():
     model, ids = tiny_llama(), torch.arange(6).unsqueeze(0)
     arguments = Layout.from_lengths([4, 2], CPU).arguments()
     with packed_attention(model):
@@ -173,7 +175,7 @@ def test_packed_attention_is_used_where_it_would_be_wrong():
             model(ids, past_key_values=cache, **arguments)
 
 
-def test_an_exception_leaves_packed_attention_on():
+def test_an_exception_switches_packed_attention_off():
     model = tiny_llama()
     before = model.config._attn_implementation
     with pytest.raises(KeyError), packed_attention(model):
@@ -181,7 +183,7 @@ def test_an_exception_leaves_packed_attention_on():
     assert model.config._attn_implementation == before
 
 
-def test_a_head_with_a_hidden_factor_is_taken_for_a_linear_one(tmp_path):
+def test_a_head_with_a_hidden_factor_is_not_linear(tmp_path):
     """The probe compares numbers: such a model goes through its own logits, with one warning."""
     actor = families.load("llama", tmp_path)
     forward = actor.forward
@@ -200,7 +202,7 @@ def _scaled(out):
     return out
 
 
-def test_lora_on_the_head_is_left_out_of_the_logits(tmp_path):
+def test_lora_on_the_head_is_part_of_the_logits(tmp_path):
     """At the start LoRA changes no number, so comparing them is not enough."""
     peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     actor = peft.get_peft_model(
@@ -210,7 +212,7 @@ def test_lora_on_the_head_is_left_out_of_the_logits(tmp_path):
         assert not detect_head(actor).linear
 
 
-def test_a_model_that_ignores_the_layout_is_fed_packed_rows():
+def test_a_model_that_ignores_the_layout_gets_padded_rows():
     """Bloom builds its positions from a mask: packed rows would be one long sequence to it."""
     from transformers import BloomConfig
 
@@ -271,7 +273,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_logits_of_a_pack_are_held_whole(monkeypatch):
+def test_the_logits_of_a_pack_are_computed_in_chunks(monkeypatch):
     monkeypatch.setattr(linear_chunks, "CPU_CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(linear_chunks, "CPU_CHUNK_ROWS", 4)
     actor, options = tiny_llama(5000, hidden=16), config()
@@ -300,7 +302,7 @@ class Touched(TorchDispatchMode):
         return out
 
 
-def test_the_head_takes_more_products_or_passes_than_it_must():
+def test_the_head_takes_three_products_and_few_passes():
     """Of a learn micro-step: h W^T, d W and d^T h. Elementwise work on whole logits is that of one chunk's row math."""
     policy, batch = policy_of(tiny_llama(5003, hidden=16), config(entropy_coef=0.0)), rollout()
     experience = experience_of(policy, batch)
@@ -315,13 +317,13 @@ def test_the_head_takes_more_products_or_passes_than_it_must():
     assert counts[False].others > 1.5 * counts[True].others
 
 
-def test_frozen_copy_shares_a_config_with_the_actor():
+def test_a_frozen_copy_has_configs_of_its_own():
     actor = tiny_llama()
     assert frozen_copy(actor).config is not actor.config
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 20, 1000])
-def test_a_pack_is_over_its_budget_or_a_sequence_is_lost(max_tokens):
+def test_packs_stay_within_the_budget_and_keep_every_sequence(max_tokens):
     lengths = [5, 9, 1, 7, 7, 3, 20, 2]
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     groups = balance_packs(order, lengths, max_tokens)
@@ -332,14 +334,14 @@ def test_a_pack_is_over_its_budget_or_a_sequence_is_lost(max_tokens):
         assert len(groups) == 3, "54 tokens need three packs, and fit in three"
 
 
-def test_a_minibatch_gets_another_number_of_sequences():
+def test_minibatches_have_almost_equal_numbers_of_sequences():
     batch = rollout()
     minibatches = split_minibatches(batch, [4, 2, 0, 1, 3], minibatches=2, max_tokens=12)
     assert [sum(len(p.sequences) for p in packs) for packs in minibatches] == [3, 2]
     assert sorted(i for packs in minibatches for p in packs for i in p.sequences) == [0, 1, 2, 3, 4]
 
 
-def test_a_pack_names_other_tokens_than_the_rollout():
+def test_a_pack_has_the_tokens_of_the_rollout():
     batch = rollout()
     pack = make_pack(batch, [3, 0])
     start = batch.tokens.shape[1] - batch.completion_width
@@ -351,7 +353,7 @@ def test_a_pack_names_other_tokens_than_the_rollout():
     assert pack.gather(per_token).tolist() == [36, *range(7)]
 
 
-def test_log_probabilities_of_the_sampler_have_another_width_than_the_answers(tmp_path):
+def test_log_probabilities_of_the_sampler_have_the_width_of_the_completions(tmp_path):
     actor, tokenizer = families.load("llama", tmp_path), byte_tokenizer()
     batch = sample_rollout(GenerateSampler(actor, tokenizer), tokenizer, [{"prompt": "ab"}] * 4, config(), CPU)
     assert batch.logprobs is not None

@@ -33,16 +33,20 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from ppo_fast.cli import main as cli
+from ppo_fast.cli import train
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import Distributed, init_distributed, to_full_tensor
+from ppo_fast.llm.distributed import Distributed, init_distributed
+from ppo_fast.llm.generate import GenerateOptions, generate
 from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.models.reference import AdapterReference
 from ppo_fast.llm.packing.rollout import Rollout, join_rollouts, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateOptions, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import SamplingParams
+from ppo_fast.llm.sharding import to_full_tensor
 from ppo_fast.llm.state import trainable_state
 from ppo_fast.llm.trainer import PPOTrainer
 
@@ -80,7 +84,7 @@ CASES = [
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: "+".join(case) or "default")
-def test_the_gradient_of_two_processes_differs_from_that_of_one(tmp_path, parallel, case):
+def test_the_gradient_of_two_processes_is_that_of_one(tmp_path, parallel, case):
     expected, stats, _ = first_gradient(options(**case))
     for gradient, its_stats, sharded in run(tmp_path, first_gradient, options(**case, parallel=parallel)):
         assert_close(gradient, expected)
@@ -90,7 +94,7 @@ def test_the_gradient_of_two_processes_differs_from_that_of_one(tmp_path, parall
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "+".join(case) or "default")
-def test_three_steps_of_two_processes_differ_from_those_of_one(tmp_path, parallel, case):
+def test_three_steps_of_two_processes_are_those_of_one(tmp_path, parallel, case):
     history, weights = three_steps(options(**case))
     updates = [row["updates"] for row in history]
     assert ("target_kl" in case) == any(0 < n < 4 for n in updates), updates
@@ -121,7 +125,7 @@ def generated(config: PPOConfig) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_generation_from_shards_differs_from_that_of_whole_weights(tmp_path, parallel):
+def test_generation_from_shards_is_that_of_whole_weights(tmp_path, parallel):
     # one answer at a time: a process with three prompts takes more rounds than one with two
     config = options(parallel=parallel, sample_batch_size=1, lr=3e-2, total_steps=9)
     for before, plain_before, after, plain_after in run(tmp_path, generated, config):
@@ -151,7 +155,7 @@ def gathers_and_captures(config: PPOConfig) -> tuple[list[int], list[list[int]],
     return counts, answers, {name: len(x) for name, x in tensors.items()}
 
 
-def test_sampling_gathers_the_actor_once_and_checkpoints_are_the_first_process_s_alone(tmp_path):
+def test_sampling_gathers_the_actor_once_and_only_the_main_process_has_a_checkpoint(tmp_path):
     (counts, answers, mine), (_, _, others) = run(tmp_path, gathers_and_captures, options(parallel="fsdp"))
     layers, tokens = 2, len(answers[0][0])
     assert answers[0] == answers[1]
@@ -169,7 +173,7 @@ def sampled(config: PPOConfig) -> list[list[int]]:
     return trainer.last_rollout.completion_ids
 
 
-def test_processes_sample_the_same_answers_or_disagree_on_the_rollout(tmp_path):
+def test_processes_sample_different_completions_and_share_one_rollout(tmp_path):
     first, second = run(tmp_path, sampled, options())
     assert first == second
     assert len({tuple(ids) for ids in first}) == 5  # the first two are one process's, the others the other's
@@ -187,7 +191,7 @@ def go_on(config: PPOConfig, stop_after: int | None) -> tuple[list[dict], dict[s
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_resumed_run_of_two_processes_differs_from_one_that_ran_through(tmp_path, parallel):
+def test_a_resumed_run_of_two_processes_is_the_whole_run(tmp_path, parallel):
     config = options(parallel=parallel, save_every=1, eval_every=1)
     (whole, weights, _), _ = run(tmp_path, go_on, dataclasses.replace(config, out=str(tmp_path / "whole")), None)
     stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"))
@@ -203,7 +207,7 @@ def test_a_resumed_run_of_two_processes_differs_from_one_that_ran_through(tmp_pa
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_checkpoint_of_two_processes_holds_other_numbers_for_one(tmp_path, parallel):
+def test_a_checkpoint_of_two_processes_is_resumed_by_another_number(tmp_path, parallel):
     config = options(parallel=parallel, save_every=1, out=str(tmp_path / "run"), lr_schedule="constant")
     (_, weights, _), _ = run(tmp_path, go_on, config, 2)
     alone = trainer_of(dataclasses.replace(config, parallel="auto"), eval_rows=ROWS[4:])
@@ -215,7 +219,7 @@ def test_a_checkpoint_of_two_processes_holds_other_numbers_for_one(tmp_path, par
     moments = [x.abs().sum() for slots in alone.learner.optimizers.actor.adamw.state.values() for x in slots.values()]
     assert len(moments) == 3 * len(alone.learner.optimizers.actor.parameters)
     assert all(x > 0 for x in moments)
-    alone.train()  # writes step-3, which three processes go on with
+    alone.train()  # writes step-3, from which three processes continue
     longer = dataclasses.replace(config, total_steps=4)
     for history, _, notes in run(tmp_path, go_on, longer, None, size=3):
         assert [row["step"] for row in history] == [4]
@@ -230,7 +234,7 @@ def adapted(config: PPOConfig, start_model: Path) -> tuple[list[dict], dict[str,
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_adapters_learn_otherwise_in_two_processes(tmp_path, parallel):
+def test_adapters_learn_the_same_in_two_processes(tmp_path, parallel):
     pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     tiny_llama(258).save_pretrained(tmp_path / "start")
     case = options(lora_rank=2, out=str(tmp_path / "one"))
@@ -258,18 +262,18 @@ def refused(config: PPOConfig) -> str:
         ({"parallel": "fsdp", "lora_rank": 2, "merge_adapters": True}, "merge_adapters needs whole weights"),
     ],
 )
-def test_what_cannot_be_divided_is_not_named(tmp_path, changes, message):
+def test_runs_that_cannot_be_divided_are_rejected_with_the_reason(tmp_path, changes, message):
     for found in run(tmp_path, refused, options(**changes)):
         assert message in found
 
 
-def test_fsdp_without_torchrun_goes_on_alone(monkeypatch):
+def test_fsdp_without_torchrun_is_rejected(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="parallel = fsdp needs torchrun"):
         init_distributed(options(parallel="fsdp"))
 
 
-def test_packs_or_rows_are_lost_or_doubled_when_they_are_dealt():
+def test_every_pack_and_row_is_assigned_once():
     groups = [Distributed(rank, 3, "ddp", CPU) for rank in range(3)]
     for count in (1, 3, 4, 8):
         rows = [distributed.local_rows(range(count)) for distributed in groups]
@@ -280,7 +284,7 @@ def test_packs_or_rows_are_lost_or_doubled_when_they_are_dealt():
         assert sorted(i for mine in packs for i in mine if i is not None) == list(range(count))
 
 
-def test_joined_rollouts_mix_up_prompts_answers_or_columns():
+def test_joined_rollouts_keep_prompts_completions_and_columns():
     def part(prompts: list[list[int]], answers: list[list[int]], **columns) -> Rollout:
         P, T = max(map(len, prompts)), max(map(len, answers))
         tokens = [[9] * (P - len(p)) + p + a + [9] * (T - len(a)) for p, a in zip(prompts, answers, strict=True)]
@@ -312,7 +316,7 @@ def folder(tmp_path) -> Path:
     return fill_folder(tmp_path)
 
 
-def test_the_command_under_torchrun_writes_twice_or_not_at_all(folder):
+def test_the_command_under_torchrun_writes_each_file_once(folder):
     out = folder / "out"
     done = torchrun(folder, "--out", str(out), "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr
@@ -323,7 +327,7 @@ def test_the_command_under_torchrun_writes_twice_or_not_at_all(folder):
     AutoModelForCausalLM.from_pretrained(out / "model")
 
 
-def test_a_process_that_fails_leaves_the_others_waiting(folder):
+def test_a_process_that_fails_ends_the_others(folder):
     begun = time.monotonic()
     done = torchrun(folder, reward="bad")
     assert time.monotonic() - begun < 60
@@ -401,7 +405,7 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
     parsed = parser.parse_args([*given, "--reward", f"{folder / 'r.py'}:good", *arguments])
     largest, found = LargestStorage(), dict[str, Any]()
 
-    def train(self: PPOTrainer) -> list[dict[str, float]]:
+    def run_to_the_end(self: PPOTrainer) -> list[dict[str, float]]:
         largest.__exit__(None, None, None)
         history = run_training(self)
         found["history"] = of_training(history)
@@ -413,7 +417,7 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
 
     run_training = PPOTrainer.train
     fixed = mock.patch("ppo_fast.llm.trainer.GenerateSampler", return_value=Fixed())
-    with fixed, mock.patch.object(PPOTrainer, "train", train):
+    with fixed, mock.patch.object(PPOTrainer, "train", run_to_the_end):
         largest.__enter__()
         assert train.train(parsed, *train.resolve(parsed, train_parser)) == 0
     return {**found, "largest": largest.elements}
@@ -529,7 +533,7 @@ def built_differently(config: PPOConfig) -> str:
     return str(error.value)
 
 
-def test_models_that_differ_between_processes_are_refused_when_weights_are_sent(tmp_path):
+def test_models_that_differ_between_processes_are_rejected_when_weights_are_sent(tmp_path):
     for message in run(tmp_path, built_differently, options(parallel="fsdp", kl_coef=0.0)):
         assert "the model of rank 1 differs from that of rank 0 in actor" in message
 
@@ -544,7 +548,7 @@ def test_a_command_under_fsdp_ends_in_all_processes_when_weights_cannot_be_read(
         assert f"ppo-fast: rank {rank}: error: cannot load the model in {folder / 'model'}" in done.stderr
 
 
-def test_an_actor_without_weights_is_refused_in_a_single_process(folder):
+def test_an_actor_without_weights_is_rejected_in_a_single_process(folder):
     actor, tokenizer = load_actor(folder / "model", weights=False)
     with pytest.raises(UserError, match="the actor has no weights: load it"):
         PPOTrainer(options(out=str(folder / "out")), actor, tokenizer, ROWS, judge)

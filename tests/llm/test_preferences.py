@@ -44,14 +44,14 @@ def vowel_pairs(count: int) -> list[Pair]:
     return [Pair(f"{i % 10}", draw("aeiou"), draw("bcdfg"), "ab"[i % 2]) for i in range(count)]
 
 
-def test_the_loss_is_another_than_the_papers():
+def test_the_loss_is_that_of_the_paper():
     chosen, rejected = torch.tensor([2.0, -1.0, 40.0]), torch.tensor([0.5, 1.0, -40.0])
     expected = [math.log(1 + math.exp(-d)) for d in (1.5, -2.0, 80.0)]
     assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(sum(expected) / 3, rel=1e-6)
     assert math.isfinite(bradley_terry_loss(rejected * 100, chosen * 100).item())
 
 
-def test_the_loss_of_a_batch_takes_the_rejected_for_the_chosen():
+def test_the_loss_of_a_batch_tells_chosen_from_rejected():
     model, tokenizer = classifier(), byte_tokenizer()
     reader = RewardModel(model, tokenizer)
     pairs = vowel_pairs(3)
@@ -61,7 +61,7 @@ def test_the_loss_of_a_batch_takes_the_rejected_for_the_chosen():
     assert pair_loss(reader, pairs).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_reward_model_does_not_learn_its_pairs():
+def test_a_reward_model_learns_its_pairs():
     model, tokenizer = classifier(), byte_tokenizer()
     losses = []
     train_reward_model(
@@ -82,7 +82,7 @@ def test_a_reward_model_does_not_learn_its_pairs():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_two_trainings_with_one_seed_differ():
+def test_two_trainings_with_one_seed_are_equal():
     weights = []
     for _ in range(2):
         model = classifier()
@@ -91,13 +91,13 @@ def test_two_trainings_with_one_seed_differ():
     assert torch.equal(*weights)
 
 
-def test_accuracy_counts_ties_as_right_or_mixes_kinds():
+def test_accuracy_counts_a_tie_as_half_and_each_kind_apart():
     model, tokenizer = classifier(), byte_tokenizer()
     torch.nn.init.zeros_(model.score.weight)
     assert accuracy(model, tokenizer, vowel_pairs(4)) == {"all": 0.5, "a": 0.5, "b": 0.5}
 
 
-def test_the_mean_over_real_text_is_not_zero_after_calibration(tmp_path):
+def test_the_mean_over_real_text_is_zero_after_calibration(tmp_path):
     model, tokenizer = classifier(), byte_tokenizer()
     prompts, texts = ["a", "b", "c"], ["one", "two", "three"]
     before = RewardModel(model, tokenizer)(prompts, texts)
@@ -112,7 +112,7 @@ def test_the_mean_over_real_text_is_not_zero_after_calibration(tmp_path):
     assert isinstance(AutoModelForSequenceClassification.from_pretrained(tmp_path), LlamaForSequenceClassification)
 
 
-def test_a_model_that_gives_no_score_is_trained():
+def test_a_model_that_gives_no_score_is_rejected():
     with pytest.raises(UserError, match="has 2 outputs; one score is expected"):
         train_reward_model(classifier(labels=2), byte_tokenizer(), vowel_pairs(2))
     model = classifier()
@@ -124,13 +124,13 @@ def test_a_model_that_gives_no_score_is_trained():
 
 
 @pytest.mark.parametrize("setting", [{"epochs": 0}, {"batch_size": 0}, {"lr": math.nan}, {"max_grad_norm": 0.0}])
-def test_a_setting_that_learns_nothing_is_taken(setting):
+def test_a_setting_that_learns_nothing_is_rejected(setting):
     (name,) = setting
     with pytest.raises(UserError, match=f"{name} must be greater than 0 and finite"):
         train_reward_model(classifier(), byte_tokenizer(), vowel_pairs(2), **setting)
 
 
-def test_a_loss_that_is_no_number_reaches_the_weights():
+def test_a_loss_that_is_no_number_does_not_reach_the_weights():
     model = classifier()
     torch.nn.init.constant_(model.score.weight, math.inf)
     before = [p.clone() for p in model.parameters()]
@@ -139,14 +139,14 @@ def test_a_loss_that_is_no_number_reaches_the_weights():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_nothing_to_judge_is_a_division_by_zero():
+def test_an_empty_list_of_pairs_is_rejected():
     with pytest.raises(UserError, match="no pairs to evaluate on"):
         accuracy(classifier(), byte_tokenizer(), [])
     with pytest.raises(UserError, match="no answers to calibrate on"):
         calibrate(classifier(), byte_tokenizer(), [], [])
 
 
-def test_pairs_written_and_read_are_others(tmp_path):
+def test_pairs_are_read_as_they_were_written(tmp_path):
     pairs = [Pair("é\n", "a", "b", "x"), Pair("p", "", "c")]
     write_pairs(tmp_path / "p.jsonl", pairs)
     assert read_pairs(tmp_path / "p.jsonl") == pairs
@@ -163,14 +163,14 @@ def test_pairs_written_and_read_are_others(tmp_path):
         (r'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', "line 2: chosen has a lone surrogate"),
     ],
 )
-def test_a_bad_pair_is_not_named(tmp_path, line, message):
+def test_a_bad_pair_is_named(tmp_path, line, message):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line + "\n")
     with pytest.raises(UserError) as error:
         read_pairs(tmp_path / "p.jsonl")
     assert message in str(error.value)
 
 
-def test_a_missing_or_empty_file_of_pairs_is_taken(tmp_path):
+def test_a_missing_or_empty_file_of_pairs_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the pairs: .*absent.jsonl: No such file"):
         read_pairs(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
@@ -198,7 +198,7 @@ def choose(answers, *typed: str) -> tuple[int, str]:
     return made, screen.getvalue()
 
 
-def test_a_choice_is_lost_turned_round_or_asked_twice(answers):
+def test_each_choice_is_asked_once_and_written_as_made(answers):
     made, screen = choose(answers, "2", "x", "1", "q")
     assert made == 2
     assert "[red]four" in screen
@@ -214,7 +214,7 @@ def test_a_choice_is_lost_turned_round_or_asked_twice(answers):
     assert choose(answers)[0] == 0
 
 
-def test_an_ended_terminal_loses_the_choices_before(answers):
+def test_an_ended_terminal_keeps_the_choices_before(answers):
     def gone(_: str) -> str:
         raise EOFError
 
@@ -223,13 +223,13 @@ def test_an_ended_terminal_loses_the_choices_before(answers):
     assert len(read_pairs(answers.parent / "pairs.jsonl")) == 1
 
 
-def test_label_on_the_command_line_takes_a_bad_file(tmp_path, capsys):
+def test_label_on_the_command_line_rejects_a_bad_file(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answers": ["b"]}\n')
     assert main(["label", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "p.jsonl")]) == 1
     assert 'a.jsonl, line 1: expected {"prompt": text, "answers": [text, text]}' in capsys.readouterr().err
 
 
-def test_a_choice_is_glued_to_a_last_line_without_its_break(tmp_path):
+def test_a_choice_begins_a_new_line_after_one_without_a_break(tmp_path):
     answers, out = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
     answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
     out.write_text('{"prompt": "q", "chosen": "c", "rejected": "d"}', encoding="utf-8")  # as editors may leave it
@@ -237,14 +237,14 @@ def test_a_choice_is_glued_to_a_last_line_without_its_break(tmp_path):
     assert [(p.prompt, p.chosen) for p in read_pairs(out)] == [("q", "c"), ("p", "b")]
 
 
-def test_a_file_of_blank_lines_refuses_choices(tmp_path):
+def test_a_file_of_blank_lines_takes_choices(tmp_path):
     answers, out = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
     answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
     out.write_text("\n\n", encoding="utf-8")
     assert label(answers, out, console=Console(file=StringIO()), ask=lambda _: "1") == 1
 
 
-def test_a_place_that_cannot_be_written_is_noticed_after_the_first_choice(tmp_path):
+def test_a_file_that_cannot_be_written_is_rejected_before_the_first_choice(tmp_path):
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
     with pytest.raises(UserError, match="cannot write to"):
@@ -272,7 +272,7 @@ PAIR = '{"prompt": "q", "chosen": "c", "rejected": "d"}'
         (None, "cannot write to .*: Is a directory"),
     ],
 )
-def test_a_file_of_somebody_else_keeps_its_content(tmp_path, data, message):
+def test_a_file_of_another_program_keeps_its_content(tmp_path, data, message):
     answers, out = tmp_path / "answers.jsonl", tmp_path / "mine"
     answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
     out.mkdir() if data is None else out.write_bytes(data)
@@ -281,7 +281,7 @@ def test_a_file_of_somebody_else_keeps_its_content(tmp_path, data, message):
     assert data is None or out.read_bytes() == data
 
 
-def test_no_standard_input_is_a_traceback(tmp_path):
+def test_no_standard_input_is_an_error_without_a_traceback(tmp_path):
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"prompt": "p", "answers": ["a", "b"]}\n', encoding="utf-8")
 

@@ -127,7 +127,7 @@ def test_a_working_fast_path_is_taken_silently_in_the_precision_of_the_run(name,
     assert not said
 
 
-def test_a_full_precision_run_on_a_gpu_says_nothing(tmp_path):
+def test_a_full_precision_run_on_a_gpu_gives_no_message(tmp_path):
     with stand_in.machine(tmp_path, "2.8.3") as calls, messages() as said:
         assert detect_head(families.load("llama", tmp_path / "model")) == TAKEN
         assert not calls
@@ -142,7 +142,7 @@ def test_flash_attn_that_cannot_be_imported_is_announced_at_load(tmp_path):
     assert "flash-attn 2.8.3 cannot be imported (undefined symbol: _ZN3c10)" in said[0]
 
 
-def test_the_device_of_the_run_is_asked_for_a_model_that_is_not_there_yet(tmp_path, monkeypatch):
+def test_the_probe_uses_the_device_of_the_run_before_the_model_is_moved(tmp_path, monkeypatch):
     """Under FSDP2 models are probed on the CPU."""
     device = torch.device("cuda:1")
     monkeypatch.setattr(flash.devices, "compute_capability", lambda x: (7, 5) if x == device else None)
@@ -152,7 +152,7 @@ def test_the_device_of_the_run_is_asked_for_a_model_that_is_not_there_yet(tmp_pa
     assert "needs compute capability 8.0, and cuda:1 has 7.5" in said[0]
 
 
-def test_each_run_says_it_anew(tmp_path):
+def test_each_run_reports_it_again(tmp_path):
     model = families.load("llama", tmp_path / "model")
     with stand_in.machine(tmp_path, capability=(7, 5)), messages() as said:
         for _ in range(2):
@@ -188,7 +188,7 @@ def test_a_family_takes_packed_rows_in_every_precision(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("shape", [(96, 64, 0.2), (48, 128, 0.1), (24, 64, 0.02)])
-def test_a_deep_model_is_not_taken_for_one_that_leaks(shape, dtype):
+def test_a_deep_model_takes_packed_rows(shape, dtype):
     """At 96 layers two orders of summation differ by more than 64 units in the last place."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -29,11 +29,12 @@ from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.signals import stop_requests
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import peer_failure, to_full_tensor
+from ppo_fast.llm.distributed import peer_failure
+from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.meeting import Meeting
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.reward.isolation import isolated
-from ppo_fast.llm.state import digest_of_rows
+from ppo_fast.llm.sharding import to_full_tensor
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Pool
 
@@ -73,7 +74,7 @@ def meetings(store: Any, size: int, limit: float = 20.0) -> list[Meeting]:
     return [Meeting(store, rank, size, limit) for rank in range(size)]
 
 
-def test_processes_leave_a_meeting_after_all_have_come_and_know_a_signal_of_any(store):
+def test_processes_leave_a_meeting_after_all_have_arrived_and_get_the_signal_of_any(store):
     log: list[tuple[int, int]] = []
 
     def attend(meeting: Meeting) -> list[str]:
@@ -234,13 +235,13 @@ def test_paths_quiet_and_the_order_of_sets_may_differ_and_other_code_of_a_reward
         assert "the code or the options of the reward 'mine' differ between processes" in other_code
 
 
-def test_rows_with_sets_have_one_digest_under_each_hash_seed():
-    code = "from ppo_fast.llm.state import digest_of_rows as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
-    here = digest_of_rows([{"a": set("hello"), "b": [{"x", 1}]}])
+def test_rows_with_sets_have_one_hash_under_each_hash_seed():
+    code = "from ppo_fast.llm.hashes import rows_hash as f; print(f([{'a': set('hello'), 'b': [{'x', 1}]}]))"
+    here = rows_hash([{"a": set("hello"), "b": [{"x", 1}]}])
     environment = {**os.environ, "PYTHONHASHSEED": "4", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == here
-    assert here != digest_of_rows([{"a": set("help"), "b": [{"x", 1}]}])
+    assert here != rows_hash([{"a": set("help"), "b": [{"x", 1}]}])
 
 
 def seeding(prompts: list[str], completions: list[str]) -> list[float]:
@@ -484,7 +485,7 @@ def of_steps(out: Path) -> list[dict[str, float]]:
 
 @posix
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
-def test_a_signal_for_the_process_group_reaches_no_judgement_and_the_resumed_run_has_the_same_bits(folder):
+def test_a_signal_for_the_process_group_does_not_interrupt_a_reward_and_the_resumed_run_has_the_same_bits(folder):
     pytest.importorskip("pebble")
     pool = f"ppo_fast.rewards:Pool(reward='{folder / 'r.py'}:judge', timeout=60, fallback=-9, workers=2)"
     few = ("--total-steps", "4", "--prompts-per-step", "2", "--minibatches", "1")
@@ -557,7 +558,7 @@ def test_signals_while_workers_begin_do_not_end_them(folder):
 
 @posix
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
-def test_a_judgement_that_hangs_ends_at_its_time_limit_with_its_subprocesses(folder, monkeypatch):
+def test_a_reward_that_hangs_ends_at_its_time_limit_with_its_subprocesses(folder, monkeypatch):
     process = pytest.importorskip("pebble").pool.process
     stop, seconds = process.stop_process, list[float]()
 
@@ -662,7 +663,7 @@ def test_sigterm_while_one_process_computes_for_long_names_the_newest_checkpoint
 
 @posix
 @pytest.mark.slow
-def test_a_slow_process_ends_the_command_with_a_sentence(folder):
+def test_a_slow_process_ends_the_command_with_one_sentence(folder):
     given = (*SAVES, "--process-timeout", "8", "--out", str(folder / "out"))
     done = torchrun(folder, *given, reward="takes_long_in_step_2")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("ppo-fast: rank 0: error")]

@@ -96,7 +96,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_says_what_it_does_before_the_imports_that_take_seconds(name, tmp_path):
+def test_a_command_prints_what_it_does_before_slow_imports(name, tmp_path):
     """A stand-in for torch ends the process when it is imported."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
     done = subprocess.run(

@@ -76,7 +76,7 @@ def saved(tmp_path) -> Path:
     ],
     ids=lambda changes: "+".join(changes) or "default",
 )
-def test_a_resumed_run_differs_from_one_that_ran_through(tmp_path, changes):
+def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path, changes):
     if "lora_rank" in changes:
         pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     whole = trainer_of(tmp_path / "whole", **changes)
@@ -102,19 +102,19 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_p
         trainer_of(tmp_path / "third", chunk_bytes=1000).load_state_dict(older)
 
 
-def test_a_run_without_a_checkpoint_does_not_start_at_the_start(tmp_path):
+def test_a_run_without_a_checkpoint_starts_at_step_0(tmp_path):
     trainer = trainer_of(tmp_path / "run")
     assert trainer.resume() is False
     assert trainer.steps_done == 0
 
 
-def test_more_checkpoints_stay_than_asked_for(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     trainer_of(tmp_path / "run", save_every=1, keep_checkpoints=3, total_steps=5).train()
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-3", "step-4", "step-5"]
 
 
-def test_step_10_is_taken_for_older_than_step_9(tmp_path):
+def test_step_10_is_newer_than_step_9(tmp_path):
     for step in (9, 10):
         checkpoint.write(tmp_path, step, {"t": {"x": torch.ones(1)}}, {}, keep=5)
     found = checkpoint.newest(tmp_path)
@@ -126,7 +126,7 @@ def test_step_10_is_taken_for_older_than_step_9(tmp_path):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizers.safetensors", "random.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["flipped bit", "cut", "missing"])
-def test_a_damaged_checkpoint_is_loaded(tmp_path, saved, name, harm):
+def test_a_damaged_checkpoint_is_rejected(tmp_path, saved, name, harm):
     data = bytearray((saved / name).read_bytes())
     data[len(data) // 2] ^= 1
     if harm == "missing":
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_loaded(tmp_path, saved, name, harm):
         trainer_of(tmp_path / "run").resume()
 
 
-def test_a_damaged_newest_checkpoint_does_not_name_the_one_before(tmp_path):
+def test_the_error_of_a_damaged_checkpoint_names_the_one_before(tmp_path):
     trainer_of(tmp_path / "run", save_every=1).train()
     newest = tmp_path / "run" / "checkpoints" / "step-4"
     (newest / "weights.safetensors").write_bytes(b"")
@@ -152,20 +152,20 @@ def test_a_damaged_newest_checkpoint_does_not_name_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "x\n", "0" * 64 + "  ../state.json\n", "0" * 64 + "  weights.safetensors\n"])
-def test_damaged_sums_are_believed(tmp_path, saved, text):
+def test_damaged_sums_are_rejected(tmp_path, saved, text):
     (saved / "SHA256SUMS").write_text(text)
     with pytest.raises(UserError, match="SHA256SUMS is not as it was written"):
         trainer_of(tmp_path / "run").resume()
 
 
-def test_a_foreign_folder_is_taken_for_a_checkpoint(tmp_path):
+def test_a_foreign_folder_is_rejected(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="other is not a checkpoint of ppo_fast: no readable SHA256SUMS in it"):
         trainer_of(tmp_path / "run").resume(tmp_path / "other")
 
 
-def test_a_checkpoint_of_a_later_format_is_read(tmp_path, saved, monkeypatch):
+def test_a_checkpoint_of_a_later_format_is_rejected(tmp_path, saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 0)
     with pytest.raises(UserError, match="has format 1; this ppo_fast reads 0"):
         trainer_of(tmp_path / "run").resume()
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_a_later_format_is_read(tmp_path, saved, monkeypatch):
     ],
     ids=["options", "length of a schedule", "model", "prompts", "rewards"],
 )
-def test_a_checkpoint_of_another_run_is_loaded(tmp_path, saved, changes, message):
+def test_a_checkpoint_of_another_run_is_rejected(tmp_path, saved, changes, message):
     with pytest.raises(UserError, match=message):
         trainer_of(tmp_path / "run", **changes).resume()
 
@@ -212,7 +212,7 @@ def another_template(actor, tokenizer) -> None:
         (another_template, "its tokenizer, chat template or list of end tokens differs"),
     ],
 )
-def test_changed_rewards_and_tokenizers_are_refused_unless_allowed(tmp_path, saved, change, message):
+def test_changed_rewards_and_tokenizers_are_rejected_unless_allowed(tmp_path, saved, change, message):
     reward = change if change is negative else different
     actor, tokenizer = tiny_llama(258), byte_tokenizer()
     if change is not negative:
@@ -229,11 +229,11 @@ def test_changed_rewards_and_tokenizers_are_refused_unless_allowed(tmp_path, sav
     assert trainer.steps_done == 2
 
 
-def test_what_does_not_reach_the_numbers_is_refused(tmp_path, saved):
+def test_options_that_do_not_reach_the_numbers_may_change(tmp_path, saved):
     assert trainer_of(tmp_path / "run", save_every=1, keep_checkpoints=7, show_samples_every=1).resume()
 
 
-def test_a_constant_learning_rate_does_not_let_a_run_go_on_for_longer(tmp_path):
+def test_a_constant_learning_rate_lets_a_run_continue_for_longer(tmp_path):
     same = {"lr_schedule": "constant"}
     whole = steps_of(trainer_of(tmp_path / "whole", total_steps=6, **same).train())
     trainer_of(tmp_path / "run", **same).train()
@@ -244,7 +244,7 @@ def test_a_constant_learning_rate_does_not_let_a_run_go_on_for_longer(tmp_path):
         trainer_of(tmp_path / "run", total_steps=3, **same).resume()
 
 
-def test_another_thread_count_is_not_said(tmp_path, saved):
+def test_another_thread_count_is_reported(tmp_path, saved):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -256,7 +256,7 @@ def test_another_thread_count_is_not_said(tmp_path, saved):
     assert said in trainer.notes
 
 
-def test_a_disk_that_fills_up_is_not_named(tmp_path, saved, monkeypatch):
+def test_a_disk_that_fills_up_is_named(tmp_path, saved, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -269,7 +269,7 @@ def test_a_disk_that_fills_up_is_not_named(tmp_path, saved, monkeypatch):
     assert [p.name for p in saved.parent.iterdir()] == ["step-2"]
 
 
-def test_a_replaced_folder_is_lost_when_the_process_dies_between_the_two_names(tmp_path, monkeypatch):
+def test_a_replaced_folder_is_recovered_when_the_process_dies_between_the_two_renames(tmp_path, monkeypatch):
     old, new = tmp_path / "model", tmp_path / ("model" + checkpoint.UNFINISHED)
     for folder in (old, new):
         folder.mkdir()
@@ -291,7 +291,7 @@ def test_a_replaced_folder_is_lost_when_the_process_dies_between_the_two_names(t
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_finished_model_lacks_its_tokenizer_generation_config_or_card(tmp_path):
+def test_the_finished_model_has_tokenizer_generation_config_and_card(tmp_path):
     actor = tiny_llama(258)
     actor.generation_config = GenerationConfig(top_k=7, do_sample=True, eos_token_id=256)
     trainer = PPOTrainer(options(tmp_path / "run"), actor, byte_tokenizer(), ROWS, different)
@@ -312,7 +312,7 @@ def test_the_finished_model_lacks_its_tokenizer_generation_config_or_card(tmp_pa
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_adapters_are_saved_in_another_form_than_asked_for(tmp_path, merge):
+def test_adapters_are_saved_in_the_form_of_the_option(tmp_path, merge):
     peft = pytest.importorskip("peft", reason="peft is not installed (the extra ppo_fast[peft])")
     tiny_llama(258).save_pretrained(tmp_path / "start")
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -334,7 +334,7 @@ def test_adapters_are_saved_in_another_form_than_asked_for(tmp_path, merge):
     assert trainer.actor.peft_config, "the actor itself must keep its adapters"
 
 
-def test_half_a_line_of_a_killed_run_is_kept(tmp_path):
+def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
     rows = [{"step": 1, "score": None}, {"step": 2, "score": 1.0}, {"step": 3, "score": 2.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "sco'
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -342,7 +342,7 @@ def test_half_a_line_of_a_killed_run_is_kept(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
 
 
-def test_resume_without_a_folder_says_what_it_needs():
+def test_resume_without_a_folder_reports_what_it_needs():
     trainer = PPOTrainer(PPOConfig(device="cpu", quiet=True), tiny_llama(258), byte_tokenizer(), ROWS, different)
     with pytest.raises(UserError, match="resume needs out, the folder of the run to continue, or a checkpoint's"):
         trainer.resume()

@@ -43,7 +43,7 @@ def test_a_number_for_each_answer_becomes_scores_of_answers():
     assert means == {"reward/f": 1.75}
 
 
-def test_the_penalty_of_an_answer_without_an_end_is_not_clipped_away():
+def test_the_penalty_of_a_completion_without_an_end_is_subtracted_after_clipping():
     """The first answer did not end. Its score of 9 is clipped to 1 before the penalty of 3 is subtracted."""
     config = PPOConfig(score_clip=1.0, missing_eos_penalty=3.0)
     scores, _ = score(rollout(), {"f": lambda prompts, completions: [9.0, -9.0]}, config)
@@ -402,7 +402,7 @@ def test_special_tokens_of_a_template_are_a_change_of_role_except_at_the_end():
     assert score(batch, {"role": stays_in_role}, CONFIG)[0].tolist() == [0.0, 1.0]
 
 
-def test_a_pattern_for_the_raw_text_sees_special_tokens():
+def test_a_pattern_for_the_raw_text_matches_special_tokens():
     raw = ["<think>two</think> 2<end>", "two 2<end>"]
     pattern = "<think>.*</think>.*"
     assert matches([""] * 2, ["two 2"] * 2, pattern) == [0.0, 0.0]

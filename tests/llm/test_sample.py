@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerFast
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.decoding import CompletionText, StopTexts
+from ppo_fast.llm.generate import GenerateSampler, generate
 from ppo_fast.llm.report.explanation import visible
-from ppo_fast.llm.sample import Completions, GenerateSampler, SamplingParams, generate, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.rewards import Fluency
 
 CPU = torch.device("cpu")

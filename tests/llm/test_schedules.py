@@ -148,7 +148,7 @@ def test_adam_takes_its_constants_from_the_options():
     assert (adamw.defaults["eps"], adamw.defaults["betas"]) == (1e-3, (0.5, 0.75))
 
 
-def test_no_limit_of_the_gradient_norm():
+def test_without_a_limit_gradients_are_not_clipped():
     """None leaves the gradient as it is; its norm is still recorded."""
     gradients = []
     for limit in (None, 1e-3):
@@ -162,7 +162,7 @@ def test_no_limit_of_the_gradient_norm():
 
 
 @pytest.mark.parametrize("name", ["max_grad_norm", "score_clip", "importance_cap", "target_kl", "value_clip"])
-def test_0_is_refused_where_none_switches_off(name):
+def test_zero_is_rejected_where_none_switches_off(name):
     with pytest.raises(UserError, match=f"{name} must be above 0, got 0.*none switches it off"):
         PPOConfig(**{name: 0.0})
     assert getattr(PPOConfig(**{name: None}), name) is None
@@ -173,7 +173,7 @@ def test_0_is_refused_where_none_switches_off(name):
     ["lr", "kl_coef", "temperature", "weight_decay", "value_coef", "clip_high", "target_kl", "missing_eos_penalty"],
 )
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400], ids=["inf", "nan", "10^400"])
-def test_numbers_are_finite(name, value):
+def test_options_that_are_not_finite_are_rejected(name, value):
     with pytest.raises(UserError, match=f"{name} must be a finite number"):
         PPOConfig(**{name: value})
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.common.errors import NonFiniteError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.experience import ExperienceMaker
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.build import build_models
 from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.packing.rollout import Rollout, mask_of_lengths
 from ppo_fast.llm.reward.scoring import score
-from ppo_fast.llm.sample import GenerateSampler, sample_rollout
+from ppo_fast.llm.sample import sample_rollout
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text, "weight": float(i)} for i, text in enumerate(["hi", "what time is it", "a", "the fox jumps"])]
@@ -111,7 +112,7 @@ def test_gradient_does_not_depend_on_the_packs(actor, aggregation, critic):
         assert (other - gradients[0]).abs().max() <= 1e-5 * scale  # fp32 rounding of sums in another order
 
 
-def test_neighbours_in_a_pack_change_a_logprob(actor):
+def test_a_sequence_has_the_logprobs_alone_that_it_has_in_a_pack(actor):
     """One sequence alone equals the same sequence in a pack with others."""
     options = config(micro_batch_tokens=1000, minibatches=1)
     rollout, policy, together = prepare(actor, options)
@@ -228,12 +229,12 @@ def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted():
         PPOTrainer(config(), actor, byte_tokenizer(), rows[-1:], count_e)
 
 
-def test_a_tokenizer_without_pad_token_is_refused_with_the_remedy(actor):
+def test_a_tokenizer_without_pad_token_is_rejected_with_the_remedy(actor):
     with pytest.raises(UserError, match="no pad token"):
         PPOTrainer(config(), actor, byte_tokenizer(pad=False), ROWS, count_e)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused():
+def test_a_tokenizer_larger_than_the_embedding_is_rejected():
     with pytest.raises(UserError, match=r"258 tokens with ids up to 257 but the embedding of the model has 200 rows"):
         PPOTrainer(config(), tiny_llama(200), byte_tokenizer(), ROWS, count_e)
 
@@ -269,6 +270,6 @@ def test_memory_does_not_grow_over_steps(actor):
         ({"prompts_per_step": 3, "minibatches": 4}, "minibatches must be at most prompts_per_step"),
     ],
 )
-def test_an_option_out_of_range_is_refused_with_its_range(options, message):
+def test_an_option_out_of_range_is_rejected_with_its_range(options, message):
     with pytest.raises(UserError, match=message):
         PPOConfig(**options)

@@ -15,10 +15,11 @@ from support import families, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ppo_fast.llm.generate import generate
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.probe import PROBE_LENGTHS, detect_head
 from ppo_fast.llm.packing.attention import Layout, packed_attention
-from ppo_fast.llm.sample import SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_the_same_seed_samples_the_same_answers(device, family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_resumed_run_samples_the_answers_of_the_run_that_went_on(tmp_path, monkeypatch, last_device, family):
+def test_a_resumed_run_samples_the_completions_of_the_whole_run(tmp_path, monkeypatch, last_device, family):
     """Weights and generators come back bit for bit. Gradients repeat bit for bit on a CPU; a GPU may add them in
     another order, so what follows from them is compared up to rounding."""
     monkeypatch.setattr(

@@ -204,7 +204,7 @@ def test_gpu_selects_the_tests_with_a_device_and_those_that_need_one():
         found[selection] = {line for line in done.stdout.splitlines() if "::" in line}
     assert "tests/kernels/test_gae.py::test_padded_rows_match_the_reference[triton-1]" in found["gpu"]
     assert any("test_two_steps" in name for name in found["gpu"])
-    assert any("test_gpu_results_are_wrong" in name for name in found["gpu"])
+    assert any("test_gpu_results_are_exact_and_repeat" in name for name in found["gpu"])
     assert {name.split("::")[0] for name in found["not gpu"]} == {"tests/llm/test_packing.py", "tests/llm/test_data.py"}
     assert not any(name.startswith("tests/llm/test_data.py") for name in found["gpu"])
 

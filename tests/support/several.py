@@ -16,7 +16,7 @@ import torch.distributed as dist
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sample import Completions, SamplingParams
+from ppo_fast.llm.sampler import Completions, SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 
 SERVER = multiprocessing.get_context("forkserver")

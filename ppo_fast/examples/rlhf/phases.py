@@ -32,12 +32,13 @@ from ppo_fast.examples.rlhf import report
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS, KINDS, cut, make_tokenizer, read_text, spoil, stretches
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.generate import generate
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import decoder_of
 from ppo_fast.llm.models.reward_model import load_reward_model
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
-from ppo_fast.llm.sample import SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package

@@ -18,9 +18,10 @@ from ppo_fast.common.text import markdown_table, shortened
 from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
+from ppo_fast.llm.generate import generate
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.report.evaluation import distinct
-from ppo_fast.llm.sample import SamplingParams, generate
+from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.rewards import Fluency
 
 SHOWN = {

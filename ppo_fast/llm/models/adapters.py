@@ -18,7 +18,7 @@ def has_trained_adapters(actor: nn.Module) -> bool:
     A LoRA adapter changes nothing while one of its two matrices is zero, with which each starts. All other kinds, and
     LoRA with more than its two matrices (DoRA, modules_to_save, token indices), count as trained.
     """
-    active: Any = actor.active_adapter
+    active: object = actor.active_adapter
     names = [(name, p) for name, p in actor.named_parameters() if active in name.split(".")]
     if not names or not all(".lora_" in name and "_magnitude_" not in name for name, _ in names):
         return True

@@ -10,7 +10,7 @@ from ppo_fast.common.device import has_weights, total_memory
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.checks import check_models, check_reached, unreached_parameters
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed, shard
+from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.models.adapters import check_adapters, has_trained_adapters
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel
@@ -21,6 +21,7 @@ from ppo_fast.llm.models.probe import Reach, detect_heads
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference, frozen_copy, is_adapted
 from ppo_fast.llm.models.weights import weights_hash
 from ppo_fast.llm.probe_sampling import detect_generate
+from ppo_fast.llm.sharding import shard, wrap
 
 
 @dataclass
@@ -106,7 +107,7 @@ def build_models(
         lambda: unreached_parameters(policy, config, load_device, distributed), of=policy
     )
     check_reached(policy)
-    distributed.wrap(policy, dtype=config.dtype, unused_parameters=_has_unused_parameters(policy, config))
+    wrap(policy, distributed, dtype=config.dtype, unused_parameters=_has_unused_parameters(policy, config))
     return policy, found
 
 

@@ -1,7 +1,6 @@
-"""TODO docstring."""
+"""The critic: a value head on hidden states, of a backbone of its own or of the actor."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +8,16 @@ from transformers import PreTrainedModel
 
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
-from ppo_fast.llm.models.head import decoder_of, without_cache
+from ppo_fast.llm.models.head import LanguageModel, decoder_of, without_cache
 
 
-def input_embedding(model: Any) -> Tensor:
+def input_embedding(model: LanguageModel) -> Tensor:
     """The input embedding [V, D]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
+    weight: Tensor = model.get_input_embeddings().weight
     return weight
 
 
-def hidden_size_of(decoder: Any) -> int:
+def hidden_size_of(decoder: LanguageModel) -> int:
     """The size of a decoder's hidden states. It may differ from that of the embeddings (RemBERT, Reformer), which is
     taken for a model without weights."""
     weight = input_embedding(decoder)

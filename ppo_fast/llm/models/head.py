@@ -123,11 +123,11 @@ def _parameters(model_type: Any) -> frozenset[str]:
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Check whether the model's forward has an argument of this name."""
-    kind: Any = type(unwrap_peft(model))
+    kind: object = type(unwrap_peft(model))
     return name in _parameters(kind)
 
 
-def without_cache(model: nn.Module) -> dict[str, Any]:
+def without_cache(model: nn.Module) -> dict[str, object]:
     """Return the argument of a forward without a cache; none for a model that never has one, such as GPT-1."""
     known = accepts(model, "use_cache") or hasattr(text_config(model), "use_cache")
     return {"use_cache": False} if known else {}
@@ -162,14 +162,14 @@ def _split(pack: Pack) -> list[Tensor]:
     return list(pack.input_ids.split(pack.lengths, dim=1))
 
 
-def _run_single(model: nn.Module, ids: Tensor, *, packed: bool) -> Any:
+def _run_single(model: nn.Module, ids: Tensor, *, packed: bool) -> object:
     if not packed:
         return model(input_ids=ids, **without_cache(model))
     position = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     return _run_packed(model, ids, position, Layout.from_lengths([ids.shape[1]], ids.device))
 
 
-def _run_packed(model: nn.Module, ids: Tensor, position: Tensor, layout: Layout) -> Any:
+def _run_packed(model: nn.Module, ids: Tensor, position: Tensor, layout: Layout) -> object:
     return model(input_ids=ids, position_ids=position, **without_cache(model), **layout.arguments())
 
 

@@ -67,12 +67,12 @@ def source_dtype(actor: nn.Module) -> torch.dtype | None:
     return getattr(unwrap_peft(actor), "ppo_fast_source_dtype", None)
 
 
-def vocabulary_of(model: Any) -> int:
+def vocabulary_of(model: object) -> int:
     """Return V, the number of tokens for which the model has embeddings."""
     return input_embedding(model).shape[0]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: object) -> None:
     """Reject a tokenizer that would fail in a step: no pad token, no end token, ids beyond the embedding."""
     if tokenizer.pad_token_id is None:
         raise UserError(
@@ -89,7 +89,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: Any) -> None:
     check_embedding(tokenizer, actor, "the model")
 
 
-def check_embedding(tokenizer: PreTrainedTokenizerBase, model: Any, what: str) -> None:
+def check_embedding(tokenizer: PreTrainedTokenizerBase, model: object, what: str) -> None:
     """Reject a model without an embedding for some tokens. Ids may have gaps: the largest one counts.
 
     Raises:
@@ -134,7 +134,7 @@ def check_others(
 
 
 def _head_weights(model: nn.Module) -> list[nn.Parameter]:
-    head: Any = head_of(model)
+    head: object = head_of(model)
     return list(head.parameters()) if isinstance(head, nn.Linear) else []
 
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Modes of computation: gradient checkpointing without dropout, autocast, and models on their device."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,11 +33,11 @@ def warn_if_not_recomputed(*models: nn.Module | None) -> None:
         )
 
 
-def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., object]) -> Callable[..., object]:
     """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
 
-    def run(function: Callable[..., Any], *arguments: Any) -> Any:
-        def quiet(*given: Any) -> Any:
+    def run(function: Callable[..., object], *arguments: object) -> object:
+        def quiet(*given: object) -> object:
             before, layer.training = layer.training, False
             try:
                 return function(*given)
@@ -51,10 +51,10 @@ def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Cal
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing: inside this block layers recompute in backward what they did in forward.
+    """Recomputes the forward of layers in backward, inside this block.
 
     transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
-    off, also where a layer calls it as a function of its own mode. Sampling, outside, keeps its cache.
+    off, also where a layer calls it as a function of its own mode. Sampling, outside the block, keeps its cache.
     """
     layers = recomputed_layers(model) if enabled else []
     if layers:
@@ -79,6 +79,6 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
-    """On its device, without dropout, and with a config object of its own; without weights it stays on meta."""
+    """Moves a model to its device, switches dropout off and copies its configs; without weights it stays on meta."""
     copy_configs(model)
     return model.to(device).eval() if has_weights(model) else model.eval()

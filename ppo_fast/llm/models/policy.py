@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import ppo_fast as ppo
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.distributed import keep_gathered
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import (
     GenerateInfo,
@@ -31,6 +30,7 @@ from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
 from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
 from ppo_fast.llm.packing.pack import Pack
+from ppo_fast.llm.sharding import keep_gathered
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Policy(nn.Module):
         with self.autocast(), reference():
             return logprobs_of(self.actor, self.head, pack, self.config)[0]
 
-    def generate(self, **options: Any) -> Tensor:
+    def generate(self, **options: object) -> Tensor:
         """Calls the actor's own `generate` as a method of this module, for which FSDP2 gathers its weights."""
         with keep_gathered(self) if self.config.gather_for_sampling else nullcontext():
             actor: LanguageModel = self.actor
@@ -202,7 +202,7 @@ class Policy(nn.Module):
 
 def _aggregation(config: PPOConfig, pack: Pack, inputs: LossInputs) -> dict[str, Any]:
     """The options by which the losses of tokens become one."""
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "aggregation": config.aggregation,
         "denominator": inputs.denominator,
         "backend": config.backend,

@@ -113,7 +113,7 @@ def detect_heads(
     flash.reset()
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
     models = (actor, critic, reference)
-    said: set[tuple[Any, ...]] = set()
+    said: set[tuple[object, ...]] = set()
     found: list[HeadInfo | None] = []
     for model in models:
         if model is None:
@@ -202,7 +202,7 @@ def named_lengths(model: nn.Module, longest: int) -> list[int]:
     return sorted({n for n in _integers(text_config(model).to_dict(), named=False) if 1 < n < longest})
 
 
-def _integers(entry: Any, *, named: bool) -> Iterator[int]:
+def _integers(entry: object, *, named: bool) -> Iterator[int]:
     """List integers below a key that matches NAMED."""
     if isinstance(entry, Mapping):
         for key, value in entry.items():
@@ -290,7 +290,7 @@ def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> fl
     """
     eps = torch.finfo(_computed(model)).eps
 
-    def nudge(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
+    def nudge(module: nn.Module, arguments: object, out: Tensor) -> Tensor:
         sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) * 2654435761 // 128 % 2)
         return out * (1 + eps * sign.to(out.dtype))
 

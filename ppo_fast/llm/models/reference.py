@@ -20,11 +20,11 @@ from ppo_fast.llm.packing.pack import Pack
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that never trains: the reference."""
+    """A copy that is never trained: the reference."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def is_adapted(model: Any) -> bool:
+def is_adapted(model: object) -> bool:
     """Whether peft has put adapters into it."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
@@ -32,8 +32,8 @@ def is_adapted(model: Any) -> bool:
 class AdapterReference:
     """The reference of an actor with adapters: the actor without them, or with a frozen copy of those it came with.
 
-    Switching adapters off is wrong for an actor that starts from trained ones (TRL #495, #4723): `starts_trained`
-    says so, and is found by `has_trained_adapters` if it is not given.
+    Switching adapters off is wrong for an actor that starts from trained ones (TRL #495, #4723). `starts_trained` is
+    True for such an actor; `has_trained_adapters` finds it if it is not given.
 
     Raises:
         UserError: peft cannot keep a second adapter of this kind, or training changes weights that are not the
@@ -51,7 +51,7 @@ class AdapterReference:
             self._clone()
 
     def _check_trained(self) -> None:
-        """Refuses trained weights that the reference would share, such as the biases of LoRA's bias="all"."""
+        """Rejects trained weights that the reference would share, such as the biases of LoRA's bias="all"."""
         shared = [n for n, p in self.actor.named_parameters() if p.requires_grad and self.active not in n.split(".")]
         if shared:
             raise UserError(
@@ -133,7 +133,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 
 class FrozenReference(nn.Module):
-    """A model that never learns, and what the KL penalty asks it."""
+    """A model that is never trained, from which the KL penalty is computed."""
 
     def __init__(self, model: nn.Module, head: HeadInfo, config: PPOConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class FrozenReference(nn.Module):
         self.config = config
 
     def forward(self, pack: Pack) -> Tensor:
-        """Log-probabilities [n] of the pack's answer tokens."""
+        """Log-probabilities [n] of the pack's counted tokens."""
         with autocast(self.config.dtype, pack.input_ids.device):
             return logprobs_of(self.model, self.head, pack, self.config)[0]
 

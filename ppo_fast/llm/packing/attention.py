@@ -74,7 +74,7 @@ class Layout:
             slot_of_token=places.to(device),
         )
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """What travels through the model's forward to its attention."""
         return {
             "cu_seq_lens_q": self.cu_seqlens,
@@ -125,7 +125,7 @@ def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
 
 def copy_configs(model: nn.Module) -> None:
     """Gives a model config objects of its own: models built from one object share its attention implementation."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = copy.deepcopy(module.config, memo)
@@ -144,7 +144,7 @@ def packed_attention_forward(
     s_aux: Tensor | None = None,  # attention sinks [H]
     packed_layout: Layout | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; returns [1, total, H, d]."""
     if attention_mask is not None:

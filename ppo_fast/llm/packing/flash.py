@@ -82,7 +82,7 @@ class _Package:
     """An installed implementation: its function, or why there is none."""
 
     label: str
-    function: Callable[..., Any] | None = None
+    function: Callable[..., object] | None = None
     version: tuple[int, ...] = ()
     problem: str | None = None
     broken: bool = False  # it is installed, but cannot be used
@@ -218,7 +218,7 @@ def _trial_result(path: str, package: _Package, request: Request, deterministic:
     return _found.rejected[key]
 
 
-def _try(path: str, function: Any, request: Request) -> str | None:
+def _try(path: str, function: object, request: Request) -> str | None:
     with devices.made_current(request.device):  # that of a new thread is the first
         return trial(path, function, request)
 

@@ -54,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 def _call_flash_attn(function: Any, rows: Rows) -> Tensor:
     """`flash_attn_varlen_func` of flash-attn 2 and 3: these keywords are common to both."""
-    options: dict[str, Any] = {} if rows.softcap is None else {"softcap": rows.softcap}  # 2.4 and 2.5 do not have it
+    options: dict[str, object] = {} if rows.softcap is None else {"softcap": rows.softcap}  # 2.4 and 2.5 do not have it
     out = function(
         *(_dense(x) for x in (rows.query, rows.key, rows.value)),
         cu_seqlens_q=rows.cu_seqlens,
@@ -80,7 +80,7 @@ def _call_torch_varlen(function: Any, rows: Rows) -> Tensor:
     assert rows.softcap is None
     q, k, v = (_dense(x) for x in (rows.query, rows.key, rows.value))
     window = (-1 if rows.window is None else rows.window - 1, 0)
-    options: dict[str, Any] = {"scale": rows.scaling, "window_size": window}
+    options: dict[str, object] = {"scale": rows.scaling, "window_size": window}
     if q.shape[1] != k.shape[1]:
         if _takes_groups(function):
             options["enable_gqa"] = True
@@ -95,14 +95,14 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-CALLS: dict[str, Callable[[Any, Rows], Tensor]] = {
+CALLS: dict[str, Callable[[object, Rows], Tensor]] = {
     "flash-attn 3": _call_flash_attn,
     "flash-attn 2": _call_flash_attn,
     "torch varlen": _call_torch_varlen,
 }
 
 
-def trial(path: str, function: Any, request: Request) -> str | None:
+def trial(path: str, function: object, request: Request) -> str | None:
     """Compares forward and backward on short sequences with plain attention in fp32; the problem, or None."""
     generator = torch.Generator("cpu").manual_seed(0)
     total = sum(TRIAL_LENGTHS)

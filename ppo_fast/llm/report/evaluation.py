@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +27,8 @@ from ppo_fast.llm.packing.rollout import Rollout
 from ppo_fast.llm.report.explanation import TokenExplanation, explain
 from ppo_fast.llm.reward.isolation import own_random_state
 from ppo_fast.llm.reward.scoring import RewardFunction, score
-from ppo_fast.llm.sample import Sampler, drop_long_prompts, sample_rollout
+from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
+from ppo_fast.llm.sampler import Sampler
 
 EVALUATION = 2**32 - 1  # instead of a step: its seeds differ from those of training
 
@@ -60,8 +60,8 @@ def distinct(answers: list[list[int]], n: int) -> float:
 class Evaluator:
     """Evaluation of the policy on held-out rows, without those that are too long; it uses the trainer's models."""
 
-    rows: list[dict[str, Any]]
-    trained_on: list[dict[str, Any]]
+    rows: list[dict[str, object]]
+    trained_on: list[dict[str, object]]
     config: PPOConfig
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -91,7 +91,7 @@ class Evaluator:
         return step in (0, self.config.total_steps) or bool(every and step % every == 0)
 
     def run(self, step: int, kl_coef: float, trained: Experience | None = None) -> Evaluation:
-        """Completes all held-out prompts and measures the completions; `trained` is the experience of the last step."""
+        """Evaluate on all held-out prompts, and explain one completion of the last step (`trained`)."""
         explained = None
         if trained is not None:
             explained = explain(self.policy, self.tokenizer, trained, with_kl=self.reference is not None)

@@ -36,7 +36,7 @@ SHOWN = {
 
 
 def save_model(
-    actor: Any,
+    actor: object,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -110,7 +110,7 @@ def _note_dtype(file: Path, dtype: torch.dtype) -> None:
     """Write the dtype into config.json, also for parts of the model; transformers writes the model's own."""
     name = str(dtype).removeprefix("torch.")
 
-    def noted(values: dict[str, Any]) -> dict[str, Any]:
+    def noted(values: dict[str, object]) -> dict[str, object]:
         nested = {key: noted(value) if isinstance(value, dict) else value for key, value in values.items()}
         return {**nested, "dtype": name} if isinstance(nested.get("dtype"), str) else nested
 
@@ -223,7 +223,7 @@ def copy_on_cpu(model: nn.Module) -> Any:
     return copy.deepcopy(model, copies)
 
 
-def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping[str, object]]) -> str:
     """Write Markdown for readers of the folder: results and options.
 
     Args:
@@ -254,7 +254,7 @@ def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping
     return "\n\n".join(parts) + "\n"
 
 
-def _results(history: Sequence[Mapping[str, Any]]) -> str:
+def _results(history: Sequence[Mapping[str, object]]) -> str:
     rows = []
     for name, label in SHOWN.items():
         values = [m[name] for m in history if m.get(name) is not None]

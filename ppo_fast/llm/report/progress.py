@@ -6,7 +6,6 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -50,7 +49,7 @@ class Progress:
         self,
         config: PPOConfig,
         prompts_left_out: int = 0,
-        run_options: dict[str, Any] | None = None,
+        run_options: dict[str, object] | None = None,
         steps_done: int = 0,
         device: torch.device | None = None,
     ) -> None:

@@ -20,7 +20,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 _SPEED = {"batch_size", "workers", "device"}  # options that change no value
 
 
-def reward_fingerprint(function: Any, weights: Callable[[nn.Module], str]) -> str:
+def reward_fingerprint(function: object, weights: Callable[[nn.Module], str]) -> str:
     """Return 16 hexadecimal digits that change with a reward function.
 
     They depend on its bytecode and that of the functions and classes of its module that it uses, on its defaults and
@@ -44,9 +44,9 @@ class _Description:
 
     def __init__(self, weights: Callable[[nn.Module], str]) -> None:
         self.weights = weights
-        self.seen: dict[int, tuple[int, Any]] = {}  # with the object, so that its id is not used again
+        self.seen: dict[int, tuple[int, object]] = {}  # with the object, so that its id is not used again
 
-    def of(self, x: Any, *, options: bool = False) -> Any:
+    def of(self, x: object, *, options: bool = False) -> object:
         """Describe an object. `options`: lists and dicts are settings; elsewhere they are state, which is left out."""
         if isinstance(x, _PLAIN):
             return type(x).__name__, repr(x)
@@ -68,7 +68,7 @@ class _Description:
         self.seen[id(x)] = len(self.seen), x
         return self._once(x)
 
-    def _once(self, x: Any) -> Any:
+    def _once(self, x: object) -> object:
         if isinstance(x, types.CodeType):
             return self._code(x)
         if isinstance(x, types.FunctionType):
@@ -94,13 +94,13 @@ class _Description:
             return "built-in", x.__module__, x.__qualname__
         return "object", self.of(type(x)), self._options(x)
 
-    def _code(self, code: types.CodeType) -> Any:
+    def _code(self, code: types.CodeType) -> object:
         constants = [self.of(constant) for constant in code.co_consts]
         names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
         return "code", code.co_code.hex(), constants, names, counts
 
-    def _function(self, function: types.FunctionType) -> Any:
+    def _function(self, function: types.FunctionType) -> object:
         code = function.__code__
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         rebound = set(_stored(code, "STORE_DEREF"))
@@ -108,7 +108,7 @@ class _Description:
         defaults = [(name, self.of(value)) for name, value in sorted((function.__kwdefaults__ or {}).items())]
         return "function", self.of(code), self.of(function.__defaults__), defaults, closure, self._globals(function)
 
-    def _globals(self, function: types.FunctionType) -> Any:
+    def _globals(self, function: types.FunctionType) -> object:
         """Describe the globals that a function uses: functions, classes, and constants that no function changes."""
         space = function.__globals__
         used = sorted({name for code in _codes(function.__code__) for name in code.co_names} & space.keys())
@@ -124,14 +124,14 @@ class _Description:
                 found.append((name, self.of(x)))
         return found
 
-    def _class(self, x: type) -> Any:
+    def _class(self, x: type) -> object:
         kinds = (types.FunctionType, staticmethod, classmethod, property, *_PLAIN, tuple, frozenset)
         names = [name for name in sorted(vars(x)) if name not in ("__module__", "__doc__", "__firstlineno__")]
         members = [(name, self.of(vars(x)[name])) for name in names if isinstance(vars(x)[name], kinds)]
         bases = [self.of(base) if base.__module__ == x.__module__ else base.__qualname__ for base in x.__bases__]
         return "class", x.__qualname__, bases, members
 
-    def _options(self, x: Any) -> Any:
+    def _options(self, x: object) -> object:
         """List attributes with the name of an argument of __init__, and `function`, which `Pool` calls."""
         try:
             arguments = set(inspect.signature(type(x).__init__).parameters) - _SPEED
@@ -157,7 +157,7 @@ def _stored(code: types.CodeType, operation: str) -> Iterator[str]:
         yield from (x.argval for x in dis.get_instructions(part) if x.opname == operation)
 
 
-def _content(cell: Any) -> Any:
+def _content(cell: Any) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # it is empty

@@ -29,15 +29,15 @@ class Configured:
     [1.0]
     """
 
-    function: Callable[..., Sequence[Any]]
-    options: dict[str, Any] = field(default_factory=dict)
+    function: Callable[..., Sequence[object]]
+    options: dict[str, object] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)  # argument: column
 
     @property
     def __name__(self) -> str:  # type: ignore[override]  # of an object, not of its class
         return _called(self.function)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: list) -> Sequence[Any]:
+    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> Sequence[object]:
         return self.function(prompts, completions, **self.options, **self.columns_taken(columns))
 
     def columns_taken(self, columns: Mapping[str, list]) -> dict[str, list]:
@@ -54,7 +54,7 @@ class Configured:
 
 
 def arguments_of(
-    function: Callable[..., Any], columns: Mapping[str, list], given: Collection[str] = ()
+    function: Callable[..., object], columns: Mapping[str, list], given: Collection[str] = ()
 ) -> dict[str, list]:
     """Select the columns for a reward function: all of them with **columns, else its named arguments.
 
@@ -95,13 +95,13 @@ def of_data(missing: str, columns: Collection[str]) -> str:
     return f"{nearest(missing, known)}; {has}"
 
 
-def _called(function: Callable[..., Any]) -> str:
+def _called(function: Callable[..., object]) -> str:
     """Return the name of a reward function for messages."""
     inner = function.func if isinstance(function, functools.partial) else function
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def check_signature(function: Callable[..., Any]) -> None:
+def check_signature(function: Callable[..., object]) -> None:
     """Reject a function that does not take (prompts, completions, **columns) in this order, or is asynchronous."""
     called = _called(function)
     kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
@@ -124,7 +124,7 @@ def check_signature(function: Callable[..., Any]) -> None:
         )
 
 
-def check_columns(function: Callable[..., Any], columns: Mapping[str, list]) -> None:
+def check_columns(function: Callable[..., object], columns: Mapping[str, list]) -> None:
     """Raise the error of a call with the columns of the data, without a call."""
     check_signature(function.function if isinstance(function, Configured) else function)
     columns = arguments_of(function, columns)
@@ -175,9 +175,9 @@ def load_reward(spec: str) -> Any:
     return Configured(function, options, columns)
 
 
-def _arguments(spec: str, call: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _arguments(spec: str, call: str) -> tuple[dict[str, object], dict[str, str]]:
     """Parse "(name=value, ...)" into literals and columns."""
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     columns: dict[str, str] = {}
     try:
         read = ast.parse(f"f{call}", mode="eval").body
@@ -223,7 +223,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
-def _module_from_file(path: Path) -> Any:
+def _module_from_file(path: Path) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)

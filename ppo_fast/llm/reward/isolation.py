@@ -80,11 +80,11 @@ def _report(name: str, what: str) -> None:
 
 class _Setting(NamedTuple):
     name: str
-    read: Callable[[], Any]
-    restore: Callable[[Any], Any]
+    read: Callable[[], object]
+    restore: Callable[[Any], object]
 
 
-def _attribute(owner: Any, attribute: str, name: str) -> _Setting:
+def _attribute(owner: object, attribute: str, name: str) -> _Setting:
     return _Setting(name, lambda: getattr(owner, attribute), lambda value: setattr(owner, attribute, value))
 
 
@@ -111,7 +111,7 @@ def _change_folder(folder: str | None) -> None:
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM") if hasattr(signal, name)]
 
 
-def _handlers() -> list[Any]:
+def _handlers() -> list[object]:
     return [signal.getsignal(number) for number in _SIGNALS]
 
 
@@ -132,12 +132,12 @@ def _cancel_alarm(due: bool) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _set_filters(filters: list[Any]) -> None:
+def _set_filters(filters: list[object]) -> None:
     warnings.resetwarnings()  # also clears the decisions that Python has made with the changed filters
     warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever its stub says
 
 
-def _decimals() -> tuple[Any, ...]:
+def _decimals() -> tuple[object, ...]:
     context = decimal.getcontext()
     return context.prec, context.rounding, context.Emin, context.Emax
 
@@ -162,7 +162,7 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _autocast() -> list[Any]:
+def _autocast() -> list[object]:
     states = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return [*states, torch.is_autocast_cache_enabled()]
 
@@ -178,7 +178,7 @@ def _anomaly() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
-def _current_gpu() -> tuple[int, Any] | None:
+def _current_gpu() -> tuple[int, object] | None:
     if not torch.cuda.is_initialized():
         return None
     return torch.cuda.current_device(), torch.cuda.current_stream()
@@ -193,7 +193,7 @@ def _set_current_gpu(current: tuple[int, Any] | None) -> None:
 _STREAMS = ("stdin", "stdout", "stderr")
 _ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-_PRECISIONS: list[Any] = [torch.backends, _CUDA.matmul, _CUDNN, _CUDNN.conv, _CUDNN.rnn]  # type: ignore[attr-defined]  # conv, rnn: not in stubs
+_PRECISIONS: list[object] = [torch.backends, _CUDA.matmul, _CUDNN, _CUDNN.conv, _CUDNN.rnn]  # type: ignore[attr-defined]  # conv, rnn: not in stubs
 _PRECISIONS += [_MKLDNN, _MKLDNN.matmul, _MKLDNN.conv, _MKLDNN.rnn]  # type: ignore[attr-defined]  # likewise
 
 # in the order in which they are restored: general ones change more special ones

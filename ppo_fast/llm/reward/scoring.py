@@ -20,7 +20,7 @@ from ppo_fast.llm.packing.rollout import Rollout
 from ppo_fast.llm.reward.function import arguments_of, check_columns
 from ppo_fast.llm.reward.isolation import isolated
 
-RewardFunction = Callable[..., Sequence[Any]]
+RewardFunction = Callable[..., Sequence[object]]
 """f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
 
     prompts: [B] texts or chats, as they are in the data
@@ -140,7 +140,7 @@ def _call_isolated(
     columns: dict[str, list],
     seed: int,
     device: torch.device,
-) -> Any:
+) -> object:
     """Call the function with copies of its arguments."""
     copies = {key: list(map(_copy, column)) for key, column in columns.items()}
     with isolated(name, seed, device):
@@ -151,7 +151,7 @@ def _call_isolated(
 _CONSTANTS = {str, int, float, bool, bytes, type(None)}
 
 
-def _copy(x: Any) -> Any:
+def _copy(x: object) -> object:
     """Copy the value of one row, for JSON's types faster than deepcopy; a value that cannot be copied is returned."""
     if type(x) is list:
         return [item if type(item) in _CONSTANTS else _copy(item) for item in x]
@@ -204,7 +204,7 @@ def _weighted(values: list[float | list[float]], weight: float) -> list[float | 
     return [[weight * x for x in value] if isinstance(value, list) else weight * value for value in values]
 
 
-def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, Any]]) -> None:
+def check_rewards(functions: dict[str, RewardFunction], rows: list[dict[str, object]]) -> None:
     """Reject rows without a column that a reward function needs, before the first completions are sampled."""
     known = columns(rows[:1], 1)
     known.pop("prompt", None)  # a missing prompt is reported elsewhere
@@ -243,7 +243,7 @@ def check_weights(weights: dict[str, float] | None, functions: dict[str, RewardF
     return dict.fromkeys(functions, 1.0) | (weights or {})
 
 
-def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[float]]:
+def _checked(values: object, name: str, rollout: Rollout) -> list[float | list[float]]:
     values = _listed(values, name)
     if len(values) != len(rollout):
         raise RewardError(f"reward function {name!r} returned {len(values)} values for {len(rollout)} answers")
@@ -264,7 +264,7 @@ def _checked(values: Any, name: str, rollout: Rollout) -> list[float | list[floa
     return checked
 
 
-def _listed(values: Any, name: str) -> list:
+def _listed(values: object, name: str) -> list:
     """Return the result of a reward function as a list; a string, dict, set or coroutine is an error."""
     if inspect.iscoroutine(values):
         values.close()  # Python would warn that it was never awaited
@@ -278,7 +278,7 @@ def _listed(values: Any, name: str) -> list:
     raise RewardError(f"reward function {name!r} must return a list, got {type(values).__name__}")
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: object) -> Any:
     """Convert a tensor or an array to Python numbers."""
     return x.tolist() if hasattr(x, "tolist") else x
 
