@@ -22,10 +22,10 @@ from ppo_fast.kernels.advantages.options import ShapingOptions
 from ppo_fast.kernels.common.memory import addressable
 from ppo_fast.kernels.common.numba_loops import Array, c_function
 from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
+from ppo_fast.kernels.reference import KL_ESTIMATORS
 
 _PIECE = 1 << 16  # elements of one call: three traversals of them stay in the second-level cache
 _PER_THREAD = 1 << 19  # elements for which a second thread is worth its start
-KINDS = ("k1", "k2", "k3", "abs")
 _BY_TOKEN, _CLIPPED, _AFTER_LAST, _SUMMED = (1 << bit for bit in range(4))
 SUMS = ("rows", "tokens", "kl", "rewards", "scores")  # of a row; the first is 1 if anything counts in it
 _PER_ROW = len(SUMS)
@@ -67,7 +67,7 @@ def _shape(
     T: int,
     first_row: int,
     last_row: int,
-    kind: int,  # index in KINDS
+    kind: int,  # index in KL_ESTIMATORS
     flags: int,
 ) -> None:
     zero, one, half = coef - coef, (coef - coef) + 1, (coef - coef) + 0.5
@@ -244,7 +244,7 @@ def shape_rewards(
     parts = split_rows(rows, mask.numel(), per_thread=_PER_THREAD)
 
     def work(part: int, _kept: object = tensors) -> None:  # an interrupted caller must not free them
-        function(*pointers, *scalars, parts[part], parts[part + 1], KINDS.index(kl_estimator), flags)
+        function(*pointers, *scalars, parts[part], parts[part + 1], KL_ESTIMATORS.index(kl_estimator), flags)
 
     in_threads(work, len(parts) - 1, len(parts) - 1)
     return (rewards, kl) if longer is None else (rewards, kl, longer)

@@ -35,19 +35,24 @@ from ppo_fast.kernels.gae.launch import (
     variant,
 )
 from ppo_fast.kernels.gae.options import GAEOptions
+from ppo_fast.kernels.reference import KL_ESTIMATORS
 
 BLOCK = 1024  # elements in a tile of whitening
 NUM_WARPS = 4
 _PROGRAMS = 512  # of a launch of whitening, at most: each reads all partial results
 _ONE_PASS_SPANS = 4  # that one program processes although several would be quicker: it saves a launch
-_KINDS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 _PLANES = 9  # numbers of each program of the scan: three moments and six sums
 
 
 def _scalars(options: ShapingOptions) -> tuple[float, float, int, int]:
     """kl_coef, clip, kind and behind of the kernels."""
     clip = math.inf if options.score_clip is None else float(options.score_clip)
-    return float(options.kl_coef), clip, _KINDS[options.kl_estimator], int(options.reward_at == "after_last")
+    return (
+        float(options.kl_coef),
+        clip,
+        KL_ESTIMATORS.index(options.kl_estimator),
+        int(options.reward_at == "after_last"),
+    )
 
 
 def _inputs(floats: tuple[Tensor, ...], mask: Tensor, scores: Tensor) -> tuple[list[Tensor], list[int], bool, bool]:

@@ -15,8 +15,8 @@ from ppo_fast.kernels.linear.kernel import linear_gradient_kernel, linear_policy
 from ppo_fast.kernels.linear.scale_kernel import linear_scale_kernel
 from ppo_fast.kernels.linear.steps import IndexedEpilogue
 from ppo_fast.kernels.loss import launch as loss_launch
-from ppo_fast.kernels.loss.launch import KL_ESTIMATORS
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors, named_stats, wanted_stats
+from ppo_fast.kernels.reference import KL_ESTIMATORS
 
 
 class _Tile(NamedTuple):

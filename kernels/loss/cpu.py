@@ -20,8 +20,8 @@ from torch import Tensor
 from ppo_fast.kernels.common.memory import addressable, required
 from ppo_fast.kernels.common.numba_loops import Array, c_function
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
+from ppo_fast.kernels.reference import KL_ESTIMATORS
 
-_KINDS = ("k1", "k2", "k3", "abs")
 _POLICY, _VALUE, _MASK, _ENTROPY, _VALUE_CLIP = (1 << bit for bit in range(5))
 _DUAL_CLIP, _WEIGHTS, _REFERENCE, _SEQUENCES, _ROW_MEANS = (1 << bit for bit in range(5, 10))
 MOST = 1 << 15  # steps; with more, PyTorch's threads are faster
@@ -60,7 +60,7 @@ def _surrogate(
 
 @numba.njit(forceinline=True, error_model="numpy")
 def _kl(d: float, clamp: float, kind: int) -> tuple[float, float]:
-    """reference.kl_estimate and its derivative by the log-probability; `kind` is an index in _KINDS."""
+    """reference.kl_estimate and its derivative by the log-probability; `kind` is an index in KL_ESTIMATORS."""
     zero, one, half = clamp - clamp, (clamp - clamp) + 1, (clamp - clamp) + 0.5
     if kind == 0:
         return d, one
@@ -271,5 +271,5 @@ def forward(
         options.value_clip or 0.0,
     ]
     scalars += [options.value_coef, options.entropy_coef, options.kl_coef, denominator, norm]
-    _compiled()[0](*pointers, *scalars, first.numel() // T, T, _KINDS.index(options.kl_estimator), flags)
+    _compiled()[0](*pointers, *scalars, first.numel() // T, T, KL_ESTIMATORS.index(options.kl_estimator), flags)
     return loss, stats, (gradients[0], gradients[2], gradients[1])

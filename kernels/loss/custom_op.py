@@ -77,6 +77,7 @@ class _TritonLoss(torch.autograd.Function):
         tensors, options, needs, wanted, results = call
         loss, stats, workspace = launch.forward(logprobs, entropy, values, tensors, options, needs, wanted)
         ctx.save_for_backward(workspace)
+        ctx.launch_backward = launch.backward  # an import in the backward would take another microsecond
         ctx.set_materialize_grads(False)
         ctx.shape = required(values if logprobs is None else logprobs).shape
         ctx.dtypes = (
@@ -89,15 +90,13 @@ class _TritonLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        from ppo_fast.kernels.loss import launch
-
         refuse_double_backward()
         if grad_loss is None:
             return None, None, None, None
         if grad_loss.is_neg():
             grad_loss = grad_loss.resolve_neg()
         (workspace,) = ctx.saved_tensors
-        return *launch.backward(workspace, grad_loss, ctx.shape, ctx.dtypes), None
+        return *ctx.launch_backward(workspace, grad_loss, ctx.shape, ctx.dtypes), None
 
 
 _apply_triton = direct_apply(_TritonLoss)

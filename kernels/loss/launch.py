@@ -24,8 +24,7 @@ from ppo_fast.kernels.loss.kernel import (
 )
 from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors
 from ppo_fast.kernels.loss.terms import bit, num_columns, padding
-
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")  # by the number that the kernels take
+from ppo_fast.kernels.reference import KL_ESTIMATORS
 
 # Steps of a program and its warps. A thread takes 16 bytes of each contiguous input; more than that, or than 2 steps
 # of a sequence, spill registers on some architecture.

@@ -9,9 +9,10 @@ from ppo_fast.kernels.advantages import custom_op as advantages_op
 from ppo_fast.kernels.advantages.options import AdvantageTensors, ShapingOptions, WhiteningOptions
 from ppo_fast.kernels.gae import custom_op as gae_op
 from ppo_fast.kernels.gae.options import GAEOptions
+from ppo_fast.kernels.reference import KL_ESTIMATORS, REWARD_POSITIONS
 from ppo_fast.ops import checks
 from ppo_fast.ops.backend import Backend, uses_triton
-from ppo_fast.ops.checks import KL_ESTIMATORS, KLEstimator, public_operation
+from ppo_fast.ops.checks import KLEstimator, public_operation
 
 
 class AdvantageOutput(NamedTuple):
@@ -123,8 +124,8 @@ def _check_rewards(
         checks.device("scores", scores, device, "logprobs")
     if kl_estimator not in KL_ESTIMATORS:
         checks.one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
-    if reward_at not in ("last", "after_last"):
-        checks.one_of("reward_at", reward_at, ("last", "after_last"))
+    if reward_at not in REWARD_POSITIONS:
+        checks.one_of("reward_at", reward_at, REWARD_POSITIONS)
     if reward_at == "after_last" and scores.ndim == 2:
         raise ValueError("reward_at='after_last' needs one score for each sequence, got scores [B, T]")
     if score_clip is not None:

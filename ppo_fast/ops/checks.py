@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from ppo_fast.kernels.common import memory
 from ppo_fast.kernels.common.memory import jit_tracer, readable, transforms_active
 from ppo_fast.kernels.loss.options import LossOptions
+from ppo_fast.kernels.reference import AGGREGATIONS, KL_ESTIMATORS
 
 # Options that may be numbers in tensors. They are constants: no operation has a gradient for them.
 OPTIONS = frozenset(
@@ -118,11 +119,13 @@ def _resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dic
     return bound
 
 
-def floating(name: str, x: Tensor) -> None:
+def floating(name: str, x: Tensor | None) -> Tensor:
+    """Checks a floating tensor, and returns it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point (fp16, bf16, fp32 or fp64), got {x.dtype}")
+    return x
 
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...], like: str) -> None:
@@ -135,9 +138,9 @@ def device(name: str, x: Tensor, expected: torch.device, like: str) -> None:
         raise ValueError(f"{name} must be on the device of {like}, {expected}; got {x.device}")
 
 
-def matching(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+def matching(name: str, x: Tensor | None, like: Tensor, like_name: str) -> None:
     """Checks a floating tensor for the shape and the device of another."""
-    floating(name, x)
+    x = floating(name, x)
     shape(name, x, like.shape, like_name)
     device(name, x, like.device, like_name)
 
@@ -271,12 +274,6 @@ Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean
 
 
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
-
-
-AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-
-
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 _Arguments = ParamSpec("_Arguments")

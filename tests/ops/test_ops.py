@@ -9,7 +9,7 @@ import torch
 import ppo_fast as ppo
 from ppo_fast.kernels.common import launch
 from ppo_fast.llm import config, data
-from ppo_fast.ops import losses as ops
+from ppo_fast.ops import advantages, linear, logprobs, losses
 
 F = torch.zeros(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -17,7 +17,7 @@ LOGITS = torch.zeros(2, 3, 5)
 TOKENS = torch.zeros(2, 3, dtype=torch.long)
 
 
-@pytest.mark.parametrize("module", [ops, config, data], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [advantages, linear, logprobs, losses, config, data], ids=lambda m: m.__name__)
 def test_documented_examples_give_the_documented_results(module):
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0
