@@ -123,7 +123,7 @@ def test_a_model_that_gives_no_score_is_rejected():
         train_reward_model(classifier(), byte_tokenizer(), [])
 
 
-@pytest.mark.parametrize("setting", [{"epochs": 0}, {"batch_size": 0}, {"lr": math.nan}, {"max_grad_norm": 0.0}])
+@pytest.mark.parametrize("setting", [{"epochs": 0}, {"batch_size": 0}, {"lr": math.nan}])
 def test_a_setting_that_learns_nothing_is_rejected(setting):
     (name,) = setting
     with pytest.raises(UserError, match=f"{name} must be greater than 0 and finite"):

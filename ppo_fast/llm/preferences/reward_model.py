@@ -89,6 +89,9 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected).mean()
 
 
+MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
+
+
 def train_reward_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -97,7 +100,6 @@ def train_reward_model(
     epochs: int = 1,
     batch_size: int = 32,
     lr: float = 1e-4,
-    max_grad_norm: float = 1.0,
     seed: int = 0,
     after_step: Callable[[int, int, float], None] | None = None,
 ) -> None:
@@ -120,7 +122,7 @@ def train_reward_model(
     check_reward_model(model)
     if not pairs:
         raise UserError("there are no pairs to train on")
-    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "max_grad_norm": max_grad_norm}
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     for name, value in settings.items():
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be greater than 0 and finite, got {value}")
@@ -143,7 +145,7 @@ def train_reward_model(
         if not math.isfinite(loss.item()):
             raise NonFiniteError(f"the loss of step {step + 1} of {steps} is {loss.item()}; a lower lr may help")
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
