@@ -194,7 +194,7 @@ def _check_names(row: Mapping[str, object], where: str, reserved: Sequence[str])
 
 
 def check_prompt(prompt: object, where: str, name: str) -> None:
-    """Refuses what is neither a text that is not empty nor a chat that waits for an answer."""
+    """Rejects what is neither a text that is not empty nor a chat that ends before a completion."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError(f"{where}: the prompt is empty")
@@ -312,7 +312,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 
     The template ends where the assistant's answer begins, and has written its own special tokens: the tokenizer does
     not add a second begin token. Neither does it to a text that begins with this token, and what it appends to a text,
-    such as an end token, is left out, because the answer continues the text (`tokenizer_notes` reports both).
+    such as an end token, is left out, because the completion continues the text (`tokenizer_notes` reports both).
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [chat_text(tokenizer, prompt) for prompt in prompts if not isinstance(prompt, str)]

@@ -1,8 +1,8 @@
-"""Decoding: the text of an answer's tokens as the continuation of its prompt, and the token that completes a stop text.
+"""Decoding: the text of a completion as the continuation of its prompt, and the token that completes a stop text.
 
 Decoders of the SentencePiece kind (Llama 2, Mistral, Gemma) drop the space before the first word of what they decode.
-An answer that is decoded alone loses a space that the model generated. Here it is decoded after a token of the prompt,
-whose text is then removed.
+A completion that is decoded alone loses a space that the model generated. Here it is decoded after a token of the
+prompt, whose text is then removed.
 """
 
 from collections.abc import Sequence
@@ -31,20 +31,20 @@ def control_tokens(tokenizer: Any) -> set[int]:
 
 
 class CompletionText:
-    """Decodes the answers to some prompts.
+    """Decodes the completions of some prompts.
 
     Args:
         tokenizer: the actor's.
         prompts: B lists of token ids.
 
-    >>> CompletionText(tokenizer, prompts).decode(answers)  # doctest: +SKIP
+    >>> CompletionText(tokenizer, prompts).decode(completions)  # doctest: +SKIP
     [' Paris']
     """
 
     def __init__(self, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
         self.tokenizer = tokenizer
         special = set(tokenizer.all_special_ids)
-        # False: nothing but special tokens before the answer, which then begins the text
+        # False: nothing but special tokens before the completion, which then begins the text
         self.continues = [any(token not in special for token in reversed(ids)) for ids in prompts]
         self._texts: dict[int, str] = {}
         self._anchor: list[int] = []
@@ -59,17 +59,18 @@ class CompletionText:
                 break
             tried.add(token)
 
-    def decode(self, answers: Sequence[Sequence[int]], *, clean: bool = True) -> list[str]:
-        """The text of each answer, in the order of the prompts; `clean`: without `control_tokens`."""
+    def decode(self, completions: Sequence[Sequence[int]], *, clean: bool = True) -> list[str]:
+        """The text of each completion, in the order of the prompts; `clean`: without `control_tokens`."""
         if clean:
             control = control_tokens(self.tokenizer)
-            answers = [[token for token in ids if token not in control] for ids in answers]
+            completions = [[token for token in ids if token not in control] for ids in completions]
         before = [self._anchor if continues else [] for continues in self.continues]
         texts = self.tokenizer.batch_decode(
-            [[*first, *ids] for first, ids in zip(before, answers, strict=True)], clean_up_tokenization_spaces=False
+            [[*first, *ids] for first, ids in zip(before, completions, strict=True)], clean_up_tokenization_spaces=False
         )
         return [
-            self._rest(text, ids) if first else text for text, first, ids in zip(texts, before, answers, strict=True)
+            self._rest(text, ids) if first else text
+            for text, first, ids in zip(texts, before, completions, strict=True)
         ]
 
     def token(self, token: int) -> str:
@@ -79,7 +80,7 @@ class CompletionText:
         return self._texts[token]
 
     def tail(self, row: int, ids: Sequence[int], length: int, characters: int) -> str:
-        """At least the last `characters` of the text of an answer's first `length` tokens, special tokens included."""
+        """At least the last `characters` of the text of the first `length` tokens, special tokens included."""
         start, found = length, 0
         while start > 0 and (found < characters or BROKEN in self.token(ids[start])):
             start -= 1
@@ -101,9 +102,9 @@ class CompletionText:
 
 
 class StopTexts:
-    """Finds the token of an answer with which a stop text is complete.
+    """Finds the token of a completion with which a stop text is complete.
 
-    The answer's tokens alone count: what the prompt ends with is not part of a stop text.
+    The completion's tokens alone count: what the prompt ends with is not part of a stop text.
 
     Raises:
         UserError: a stop text is empty.
@@ -118,7 +119,7 @@ class StopTexts:
         self._may_complete: dict[int, bool] = {}
 
     def completed(self, row: int, ids: Sequence[int], length: int) -> bool:
-        """Whether the last of an answer's first `length` tokens completes a stop text."""
+        """Whether the last of a completion's first `length` tokens completes a stop text."""
         last = ids[length - 1]
         if not self._may_end_with(last):
             return False

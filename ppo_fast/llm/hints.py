@@ -21,7 +21,7 @@ class Hints:
     uncritical: int = 0  # steps since the start that the critic explained nothing of
 
     def after(self, metrics: Mapping[str, float], scores: Sequence[float]) -> list[str]:
-        """Sentences about a step, from its metrics and the scores of its answers."""
+        """Sentences about a step, from its metrics and the scores of its completions."""
         self.equal = self.equal + 1 if len(scores) > 1 and len(set(scores)) == 1 else 0
         if metrics.get("explained_variance", 1.0) <= 0 and self.uncritical == metrics["step"] - 1:
             self.uncritical += 1

@@ -23,7 +23,7 @@ class Bound:
 
 
 # The sampler multiplies one token at a time by cached keys, and the trainer all tokens of a pack: every sum has another
-# order, and each layer passes on the rounding of those before it. SmolLM2-135M (30 layers, answers of 48 tokens, on a
+# order, and each layer passes on the rounding of those before it. SmolLM2-135M (30 layers, 48 new tokens, on a
 # CPU) shows 8e-6 on average and 2e-5 at the 99th percentile in fp32, which is 60 and 180 eps, and 0.027 and 0.12 in
 # bf16, which is 3 and 16 eps: there, only the factors of a product are rounded, and sums are fp32
 # (bench/results/sampler_gap). TF32 rounds the same factors eight times finer than bf16. The bounds leave room for

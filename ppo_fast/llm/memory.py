@@ -265,7 +265,7 @@ def _make_fake(models: _Models) -> None:
                 if id(x) not in made:
                     fake = torch.empty(x.shape, dtype=x.dtype)
                     made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-                named[name] = made[id(x)]  # type: ignore[assignment]
+                named[name] = made[id(x)]  # type: ignore[assignment]  # parameters and buffers in one loop
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -285,10 +285,10 @@ class _Sizes:
     """Of a step."""
 
     prompt: int  # longest prompt, tokens
-    answer: int  # longest answer, tokens
-    batch: int  # answers that are generated at once
+    completion: int  # longest completion, tokens
+    batch: int  # completions that are generated at once
     tokens: int  # of the largest pack
-    answers: int  # answer tokens of that pack
+    completions: int  # completion tokens of that pack
     several_packs: bool  # in a minibatch
 
     @classmethod
@@ -297,9 +297,9 @@ class _Sizes:
         rollout = config.prompts_per_step * config.samples_per_prompt
         in_minibatch = -(-rollout // config.minibatches) * whole
         tokens = max(whole, min(config.micro_batch_tokens, in_minibatch) // whole * whole)
-        answers = tokens // whole * config.max_new_tokens
+        completions = tokens // whole * config.max_new_tokens
         batch = min(rollout, config.sample_batch_size)
-        return cls(prompt, config.max_new_tokens, batch, tokens, answers, in_minibatch > config.micro_batch_tokens)
+        return cls(prompt, config.max_new_tokens, batch, tokens, completions, in_minibatch > config.micro_batch_tokens)
 
 
 def _autocast(config: PPOConfig) -> torch.autocast:
@@ -328,12 +328,12 @@ def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
     with gradient_checkpointing(both, enabled=config.gradient_checkpointing):
         with _autocast(config):
             hidden = _hidden(decoder_of(models.actor), sizes.tokens)
-            chosen = hidden[: sizes.answers].clone()
+            chosen = hidden[: sizes.completions].clone()
             with counted.category("logits"):
                 loss = _LinearHead.apply(chosen, weight, _plan(chosen, weight, config), weight.requires_grad)
             found["loss"] = counted.reset_peak()
             states = hidden if models.critic.backbone is None else _hidden(models.critic.backbone, sizes.tokens)
-            loss = loss + models.critic(states[: sizes.answers].clone()).sum()
+            loss = loss + models.critic(states[: sizes.completions].clone()).sum()
             del hidden, states, chosen
         loss.backward()
     del loss
@@ -345,7 +345,7 @@ def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
 
 
 def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None
+    assert p.grad is not None  # this is called in a hook after its accumulation
     return p.grad
 
 
@@ -378,7 +378,7 @@ def _score(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
     backbones += [decoder_of(models.reference)] if models.reference is not None else []
     with torch.no_grad(), _autocast(config):
         for backbone in backbones:
-            hidden = _hidden(backbone, sizes.tokens)[: sizes.answers].clone()
+            hidden = _hidden(backbone, sizes.tokens)[: sizes.completions].clone()
             with counted.category("logits"):
                 plan = _plan(hidden, weight, config)
                 _logits = hidden.new_empty(plan.rows, len(weight), dtype=plan.logits)
@@ -390,7 +390,7 @@ SAMPLING = ("prompts", "last token")  # the phases of sampling
 
 
 def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
-    """All tokens of the prompts at once, and the last token of the answers, for which the cache is largest."""
+    """All tokens of the prompts at once, and the last token of the completions, for which the cache is largest."""
     V = models.actor.get_input_embeddings().weight.shape[0]
     copies = FILTERED_LOGITS if config.top_k or config.top_p < 1 or config.min_p else SAMPLED_LOGITS
     ids = torch.zeros(sizes.batch, sizes.prompt, dtype=torch.int64)
@@ -402,14 +402,14 @@ def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocati
         with counted.category("key-value cache"):
             return add(*args, **options)
 
-    cache.update = update  # type: ignore[method-assign]
+    cache.update = update  # type: ignore[method-assign]  # of this object only
     found = {}
     with torch.no_grad(), _autocast(config):
         models.actor(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         found["prompts"] = counted.reset_peak()
         with counted.category("key-value cache"):
             for layer in cache.layers:
-                _lengthen(layer, sizes.answer - 2)
+                _lengthen(layer, sizes.completion - 2)
         with counted.category("logits"):
             _logits = torch.empty(copies, sizes.batch, V)
         counted.reset_peak()
@@ -564,7 +564,7 @@ def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: in
     models = 40 * parameters  # actor and critic with gradients, moments and copies in bfloat16, and the reference
     activations = 2 * layers * sizes.tokens * (80 * width + 20 * inner)
     head = 8 * DEVICE_CHUNK_ROWS * V + 4 * V * width + 8 * sizes.tokens * width
-    cache = 8 * layers * sizes.batch * (sizes.prompt + sizes.answer) * width
+    cache = 8 * layers * sizes.batch * (sizes.prompt + sizes.completion) * width
     sampling = 4 * FILTERED_LOGITS * sizes.batch * V + 16 * sizes.batch * sizes.prompt * (2 * width + inner)
     return models + activations + head + cache + sampling
 

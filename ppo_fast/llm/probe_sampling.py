@@ -166,7 +166,7 @@ def _gap(
 
 
 def _logprobs(actor: Any, prompt: list[int], answer: list[int], temperature: float) -> Tensor:
-    """[n] log-probabilities of the answer's tokens, by the model's own forward on this sequence alone."""
+    """[n] log-probabilities of the completion's tokens, by the model's own forward on this sequence alone."""
     ids = torch.tensor([prompt + answer], device=actor.device)
     logits = actor(input_ids=ids, **without_cache(actor)).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :].unsqueeze(1)).squeeze(1)

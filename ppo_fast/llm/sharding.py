@@ -8,7 +8,7 @@ whole weights at the start: models of the others may be on the meta device, and 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,12 +58,21 @@ def wrap(policy: nn.Module, distributed: Distributed, *, dtype: str, unused_para
             register_fsdp_forward_method(policy, method)
 
 
-def parameter_layout(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], torch.dtype]]:
-    """Names of all parameters and buffers, also of tied ones, with the first name, shape and dtype of each."""
+class TensorLayout(NamedTuple):
+    """A parameter or buffer without its values."""
+
+    name: str
+    owner: str  # the first name of a tied one
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def parameter_layout(model: nn.Module) -> list[TensorLayout]:
+    """The layouts of all parameters and buffers, also of tied ones."""
     first: dict[Tensor, str] = {}
     parameters = [(n, first.setdefault(p, n), p) for n, p in model.named_parameters(remove_duplicate=False)]
     buffers = [(n, n, b) for n, b in model.named_buffers(remove_duplicate=False)]
-    return [(name, owner, tuple(x.shape), x.dtype) for name, owner, x in (*parameters, *buffers)]
+    return [TensorLayout(name, owner, tuple(x.shape), x.dtype) for name, owner, x in (*parameters, *buffers)]
 
 
 def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) -> tuple[M, T]:
@@ -123,7 +132,7 @@ def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
     layouts = distributed.all_gather_object(parameter_layout(model))
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[0]:
-            odd = sorted({x[0] for x in {*theirs} ^ {*layouts[0]}})
+            odd = sorted({x.name for x in {*theirs} ^ {*layouts[0]}})
             raise UserError(
                 f"the model of rank {rank} differs from that of rank 0 in {', '.join(odd[:1]) or 'its order'}: build it"
                 " from the same configuration"

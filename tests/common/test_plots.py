@@ -5,7 +5,7 @@ import pytest
 from ppo_fast.common.plots import can_draw, draw_learning_curves, range_shown
 
 pytestmark = pytest.mark.skipif(not can_draw(), reason="matplotlib is not installed")
-SCORE = "score (mean of a step's answers)"
+SCORE = "score (mean of the responses of a step)"
 
 
 @pytest.mark.parametrize(

@@ -358,3 +358,22 @@ def test_log_probabilities_of_the_sampler_have_the_width_of_the_completions(tmp_
     batch = sample_rollout(GenerateSampler(actor, tokenizer), tokenizer, [{"prompt": "ab"}] * 4, config(), CPU)
     assert batch.logprobs is not None
     assert batch.logprobs.shape == (4, batch.completion_width)
+
+
+def test_tokens_outside_the_mask_are_read_but_not_learned():
+    """A completion with text of an environment: its tokens are in the pack, and have no log-probability and no loss."""
+    policy, batch = policy_of(tiny_llama(258), config()), rollout()
+    whole = make_pack(batch, [0, 1])
+    batch.mask[0, 2:4] = False
+    pack = make_pack(batch, [0, 1])
+    assert torch.equal(pack.input_ids, whole.input_ids)
+    assert pack.num_tokens == whole.num_tokens - 2 == int(batch.mask[:2].sum())
+    assert not ((pack.rows == 0) & (pack.columns >= 2) & (pack.columns < 4)).any()
+    with torch.no_grad(), packed_mode(policy):
+        expected, found = policy.evaluate(whole), policy.evaluate(pack)
+    full = torch.zeros(batch.mask.shape)
+    whole.scatter_(full, expected.logprobs)
+    torch.testing.assert_close(found.logprobs, pack.gather(full))
+    experience = experience_of(policy, batch)
+    assert not experience.advantages[~batch.mask].any()
+    assert gradients(policy, batch, experience)

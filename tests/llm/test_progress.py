@@ -13,7 +13,7 @@ from ppo_fast.common.console import counted, say
 from ppo_fast.llm.report.progress import COLUMNS, heading, line
 
 METRICS = (
-    {name: 0.5 for _, _, _, name in COLUMNS}
+    {column.metric: 0.5 for column in COLUMNS}
     | {"step": 7, "kl": -1e-5}
     | {f"seconds/{part}": 0.25 for part in ("sample", "reward", "advantages", "learn")}
 )

@@ -221,3 +221,24 @@ def test_a_sampler_gets_its_own_prompts():
     tokenizer = byte_tokenizer()
     rollout = sample_rollout(Appending([[5]]), tokenizer, [{"prompt": "ab"}], config(prompts_per_step=1), CPU)
     assert rollout.tokens.tolist() == [[*tokenizer("ab")["input_ids"], 5]]
+
+
+def test_completions_of_one_prompt_share_its_index():
+    options, tokenizer = config(prompts_per_step=2, samples_per_prompt=2), byte_tokenizer()
+    rollout = sample_rollout(Fixed([[5], [6], [7], [8]]), tokenizer, [{"prompt": "ab"}, {"prompt": "c"}], options, CPU)
+    assert rollout.prompt_index == [0, 0, 1, 1]
+    assert rollout.mask.tolist() == [[True]] * 4
+
+
+def test_a_sampler_gets_the_options_of_sampling_and_a_seed_of_its_own():
+    asked = []
+
+    class Noted(Fixed):
+        def sample(self, prompts, params):
+            asked.append(params)
+            return super().sample(prompts, params)
+
+    options, tokenizer = config(prompts_per_step=1, temperature=0.5, top_k=3, stop=("x",)), byte_tokenizer()
+    sample_rollout(Noted([[5]]), tokenizer, [{"prompt": "ab"}], options, CPU, seed=11)
+    expected = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.5, top_k=3, stop=("x",), seed=11)
+    assert asked == [expected]

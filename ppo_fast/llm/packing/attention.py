@@ -33,10 +33,10 @@ SCORES_LIMIT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row begin and end; and the same sequences as padded batches, the buckets.
+    """The boundaries of the sequences of a packed row, and the same sequences as padded batches, the buckets.
 
-    A bucket [S, L] holds sequences of similar length, so that at most half of it is padding. Slots are the places in
-    all buckets, one bucket after the other.
+    A bucket [S, L] holds sequences of similar length, so that at most half of it is padding. Slots are the positions
+    in all buckets, one bucket after the other.
     """
 
     cu_seqlens: Tensor  # [S + 1] int32
@@ -75,7 +75,7 @@ class Layout:
         )
 
     def arguments(self) -> dict[str, object]:
-        """What travels through the model's forward to its attention."""
+        """The keyword arguments that the model's forward passes on to its attention."""
         return {
             "cu_seq_lens_q": self.cu_seqlens,
             "cu_seq_lens_k": self.cu_seqlens,
@@ -197,7 +197,7 @@ def _request(query: Tensor, key: Tensor, value: Tensor, **needs: bool) -> flash.
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's where it is on, as SDPA would: rotary embeddings turn queries and keys, but not values, to fp32."""
+    """The dtype of autocast where it is on, as in SDPA: rotary embeddings give only queries and keys in fp32."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -206,14 +206,13 @@ class _ToSlots(torch.autograd.Function):
     """[total, ...] -> [slots, ...]. Padding gets no gradient, so the way back is a plain selection, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        assert layout.token_of_slot is not None
+    def forward(ctx: Any, x: Tensor, layout: Layout, token_of_slot: Tensor) -> Tensor:
         ctx.layout = layout
-        return x.index_select(0, layout.token_of_slot)
+        return x.index_select(0, token_of_slot)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.layout.slot_of_token), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.layout.slot_of_token), None, None
 
 
 class _FromSlots(torch.autograd.Function):
@@ -236,7 +235,7 @@ def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **opt
     """[total, H, d], a bucket of sequences at a time. Padding is on the right: causal attention never sees it."""
     parts = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [total, heads, d]
     if layout.token_of_slot is not None:
-        parts = [_ToSlots.apply(x, layout) for x in parts]
+        parts = [_ToSlots.apply(x, layout, layout.token_of_slot) for x in parts]
     sizes = [S * L for S, L in layout.shapes]
     attended = []
     for bucket, shape in zip(zip(*(x.split(sizes) for x in parts), strict=True), layout.shapes, strict=True):

@@ -1,8 +1,8 @@
 """Which attention runs on packed rows: flash-attn 3 or 2, PyTorch's variable-length attention, or SDPA by buckets.
 
-`decide` is the only function that answers this. Every layer of a run asks it, `heads.probe` asks it at load, and
-`doctor` prints its answers. A fast path is taken only after a trial (`flash_calls.trial`); one that fails gives way to
-the next.
+`decide` is the only function that decides this. Every layer of a run calls it, `models.probe` calls it at load, and
+`doctor` prints its decisions. A fast path is used only after a trial (`flash_calls.trial`); after a failed trial the
+next path is tried.
 
 FlashAttention: Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (2307.08691), Shah et al. 2024 (2407.08608).
 """

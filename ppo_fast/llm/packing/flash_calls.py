@@ -149,9 +149,9 @@ def _exact(rows: Rows, upstream: Tensor) -> list[Tensor]:
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Causal attention of one sequence by its definition."""
-    assert rows.scaling is not None
+    scaling = q.shape[-1] ** -0.5 if rows.scaling is None else rows.scaling
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * rows.scaling
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scaling
     if rows.softcap is not None:
         scores = rows.softcap * torch.tanh(scores / rows.softcap)
     seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()

@@ -39,8 +39,8 @@ class Evaluation:
 
     step: int
     metrics: dict[str, float]  # eval/score, eval/kl, ...
-    rollout: Rollout  # the held-out answers
-    kl: list[float] | None  # of each answer, in nats
+    rollout: Rollout  # the held-out completions
+    kl: list[float] | None  # of each completion, in nats
     explained: TokenExplanation | None  # None before the first step
 
 

@@ -6,6 +6,7 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -26,19 +27,28 @@ SAMPLES_SHOWN = 5
 TIME_PARTS = ("sample", "reward", "advantages", "learn")
 HEADING_EVERY = 20  # lines
 
-# Heading, width, decimals, metric; with step and seconds, 120 columns are enough for 99999 steps. A narrow terminal
-# shows the first ones only
+
+class Column(NamedTuple):
+    """A column of the table of steps."""
+
+    heading: str
+    width: int
+    decimals: int
+    metric: str
+
+
+# With step and seconds, 120 columns are enough for 99999 steps. A narrow terminal shows the first ones only
 COLUMNS = [
-    ("score", 8, 3, "score"),
-    ("kl", 8, 4, "kl"),
-    ("clip", 6, 3, "learn/clip_fraction"),
-    ("entropy", 8, 3, "entropy"),
-    ("exp.var", 8, 3, "explained_variance"),
-    ("grad", 7, 3, "learn/grad_norm"),
-    ("critic", 7, 3, "learn/critic_grad_norm"),
-    ("tokens", 7, 1, "answer_tokens"),
-    ("tok/s", 7, 0, "tokens_per_second"),
-    ("MiB", 7, 0, "memory_mib"),
+    Column("score", 8, 3, "score"),
+    Column("kl", 8, 4, "kl"),
+    Column("clip", 6, 3, "learn/clip_fraction"),
+    Column("entropy", 8, 3, "entropy"),
+    Column("exp.var", 8, 3, "explained_variance"),
+    Column("grad", 7, 3, "learn/grad_norm"),
+    Column("critic", 7, 3, "learn/critic_grad_norm"),
+    Column("tokens", 7, 1, "answer_tokens"),
+    Column("tok/s", 7, 0, "tokens_per_second"),
+    Column("MiB", 7, 0, "memory_mib"),
 ]
 
 
@@ -194,7 +204,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def heading(total_steps: int, width: int | None = None) -> str:
     """Format the names above the numbers of `line`."""
     count, split = _fitting(total_steps, width)
-    names = "".join(f"{name:>{size}}" for name, size, _, _ in COLUMNS[:count])
+    names = "".join(f"{x.heading:>{x.width}}" for x in COLUMNS[:count])
     return " " * len(_step(0, total_steps)) + names + "      s" + SPLIT * split
 
 
@@ -204,7 +214,7 @@ def line(metrics: dict[str, float], total_steps: int, width: int | None = None) 
     A terminal with `width` columns shows as many numbers as fit; None: all.
     """
     count, split = _fitting(total_steps, width)
-    numbers = "".join(_number(metrics.get(name), size, decimals) for _, size, decimals, name in COLUMNS[:count])
+    numbers = "".join(_number(metrics.get(x.metric), x.width, x.decimals) for x in COLUMNS[:count])
     parts = [metrics[f"seconds/{name}"] for name in TIME_PARTS]
     shares = [f"{100 * x / max(sum(parts), 1e-9):.0f}%" for x in parts] if split else []
     split_text = "".join(f"{share:>{size}}" for share, size in zip(shares, (7, 7, 4, 6), strict=False))
@@ -219,7 +229,7 @@ def _fitting(total_steps: int, width: int | None) -> tuple[int, bool]:
     if width is None:
         return len(COLUMNS), True
     left = width - len(_step(0, total_steps)) - 7  # the seconds
-    sizes = list(accumulate(size for _, size, _, _ in COLUMNS))
+    sizes = list(accumulate(x.width for x in COLUMNS))
     count = sum(size <= left for size in sizes)
     return count, sizes[-1] + len(SPLIT) <= left
 
