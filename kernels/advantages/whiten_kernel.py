@@ -60,7 +60,7 @@ def _merged(moments_ptr, parts):
 
 @triton.jit(do_not_specialize=[0, 1, 2])
 def merge_kernel(
-    moments_ptr,  # (3, parts), perhaps with more behind it
+    moments_ptr,  # (3, parts), perhaps with more after it
     merged_ptr,  # (3,)
     parts: tl.int32,
 ):

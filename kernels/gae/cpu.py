@@ -67,7 +67,7 @@ def _one_or_two_rows(
     returns: Array,
     T: int,
     row: int,
-    other: int,  # the row behind it; the same row if there is none
+    other: int,  # the row after it; the same row if there is none
     r_row: int,
     v_row: int,
     flag_row: int,
@@ -76,7 +76,7 @@ def _one_or_two_rows(
     g1: float,
     d0: float,  # gamma lam
     d1: float,
-    s0: float,  # gamma times the value behind the row
+    s0: float,  # gamma times the value after the row
     s1: float,
 ) -> None:
     """A step needs the result of the one after it; the processor computes a second row meanwhile."""

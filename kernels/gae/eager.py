@@ -80,7 +80,7 @@ def _suffix_scan(
     lanes = (rows, chunks) if time else (chunks, rows)
     carry = _suffix_scan(
         decay[0].view(lanes), gain[0].view(lanes), last, time=time, nan_safe=nan_safe, short=_CHUNK
-    ).reshape(-1)  # s behind each chunk
+    ).reshape(-1)  # s after each chunk
     entering = carry.expand_as(gain[1:]).masked_fill(decay[1:] == 0, 0) if nan_safe else carry
     gain[1:].addcmul_(decay[1:], entering)
     following = torch.cat([gain[1:], carry.unsqueeze(0)])

@@ -9,7 +9,7 @@ terminated step uses 0, and a truncated one gamma final_values_t, instead of s_{
 later step may contribute, not even NaN, hence the selects.
 
 A row is cut in spans, and a span in tiles of W steps. The maps of a span's steps are composed from its end on, and
-applied to s behind the span; s moves from span to span by the composed map. So the arithmetic of a row is the same
+applied to s after the span; s moves from span to span by the composed map. So the arithmetic of a row is the same
 whether one program processes all spans or each span has a program of its own, and its bits depend neither on the other
 rows nor on their number.
 """
@@ -113,7 +113,7 @@ def row_tile(a, b, s, R: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def chain(own_map, stride, plane, later, most, inside, s, ALIGNED: tl.constexpr):
-    """s behind a span: the maps of all later spans of its row, the last one first, 16 reads at a time.
+    """s after a span: the maps of all later spans of its row, the last one first, 16 reads at a time.
 
     own_map: pointers to a of the span's own map, (R,); stride: from span to span; plane: from a to b; later: the number
     of later spans, of all rows or of each; most: the largest of them.
@@ -142,7 +142,7 @@ def scan_span(
     tiles,  # of the span that have steps
     gamma,
     decay,
-    s,  # behind the span
+    s,  # after the span
     WRITE: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -351,7 +351,7 @@ def _scan_columns(
     tiles,  # of the span that have steps
     gamma,
     decay,
-    s,  # behind the span
+    s,  # after the span
     WRITE: tl.constexpr,
     ALIGNED: tl.constexpr,
     C: tl.constexpr,

@@ -2,7 +2,7 @@
 
 One launch for most shapes: a program processes the spans of a few rows, from the last to the first. Few long rows or
 columns, and packed rows, take two: every span is composed to one affine map by a program of its own, then every program
-chains the maps behind its span and writes its results. The arithmetic, and so the bits, are the same; see
+chains the maps after its span and writes its results. The arithmetic, and so the bits, are the same; see
 kernel.py.
 
 Bytes for N steps in fp32 with one flag: 9 N read and 8 N written; with two launches another 9 N read, from the second

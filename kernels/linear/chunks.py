@@ -112,7 +112,7 @@ def _padded(V: int, dtype: torch.dtype) -> int:
 
 
 def padded_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[V] that starts at a multiple of 128 bytes, with zeros up to another behind its end."""
+    """[V] that starts at a multiple of 128 bytes, with zeros up to another after its end."""
     return torch.zeros(_padded(len(x), dtype), dtype=dtype, device=x.device)[: len(x)].copy_(x)
 
 
@@ -282,7 +282,7 @@ def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor
 
 
 def chunk_buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A chunk. Row kernels load the padding behind each of its rows, too, and ignore what is there."""
+    """A chunk. Row kernels load the padding after each of its rows, too, and ignore what is there."""
     padded = _padded(V, dtype)
     buffer = torch.empty(plan.rows, padded, dtype=dtype, device=device)
     return buffer if padded == V else buffer[:, :V]
