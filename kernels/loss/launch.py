@@ -388,7 +388,7 @@ def variants() -> list[Variant]:
     for pointer in _INDICES.values():
         types = _types(token_weights_kernel, {"mask_ptr": "*u1", "cu_seqlens_ptr": pointer})
         found.append(
-            Variant(f"loss token weights {pointer[1:]}", token_weights_kernel, types, {"BLOCK": _BLOCK}, _TOKEN_WEIGHTS)
+            Variant(f"loss shares {pointer[1:]}", token_weights_kernel, types, {"BLOCK": _BLOCK}, _TOKEN_WEIGHTS)
         )
     for pointer in _DENOMINATORS.values():
         types = _types(loss_reduce_kernel, {"denominator_ptr": pointer})
