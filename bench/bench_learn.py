@@ -251,7 +251,7 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
 def eager(task: Task) -> Parts:
     """The step of TRL's PPOTrainer, written anew: padded rows, and logits of every position, prompt included."""
     policy, rollout, options = task.policy, task.rollout, task.options
-    device, mask = rollout.device, rollout.mask
+    device, mask = rollout.device, rollout.mask.to(rollout.device)
     tokens = rollout.tokens.to(device)
     P = rollout.tokens.shape[1] - rollout.completion_width
     lengths = torch.tensor([rollout.prompt_lengths, rollout.completion_lengths], device=device).unsqueeze(-1)

@@ -3,8 +3,9 @@
 Backwards in time the scan carries one number per row: s_t = gamma V_t + gamma lam A_t, all that step t - 1 needs of
 step t. Then
 
-    A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1}    (s_T = gamma
-    bootstrap).
+    A_t = r_t - V_t + s_{t+1},    s_t = [gamma V_t + gamma lam (r_t - V_t)] + gamma lam s_{t+1},
+
+with s_T = gamma bootstrap.
 
 A masked step passes s on unchanged, so the steps before and after it are treated as adjacent; a terminated step takes
 0 and a truncated one gamma final_values_t instead of s_{t+1}. On a CPU with numba, the compiled loops of cpu.py are

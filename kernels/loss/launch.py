@@ -84,7 +84,7 @@ def _stride(steps: int) -> int:
 
 
 def saved_size(steps: int, num_gradients: int) -> int:
-    """Elements of the workspace that the backward reads: scales and `stored` gradients."""
+    """Elements of the workspace that the backward reads: scales, and gradients of `num_gradients` inputs."""
     return _PAD + num_gradients * _stride(steps)
 
 

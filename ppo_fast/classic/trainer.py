@@ -124,7 +124,7 @@ class ClassicTrainer(PPO):
 
         Raises:
             Stopped: a KeyboardInterrupt. After Ctrl-C, SIGTERM or SIGHUP the current update is completed, and with an
-                OUT the run is saved; `resume` continues it.
+                OUT there is a checkpoint, from which `resume` continues.
         """
         with locked(self.config.out):
             return self._train()

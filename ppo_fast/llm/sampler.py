@@ -56,8 +56,8 @@ class Completions:
 class Sampler(Protocol):
     """Anything that completes prompts: the actor's own `generate` (`GenerateSampler`), vLLM, a server.
 
-    An engine with weights of its own must copy the actor's before it samples: `sample` is called once a step, and the
-    actor has been trained since. The difference between its log-probabilities and the trainer's is logged as
+    An engine with weights of its own must copy the actor's before it samples: `sample` is called once in each step and
+    each evaluation, and the actor has been trained since the last call. The difference between its log-probabilities and the trainer's is logged as
     sampler_gap.
     """
 

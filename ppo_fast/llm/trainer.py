@@ -271,7 +271,7 @@ class PPOTrainer:
         if train_actor:  # else nothing that the controllers set has had an effect
             learner.adapt_coefficients(metrics, len(rollout))
         self.steps_done += 1
-        self.last_experience = experience
+        self.last_experience = dataclasses.replace(experience, minibatches=[])  # packs would hold memory of the device
         return {
             "step": self.steps_done,
             "score": sum(rollout.scores) / len(rollout),

@@ -24,14 +24,14 @@ RewardFunction = Callable[..., Sequence[object]]
 """f(prompts, completions, **columns) -> one float for each answer, or one list of floats (one for each token) each.
 
     prompts: [B] texts or chats, as they are in the data
-    completions: [B] texts of the answers, without end token, padding and marks of the chat template; special tokens
+    completions: [B] texts, without end token, padding and marks of the chat template; special tokens
         that are content, such as <think>, are in it; one may begin with a space, as the model wrote it
 
 `columns` are the data set's other columns, and
 
-    raw_completions: [B] texts of the answers with all special tokens, also the end token
-    completion_ids: [B] lists of the answers' tokens, with the end token
-    ended: [B] bools; False: the answer was cut by max_new_tokens
+    raw_completions: [B] texts with all special tokens, also the end token
+    completion_ids: [B] lists of tokens, with the end token
+    ended: [B] bools; False: the completion was cut by max_new_tokens
 
 A function that takes only some of them by name gets only those. A keyword-only argument with a default is an option of
 its own, and no column may have its name. `ppo_fast.rewards` has ready ones.
