@@ -57,8 +57,8 @@ class Sampler(Protocol):
     """Anything that completes prompts: the actor's own `generate` (`GenerateSampler`), vLLM, a server.
 
     An engine with weights of its own must copy the actor's before it samples: `sample` is called once in each step and
-    each evaluation, and the actor has been trained since the last call. The difference between its log-probabilities and the trainer's is logged as
-    sampler_gap.
+    each evaluation, and the actor has been trained since the last call. The difference between its log-probabilities
+    and the trainer's is logged as sampler_gap.
     """
 
     def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
