@@ -2,6 +2,6 @@
 
 import sys
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 
 sys.exit(main())

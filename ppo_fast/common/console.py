@@ -40,7 +40,7 @@ class Output:
         """Flush the buffer."""
         self._attempt(self.stream.flush)
 
-    def __getattr__(self, name: str) -> Any:  # whatever the stream has  # of the stream
+    def __getattr__(self, name: str) -> Any:  # whatever the stream has
         return getattr(self.stream, name)
 
     def _attempt(self, action: Callable[[], object]) -> None:

@@ -144,6 +144,8 @@ def _readable(config_class: type, error: ErrorDetails, values: Mapping[str, Any]
         return TypeError(f"{config_class.__name__}.__init__() got an unexpected keyword argument {first!r}")
     if error["type"] == "unexpected_positional_argument":
         return TypeError(f"{config_class.__name__}.__init__() takes at most {len(options(config_class))} arguments")
+    if error["type"] == "multiple_argument_values":
+        return TypeError(f"{config_class.__name__}.__init__() got multiple values for argument {first!r}")
     if error["type"] == "no_such_attribute":
         near = nearest(str(first), options(config_class))
         return AttributeError(f"{config_class.__name__} has no option {first!r}{near}")
@@ -154,6 +156,8 @@ def _readable(config_class: type, error: ErrorDetails, values: Mapping[str, Any]
 def _sentence(option: Option, error: str, value: Any) -> str:
     """Say what an option must be, and what it is."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if error == "string_unicode":
+        return f"{option.name} has half of a character of two parts (a lone surrogate): got {value!r}"
     if option.kind is tuple:
         return f"{option.name} must be a tuple of texts that are not empty, got {value!r}"
     if error == "literal_error" and isinstance(value, str):

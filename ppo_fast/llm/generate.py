@@ -232,8 +232,8 @@ class GenerateSampler:
     Args:
         actor: the model.
         tokenizer: its tokenizer.
-        options: how `generate` computes.
-        batch_size: completions that are generated at once.
+        options: how `generate` computes; not given: as the options of the run ask for.
+        batch_size: completions that are generated at once; not given: config.sample_batch_size, 256 without a trainer.
         info: whether prompts of different lengths and a cache are used, as detected at load.
         distributed: the processes of the run.
     """
@@ -242,16 +242,26 @@ class GenerateSampler:
         self,
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
-        options: GenerateOptions = GenerateOptions(),
+        options: GenerateOptions | None = None,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         info: GenerateInfo = GenerateInfo(),  # noqa: B008
         distributed: Distributed = SINGLE_PROCESS,
     ) -> None:
         self.actor, self.tokenizer = actor, tokenizer
-        self.batch_size, self.info, self.distributed = batch_size, info, distributed
-        in_lockstep = distributed.strategy == "fsdp"
-        self.options = dataclasses.replace(options, cache=options.cache and info.cache, synced_gpus=in_lockstep)
+        self.info, self.distributed = info, distributed
+        self.given_options, self.given_batch_size = options, batch_size
+        self._use(options or GenerateOptions(), batch_size or 256)
+
+    def follow(self, config: PPOConfig) -> None:
+        """Uses the options of a run where none were given."""
+        options = self.given_options or GenerateOptions.from_config(config)
+        self._use(options, self.given_batch_size or config.sample_batch_size)
+
+    def _use(self, options: GenerateOptions, batch_size: int) -> None:
+        self.batch_size, cache = batch_size, options.cache and self.info.cache
+        in_lockstep = self.distributed.strategy == "fsdp"
+        self.options = dataclasses.replace(options, cache=cache, synced_gpus=in_lockstep)
 
     def sample(self, prompts: list[list[int]], params: SamplingParams) -> Completions:
         """Completions in batches of `batch_size`, in the order of the prompts."""

@@ -82,7 +82,10 @@ class Learner:
             NonFiniteError: a loss or gradient is not finite; its update was not made.
         """
         history: list[dict[str, float]] = []
-        minibatches = experience.minibatches
+        # `PPOTrainer.last_experience` is without its packs
+        minibatches = experience.minibatches or self.experience_maker.split_minibatches(
+            experience.rollout, self._draw_order(experience.rollout)
+        )
         with self._training_mode():
             for epoch in range(self.config.epochs):
                 if epoch > 0:

@@ -19,7 +19,8 @@ class SamplingParams:
         min_p: only tokens with at least this share of the likeliest one's probability.
         stop: texts that end a completion, besides the end token; they belong to it.
         seed: of an engine with random numbers of its own: another one in each process and each step, repeated with the
-            seed of the run. `GenerateSampler` uses torch's generator instead, which is part of checkpoints.
+            seed of the run. It is one for the whole call: where prompts repeat, derive one for each row.
+            `GenerateSampler` uses torch's generator instead, which is part of checkpoints.
     """
 
     max_new_tokens: int

@@ -35,7 +35,6 @@ RESUMABLE_OPTIONS |= {
     "eval_samples",
     "device",
     "parallel",
-    "check_memory",
 }
 RESUMABLE_OPTIONS |= {"check_memory", "max_sampler_gap", "process_timeout", "gather_for_sampling"}
 # What each checkpoint has: in state.json, and as files

@@ -178,6 +178,8 @@ class PPOTrainer:
             distributed=self.distributed,
         )
         self.sampler: Sampler = own if given is None else given
+        if isinstance(given, GenerateSampler):
+            given.follow(self.config)
         self.uses_generate = given is None
         if self.distributed.size > 1:  # each process samples other completions
             transformers.set_seed(derived_seed(self.config.seed, self.distributed.rank))

@@ -625,7 +625,7 @@ def test_modules_in_the_current_folder_are_found_by_the_installed_command(tmp_pa
     """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "my_envs.py").write_text("\n".join(line[4:] for line in code.split("\n")))
-    start = "import sys; from ppo_fast.cli.main import main; sys.exit(main())"
+    start = "import sys; from ppo_fast.cli.commands import main; sys.exit(main())"
     # -P, as in an installed command: the current folder is not searched
     command = [sys.executable, "-P", "-W", "ignore", "-c", start, "classic", "--env", "my_envs:here/Here-v0"]
     command += ["--wrapper", "my_envs:Twice", "--total-steps", "64", "--num-envs", "2", "--rollout-steps", "16"]

@@ -15,7 +15,7 @@ from transformers import (
     ViTConfig,
 )
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common.errors import plain_warnings
 
 ROOT = Path(__file__).parents[2]

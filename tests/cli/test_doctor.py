@@ -14,7 +14,7 @@ from support import flash_attn_stand_in as stand_in
 
 import ppo_fast as ppo
 from ppo_fast import doctor, ops
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.ops import advantages
 
 

@@ -10,7 +10,7 @@ from support.tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from ppo_fast import recipes
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.examples import sampling
 from ppo_fast.llm.data import read_prompts
 from ppo_fast.rewards import load_reward

@@ -25,7 +25,7 @@ from support.tiny import save_tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 
 STEPS = 5
 SERVER = multiprocessing.get_context("forkserver")

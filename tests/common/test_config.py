@@ -9,7 +9,7 @@ import pytest
 import yaml
 from support.tiny import save_tiny_model
 
-from ppo_fast.cli.main import build_parser, main
+from ppo_fast.cli.commands import build_parser, main
 from ppo_fast.cli.train import RUN_OPTIONS, resolve
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.options import options, read_yaml

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common.checkpoint import UNFINISHED, reported, write_file
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.jsonl import JsonLines

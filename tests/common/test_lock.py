@@ -8,7 +8,7 @@ import threading
 import pytest
 from support.tiny import byte_tokenizer, distinct, save_tiny_model, tiny_llama
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.lock import HOLDER, locked
 from ppo_fast.llm.config import PPOConfig

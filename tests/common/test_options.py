@@ -105,7 +105,7 @@ def test_configs_are_copied_pickled_and_compared_like_dataclasses(config_class):
 
 
 def test_help_needs_no_pydantic_and_is_quick():
-    code = "import sys; sys.modules['pydantic'] = None; from ppo_fast.cli.main import main; main(['--help'])"
+    code = "import sys; sys.modules['pydantic'] = None; from ppo_fast.cli.commands import main; main(['--help'])"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,9 @@ def test_help_needs_no_pydantic_and_is_quick():
 
 
 def test_training_without_pydantic_names_the_extra():
-    code = "import sys; sys.modules['pydantic'] = None; from ppo_fast.cli.main import main; sys.exit(main(['train']))"
+    code = (
+        "import sys; sys.modules['pydantic'] = None; from ppo_fast.cli.commands import main; sys.exit(main(['train']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("ppo-fast: error: ppo-fast train needs the extra ppo_fast[train]: ")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common import checkpoint
 from ppo_fast.common.checkpoint import check_folders
 from ppo_fast.common.console import Output

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from ppo_fast.cli import main as cli
+from ppo_fast.cli import commands as cli
 from ppo_fast.cli import train
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError

@@ -11,7 +11,7 @@ from rich.console import Console
 from support.tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common.errors import NonFiniteError, UserError
 from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
 from ppo_fast.llm.preferences.label import label

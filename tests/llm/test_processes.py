@@ -21,7 +21,7 @@ from support.tiny import byte_tokenizer, tiny_llama
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
-from ppo_fast.cli import main as cli
+from ppo_fast.cli import commands as cli
 from ppo_fast.cli import train
 from ppo_fast.common import checkpoint
 from ppo_fast.common import signals as interrupt
@@ -676,13 +676,13 @@ UNDER_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-no
 GIVEN = ("--model", "model", "--prompts", "p.jsonl", "--reward", "r.py:steady", "--out", "out", "--device", "cpu")
 OTHER_OPTIONS = """
 import os, sys
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:] + ["--resume"] * int(os.environ["RANK"])))
 """
 KILLED_IN_A_COLLECTIVE = """
 import os, signal, sys, time
-from ppo_fast.cli import main as cli; from ppo_fast.llm import trainer
+from ppo_fast.cli import commands as cli; from ppo_fast.llm import trainer
 def killed(*arguments, original=trainer.learn, calls=[], **options):
     calls.append(1)
     if len(calls) == 2 and os.environ["RANK"] == "1":

@@ -10,7 +10,7 @@ import torch
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig

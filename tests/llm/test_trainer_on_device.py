@@ -149,7 +149,7 @@ TRAIN = """
 import sys
 from ppo_fast.common import plots
 plots.draw_learning_curves = lambda *_: None  # a GPU machine may lack matplotlib
-from ppo_fast.cli import main as cli
+from ppo_fast.cli import commands as cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -19,7 +19,7 @@ import yaml
 from support.pages import ROOT, Command, all_commands, anchors, blocks, commands, links, pages, sections
 
 from ppo_fast import recipes
-from ppo_fast.cli.main import build_parser
+from ppo_fast.cli.commands import build_parser
 
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")

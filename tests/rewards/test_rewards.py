@@ -17,7 +17,7 @@ import pytest
 from support.tiny import byte_tokenizer, save_tiny_model, tiny_llama
 
 from ppo_fast import rewards
-from ppo_fast.cli.main import main
+from ppo_fast.cli.commands import main
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.reward.scoring import named_rewards
 from ppo_fast.rewards import (

@@ -144,7 +144,7 @@ def model_logits(model: nn.Module, pack: Pack, head: HeadInfo) -> Tensor:
 
 
 def _outputs(model: nn.Module, pack: Pack, head: HeadInfo, name: str, tokens: Tensor | None) -> Tensor:
-    """Select a tensor of the model's output at the given tokens of a pack, or at all."""
+    """Select a tensor of the model's output at the given tokens of a pack, or at all tokens."""
     if head.splits(pack.lengths) or not (head.packed or head.batched):
         each = [getattr(_run_single(model, ids, packed=head.packed), name)[0] for ids in _split(pack)]
         found = torch.cat(each)

@@ -42,9 +42,7 @@ class Layout:
     cu_seqlens: Tensor  # [S + 1] int32
     longest: int
     shapes: tuple[tuple[int, int], ...]  # of the buckets
-    token_of_slot: (
-        Tensor | None
-    )  # [sum of S * L] int64: the token in each slot, at padding the sequence's last; None: in order
+    token_of_slot: Tensor | None  # [sum of S * L] int64: the token of a slot, at padding the last one; None: in order
     slot_of_token: Tensor  # [total] int64: the slot of each token
 
     @classmethod

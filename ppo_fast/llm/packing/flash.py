@@ -65,7 +65,7 @@ _found = _Findings()
 
 
 def reset() -> None:
-    """Starts anew: a run says its warnings once, and looks at the installed packages again."""
+    """Clears all results: a run prints its warnings once, and examines the installed packages again."""
     for known in (_found.decisions, _found.rejected, _found.packages, _found.said):
         known.clear()
 
@@ -224,7 +224,7 @@ def _try(path: str, function: object, request: Request) -> str | None:
 
 
 def clear_decisions() -> None:
-    """Asks anew from here on; results of trials remain."""
+    """Clears the decisions; results of trials remain."""
     _found.decisions.clear()
 
 

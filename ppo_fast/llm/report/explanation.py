@@ -44,7 +44,9 @@ def explain(
         numbers["kl"] = experience.kl[row, :length]
     numbers["value"] = experience.values[row, :length]
     numbers["advantage"] = experience.advantages[row, :length]
-    numbers["ratio"] = (after.logprobs - experience.logprobs[row, :length]).exp()
+    counted, ratio = experience.mask[row, :length], torch.ones_like(numbers["value"])
+    ratio[counted] = (after.logprobs - experience.logprobs[row, :length][counted]).exp()
+    numbers["ratio"] = ratio
     return TokenExplanation(
         prompt=as_text(rollout.columns["prompt"][row]),
         answer=rollout.completions[row],
