@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.common.autograd import Context, direct_apply
 from ppo_fast.kernels.common.memory import required
+from ppo_fast.kernels.common.scalars import number_tensor
 from ppo_fast.kernels.linear import eager
 from ppo_fast.kernels.linear.chunks import Gradients, Rows, counted_rows
 from ppo_fast.kernels.linear.options import HeadOptions
@@ -206,9 +207,8 @@ _STATS = ALL_STATS[:8]  # those of the policy; an absent one is 0
 
 
 def _pack(numbers: Sequence[Any]) -> Tensor:
-    """Numbers as a CPU tensor, NaN for None and for tensors. torch.tensor would make them constants of the graph."""
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    return torch.stack([zero + (math.nan if x is None or isinstance(x, Tensor) else x) for x in numbers])
+    """Numbers, or numbers in tensors, as a CPU tensor; NaN for None. torch.tensor would make them constants."""
+    return torch.stack([number_tensor(x) for x in numbers])
 
 
 def _pack_head(head_options: HeadOptions) -> Tensor:
@@ -216,7 +216,10 @@ def _pack_head(head_options: HeadOptions) -> Tensor:
 
 
 def _pack_options(options: LossOptions) -> Tensor:
-    return _pack([getattr(options, name) for name in _NUMBERS])
+    given = {name: getattr(options, name) for name in _NUMBERS}
+    if isinstance(given["denominator"], Tensor):  # it is an argument of the operator
+        given["denominator"] = None
+    return _pack(list(given.values()))
 
 
 def _unpack(scalars: Tensor, names: tuple[str, ...]) -> dict[str, Any]:

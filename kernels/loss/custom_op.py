@@ -18,6 +18,7 @@ from torch import Tensor
 from ppo_fast.kernels.common.autograd import Context, direct_apply
 from ppo_fast.kernels.common.memory import required
 from ppo_fast.kernels.common.numba_loops import numba_works
+from ppo_fast.kernels.common.scalars import number_tensor
 from ppo_fast.kernels.loss import eager
 from ppo_fast.kernels.loss.options import ALL_STATS, LossOptions, LossTensors, named_stats, wanted_stats
 
@@ -136,10 +137,8 @@ _SCHEMA = "({}, Tensor numbers, str kl_estimator, str aggregation, bool[] needs)
 def _pack(options: LossOptions) -> tuple[Tensor | None, Tensor]:
     """A denominator that is a tensor, and every number."""
     denominator = options.denominator if isinstance(options.denominator, Tensor) else None
-    given = (getattr(options, name) for name in _NUMBERS)
-    numbers = [math.nan if x is None or isinstance(x, Tensor) else x for x in given]
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    return denominator, torch.stack([zero + x for x in numbers])  # torch.full and torch.tensor would make x a constant
+    given = options if denominator is None else options._replace(denominator=None)
+    return denominator, torch.stack([number_tensor(getattr(given, name)) for name in _NUMBERS])
 
 
 def _unpack(denominator: Tensor | None, numbers: Tensor, kl_estimator: str, aggregation: str) -> LossOptions:

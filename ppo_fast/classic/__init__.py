@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppo_fast.classic.config import ClassicConfig
-    from ppo_fast.classic.policy import load
-    from ppo_fast.classic.trainer import ClassicTrainer
+    from ppo_fast.classic.policy import Policy, load
+    from ppo_fast.classic.trainer import ClassicTrainer, Stopped
 
-__all__ = ["ClassicConfig", "ClassicTrainer", "load"]
+__all__ = ["ClassicConfig", "ClassicTrainer", "Policy", "Stopped", "load"]
 
-_MODULES = {"ClassicConfig": "config", "ClassicTrainer": "trainer", "load": "policy"}
+_MODULES = {
+    "ClassicConfig": "config",
+    "ClassicTrainer": "trainer",
+    "Policy": "policy",
+    "Stopped": "trainer",
+    "load": "policy",
+}
 
 
 def __getattr__(name: str) -> Any:  # classes and functions

@@ -47,7 +47,7 @@ def gae(
     action taken at step t (the paper's r_t; Gymnasium returns it from the step that follows).
 
     Args:
-        rewards, values: [..., T]; [T, N] if time_major, read in device; [total] with cu_seqlens.
+        rewards, values: [..., T]; [T, N] if time_major, read in place; [total] with cu_seqlens.
         gamma, lam: floats in [0, 1], or tensors with one for each row ([B], [N] or [S]).
         mask: True where a step counts. A masked step is skipped and returns 0: the steps before and after it are
             treated as adjacent.

@@ -19,7 +19,7 @@ class Wait(NamedTuple):
     kind: str  # item, value, shape, copy to host, copy to device, synchronize
     operation: str
     owner: str  # the package of the innermost line of ppo_fast, transformers or peft; else "test"
-    place: str  # that line, its file relative to the package: packing.py:33, generation/utils.py:2841
+    place: str  # that line, its file relative to the package: llm/packing/pack.py:33, generation/utils.py:2841
     caller: str  # the innermost line of ppo_fast; empty if there is none
 
 
@@ -31,7 +31,7 @@ class Waits(list[Wait]):
         return Waits(wait for wait in self if wait.owner == owner)
 
     def called_from(self, file: str) -> "Waits":
-        """Those inside calls by `file` of ppo_fast, as "sample.py"."""
+        """Those inside calls by `file` of ppo_fast, as "llm/sample.py"."""
         return Waits(wait for wait in self if wait.caller.split(":")[0] == file)
 
     def by_place(self) -> Counter[tuple[str, str, str]]:

@@ -455,3 +455,35 @@ def test_a_dtensor_is_an_error_that_names_it(name):
         sharded = given | {which: distribute_tensor(given[which], mesh, [Shard(0)])}
         with pytest.raises(TypeError, match=rf"{operation(name)}: \w+ is a .*DTensor .* must be a plain tensor"):
             run(name, sharded)
+
+
+TENSOR_OPTIONS = {
+    "temperature": 1.3,
+    "softcap": 2.0,
+    "logit_scale": 0.7,
+    "clip_low": 0.05,
+    "clip_high": 0.05,
+    "dual_clip": 1.1,
+    "log_ratio_clamp": 0.1,
+    "entropy_coef": 0.5,
+    "kl_coef": 0.5,
+    "denominator": 7.0,
+    "norm_length": 3.0,
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_OPTIONS)
+def test_an_option_in_a_tensor_has_its_value_in_compiled_code(name):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, generator=generator), torch.randn(31, 8, generator=generator)
+    tokens = torch.randint(0, 31, (2, 5), generator=generator)
+    old, advantages, ref = torch.randn(3, 2, 5, generator=generator) - torch.tensor([5.0, 0.0, 3.0]).view(3, 1, 1)
+    fixed = {"ref_logprobs": ref} | ({"aggregation": "seq-mean-token-sum-norm"} if name == "norm_length" else {})
+
+    def loss(**option):
+        return ppo.linear_ppo_loss(hidden, weight, tokens, old, advantages, **fixed, **option).loss
+
+    expected = loss(**{name: TENSOR_OPTIONS[name]})
+    assert expected != loss(), "the option has no effect on these inputs"
+    compiled = torch.compile(lambda x: loss(**{name: x}), backend="eager")
+    torch.testing.assert_close(compiled(torch.tensor(TENSOR_OPTIONS[name])), expected)
