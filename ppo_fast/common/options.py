@@ -11,7 +11,6 @@ turns pydantic's errors into one sentence, and `options` reads the fields for co
 import argparse
 import dataclasses
 import functools
-import numbers
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -53,12 +52,11 @@ def plain_value(value: Any) -> Any:
     """
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+    for kind in (float, int):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
     if hasattr(type(value), "__float__") and not isinstance(value, bool):  # a tensor: pydantic would convert it
-        raise ValueError(f"{type(value).__name__} is no number of Python or numpy")
+        raise ValueError(f"{type(value).__name__} is no number of Python")
     return str.__str__(value) if isinstance(value, str) else value
 
 
