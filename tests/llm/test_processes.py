@@ -682,14 +682,14 @@ if __name__ == "__main__":
 """
 KILLED_IN_A_COLLECTIVE = """
 import os, signal, sys, time
-from ppo_fast.cli import commands as cli; from ppo_fast.llm import trainer
-def killed(*arguments, original=trainer.learn, calls=[], **options):
+from ppo_fast.cli import commands as cli; from ppo_fast.llm.learn import Learner
+def killed(*arguments, original=Learner.update, calls=[], **options):
     calls.append(1)
     if len(calls) == 2 and os.environ["RANK"] == "1":
         time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **options)
-trainer.learn = killed
+Learner.update = killed
 if __name__ == "__main__":
     sys.exit(cli.main())
 """

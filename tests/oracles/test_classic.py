@@ -1,4 +1,4 @@
-"""ppo_fast.classic and Stable-Baselines3 2.9.2 and torchrl 0.14.1: the same updates, the same advantages of episodes."""
+"""ppo_fast.classic, Stable-Baselines3 2.9.2 and torchrl 0.14.1: the same updates, the same advantages of episodes."""
 
 import numpy as np
 import pytest
