@@ -178,7 +178,7 @@ class PPOTrainer:
             distributed=self.distributed,
         )
         self.sampler: Sampler = own if given is None else given
-        if isinstance(given, GenerateSampler):
+        if given is not None and isinstance(given, GenerateSampler):
             given.follow(self.config)
         self.uses_generate = given is None
         if self.distributed.size > 1:  # each process samples other completions

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import byte_tokenizer, tiny_llama
+from support.tiny import byte_tokenizer, distinct, tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +13,7 @@ from ppo_fast.llm.generate import GenerateSampler, generate
 from ppo_fast.llm.report.explanation import visible
 from ppo_fast.llm.sample import sample_rollout
 from ppo_fast.llm.sampler import Completions, SamplingParams
+from ppo_fast.llm.trainer import PPOTrainer
 from ppo_fast.rewards import Fluency
 
 CPU = torch.device("cpu")
@@ -242,3 +243,12 @@ def test_a_sampler_gets_the_options_of_sampling_and_a_seed_of_its_own():
     sample_rollout(Noted([[5]]), tokenizer, [{"prompt": "ab"}], options, CPU, seed=11)
     expected = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.5, top_k=3, stop=("x",), seed=11)
     assert asked == [expected]
+
+
+def test_a_sampler_of_generate_without_options_uses_those_of_the_run():
+    actor, tokenizer = tiny_llama(258), byte_tokenizer()
+    given, fixed = GenerateSampler(actor, tokenizer), GenerateSampler(actor, tokenizer, batch_size=3)
+    for sampler, size in ((given, 2), (fixed, 3)):
+        options = PPOConfig(prompts_per_step=2, minibatches=1, max_new_tokens=2, sample_batch_size=2, dtype="bfloat16")
+        PPOTrainer(options, actor, tokenizer, [{"prompt": "a"}, {"prompt": "b"}], distinct, sampler=sampler)
+        assert (sampler.batch_size, sampler.options.dtype) == (size, "bfloat16")
