@@ -41,12 +41,12 @@ OWN_RECORD = {
     "pytest bench --size small --record runs/bench/record.jsonl": "CI",
 }
 MATERIAL = """
-import json, torch
+import json, sys
+sys.path.insert(0, "tests")
+from support.tiny import byte_tokenizer, save_tiny_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
-from ppo_fast.examples.arithmetic import make_model, make_tokenizer
-tokenizer = make_tokenizer()
-make_model(tokenizer, 0).save_pretrained("DIR")
-tokenizer.save_pretrained("DIR")
+save_tiny_model("DIR")
+tokenizer = byte_tokenizer()
 size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 options = {"vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
 LlamaForSequenceClassification(LlamaConfig(**size, **options)).save_pretrained("JUDGE")
