@@ -36,6 +36,7 @@ OWN_RECORD = {
     "python tests/ptx/architectures.py --write": "bench/results/compiled",
     "python tests/ptx/mutations.py --write": "bench/results/compiled",
     ".ci/check": "CI",
+    "python bench/report.py runs/bench/record.jsonl": "CI",
     "pytest -n auto --dist loadfile": "CI",
     ".ci/run": "CI",
     "pytest bench --size small --record runs/bench/record.jsonl": "CI",
@@ -54,8 +55,9 @@ tokenizer.save_pretrained("JUDGE")
 with open("FILE.jsonl", "w") as file:
     for i in range(64):
         a, b = 10 + i, 99 - i
-        row = {"prompt": f"{a}+{b}=", "question": f"{a}+{b}=", "answer": str(a + b)}
-        print(json.dumps(row), file=file)
+        print(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}), file=file)
+with open("questions.jsonl", "w") as file:
+    file.write(open("FILE.jsonl").read().replace("prompt", "question"))
 with open("answers.jsonl", "w") as file:
     print(json.dumps({"prompt": "1+1=", "answers": ["2", "3"]}), file=file)
 with open("rewards.py", "w") as file:
@@ -77,6 +79,8 @@ def skipped(command: Command) -> str:
 def run(command: Command, clone: Path, environment: dict[str, str], limit: float) -> dict[str, Any]:
     """Seconds and exit status of a command; a training run gets a few steps only."""
     text = command.text
+    if "--prompt-field question" in text:
+        text = text.replace("FILE.jsonl", "questions.jsonl")
     if "ppo-fast train" in text or "ppo_fast.cli train" in text:
         text += " --total-steps 2 --prompts-per-step 8 --max-new-tokens 8 --overwrite"
     start = time.perf_counter()
