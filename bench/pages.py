@@ -9,6 +9,7 @@ of their own (the page says so), and those with a record of their own (OWN_RECOR
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,8 +119,11 @@ def main() -> int:
         subprocess.run(["bash", "-c", install], cwd=clone, env=environment, check=True)
         subprocess.run(["python", "-c", MATERIAL], cwd=clone, env=environment, check=True)
         writer = Writer(OUT, git("rev-parse", "HEAD"))
-        failed = 0
+        failed, page = 0, ""
         for command in all_commands():
+            if command.page != page:  # a page does not depend on what another one has written
+                page = command.page
+                shutil.rmtree(clone / "runs", ignore_errors=True)
             if options.pages and command.page not in options.pages:
                 continue
             why = skipped(command)

@@ -23,17 +23,16 @@ PHRASES = {
     r"\bnot a word\b|\bin silence\b": "without a warning",
     r"\bsaid nowhere\b|\bby name\b(?=,? (the|is skipped|rejected))": "with an error that names it",
     r"\bjudged here\b|\bjudges the\b": "evaluates the",
-    r"TODO docstring": "a docstring",
 }
 ALLOWED = {"tests/project/test_language.py"}
 
 
 def files() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
-        "\n"
-    )
-    kinds = (".py", ".md", ".yaml", ".sh", ".toml", "run", "check")
-    return [ROOT / x for x in listed if x.endswith(kinds) and not x.startswith("bench/results/") and x not in ALLOWED]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not listed:
+        pytest.skip("git does not know this tree (an unpacked sdist): no list of tracked files")
+    kinds, names = (".py", ".md", ".yaml", ".sh", ".toml", "run", "check"), listed.splitlines()
+    return [ROOT / x for x in names if x.endswith(kinds) and not x.startswith("bench/results/") and x not in ALLOWED]
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
