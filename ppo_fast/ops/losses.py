@@ -72,7 +72,6 @@ def policy_loss(
     (-1.1, 0.5)
     """
     checks.floating("logprobs", logprobs)
-    mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
     # By position, which takes half the time
     tensors = LossTensors(old_logprobs, advantages, mask, weights, ref_logprobs, None, None, None, cu_seqlens)
     options = LossOptions(
@@ -90,9 +89,22 @@ def policy_loss(
         norm_length,
     )
     _check_policy(logprobs, entropy, tensors, options)
+    tensors = _with_masks(tensors, logprobs, "logprobs")
     checks.loss_aggregation("logprobs", logprobs, options, cu_seqlens)
     use_triton = uses_triton(backend, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
     return LossOutput(*compute_loss(logprobs, entropy, None, tensors, options, use_triton=use_triton))
+
+
+def _with_masks(tensors: LossTensors, first: Tensor, name: str) -> LossTensors:
+    """Checks the masks, after all tensors that must have the same shape, and returns them as bool."""
+    mask, value_mask = tensors.mask, tensors.value_mask
+    if mask is not None:
+        mask = checks.flag("mask", mask, first.shape, first.device, name)
+    if value_mask is not None:
+        value_mask = checks.flag("value_mask", value_mask, first.shape, first.device, "values")
+    if mask is tensors.mask and value_mask is tensors.value_mask:
+        return tensors
+    return tensors._replace(mask=mask, value_mask=value_mask)
 
 
 def _check_policy(logprobs: Tensor, entropy: Tensor | None, tensors: LossTensors, options: LossOptions) -> None:
@@ -146,10 +158,10 @@ def value_loss(
     1.62
     """
     checks.floating("values", values)
-    mask = checks.flag("mask", mask, values.shape, values.device, "values")
     tensors = LossTensors(None, None, mask, None, None, old_values, returns, None, cu_seqlens)
     options = LossOptions(value_clip=clip, aggregation=aggregation, denominator=denominator, norm_length=norm_length)
     _check_value(values, old_values, returns, clip)
+    tensors = _with_masks(tensors, values, "values")
     checks.loss_aggregation("values", values, options, cu_seqlens)
     use_triton = uses_triton(backend, values, old_values, returns)
     return LossOutput(*compute_loss(None, None, values, tensors, options, use_triton=use_triton))
@@ -217,9 +229,6 @@ def ppo_loss(
     (-1.0, 1.0)
     """
     checks.floating("logprobs", logprobs)
-    mask = checks.flag("mask", mask, logprobs.shape, logprobs.device, "logprobs")
-    if value_mask is not None:
-        value_mask = checks.flag("value_mask", value_mask, logprobs.shape, logprobs.device, "logprobs")
     tensors = LossTensors(
         old_logprobs, advantages, mask, weights, ref_logprobs, old_values, returns, value_mask, cu_seqlens
     )
@@ -242,6 +251,7 @@ def ppo_loss(
     if not checks.alike(logprobs.shape, logprobs.dtype, logprobs.device, values):
         checks.matching("values", values, logprobs, "logprobs")
     _check_value(values, old_values, returns, value_clip)
+    tensors = _with_masks(tensors, logprobs, "logprobs")
     others = (values, old_logprobs, old_values, advantages, returns, entropy, ref_logprobs, weights)
     use_triton = uses_triton(backend, logprobs, *others)
     return LossOutput(*compute_loss(logprobs, entropy, values, tensors, options, use_triton=use_triton))

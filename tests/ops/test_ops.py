@@ -176,3 +176,13 @@ def test_a_temperature_that_fp32_cannot_invert_is_rejected(temperature):
     ):
         with pytest.raises(ValueError, match="temperature must"):
             call()
+
+
+def test_a_wrong_tensor_is_named_before_a_mask_that_has_the_shape_of_the_others():
+    right, wrong, mask = torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="old_logprobs must have the shape of logprobs"):
+        ppo.policy_loss(wrong, right, right, mask)
+    with pytest.raises(ValueError, match="returns must have the shape of values"):
+        ppo.value_loss(wrong, None, right, mask, clip=None)
+    with pytest.raises(ValueError, match="value_mask must have the shape of values"):
+        ppo.ppo_loss(right, right, right, right, right, right, mask, value_mask=torch.ones(2, 4, dtype=torch.bool))
