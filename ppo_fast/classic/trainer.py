@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import signal
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from ppo_fast.classic.evaluate import evaluate
 from ppo_fast.classic.logger import RunLogger
 from ppo_fast.classic.ppo import PPO
 from ppo_fast.common import checkpoint
-from ppo_fast.common.errors import UserError
+from ppo_fast.common.errors import UserError, print_error
 from ppo_fast.common.lock import locked
 from ppo_fast.common.signals import GRACE, Request, stop_requests
 
@@ -239,7 +238,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         trainer.train()
     except Stopped as stopped:
-        print(f"ppo-fast: {stopped}", file=sys.stderr)
+        print_error(f"ppo-fast: {stopped}")
         return 128 + stopped.number
     finally:
         close(trainer.envs)

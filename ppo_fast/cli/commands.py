@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from ppo_fast.common.errors import UserError, plain_warnings
+from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.common.launched import process_count, this_rank
 from ppo_fast.common.text import nearest
 from ppo_fast.common.threads import wait_passively
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, train_parser = build_parser([name for name in CONFIGURED if name in given[:1]])
     except ModuleNotFoundError as error:
-        print(f"ppo-fast: error: ppo-fast {given[0]} needs the extra ppo_fast[train]: {error}", file=sys.stderr)
+        print_error(f"ppo-fast: error: ppo-fast {given[0]} needs the extra ppo_fast[train]: {error}")
         return 1
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[arguments.command](arguments)
     except UserError as error:
-        print(f"ppo-fast: error: {error}", file=sys.stderr)
+        print_error(f"ppo-fast: error: {error}")
         return 1
 
 
@@ -204,10 +204,10 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             name = f"ppo-fast: rank {this_rank(size)}"
         status = train(arguments, *resolve(arguments, parser))
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print_error(f"{name}: error: {error}")
         status = 1
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        print_error(f"{name}: stopped")
         status = 130
     except RuntimeError as error:
         from ppo_fast.llm.distributed import peer_failure
@@ -215,7 +215,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         reason = peer_failure(error)
         if not reason:
             raise
-        print(f"{name}: error: {reason}", file=sys.stderr)
+        print_error(f"{name}: error: {reason}")
         status = 1
     from ppo_fast.llm.distributed import shutdown
 
@@ -227,7 +227,7 @@ def _classic(given: list[str]) -> int:
     try:
         from ppo_fast.classic import trainer as classic
     except ImportError as error:
-        print(f"ppo-fast: error: classic RL needs the extra ppo_fast[classic]: {error}", file=sys.stderr)
+        print_error(f"ppo-fast: error: classic RL needs the extra ppo_fast[classic]: {error}")
         return 1
     parser = _Parser(prog="ppo-fast classic", description="PPO on a Gymnasium environment.", allow_abbrev=False)
     classic.add_arguments(parser)
@@ -237,10 +237,10 @@ def _classic(given: list[str]) -> int:
     try:
         return classic.main(arguments)
     except UserError as error:
-        print(f"ppo-fast: error: {error}", file=sys.stderr)
+        print_error(f"ppo-fast: error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("ppo-fast: stopped", file=sys.stderr)
+        print_error("ppo-fast: stopped")
         return 130
 
 

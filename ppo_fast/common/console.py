@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ppo_fast.common.errors import print_error
+
 FIRST_LINE, LINES_EVERY = 2.0, 10.0  # seconds between lines of `counted` without a terminal
 
 
@@ -56,7 +58,7 @@ class Output:
                 os.close(empty)
             with suppress(OSError, ValueError, AttributeError):
                 reason = getattr(error, "strerror", None) or error
-                print(f"ppo-fast: cannot print ({reason}); the run continues without output", file=sys.stderr)
+                print_error(f"ppo-fast: cannot print ({reason}); the run continues without output")
 
 
 def console_of(*, quiet: bool) -> Console:

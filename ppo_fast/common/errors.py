@@ -3,6 +3,7 @@
 The message of a `UserError` is complete: the command line prints it without a traceback.
 """
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,16 @@ class NonFiniteError(UserError):
 
 class InvariantError(UserError):
     """A quantity whose value is known in advance has another value: the run would optimize something else."""
+
+
+def print_error(text: str) -> None:
+    """Print a line on stderr in one write.
+
+    `print` makes two where PYTHONUNBUFFERED is set, between which another process may write.
+    """
+    if sys.stderr is not None:  # None: closed at the start
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def plain_warnings() -> None:

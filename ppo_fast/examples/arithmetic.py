@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.device import pick_device
-from ppo_fast.common.errors import UserError, plain_warnings
+from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.llm.config import PPOConfig
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         run(config)
     except UserError as error:
-        print(f"arithmetic: error: {error}", file=sys.stderr)
+        print_error(f"arithmetic: error: {error}")
         return 1
     return 0
 

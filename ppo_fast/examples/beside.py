@@ -7,6 +7,8 @@ import shutil
 import sys
 import time
 
+from ppo_fast.common.errors import print_error
+
 
 def announce(module: str, text: str) -> None:
     """Prints what an example does; called with `__name__` before the imports that take seconds."""
@@ -52,5 +54,5 @@ class Progress:
 def failed(name: str, error: Exception, install: str) -> int:
     """Prints one sentence with the line that installs what is missing, and returns the exit status."""
     text = str(error)
-    print(f"{name}: error: {text}{'' if 'pip install' in text else f': {install}'}", file=sys.stderr)
+    print_error(f"{name}: error: {text}{'' if 'pip install' in text else f': {install}'}")
     return 1

@@ -18,7 +18,7 @@ import torch
 
 from ppo_fast.classic import ClassicConfig, ClassicTrainer
 from ppo_fast.classic.envs.maze import MOVES, Cell, Maze, distances
-from ppo_fast.common.errors import UserError
+from ppo_fast.common.errors import UserError, print_error
 
 
 def make_config(seed: int, out: str, *, total_steps: int, quiet: bool, overwrite: bool = False) -> ClassicConfig:
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         config = make_config(arguments.seed, arguments.out, total_steps=arguments.total_steps, **more)
         run(config, arguments.size)
     except UserError as error:
-        print(f"classic_maze: error: {error}", file=sys.stderr)
+        print_error(f"classic_maze: error: {error}")
         return 1
     return 0
 

@@ -20,7 +20,7 @@ import torch
 
 from ppo_fast.classic import ClassicConfig, ClassicTrainer
 from ppo_fast.classic.envs.text_generation import WORDS, Scorer, SumScorer, TextGeneration, WordScorer, sentence_end
-from ppo_fast.common.errors import UserError
+from ppo_fast.common.errors import UserError, print_error
 
 MAX_STEPS = 24
 TEXTS = 8  # shown before and after
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         more = {"quiet": arguments.quiet, "overwrite": arguments.overwrite}
         run(make_config(arguments.seed, arguments.out, total_steps=arguments.total_steps, **more))
     except UserError as error:
-        print(f"classic_text: error: {error}", file=sys.stderr)
+        print_error(f"classic_text: error: {error}")
         return 1
     return 0
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.device import pick_device
-from ppo_fast.common.errors import UserError, plain_warnings
+from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw
 from ppo_fast.llm.config import PPOConfig
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(found, console)
         draw(found, out / "sampling.png", f"{len(rows)} prompts, {given.samples} answers each")
     except UserError as error:
-        print(f"sampling: error: {error}", file=sys.stderr)
+        print_error(f"sampling: error: {error}")
         return 1
     say(console, f"sampling.png, likelihood against diversity, is in {out}")
     return 0

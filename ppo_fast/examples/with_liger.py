@@ -11,6 +11,7 @@ import argparse
 import sys
 from typing import Any
 
+from ppo_fast.common.errors import print_error
 from ppo_fast.examples.beside import Progress, announce, failed
 
 announce(__name__, "A small Llama learns by PPO without and with Liger's kernels for its layers")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=512, help="width of the model (default: 512)")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("with_liger: error: Liger's kernels need a GPU, and torch finds none", file=sys.stderr)
+        print_error("with_liger: error: Liger's kernels need a GPU, and torch finds none")
         return 1
     try:
         import liger_kernel  # noqa: F401
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     try:  # Liger's rotary embedding replaces a function of transformers, so the run without it comes first
         plain, liger = (train(config, hidden=options.hidden, liger=x, progress=progress) for x in (False, True))
     except UserError as error:
-        print(f"with_liger: error: {error}", file=sys.stderr)
+        print_error(f"with_liger: error: {error}")
         return 1
     print("step   even digits: plain   Liger     seconds of learning: plain   Liger")
     for without, with_it in zip(plain, liger, strict=True):

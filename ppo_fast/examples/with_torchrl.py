@@ -7,6 +7,7 @@ python -m ppo_fast.examples.with_torchrl [--steps N]
 import argparse
 import sys
 
+from ppo_fast.common.errors import print_error
 from ppo_fast.examples.beside import Progress, failed
 
 INSTALL = 'pip install -c constraints.txt -e ".[cpu]" "torchrl==0.14.*" gymnasium'
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return failed("with_torchrl", error, INSTALL)
     returns = train(GAE, ClipPPOLoss, steps)
     if len(returns) < 20:
-        print(f"with_torchrl: {len(returns)} episodes ended in {steps} steps: take more", file=sys.stderr)
+        print_error(f"with_torchrl: {len(returns)} episodes ended in {steps} steps: take more")
         return 1
     first, last = (sum(x) / len(x) for x in (returns[:10], returns[-10:]))
     print(f"CartPole-v1, mean return of 10 episodes: {first:.0f} at first, {last:.0f} after {steps} steps")

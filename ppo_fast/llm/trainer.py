@@ -1,7 +1,6 @@
 """The PPO loop: sample, reward, make experience, update, log."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,7 +16,7 @@ from ppo_fast.common import checkpoint
 from ppo_fast.common import signals as interrupt
 from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed, ordinary_modes, synchronize
-from ppo_fast.common.errors import InvariantError, UserError
+from ppo_fast.common.errors import InvariantError, UserError, print_error
 from ppo_fast.common.lock import locked
 from ppo_fast.common.plots import can_draw
 from ppo_fast.common.signals import Request, stop_requests, stop_requests_of_several
@@ -493,11 +492,9 @@ class PPOTrainer:
 
     def _give_up(self, name: str) -> None:
         """Reports, in a process that got a signal, that not all processes reached the end of their step."""
-        print(
+        print_error(
             f"ppo-fast: rank {self.distributed.rank}: {name}, and not all processes reached the end of step"
-            f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self.folder.named_newest()}",
-            file=sys.stderr,
-            flush=True,
+            f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self.folder.named_newest()}"
         )
 
     # Checkpoints and models

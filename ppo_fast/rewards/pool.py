@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 from typing import Any
 
-from ppo_fast.common.errors import UserError
+from ppo_fast.common.errors import UserError, print_error
 from ppo_fast.llm.reward.function import arguments_of, check_columns, load_reward
 from ppo_fast.rewards.overlap import package
 
@@ -139,11 +138,9 @@ class Pool:
                 job.cancel()
         self.failed = len(failures)
         if failures:
-            print(
+            print_error(
                 f"reward {self.__name__!r}: {len(failures)} of {len(values)} answers have no judgement and get"
-                f" {self.fallback:g}; the first: {failures[0]}",
-                file=sys.stderr,
-                flush=True,
+                f" {self.fallback:g}; the first: {failures[0]}"
             )
         return values
 

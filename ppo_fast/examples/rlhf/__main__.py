@@ -23,7 +23,7 @@ from ppo_fast.common.console import announce_imports, console_of
 if __name__ == "__main__":
     announce_imports()  # before the imports that take seconds
 
-from ppo_fast.common.errors import UserError, plain_warnings
+from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.examples.rlhf.common import Settings
 from ppo_fast.examples.rlhf.phases import run
 
@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(settings, console_of(quiet=given.quiet))
     except UserError as error:
-        print(f"rlhf: error: {error}", file=sys.stderr)
+        print_error(f"rlhf: error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("rlhf: stopped; the same command continues it", file=sys.stderr)
+        print_error("rlhf: stopped; the same command continues it")
         return 130
     return 0
 
