@@ -103,7 +103,7 @@ def _reported(what: str, name: str, revision: str | None, here: str) -> Iterator
     except RevisionNotFoundError as error:
         raise UserError(f"{what} has no revision {revision}: name a branch, a tag or a commit") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        offline = constants.HF_HUB_OFFLINE
+        offline = _offline()
         reason = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
         raise UserError(
             f"{absent}, and {what} is not in the cache of the hub, while {reason}: correct the name, or"
@@ -159,13 +159,21 @@ def load_dataset(name: str) -> tuple["Dataset", str]:
     except ImportError as error:
         raise UserError(f"{name} needs datasets: pip install datasets, or the extra ppo_fast[data]") from error
     with _reported(f"the data set {repo}", name, revision, "file"):
-        configs = datasets.get_dataset_config_names(repo, revision=revision)
-        config, split = _config_and_split(repo, configs, match["first"], match["second"])
+        config, split = match["first"], match["second"]
+        if config is None or split is None or not _offline():  # offline, all configurations have the name "default"
+            configs = datasets.get_dataset_config_names(repo, revision=revision)
+            config, split = _config_and_split(repo, configs, config, split)
         builder = datasets.load_dataset_builder(repo, config, revision=revision)
         builder.download_and_prepare()
         split = _known(f"the data set {repo}", "split", split, list(builder.info.splits or {}), f"{repo}:{config}:")
         commit = builder.hash or revision
         return builder.as_dataset(split=split), f"{repo}{f'@{commit}' if commit else ''}:{config}:{split}"
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def _config_and_split(repo: str, configs: list[str], first: str | None, second: str | None) -> tuple[str, str | None]:
