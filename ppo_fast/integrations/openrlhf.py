@@ -10,14 +10,13 @@ Tested with OpenRLHF 0.11. Nothing at a masked position, NaN included, reaches a
 counted step has loss 0 where OpenRLHF's is NaN. policy_loss_type="gspo" is computed by OpenRLHF.
 """
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import Patch, peer
-from ppo_fast.ops.checks import Aggregation
 
 TESTED = ("0.11.",)
 _NOTE = ", on a machine with a GPU"
@@ -34,7 +33,7 @@ else:
 class _Options(TypedDict, total=False):
     """Options of our losses."""
 
-    aggregation: Aggregation
+    aggregation: Literal["token-mean", "token-sum", "seq-mean-token-mean"]
     denominator: float
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import peer
-from ppo_fast.kernels.common.autograd import Context
 
 TESTED = ("0.14.",)
 VALUE_KEY = "set torchrl's value_key (set_keys(value=...)) to"
@@ -51,8 +50,15 @@ def _summed(td_errors: Tensor, done: Tensor, gamma: float, lam: float, *, time: 
     return (sums if time_major else sums.movedim(-1, time)).to(td_errors.dtype)
 
 
-class _Context(Context[tuple[Tensor]], Protocol):
+class _Context(Protocol):
+    """The context of _Summed."""
+
     rest: tuple[float, float, int]  # gamma, lam, time
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Summed(torch.autograd.Function):

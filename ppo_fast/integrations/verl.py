@@ -15,19 +15,19 @@ value at a masked position, NaN included, reaches a result.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import Patch, peer
-from ppo_fast.ops.checks import Aggregation
 
 TESTED = ("0.9.",)
 _core = peer("verl", "verl.trainer.ppo.core_algos", TESTED)
 _functional = peer("verl", "verl.utils.torch_functional", TESTED)
-_MODES: dict[str, Aggregation] = {mode: mode for mode in get_args(Aggregation)}  # verl has the same five
+_Mode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+_MODES: dict[str, _Mode] = {mode: mode for mode in get_args(_Mode)}
 
 
 class _BatchInfo(TypedDict, total=False):
@@ -53,7 +53,7 @@ class _ActorConfig(Protocol):
 class _Options(TypedDict, total=False):
     """Options of our losses."""
 
-    aggregation: Aggregation
+    aggregation: _Mode
     denominator: float
     norm_length: float
 
