@@ -6,8 +6,9 @@ spaces.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -164,14 +165,14 @@ def _float_bounds(bounds: np.ndarray, *, to: int, integers: bool) -> np.ndarray:
 Code = TypeVar("Code", ObservationEncoder, ActionDecoder)
 
 
-def to_parts(code: ObservationEncoder | ActionDecoder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def to_parts(code: ObservationEncoder | ActionDecoder) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     """Split an encoder or decoder into what JSON can represent, and its arrays."""
     fields = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     return {name: value for name, value in fields.items() if name not in arrays}, arrays
 
 
-def from_parts(kind: type[Code], plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> Code:
+def from_parts(kind: type[Code], plain: Mapping[str, object], arrays: Mapping[str, np.ndarray]) -> Code:
     """Build an encoder or decoder from what `to_parts` returned; lists, as of JSON, become tuples."""
-    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}
-    return kind(**fields, **arrays)  # type: ignore[arg-type]  # the fields are those of `kind`
+    make: Callable[..., Code] = kind  # by names of fields, which only `to_parts` knows
+    return make(**{name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}, **arrays)
