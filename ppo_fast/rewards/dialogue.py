@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from ppo_fast.llm.data import Prompt
 from ppo_fast.rewards.matching import words
 
 UNITS = ("words", "characters", "tokens")
@@ -45,7 +45,7 @@ def length_band(
     return [n / low if n < low else max(0.0, 1.0 - max(0, n - high) / high) for n in lengths]
 
 
-def no_echo(prompts: Sequence[object], completions: Sequence[str], *, n: int = 4) -> list[float]:
+def no_echo(prompts: Sequence[Prompt], completions: Sequence[str], *, n: int = 4) -> list[float]:
     """1 minus the share of an answer's word n-grams that occur in the prompt, or in the user's last turn of a chat.
 
     An answer of fewer than n words is looked for as a whole; an empty one repeats nothing: 1.
@@ -121,8 +121,11 @@ def ngrams(items: Sequence[object], n: int) -> list[tuple[object, ...]]:
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)] if n > 0 else []
 
 
-def _last_turn(prompt: Any) -> str:
+def _last_turn(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     turns = [message["content"] for message in prompt if message["role"] == "user"]
-    return turns[-1] if turns else ""
+    turn = turns[-1] if turns else ""
+    if not isinstance(turn, str):
+        raise ValueError(f"the content of a user's message must be a text, got {turn!r:.80}")
+    return turn

@@ -3,13 +3,20 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 import ppo_fast as ppo
 from ppo_fast.common.device import upload
 from ppo_fast.common.errors import UserError
+from ppo_fast.llm.data import Prompt, chat_text, prompt_ids
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+    from ppo_fast.llm.models.head import HeadInfo
 
 
 class Fluency:
@@ -36,8 +43,8 @@ class Fluency:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any = None,
+        model: nn.Module | str | Path,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         same_tokens: bool = False,
         batch_size: int = 32,
@@ -56,7 +63,7 @@ class Fluency:
         self.tokenizer = tokenizer
         self.same_tokens = same_tokens
         self.batch_size = batch_size
-        self.head: Any = None  # how its logits are computed, once it is known where
+        self.head: HeadInfo | None = None  # how its logits are computed, once it is known where
         self.__name__ = "fluency"
 
     def follow_trainer(self, device: torch.device) -> None:
@@ -67,13 +74,11 @@ class Fluency:
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float]:
         """One number for each answer."""
-        from ppo_fast.llm.data import prompt_ids
-
         if not completions:
             return []
         asked = prompt_ids(self.tokenizer, prompts)
@@ -103,15 +108,14 @@ class Fluency:
             alike.setdefault(bisect_left(boundaries, length), []).append(i)
         return list(alike.values())
 
-    def _continuation(self, prompt: Any, asked: list[int], completion: str) -> list[int]:
+    def _continuation(self, prompt: Prompt, asked: list[int], completion: str) -> list[int]:
         """An answer's tokens after its prompt's; those of the answer alone where its first one joins the prompt's last.
 
         Alone, tokenizers of the SentencePiece kind would put a space before the first word.
         """
         chat = not isinstance(prompt, str)
-        if chat:
-            prompt = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer(prompt + completion, add_special_tokens=not chat)["input_ids"]
+        before = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
+        whole = self.tokenizer(before + completion, add_special_tokens=not chat)["input_ids"]
         if whole[: len(asked)] == asked:
             return whole[len(asked) :]
         return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
@@ -133,7 +137,7 @@ class Fluency:
         for row, (asked, answer) in enumerate(pairs):
             ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
             mask[row, len(asked) : len(asked) + len(answer)] = True
-        device = self.model.device
+        device = next(self.model.parameters()).device
         ids, mask = upload(ids, device), upload(mask, device)[:, 1:]
         logprobs = self._logprobs(ids, mask)
         return (logprobs.sum(1) / mask.sum(1)).tolist()

@@ -4,10 +4,16 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 from ppo_fast.rewards.matching import rows_of
 from ppo_fast.rewards.overlap import package
+
+
+class Validator(Protocol):
+    """A JSON Schema, as jsonschema compiles it."""
+
+    def is_valid(self, instance: object) -> bool: ...
 
 
 def matches(
@@ -55,7 +61,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"not a regular expression: {error} ({pattern:.80})") from error
 
 
-def json_schema(prompts: Sequence[object], completions: Sequence[str], schema: Any) -> list[float]:
+def json_schema(
+    prompts: Sequence[object], completions: Sequence[str], schema: str | Mapping[str, object] | Sequence[object]
+) -> list[float]:
     """1 where an answer is JSON that its schema allows (by jsonschema), 0.5 where it is other JSON, else 0.
 
     Args:
@@ -70,9 +78,8 @@ def json_schema(prompts: Sequence[object], completions: Sequence[str], schema: A
     >>> json_schema(["Name?"] * 3, ['{"name": "Ada"}', '{"nom": "Ada"}', "Ada"], schema={"required": ["name"]})
     [1.0, 0.5, 0.0]
     """
-    alone = isinstance(schema, str | Mapping)
-    schemas = [schema] * len(completions) if alone else schema
-    return [_judged(completion, _validator(_text(one))) for _, completion, one in rows_of(completions, schemas)]
+    schemas: Sequence[object] = [schema] * len(completions) if isinstance(schema, str | Mapping) else schema
+    return [_score(completion, _validator(_text(one))) for _, completion, one in rows_of(completions, schemas)]
 
 
 def _text(schema: object) -> str:
@@ -81,7 +88,7 @@ def _text(schema: object) -> str:
     return schema if isinstance(schema, str) else json.dumps(schema)
 
 
-def _judged(completion: str, validator: Any) -> float:
+def _score(completion: str, validator: Validator) -> float:
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)```\s*", completion, re.DOTALL | re.IGNORECASE)
     try:
         found = json.loads(fenced[1] if fenced else completion)
@@ -91,7 +98,7 @@ def _judged(completion: str, validator: Any) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def _validator(schema: str) -> Any:
+def _validator(schema: str) -> Validator:
     jsonschema = package("jsonschema", "jsonschema")
     known = package("jsonschema_specifications", "jsonschema").REGISTRY  # which, unlike the default, fetches nothing
     try:

@@ -4,9 +4,10 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ppo_fast.rewards.matching import best_of, is_mark, normalised, overlap_f1, rows_of
+
+Relevance = Mapping[str, float | None] | Sequence[str] | None  # of items, or the relevant items
 
 
 def label_match(
@@ -27,7 +28,7 @@ def label_match(
         raise ValueError(f"labels must be a list of texts that differ in their letters or digits, got {labels!r:.200}")
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
-    def judge(answer: str, right: object) -> bool:
+    def is_right(answer: str, right: object) -> bool:
         said, wanted = _plain(answer), _plain(right)
         if not names:
             return (said or answer.strip()) == (wanted or str(right).strip())
@@ -36,7 +37,7 @@ def label_match(
         first = re.search(rf"(?<!\w)(?:{longest_first})(?!\w)", said)
         return first is not None and first.group() == wanted
 
-    return best_of(completions, reference, judge)
+    return best_of(completions, reference, is_right)
 
 
 def _plain(text: object) -> str:
@@ -69,7 +70,7 @@ def _spans(entities: object) -> list[tuple[str, str]]:
 
 
 def ndcg(
-    prompts: Sequence[object], completions: Sequence[str], relevance: Sequence[object], *, k: int = 10
+    prompts: Sequence[object], completions: Sequence[str], relevance: Sequence[Relevance], *, k: int = 10
 ) -> list[float]:
     """Recommendation: normalised discounted cumulative gain of the first k lines (Järvelin and Kekäläinen 2002).
 
@@ -92,9 +93,11 @@ def ndcg(
     return [_ndcg(completion, gains, k, row) for row, completion, gains in rows_of(completions, relevance)]
 
 
-def _ndcg(completion: str, relevance: Any, k: int, row: int) -> float:
+def _ndcg(completion: str, relevance: Relevance, k: int, row: int) -> float:
     items = [relevance] if isinstance(relevance, str) else relevance or ()
-    graded = relevance if isinstance(relevance, Mapping) else dict.fromkeys(items, 1.0)
+    graded: Mapping[str, float | None] = dict.fromkeys(items, 1.0)
+    if isinstance(relevance, Mapping):
+        graded = relevance
     for item, grade in graded.items():
         if grade is not None and not (isinstance(grade, float | int) and 0 <= grade <= 100):
             raise ValueError(f"the relevance of {item!r} to prompt {row} must be in [0, 100], got {grade!r}")

@@ -5,11 +5,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 
-def rows_of(completions: Sequence[str], column: Sequence[object]) -> Iterator[tuple[int, str, Any]]:
-    """Row, answer, and what the column has for it.
+def rows_of(completions: Sequence[str], column: Sequence[Entry]) -> Iterator[tuple[int, str, Entry]]:
+    """Iterate over row, answer, and the entry of the column for it.
 
     Raises:
         ValueError: the column has not one entry for each answer.
@@ -42,12 +44,12 @@ def references_of(reference: object, row: int, also: tuple[type, ...] = ()) -> l
 def best_of(
     completions: Sequence[str],
     reference: Sequence[object],
-    judge: Callable[[str, Any], float],
+    compare: Callable[[str, object], float],
     also: tuple[type, ...] = (),
 ) -> list[float]:
     """Scores each completion against the reference with the highest score."""
     return [
-        max(float(judge(completion, right)) for right in references_of(rights, row, also))
+        max(float(compare(completion, right)) for right in references_of(rights, row, also))
         for row, completion, rights in rows_of(completions, reference)
     ]
 
@@ -63,7 +65,7 @@ def words(text: str) -> list[str]:
     return [run for run in runs if any(map(str.isalnum, run))]  # no lone mark, such as an emoji's
 
 
-def normalised(text: str) -> str:
+def normalised(text: object) -> str:
     """Lower case without punctuation, the articles a, an, the, and superfluous blanks.
 
     As SQuAD's own script does for ASCII; punctuation of other scripts goes as well, and composed and decomposed letters

@@ -2,15 +2,17 @@
 
 import functools
 import importlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.rewards.matching import best_of, references_of, rows_of, words
 
+Score = Callable[[str, list[str]], float]  # of an answer against its references, 0 to 100
 
-def package(name: str, install: str) -> Any:
-    """Imports an optional package; the error names the extra that installs it."""
+
+def package(name: str, install: str) -> ModuleType:
+    """Import an optional package; the error names the extra that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -37,14 +39,16 @@ def rouge_l(
     >>> rouge_l(["Summarise: ..."], ["The cats sat down"], ["A cat sat on the mat"])  # cat sat: 2 of 4 and of 6 words
     [0.4]
     """
-    scorer = _rouge(stemmer)
-    return best_of(completions, reference, lambda answer, right: scorer.score(str(right), answer)["rougeL"].fmeasure)
+    f1 = _rouge(stemmer)
+    return best_of(completions, reference, lambda answer, right: f1(str(right), answer))
 
 
 @functools.cache
-def _rouge(stemmer: bool) -> Any:
+def _rouge(stemmer: bool) -> Callable[[str, str], float]:
+    """Return the function from a reference and an answer to ROUGE-L's F1."""
     rouge_scorer = package("rouge_score.rouge_scorer", "rouge-score")
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words(stemmer))
+    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words(stemmer))
+    return lambda right, answer: scorer.score(right, answer)["rougeL"].fmeasure
 
 
 class _Words:
@@ -59,7 +63,7 @@ class _Words:
 
 
 def bleu(
-    prompts: Sequence[Any], completions: Sequence[str], reference: Sequence[object], *, tokenize: str = "13a"
+    prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, tokenize: str = "13a"
 ) -> list[float]:
     """BLEU of each completion alone, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
 
@@ -99,19 +103,21 @@ _TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "none")
 
 
 @functools.cache
-def _bleu(tokenize: str) -> object:
+def _bleu(tokenize: str) -> Score:
     if tokenize not in _TOKENIZERS:
         raise ValueError(f"tokenize must be one of {', '.join(_TOKENIZERS)}; got {tokenize!r}")
-    return package("sacrebleu", "sacrebleu").BLEU(tokenize=tokenize, effective_order=True)
+    metric = package("sacrebleu", "sacrebleu").BLEU(tokenize=tokenize, effective_order=True)
+    return lambda answer, rights: metric.sentence_score(answer, rights).score
 
 
 @functools.cache
-def _chrf(word_order: int) -> object:
-    return package("sacrebleu", "sacrebleu").CHRF(word_order=word_order)
+def _chrf(word_order: int) -> Score:
+    metric = package("sacrebleu", "sacrebleu").CHRF(word_order=word_order)
+    return lambda answer, rights: metric.sentence_score(answer, rights).score
 
 
-def _against_all(metric: Any, completions: Sequence[str], reference: Sequence[Any]) -> list[float]:
+def _against_all(score: Score, completions: Sequence[str], reference: Sequence[object]) -> list[float]:
     return [
-        min(1.0, metric.sentence_score(completion, list(map(str, references_of(rights, row)))).score / 100)
+        min(1.0, score(completion, list(map(str, references_of(rights, row)))) / 100)
         for row, completion, rights in rows_of(completions, reference)
     ]

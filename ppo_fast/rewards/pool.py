@@ -18,11 +18,14 @@ from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppo_fast.common.errors import UserError, print_error
 from ppo_fast.llm.reward.function import arguments_of, check_columns, load_reward
 from ppo_fast.rewards.overlap import package
+
+if TYPE_CHECKING:  # pebble is optional
+    from pebble import ProcessFuture, ProcessPool
 
 POSIX = os.name == "posix"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -109,12 +112,12 @@ class Pool:
             ) from error
         self.timeout, self.fallback = timeout, fallback
         self.failed = 0
-        self._pool = package("pebble", "pebble").ProcessPool(
+        self._pool: ProcessPool = package("pebble", "pebble").ProcessPool(
             max_workers=workers, context=_Context(), initializer=_prepare, initargs=(pickled,)
         )
         weakref.finalize(self, _stop, self._pool)  # also when Python ends
 
-    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> list[Any]:
+    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> list[float]:
         """One number for each answer, in their order."""
         taken = self.columns_taken(columns)
         jobs = [
@@ -150,7 +153,7 @@ class Pool:
         check_columns(self.function, taken)
         return taken
 
-    def _result(self, job: Any) -> float | str:
+    def _result(self, job: "ProcessFuture[float | str]") -> float | str:
         """A number, or the reason why there is none."""
         try:
             return job.result()
@@ -168,7 +171,8 @@ class Pool:
             return f"{type(error).__name__}: {error}"
 
 
-_LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward function
+# In a worker: its one reward function. Any: `float` converts what code of the user returns, or raises
+_LOADED: list[Callable[..., Sequence[Any]]] = []
 
 
 def _prepare(pickled: bytes) -> None:
@@ -213,6 +217,6 @@ def _judge(prompt: object, completion: str, columns: dict[str, object]) -> float
     return number if math.isfinite(number) else f"{number} is not finite"
 
 
-def _stop(pool: Any) -> None:
+def _stop(pool: "ProcessPool") -> None:
     pool.stop()
     pool.join()

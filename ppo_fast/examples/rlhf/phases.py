@@ -274,7 +274,7 @@ def own_answers(
     return found
 
 
-def own_entropy(actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
+def own_entropy(actor: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
     """Of the actor's answers at temperature 1, estimated from what it drew: nats per token."""
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
     answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], params).ids
