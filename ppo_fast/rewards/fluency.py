@@ -22,14 +22,13 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds
 class Fluency:
     """A reward: the mean log-likelihood of an answer's tokens after its prompt, in nats per token; at most 0.
 
-    An empty answer is judged by its end token, and an empty prompt is an end token. Chats go through the tokenizer's
-    template.
+    An empty answer or prompt is replaced by an end token. The tokenizer's template is applied to chats.
 
     Args:
         model: a causal language model, or the folder of one with its tokenizer; it is frozen.
         tokenizer: its tokenizer; None with a folder.
         same_tokens: the model has the actor's tokenizer, and evaluates the tokens that the actor sampled, its end token
-            included; else the completion's text is turned into the model's own tokens.
+            included; else the completion's text is tokenized again.
         batch_size: completions in one forward pass.
         device: where it runs. None: a model stays where it is; one loaded from a folder goes to the trainer's device,
             and is on the CPU without a trainer.
@@ -63,11 +62,13 @@ class Fluency:
         self.tokenizer = tokenizer
         self.same_tokens = same_tokens
         self.batch_size = batch_size
-        self.head: HeadInfo | None = None  # how its logits are computed, once it is known where
+        self.head: HeadInfo | None = (
+            None  # how its logits are computed; detected at the first call, when the device is known
+        )
         self.__name__ = "fluency"
 
     def follow_trainer(self, device: torch.device) -> None:
-        """Moves a model that was loaded from a folder to the trainer's device; the trainer calls this at its start."""
+        """Move a model that was loaded from a folder to the trainer's device; the trainer calls this at its start."""
         if self.follows_trainer:
             self.model = self.model.to(device)
 
@@ -78,7 +79,7 @@ class Fluency:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float]:
-        """One number for each answer."""
+        """Return one number for each answer."""
         if not completions:
             return []
         asked = prompt_ids(self.tokenizer, prompts)
@@ -94,12 +95,14 @@ class Fluency:
         for alike in self._computed_alike([len(before) + len(answer) for before, answer in pairs]):
             for start in range(0, len(alike), self.batch_size):
                 batch = alike[start : start + self.batch_size]
-                found |= zip(batch, self._judge([pairs[i] for i in batch]), strict=True)
+                found |= zip(batch, self._mean_logprobs([pairs[i] for i in batch]), strict=True)
         return [found[i] for i in range(len(pairs))]
 
     def _computed_alike(self, lengths: list[int]) -> list[list[int]]:
-        """The numbers of texts that may share a batch: a model may compute a batch by its longest text, and differently
-        beyond a length that its configuration names (longrope)."""
+        """Group the indices of texts that may share a batch.
+
+        A model may compute a batch differently if its longest text exceeds a length in its configuration (longrope).
+        """
         from ppo_fast.llm.models.probe import named_lengths
 
         boundaries = named_lengths(self.model, max(lengths))
@@ -109,9 +112,9 @@ class Fluency:
         return list(alike.values())
 
     def _continuation(self, prompt: Prompt, asked: list[int], completion: str) -> list[int]:
-        """An answer's tokens after its prompt's; those of the answer alone where its first one joins the prompt's last.
+        """Tokenize an answer after its prompt; alone, if its first token would contain the end of the prompt.
 
-        Alone, tokenizers of the SentencePiece kind would put a space before the first word.
+        SentencePiece tokenizers would put a space before the first word of an answer alone.
         """
         chat = not isinstance(prompt, str)
         before = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
@@ -121,7 +124,7 @@ class Fluency:
         return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Truncates to the model's positions: a long prompt at its beginning, a long completion at its end."""
+        """Truncate to the model's positions: a long prompt at its beginning, a long completion at its end."""
         from ppo_fast.llm.models.head import text_config
 
         positions = getattr(text_config(self.model), "max_position_embeddings", None)
@@ -130,7 +133,7 @@ class Fluency:
             asked = asked[-(positions - len(answer)) :]
         return asked, answer
 
-    def _judge(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+    def _mean_logprobs(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         width = max(len(asked) + len(answer) for asked, answer in pairs)
         ids = torch.zeros(len(pairs), width, dtype=torch.long)
         mask = torch.zeros(len(pairs), width, dtype=torch.bool)
@@ -143,7 +146,7 @@ class Fluency:
         return (logprobs.sum(1) / mask.sum(1)).tolist()
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
+        """Compute log-probabilities [B, T - 1], 0 outside the mask; with causal attention padding has no influence."""
         from ppo_fast.llm.models.head import decoder_of, head_of, without_cache
         from ppo_fast.llm.models.probe import detect_unpacked_head
 

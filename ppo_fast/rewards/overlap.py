@@ -22,16 +22,16 @@ def package(name: str, install: str) -> ModuleType:
 def rouge_l(
     prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, stemmer: bool = True
 ) -> list[float]:
-    """F1 of the longest common subsequence of words (Lin 2004, section 3), by rouge-score.
+    """Return the F1 of the longest common subsequence of words (Lin 2004, section 3), by rouge-score.
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers; an empty one gets 0.
         reference: [B] texts, or lists of texts of which the best counts.
         stemmer: Porter's stems are compared, as most papers on summaries do.
 
-    Words are letters and digits of any script: rouge-score's own would lose all that are not ASCII. Languages that
-    don't write blanks between words get exact match.
+    Words are letters and digits of any script: rouge-score's own tokenizer drops all that are not ASCII. For languages
+    without blanks between words the result is an exact match.
 
     Raises:
         ValueError: an answer has no reference. UserError: rouge-score is not installed.
@@ -52,7 +52,7 @@ def _rouge(stemmer: bool) -> Callable[[str, str], float]:
 
 
 class _Words:
-    """rouge-score's words, for all scripts."""
+    """A tokenizer for rouge-score that splits words of all scripts."""
 
     def __init__(self, stemmer: bool) -> None:
         self.stem = package("nltk.stem.porter", "rouge-score").PorterStemmer().stem if stemmer else None
@@ -65,17 +65,17 @@ class _Words:
 def bleu(
     prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, tokenize: str = "13a"
 ) -> list[float]:
-    """BLEU of each completion alone, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
+    """Return the BLEU of each completion alone, from 0 to 1 (Papineni et al. 2002), by sacrebleu.
 
-    One sentence has few 4-grams: orders it cannot have are left out, and missing ones smoothed (sacrebleu's
+    A sentence has few 4-grams: orders that it is too short for are left out, and counts of 0 are smoothed (sacrebleu's
     effective_order and "exp").
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers; an empty one gets 0.
         reference: [B] texts, or lists of texts, which count together.
         tokenize: sacrebleu's name of a tokenizer: 13a or intl for languages with blanks, char or zh for Chinese,
-            ja-mecab, ko-mecab, none. Those that it would download are refused.
+            ja-mecab, ko-mecab, none. Those that it would download are rejected.
 
     Raises:
         ValueError: an answer has no reference, or there is no such tokenizer. UserError: sacrebleu is not installed.
@@ -89,7 +89,7 @@ def bleu(
 def chrf(
     prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, word_order: int = 0
 ) -> list[float]:
-    """chrF of each completion alone, from 0 to 1 (Popovic 2015), by sacrebleu; suitable for every script.
+    """Return the chrF of each completion alone, from 0 to 1 (Popovic 2015), by sacrebleu; for every script.
 
     Arguments and errors as for `bleu`; `word_order=2` is chrF++.
 
