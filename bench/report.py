@@ -5,8 +5,8 @@
 
 writes README.md and the pictures into a folder that is new, empty, or an earlier report (default: runs/report). The
 page of this repository is made with --out bench/results/MACHINE. A record without machine, versions and commit is
-refused. The shortest time of a group is bold, whoever's it is, and the page begins with the cells in which we are
-behind. Records of bench/against_*.py (whole programs) get a table of medians.
+rejected. The shortest time of a group is bold, also that of a baseline, and the page begins with the cells in which a
+baseline is better. Records of bench/against_*.py (whole programs) get a table of medians.
 """
 
 import argparse
@@ -49,7 +49,7 @@ not seen. A time is the median, with the 20th and 80th percentile behind it.
 
 
 class BadRecord(Exception):
-    """A file that is no record, or one that does not say where it comes from."""
+    """A file that is no record, or a record without machine, versions and commit."""
 
 
 class Record(NamedTuple):
@@ -160,7 +160,7 @@ def floor_in_words(rows: list[Row]) -> list[str]:
 
 
 def parts_table(rows: list[Row]) -> list[str]:
-    """Amdahl: what each part takes of a step."""
+    """Amdahl: the share of each part in a step."""
     split = [row for row in rows if row.get("parts_ms")]
     if not split:
         return []

@@ -1,4 +1,4 @@
-"""What waiting threads cost: workloads on quiet cores, beside a busy process, and beside a copy of themselves.
+"""Cost of waiting threads: workloads on quiet cores, beside a busy process, and beside a copy of themselves.
 
     python bench/wait_policy.py OUT [--rounds N] [--seconds 3] [--workload sampling ...] [--commit HASH]
 
@@ -138,7 +138,7 @@ WORKLOADS = {
 
 
 def work(name: str, seconds: float, start_file: Path) -> None:
-    """The child: prepares, says that it is ready, waits for the start, and prints the times of its calls."""
+    """Run the child: prepare, report that it is ready, wait for the start, and print the times of its calls."""
     import torch
 
     call, calls = WORKLOADS[name](), []
