@@ -353,18 +353,18 @@ def measure_step(
             optimizer.clip()
             optimizer.adamw.step()
 
-    def forget() -> None:
+    def zero_grad() -> None:
         for optimizer in optimizers:
             optimizer.adamw.zero_grad()
 
     def run() -> Tensor:
         loss = parts.gradients(parts.advantages())
         optimise()
-        forget()
+        zero_grad()
         return loss
 
     truth = loss_of_eager(task, shape, free, info)
-    forget()
+    zero_grad()
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.completion_lengths, strict=True)]
     layers, width, _, _, inner, V, sequences, *_ = shape
     compare(
@@ -388,11 +388,11 @@ def measure_step(
 
     def gradients() -> None:
         parts.gradients(task.experience)
-        forget()
+        zero_grad()
 
     def backbones() -> None:
         parts.backbones()
-        forget()
+        zero_grad()
 
     without_head = alone(backbones)
     info["parts_ms"] = {"advantages": alone(parts.advantages), "backbones": without_head}

@@ -80,7 +80,7 @@ def benchmarks(path: Path, record: dict[str, Any]) -> Record:
     machine, commit = record.get("machine_info") or {}, record.get("commit_info") or {}
     versions, cpu = machine.get("versions") or {}, (machine.get("cpu") or {}).get("brand_raw")
     gpu = machine.get("gpu")
-    refuse(path, commit.get("id"), cpu or gpu, versions)
+    check_header(path, commit.get("id"), cpu or gpu, versions)
     rows = [row["extra_info"] for row in record["benchmarks"] if row["extra_info"].get("samples_ms")]
     if not rows:
         raise BadRecord(f"{path} has no rows")
@@ -95,13 +95,13 @@ def benchmarks(path: Path, record: dict[str, Any]) -> Record:
 
 def program(path: Path, title: str, record: dict[str, Any]) -> Record:
     """{"date", "commit", "machine", "versions", "runs": {who: [{quantity: number or one for each step}]}}"""
-    refuse(path, record.get("commit"), record.get("machine"), record.get("versions") or {})
+    check_header(path, record.get("commit"), record.get("machine"), record.get("versions") or {})
     machine = ", ".join(f"{name} {x}" for name, x in record["machine"].items() if x)
     source = f"{machine}; {named(record['versions'])}; commit {record['commit'][:10]}, {record['date']}"
     return Record(path, title, source, [], record["runs"])
 
 
-def refuse(path: Path, commit: object, machine: object, versions: dict[str, Any]) -> None:
+def check_header(path: Path, commit: object, machine: object, versions: dict[str, Any]) -> None:
     missing = [
         what
         for what, is_there in (

@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("kernels", nargs="*", help="parts of the names of variants (default: all)")
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="keep the table in bench/results/static/")
-    parser.add_argument("--page", action="store_true", help="make only the page there anew, compile nothing")
+    parser.add_argument("--page", action="store_true", help="make only the page again, compile nothing")
     parser.add_argument("--quiet", action="store_true", help="print problems only")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="compile each Nth variant only")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))

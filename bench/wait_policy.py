@@ -164,7 +164,7 @@ def measured(name: str, policy: dict[str, str], condition: str, seconds: float, 
     command = [sys.executable, __file__, str(folder), "--child", name, "--seconds", str(seconds)]
     copies = {"copies": 2, "trio": 3}.get(condition, 1)
     children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(copies)]
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if condition == "busy" else None
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if condition == "busy" else None
     try:
         for child in children:
             assert child.stdout is not None
@@ -173,7 +173,7 @@ def measured(name: str, policy: dict[str, str], condition: str, seconds: float, 
         start_file.touch()
         return [json.loads(child.communicate()[0]) for child in children]
     finally:
-        for process in (*children, *([neighbour] if neighbour else [])):
+        for process in (*children, *([busy] if busy else [])):
             process.kill()
             process.wait()
         start_file.unlink(missing_ok=True)

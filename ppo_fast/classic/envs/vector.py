@@ -21,6 +21,7 @@ from ppo_fast.classic.envs.wrappers import Wrapper, search_here
 from ppo_fast.common.checkpoint import UNFINISHED, replace, reported, write_file
 from ppo_fast.common.errors import UserError
 
+Frame = npt.NDArray[np.uint8]  # RGB, [height, width, 3]
 EnvironmentState = dict[str, object]  # JSON, as `get_state` of an environment returns it
 
 
@@ -197,7 +198,7 @@ def restore_environments(envs: VectorEnv, states: list[EnvironmentState], done: 
     base._autoreset_envs = done.copy()
 
 
-def write_frames(frames: list[np.ndarray], folder: Path, kind: str, *, fps: float) -> Path:
+def write_frames(frames: list[Frame], folder: Path, kind: str, *, fps: float) -> Path:
     """Write RGB frames to an animated FOLDER/episode.gif, or to numbered PNG files in FOLDER/frames.
 
     Returns:
