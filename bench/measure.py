@@ -1,8 +1,8 @@
-"""Measurements: time by CUDA events or a clock, memory by the allocator, launches, ceilings.
+"""How things are measured: time by CUDA events or a clock, memory by the allocator, launches, ceilings.
 
 On a GPU the L2 cache is overwritten before each sample, so inputs come from device memory ("cold L2"), and a sample is
-the time between two CUDA events, with the gaps in which the GPU waits for the host. The replay of a CUDA graph, flushed
-in the same way, has no such gaps; `call_us` is the time on the host.
+what two CUDA events say, with the gaps in which the GPU waits for the host. The replay of a CUDA graph, flushed in the
+same way, has no such gaps; `call_us` is what the host sees.
 """
 
 import gc

@@ -146,7 +146,7 @@ class Fluency:
         return (logprobs.sum(1) / mask.sum(1)).tolist()
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Compute log-probabilities [B, T - 1], 0 outside the mask; with causal attention padding has no influence."""
+        """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
         from ppo_fast.llm.models.head import decoder_of, head_of, without_cache
         from ppo_fast.llm.models.probe import detect_unpacked_head
 
