@@ -34,7 +34,7 @@ from ppo_fast.examples.rlhf.text import ANSWER_TOKENS, KINDS, cut, make_tokenize
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import generate
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import decoder_of
+from ppo_fast.llm.models.head import LanguageModel, decoder_of
 from ppo_fast.llm.models.reward_model import load_reward_model
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
@@ -44,7 +44,7 @@ from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package
 
 
-def run(settings: Settings, console: Console) -> dict[str, object]:
+def run(settings: Settings, console: Console) -> report.Report:
     """Runs all phases and returns the contents of DIR/report.json."""
     begun = time.perf_counter()
 
@@ -131,7 +131,7 @@ def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, co
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
+    model = nn.Module.to(LlamaForCausalLM(config), device)
     stream = _stream(tokenizer, parts["supervised"]).to(device)
     steps, rows, width = settings.supervised_steps, 16, 96
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
@@ -194,7 +194,7 @@ def reward_model(
     """
     set_seed(settings.seed + 1)
     actor, tokenizer = load_supervised(out)
-    actor = actor.to(pick_device(settings.device))  # type: ignore[arg-type]
+    actor = nn.Module.to(actor, pick_device(settings.device))
     if given is None:
         say(console, "phase 2: pairs of a better and a worse text")
         training = make_pairs(actor, tokenizer, parts["preferences"], settings.pair_count, settings, console)
@@ -239,7 +239,7 @@ def reward_model(
 
 
 def make_pairs(
-    actor: object,
+    actor: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     passages: list[str],
     count: int,
@@ -260,7 +260,7 @@ def make_pairs(
 
 
 def own_answers(
-    actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
+    actor: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
 ) -> list[str]:
     """The actor's answers at temperature 1."""
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
@@ -274,7 +274,9 @@ def own_answers(
     return found
 
 
-def own_entropy(actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
+def own_entropy(
+    actor: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings
+) -> float:
     """Of the actor's answers at temperature 1, estimated from what it drew: nats per token."""
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
     answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], params).ids
@@ -338,7 +340,7 @@ def ppo(
         actor,
         tokenizer,
         rows,
-        rewards,
+        {**rewards},
         reward_weights=weights,
         critic=critic,
         reference=reference,
