@@ -21,7 +21,7 @@ from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.hashes import rows_hash, tokenizer_hash
 from ppo_fast.llm.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.llm.models.build import Models
-from ppo_fast.llm.models.head import LanguageModel, unwrap_peft
+from ppo_fast.llm.models.head import LanguageModel, input_embedding, unwrap_peft
 from ppo_fast.llm.models.loading import check_language_model, check_others, check_tokenizer, end_tokens
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.probe import Reach, named_lengths
@@ -142,7 +142,7 @@ def check_memory(
     reason = why_unknown(actor)
     if reason is not None:
         return [f"the peak memory is not calculated: {reason}"]
-    weight = actor.get_input_embeddings().weight
+    weight = input_embedding(actor)
     config = with_chunk_bytes(config, weight.shape[0], capacity)
     config = config if models.critic is None else dataclasses.replace(config, critic="shared")
     config = config if models.reference is None else dataclasses.replace(config, kl_coef=0.0)

@@ -34,7 +34,7 @@ from ppo_fast.examples.rlhf.text import ANSWER_TOKENS, KINDS, cut, make_tokenize
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import generate
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import decoder_of
+from ppo_fast.llm.models.head import LanguageModel, decoder_of
 from ppo_fast.llm.models.reward_model import load_reward_model
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.llm.preferences.reward_model import Pair, accuracy, calibrate, read_pairs, train_reward_model, write_pairs
@@ -239,7 +239,7 @@ def reward_model(
 
 
 def make_pairs(
-    actor: object,
+    actor: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     passages: list[str],
     count: int,
@@ -260,7 +260,7 @@ def make_pairs(
 
 
 def own_answers(
-    actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
+    actor: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings, console: Console
 ) -> list[str]:
     """The actor's answers at temperature 1."""
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
@@ -274,7 +274,9 @@ def own_answers(
     return found
 
 
-def own_entropy(actor: object, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings) -> float:
+def own_entropy(
+    actor: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Settings
+) -> float:
     """Of the actor's answers at temperature 1, estimated from what it drew: nats per token."""
     params = SamplingParams(max_new_tokens=ANSWER_TOKENS)
     answers = generate(actor, tokenizer, tokenizer(prompts)["input_ids"], params).ids

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -15,11 +15,18 @@ from ppo_fast.llm.models.head import model_name
 from ppo_fast.llm.packing.attention import copy_configs
 
 
-def recomputed_layers(model: nn.Module) -> list[Any]:
+class RecomputedLayer(Protocol):
+    """A layer of a model whose `gradient_checkpointing_enable` has been called."""
+
+    training: bool
+    _gradient_checkpointing_func: Callable[..., object]
+
+
+def recomputed_layers(model: nn.Module) -> list[RecomputedLayer]:
     """The layers that gradient checkpointing recomputes: those of models that support it."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
     layers = {id(m): m for part in models for m in part.modules() if isinstance(m, GradientCheckpointingLayer)}
-    return list(layers.values())
+    return [cast(RecomputedLayer, layer) for layer in layers.values()]  # transformers does not declare the function
 
 
 def warn_if_not_recomputed(*models: nn.Module | None) -> None:
@@ -33,7 +40,7 @@ def warn_if_not_recomputed(*models: nn.Module | None) -> None:
         )
 
 
-def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., object]) -> Callable[..., object]:
+def _in_evaluation_mode(layer: RecomputedLayer, checkpoint: Callable[..., object]) -> Callable[..., object]:
     """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
 
     def run(function: Callable[..., object], *arguments: object) -> object:

@@ -3,28 +3,32 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.adapters import ADVICE, CLONING_ERRORS, has_trained_adapters
-from ppo_fast.llm.models.head import HeadInfo, logprobs_of
+from ppo_fast.llm.models.head import HeadInfo, input_embedding, logprobs_of
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.packing.flash_calls import first_line
 from ppo_fast.llm.packing.pack import Pack
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def frozen_copy(model: Model) -> Model:
     """A copy that is never trained: the reference."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def is_adapted(model: object) -> bool:
+def is_adapted(model: object) -> "TypeGuard[PeftModel]":
     """Whether peft has put adapters into it."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
@@ -42,7 +46,7 @@ class AdapterReference:
 
     NAME = "ppo_fast_reference"
 
-    def __init__(self, actor: Any, *, starts_trained: bool | None = None) -> None:
+    def __init__(self, actor: "PeftModel", *, starts_trained: bool | None = None) -> None:
         self.actor = actor
         self.active = actor.active_adapter
         self._check_trained()
@@ -97,7 +101,7 @@ class AdapterReference:
         """
         if not self.starts_trained or not has_weights(self.actor):
             return
-        weight = self.actor.get_input_embeddings().weight
+        weight = input_embedding(self.actor)
         ids = (torch.arange(16, device=weight.device) * 7919 % weight.shape[0]).unsqueeze(0)
         expected = self.actor(input_ids=ids).logits
         with self():

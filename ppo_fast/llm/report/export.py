@@ -83,7 +83,7 @@ def _save_weights(
     with no_loading_bars():
         if is_adapted(actor) and not merge_adapters:
             state = weights if dtype is None else cast_weights(actor, weights, dtype)
-            actor.save_pretrained(folder, selected_adapters=[actor.active_adapter], state_dict=state)
+            actor.save_pretrained(str(folder), selected_adapters=[actor.active_adapter], state_dict=state)
             return
         model = merged(actor)
         state = weights if dtype is None else cast_weights(model, weights, dtype)
