@@ -8,11 +8,11 @@ minibatch are assigned to ranks, and the gradient, summed over ranks, is that of
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -90,11 +90,11 @@ class Distributed:
         """The objects of all processes, by rank."""
         if self.size == 1:
             return [x]
-        found: list[Any] = [None] * self.size
+        found = [x] * self.size
         dist.all_gather_object(found, x)
         return found
 
-    def check_equal(self, parts: dict[str, Any]) -> None:
+    def check_equal(self, parts: Mapping[str, object]) -> None:
         """Checks that named values are equal in all processes that give them.
 
         Raises:
@@ -119,16 +119,17 @@ class Distributed:
         """Calls the function in the main process; all processes return its result, or raise its UserError."""
         if self.size == 1:
             return function()
-        found: T | UserError | None = None
+        returned: list[T] = []
+        raised: list[UserError] = []
         if self.is_main:
             try:
-                found = function()
+                returned = [function()]
             except UserError as error:
-                found = error
-        answer: Any = self.all_gather_object(found)[0]
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
+                raised = [error]
+        returned, raised = self.all_gather_object((returned, raised))[0]
+        for reason in raised:
+            raise reason
+        return returned[0]
 
     def run_with_weights(self, function: Callable[[], T], *, of: nn.Module) -> T:
         """Calls a function that needs the weights of a model; collective under FSDP2.
@@ -201,7 +202,7 @@ def init_distributed(config: PPOConfig) -> Distributed:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
-            return Distributed(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
+            return Distributed(0, 1, "one", pick_device(config.device, config.backend, config.dtype))
     rank, device = this_rank(size), _device_of_rank(config)
     if not dist.is_initialized():
         _join(device, config.process_timeout)
@@ -216,7 +217,7 @@ def init_distributed(config: PPOConfig) -> Distributed:
     return distributed
 
 
-def _shared_options(config: PPOConfig) -> dict[str, Any]:
+def _shared_options(config: PPOConfig) -> dict[str, object]:
     """The options that are the same in all processes: all but `quiet` and the path of `out`."""
     options = dataclasses.asdict(config) | {"out": "a folder" if config.out is not None else None}
     return {name: x for name, x in options.items() if name != "quiet"}
@@ -253,7 +254,7 @@ def _device_of_rank(config: PPOConfig) -> torch.device:
             )
         if torch.cuda.is_available():
             torch.cuda.set_device(local)  # before anything else: else each process would hold memory of the first GPU
-    return pick_device(name, config.backend, config.dtype)  # type: ignore[arg-type]
+    return pick_device(name, config.backend, config.dtype)
 
 
 def peer_failure(error: RuntimeError) -> str:

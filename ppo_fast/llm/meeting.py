@@ -6,9 +6,12 @@ or dead process is named.
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 PAUSE = 0.1  # seconds, the longest between two looks at the store
 SILENCE = 3.0  # seconds in which a process that has lost another one announces itself
@@ -25,7 +28,7 @@ class Meeting:
         limit: seconds after which a meeting fails.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, limit: float) -> None:
+    def __init__(self, store: "Store", rank: int, size: int, limit: float) -> None:
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.count = 0
         self._announce("the start")
@@ -49,7 +52,7 @@ class Meeting:
         if signal:
             self.store.set(f"{name}/signal", signal)
         if self.store.add(f"{name}/arrived", 1) == self.size:
-            told = self.store.get(f"{name}/signal") if self.store.check([f"{name}/signal"]) else ""
+            told = self.store.get(f"{name}/signal").decode() if self.store.check([f"{name}/signal"]) else ""
             self.store.set(f"{name}/all", told)
         if not self._comes(f"{name}/all", self.limit):
             missing = self._named(self._late()) or "no rank"

@@ -87,7 +87,7 @@ class RunFolder:
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: dict[str, str] | None,
-        history: Sequence[Mapping[str, object]],
+        history: Sequence[Mapping[str, float | None]],
     ) -> Path | None:
         """Writes actor and tokenizer to OUT/name; collective.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common import checkpoint
 from ppo_fast.common import signals as interrupt
@@ -86,7 +86,7 @@ class PPOTrainer:
         *,
         reward_weights: dict[str, float] | None = None,
         critic: Critic | None = None,
-        reference: PreTrainedModel | None = None,
+        reference: LanguageModel | None = None,
         sampler: Sampler | None = None,
         eval_rows: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -115,7 +115,7 @@ class PPOTrainer:
         self._build_learner()
         self.evaluator = self._build_evaluator(eval_rows)
         self.hints = Hints(self.config)
-        self.run_options: dict[str, Any] = {}  # what OUT/config.yaml contains besides: model, data and rewards
+        self.run_options: dict[str, object] = {}  # what OUT/config.yaml contains besides: model, data and rewards
         self.steps_done = 0
         self.is_warm = False
         self.last_experience: Experience | None = None
@@ -523,7 +523,7 @@ class PPOTrainer:
         self.notes.append(f"continuing after step {self.steps_done}, from {folder}")
         return True
 
-    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         """What a checkpoint holds: tensors by file, in the main process, and values of JSON; collective."""
         return capture(self._run_state(), self.random)
 
@@ -566,7 +566,7 @@ class PPOTrainer:
     def _checkpoint(self, progress: Progress) -> Path:
         """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path."""
 
-        def captured() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        def captured() -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
             progress.sync()
             return self.state_dict()
 

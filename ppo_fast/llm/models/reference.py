@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ppo_fast.llm.packing.pack import Pack
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from typing_extensions import TypeIs
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,7 +29,7 @@ def frozen_copy(model: Model) -> Model:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def is_adapted(model: object) -> "TypeGuard[PeftModel]":
+def is_adapted(model: object) -> "TypeIs[PeftModel]":
     """Whether peft has put adapters into it."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 

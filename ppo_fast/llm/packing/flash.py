@@ -8,20 +8,18 @@ FlashAttention: Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (2307.08691), Shah 
 """
 
 import importlib
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast.common import device as devices
-from ppo_fast.llm.packing.flash_calls import CALLS, Request, Rows, first_line, trial
+from ppo_fast.llm.packing.flash_calls import CALLS, Attention, Request, Rows, first_line, trial
 
 HALF = (torch.float16, torch.bfloat16)
 BUCKETS = "buckets"
@@ -54,7 +52,7 @@ class Decision:
 class _Findings:
     """What is known of the installed packages and this machine's devices, as compiled kernels are: per process."""
 
-    decisions: dict[tuple[Any, ...], Decision] = field(default_factory=dict)
+    decisions: dict[tuple[Request, tuple[int, int] | None, bool, bool], Decision] = field(default_factory=dict)
     rejected: dict[tuple[str, Request, bool], str | None] = field(default_factory=dict)  # None: the trial succeeded
     packages: dict[str, "_Package"] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
@@ -82,15 +80,21 @@ class _Package:
     """An installed implementation: its function, or why there is none."""
 
     label: str
-    function: Callable[..., object] | None = None
+    function: Attention | None = None
     version: tuple[int, ...] = ()
     problem: str | None = None
     broken: bool = False  # it is installed, but cannot be used
 
+    def attention(self) -> Attention:
+        """The function of a package without a problem."""
+        assert self.function is not None  # `_why_not` excludes a package without one
+        return self.function
+
 
 def _numbers(text: str) -> tuple[int, ...]:
     """(2, 7, 4) of "2.7.4.post1"."""
-    return tuple(int(x) for x in re.match(r"[\d.]*", text).group().strip(".").split(".") if x)  # type: ignore[union-attr]
+    end = len(text) - len(text.lstrip("0123456789."))
+    return tuple(int(x) for x in text[:end].split(".") if x)
 
 
 def _package(name: str, distribution: str, module: str) -> _Package:
@@ -212,13 +216,13 @@ def _trial_result(path: str, package: _Package, request: Request, deterministic:
     if key not in _found.rejected:
         # a new thread has no autocast, no_grad or hooks of saved tensors, unlike the layer that asks
         with ThreadPoolExecutor(1) as thread:
-            problem = thread.submit(_try, path, package.function, request).result()
+            problem = thread.submit(_try, path, package.attention(), request).result()
         where = f"for head size {request.head_size} in {str(request.dtype).removeprefix('torch.')} on {request.device}"
         _found.rejected[key] = None if problem is None else f"{package.label} cannot be used {where} ({problem})"
     return _found.rejected[key]
 
 
-def _try(path: str, function: object, request: Request) -> str | None:
+def _try(path: str, function: Attention, request: Request) -> str | None:
     with devices.made_current(request.device):  # that of a new thread is the first
         return trial(path, function, request)
 
@@ -254,4 +258,4 @@ def buckets_only() -> Iterator[None]:
 
 def attend(decision: Decision, rows: Rows) -> Tensor:
     """[total, H, d]: causal attention by the implementation that was decided on."""
-    return CALLS[decision.path](_PACKAGES[decision.path]().function, rows)
+    return CALLS[decision.path](_PACKAGES[decision.path]().attention(), rows)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,16 +84,35 @@ def _build(rollout: Rollout, sequences: list[int]) -> Pack:
 
 def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
     """The packs on the device: one copy for all their tensors, since each copy of its own would cost a launch."""
-    parts = [part for pack in packs for part in (pack, pack.layout)]
-    fields = [(part, name) for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)]
-    moved = upload_together([getattr(part, name).long() for part, name in fields], device)
-    found: dict[int, dict[str, Any]] = {id(part): {} for part in parts}
-    for (part, name), x in zip(fields, moved, strict=True):
-        found[id(part)][name] = x.to(getattr(part, name).dtype)
-    return [
-        dataclasses.replace(pack, layout=dataclasses.replace(pack.layout, **found[id(pack.layout)]), **found[id(pack)])
-        for pack in packs
+    tensors = [
+        x for pack in packs for part in (pack, pack.layout) for x in vars(part).values() if isinstance(x, Tensor)
     ]
+    moved = upload_together([x.long() for x in tensors], device)
+    on_device = {id(x): y.to(x.dtype) for x, y in zip(tensors, moved, strict=True)}
+    return [_replaced(pack, lambda x: on_device[id(x)]) for pack in packs]
+
+
+def _replaced(pack: Pack, move: Callable[[Tensor], Tensor]) -> Pack:
+    """The pack with each of its tensors moved."""
+    layout = dataclasses.replace(
+        pack.layout,
+        cu_seqlens=move(pack.layout.cu_seqlens),
+        token_of_slot=None if pack.layout.token_of_slot is None else move(pack.layout.token_of_slot),
+        slot_of_token=move(pack.layout.slot_of_token),
+    )
+    return dataclasses.replace(
+        pack,
+        input_ids=move(pack.input_ids),
+        position_ids=move(pack.position_ids),
+        layout=layout,
+        logit_positions=move(pack.logit_positions),
+        last=move(pack.last),
+        tokens=move(pack.tokens),
+        rows=move(pack.rows),
+        columns=move(pack.columns),
+        sequence_rows=move(pack.sequence_rows),
+        cu_completions=move(pack.cu_completions),
+    )
 
 
 def split_minibatches(
