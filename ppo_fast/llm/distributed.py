@@ -267,8 +267,8 @@ def peer_failure(error: RuntimeError) -> str:
     with suppress(RuntimeError):  # the store has ended, too
         try:
             missing = _meetings[-1].lost() if _meetings else ""
-        except UserError as told:
-            return str(told)
+        except UserError as failure:
+            return str(failure)
     late = any(part in text for part in TIMED_OUT)
     reason = "took longer than process_timeout" if late else "has ended; its own message, if it left one, says why"
     return f"{missing or 'another process'} {reason}"

@@ -52,8 +52,8 @@ class Meeting:
         if signal:
             self.store.set(f"{name}/signal", signal)
         if self.store.add(f"{name}/arrived", 1) == self.size:
-            told = self.store.get(f"{name}/signal").decode() if self.store.check([f"{name}/signal"]) else ""
-            self.store.set(f"{name}/all", told)
+            brought = self.store.get(f"{name}/signal").decode() if self.store.check([f"{name}/signal"]) else ""
+            self.store.set(f"{name}/all", brought)
         if not self._comes(f"{name}/all", self.limit):
             missing = self._named(self._late()) or "no rank"
             self.failed()  # a late process must not find this meeting complete, and wait for this process
@@ -62,12 +62,12 @@ class Meeting:
                 " process_timeout sets this limit"
             )
         self._raise_if_one_failed()
-        told = self.store.get(f"{name}/all").decode()
-        self._forget(self.count - 2)
-        return told
+        brought = self.store.get(f"{name}/all").decode()
+        self._remove_keys(self.count - 2)
+        return brought
 
     def failed(self) -> None:
-        """Tells the others that this process ends with an error."""
+        """Announces to the others that this process ends with an error."""
         self.store.set(FAILED, str(self.rank))
 
     def lost(self) -> str:
@@ -77,7 +77,7 @@ class Meeting:
         SILENCE seconds has ended, or still computes.
 
         Raises:
-            UserError: a process has told that it failed.
+            UserError: a process has announced that it failed.
         """
         self._raise_if_one_failed()
         self.store.set(f"ppo_fast/lost/{self.rank}", "")
@@ -107,7 +107,7 @@ class Meeting:
             rank = self.store.get(FAILED).decode()
             raise UserError(f"rank {rank} has ended with an error; the reason is in its own message")
 
-    def _forget(self, number: int) -> None:
+    def _remove_keys(self, number: int) -> None:
         """Removes the keys of an earlier meeting, which every process has left."""
         if number >= 0 and self.rank == 0:
             for key in ("signal", "arrived", "all"):

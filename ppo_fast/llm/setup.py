@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
@@ -32,7 +31,7 @@ from ppo_fast.llm.reward.scoring import RewardFunction
 from ppo_fast.llm.sample import drop_long_prompts
 from ppo_fast.llm.sampler import Sampler, check_sampler
 
-Rows = list[dict[str, Any]]
+Rows = list[dict[str, object]]
 
 
 def check_arguments(

@@ -2,10 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -81,18 +80,18 @@ class PPOTrainer:
         config: PPOConfig,
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
-        rows: list[dict[str, Any]],
+        rows: Iterable[Mapping[str, object]],
         rewards: RewardFunction | dict[str, RewardFunction],
         *,
         reward_weights: dict[str, float] | None = None,
         critic: Critic | None = None,
         reference: LanguageModel | None = None,
         sampler: Sampler | None = None,
-        eval_rows: list[dict[str, Any]] | None = None,
+        eval_rows: Iterable[Mapping[str, object]] | None = None,
     ) -> None:
         models = Models(actor, critic, reference)
         setup.check_arguments(models, tokenizer, config, sampler)
-        rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows, "eval_rows")
+        given, held_out = as_rows(rows), None if eval_rows is None else as_rows(eval_rows, "eval_rows")
         config = setup.prepare_process(config)
         self.distributed = init_distributed(config)
         self.device = self.distributed.device
@@ -101,19 +100,19 @@ class PPOTrainer:
         self.folder = RunFolder(self.config, self.distributed)
         self.rewards = named_rewards(rewards)
         self.reward_weights = check_weights(reward_weights, self.rewards)
-        setup.check_processes(self.distributed, models, sampler, rows, eval_rows, self.reward_weights)
+        setup.check_processes(self.distributed, models, sampler, given, held_out, self.reward_weights)
         self.hashes, notes = setup.hash_run(self.config, self.distributed, actor, tokenizer, self.rewards)
         self.notes += notes
-        kept, self.prompts_left_out = setup.usable_rows(rows, tokenizer, models, self.config)
-        self._note_options(kept, evaluated=bool(eval_rows))
+        kept, self.prompts_left_out = setup.usable_rows(given, tokenizer, models, self.config)
+        self._note_options(kept, evaluated=bool(held_out))
         self.notes += setup.check_memory(self.config, self.distributed, models, tokenizer, kept)
-        reach = self._reach(models, kept, eval_rows or [])
+        reach = self._reach(models, kept, held_out or [])
         self._build_models(models, reach, own_sampler=sampler is None)
         self._choose_sampler(sampler)
         self.prompts = Prompts(kept, seed=config.seed)
         self._check_rewards(kept)
         self._build_learner()
-        self.evaluator = self._build_evaluator(eval_rows)
+        self.evaluator = self._build_evaluator(held_out)
         self.hints = Hints(self.config)
         self.run_options: dict[str, object] = {}  # what OUT/config.yaml contains besides: model, data and rewards
         self.steps_done = 0

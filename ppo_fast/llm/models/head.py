@@ -23,6 +23,7 @@ from ppo_fast.llm.packing.pack import Pack
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# A model of transformers with `generate`, or the PeftModel around one
 LanguageModel = Union[PreTrainedModel, "PeftModel"]
 
 
@@ -109,7 +110,7 @@ def _embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 def own_generate(model: LanguageModel) -> Callable[..., Tensor]:
-    """Return the model's own `generate`: the class of all models of transformers does not declare it."""
+    """Return the model's own `generate`, which PreTrainedModel does not declare."""
     return cast(Callable[..., Tensor], model.generate)
 
 

@@ -114,26 +114,24 @@ def detect_heads(
     """
     flash.reset()
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
-    models = (actor, critic, reference)
+    models = {"actor": actor, "critic": critic, "reference": reference}
     said: set[tuple[object, ...]] = set()
-    found: list[HeadInfo | None] = []
-    for model in models:
+    found: dict[str, HeadInfo] = {}
+    for role, model in models.items():
         if model is None:
-            found.append(None)
             continue
         head, problems = _probe(model, autocast, device, reach)
-        found.append(head)
+        found[role] = head
         # a critic or reference of the actor's family has the same problems, which are reported once
         key = (type(text_config(model)), head)
         if key not in said:
             for problem in problems:
                 warn_or_raise(problem, strict)
         said.add(key)
-    known = [head for head in found if head is not None]
-    batched, boundaries = all(h.batched for h in known), tuple(sorted({b for h in known for b in h.boundaries}))
-    heads = [h and dataclasses.replace(h, batched=batched, boundaries=boundaries) for h in found]
-    assert heads[0] is not None  # there always is an actor
-    return ModelHeads(heads[0], heads[1], heads[2])
+    batched = all(head.batched for head in found.values())
+    boundaries = tuple(sorted({b for head in found.values() for b in head.boundaries}))
+    heads = {role: dataclasses.replace(x, batched=batched, boundaries=boundaries) for role, x in found.items()}
+    return ModelHeads(heads["actor"], heads.get("critic"), heads.get("reference"))
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def cudnn_attention(*, enabled: bool) -> Iterator[None]:
     shape; lengths change with every pack and with every sampled token. Elsewhere cuDNN is the last choice anyway.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before and enabled)  # who has switched it off wants it off
+    torch.backends.cuda.enable_cudnn_sdp(before and enabled)  # it stays off where the user has switched it off
     try:
         yield
     finally:

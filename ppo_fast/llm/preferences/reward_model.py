@@ -192,10 +192,10 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: 
     """
     if not pairs:
         raise UserError("there are no pairs to evaluate on")
-    judge = RewardModel(model, tokenizer, device=model.device)
+    reader = RewardModel(model, tokenizer, device=model.device)
     prompts = [pair.prompt for pair in pairs]
-    chosen = judge(prompts, [pair.chosen for pair in pairs])
-    rejected = judge(prompts, [pair.rejected for pair in pairs])
+    chosen = reader(prompts, [pair.chosen for pair in pairs])
+    rejected = reader(prompts, [pair.rejected for pair in pairs])
     right = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(chosen, rejected, strict=True)]
     found = {"all": sum(right) / len(right)}
     for kind in sorted({pair.kind for pair in pairs}):

@@ -34,7 +34,7 @@ class Configured:
     columns: dict[str, str] = field(default_factory=dict)  # argument: column
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]  # of an object, not of its class
+    def __name__(self) -> str:
         return _called(self.function)
 
     def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> Sequence[object]:
