@@ -1,8 +1,8 @@
 """How things are measured: time by CUDA events or a clock, memory by the allocator, launches, ceilings.
 
-On a GPU the L2 cache is overwritten before each sample, so inputs come from device memory ("cold L2"), and a sample is
-what two CUDA events say, with the gaps in which the GPU waits for the host. The replay of a CUDA graph, flushed in the
-same way, has no such gaps; `call_us` is what the host sees.
+On a GPU `triton.testing.do_bench` takes the samples: it overwrites the L2 cache before each one, so inputs come from
+device memory ("cold L2"), and reads two CUDA events, with the gaps in which the GPU waits for the host. The replay of a
+CUDA graph, flushed in the same way, has no such gaps; `call_us` is what the host sees.
 """
 
 import gc
@@ -19,10 +19,10 @@ from ppo_fast.kernels.common import launch
 
 Run = Callable[[], Any]
 
-L2_BYTES = 256 * 2**20  # more than any GPU's L2 cache
-FLUSHED = f"cold: {L2_BYTES >> 20} MiB are written before each sample"
+FLUSHED = "cold: 256 MiB are written before each sample"  # by triton.testing.do_bench
+FLUSH_SECONDS = 2e-4  # of that writing
 WARM_UP_CALLS = 3
-WARM_UP_SECONDS = 0.05  # a GPU raises its clock in that time
+WARM_UP_MS = 50.0  # a GPU raises its clock in that time
 LEAST_SAMPLES = 5
 SLOW_SECONDS = 1.0  # of a call on a CPU; then 3 samples do
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far more than caches hold
@@ -56,24 +56,17 @@ def _clock_samples(run: Run, seconds: float, most: int) -> list[float]:
 
 
 def _cuda_samples(run: Run, device: torch.device, seconds: float, most: int) -> list[float]:
-    calls, start = 0, time.perf_counter()
-    while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
-        run()
-        torch.cuda.synchronize()
-        calls += 1
+    from triton.testing import do_bench  # Triton is missing on some platforms
+
+    run()
+    torch.cuda.synchronize()
     before = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    count = max(LEAST_SAMPLES, min(most, int(seconds / (time.perf_counter() - before + 1e-4))))
-    flush = torch.empty(L2_BYTES // 4, dtype=torch.int32, device=device)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for first, last in events:
-        flush.zero_()  # takes the GPU longer than the host needs to record an event and to launch
-        first.record()
-        run()
-        last.record()
-    torch.cuda.synchronize()
-    return [first.elapsed_time(last) for first, last in events]
+    per_sample = time.perf_counter() - before + FLUSH_SECONDS
+    rep = 1e3 * min(max(seconds, LEAST_SAMPLES * per_sample), most * per_sample)
+    samples = do_bench(run, warmup=WARM_UP_MS, rep=rep, return_mode="all")
+    return samples[:: -(-len(samples) // most)]
 
 
 def replay_ms(run: Run, device: torch.device, *, seconds: float = 0.2) -> list[float]:

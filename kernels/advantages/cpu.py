@@ -11,7 +11,6 @@ import ctypes
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 import numba
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.advantages.options import ShapingOptions
 from ppo_fast.kernels.common.memory import addressable
-from ppo_fast.kernels.common.numba_loops import Array, c_function
+from ppo_fast.kernels.common.numba_loops import Array, Compiled, c_function
 from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
 from ppo_fast.kernels.reference import KL_ESTIMATORS
 
@@ -185,7 +184,7 @@ def _sum(x: Array, out: Array, N: int) -> None:
 
 
 _FLOATS, _FLAGS, _DOUBLES = (types.CPointer(x) for x in (types.float32, types.uint8, types.float64))
-_SIGNATURES: dict[str, tuple[Callable[..., None], list[Any]]] = {
+_SIGNATURES: dict[str, tuple[Callable[..., None], list[types.Type]]] = {
     "shape": (
         _shape,
         [_FLOATS, _FLOATS, _FLAGS, *[_FLOATS] * 3, _FLAGS, _DOUBLES, *[types.float32] * 3, *[types.int64] * 5],
@@ -198,7 +197,7 @@ _SIGNATURES: dict[str, tuple[Callable[..., None], list[Any]]] = {
 
 
 @lru_cache(maxsize=len(_SIGNATURES))
-def _compiled(name: str) -> tuple[Callable[..., None], Any]:
+def _compiled(name: str) -> Compiled:
     """The C function, and the numba object that keeps its machine code alive."""
     body, arguments = _SIGNATURES[name]
     fastmath = _ANY_ORDER if name == "moments" else {"contract"}

@@ -11,7 +11,7 @@ another 13 N read, from the second level cache if they fit.
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ def _inputs(floats: tuple[Tensor, ...], mask: Tensor, scores: Tensor) -> tuple[l
 
 
 @functools.cache
-def _shape_keywords(is_aligned: bool) -> dict[str, Any]:
+def _shape_keywords(is_aligned: bool) -> dict[str, int]:
     R, W, tiles, num_warps = LAYOUTS["long rows"]
     return {"ALIGNED": is_aligned, "R": R, "W": W, "TILES": tiles} | launch_options(num_warps, REGISTERS)
 
@@ -108,7 +108,7 @@ def shape_rewards(
 
 
 @functools.cache
-def _tile_keywords(is_aligned: bool, block: int) -> dict[str, Any]:
+def _tile_keywords(is_aligned: bool, block: int) -> dict[str, int]:
     """Of both launches of whitening."""
     return {"ALIGNED": is_aligned, "BLOCK": block} | launch_options(NUM_WARPS, REGISTERS)
 
@@ -122,7 +122,7 @@ class _Flat(NamedTuple):
     T: int
     strides: list[int]  # from row to row, of x and the mask
     programs: int  # of a launch
-    keywords: dict[str, Any]
+    keywords: dict[str, int]
 
 
 def _flat(x: Tensor, mask: Tensor | None) -> _Flat:

@@ -3,9 +3,12 @@
 import contextlib
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    import triton
 
 REGISTERS = 255  # the most that a thread of an NVIDIA GPU can have
 
@@ -18,21 +21,21 @@ class Variant(NamedTuple):
     """
 
     name: str
-    kernel: Any  # the triton.JITFunction
+    kernel: "triton.JITFunction"
     types: dict[str, str]  # argument -> "*bf16", "fp32", "i64", in the kernel's order, without constexprs
-    constexprs: dict[str, Any]
-    options: dict[str, Any]  # from launch_options
+    constexprs: dict[str, int]
+    options: dict[str, int]  # from launch_options
 
 
 @functools.cache
-def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str, Any]:
+def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str, int]:
     """Compile options of a launch. Do not change the result: it is shared.
 
     enable_fp_fusion is off so that every compiler and GPU computes what the source says: a fused multiply-add appears
     where the source calls tl.fma and nowhere else. `max_registers` is a bound per thread, which only NVIDIA GPUs have:
     without it ptxas tries to fit one more block on a multiprocessor and spills a few bytes in some kernels.
     """
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    options: dict[str, int] = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if max_registers is not None and not torch.version.hip:
         options["maxnreg"] = max_registers
     return options

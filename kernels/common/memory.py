@@ -6,8 +6,6 @@ represents several, and a value that a tracer does not record becomes a constant
 compute whatever is not plain.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -77,7 +75,7 @@ def refuse_transformed(operation: str, argument: str, x: Tensor) -> None:
         )
 
 
-def refuse_distributed(operation: str, argument: str, x: Any) -> None:
+def refuse_distributed(operation: str, argument: str, x: object) -> None:
     """Raises TypeError for a DTensor."""
     placements = getattr(x, "placements", None)
     if placements is not None:

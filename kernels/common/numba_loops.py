@@ -9,10 +9,28 @@ import ctypes
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
 
-Array = Any  # an array in a loop that numba compiles: a pointer, which a type checker cannot index
+if TYPE_CHECKING:
+    from numba.core.ccallback import CFunc
+    from numba.core.types import Type
+
+Compiled = tuple[Callable[..., None], object]  # a C function, and what keeps its machine code alive
+
+
+class Array(Protocol):
+    """A pointer to numbers or flags, as a loop that numba compiles gets it."""
+
+    def __getitem__(self, index: int) -> float: ...
+
+    def __setitem__(self, index: int, value: float) -> None: ...
+
+
+class IndexArray(Protocol):
+    """A pointer to integers that a loop reads."""
+
+    def __getitem__(self, index: int) -> int: ...
 
 
 @cache
@@ -34,9 +52,7 @@ def numba_works() -> bool:
     return True
 
 
-def c_function(
-    body: Callable[..., None], arguments: Sequence[Any], fastmath: set[str] | None = None
-) -> tuple[Callable[..., None], Any]:
+def c_function(body: Callable[..., None], arguments: "Sequence[Type]", fastmath: set[str] | None = None) -> Compiled:
     """Compiles the loop `body` to a C function; also returns the numba object that keeps its machine code alive.
 
     Args:
@@ -47,15 +63,20 @@ def c_function(
     import numba
     from numba import types
 
-    options: dict[str, Any] = {"nopython": True, "error_model": "numpy", "fastmath": fastmath or False}
-    compiler = partial(numba.cfunc, types.void(*arguments), **options)
+    signature = types.void(*arguments)
+
+    def compiled(cache: bool) -> "CFunc":
+        return numba.cfunc(signature, cache=cache, error_model="numpy", fastmath=fastmath or False)(body)
+
     try:
-        code = compiler(cache=True)(body)
+        code = compiled(cache=True)
     except Exception:  # the cache has no folder, or a damaged file, for which pickle has errors of many types
-        code = compiler()(body)
-    c_types: dict[Any, Any] = {
+        code = compiled(cache=False)
+    if code.address is None:
+        raise RuntimeError(f"numba has compiled {body.__name__}, but has no address of it")
+    c_types: dict[Type, type[ctypes.c_float | ctypes.c_double | ctypes.c_int64 | ctypes.c_void_p]] = {
         types.float32: ctypes.c_float,
         types.float64: ctypes.c_double,
         types.int64: ctypes.c_int64,
     }
-    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code  # type: ignore[arg-type]  # an address, once it is compiled
+    return ctypes.CFUNCTYPE(None, *(c_types.get(x, ctypes.c_void_p) for x in arguments))(code.address), code

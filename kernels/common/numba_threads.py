@@ -2,7 +2,6 @@
 
 import _thread
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def in_threads(work: Callable[[int], None], count: int, threads: int) -> None:
         for number in range(first, count, threads):
             work(number)
 
-    def helper(first: int, done: Any) -> None:
+    def helper(first: int, done: _thread.LockType) -> None:
         try:
             some(first)
         except BaseException as error:

@@ -9,16 +9,14 @@ Bytes: every input is read once and both outputs are written once.
 """
 
 import functools
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numba
 import torch
 from numba import types
 from torch import Tensor
 
-from ppo_fast.kernels.common.numba_loops import Array, c_function
+from ppo_fast.kernels.common.numba_loops import Array, Compiled, IndexArray, c_function
 from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
 
 # Bits of `options`: which of the optional tensors are there.
@@ -103,7 +101,7 @@ def _scan_rows(
     bootstrap: Array,  # (rows,)
     gammas: Array,  # (rows,)
     lams: Array,  # (rows,)
-    cu_seqlens: Array,  # (rows + 1,)
+    cu_seqlens: IndexArray,  # (rows + 1,)
     state: Array,  # this and the next are for _scan_columns
     incoming: Array,
     gamma: float,
@@ -258,7 +256,7 @@ def _scan_columns(
     bootstrap: Array,
     gammas: Array,
     lams: Array,
-    cu_seqlens: Array,  # unused: packed rows are never time-major
+    cu_seqlens: IndexArray,  # unused: packed rows are never time-major
     state: Array,  # (_BLOCK,) scratch: s_t
     incoming: Array,  # (_BLOCK,) scratch: what replaces s_{t + 1} after the cuts, then s_t of a counted step
     gamma: float,
@@ -337,7 +335,7 @@ def _scan_columns(
 
 
 @lru_cache(maxsize=4)
-def _compiled(columns: bool, double: bool) -> tuple[Callable[..., None], Any]:
+def _compiled(columns: bool, double: bool) -> Compiled:
     """The C function, and the numba object that keeps its machine code alive."""
     real = types.float64 if double else types.float32
     floats, flags = types.CPointer(real), types.CPointer(types.uint8)

@@ -30,7 +30,7 @@ def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
     def run(
         rewards: Tensor, values: Tensor, gamma: Tensor, lam: Tensor, *rest: Tensor | bool | None
     ) -> tuple[Tensor, Tensor]:
-        options = GAEOptions(as_number(gamma), as_number(lam), *rest)  # type: ignore[arg-type]  # by position
+        options = GAEOptions._make((as_number(gamma), as_number(lam), *rest))
         advantages, returns = gae(rewards, values, options, use_triton=use_triton)
         return advantages.contiguous(), returns.contiguous()
 

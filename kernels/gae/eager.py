@@ -14,7 +14,7 @@ used. Elsewhere the affine maps are scanned in chunks: all chunks side by side, 
 Advantages and returns carry no graph: they are data.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,6 +156,22 @@ def _per_row(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return (x.expand(rows) if x.ndim == 0 else x.reshape(rows)).contiguous()
 
 
+class _Block(NamedTuple):
+    """A block of rows for _gae_vectorised."""
+
+    rewards: Tensor
+    values: Tensor
+    mask: Tensor | None
+    terminated: Tensor | None
+    truncated: Tensor | None
+    final_values: Tensor | None
+    advantages: Tensor
+    returns: Tensor
+    gamma: float | Tensor
+    lam: float | Tensor
+    after_the_end: Tensor
+
+
 def _gae_torch(
     rewards: Tensor,
     values: Tensor,
@@ -175,7 +191,7 @@ def _gae_torch(
     ends: tuple[Tensor | None, Tensor | None] = None, None
     flags = (mask, terminated, truncated)
     mask, terminated, truncated = (x if x is None or x.dtype == torch.bool else x != 0 for x in flags)
-    per_step = [rewards, values, mask, terminated, truncated, final_values, advantages, returns]
+    per_step = rewards, values, mask, terminated, truncated, final_values, advantages, returns
     if cu_seqlens is not None:
         steps = torch.arange(rewards.shape[1], device=rewards.device)
         segment = torch.searchsorted(cu_seqlens[1:], steps, right=True).clamp_(max=len(cu_seqlens) - 2)
@@ -183,7 +199,7 @@ def _gae_torch(
         bootstrap = None if bootstrap is None else bootstrap[segment].unsqueeze(0)
         after_rows = values.new_zeros(1, 1).expand_as(values) if bootstrap is None else gamma * bootstrap
         ends = (steps + 1 == cu_seqlens[1:][segment]).unsqueeze(0), after_rows
-        blocks: list[Any] = [(per_step, gamma, lam, values.new_zeros(1))]  # tensors, floats and None
+        blocks = [_Block(*per_step, gamma, lam, values.new_zeros(1))]
     else:
         rows, T = rewards.shape[1 - time], rewards.shape[time]
         after_rows = values.new_zeros(rows) if bootstrap is None else gamma * bootstrap
@@ -193,8 +209,8 @@ def _gae_torch(
             x.split(size, dim) if isinstance(x, Tensor) else [x] * -(-rows // size)
             for x, dim in (*((x, 1 - time) for x in (*per_step, *columns)), (after_rows, 0))
         ]
-        blocks = [(part[:8], *part[8:]) for part in zip(*parts, strict=True)]
-    for (r, v, m, e, c, f, a, q), g, decay, s in blocks:
+        blocks = [_Block._make(part) for part in zip(*parts, strict=True)]
+    for r, v, m, e, c, f, a, q, g, decay, s in blocks:
         _gae_vectorised(r, v, g, decay, m, e, c, s, f, *ends, advantages=a, returns=q, time=time)
 
 

@@ -12,7 +12,7 @@ level cache if they fit.
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -59,7 +59,7 @@ def column_tiles(T: int) -> int:
 
 
 @functools.cache
-def keywords(layout: str, is_aligned: bool, write: bool) -> dict[str, Any]:
+def keywords(layout: str, is_aligned: bool, write: bool) -> dict[str, int]:
     """Constexprs and options of a launch. Do not change the result: it is shared."""
     R, W, tiles, num_warps = LAYOUTS[layout]
     constexprs = {"WRITE": write, "W": W}
@@ -221,14 +221,14 @@ def _launch_packed(
     gae_packed_kernel.run(*arguments, grid=grid, warmup=False, **keywords("packed", False, True))
 
 
-def argument_types(kernel: triton.JITFunction, constexprs: dict[str, Any], pointers: dict[str, str]) -> dict[str, str]:
+def argument_types(kernel: triton.JITFunction, constexprs: dict[str, int], pointers: dict[str, str]) -> dict[str, str]:
     """Argument -> type, of a kernel whose pointers are fp32 but for those in `pointers`."""
     scalars = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     names = [name for name in kernel.arg_names if name not in constexprs]
     return {name: scalars.get(name) or pointers.get(name, "*fp32") for name in names}
 
 
-def variant(title: str, kernel: triton.JITFunction, keys: dict[str, Any], pointers: dict[str, str]) -> Variant:
+def variant(title: str, kernel: triton.JITFunction, keys: dict[str, int], pointers: dict[str, str]) -> Variant:
     """The variant that a launch with these keywords starts."""
     constexprs = {name: x for name, x in keys.items() if name in kernel.arg_names}
     options = {name: x for name, x in keys.items() if name not in kernel.arg_names}

@@ -8,7 +8,7 @@ value a compilation. The number of counted tokens is not known before an operato
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ppo_fast.kernels.linear.options import HeadOptions
 from ppo_fast.kernels.linear.steps import (
     Epilogue,
     PPOResult,
+    ShapeAndDtype,
     differentiate_logprobs,
     logprobs_forward,
     ppo_forward,
@@ -125,10 +126,17 @@ class _LogprobsCall(NamedTuple):
     epilogue: Epilogue
 
 
+_Optional = Tensor | None
+
+
+class _LogprobsContext(Context[tuple[Tensor, Tensor, _Optional, Tensor, _Optional, _Optional, Tensor]], Protocol):
+    options: tuple[HeadOptions, Epilogue, int]  # and the number of counted rows
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _LogprobsCall
+        ctx: _LogprobsContext, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _LogprobsCall
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens, mask, head_options, with_entropy, epilogue = call
         logprobs, entropy, statistics, rows = logprobs_forward(
@@ -141,7 +149,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+        ctx: _LogprobsContext, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_logprobs")
         if grad_logprobs is None and grad_entropy is None:
@@ -171,9 +179,13 @@ class _PPOCall(NamedTuple):
     results: list[PPOResult]  # gets what has no graph: every output takes time, too, and gets a gradient of zeros
 
 
+class _PPOContext(Context[tuple[_Optional, _Optional, _Optional, _Optional, _Optional]], Protocol):
+    rest: tuple[Epilogue, list[ShapeAndDtype | None]]
+
+
 class _LinearPPO(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _PPOCall) -> Tensor:
+    def forward(ctx: _PPOContext, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _PPOCall) -> Tensor:
         tokens, tensors, options, head_options, needs, epilogue, results = call
         out = ppo_forward(epilogue, hidden, weight, bias, tokens, tensors, options, head_options, needs)
         ctx.save_for_backward(*out.gradients, out.inverse, out.indices)
@@ -183,7 +195,7 @@ class _LinearPPO(torch.autograd.Function):
         return out.loss
 
     @staticmethod
-    def backward(ctx: Context, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _PPOContext, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_ppo_loss")
         if grad_loss is None:
             return None, None, None, None
@@ -199,14 +211,13 @@ _apply_logprobs, _apply_ppo = direct_apply(_LinearLogprobs), direct_apply(_Linea
 
 # torch.compile
 
-_HEAD_NUMBERS = ("temperature", "softcap", "logit_scale")
 _RATIO_OPTIONS = ("clip_low", "clip_high", "dual_clip", "log_ratio_clamp")
 _NUMBERS = (*_RATIO_OPTIONS, "entropy_coef", "kl_coef", "denominator", "norm_length")
 _CHUNKING = "SymInt? chunk_bytes, ScalarType? logits_dtype, SymInt? num_counted"
 _STATS = ALL_STATS[:8]  # those of the policy; an absent one is 0
 
 
-def _pack(numbers: Sequence[Any]) -> Tensor:
+def _pack(numbers: Sequence[float | Tensor | None]) -> Tensor:
     """Numbers, or numbers in tensors, as a CPU tensor; NaN for None. torch.tensor would make them constants."""
     return torch.stack([number_tensor(x) for x in numbers])
 
@@ -222,12 +233,23 @@ def _pack_options(options: LossOptions) -> Tensor:
     return _pack(list(given.values()))
 
 
-def _unpack(scalars: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: None if math.isnan(x) else x for name, x in zip(names, scalars.tolist(), strict=True)}
+def _unpack(scalars: Tensor) -> list[float | None]:
+    return [None if math.isnan(x) else x for x in scalars.tolist()]
 
 
-def _unpack_head(scalars: Tensor, *chunking: Any) -> HeadOptions:
-    return HeadOptions(*_unpack(scalars, _HEAD_NUMBERS).values(), *chunking)
+_Chunking = int | torch.dtype | None  # the arguments of _CHUNKING
+
+
+def _unpack_head(scalars: Tensor, *chunking: _Chunking) -> HeadOptions:
+    return HeadOptions._make((*_unpack(scalars), *chunking))
+
+
+def _unpack_options(scalars: Tensor, kl_estimator: str, aggregation: str, denominator: Tensor | None) -> LossOptions:
+    named: dict[str, float | str | Tensor | None] = dict(zip(_NUMBERS, _unpack(scalars), strict=True))
+    named |= {"kl_estimator": kl_estimator, "aggregation": aggregation}
+    if denominator is not None:
+        named["denominator"] = denominator
+    return LossOptions._make((LossOptions._field_defaults | named).values())
 
 
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -235,8 +257,22 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-def _arithmetic(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+def _new_empty(size: Sequence[int], hidden: Tensor, weight: Tensor) -> Tensor:
+    """A tensor in the dtype of the arithmetic."""
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    return torch.empty(size, dtype=dtype, device=hidden.device)
+
+
+class _LogprobsOperatorContext(Context[tuple[Tensor, Tensor, _Optional, Tensor, _Optional, Tensor, Tensor]], Protocol):
+    with_entropy: bool
+    needs: list[bool]
+    chunking: list[_Chunking]
+
+
+# hidden, weight, bias, tokens, mask, scalars, with_entropy, needs, and those of _CHUNKING
+_LogprobsInputs = tuple[
+    Tensor, Tensor, _Optional, Tensor, _Optional, Tensor, bool, list[bool], int | None, torch.dtype | None, int | None
+]
 
 
 def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
@@ -251,7 +287,7 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
         scalars: Tensor,
         with_entropy: bool,
         needs: list[bool],
-        *chunking: Any,
+        *chunking: _Chunking,
     ) -> tuple[Tensor, Tensor, Tensor]:
         epilogue, head_options = _epilogue(use_triton=use_triton), _unpack_head(scalars, *chunking)
         logprobs, entropy, statistics, rows = logprobs_forward(
@@ -273,7 +309,7 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
         statistics: Tensor,
         scalars: Tensor,
         needs: list[bool],
-        *chunking: Any,
+        *chunking: _Chunking,
     ) -> tuple[Tensor, ...]:
         epilogue, head_options = _epilogue(use_triton=use_triton), _unpack_head(scalars, *chunking)
         rows = counted_rows(mask, head_options.num_counted, tokens.numel())
@@ -307,11 +343,11 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
         mask: Tensor | None,
         scalars: Tensor,
         with_entropy: bool,
-        *_: Any,
+        *_: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide: dict[str, Any] = {"dtype": _arithmetic(hidden, weight), "device": hidden.device}
-        entropy = torch.empty(tokens.shape if with_entropy else (0,), **wide)
-        return torch.empty(tokens.shape, **wide), entropy, torch.empty((4, math.prod(tokens.shape)), **wide)
+        sizes = tokens.shape, tokens.shape if with_entropy else (0,), (4, math.prod(tokens.shape))
+        logprobs, entropy, statistics = (_new_empty(size, hidden, weight) for size in sizes)
+        return logprobs, entropy, statistics
 
     def backward_shapes(
         g: Tensor | None,
@@ -324,22 +360,23 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
         statistics: Tensor,
         scalars: Tensor,
         needs: list[bool],
-        *_: Any,
+        *_: object,
     ) -> tuple[Tensor, ...]:
         wanted = zip((hidden, weight, bias), needs, strict=True)
         return tuple(x.new_empty(x.shape) if need else statistics.new_empty(0) for x, need in wanted)
 
-    def set_up(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        hidden, weight, bias, tokens, mask, scalars, with_entropy, *ctx.options = inputs
+    def set_up(ctx: _LogprobsOperatorContext, inputs: _LogprobsInputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, weight, bias, tokens, mask, scalars, ctx.with_entropy, ctx.needs, *ctx.chunking = inputs
         ctx.save_for_backward(hidden, weight, bias, tokens, mask, output[2], scalars)
-        ctx.with_entropy = with_entropy
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
-    def differentiate(ctx: Context, g: Tensor | None, h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def differentiate(
+        ctx: _LogprobsOperatorContext, g: Tensor | None, h: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_logprobs")
-        out = operator_backward(g, h if ctx.with_entropy else None, *ctx.saved_tensors, *ctx.options)
-        return *(x if need else None for x, need in zip(out, ctx.options[0], strict=True)), *[None] * 8
+        out = operator_backward(g, h if ctx.with_entropy else None, *ctx.saved_tensors, ctx.needs, *ctx.chunking)
+        return *(x if need else None for x, need in zip(out, ctx.needs, strict=True)), *[None] * 8
 
     operator.register_fake(shapes)
     operator_backward.register_fake(backward_shapes)
@@ -347,16 +384,34 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
     return operator
 
 
+class _PPOOperatorContext(Context[tuple[Tensor, Tensor, Tensor, Tensor]], Protocol):
+    like: list[ShapeAndDtype | None]
+    needs: list[bool]
+    absent: list[None]  # the gradients of constants
+
+
+_PPOInputs = tuple[
+    # hidden, weight, bias, tokens
+    Tensor, Tensor, _Optional, Tensor,
+    # old_logprobs, advantages, mask, weights, ref_logprobs, cu_seqlens, denominator
+    _Optional, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional,
+    # head_scalars, scalars, kl_estimator, aggregation, needs
+    Tensor, Tensor, str, str, list[bool],
+    # chunk_bytes, logits_dtype, num_counted
+    int | None, torch.dtype | None, int | None,
+]  # fmt: skip
+
+
 def _ppo_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
     """Registers ppo_fast::<name>: loss, statistics, logp, entropy, and for the backward three gradients without the
     divisor of the loss, and 1 / that divisor."""
 
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        hidden, weight, bias, tokens, old, advantages, mask, weights, ref, cu_seqlens, denominator, *rest = inputs
-        head_scalars, scalars, kl_estimator, aggregation, needs, *chunking = rest
+    def forward(*inputs: *_PPOInputs) -> tuple[Tensor, ...]:
+        hidden, weight, bias, tokens = inputs[:4]
+        old, advantages, mask, weights, ref, cu_seqlens, denominator = inputs[4:11]
+        head_scalars, scalars, kl_estimator, aggregation, needs, *chunking = inputs[11:]
         tensors = LossTensors(old, advantages, mask, weights, ref, cu_seqlens=cu_seqlens)
-        options = LossOptions(**_unpack(scalars, _NUMBERS), kl_estimator=kl_estimator, aggregation=aggregation)
-        options = options if denominator is None else options._replace(denominator=denominator)
+        options = _unpack_options(scalars, kl_estimator, aggregation, denominator)
         epilogue, head_options = _epilogue(use_triton=use_triton), _unpack_head(head_scalars, *chunking)
         out = ppo_forward(epilogue, hidden, weight, bias, tokens, tensors, options, head_options, tuple(needs))
         d_hidden, d_weight, d_bias = out.gradients
@@ -366,25 +421,24 @@ def _ppo_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
         saved = (_or_empty(x, out.logprobs) for x in (d_hidden, d_weight, d_bias, out.inverse))
         return out.loss, stats, out.logprobs, out.entropy, *saved
 
-    def shapes(*inputs: Any) -> tuple[Tensor, ...]:
-        hidden, weight, bias, tokens, *_ = inputs
+    def shapes(*inputs: *_PPOInputs) -> tuple[Tensor, ...]:
+        hidden, weight, bias, tokens = inputs[:4]
         needs = inputs[-4]
-        wide: dict[str, Any] = {"dtype": _arithmetic(hidden, weight), "device": hidden.device}
-        sizes = [(math.prod(tokens.shape), hidden.shape[-1]), weight.shape, None if bias is None else bias.shape]
-        gradients = (torch.empty(size if need else (0,), **wide) for size, need in zip(sizes, needs, strict=True))
-        tokenwise = (torch.empty(tokens.shape, **wide) for _ in range(2))
-        inverse = torch.empty(() if any(needs) else (0,), **wide)
-        loss_dtype = torch.result_type(torch.empty((), **wide), torch.empty((), dtype=torch.float32))
-        loss = torch.empty((), **wide | {"dtype": loss_dtype})
-        return loss, torch.empty(len(_STATS), **wide), *tokenwise, *gradients, inverse
+        gradients = [(math.prod(tokens.shape), hidden.shape[-1]), weight.shape, () if bias is None else bias.shape]
+        gradients = [size if need else (0,) for size, need in zip(gradients, needs, strict=True)]
+        inverse = () if any(needs) else (0,)
+        sizes = (len(_STATS),), tokens.shape, tokens.shape, *gradients, inverse
+        stats, *others = (_new_empty(size, hidden, weight) for size in sizes)
+        loss_dtype = torch.result_type(stats.new_empty(()), torch.empty((), dtype=torch.float32))
+        return stats.new_empty((), dtype=loss_dtype), stats, *others
 
-    def set_up(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def set_up(ctx: _PPOOperatorContext, inputs: _PPOInputs, output: tuple[Tensor, ...]) -> None:
         ctx.like, ctx.needs, ctx.absent = shapes_and_dtypes(*inputs[:3]), inputs[-4], [None] * (len(inputs) - 3)
         ctx.save_for_backward(*output[4:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Context, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: _PPOOperatorContext, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_ppo_loss")
         if grad_loss is None:
             return None, None, None, *ctx.absent

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from ppo_fast.kernels.common.online_softmax import warp_size
 from ppo_fast.kernels.linear.chunks import LINE, Gradients, Head
 from ppo_fast.kernels.linear.kernel import linear_gradient_kernel, linear_policy_kernel, linear_score_kernel
 from ppo_fast.kernels.linear.scale_kernel import linear_scale_kernel
-from ppo_fast.kernels.linear.steps import IndexedEpilogue
+from ppo_fast.kernels.linear.steps import IndexedEpilogue, ShapeAndDtype
 from ppo_fast.kernels.loss import launch as loss_launch
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors, named_stats, wanted_stats
 from ppo_fast.kernels.reference import KL_ESTIMATORS
@@ -42,10 +42,10 @@ def _config(
     dlogits: torch.dtype,
     with_entropy: bool,
     threads_per_warp: int,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, int], dict[str, int]]:
     """The constexprs of a launch and its options. Where tanh costs more, the entropy is always computed."""
     kernel = _kernel(kind)
-    values: dict[str, Any] = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
+    values: dict[str, int] = _TILES[transformed]._asdict() | {"TRANSFORMED": transformed}
     values |= {"PAD": LINE // logits.itemsize, "D_PAD": LINE // dlogits.itemsize}
     values["WITH_ENTROPY"] = with_entropy or transformed
     registers = {"score": None, "policy": _POLICY_REGISTERS, "gradient": REGISTERS}[kind]
@@ -63,9 +63,16 @@ _DTYPES += [(torch.float32, torch.float32)]
 
 
 @functools.cache
-def _keywords(*key: Any) -> dict[str, Any]:
+def _keywords(
+    kind: str,
+    transformed: bool,
+    logits: torch.dtype,
+    dlogits: torch.dtype,
+    with_entropy: bool,
+    threads_per_warp: int,
+) -> dict[str, int]:
     """Both in one dict. Do not change the result: it is shared."""
-    constexprs, options = _config(*key)
+    constexprs, options = _config(kind, transformed, logits, dlogits, with_entropy, threads_per_warp)
     return constexprs | options
 
 
@@ -306,21 +313,22 @@ def scale_gradients(
     upstream: Tensor | None,  # []; so is the next one, and the gradients are multiplied by both
     inverse: Tensor | None,
     indices: Tensor | None,  # the rows in gradients.hidden, None for all
-    shapes_and_dtypes: list[Any],  # shapes and dtypes of hidden, weight and bias
+    shapes_and_dtypes: list[ShapeAndDtype | None],  # of hidden, weight and bias
 ) -> list[Tensor | None] | None:
     """Returns the gradients of hidden, weight and bias; None where the kernel is unsupported or not needed."""
-    dtype = next(like[1] for x, like in zip(gradients, shapes_and_dtypes, strict=True) if x is not None)
+    pairs = list(zip(gradients, shapes_and_dtypes, strict=True))
+    dtype = next(like[1] for x, like in pairs if x is not None and like is not None)
     if dtype not in _POINTERS or (upstream is not None and upstream.dtype is not torch.float32):
         return None
     if upstream is None and inverse is None and indices is None and dtype is torch.float32:
         return None
     results: list[Tensor | None] = [None, None, None]
     sizes, source, target = [0, 0, 0], None, None
-    for i, x in enumerate(gradients):
-        if x is None:
+    for i, (x, like) in enumerate(pairs):
+        if x is None or like is None:
             continue
-        shape, like = shapes_and_dtypes[i]
-        if like is not dtype or x.dtype is not torch.float32 or not x.is_contiguous() or x.data_ptr() & 15:
+        shape, its_dtype = like
+        if its_dtype is not dtype or x.dtype is not torch.float32 or not x.is_contiguous() or x.data_ptr() & 15:
             return None
         source, target = x, torch.empty(*shape, dtype=dtype, device=x.device)
         results[i], sizes[i] = target, target.numel()

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from ppo_fast.kernels.linear.options import HeadOptions
 from ppo_fast.kernels.loss.custom_op import compute_loss
 from ppo_fast.kernels.loss.eager import loss_scale
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
+
+ShapeAndDtype = tuple[torch.Size, torch.dtype]
 
 # |d loss / d logits| / p where fp16 holds it: 2^12 below the largest number, for ratios and rare KL terms.
 _FP16_TARGET = 16.0
@@ -317,15 +319,17 @@ def _hidden_gradient(
 
 
 def scaled_all(
-    d: Gradients, scale: Tensor | None, index: Tensor | None, shapes_and_dtypes: list[tuple[torch.Size, torch.dtype]]
+    d: Gradients, scale: Tensor | None, index: Tensor | None, shapes_and_dtypes: list[ShapeAndDtype | None]
 ) -> list[Tensor | None]:
     """The gradients of hidden, weight and bias, of the shapes and dtypes of their tensors."""
     out: list[Tensor | None] = [None, None, None]
-    if d.hidden is not None:
-        out[0] = _hidden_gradient(d.hidden, scale, index, *shapes_and_dtypes[0])
-    for i, gradient in ((1, d.weight), (2, d.bias)):
-        if gradient is not None:
-            out[i] = scaled(gradient, scale, shapes_and_dtypes[i][1])
+    for i, (gradient, shape_and_dtype) in enumerate(zip(d, shapes_and_dtypes, strict=True)):
+        if gradient is not None and shape_and_dtype is not None:
+            shape, dtype = shape_and_dtype
+            is_hidden = i == 0
+            out[i] = (
+                _hidden_gradient(gradient, scale, index, shape, dtype) if is_hidden else scaled(gradient, scale, dtype)
+            )
     return out
 
 
@@ -335,7 +339,7 @@ def scale_gradients(
     upstream: Tensor | None,
     scale: Tensor | None,
     index: Tensor | None,
-    shapes_and_dtypes: list[tuple[torch.Size, torch.dtype]],
+    shapes_and_dtypes: list[ShapeAndDtype | None],
 ) -> list[Tensor | None]:
     """The same for upstream * scale, where None is 1, in one launch if the backend has one for these gradients."""
     if isinstance(epilogue, IndexedEpilogue):
@@ -347,7 +351,7 @@ def scale_gradients(
     return scaled_all(d, scale, index, shapes_and_dtypes)
 
 
-def shapes_and_dtypes(*tensors: Tensor | None) -> list[Any]:
+def shapes_and_dtypes(*tensors: Tensor | None) -> list[ShapeAndDtype | None]:
     return [None if x is None else (x.shape, x.dtype) for x in tensors]
 
 

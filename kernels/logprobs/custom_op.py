@@ -7,7 +7,7 @@ d loss / d logits.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,12 +62,16 @@ def _refuse_double_backward() -> None:
         )
 
 
+class _Context(Context[tuple[Tensor, Tensor, Tensor | None, Tensor]], Protocol):
+    options: tuple[float, bool, _Functions]  # temperature, whether the gradient overwrites the logits
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Its last argument is all that it needs besides the logits, because every argument takes time."""
 
     @staticmethod
     def forward(
-        ctx: Context, logits: Tensor, call: tuple[Tensor, Tensor | None, float, bool, bool, _Functions]
+        ctx: _Context, logits: Tensor, call: tuple[Tensor, Tensor | None, float, bool, bool, _Functions]
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens, mask, temperature, with_entropy, inplace_backward, functions = call
         logprobs, entropy, statistics = functions.forward(logits, tokens, mask, temperature, with_entropy)
@@ -78,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
+        ctx: _Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, None]:
         _refuse_double_backward()
         logits, tokens, mask, statistics = ctx.saved_tensors
@@ -104,6 +108,10 @@ _apply = direct_apply(_TokenLogprobs)
 def _without_none(logprobs: Tensor, entropy: Tensor | None, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For operators, which return no None."""
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, statistics
+
+
+# Of logits, tokens, mask, statistics and temperature
+_OperatorContext = Context[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]]
 
 
 def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
@@ -144,14 +152,18 @@ def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
         " Tensor statistics, Tensor temperature) -> Tensor",
     )
 
-    def set_up(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def set_up(
+        ctx: _OperatorContext,
+        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, bool],
+        output: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
         logits, tokens, mask, temperature, _ = inputs
         ctx.save_for_backward(logits, tokens, mask, output[2], temperature)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
     def differentiate(
-        ctx: Context, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+        ctx: _OperatorContext, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         logits, tokens, mask, statistics, temperature = ctx.saved_tensors

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -93,7 +93,7 @@ _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*f
 @functools.cache
 def _config(
     backward: bool, tile: _Tile, layout: _Layout, with_entropy: bool, threads_per_warp: int
-) -> tuple[dict[str, int], dict[str, Any]]:
+) -> tuple[dict[str, int], dict[str, int]]:
     """The constexprs of a launch and its options. A row of one block always gets its entropy: it costs little there,
     and every constexpr doubles the variants."""
     kernel = token_logprobs_bwd_kernel if backward else token_logprobs_fwd_kernel
@@ -103,9 +103,11 @@ def _config(
 
 
 @functools.cache
-def _keywords(*key: Any) -> dict[str, Any]:
+def _keywords(
+    backward: bool, tile: _Tile, layout: _Layout, with_entropy: bool, threads_per_warp: int
+) -> dict[str, int]:
     """Both in one dict. Do not change the result: it is shared."""
-    constexprs, options = _config(*key)
+    constexprs, options = _config(backward, tile, layout, with_entropy, threads_per_warp)
     return constexprs | options
 
 
@@ -184,7 +186,7 @@ def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) ->
 @functools.lru_cache(maxsize=256)
 def _contiguous_setup(
     backward: bool, V: int, itemsize: int, is_aligned: bool, with_entropy: bool, threads_per_warp: int
-) -> tuple[tuple[int, ...], _Tile, _Layout, dict[str, Any]]:
+) -> tuple[tuple[int, ...], _Tile, _Layout, dict[str, int]]:
     """Strides, tile, layout and keywords where nothing has gaps: the usual case, so it is cached."""
     tile = _tile(V)
     layout = _choose_layout(tile, V, itemsize, backward, is_aligned, not V * itemsize & 15, True)
@@ -194,7 +196,7 @@ def _contiguous_setup(
 
 def _setup(
     with_entropy: bool, logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor
-) -> tuple[tuple[Tensor, ...], int, tuple[int, ...], _Tile, _Layout, dict[str, Any]]:
+) -> tuple[tuple[Tensor, ...], int, tuple[int, ...], _Tile, _Layout, dict[str, int]]:
     """Prepares a launch: logits, tokens, mask and gradient as the kernel takes them, T, the kernel's strides, tile,
     layout, and keywords."""
     V, device, backward = logits.shape[-1], logits.device, bool(grad)

@@ -8,9 +8,7 @@ Bytes: every input is read once, the mask twice or three times, and every gradie
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numba
 import torch
@@ -18,7 +16,7 @@ from numba import types
 from torch import Tensor
 
 from ppo_fast.kernels.common.memory import addressable, required
-from ppo_fast.kernels.common.numba_loops import Array, c_function
+from ppo_fast.kernels.common.numba_loops import Array, Compiled, c_function
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 from ppo_fast.kernels.reference import KL_ESTIMATORS
 
@@ -200,7 +198,7 @@ def _loop(
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> tuple[Callable[..., None], Any]:
+def _compiled() -> Compiled:
     """The C function, and the numba object that keeps its machine code alive."""
     pointers = (*[types.CPointer(types.float32)] * 14, types.CPointer(types.uint8))
     return c_function(_loop, [*pointers, *[types.float32] * 8, *[types.float64] * 2, *[types.int64] * 4])

@@ -10,7 +10,8 @@ the graph, and each new value a compilation. NaN represents None there.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,13 +62,19 @@ def _wanted_gradients(logprobs: Tensor | None, entropy: Tensor | None, values: T
 # Triton
 
 
+class _TritonContext(Context[tuple[Tensor]], Protocol):
+    launch_backward: Callable[[Tensor, Tensor, torch.Size, tuple[torch.dtype | None, ...]], list[Tensor | None]]
+    shape: torch.Size
+    dtypes: tuple[torch.dtype | None, ...]
+
+
 class _TritonLoss(torch.autograd.Function):
     """Its last argument is all that it needs besides the inputs with a gradient, because every argument takes time.
     An output takes time, too, and gets a gradient of zeros: the statistics are appended to a list instead."""
 
     @staticmethod
     def forward(
-        ctx: Context,
+        ctx: _TritonContext,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
@@ -90,7 +97,7 @@ class _TritonLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Context, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _TritonContext, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
             return None, None, None, None
@@ -143,32 +150,45 @@ def _pack(options: LossOptions) -> tuple[Tensor | None, Tensor]:
 
 def _unpack(denominator: Tensor | None, numbers: Tensor, kl_estimator: str, aggregation: str) -> LossOptions:
     values = [None if math.isnan(x) else x for x in numbers.tolist()]
-    named: dict[str, Any] = dict(zip(_NUMBERS, values, strict=True))
-    options = LossOptions(**named, kl_estimator=kl_estimator, aggregation=aggregation)
+    named: dict[str, float | str | None] = dict(zip(_NUMBERS, values, strict=True))
+    named |= {"kl_estimator": kl_estimator, "aggregation": aggregation}
+    options = LossOptions._make(named[name] for name in LossOptions._fields)
     return options if denominator is None else options._replace(denominator=denominator)
 
 
-def _run_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+_Optional = Tensor | None
+# _TENSORS, numbers, kl_estimator, aggregation, needs
+_Inputs = tuple[_Optional, _Optional, _Optional, *tuple[_Optional, ...], Tensor, str, str, list[bool]]
+
+
+def _run_operator(*inputs: *_Inputs) -> tuple[Tensor, Tensor, Tensor]:
     from ppo_fast.kernels.loss import launch
 
-    logprobs, entropy, values, *tensors, denominator, numbers, kl_estimator, aggregation, needs = args
+    logprobs, entropy, values, *others, numbers, kl_estimator, aggregation, needs = inputs
+    *tensors, denominator = others
     options = _unpack(denominator, numbers, kl_estimator, aggregation)
     out = launch.forward(logprobs, entropy, values, LossTensors(*tensors), options, tuple(needs))
     loss, stats, workspace = out
-    steps = (values if logprobs is None else logprobs).numel()
+    steps = required(values if logprobs is None else logprobs).numel()
     return loss, stats, workspace[: launch.saved_size(steps, sum(needs))]
 
 
-def _operator_shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _operator_shapes(*inputs: *_Inputs) -> tuple[Tensor, Tensor, Tensor]:
     from ppo_fast.kernels.loss import launch
 
-    like = args[2] if args[0] is None else args[0]
-    created: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
-    workspace = torch.empty(launch.saved_size(like.numel(), sum(args[-1])), **created)
-    return torch.empty((), **created), torch.empty(len(ALL_STATS), **created), workspace
+    like = required(inputs[2] if inputs[0] is None else inputs[0])
+    stats = torch.empty(len(ALL_STATS), dtype=torch.float32, device=like.device)
+    workspace = stats.new_empty(launch.saved_size(like.numel(), sum(inputs[-1])))
+    return stats.new_empty(()), stats, workspace
 
 
-def _set_up_operator(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+class _OperatorContext(Context[tuple[Tensor]], Protocol):
+    shapes: list[torch.Size | None]
+    dtypes: list[torch.dtype | None]
+    absent: list[None]  # the gradients of constants
+
+
+def _set_up_operator(ctx: _OperatorContext, inputs: _Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
     wanted = [x if need else None for x, need in zip(inputs[:3], inputs[-1], strict=True)]
     ctx.shapes = [None if x is None else x.shape for x in wanted]
     ctx.dtypes = [None if x is None else x.dtype for x in wanted]
@@ -178,7 +198,7 @@ def _set_up_operator(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_operator(ctx: Context, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate_operator(ctx: _OperatorContext, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     from ppo_fast.kernels.loss import launch
 
     if grad_loss is None:
@@ -202,10 +222,17 @@ _operator.register_autograd(_differentiate_operator, setup_context=_set_up_opera
 # PyTorch, and numba where it is installed
 
 
+class _EagerContext(Context[tuple[Tensor | None, ...]], Protocol):
+    """Three gradients are saved, and those of their divisors that are tensors."""
+
+    divisors: list[float | None]
+    dtypes: list[torch.dtype | None]
+
+
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context,
+        ctx: _EagerContext,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
@@ -225,17 +252,22 @@ class _EagerLoss(torch.autograd.Function):
         return loss, *ordered
 
     @staticmethod
-    def backward(ctx: Context, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _EagerContext, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
             return (None,) * 7
         saved = ctx.saved_tensors
         out: list[Tensor | None] = [None, None, None]
         for i in range(3):
-            if saved[i] is not None:
-                divisor = ctx.divisors[i] if saved[3 + i] is None else saved[3 + i]
-                out[i] = (saved[i] * (grad_loss / divisor)).to(ctx.dtypes[i])
+            gradient, on_device = saved[i], saved[3 + i]
+            divisor = ctx.divisors[i] if on_device is None else on_device
+            if gradient is not None and divisor is not None:
+                out[i] = (gradient * (grad_loss / divisor)).to(dtype=ctx.dtypes[i])
         return *out, None, None, None, None
+
+
+class _NumbaContext(Context[tuple[()]], Protocol):
+    gradients: tuple[Tensor | None, ...]
 
 
 class _NumbaLoss(torch.autograd.Function):
@@ -243,7 +275,7 @@ class _NumbaLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context,
+        ctx: _NumbaContext,
         logprobs: Tensor | None,
         entropy: Tensor | None,
         values: Tensor | None,
@@ -259,7 +291,7 @@ class _NumbaLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Context, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _NumbaContext, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grad_loss is None:
             return (None,) * 6
@@ -285,8 +317,7 @@ def numba_supports(
 def _traceable(options: LossOptions, device: torch.device) -> LossOptions:
     """The numbers as tensors: torch.compile would make a float a constant, and compile again for the next value."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    numbers: dict[str, Any] = {name: zero + x for name, x in options._asdict().items() if isinstance(x, (int, float))}
-    return options._replace(**numbers)
+    return LossOptions._make(zero + x if isinstance(x, (int, float)) else x for x in options)
 
 
 def _torch_loss(

@@ -7,7 +7,7 @@ per program. The backward needs all but the last part.
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -380,7 +380,7 @@ def variants() -> list[Variant]:
         for sequences, index in ((False, torch.int32), (True, torch.int32), (True, torch.int64)):
             title = f"loss forward {f'sequences {_INDICES[index][1:]}' if sequences else 'rows'} {name}"
             types = _types(loss_rows_kernel, pointers | {"cu_seqlens_ptr": _INDICES[index]})
-            constexprs: dict[str, Any] = {"SEQUENCES": sequences, "BLOCK": _BLOCK}
+            constexprs: dict[str, int] = {"SEQUENCES": sequences, "BLOCK": _BLOCK}
             found.append(Variant(title, loss_rows_kernel, types, constexprs, _ROWS[sequences]))
         pointers = {"d_logprobs_ptr": _POINTERS[others], "d_entropy_ptr": _POINTERS[others]}
         types = _types(loss_bwd_kernel, pointers | {"d_values_ptr": _POINTERS[of_values]})

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from typing import Any
+from typing import TypedDict
 
 from ppo_fast.common.console import announce_imports, console_of, counted, say
 
@@ -198,7 +198,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(config: PPOConfig) -> dict[str, object]:
+class Summary(TypedDict):
+    """The contents of summary.json."""
+
+    exact_match_before: float
+    exact_match_after: float
+    seconds: float
+    seconds_supervised: float
+    supervised_steps: int
+    ppo_steps: int
+    test_problems: int
+    seed: int
+    device: str
+
+
+def run(config: PPOConfig) -> Summary:
     """Both phases; the summary that is also written to OUT/summary.json."""
     start = time.perf_counter()
     seed, out = config.seed, claim(str(config.out), "the arithmetic example")
@@ -210,7 +224,7 @@ def run(config: PPOConfig) -> dict[str, object]:
     torch.manual_seed(seed)
     test, validation, training = make_problems(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer).to(pick_device(config.device))  # type: ignore[arg-type]
+    model = nn.Module.to(make_model(tokenizer), pick_device(config.device))
     imitate_careless_teacher(model, tokenizer, training, console)
     before = exact_match(model, tokenizer, test, config)
     supervised_seconds = time.perf_counter() - start
@@ -227,7 +241,7 @@ def run(config: PPOConfig) -> dict[str, object]:
     trainer = PPOTrainer(config, model, tokenizer, training, right_or_wrong)
     history = trainer.train(good_enough)
     after = exact_match(model, tokenizer, test, config)
-    summary = {
+    summary: Summary = {
         "exact_match_before": before,
         "exact_match_after": after,
         "seconds": time.perf_counter() - start,
@@ -248,7 +262,7 @@ def run(config: PPOConfig) -> dict[str, object]:
     return summary
 
 
-def table(summary: dict[str, Any]) -> Table:
+def table(summary: Summary) -> Table:
     """The table of the README: exact match, steps and seconds before and after PPO."""
     table = Table(title=f"{summary['test_problems']} unseen problems, answered greedily", title_justify="left")
     table.add_column("")

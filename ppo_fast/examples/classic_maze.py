@@ -11,7 +11,7 @@ DIR then holds policy.png, summary.json, metrics.jsonl, TensorBoard events and c
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ import torch
 from ppo_fast.classic import ClassicConfig, ClassicTrainer
 from ppo_fast.classic.envs.maze import MOVES, Cell, Maze, distances
 from ppo_fast.common.errors import UserError, print_error
+
+if TYPE_CHECKING:
+    from matplotlib.patches import Rectangle
 
 
 def make_config(seed: int, out: str, *, total_steps: int, quiet: bool, overwrite: bool = False) -> ClassicConfig:
@@ -90,17 +93,29 @@ def draw(maze: Maze, moves: dict[Cell, int], values: dict[Cell, float], path: Pa
     figure.savefig(path, dpi=120)
 
 
-def _square(cell: Cell, colour: str) -> Any:
+def _square(cell: Cell, colour: str) -> "Rectangle":
     from matplotlib.patches import Rectangle
 
     return Rectangle((cell[1] - 0.5, cell[0] - 0.5), 1, 1, color=colour)
 
 
+class MazeOptions(TypedDict):
+    size: int
+    layout_seed: int
+    random_start: bool
+    max_steps: int
+
+
 def run(config: ClassicConfig, size: int) -> dict[str, float]:
     """Learns and draws; the shares of cells that lead to the exit before and after."""
     # A short step limit: the more episodes, the more starts, and those near the exit teach first
-    arguments = {"size": size, "layout_seed": config.seed, "random_start": True, "max_steps": 10 * size}
-    maze, trainer = Maze(**arguments), ClassicTrainer(config, env_kwargs=arguments)  # type: ignore[arg-type]
+    arguments: MazeOptions = {
+        "size": size,
+        "layout_seed": config.seed,
+        "random_start": True,
+        "max_steps": 10 * size,
+    }
+    maze, trainer = Maze(**arguments), ClassicTrainer(config, env_kwargs={**arguments})
     before, _ = walks(maze, ask(trainer, maze)[0])
     trainer.train()
     moves, values = ask(trainer, maze)

@@ -13,10 +13,10 @@ import dataclasses
 import io
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from ppo_fast.common.console import announce_imports, console_of, counted, say
 
@@ -26,6 +26,8 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.device import pick_device
@@ -33,7 +35,7 @@ from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import prompt_ids, read_prompts
+from ppo_fast.llm.data import Prompt, prompt_ids, read_prompts
 from ppo_fast.llm.decoding import CompletionText
 from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
 from ppo_fast.llm.models.loading import load_actor
@@ -41,7 +43,17 @@ from ppo_fast.llm.sample import drop_long_prompts
 from ppo_fast.llm.sampler import SamplingParams
 from ppo_fast.rewards import Fluency, group_diversity, no_repetition
 
-WAYS: dict[str, dict[str, Any]] = {
+
+class Way(TypedDict, total=False):
+    """Options of SamplingParams; those that are missing have their defaults."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+WAYS: dict[str, Way] = {
     "greedy": {"top_k": 1},
     "temperature 0.5": {"temperature": 0.5},
     "temperature 0.7": {"temperature": 0.7},
@@ -67,10 +79,15 @@ class Found:
 
 
 def compare(
-    actor: Any, tokenizer: Any, rows: list[dict[str, Any]], config: PPOConfig, samples: int, console: Console
+    actor: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, object]],
+    config: PPOConfig,
+    samples: int,
+    console: Console,
 ) -> dict[str, Found]:
     """Each way of sampling on the same prompts, `samples` answers each, from the same seed."""
-    prompts = [row["prompt"] for row in rows for _ in range(samples)]
+    prompts = [cast(Prompt, row["prompt"]) for row in rows for _ in range(samples)]  # read_prompts checks them
     ids = prompt_ids(tokenizer, prompts)
     options_of_generate = GenerateOptions.from_config(config)
     sampler = GenerateSampler(actor, tokenizer, options_of_generate, batch_size=config.sample_batch_size)
@@ -163,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = claim(given.out, "the sampling example")
         say(console, f"loading {given.model}")
         actor, tokenizer = load_actor(given.model)
-        actor = actor.to(pick_device(given.device))  # type: ignore[arg-type]
+        actor = nn.Module.to(actor, pick_device(given.device))
         rows, _ = drop_long_prompts(rows, tokenizer, actor, config)
         say(console, f"answering {len(rows)} prompts in {len(WAYS)} ways, {given.samples} times each")
         found = compare(actor, tokenizer, rows, config, given.samples, console)

@@ -9,7 +9,7 @@ entropy stays off: log-probabilities and loss are ppo_fast's. See ppo_fast/integ
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.errors import print_error
 from ppo_fast.examples.beside import Progress, announce, failed
@@ -17,6 +17,9 @@ from ppo_fast.examples.beside import Progress, announce, failed
 announce(__name__, "A small Llama learns by PPO without and with Liger's kernels for its layers")
 
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from ppo_fast.llm.config import PPOConfig
 
 INSTALL = 'pip install -c constraints.txt -e ".[train]" "liger-kernel==0.8.*"'
 
@@ -32,7 +35,7 @@ def add_liger(model: object) -> None:
     apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def train(config: Any, *, hidden: int, liger: bool, progress: Progress | None = None) -> list[dict[str, float]]:
+def train(config: "PPOConfig", *, hidden: int, liger: bool, progress: Progress | None = None) -> list[dict[str, float]]:
     """The metrics of each step; the same random weights, prompts and answers with and without Liger."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from ppo_fast.examples.beside import Progress, failed
 
@@ -25,7 +24,7 @@ def even_digits(completions: list[str], **_: object) -> list[float]:
 def train(steps: int, folder: Path) -> list[dict[str, float]]:
     """Returns TRL's log of each step. The model is saved and loaded, as a downloaded one would be."""
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback, set_seed
+    from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
     from ppo_fast.examples.arithmetic import make_model, make_tokenizer
@@ -33,7 +32,7 @@ def train(steps: int, folder: Path) -> list[dict[str, float]]:
     progress = Progress("step", steps)
 
     class Shown(TrainerCallback):
-        def on_step_end(self, args: object, state: Any, control: Any, **options: Any) -> None:
+        def on_step_end(self, args: object, state: TrainerState, control: object, **options: object) -> None:
             progress.show(state.global_step)
 
     set_seed(0)

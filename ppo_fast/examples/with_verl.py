@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, SupportsFloat, TypeAlias
 
 from ppo_fast.examples.beside import Progress, announce, failed
 
@@ -26,6 +26,11 @@ announce(__name__, "One PPO step of verl's workers on a CPU, with verl's arithme
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+    from transformers import PreTrainedTokenizerBase
+    from verl.workers.engine_workers import TrainingWorker
 
 PROMPT, ANSWER, BATCH = 6, 8, 16
 INSTALL = 'pip install -e ".[train]" verl==0.9.1 tensordict==0.10.0 transformers==5.10.4 fastapi uvicorn'
@@ -87,7 +92,7 @@ def save_model(folder: Path) -> None:
     make_model(tokenizer).save_pretrained(folder)
 
 
-def make_worker(kind: str, folder: Path, loss: object) -> Any:
+def make_worker(kind: str, folder: Path, loss: object) -> "TrainingWorker":
     """verl's TrainingWorker for a language_model or a value_model, by FSDP2 on one process in fp32."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
@@ -124,7 +129,7 @@ def make_worker(kind: str, folder: Path, loss: object) -> Any:
     return worker
 
 
-def rollout(tokenizer: Any) -> dict[str, Tensor]:
+def rollout(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Tensor]:
     """Prompts, and answers of 1 to 8 random tokens, padded on the right."""
     draw = torch.Generator().manual_seed(0)
     prompts = torch.tensor(tokenizer([f"{10 + i}+{40 - i}=" for i in range(BATCH)])["input_ids"])
@@ -170,7 +175,7 @@ def step(folder: Path, *, loss_mode: str = "vanilla") -> tuple[dict[str, float],
     }
     batch = rollout(tokenizer)
 
-    def to_verl(names: dict[str, Tensor], **options: Any) -> Any:
+    def to_verl(names: dict[str, Tensor], **options: object) -> "TensorDict":
         data = left_right_2_no_padding(tu.get_tensordict({name: x.clone() for name, x in names.items()}))
         tu.assign_non_tensor(data, temperature=0.9, pad_token_id=tokenizer.pad_token_id, **options)
         return data
@@ -197,16 +202,25 @@ def step(folder: Path, *, loss_mode: str = "vanilla") -> tuple[dict[str, float],
         tu.assign_non_tensor(data, epochs=2, dataloader_kwargs={"shuffle": True}, compute_loss=True)
         for key, found in tu.get(worker.train_mini_batch(data), "metrics").items():
             if not key.startswith(("perf/", "mfu")) and key != "lr":
-                numbers = torch.tensor([float(x) for x in _flat(found)])
+                numbers = torch.tensor(_flat(found))
                 metrics[key if "/" in key else f"{name}/{key}"] = numbers.mean().item()
     weights = [p.detach().full_tensor() for worker in workers.values() for p in worker.engine.module.parameters()]
     return metrics, weights
 
 
-def _flat(found: object) -> list[Any]:
+class _Metric(Protocol):
+    """A metric of verl, whose values are aggregated when it is read."""
+
+    def aggregate(self) -> SupportsFloat: ...
+
+
+_Found: TypeAlias = "SupportsFloat | _Metric | list[_Found] | tuple[_Found, ...]"
+
+
+def _flat(found: _Found) -> list[float]:
     if isinstance(found, list | tuple):
         return [x for part in found for x in _flat(part)]
-    return [found.aggregate() if hasattr(found, "aggregate") else found]
+    return [float(found.aggregate() if hasattr(found, "aggregate") else found)]
 
 
 def main(argv: list[str] | None = None) -> int:

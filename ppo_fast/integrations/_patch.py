@@ -46,7 +46,7 @@ class Patch:
     def __init__(self, package: str, replacements: Mapping[str, Callable[..., object]]) -> None:
         self.package = package
         self.replacements = replacements
-        self.undone: list[tuple[dict[str, object], str, object]] = []  # a module's names, one of them, what stood there
+        self.undone: list[tuple[dict[str, object], str, object]] = []  # a module's names, one of them, its value
 
     def apply(self, *, quiet: bool = False) -> "Patch":
         """Replaces the functions, where they are defined, imported by name or registered, and prints which.

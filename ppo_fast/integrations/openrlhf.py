@@ -1,7 +1,7 @@
 """OpenRLHF: its PPO arithmetic by ppo_fast, instead of OpenRLHF's own functions.
 
 >>> import ppo_fast.integrations.openrlhf as fast  # doctest: +SKIP
->>> fast.patch()  # before the trainer is made, in every process; fast.unpatch() takes it back  # doctest: +SKIP
+>>> fast.patch()  # before the trainer is made, in every process; fast.unpatch() undoes it  # doctest: +SKIP
 
 Ray starts every worker with it under `ray job submit --runtime-env-json
 '{"worker_process_setup_hook": "ppo_fast.integrations.openrlhf.patch"}' -- python3 -m openrlhf.cli.train_ppo_ray ...`.
@@ -10,7 +10,7 @@ Tested with OpenRLHF 0.11. Nothing at a masked position, NaN included, reaches a
 counted step has loss 0 where OpenRLHF's is NaN. policy_loss_type="gspo" is computed by OpenRLHF.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,9 +20,21 @@ from ppo_fast.integrations._patch import Patch, peer
 
 TESTED = ("0.11.",)
 _NOTE = ", on a machine with a GPU"
-_loss = peer("openrlhf", "openrlhf.models.loss", TESTED, _NOTE)
-_utils = peer("openrlhf", "openrlhf.models.utils", TESTED, _NOTE)
-_maker = peer("openrlhf", "openrlhf.trainer.ppo_utils.experience_maker", TESTED, _NOTE)
+if TYPE_CHECKING:
+    from openrlhf.models import loss as _loss
+    from openrlhf.models import utils as _utils
+    from openrlhf.trainer.ppo_utils import experience_maker as _maker
+else:
+    _loss = peer("openrlhf", "openrlhf.models.loss", TESTED, _NOTE)
+    _utils = peer("openrlhf", "openrlhf.models.utils", TESTED, _NOTE)
+    _maker = peer("openrlhf", "openrlhf.trainer.ppo_utils.experience_maker", TESTED, _NOTE)
+
+
+class _Options(TypedDict, total=False):
+    """Options of our losses."""
+
+    aggregation: Literal["token-mean", "token-sum", "seq-mean-token-mean"]
+    denominator: float
 
 
 def _mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
@@ -34,7 +46,7 @@ def _mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
 
 def _aggregation(
     token_level: bool, dp_size: int, tokens: float | Tensor | None, sequences: float | Tensor | None
-) -> tuple[float | Tensor, dict[str, Any]]:
+) -> tuple[float | Tensor, _Options]:
     """A factor of the loss, and our options that mean the same. OpenRLHF's ranks average, so it multiplies by dp_size.
 
     The global counts may be below 1, divided by accumulation steps, and lie on the GPU: they stay in the factor.
@@ -48,7 +60,7 @@ def _aggregation(
     return dp_size / sequences, {"aggregation": "seq-mean-token-mean", "denominator": 1.0}
 
 
-class PolicyLoss(_loss.PolicyLoss):  # type: ignore[name-defined, misc]
+class PolicyLoss(_loss.PolicyLoss):
     """OpenRLHF's clipped policy loss with its dual clip and its corrections for the sampler's log-probabilities.
 
     Raises:
@@ -150,7 +162,7 @@ class PolicyLoss(_loss.PolicyLoss):  # type: ignore[name-defined, misc]
         return torch.where(inside, log_ratio.exp(), 0), outside
 
 
-class ValueLoss(_loss.ValueLoss):  # type: ignore[name-defined, misc]
+class ValueLoss(_loss.ValueLoss):
     """OpenRLHF's value loss, 0.5 max of both squared errors with clip_eps."""
 
     def forward(
@@ -260,7 +272,7 @@ def get_advantages_and_returns(
     return advantages.to(dtype), returns.to(dtype)
 
 
-class RemoteExperienceMaker(_maker.RemoteExperienceMaker):  # type: ignore[name-defined, misc]
+class RemoteExperienceMaker(_maker.RemoteExperienceMaker):
     """OpenRLHF's, with the function above as its method."""
 
     def get_advantages_and_returns(

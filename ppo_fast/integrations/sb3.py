@@ -9,7 +9,10 @@ buffers of sb3-contrib excluded. A time limit reaches the buffer as SB3 does it:
 the reward of the truncated step.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,18 +20,23 @@ import ppo_fast as ppo
 from ppo_fast.integrations._patch import peer
 
 TESTED = ("2.9.",)
-_buffers = peer("stable-baselines3", "stable_baselines3.common.buffers", TESTED)
+if TYPE_CHECKING:
+    from stable_baselines3.common import buffers as _buffers
+else:
+    _buffers = peer("stable-baselines3", "stable_baselines3.common.buffers", TESTED)
+
+Floats = npt.NDArray[np.float32]
 
 
 def advantages_and_returns(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    episode_starts: np.ndarray,
+    rewards: Floats,
+    values: Floats,
+    episode_starts: Floats,
     last_values: Tensor,
-    dones: np.ndarray,
+    dones: npt.NDArray[np.bool_],
     gamma: float,
     gae_lambda: float,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Floats, Floats]:
     """GAE over a buffer (Schulman et al. 2016, equation 16).
 
     Args:
@@ -56,22 +64,22 @@ def advantages_and_returns(
 class _Fast:
     """What both buffers have in common."""
 
-    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
+    rewards: Floats  # these are attributes of SB3's buffers
+    values: Floats
+    episode_starts: Floats
+    gamma: float
+    gae_lambda: float
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: npt.NDArray[np.bool_]) -> None:
         """Fills `advantages` and `returns`; SB3 calls it at the end of collect_rollouts."""
         self.advantages, self.returns = advantages_and_returns(
-            self.rewards,  # type: ignore[attr-defined]
-            self.values,  # type: ignore[attr-defined]
-            self.episode_starts,  # type: ignore[attr-defined]
-            last_values,
-            dones,
-            self.gamma,  # type: ignore[attr-defined]
-            self.gae_lambda,  # type: ignore[attr-defined]
+            self.rewards, self.values, self.episode_starts, last_values, dones, self.gamma, self.gae_lambda
         )
 
 
-class RolloutBuffer(_Fast, _buffers.RolloutBuffer):  # type: ignore[name-defined, misc]
+class RolloutBuffer(_Fast, _buffers.RolloutBuffer):
     """For `PPO(..., rollout_buffer_class=RolloutBuffer)`, and A2C."""
 
 
-class DictRolloutBuffer(_Fast, _buffers.DictRolloutBuffer):  # type: ignore[name-defined, misc]
+class DictRolloutBuffer(_Fast, _buffers.DictRolloutBuffer):
     """The same for observations that are a dict (MultiInputPolicy)."""

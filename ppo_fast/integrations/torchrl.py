@@ -2,21 +2,21 @@
 
 >>> from torchrl.objectives import ClipPPOLoss  # doctest: +SKIP
 >>> from torchrl.objectives.value import GAE  # doctest: +SKIP
->>> from ppo_fast.integrations.torchrl import GAE, ClipPPOLoss  # in their place  # doctest: +SKIP
+>>> from ppo_fast.integrations.torchrl import GAE, ClipPPOLoss  # instead  # doctest: +SKIP
 
 Both inherit from torchrl's: constructor, keys, set_keys, networks, distributions, entropy, masks and target parameters
 are its own. `GAE` computes the recursion by `ppo_fast.gae`, exactly, where torchrl's vectorised one drops terms below
 1e-7. `ClipPPOLoss` computes its objective by `ppo_fast.policy_loss`, and its critic's error by `ppo_fast.value_loss` if
-loss_critic_type is "l2"; "l1" and "smooth_l1" stay with torchrl, and so does every loss with reduction="none". What
-ppo_fast does not compute is rejected by name: a lower clip_epsilon outside of [0, 1], gamma or lmbda that are no single
-number in [0, 1], and data with steps_to_next_obs. Neither has a second derivative.
+loss_critic_type is "l2"; torchrl computes "l1" and "smooth_l1", and every loss with reduction="none". What ppo_fast
+does not compute is rejected with an error that names it: a lower clip_epsilon outside of [0, 1], gamma or lmbda that
+are no single number in [0, 1], and data with steps_to_next_obs. Neither has a second derivative.
 
 Tested with torchrl 0.14.
 """
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +26,14 @@ from ppo_fast.integrations._patch import peer
 
 TESTED = ("0.14.",)
 VALUE_KEY = "set torchrl's value_key (set_keys(value=...)) to"
-_ppo = peer("torchrl", "torchrl.objectives.ppo", TESTED)
-_estimators = peer("torchrl", "torchrl.objectives.value.advantages", TESTED)
-_utils = peer("torchrl", "torchrl.objectives.utils", TESTED)
+if TYPE_CHECKING:
+    from torchrl.objectives import ppo as _ppo
+    from torchrl.objectives import utils as _utils
+    from torchrl.objectives.value import advantages as _estimators
+else:
+    _ppo = peer("torchrl", "torchrl.objectives.ppo", TESTED)
+    _estimators = peer("torchrl", "torchrl.objectives.value.advantages", TESTED)
+    _utils = peer("torchrl", "torchrl.objectives.utils", TESTED)
 
 from tensordict import TensorDict, TensorDictBase  # noqa: E402  (after peer, which says how to install it)
 from tensordict.nn import dispatch, set_skip_existing  # noqa: E402
@@ -45,18 +50,29 @@ def _summed(td_errors: Tensor, done: Tensor, gamma: float, lam: float, *, time: 
     return (sums if time_major else sums.movedim(-1, time)).to(td_errors.dtype)
 
 
+class _Context(Protocol):
+    """The context of _Summed."""
+
+    rest: tuple[float, float, int]  # gamma, lam, time
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Summed(torch.autograd.Function):
     """`_summed` with a gradient: the same recursion forwards in time, where the end of an episode stops it."""
 
     @staticmethod
-    def forward(ctx: Any, td_errors: Tensor, done: Tensor, gamma: float, lam: float, time: int) -> Tensor:
+    def forward(ctx: _Context, td_errors: Tensor, done: Tensor, gamma: float, lam: float, time: int) -> Tensor:
         ctx.save_for_backward(done)
         ctx.rest = gamma, lam, time
         return _summed(td_errors, done, gamma, lam, time=time)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (done,) = ctx.saved_tensors
         gamma, lam, time = ctx.rest
         reversed_ends = done.roll(1, time).flip(time)  # what comes around belongs to no step before the first
@@ -64,7 +80,7 @@ class _Summed(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
+class GAE(_estimators.GAE):
     """torchrl's GAE module: it writes advantage and value_target (Schulman et al. 2016, equation 16).
 
     Args:
@@ -89,8 +105,8 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
         self,
         tensordict: TensorDictBase,
         *,
-        params: object = None,
-        target_params: object = None,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
         time_dim: int | None = None,
     ) -> TensorDictBase:
         """Writes advantage and value_target [*B, T, *F] to a tensordict [*B, T], and returns it."""
@@ -108,8 +124,8 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
     def value_estimate(
         self,
         tensordict: TensorDictBase,
-        params: object = None,
-        target_params: object = None,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
         time_dim: int | None = None,
         **_: object,
     ) -> Tensor:
@@ -117,7 +133,12 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
         return self._estimate(tensordict, params, target_params, time_dim, False)[1]
 
     def _estimate(
-        self, data: TensorDictBase, params: object, target_params: object, time_dim: int | None, auto_reset: bool
+        self,
+        data: TensorDictBase,
+        params: TensorDictBase | None,
+        target_params: TensorDictBase | None,
+        time_dim: int | None,
+        auto_reset: bool,
     ) -> tuple[Tensor, Tensor]:
         """Advantages and value targets, in the shape and dtype of the values."""
         if data.batch_dims < 1:
@@ -137,7 +158,7 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
             shapes = [tuple(x.shape) for x in (values, next_values, rewards, done, terminated)]
             raise RuntimeError(f"values, next values, reward, done and terminated must have one shape, got {shapes}")
         gamma, lam = float(self.gamma), float(self.lmbda)
-        if auto_reset:  # the observation behind a time limit is lost: the value before it stands for its value
+        if auto_reset:  # the observation after a time limit is lost: the value before it is used instead of its value
             rewards = rewards + gamma * values * data.get(("next", "truncated"))
             terminated = done
         td_errors = rewards + gamma * next_values.masked_fill(terminated, 0) - values
@@ -145,7 +166,9 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
         advantages = recursion(td_errors, done, gamma, lam, time).to(next_values.dtype)
         return advantages, advantages + values
 
-    def _values(self, data: TensorDictBase, params: Any, target_params: Any) -> tuple[Tensor, Tensor]:
+    def _values(
+        self, data: TensorDictBase, params: TensorDictBase | None, target_params: TensorDictBase | None
+    ) -> tuple[Tensor, Tensor]:
         """The values of observations and next observations, from the network or from the data."""
         if self.value_network is None:
             key = self.tensor_keys.value
@@ -173,7 +196,7 @@ class GAE(_estimators.GAE):  # type: ignore[name-defined, misc]
         return values, next_values
 
 
-class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
+class ClipPPOLoss(_ppo.ClipPPOLoss):
     """torchrl's ClipPPOLoss (Schulman et al. 2017, equation 7): the same losses, statistics and gradients.
 
     make_value_estimator makes `GAE` where torchrl makes its own.
@@ -209,7 +232,7 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         super().__init__(actor_network, critic_network, clip_epsilon=clip_epsilon, reduction=reduction, **options)
         self._known: dict[str, tuple[Tensor, int, float]] = {}
 
-    def make_value_estimator(self, value_type: object = None, **hyperparams: object) -> Any:
+    def make_value_estimator(self, value_type: object = None, **hyperparams: object) -> object:
         """As torchrl's; for ValueEstimators.GAE, the default, the estimator is ppo_fast's."""
         value_type = self.default_value_estimator if value_type is None else value_type
         gae = _utils.ValueEstimators.GAE
@@ -218,6 +241,7 @@ class ClipPPOLoss(_ppo.ClipPPOLoss):  # type: ignore[name-defined, misc]
         self.value_type = gae
         self._value_estimator = GAE.for_loss(self, **{**_utils.default_value_kwargs(gae), **hyperparams})
         self._forward_value_estimator_keys()
+        return None
 
     def _number(self, name: str) -> float:
         """A buffer as a number, read from the device only when it has changed."""

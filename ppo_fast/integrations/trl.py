@@ -1,7 +1,7 @@
 """TRL: log-probabilities and entropies of its trainers, and forward and whitening of its last PPOTrainer.
 
 >>> import ppo_fast.integrations.trl as fast  # doctest: +SKIP
->>> fast.patch()  # before or after a trainer is made; fast.unpatch() takes it back  # doctest: +SKIP
+>>> fast.patch()  # before or after a trainer is made; fast.unpatch() undoes it  # doctest: +SKIP
 
 In fp16 and bf16 the results are not TRL's bits: ppo_fast computes in fp32 and rounds the result, TRL also rounds on the
 way. With 32 000 logits TRL's error against fp64 is 2 to 8 times ours for entropy and gradients, and 1.0 to 1.1 times
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from inspect import signature
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,10 +25,13 @@ from torch import Tensor, nn
 import ppo_fast as ppo
 from ppo_fast.integrations._patch import Patch, peer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TESTED = ("1.16.", "1.12.")
 _utils = peer("trl", "trl.trainer.utils", TESTED)
 _theirs = _utils.selective_log_softmax
-_their_function: Any = _utils._ChunkedLogProbFunction
+_their_function = _utils._ChunkedLogProbFunction
 
 
 def selective_log_softmax(
@@ -153,7 +156,7 @@ class _AnswerLogits:
         self.head = head
         self.hidden = hidden  # [B, T, D]
 
-    def __getitem__(self, steps: Any) -> Tensor:
+    def __getitem__(self, steps: slice | tuple[slice, ...]) -> Tensor:
         return self.head(self.hidden[steps])
 
 
@@ -171,7 +174,7 @@ class PPOForward:
 
     def __call__(self, model: nn.Module, query_responses: Tensor, pad_token_id: int) -> object:
         """query_responses [B, T] -> what has `.logits`; of policy and critic together also values [B, T, 1]."""
-        policy: Any = getattr(model, "policy", model)
+        policy = cast("PreTrainedModel", model.policy if hasattr(model, "policy") else model)
         mask = query_responses != pad_token_id
         ids = query_responses.masked_fill(~mask, 0)  # a pad token may lie beyond the embedding
         if not self._is_plain(model, policy, ids):
@@ -186,11 +189,11 @@ class PPOForward:
         output = SimpleNamespace(logits=_AnswerLogits(policy.get_output_embeddings(), hidden))
         if model is policy:
             return output
-        both: Any = model
+        both: Any = model  # TRL's PolicyAndValueWrapper
         states = both.critic_backbone(**inputs, output_hidden_states=True).hidden_states[-1]
         return output, both.value_model.score(states)
 
-    def _is_plain(self, model: nn.Module, policy: Any, ids: Tensor) -> bool:
+    def _is_plain(self, model: nn.Module, policy: "PreTrainedModel", ids: Tensor) -> bool:
         known = model is policy or type(model) is self.wrapper
         if not known or not hasattr(policy, "get_decoder") or hasattr(policy, "peft_config"):
             return False
@@ -202,7 +205,7 @@ class PPOForward:
 
     @staticmethod
     @torch.no_grad()
-    def _agrees(policy: Any, ids: Tensor) -> bool:
+    def _agrees(policy: "PreTrainedModel", ids: Tensor) -> bool:
         head = policy.get_output_embeddings()
         if type(head) is not nn.Linear:
             return False
@@ -216,15 +219,17 @@ def _counted(row_mask: Tensor | None) -> Tensor | None:
     return None if row_mask is None else row_mask != 0
 
 
-def _replacements() -> dict[str, Callable[..., Any]]:
+def _replacements() -> dict[str, Callable[..., object]]:
     ours = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-    found: dict[str, Any] = {f"trl.trainer.utils:{f.__name__}": f for f in ours if hasattr(_utils, f.__name__)}
+    found: dict[str, Callable[..., object]] = {
+        f"trl.trainer.utils:{f.__name__}": f for f in ours if hasattr(_utils, f.__name__)
+    }
     two_results = "outputs" not in signature(_their_function.forward).parameters
     found["trl.trainer.utils:_ChunkedLogProbFunction"] = (
         ChunkedLogProbFunction112 if two_results else ChunkedLogProbFunction
     )
     if find_spec("trl.experimental.ppo") is not None:  # later ones have no PPO
-        ppo_trainer: Any = peer("trl", "trl.experimental.ppo.ppo_trainer", TESTED)
+        ppo_trainer = peer("trl", "trl.experimental.ppo.ppo_trainer", TESTED)
         found["trl.experimental.ppo.ppo_trainer:masked_whiten"] = masked_whiten
         forward = PPOForward(ppo_trainer.forward, ppo_trainer.PolicyAndValueWrapper)
         found["trl.experimental.ppo.ppo_trainer:forward"] = forward

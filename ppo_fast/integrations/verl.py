@@ -1,20 +1,21 @@
 """verl: its PPO arithmetic by ppo_fast, instead of verl's own functions, or as a plug-in by name.
 
-verl imports the modules that VERL_USE_EXTERNAL_MODULES names in every process (hand the variable on to Ray's workers,
+verl imports the modules that VERL_USE_EXTERNAL_MODULES names in every process (pass the variable to Ray's workers,
 in runtime_env.env_vars):
 
-    VERL_USE_EXTERNAL_MODULES=ppo_fast.integrations.verl_everywhere   all functions below take the place of verl's
+    VERL_USE_EXTERNAL_MODULES=ppo_fast.integrations.verl_everywhere   all functions below replace verl's
     VERL_USE_EXTERNAL_MODULES=ppo_fast.integrations.verl              only registers names, for
         actor_rollout_ref.actor.policy_loss.loss_mode=ppo_fast
 
-Importing this module registers the policy loss "ppo_fast" and the advantage estimator "gae_ppo_fast". verl 0.9 hands
+Importing this module registers the policy loss "ppo_fast" and the advantage estimator "gae_ppo_fast". verl 0.9 passes
 values to its own estimator "gae" only: for GAE keep algorithm.adv_estimator=gae and use the first line, or `patch()`.
 
 Tested with verl 0.9. Where verl leaves numbers at masked positions, which it masks later, these return 0, and no
 value at a masked position, NaN included, reaches a result.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,44 @@ from ppo_fast.integrations._patch import Patch, peer
 TESTED = ("0.9.",)
 _core = peer("verl", "verl.trainer.ppo.core_algos", TESTED)
 _functional = peer("verl", "verl.utils.torch_functional", TESTED)
+_Mode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+_MODES: dict[str, _Mode] = {mode: mode for mode in get_args(_Mode)}
+
+
+class _BatchInfo(TypedDict, total=False):
+    """Sizes of the batch over all ranks."""
+
+    dp_size: int
+    batch_num_tokens: float | Tensor | None
+    global_batch_size: float | Tensor | None
+    loss_scale_factor: float | None
+
+
+class _ActorConfig(Protocol):
+    """The options of verl's ActorConfig that the policy loss reads."""
+
+    clip_ratio: float
+    clip_ratio_low: float | None
+    clip_ratio_high: float | None
+    global_batch_info: _BatchInfo
+
+    def get(self, key: str, default: float) -> float | None: ...
+
+
+class _Options(TypedDict, total=False):
+    """Options of our losses."""
+
+    aggregation: _Mode
+    denominator: float
+    norm_length: float
+
+
+def _discount(name: str, given: float | Tensor | None, config: Mapping[str, float] | None) -> float | Tensor:
+    if given is not None:
+        return given
+    if config is None:
+        raise ValueError(f"compute_gae_advantage_return needs {name}, or verl's algorithm config")
+    return config[name]
 
 
 def compute_gae_advantage_return(
@@ -34,27 +73,27 @@ def compute_gae_advantage_return(
     gamma: float | Tensor | None = None,
     lam: float | Tensor | None = None,
     *,
-    config: Any = None,
+    config: Mapping[str, float] | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages, and returns, [B, T] each; steps that the mask leaves out are skipped.
 
     Args:
         token_level_rewards, values, response_mask: [B, T].
-        gamma, lam: discount per token, and lambda of GAE; config's, if they are not given. What verl hands to every
-            estimator besides is not needed.
+        gamma, lam: discount per token, and lambda of GAE; config's, if they are not given. Other arguments that
+            verl passes to every estimator are not needed.
 
     Raises:
-        ValueError: fewer than two steps count, as in verl; or there are no values or no mask.
+        ValueError: fewer than two steps count, as in verl; or there are no values, no mask, or no gamma or lam.
     """
     if values is None or response_mask is None:
         raise ValueError(
             "verl hands values to its own estimator only: set algorithm.adv_estimator=gae, and have it computed here by"
             " ppo_fast.integrations.verl.patch() or VERL_USE_EXTERNAL_MODULES=ppo_fast.integrations.verl_everywhere"
         )
-    gamma, lam = (config[name] if x is None else x for name, x in (("gamma", gamma), ("lam", lam)))
+    gamma, lam = _discount("gamma", gamma, config), _discount("lam", lam, config)
     with torch.no_grad():
-        advantages, returns = ppo.gae(token_level_rewards, values, gamma=gamma, lam=lam, mask=response_mask)  # type: ignore[arg-type]
+        advantages, returns = ppo.gae(token_level_rewards, values, gamma=gamma, lam=lam, mask=response_mask)
         return masked_whiten(advantages, response_mask), returns
 
 
@@ -76,7 +115,7 @@ def compute_policy_loss_vanilla(
     advantages: Tensor,
     response_mask: Tensor,
     loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    config: _ActorConfig | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """verl's clipped policy loss with its dual clip, and its three metrics.
@@ -169,14 +208,14 @@ def _aggregation(
     mode: str,
     mask: Tensor,
     dp_size: int = 1,
-    batch_num_tokens: Any = None,
-    global_batch_size: Any = None,
-    loss_scale_factor: Any = None,
-) -> tuple[float, dict[str, Any]]:
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+    loss_scale_factor: float | None = None,
+) -> tuple[float, _Options]:
     """A factor of the loss, and our options that mean the same. verl's ranks average, so it multiplies by dp_size."""
-    if mode not in ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
+    if mode not in _MODES:
         raise ValueError(f"Invalid loss_agg_mode: {mode}")
-    options: dict[str, Any] = {"aggregation": mode}
+    options: _Options = {"aggregation": _MODES[mode]}
     if mode == "token-sum":
         return float(dp_size), options
     name, count = (

@@ -192,10 +192,9 @@ def generate(
         greedy: take the likeliest token instead of a sample.
         ends: other end tokens than the actor's.
     """
-    P = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    input_ids = upload(torch.tensor([[pad] * (P - len(ids)) + ids for ids in prompts]), actor.device)
-    attention_mask = upload(torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts]), actor.device)
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_attention_mask=True, return_tensors="pt")
+    input_ids, attention_mask = (upload(padded[name], actor.device) for name in ("input_ids", "attention_mask"))
+    P, pad = input_ids.shape[1], tokenizer.pad_token_id
     ends = end_tokens(tokenizer, actor) if ends is None else ends
     stops = StopTexts(CompletionText(tokenizer, prompts), params.stop)
     criteria = [_Stop(stops, set(ends), len(prompts))] if params.stop else []

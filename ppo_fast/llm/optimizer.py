@@ -1,4 +1,7 @@
-"""AdamW for actor and critic: the learning rate of each PPO step, clipping, and states that checkpoints hold."""
+"""AdamW for actor and critic: the learning rate of each PPO step, clipping, and states that checkpoints hold.
+
+The learning rate is a function of the PPO step, so there is no scheduler whose state a checkpoint would have to hold.
+"""
 
 import math
 from collections.abc import Mapping

@@ -9,13 +9,12 @@ is composed after it has failed.
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from ppo_fast.kernels.common import memory
 from ppo_fast.kernels.common.memory import jit_tracer, readable, transforms_active
@@ -47,7 +46,7 @@ OPTIONS = frozenset(
 )
 
 
-def constants(operation: str, options: dict[str, Any]) -> None:
+def constants(operation: str, options: Mapping[str, object]) -> None:
     """Raises TypeError for an option that requires a gradient, which it would not get."""
     for name, x in options.items():
         if isinstance(x, Tensor) and name in OPTIONS and x.requires_grad and torch.is_grad_enabled():
@@ -57,7 +56,7 @@ def constants(operation: str, options: dict[str, Any]) -> None:
             )
 
 
-def compiled(operation: str, options: dict[str, Any]) -> None:
+def compiled(operation: str, options: Mapping[str, object]) -> None:
     """Checks what `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
 
     Raises:
@@ -69,28 +68,25 @@ def compiled(operation: str, options: dict[str, Any]) -> None:
     constants(operation, options)
 
 
-def ordinary(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+def ordinary(args: tuple[object, ...], options: Mapping[str, object]) -> bool:
     """Returns whether no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
     if transforms_active() or forward_ad._current_level >= 0 or jit_tracer() is not None:
         return False
     for x in args:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if x.is_neg() or x._is_zerotensor():
-                return False
-        elif x is not None and isinstance(x, Tensor):
+        if isinstance(x, Tensor) and (type(x) not in memory.PLAIN_TYPES or x.is_neg() or x._is_zerotensor()):
             return False
     for name, x in options.items():
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if x.is_neg() or x._is_zerotensor() or (name in OPTIONS and x.requires_grad):
+        if isinstance(x, Tensor):
+            if type(x) not in memory.PLAIN_TYPES or x.is_neg() or x._is_zerotensor():
                 return False
-        elif isinstance(x, Tensor):
-            return False
+            if name in OPTIONS and x.requires_grad:
+                return False
     return True
 
 
-def resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
+def resolved(
+    operation: Callable[..., object], args: tuple[object, ...], options: Mapping[str, object]
+) -> inspect.BoundArguments:
     """Returns the arguments with every tensor made plain where that is possible.
 
     After a graph break torch.compile would trace this function separately, without the tangents.
@@ -103,7 +99,9 @@ def resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict
     return resolve(operation, args, options)
 
 
-def _resolved(operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> inspect.BoundArguments:
+def _resolved(
+    operation: Callable[..., object], args: tuple[object, ...], options: Mapping[str, object]
+) -> inspect.BoundArguments:
     bound, name = inspect.signature(operation).bind(*args, **options), operation.__name__
     if jit_tracer() is not None:
         raise NotImplementedError(

@@ -24,4 +24,4 @@ def test_lines_of_several_processes_stay_whole_without_buffers(tmp_path):
 
 def test_a_closed_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", None)
-    print_error("nobody reads this")
+    print_error("a line without a reader")

@@ -310,6 +310,9 @@ def test_a_word_with_a_bias_of_minus_inf_has_no_probability(kernels, device):
         x = make(6, V=40, device=device)
         x["bias"][7] = x["bias"][39] = -INF
         x["tokens"] = torch.where((x["tokens"] == 7) | (x["tokens"] == 39), 0, x["tokens"])
+        # of these tokens and options: a ratio of 80 would multiply the last bit of one log-probability by 80
+        x["old_logprobs"] = reference.linear_logprobs(x["hidden"], x["weight"], x["tokens"], bias=x["bias"], **options)
+        x["old_logprobs"] += 0.3 * x["weights"]
         check_ppo(kernels, {n: x[n] for n in (*BASIC, "bias")}, entropy_coef=0.1, **options)
 
 

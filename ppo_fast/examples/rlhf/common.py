@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ppo_fast.common.device import pick_device
 from ppo_fast.examples.rlhf.judge import NGrams, repetition
@@ -13,6 +14,8 @@ from ppo_fast.examples.rlhf.text import Stretch, stretches
 from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
 from ppo_fast.llm.models.weights import no_loading_bars
 from ppo_fast.rewards import Fluency
+
+Reward = Callable[..., list[float]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,16 @@ class Settings:
     batch: int = 96  # answers of a PPO step
 
 
-def load_supervised(out: Path) -> tuple[Any, Any]:
+def load_supervised(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model and tokenizer of phase 1."""
     folder = out / "supervised"
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder))  # as text.make_tokenizer makes it
+    return AutoModelForCausalLM.from_pretrained(folder), tokenizer
 
 
-def held_out_stretches(tokenizer: Any, parts: dict[str, list[str]], settings: Settings) -> list[Stretch]:
+def held_out_stretches(
+    tokenizer: PreTrainedTokenizerFast, parts: dict[str, list[str]], settings: Settings
+) -> list[Stretch]:
     """The prompts of every evaluation, and what really follows them."""
     return stretches(tokenizer, parts["held_out"], settings.eval_prompts, settings.seed + 6)
 
@@ -63,7 +69,7 @@ def coherence(prompts: list[str], completions: list[str], completion_ids: list[l
     return found
 
 
-def n_gram_judge(tokenizer: Any, passages: list[str]) -> Callable[..., list[float]]:
+def n_gram_judge(tokenizer: PreTrainedTokenizerFast, passages: list[str]) -> Reward:
     """A reward: mean log-likelihood under an n-gram model of unseen text, in nats per token."""
     grams = NGrams(tokenizer(passages)["input_ids"], len(tokenizer))
 
@@ -74,14 +80,16 @@ def n_gram_judge(tokenizer: Any, passages: list[str]) -> Callable[..., list[floa
     return judge
 
 
-def rewards_of(out: Path, parts: dict[str, list[str]], settings: Settings) -> tuple[dict[str, Any], dict[str, float]]:
+def rewards_of(
+    out: Path, parts: dict[str, list[str]], settings: Settings
+) -> tuple[dict[str, Reward], dict[str, float]]:
     """All rewards by name, and their weights. The judge's weight is 0: it is only recorded."""
     device = pick_device(settings.device)
     with no_loading_bars():
         classifier, its_tokenizer = load_reward_model(out / "reward_model")
         reference, tokenizer = load_supervised(out)
-    reference = reference.to(device)
-    rewards = {
+    reference = nn.Module.to(reference, device)
+    rewards: dict[str, Reward] = {
         "reward_model": RewardModel(classifier, its_tokenizer, device=device),
         "coherence": coherence,
         "fluency": Fluency(reference, tokenizer, same_tokens=True, batch_size=128),

@@ -44,7 +44,7 @@ from ppo_fast.rewards import Fluency
 from ppo_fast.rewards.overlap import package
 
 
-def run(settings: Settings, console: Console) -> dict[str, object]:
+def run(settings: Settings, console: Console) -> report.Report:
     """Runs all phases and returns the contents of DIR/report.json."""
     begun = time.perf_counter()
 
@@ -131,7 +131,7 @@ def supervised(folder: Path, parts: dict[str, list[str]], settings: Settings, co
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
+    model = nn.Module.to(LlamaForCausalLM(config), device)
     stream = _stream(tokenizer, parts["supervised"]).to(device)
     steps, rows, width = settings.supervised_steps, 16, 96
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
@@ -194,7 +194,7 @@ def reward_model(
     """
     set_seed(settings.seed + 1)
     actor, tokenizer = load_supervised(out)
-    actor = actor.to(pick_device(settings.device))  # type: ignore[arg-type]
+    actor = nn.Module.to(actor, pick_device(settings.device))
     if given is None:
         say(console, "phase 2: pairs of a better and a worse text")
         training = make_pairs(actor, tokenizer, parts["preferences"], settings.pair_count, settings, console)
@@ -340,7 +340,7 @@ def ppo(
         actor,
         tokenizer,
         rows,
-        rewards,
+        {**rewards},
         reward_weights=weights,
         critic=critic,
         reference=reference,

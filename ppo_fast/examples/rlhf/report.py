@@ -3,19 +3,20 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ppo_fast.common.device import pick_device
 from ppo_fast.common.jsonl import read_rows
 from ppo_fast.common.plots import draw_learning_curves
 from ppo_fast.common.text import markdown_table, shortened
-from ppo_fast.examples.rlhf.common import Settings, held_out_stretches, load_supervised, rewards_of
+from ppo_fast.examples.rlhf.common import Reward, Settings, held_out_stretches, load_supervised, rewards_of
 from ppo_fast.examples.rlhf.judge import repetition
 from ppo_fast.examples.rlhf.text import ANSWER_TOKENS
 from ppo_fast.llm.generate import generate
@@ -39,42 +40,62 @@ SHOWN = {
 }
 SAMPLES = 6
 BLEU_ANSWERS = 64
+Row = dict[str, float | None]  # of metrics.jsonl
 
 
-def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> dict[str, object]:
+class Report(TypedDict):
+    """The contents of report.json; the numbers of models and texts are those of SHOWN."""
+
+    supervised: dict[str, float]
+    reward_model: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float]
+    real: dict[str, float]
+    samples: list[dict[str, str]]
+    seconds: NotRequired[dict[str, float]]  # of each phase
+    sweep: NotRequired[dict[str, Row]]  # weight of the KL penalty -> its last evaluation
+
+
+def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> Report:
     """Evaluates answers of the supervised model, of the trained one, and of the text itself in the same way."""
     rewards, _ = rewards_of(out, parts, settings)
     device = pick_device(settings.device)
     with no_loading_bars():
         before, tokenizer = load_supervised(out)
-        after: Any = AutoModelForCausalLM.from_pretrained(out / "ppo" / "model")
+        after: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out / "ppo" / "model")
     places = held_out_stretches(tokenizer, parts, settings)
     prompts = [place.prompt for place in places]
-    found: dict[str, Any] = {
-        name: json.loads((out / name / "result.json").read_text(encoding="utf-8"))
-        for name in ("supervised", "reward_model")
-    }
-    texts = {}
-    for name, model in (("before", before.to(device)), ("after", after.to(device))):
+    supervised, reward_model = (
+        json.loads((out / name / "result.json").read_text(encoding="utf-8")) for name in ("supervised", "reward_model")
+    )
+    numbers, texts = {}, {}
+    for name, model in (("before", nn.Module.to(before, device)), ("after", nn.Module.to(after, device))):
         torch.manual_seed(settings.seed + 7)
         ids = tokenizer(prompts)["input_ids"]
         answers = generate(model.eval(), tokenizer, ids, SamplingParams(max_new_tokens=ANSWER_TOKENS))
         texts[name] = tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
-        found[name] = judged(prompts, texts[name], answers.ids, rewards)
+        numbers[name] = evaluate(prompts, texts[name], answers.ids, rewards)
         own = Fluency(model, tokenizer, same_tokens=True)(prompts, texts[name], answers.ids)
         first = Fluency(before, tokenizer, same_tokens=True)(prompts, texts[name], answers.ids)
         lengths = list(map(len, answers.ids))
-        found[name]["kl"] = statistics.mean((a - b) * n for a, b, n in zip(own, first, lengths, strict=True))
+        numbers[name]["kl"] = statistics.mean((a - b) * n for a, b, n in zip(own, first, lengths, strict=True))
     real = [place.follows for place in places]
-    found["real"] = judged(prompts, real, tokenizer(real)["input_ids"], rewards)
-    found["samples"] = [
-        {"prompt": p, "before": b, "after": a}
-        for p, b, a in list(zip(prompts, texts["before"], texts["after"], strict=True))[:SAMPLES]
-    ]
-    return found
+    return {
+        "supervised": supervised,
+        "reward_model": reward_model,
+        "before": numbers["before"],
+        "after": numbers["after"],
+        "real": evaluate(prompts, real, tokenizer(real)["input_ids"], rewards),
+        "samples": [
+            {"prompt": p, "before": b, "after": a}
+            for p, b, a in list(zip(prompts, texts["before"], texts["after"], strict=True))[:SAMPLES]
+        ],
+    }
 
 
-def judged(prompts: list[str], texts: list[str], ids: list[list[int]], rewards: dict[str, Any]) -> dict[str, float]:
+def evaluate(
+    prompts: list[str], texts: list[str], ids: list[list[int]], rewards: dict[str, Reward]
+) -> dict[str, float]:
     """All numbers of the table except KL."""
     scores = rewards["reward_model"](prompts, texts)
     others = {name: rewards[name](prompts, texts, ids) for name in ("judge", "coherence", "fluency")}
@@ -98,7 +119,7 @@ def self_bleu(texts: list[str]) -> float:
     return statistics.mean(scores) if scores else 0.0
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(found: Report, console: Console) -> None:
     """The table, and some answers side by side."""
     table = Table("held-out prompts", "real text", "before PPO", "after PPO")
     for column in table.columns[1:]:
@@ -112,14 +133,15 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(samples)
 
 
-def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(found: Report) -> list[tuple[str, ...]]:
+    columns = found["real"], found["before"], found["after"]
     return [
-        (label, *(f"{found[who][name]:z.3f}" if name in found[who] else "-" for who in ("real", "before", "after")))
+        (label, *(f"{numbers[name]:z.3f}" if name in numbers else "-" for numbers in columns))
         for name, label in SHOWN.items()
     ]
 
 
-def write(out: Path, found: dict[str, Any], settings: Settings) -> None:
+def write(out: Path, found: Report, settings: Settings) -> None:
     """report.json, report.md, learning_curves.png, reward_against_kl.png and, after a sweep, sweep.png."""
     history = read_rows(out / "ppo" / "metrics.jsonl")
     draw_learning_curves(history, out / "learning_curves.png", "PPO against the reward model")
@@ -135,11 +157,11 @@ def write(out: Path, found: dict[str, Any], settings: Settings) -> None:
     (out / "report.md").write_text(_page(found), encoding="utf-8")
 
 
-def _last_evaluation(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _last_evaluation(rows: list[Row]) -> Row:
     return [{k: v for k, v in row.items() if k.startswith("eval/")} for row in rows if "eval/score" in row][-1]
 
 
-def _page(found: dict[str, Any]) -> str:
+def _page(found: Report) -> str:
     table = markdown_table(("held-out prompts", "real text", "before PPO", "after PPO"), _rows(found))
     ranks = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found["reward_model"].items())
     parts = [
@@ -160,7 +182,7 @@ def _page(found: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_against_kl(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_against_kl(runs: dict[str, list[Row]], path: Path) -> None:
     """Reward model and judge over KL, one line for each run, a point for each evaluation (Gao et al. 2022)."""
     from matplotlib.figure import Figure
 
