@@ -15,7 +15,7 @@ from transformers import (
 from ppo_fast.common.device import upload
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import columns, prompt_ids
+from ppo_fast.llm.data import columns, prompt_ids, prompts_of
 from ppo_fast.llm.decoding import CompletionText
 from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.head import LanguageModel, text_config
@@ -172,7 +172,7 @@ def drop_long_prompts(
     if positions is not None:
         limits.append(positions - config.max_new_tokens)
     limit = min((x for x in limits if x is not None), default=None)
-    lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, prompts_of(rows))]
     for row, length in zip(rows, lengths, strict=True):
         if length == 0:
             raise UserError(f"the tokenizer turns the prompt {row['prompt']!r} into no token at all")

@@ -15,7 +15,7 @@ from ppo_fast.common.lock import absolute
 from ppo_fast.common.threads import set_threads
 from ppo_fast.llm.checks import notes_on_rewards
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import prompt_ids, with_all_fields
+from ppo_fast.llm.data import prompt_ids, prompts_of, with_all_fields
 from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.hashes import rows_hash, tokenizer_hash
 from ppo_fast.llm.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
@@ -147,7 +147,7 @@ def check_memory(
     config = config if models.reference is None else dataclasses.replace(config, kl_coef=0.0)
     if is_adapted(actor):
         config = with_adapters_of(actor, config)
-    longest = max(map(len, prompt_ids(tokenizer, [row["prompt"] for row in rows])))
+    longest = max(map(len, prompt_ids(tokenizer, prompts_of(rows))))
     try:
         check_fits(
             unwrap_peft(actor).config,
@@ -175,7 +175,7 @@ def reach_of(
     given = [x for x in (models.actor, models.reference, models.critic_backbone()) if x is not None]
     if not any(named_lengths(model, sys.maxsize) for model in given):
         return Reach()
-    prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows + eval_rows()])
+    prompts = prompt_ids(tokenizer, prompts_of(rows + eval_rows()))
     longest = max(map(len, prompts)) + config.max_new_tokens
     sequences = config.prompts_per_step * config.samples_per_prompt
     # sampling and old log-probabilities are one pass each, an update is three

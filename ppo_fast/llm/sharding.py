@@ -11,7 +11,7 @@ optimizer that has not stepped a step count of 1 (bench/results/cpu-2core/state_
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
-def _without_buffers() -> dict[str, Any]:
+def _without_buffers() -> dict[str, bool]:
     """The argument of DDP for a forward that sends no buffers; torch 2.13 has renamed it."""
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
@@ -49,7 +49,8 @@ def wrap(policy: nn.Module, distributed: Distributed, *, dtype: str, unused_para
         unused_parameters: whether a backward may leave trained parameters without a gradient.
     """
     if distributed.strategy == "ddp":
-        distributed.wrapped = DistributedDataParallel(
+        make: Callable[..., DistributedDataParallel] = DistributedDataParallel  # its arguments depend on the version
+        distributed.wrapped = make(
             policy,
             find_unused_parameters=unused_parameters,
             gradient_as_bucket_view=True,  # else the buckets are a second copy of all gradients
@@ -91,7 +92,7 @@ def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) 
     if distributed.strategy != "fsdp" or distributed.size == 1:
         return load(True)
     loaded: tuple[M, T] | None = None
-    found: Any = None
+    found: list[TensorLayout] | Exception | None = None
     try:
         loaded = load(distributed.is_main)
         found = parameter_layout(loaded[0])
@@ -122,16 +123,16 @@ def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
     whole = {name: p.detach() for name, p in model.named_parameters()} if sent and distributed.is_main else {}
     mesh = init_device_mesh(distributed.device.type, (distributed.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    how: dict[str, Any] = {"mp_policy": half} if dtype == "bfloat16" else {}
+    precision = half if dtype == "bfloat16" else MixedPrecisionPolicy()
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh, **how)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh)  # embeddings, norms and heads stay in fp32, as with DDP
     if sent:
         _send(model, distributed, whole)
 
 
 def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
-    """Refuses models that differ between processes, which would wait for each other or exchange wrong weights."""
+    """Rejects models that differ between processes, which would wait for each other or exchange wrong weights."""
     layouts = distributed.all_gather_object(parameter_layout(model))
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[0]:

@@ -23,7 +23,7 @@ from ppo_fast.common.threads import threads_note
 from ppo_fast.llm import setup
 from ppo_fast.llm.checks import notes_on_options, notes_on_sampling, notes_on_unreached, reward_models_of
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
+from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, prompts_of, tokenizer_notes, with_all_fields
 from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
 from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
@@ -125,7 +125,7 @@ class PPOTrainer:
     # Setup
 
     def _note_options(self, rows: setup.Rows, *, evaluated: bool) -> None:
-        self.notes += tokenizer_notes(self.tokenizer, [row["prompt"] for row in rows])
+        self.notes += tokenizer_notes(self.tokenizer, prompts_of(rows))
         if self.config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(self.config, evaluated=evaluated) + notes_on_options(self.config)
@@ -312,7 +312,7 @@ class PPOTrainer:
     def _warm_up(self) -> None:
         """Compiles, before the first step on a GPU, the kernels of learning on one short sequence."""
         self.is_warm = True
-        (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
+        (prompt,) = prompt_ids(self.tokenizer, prompts_of(self.prompts.rows[:1]))
         completion = [self.tokenizer.pad_token_id] * min(2, self.config.max_new_tokens)
         tokens = torch.tensor([prompt + completion])
         self.learner.warm_up(Rollout.from_lengths(tokens, [len(prompt)], [len(completion)], device=self.device))
