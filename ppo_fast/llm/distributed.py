@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -119,17 +119,16 @@ class Distributed:
         """Calls the function in the main process; all processes return its result, or raise its UserError."""
         if self.size == 1:
             return function()
-        returned: list[T] = []
-        raised: list[UserError] = []
+        found: T | UserError | None = None
         if self.is_main:
             try:
-                returned = [function()]
+                found = function()
             except UserError as error:
-                raised = [error]
-        returned, raised = self.all_gather_object((returned, raised))[0]
-        for reason in raised:
-            raise reason
-        return returned[0]
+                found = error
+        answer = self.all_gather_object(found)[0]
+        if isinstance(answer, UserError):
+            raise answer
+        return cast(T, answer)  # None only if the function returned it
 
     def run_with_weights(self, function: Callable[[], T], *, of: nn.Module) -> T:
         """Calls a function that needs the weights of a model; collective under FSDP2.
