@@ -5,14 +5,13 @@
 
 Of each run: environment steps per second of the training, by the clock and per second of the processor, which other
 users of the machine disturb less (evaluation and set-up are not in it); the mean return of the last 100 training
-episodes; after how many steps that mean first was at least `solved` (with 100 episodes behind it);
-and the mean return of 100 evaluation episodes with the likeliest actions, from the same first states for all. Then the
-update alone: one rollout is collected by SB3's policy, and both learn from that very rollout with the same weights,
-epochs and minibatches.
+episodes; after how many steps that mean first was at least `solved` (after at least 100 episodes); and the mean return
+of 100 evaluation episodes with the most likely actions, from the same first states for all. Then the update alone: one
+rollout is collected by SB3's policy, and both learn from this rollout with the same weights, epochs and minibatches.
 
-With --own, ours alone runs with settings of our own, OWN, chosen on other seeds than those reported. The zoo's for
-CartPole reach 475 within 70 000 steps on about two seeds of three, with either program: a mean over 100 episodes of 500
-steps needs nearly perfect play from step 20 000 on. OWN's do it on every seed tried (chosen from 9 on seeds 300 to
+With --own, only ours runs, with its own settings OWN, which were chosen on other seeds than those reported. The zoo's
+for CartPole reach 475 within 70 000 steps on about two seeds of three, with either program: a mean over 100 episodes of
+500 steps needs nearly perfect play from step 20 000 on. OWN's do it on every seed tried (chosen from 9 on seeds 300 to
 311). Those for Pendulum (from 16, seeds 100 to 103) and LunarLander (from 12, seed 100) are there because normalised
 rewards gain so much.
 
@@ -40,7 +39,7 @@ import json_lines
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from a checkout that is not installed
 
 from ppo_fast.classic import ClassicConfig, ClassicTrainer
 from ppo_fast.classic.ppo import Batch
@@ -120,7 +119,7 @@ class Watch:
 
 
 class ProcessorClock:
-    """Adds up the processor seconds of a method's calls."""
+    """Sums the processor seconds of a method's calls."""
 
     seconds = 0.0
 
@@ -163,7 +162,7 @@ def evaluate(env: str, act: Callable[[np.ndarray], np.ndarray]) -> list[float]:
     """Returns of episodes from first states that are the same for both; act: observations [1, ...] to actions."""
     one, returns = gymnasium.make(env), []
     for seed in range(EVALUATION_EPISODES):
-        observation, _ = one.reset(seed=1_000_000 + seed)  # no environment of a training begins there
+        observation, _ = one.reset(seed=1_000_000 + seed)  # no training environment starts from these seeds
         total, over = 0.0, False
         while not over:
             observation, reward, terminated, truncated, _ = one.step(act(observation[None])[0])
@@ -211,7 +210,7 @@ def sb3_model(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> Any:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    # its default, rgb_array, lets Box2D fly particles that are not shown: three quarters of LunarLander's time
+    # with its default, rgb_array, Box2D simulates particles that are not shown: three quarters of LunarLander's time
     envs = make_vec_env(env, n_envs=zoo["envs"], seed=seed, env_kwargs={"render_mode": None})
     if zoo.get("norm"):
         envs = VecNormalize(envs, gamma=zoo["gamma"])
@@ -263,7 +262,7 @@ def run_sb3(env: str, seed: int, zoo: dict[str, Any], *, sde: bool) -> dict[str,
 
 
 def copy_weights(policy: Any, trainer: ClassicTrainer) -> None:
-    """SB3's weights into our network."""
+    """Copy SB3's weights into our network."""
     network, extractor = trainer.network, policy.mlp_extractor
     pairs = [
         (network.policy_trunk, extractor.policy_net),
@@ -282,7 +281,7 @@ def copy_weights(policy: Any, trainer: ClassicTrainer) -> None:
 
 
 def filled(model: Any) -> Any:
-    """SB3's buffer with one rollout of its policy in it."""
+    """Fill SB3's buffer with one rollout of its policy."""
     from stable_baselines3.common.callbacks import CallbackList
 
     model._setup_learn(model.n_steps * model.n_envs)
@@ -319,7 +318,7 @@ def update_alone(env: str, zoo: dict[str, Any], repeats: int) -> dict[str, Any]:
             watch = Watch()
             run()
             out[who].append(1e3 * watch.read()[1])
-        if len(out["ours"]) == 1 and trainer.config.minibatches == 1:  # several would come in two random orders
+        if len(out["ours"]) == 1 and trainer.config.minibatches == 1:  # several would be in two random orders
             with torch.no_grad():
                 theirs = model.policy.predict_values(batch.observations)[:, 0]
                 difference = (trainer.network.value(batch.observations) - theirs).abs().max().item()
@@ -335,7 +334,7 @@ def commit() -> str:
 
 
 def with_other_seeds(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """The new record with the old one's runs of other seeds, if nothing but the seeds was different."""
+    """Add the runs of other seeds from the old record to the new one, if all settings are equal."""
     same = ("commit", "machine", "versions", "hyperparameters", "own")
     if any(new[name] != old.get(name) for name in same):
         return new

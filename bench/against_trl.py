@@ -1,4 +1,4 @@
-"""Our trainer beside TRL 1.12's PPOTrainer, the last release that had one: seconds of each part, and the reward.
+"""Our trainer compared with TRL 1.12's PPOTrainer, its last release with one: seconds of each part, and the reward.
 
     python -m venv .venv-trl && . .venv-trl/bin/activate
     pip install -c constraints.txt "trl==1.12.0" -e ".[train]"
@@ -6,13 +6,13 @@
 
 Both train the same tiny Llama (4 layers, width 128, 4096 tokens, random weights) in one process, one after the other,
 on the same task: 64 prompts of 32 tokens a step, answers of up to 64 tokens that end where the model samples its end
-token; the reward is the share of even tokens in the answer, less 1/64 for each token that its length is off 32, so
-that answers stay ragged. 4 epochs of 4 minibatches, and the same learning rates, clips, discount and KL penalty. TRL
-wants the reward as a module that looks like a classifier.
+token; the reward is the share of even tokens in the answer, less 1/64 for each token by which its length differs from
+32, so that answers stay ragged. 4 epochs of 4 minibatches, and the same learning rates, clips, discount and KL penalty.
+TRL needs the reward as a module with the interface of a classifier.
 
-TRL samples all 64 tokens of each answer and keeps every logit of the sampling; learning is what happens between its
-first permutation of a step and its log, and for ours what the trainer calls learn. Peak memory is the process's peak
-resident size beyond that before the trainer was made, in a process of its own for each.
+TRL samples all 64 tokens of each answer and keeps every logit of the sampling. Learning is measured from its first
+permutation of a step to its log, and for ours as the phase that the trainer calls learn. Peak memory is the process's
+peak resident size beyond that before the trainer was made, in a process of its own for each.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from json_lines import check_own
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from a checkout that is not installed
 
 V, PROMPT, ANSWER, BATCH, EPOCHS, MINIBATCHES, LR = 4096, 32, 64, 64, 4, 4, 3e-4
 PAD, END = V - 1, V - 2
@@ -89,7 +89,7 @@ class _States(nn.Module):
 
 
 class EvenReward(nn.Module):
-    """The reward in the form that TRL asks for: a backbone and a score on its last hidden states."""
+    """The reward in the form that TRL needs: a backbone and a score on its last hidden states."""
 
     base_model_prefix = "backbone"
 
@@ -228,7 +228,7 @@ def peak_mib() -> float:
 
 
 def alone(who: str, seed: int, steps: int) -> dict[str, Any]:
-    """One run in a process of its own, so that its peak memory is its own."""
+    """Run in a separate process, so that the peak memory is that of this run."""
     command = [sys.executable, __file__, "--only", who, "--first-seed", str(seed), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,9 +1,9 @@
-"""Records a run of the arithmetic example: the README's first command and its table.
+"""Record a run of the arithmetic example: the README's first command and its table.
 
 python bench/arithmetic.py    # seed-0.jsonl and seed-0.png in bench/results/cpu-2core/arithmetic
 
-The record holds the command, its seed, figures and seconds, the machine, its threads, and its load (the mean number of
-processes that wanted to run in the minute before). Nothing else should run meanwhile: the load should be about 0.
+The record has the command, its seed, figures and seconds, the machine, its threads, and its load (the mean number of
+runnable processes in the minute before). Nothing else should run at the same time: the load should be about 0.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OUT = Path(__file__).parent / "results" / "cpu-2core" / "arithmetic"
 
 
 def command(seed: int) -> str:
-    """What a user types for this seed."""
+    """The command line of a user for this seed."""
     return "python -m ppo_fast.examples.arithmetic" + f" --seed {seed}" * (seed != arithmetic.SEED)
 
 

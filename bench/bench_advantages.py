@@ -1,9 +1,9 @@
-"""shape_rewards, masked_whiten and rlhf_advantages beside plain PyTorch, torch.compile, verl and OpenRLHF.
+"""shape_rewards, masked_whiten and rlhf_advantages compared with plain PyTorch, torch.compile, verl and OpenRLHF.
 
 rlhf_advantages is everything between scores and whitened advantages: KL penalty, score at the last token, GAE,
-whitening. "ppo_fast in three calls" is our own shape_rewards, gae and masked_whiten one after the other: what their
-fusion gains. verl whitens inside its GAE. OpenRLHF whitens a replay buffer, elsewhere; its function for one row at a
-time is included, so only its returns are compared.
+whitening. "ppo_fast in three calls" is our own shape_rewards, gae and masked_whiten one after the other, which shows
+the gain of their fusion. verl whitens inside its GAE. OpenRLHF whitens a replay buffer, elsewhere; its function for one
+row at a time is included, so only its returns are compared.
 
 Bytes by design, per token: rewards read two log-probabilities and a mask and write rewards and KL (17); whitening reads
 x and a mask, then both again, and writes (14: its mean has to be known first); all of it reads three tensors and a
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def make(B: int, T: int, device: torch.device) -> Inputs:
-    """Answers of ragged lengths, the longest of length T; zeros behind them, as trainers leave there."""
+    """Answers of ragged lengths, the longest of length T, padded with zeros, as by trainers."""
     torch.manual_seed(0)
     lengths = torch.randint(1, T + 1, (B, 1), device=device).clamp(min=T // 4)
     lengths[0] = T
@@ -99,7 +99,7 @@ def verl(operation: str, x: Inputs) -> Step:
 def openrlhf(operation: str, x: Inputs) -> Step:
     utils = peer_without_its_cluster("openrlhf.models.utils", "openrlhf")
     module = peer_without_its_cluster("openrlhf.trainer.ppo_utils.experience_maker", "openrlhf")
-    maker = module.RemoteExperienceMaker.__new__(module.RemoteExperienceMaker)  # its method reads nothing of itself
+    maker = module.RemoteExperienceMaker.__new__(module.RemoteExperienceMaker)  # no attribute of it is read
     scores, logprobs, ref, values, mask = *x[:4], x[4].float()
 
     def rewards() -> list[Tensor]:
@@ -146,7 +146,7 @@ def test_advantages(compare, device: torch.device, backend: str, operation: str,
         shape=f"B={B} T={T}",
         dtype="float32",
         bytes=BYTES[operation] * B * T,
-        results=lambda: [t[mask] for t in run()[compared]],  # the others leave numbers at masked steps
+        results=lambda: [t[mask] for t in run()[compared]],  # the others write numbers at masked steps
         truth=[t[mask] for t in truth[compared]],
         small=True,
         replay=provider.startswith("ppo_fast"),

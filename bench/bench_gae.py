@@ -1,4 +1,4 @@
-"""gae beside its baselines, with done flags.
+"""gae and its baselines, with done flags.
 
 Batch-first: torchrl's two functions, the loops of verl and OpenRLHF (which have no flags and do the same work without
 them), and on a GPU rl-triton's kernel. Time-major: SB3's numpy buffer and a CleanRL-style torch loop.
@@ -77,7 +77,7 @@ def sb3(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
 
 
 def cleanrl_loop(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
-    """The loop of CleanRL-style scripts, written anew: one [N] step of torch operations for each t."""
+    """The loop of CleanRL-style scripts, reimplemented: one [N] step of torch operations for each t."""
 
     def run() -> tuple[Tensor, Tensor]:
         advantages, trace, following = torch.zeros_like(r), torch.zeros_like(r[0]), torch.zeros_like(r[0])
@@ -98,7 +98,7 @@ def verl(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
 
 def openrlhf(r: Tensor, v: Tensor, done: Tensor) -> Estimate:
     module = peer_without_its_cluster("openrlhf.trainer.ppo_utils.experience_maker", "openrlhf")
-    maker = module.RemoteExperienceMaker.__new__(module.RemoteExperienceMaker)  # its method reads nothing of itself
+    maker = module.RemoteExperienceMaker.__new__(module.RemoteExperienceMaker)  # no attribute of it is read
     mask = torch.ones_like(r)
     return lambda: maker.get_advantages_and_returns(v, r, mask, GAMMA, LAM)
 

@@ -1,7 +1,7 @@
 """Other projects' functions and their replacements: the same call, theirs and ours.
 
-Each group is one function of one project; a project that is not installed is skipped by name. What is timed is the
-function alone, on a CPU or, where there is one, a GPU: what a whole step of that project gains is less.
+Each group is one function of one project; a project that is not installed is skipped with its name. Only the function
+is timed, on a CPU or, where there is one, a GPU: the gain in a whole step of that project is smaller.
 """
 
 from collections.abc import Callable
@@ -111,7 +111,7 @@ def openrlhf(name: str, provider: str, *, rows: int, tokens: int, vocabulary: in
     a, b, c, d = (torch.randn(rows, tokens, generator=draw) for _ in range(4))
     mask = torch.arange(tokens) < torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=draw)
     if name == "gae":
-        method = maker.RemoteExperienceMaker.get_advantages_and_returns  # which reads nothing of its object
+        method = maker.RemoteExperienceMaker.get_advantages_and_returns  # it reads no attribute of its object
         return lambda: method(None, a, b, mask, 0.99, 0.95)[1]
     if name == "value loss":
         return _with_gradient(lambda x: loss.ValueLoss(0.2)(x, b, c, mask), a)

@@ -1,15 +1,15 @@
 """One learn step of PPO on a Llama with random weights: advantages, forward, backward, clipping and AdamW.
 
-Beside ours: ours without packing, without the linear loss (the model's own logits instead), without fused advantages (a
-loop over time in plain PyTorch), without all three; and an eager padded step in TRL's manner (whole logits of all
-positions, log_softmax, an entropy for the log). All do the same work on the same answers, of ragged lengths, with old
-log-probabilities and values given. FLOPs are those that the task needs: 6 for each weight of the backbones and each
-token, 6 N D V for the answer tokens' logits, and causal attention inside each sequence; their floor is one library GEMM
-of the model's own shape.
+Rows besides ours: ours without packing, without the linear loss (the model's own logits instead), without fused
+advantages (a loop over time in plain PyTorch), without all three; and an eager padded step in TRL's manner (whole
+logits of all positions, log_softmax, an entropy for the log). All do the same work on the same answers, of ragged
+lengths, with old log-probabilities and values given. FLOPs are those that the task needs: 6 for each weight of the
+backbones and each token, 6 N D V for the answer tokens' logits, and causal attention inside each sequence; their floor
+is one library GEMM of the model's own shape.
 
-Amdahl: each row also has the times of its parts, each measured alone (head and loss: what is left of the gradients when
-the backbones' forward and backward are taken away). A part with the share s of a step can make it at most 1 / (1 - s)
-times as fast.
+Amdahl: each row also has the times of its parts, each measured alone (head and loss: the time of the gradients
+less the backbones' forward and backward). A part with the share s of a step can make it at most 1 / (1 - s) times as
+fast.
 
 A row whose memory, by calculation, exceeds what the GPU has free is skipped with both numbers, and so is the comparison
 with the eager step's loss; so each GPU gets the rows that fit it.
@@ -123,7 +123,7 @@ def flops_of(shape: tuple[int, ...], rollout: Any) -> int:
 
 
 def needed_bytes(shape: tuple[int, ...], provider: str) -> int:
-    """An estimate of the peak of a step in bf16 over fp32 weights, within about 20 %: what fits is then tried.
+    """Estimate the peak of a step in bf16 over fp32 weights, within about 20 %: a row that fits is then measured.
 
     Weights, gradients and AdamW's two moments, and the bf16 copies of autocast, for actor and critic; activations of
     both; logits and their gradients. Eager holds the logits of every padded position, and fp32 copies of those of the
@@ -146,7 +146,7 @@ def needed_bytes(shape: tuple[int, ...], provider: str) -> int:
 
 
 def why_not(shape: tuple[int, ...], provider: str, free: int) -> str | None:
-    """Why a row cannot be measured with `free` bytes; None if it is tried."""
+    """Return the reason why a row cannot be measured with `free` bytes; None if it is measured."""
     needed = needed_bytes(shape, provider)
     if needed <= free:
         return None
@@ -163,7 +163,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def loss_of_eager(task: Task, shape: tuple[int, ...], free: int | None, info: dict[str, Any]) -> list[Tensor] | None:
-    """The loss of the eager step, so that a row that does other work shows; None, with the reason, if it cannot fit."""
+    """Compute the eager step's loss, to detect rows that do other work; None, with the reason, if it cannot fit."""
     reason = None if free is None else why_not(shape, EAGER, free)
     if reason is None:
         plain = eager(task)
@@ -189,7 +189,7 @@ def fused_advantages(task: Task) -> Callable[[], Any]:
 
 
 def plain_advantages(task: Task) -> Callable[[], Any]:
-    """What trainers without a kernel do: the score at the last token, a loop over time, whitening with a mask."""
+    """Advantages as in trainers without a kernel: the score at the last token, a loop over time, masked whitening."""
     known, o, mask = task.experience, task.options, task.experience.mask
     last = torch.tensor(task.rollout.completion_lengths, device=mask.device).unsqueeze(1) - 1
 
@@ -249,7 +249,7 @@ def ours(task: Task, off: tuple[str, ...]) -> Parts:
 
 
 def eager(task: Task) -> Parts:
-    """The step of TRL's PPOTrainer, written anew: padded rows, and logits of every position, prompt included."""
+    """The step of TRL's PPOTrainer, reimplemented: padded rows, and logits of every position, prompt included."""
     policy, rollout, options = task.policy, task.rollout, task.options
     device, mask = rollout.device, rollout.mask.to(rollout.device)
     tokens = rollout.tokens.to(device)
@@ -340,7 +340,7 @@ def measure_step(
     shape: tuple[int, ...],
     free: int | None,
 ) -> None:
-    """One row: the step, then its parts, each measured alone."""
+    """Measure one row: the step, then each of its parts alone."""
     task = make(shape, device, backend)
     from ppo_fast.llm.optimizer import Optimizer
 
@@ -353,18 +353,18 @@ def measure_step(
             optimizer.clip()
             optimizer.adamw.step()
 
-    def forget() -> None:
+    def zero_grad() -> None:
         for optimizer in optimizers:
             optimizer.adamw.zero_grad()
 
     def run() -> Tensor:
         loss = parts.gradients(parts.advantages())
         optimise()
-        forget()
+        zero_grad()
         return loss
 
     truth = loss_of_eager(task, shape, free, info)
-    forget()
+    zero_grad()
     lengths = [p + a for p, a in zip(rollout.prompt_lengths, rollout.completion_lengths, strict=True)]
     layers, width, _, _, inner, V, sequences, *_ = shape
     compare(
@@ -388,11 +388,11 @@ def measure_step(
 
     def gradients() -> None:
         parts.gradients(task.experience)
-        forget()
+        zero_grad()
 
     def backbones() -> None:
         parts.backbones()
-        forget()
+        zero_grad()
 
     without_head = alone(backbones)
     info["parts_ms"] = {"advantages": alone(parts.advantages), "backbones": without_head}

@@ -1,11 +1,11 @@
-"""linear_ppo_loss and linear_logprobs beside their baselines: from hidden states to gradients, or to log-probabilities.
+"""linear_ppo_loss and linear_logprobs and their baselines: from hidden states to gradients, or to log-probabilities.
 
 FLOPs by design: 6 N D V for a step, 2 N D V for log-probabilities; bytes: hidden, weight and their gradients. The floor
-is those FLOPs at the rate of one library GEMM of the very shape; "three GEMMs" are the products of one step, h W^T, d W
-and d^T h, each whole, as such a library does them. Baselines that recompute the logits (TRL, Liger, verl, CCE) need
+is those FLOPs at the rate of one library GEMM of the same shape; "three GEMMs" are the products of one step, h W^T, d W
+and d^T h, each as a whole, as by such a library. Baselines that recompute the logits (TRL, Liger, verl, CCE) need
 8 N D V. "whole logits" are eager's GEMM and our token_logprobs: also 6 N D V, with the memory of whole logits. torch's
-own chunked cross entropy needs 6, too, but is no PPO. Liger's GRPO loss takes one advantage for a sequence, here that
-of its first token, so its loss is another one.
+own chunked cross entropy needs 6, too, but is not PPO. Liger's GRPO loss takes one advantage for a sequence, here that
+of its first token, so its value differs.
 """
 
 import functools
@@ -74,7 +74,7 @@ def truth_of(N: int, D: int, V: int, device: torch.device) -> Tensor:
 
 
 def clipped(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """The loss that every baseline's log-probabilities go through."""
+    """The loss of the log-probabilities of every baseline."""
     ratio = torch.exp(logprobs - old)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
 
@@ -174,7 +174,7 @@ def test_step(compare, device: torch.device, backend: Backend, provider: str, N:
         loss.backward()
         return loss
 
-    if provider in ("liger", "torch chunked cross entropy"):  # another loss, and so no truth to compare with
+    if provider in ("liger", "torch chunked cross entropy"):  # another loss, which has no reference to compare with
         compare(run, **shared)
         return
 

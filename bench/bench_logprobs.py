@@ -1,7 +1,7 @@
 """token_logprobs and its baselines: eager PyTorch, TRL, verl, and on a GPU TRL's kernel, Liger and torch.compile.
 
 Bytes by design: forward reads the logits once, backward reads them once and writes their gradient once. Liger's cross
-entropy gives no entropy: the same work without it.
+entropy has no entropy: it is the same work without it.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def provider_of(name: str, device: torch.device, backend: str) -> Score:
 
 
 def eager(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What most PPO code does: log_softmax in fp32, gather, and an entropy from the same tensor."""
+    """Log-probabilities as in most PPO code: log_softmax in fp32, gather, and an entropy from the same tensor."""
     logp = torch.log_softmax(logits.float(), -1)
     entropy = -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy

@@ -1,4 +1,4 @@
-"""policy_loss, value_loss and ppo_loss beside plain PyTorch, torch.compile, verl and OpenRLHF, on per-token tensors.
+"""policy_loss, value_loss and ppo_loss on per-token tensors, beside plain PyTorch, torch.compile, verl and OpenRLHF.
 
 Bytes by design: each fp32 input and the mask read once, each gradient written once. Of the baselines only verl
 and OpenRLHF have functions for all terms; theirs are added, value_coef = 0.5.

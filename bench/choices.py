@@ -1,4 +1,4 @@
-"""Measurements that decide what only a GPU can decide, a line of JSON for each.
+"""Measurements for decisions that depend on the GPU, a line of JSON for each.
 
     python bench/choices.py RECORD.jsonl [--commit HASH] [--budget SECONDS] [--tiny]
 
@@ -6,7 +6,7 @@
   and packs and key lengths of sampling have new shapes all the time.
 - grouped: SDPA with grouped queries in fp32, or with a window in bf16, as they are or with keys and values repeated.
 - precision: fp32 products with float32_matmul_precision "highest" and "high", and whether the probe accepts a model.
-- probe: logits of packed rows and of rows one by one, and how far they are apart, as a share of the probe's bound, at
+- probe: logits of packed rows and of rows one by one, and their difference as a share of the probe's bound, at
   depths from 2 to 32. A share above 1 means that the bound is too low for this GPU.
 - chunks: time and memory of the linear loss against its chunk_bytes.
 """
@@ -37,7 +37,7 @@ MIB = 2**20
 
 
 class Sizes(NamedTuple):
-    """What is measured on a GPU, and in a dry run."""
+    """Sizes of the measurements on a GPU, and in a dry run."""
 
     shapes: int  # new shapes of SDPA
     heads: tuple[int, int, int]  # of queries, of keys, and elements of each
@@ -69,7 +69,7 @@ def label(dtype: torch.dtype) -> str:
 
 
 def once_ms(run: Callable[[], Any]) -> float:
-    """One call and the wait for it, on the host, which builds the plans."""
+    """Measure one call and the wait for it on the host, which builds the plans."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
@@ -205,7 +205,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def noise(model: Any, device: torch.device) -> dict[str, float]:
-    """What the probe compares: rows one by one against the head times hidden states, and against one packed row."""
+    """Compute what the probe checks: differences of rows from head times hidden states, and from a packed row."""
     ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * 7919 + 1) % model.config.vocab_size
     rows = [row.unsqueeze(0) for row in ids.split(PROBE_LENGTHS)]
 

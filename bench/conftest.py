@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A record is written at the end of a run, so a run must end before it is killed."""
+    """End the run before it is killed: the record of pytest-benchmark is written at its end."""
     budget = item.config.getoption("--budget")
     if budget is not None and time.monotonic() - item.config.stash[STARTED] > budget:
         pytest.skip(f"the budget of {budget:g} s is spent")
@@ -65,19 +65,19 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def backend(device: torch.device) -> str:
-    """The kernels in Triton's interpreter where that is asked for (a dry run), else what the machine has."""
+    """The kernels in Triton's interpreter in a dry run, else the backend of the machine."""
     return "triton" if launch.interpreting() else "auto"
 
 
 @pytest.fixture(scope="session")
 def copy_gb_per_s(device: torch.device) -> float:
-    """Measured once in this very process: what a copy reaches."""
+    """The rate of a copy, measured once in this process."""
     return measure.copy_gb_per_s(device)
 
 
 @pytest.fixture(scope="session")
 def gemm_tflop_per_s(device: torch.device) -> Callable[[torch.dtype, int, int, int], float]:
-    """(dtype, m, n, k) -> what one library GEMM of that shape reaches, measured once for each in this very process."""
+    """(dtype, m, n, k) -> the rate of one library GEMM of that shape, measured once for each in this process."""
     return functools.cache(functools.partial(measure.gemm_tflop_per_s, device))
 
 
@@ -94,7 +94,7 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest) -> Any:
-    """What keeps a row: pytest-benchmark's fixture, or a substitute for it where that package does not take part."""
+    """The fixture that stores a row: pytest-benchmark's, or a substitute for it without that package."""
     if request.config.pluginmanager.hasplugin("benchmark"):
         return request.getfixturevalue("benchmark")
     return SimpleNamespace(extra_info={}, group="", stats=None, pedantic=lambda function, rounds: function())
@@ -108,7 +108,7 @@ def compare(
     gemm_tflop_per_s: Callable[[torch.dtype, int, int, int], float],
     request: pytest.FixtureRequest,
 ) -> Iterator[Callable[..., None]]:
-    """compare(run, operation=..., provider=..., ...): measures one row and keeps it."""
+    """compare(run, operation=..., provider=..., ...): measure one row and store it."""
 
     def measured(
         run: Callable[[], Any],
@@ -166,7 +166,7 @@ def compare(
         try:
             info["replay_ms"] = rounded(measure.replay_ms(run, device))
             info["share_of_floor_in_replay"] = info["floor_ms"] / statistics.median(info["replay_ms"])
-        except RuntimeError as error:  # what cannot be captured still has its other numbers
+        except RuntimeError as error:  # a call that cannot be captured still has its other numbers
             info["replay_failed"] = str(error).splitlines()[0]
 
     yield measured
@@ -176,7 +176,7 @@ def compare(
 
 
 def rounded(samples: list[float]) -> list[float]:
-    """To a nanosecond: records are kept for good."""
+    """Round to nanoseconds: records stay in the repository."""
     return [round(ms, 6) for ms in samples]
 
 

@@ -2,7 +2,7 @@
 
     python bench/first_minutes.py RECORD.jsonl [--commit HASH] [--tiny]
 
-In this order: what the machine has and whether every operation is right on it (`ppo-fast doctor`); two steps of the
+In this order: facts of the machine and a check of every operation on it (`ppo-fast doctor`); two steps of the
 trainer for {fp32, bf16} x {Llama, GPT-2}, with finite metrics and a first ratio of exactly 1; attention over packed
 rows (FlashAttention where the GPU has it) against attention by its definition in fp64, forward and gradients; compiled
 kernels against fp64 on a vocabulary of real size. The exit status is 1 if an answer is no.
@@ -91,7 +91,7 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The path of the trainer, whichever it chooses."""
+    """The attention path that the trainer chooses."""
     layout = attention.Layout.from_lengths(list(LENGTHS), q.device)
     options = {"scaling": SCALE, "sliding_window": window, **layout.arguments()}
     return attention.packed_attention_forward(nn.Module(), q, k, v, None, **options)[0].squeeze(0)
@@ -100,7 +100,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 def by_library(
     function: Callable[..., Any], names: dict[str, str], q: Tensor, k: Tensor, v: Tensor, window: int | None
 ) -> Tensor:
-    """A variable-length function called directly, without this project between; `names` are those of its options."""
+    """A variable-length function called directly, without code of this project; `names` are those of its options."""
     if "same heads" in names:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     rows = [x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v)]
@@ -112,7 +112,7 @@ def by_library(
 
 
 def kernels_of(run: Callable[[], Any]) -> list[str]:
-    """Names of the attention kernels that a call launches: these tell which path was taken."""
+    """Names of the attention kernels that a call launches, which show the path."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def compare_attention(
 
 
 def libraries() -> dict[str, Callable[..., Tensor] | str]:
-    """Variable-length functions by name, or why there is none."""
+    """Variable-length functions by name, or the reason why there is none."""
     found: dict[str, Callable[..., Tensor] | str] = {"the trainer's path": packed}
     for name, module, function, names in (
         (

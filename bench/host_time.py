@@ -31,7 +31,7 @@ CALLS = 300  # of one operation in one round; their median counts
 
 
 class Stubs:
-    """Replaces JITFunction.run: binds the arguments as Triton does, and starts nothing."""
+    """A replacement of JITFunction.run that binds the arguments as Triton does, and starts nothing."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget
@@ -71,7 +71,7 @@ class Stubs:
 
 
 class Kernel:
-    """A compiled kernel whose start costs nothing."""
+    """A compiled kernel whose launch does nothing."""
 
     def launch_metadata(self, *args: Any) -> None: ...
 
@@ -79,7 +79,7 @@ class Kernel:
 
 
 def pretend_gpu() -> None:
-    """The Triton backend takes CPU tensors, checks read no values, and matrix products cost nothing."""
+    """Make the Triton backend accept CPU tensors, checks read no values, and matrix products do nothing."""
     from ppo_fast.kernels.common import launch
     from ppo_fast.kernels.linear import chunks as linear_chunks
     from ppo_fast.ops import advantages, checks, linear, logprobs, losses
@@ -185,7 +185,7 @@ def bare_us(found: list[tuple[Any, tuple, Any, dict[str, Any]]]) -> float:
 
 
 def engine_us(leaves: tuple[Any, ...]) -> float:
-    """Time of a backward that computes nothing: what PyTorch takes of every one with these leaves."""
+    """Measure a backward that computes nothing: PyTorch's overhead for any function with these leaves."""
     import torch
 
     ready = tuple(torch.zeros_like(x) for x in leaves)
@@ -269,7 +269,7 @@ FREE += ("_reshape_alias", "lift_fresh", "new_empty_strided", "diff", "promote_t
 
 
 def measure_tree(tree: Path) -> dict[str, dict[str, float]]:
-    """In a process of its own, with the package of that tree."""
+    """Measure in a separate process, with the package of that tree."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--child"]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)

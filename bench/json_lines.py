@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent.parent))  # for a checkout that is not installed
+sys.path.append(str(Path(__file__).parent.parent))  # to run from a checkout that is not installed
 
 from ppo_fast.common.threads import POLICY, wait_passively
 
@@ -62,7 +62,7 @@ def machine() -> dict[str, Any]:
 
 
 def foreign(path: Path) -> str:
-    """Why a file may not be overwritten: it is no record of these benchmarks. "" if it is one, is empty or missing."""
+    """Return why a file must not be overwritten: it is no record of a benchmark; "" if it is one, empty or missing."""
     if path.is_dir():
         return f"{path} is a folder: name a file in it"
     head = path.read_bytes()[:1000] if path.exists() else b""
@@ -72,7 +72,7 @@ def foreign(path: Path) -> str:
 
 
 def check_own(path: Path | None) -> None:
-    """Ends the program with a sentence if the file may not be overwritten."""
+    """End the program with a message if the file must not be overwritten."""
     if path is not None and (problem := foreign(path)):
         raise SystemExit(problem)
 
@@ -85,7 +85,7 @@ def processor() -> str:
 
 
 class Writer:
-    """Starts a record; counts the rows that failed and keeps a budget of time."""
+    """Writes a record, counts the rows that failed, and checks a time budget."""
 
     def __init__(self, path: Path, commit: str, budget: float | None = None) -> None:
         self.path = path
@@ -109,7 +109,7 @@ class Writer:
             file.write(json.dumps(row) + "\n")
 
     def measure(self, about: dict[str, Any], call: Callable[[], dict[str, Any]]) -> None:
-        """Adds `about` and what the call finds; a row for which there is no memory or time is recorded as such.
+        """Write a row of `about` and the call's results; a row without enough memory or time is recorded as such.
 
         A row with "passed" false, or whose call raises another error, counts as failed.
         """
@@ -133,7 +133,7 @@ class Writer:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record in the form of pytest-benchmark's JSON. The last line may be cut off."""
+    """Read a record in the form of pytest-benchmark's JSON; the last line may be incomplete."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header, rows = json.loads(lines[0]), []
     for number, line in enumerate(lines[1:], 2):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for a checkout that is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # to run from a checkout that is not installed
 
 from support.layers import LAYERS, graph  # noqa: E402
 

@@ -39,7 +39,7 @@ def cuda_loops(sass: str) -> tuple[Loop, list[Loop]]:
     """The whole program, and its innermost loops in order.
 
     A loop ends with a branch to an earlier address; an innermost one contains no other. A branch from behind the end
-    of the code (a rare case, put out of line) back into it is no loop: it jumps over an EXIT.
+    of the code (a rare case, placed out of line) back into it is not a loop: it jumps over an EXIT.
     """
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
     branch = r"BRA\S*\s+(?:!?UP\d+,\s*)?0x([0-9a-f]+)"

@@ -34,7 +34,7 @@ def samples_ms(
 ) -> list[float]:
     """Milliseconds of repeated calls after a warm-up, for about `seconds` and at least 5 (3 of a slow one).
 
-    `warm` says that a call has been made just before, which is warm-up enough for a CPU.
+    `warm`: a call was made just before, which is sufficient warm-up for a CPU.
     """
     if device.type == "cuda":
         return _cuda_samples(run, device, seconds, most)
@@ -84,7 +84,7 @@ def replay_ms(run: Run, device: torch.device, *, seconds: float = 0.2) -> list[f
 
 
 def call_us(run: Run, seconds: float = 0.5) -> float:
-    """Microseconds of one eager call on a GPU as the host sees it: many calls in a row, one wait at the end."""
+    """Microseconds of one eager call on a GPU, measured on the host: many calls in a row, one wait at the end."""
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -99,9 +99,9 @@ def call_us(run: Run, seconds: float = 0.5) -> float:
 
 
 def peak_extra_bytes(run: Run, device: torch.device, leaves: Sequence[torch.Tensor] = ()) -> int:
-    """Most bytes that one call held beyond what was there before it; gradients of `leaves` that it makes count."""
+    """Peak bytes of one call above those allocated before it, including the gradients of `leaves`."""
     for leaf in leaves:
-        leaf.grad = None  # else the call would begin by giving those of the last one back
+        leaf.grad = None  # else the call would first free those of the last one
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -176,7 +176,7 @@ def copy_gb_per_s(device: torch.device) -> float:
 
 
 def gemm_tflop_per_s(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> float:
-    """The ceiling of matrix-bound code: one library GEMM of the very shape, on random data."""
+    """The ceiling of matrix-bound code: one library GEMM of the same shape, on random data."""
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     ms = statistics.median(samples_ms(lambda: a @ b.T, device, seconds=0.5, most=30))
     return 2 * m * n * k / ms / 1e9

@@ -2,7 +2,7 @@
 
     PYTHONPATH=bench python -m pytest -p outcomes --outcomes FILE.jsonl [--seconds N] tests
 
-Tests that FILE says have passed or been skipped are not run again. Those for which no time is left are skipped by name
+Tests that FILE says have passed or been skipped are not run again. Those for which no time is left are skipped
 and written as "left", so that the next run begins with them.
 """
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def known(path: Path) -> dict[str, str]:
-    """The last outcome of each test; a line that was cut off counts as none."""
+    """Read the last outcome of each test; an incomplete line is ignored."""
     found: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A run that has nothing left to do is a success."""
+    """Report success for a run in which no test was left to do."""
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(KNOWN, 0):
         session.exitstatus = pytest.ExitCode.OK
 

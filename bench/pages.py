@@ -1,8 +1,8 @@
-"""Runs the commands of the Markdown pages in a fresh clone and a fresh virtual environment, and records how each ended.
+"""Run the commands of the Markdown pages in a fresh clone and a fresh virtual environment, and record each exit status.
 
 python bench/pages.py [--limit 300] [--pages README.md ...]    # bench/results/cpu-2core/pages/commands.jsonl
 
-Placeholders become real things: DIR a small Llama with its tokenizer, JUDGE a small reward model, FILE.jsonl and
+Placeholders are replaced: DIR by a small Llama with its tokenizer, JUDGE a small reward model, FILE.jsonl and
 answers.jsonl data, rewards.py the README's reward. Not run: commands that need a GPU, other machines or an environment
 of their own (the page says so), and those with a record of their own (OWN_RECORD).
 """
@@ -21,7 +21,7 @@ from json_lines import Writer
 from static import git
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]  # for a checkout that is not installed
+sys.path[:0] = [str(ROOT / "tests")]  # to run from a checkout that is not installed
 
 from support.pages import Command, all_commands  # noqa: E402
 
@@ -70,7 +70,7 @@ with open("rewards.py", "w") as file:
 
 
 def skipped(command: Command) -> str:
-    """Why a command is not run, or ""."""
+    """Return the reason why a command is not run, or ""."""
     if command.mark:
         return command.mark
     own = (record for text, record in OWN_RECORD.items() if command.text.split(" && ")[-1].strip() == text)

@@ -1,4 +1,4 @@
-"""Baselines, imported only where a benchmark wants them."""
+"""Baselines, imported only where a benchmark needs them."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ def peer(module: str, package: str) -> Any:
 
 
 def peer_without_its_cluster(module: str, package: str) -> Any:
-    """As `peer`, for verl and OpenRLHF: where ray, deepspeed and the like are missing, empty modules replace them
+    """As `peer`, for verl and OpenRLHF: where ray, deepspeed and others are missing, empty modules replace them
     during the import only, so that no other package finds them."""
     from oracles import openrlhf_stubs
 
@@ -29,5 +29,5 @@ def peer_without_its_cluster(module: str, package: str) -> Any:
             del sys.modules[name]
         transformers = sys.modules.get("transformers.utils.import_utils")
         for remembered in [] if transformers is None else vars(transformers).values():
-            if hasattr(remembered, "cache_clear"):  # is_peft_available() and the like
+            if hasattr(remembered, "cache_clear"):  # is_peft_available() and others
                 remembered.cache_clear()

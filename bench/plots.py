@@ -25,7 +25,7 @@ MEMORY_FLOOR = 1e-3  # MiB; a logarithm has no 0
 
 
 def picture_of(operation: str, groups: Groups, folder: Path) -> list[Path]:
-    """Draws what the record allows; the files, in order."""
+    """Draw the pictures of a record; return the files in order."""
     stem = "".join(c if c.isalnum() else "-" for c in operation.split(":")[0])
     drawn = []
     for axis, fixed, rows in sweeps(groups):
@@ -99,7 +99,7 @@ def style(name: str, baselines: list[str]) -> dict[str, Any]:
     if name == OURS:
         return {"color": RED, "lw": 2.5, "marker": "o", "zorder": 5}
     if name.startswith(OURS):
-        marker = "o^vD"[sum(name.encode()) % 4]  # tells our variants apart
+        marker = "o^vD"[sum(name.encode()) % 4]  # distinguishes our variants
         return {"color": PALE_RED, "lw": 1.5, "marker": marker, "ms": 5, "zorder": 4}
     if name in CEILINGS:
         return {"color": BLACK, "lw": 1, "ls": ":"}

@@ -1,8 +1,8 @@
-"""What a GPU should take, by the resource that limits it, and beside it what was measured.
+"""Predicted time on a GPU, by the limiting resource, beside the measured time.
 
     python bench/predict.py [--write]
 
-A kernel takes as long as the resource that it keeps busy longest:
+The time of a kernel is that of the resource that it uses longest:
 
 - memory: bytes by design over bandwidth;
 - issue slots: instructions of the inner loop over what the schedulers issue;
@@ -10,13 +10,13 @@ A kernel takes as long as the resource that it keeps busy longest:
 - latency: round trips to memory that wait for each other, where a launch is too small to hide them.
 
 Kernels of an operation follow each other, so their times are added, then FLOPs over the throughput of the tensor cores
-and a constant for each launch. The limit of an operation is what most of its time goes to.
+and a constant for each launch. The limit of an operation is the resource with the largest share of its time.
 
 Instructions are counted in the binary that triton.compile makes for each GPU (loops.py), divided by the elements that
-a thread has in one pass of the loop. So every figure is falsifiable: `--write` counts anew and keeps the counts in
+a thread has in one pass of the loop. So every figure is falsifiable: `--write` counts again and stores the counts in
 bench/results/static/loops.json, where static.py, which makes the page, finds them.
 
-Of a datasheet's numbers this takes the shares that an H200 reached in October 2026 with a large copy (4.3 of 4.8 TB/s)
+Datasheet numbers are multiplied by the shares that an H200 reached in October 2026 with a large copy (4.3 of 4.8 TB/s)
 and an 8192^3 bf16 product (788 of 989 TFLOP/s), on every machine: an assumption, for all but the H200.
 """
 
@@ -67,7 +67,7 @@ MACHINES = (
 
 
 class Kernel(NamedTuple):
-    """Where the work on elements is in a variant's code."""
+    """The part of a variant's code that works on elements."""
 
     variant: str
     loops: str  # "store": those that write global memory; "all"; "last" in the code; "none": the whole program
@@ -126,7 +126,7 @@ class Task(NamedTuple):
 
 
 def _gae_tasks() -> Iterator[Task]:
-    """What a second launch reads again is in the second level cache."""
+    """A second launch reads its data from the second level cache."""
     step = "step: 9 read, 8 written"
     yield Task("gae", "B=4096 T=128", 4096 * 128, step, (Part("gae rows", 17, 1),))
     for b, t in ((256, 2048), (8, 16384)):
@@ -308,7 +308,7 @@ def cost_of(kernel: Kernel, whole: Loop, inner: list[Loop], elements: float) -> 
 
 
 def count() -> Costs:
-    """Compiles the kernels for every machine and counts."""
+    """Compile the kernels for every machine and count instructions."""
     import static  # imports this file for its page
 
     found: Costs = {}

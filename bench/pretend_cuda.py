@@ -1,9 +1,9 @@
-"""A GPU for machines that have none: PyTorch says that it has CUDA, and everything runs on the CPU.
+"""A simulated GPU: PyTorch reports that it has CUDA, and everything runs on the CPU.
 
     python bench/pretend_cuda.py [-m] SCRIPT_OR_MODULE ARGUMENTS
 
 For dry runs (`bash bench/on_gpu.sh OUT PART COMMIT dry`): each line that is only for a GPU runs, on its own shapes and
-dtypes, so that no minute of a GPU is lost to a typo. Kernels run compiled, in the PTX interpreter of tests/ptx. The
+dtypes, so that a typo costs no time on a GPU. Kernels run compiled, in the PTX interpreter of tests/ptx. The
 numbers mean nothing. What a real GPU would reject is rejected here, too: waiting inside a captured graph, replaying an
 empty one, reading an event before it has happened.
 """
@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 
 
 class OnTheCPU(TorchFunctionMode):
-    """Whoever asks for a tensor on the GPU gets one on the CPU."""
+    """A mode in which tensors that are requested on the GPU are made on the CPU."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if function is torch.device or function is torch.ops.profiler._record_function_exit:
             return function(*args, **(kwargs or {}))
-        if function is torch.Tensor.pin_memory:  # there is no accelerator that could read it
+        if function is torch.Tensor.pin_memory:  # no accelerator could read it
             return args[0]
         return function(*map(moved, args), **{name: moved(x) for name, x in (kwargs or {}).items()})
 
@@ -49,7 +49,7 @@ def moved(x: Any) -> Any:
 
 
 class Machine:
-    """What has been captured and waited for."""
+    """The state of the simulated GPU: what was captured and waited for."""
 
     capturing = False
     waits = 0
@@ -126,7 +126,7 @@ def varlen_attn(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """torch.nn.attention.varlen, sequence by sequence, with what it asks of its arguments."""
+    """torch.nn.attention.varlen, sequence by sequence, with its checks of arguments."""
     assert {x.dtype for x in (query, key, value)} in ({torch.bfloat16}, {torch.float16}), "wants fp16 or bf16"
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert type(max_q) is int
@@ -178,12 +178,12 @@ STAND_INS = {
 
 @contextmanager
 def pretending() -> Iterator[None]:
-    """PyTorch has CUDA, and Triton's kernels run in the interpreter, until the block ends; stand-ins stay."""
+    """Inside this block PyTorch reports CUDA, and Triton's kernels run in the interpreter; stand-ins stay after it."""
     for name, stand_in in STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
     torch.nn.attention.varlen.varlen_attn = varlen_attn
     torch.cuda.tunable.is_enabled = lambda: False
-    torch.profiler.profile = Profile  # PyTorch's own would complain of each operation
+    torch.profiler.profile = Profile  # PyTorch's own would warn about each operation
     torch.compile = lambda function=None, **options: function or (lambda decorated: decorated)
     torch.cuda.nvtx.range = lambda message: nullcontext()
     triton.testing.do_bench = do_bench
@@ -201,7 +201,7 @@ def pretending() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs a script, or with -m a module, as python would."""
+    """Run a script, or with -m a module, as python does."""
     module, target = arguments[0] == "-m", arguments[arguments[0] == "-m"]
     sys.argv = [target, *arguments[1 + module :]]
     with pretending():

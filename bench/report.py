@@ -5,8 +5,8 @@
 
 writes README.md and the pictures into a folder that is new, empty, or an earlier report (default: runs/report). The
 page of this repository is made with --out bench/results/MACHINE. A record without machine, versions and commit is
-refused. The shortest time of a group is bold, whoever's it is, and the page begins with the cells in which we are
-behind. Records of bench/against_*.py (whole programs) get a table of medians.
+rejected. The shortest time of a group is bold, also that of a baseline, and the page begins with the cells in which a
+baseline is better. Records of bench/against_*.py (whole programs) get a table of medians.
 """
 
 import argparse
@@ -49,7 +49,7 @@ not seen. A time is the median, with the 20th and 80th percentile behind it.
 
 
 class BadRecord(Exception):
-    """A file that is no record, or one that does not say where it comes from."""
+    """A file that is no record, or a record without machine, versions and commit."""
 
 
 class Record(NamedTuple):
@@ -80,7 +80,7 @@ def benchmarks(path: Path, record: dict[str, Any]) -> Record:
     machine, commit = record.get("machine_info") or {}, record.get("commit_info") or {}
     versions, cpu = machine.get("versions") or {}, (machine.get("cpu") or {}).get("brand_raw")
     gpu = machine.get("gpu")
-    refuse(path, commit.get("id"), cpu or gpu, versions)
+    check_header(path, commit.get("id"), cpu or gpu, versions)
     rows = [row["extra_info"] for row in record["benchmarks"] if row["extra_info"].get("samples_ms")]
     if not rows:
         raise BadRecord(f"{path} has no rows")
@@ -95,13 +95,13 @@ def benchmarks(path: Path, record: dict[str, Any]) -> Record:
 
 def program(path: Path, title: str, record: dict[str, Any]) -> Record:
     """{"date", "commit", "machine", "versions", "runs": {who: [{quantity: number or one for each step}]}}"""
-    refuse(path, record.get("commit"), record.get("machine"), record.get("versions") or {})
+    check_header(path, record.get("commit"), record.get("machine"), record.get("versions") or {})
     machine = ", ".join(f"{name} {x}" for name, x in record["machine"].items() if x)
     source = f"{machine}; {named(record['versions'])}; commit {record['commit'][:10]}, {record['date']}"
     return Record(path, title, source, [], record["runs"])
 
 
-def refuse(path: Path, commit: object, machine: object, versions: dict[str, Any]) -> None:
+def check_header(path: Path, commit: object, machine: object, versions: dict[str, Any]) -> None:
     missing = [
         what
         for what, is_there in (
@@ -160,7 +160,7 @@ def floor_in_words(rows: list[Row]) -> list[str]:
 
 
 def parts_table(rows: list[Row]) -> list[str]:
-    """Amdahl: what each part takes of a step."""
+    """Amdahl: the share of each part in a step."""
     split = [row for row in rows if row.get("parts_ms")]
     if not split:
         return []

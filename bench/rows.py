@@ -1,4 +1,4 @@
-"""Rows of a record: who made them, how they are grouped, how their numbers are shown."""
+"""Rows of a record: their providers, groups, and the format of their numbers."""
 
 import re
 import statistics
@@ -30,7 +30,7 @@ def is_rival(row: Row) -> bool:
 
 
 def has_floor(row: Row) -> bool:
-    """Records of before 21 Nov 2026 have no rate of a matrix product, so no floor where FLOPs are what counts."""
+    """Records of before 21 Nov 2026 have no rate of a matrix product, so no floor where FLOPs are the limit."""
     return "floor_ms" in row and ("gemm" in row or not row["flops"])
 
 
@@ -40,7 +40,7 @@ def floor_ms(rows: list[Row]) -> float:
 
 
 def memory_mib(row: Row) -> float | None:
-    """Peak extra memory, None where nothing measures it: NumPy's arrays are not PyTorch's."""
+    """Peak extra memory; None where it is not measured: NumPy's arrays are not allocated by PyTorch."""
     return None if row["provider"] == "sb3" or "peak_extra_bytes" not in row else row["peak_extra_bytes"] / 2**20
 
 

@@ -1,8 +1,8 @@
-"""How far rounding takes the sampler's log-probabilities from the trainer's: one step of a model in a folder.
+"""The difference by rounding between the log-probabilities of sampler and trainer: one step of a model in a folder.
 
     python bench/sampler_gap.py --model DIR --name NAME    # bench/results/sampler_gap/NAME.jsonl, in nats per token
 
-The bounds in ppo_fast/llm/invariants.py are explained by these figures. DIR holds a model with a chat template.
+The bounds in ppo_fast/llm/invariants.py are explained by these figures. DIR has a model with a chat template.
 """
 
 import argparse

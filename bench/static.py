@@ -2,13 +2,13 @@
 
     python bench/static.py [--write] [--quiet] [--arch sm_90 gfx942] [--jobs 2] [--every 8] [kernel ...]
 
-The variants are those of captured launches: the random calls of the test suite run without executing a kernel, and
-what Triton would specialise is compiled. Prints registers, shared memory (LDS on AMD), spills, the widths of global
-loads, and instructions and barriers of the longest innermost loop, read from the binary (for AMD from the assembly).
-Exits with 1 if a variant spills, if one whose name says `aligned` has no load of 16 bytes, or if a loop of time-major
-gae has a barrier. --every 8 takes each eighth variant. --write keeps the numbers in bench/results/static/, a record for
-each version of Triton, and makes the page there anew, with the predictions of predict.py. Triton's own cache makes a
-second run quick; --page makes the page from the records alone.
+The variants are those of captured launches: the random calls of the test suite run without executing a kernel, and what
+Triton would specialise is compiled. Prints registers, shared memory (LDS on AMD), spills, the widths of global loads,
+and instructions and barriers of the longest innermost loop, read from the binary (for AMD from the assembly). Exits
+with 1 if a variant spills, if one whose name says `aligned` has no load of 16 bytes, or if a loop of time-major gae has
+a barrier. --every 8 takes each eighth variant. --write stores the numbers in bench/results/static/, a record for each
+version of Triton, and makes the page there again, with the predictions of predict.py. Triton's own cache makes a second
+run quick; --page makes the page from the records alone.
 
 For another Triton: python -m venv .venv-t36, .venv-t36/bin/pip install "torch>=2.11" "triton==3.6.0" "numpy<2.4", then
 the same command with .venv-t36/bin/python.
@@ -35,7 +35,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for a checkout that is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # to run from a checkout that is not installed
 
 import predict  # noqa: E402
 from loops import Loop, amd_loops, cuda_loops  # noqa: E402
@@ -60,12 +60,12 @@ class Report(NamedTuple):
 
 
 def is_aligned(name: str) -> bool:
-    """Whether the name of a variant promises wide loads."""
+    """Check whether the name of a variant declares wide loads."""
     return re.search(r"(?<!un)aligned", name) is not None
 
 
 def problems(name: str, arch: str, report: Report) -> list[str]:
-    """16 bytes a thread are due where 32 threads load together; AMD's 64 move as much with 8."""
+    """Return the faults of a binary. 16 bytes a thread are required for 32 threads; AMD's 64 load as much with 8."""
     found = [f"spills {report.spills}"] if report.spills else []
     due = 64 if arch.startswith("gfx") else 128
     narrow = is_aligned(name) and not any(report.loads.get(str(bits)) for bits in WIDTHS if bits >= due)
@@ -74,7 +74,7 @@ def problems(name: str, arch: str, report: Report) -> list[str]:
 
 
 def pretend_hip() -> None:
-    """Makes the launchers choose what they choose on an AMD GPU, in a process that compiles for one."""
+    """Make the launchers choose the variants of an AMD GPU, in a process that compiles for one."""
     torch.version.hip = "pretended"
     from ppo_fast.kernels.linear import launch as linear
     from ppo_fast.kernels.logprobs import launch as logprobs
@@ -94,7 +94,7 @@ def launches() -> dict[str, Any]:
 
 
 def listed(threads_per_warp: int) -> dict[str, Variant]:
-    """What the launchers list, by name."""
+    """The variants that the launchers list, by name."""
     from support import variants
 
     return {variant.name: variant for variant in variants.listed(threads_per_warp).values()}
@@ -108,7 +108,7 @@ def compile_variant(variant: Any, target: GPUTarget) -> Any:
 
 
 def dump(cubin: bytes, option: str) -> str:
-    """What cuobjdump, which Triton includes, says about a binary."""
+    """The output of cuobjdump, which Triton includes, for a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -160,7 +160,7 @@ def report(job: tuple[str, str, bool]) -> Report:
 def measure(
     kernels: list[str], archs: list[str], jobs: int, *, everything: bool, every: int = 1
 ) -> dict[str, dict[str, Report]]:
-    """Variant name -> arch -> report. `everything` also reads the loads of variants that promise nothing."""
+    """Variant name -> arch -> report. `everything` also reads the loads of variants without a declared width."""
     context = multiprocessing.get_context("spawn")  # Triton's and PyTorch's threads do not survive a fork
     found: dict[str, dict[str, Report]] = {}
     for hip, group in ((False, [a for a in archs if a != "gfx942"]), (True, [a for a in archs if a == "gfx942"])):
@@ -223,7 +223,7 @@ def write(reports: dict[str, dict[str, Report]]) -> None:
 
 
 def write_page() -> None:
-    """From the records that are there."""
+    """Write the page from the existing records."""
     records = {r["triton"]: r for r in (json.loads(f.read_text()) for f in sorted(RESULTS.glob("triton-*.json")))}
     widths = ", ".join(map(str, WIDTHS))
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("kernels", nargs="*", help="parts of the names of variants (default: all)")
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="keep the table in bench/results/static/")
-    parser.add_argument("--page", action="store_true", help="make only the page there anew, compile nothing")
+    parser.add_argument("--page", action="store_true", help="make only the page again, compile nothing")
     parser.add_argument("--quiet", action="store_true", help="print problems only")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="compile each Nth variant only")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""What waiting threads cost: workloads on quiet cores, beside a busy process, and beside a copy of themselves.
+"""Cost of waiting threads: workloads on quiet cores, beside a busy process, and beside a copy of themselves.
 
     python bench/wait_policy.py OUT [--rounds N] [--seconds 3] [--workload sampling ...] [--commit HASH]
 
@@ -138,7 +138,7 @@ WORKLOADS = {
 
 
 def work(name: str, seconds: float, start_file: Path) -> None:
-    """The child: prepares, says that it is ready, waits for the start, and prints the times of its calls."""
+    """Run the child: prepare, report that it is ready, wait for the start, and print the times of its calls."""
     import torch
 
     call, calls = WORKLOADS[name](), []
@@ -164,7 +164,7 @@ def measured(name: str, policy: dict[str, str], condition: str, seconds: float, 
     command = [sys.executable, __file__, str(folder), "--child", name, "--seconds", str(seconds)]
     copies = {"copies": 2, "trio": 3}.get(condition, 1)
     children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(copies)]
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if condition == "busy" else None
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if condition == "busy" else None
     try:
         for child in children:
             assert child.stdout is not None
@@ -173,7 +173,7 @@ def measured(name: str, policy: dict[str, str], condition: str, seconds: float, 
         start_file.touch()
         return [json.loads(child.communicate()[0]) for child in children]
     finally:
-        for process in (*children, *([neighbour] if neighbour else [])):
+        for process in (*children, *([busy] if busy else [])):
             process.kill()
             process.wait()
         start_file.unlink(missing_ok=True)

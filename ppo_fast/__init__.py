@@ -5,7 +5,7 @@ imported (`ppo_fast/common/threads.py`), and reports wrong options at once.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppo_fast.ops.advantages import AdvantageOutput, gae, masked_whiten, rlhf_advantages, shape_rewards
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in {"ops", *__all__}:
         raise AttributeError(f"module 'ppo_fast' has no attribute {name!r}")
     ops = importlib.import_module("ppo_fast.ops")

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,7 +43,15 @@ SLACK = 1e-6
 HEAD_SIZE = 128
 
 Inputs = dict[str, Tensor]
-Operations = Any  # ppo_fast itself or the reference: both have the same functions
+Operations = ModuleType  # ppo_fast itself or the reference: both have the same functions
+
+
+@runtime_checkable
+class CachedLoop(Protocol):
+    """A loop that numba has compiled, and its cache on disk."""
+
+    cache_hits: int
+    _cache: object
 
 
 class Kernel(NamedTuple):
@@ -362,10 +371,12 @@ def compile_loops() -> None:
     from ppo_fast.kernels.gae import cpu
     from ppo_fast.kernels.loss import cpu as cpu_loss
 
-    loops: list[Callable[[], tuple[Callable[..., None], Any]]] = [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
+    loops: list[Callable[[], tuple[Callable[..., None], object]]] = [*cpu.ALL, *cpu_loss.ALL, *cpu_advantages.ALL]
     start, folders = time.perf_counter(), []
     for number, loop in enumerate(loops, 1):
         _, code = loop()
+        if not isinstance(code, CachedLoop):
+            raise TypeError(f"numba has compiled a loop to a {type(code).__name__}, which has no cache")
         print(f"loop {number} of {len(loops)}: {(code.cache_hits and 'cached') or 'compiled'}", flush=True)
         folder = getattr(code._cache, "cache_path", None)
         if folder is None:

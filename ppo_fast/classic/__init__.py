@@ -4,7 +4,7 @@ The parts are imported at their first use, as in `ppo_fast`, so that a command c
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ppo_fast.classic.config import ClassicConfig
@@ -22,7 +22,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:  # classes and functions
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module 'ppo_fast.classic' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ppo_fast.classic.{_MODULES[name]}"), name)

@@ -8,14 +8,14 @@ import gymnasium
 import numpy as np
 
 from ppo_fast.classic.config import ClassicConfig
-from ppo_fast.classic.envs.vector import write_frames
+from ppo_fast.classic.envs.vector import Frame, write_frames
 from ppo_fast.common.errors import UserError
 
 MOST_FRAMES = 500
 SEED_OFFSET = 1_000_000  # episodes of an evaluation start from other seeds than those of the training
 
 
-def render_frame(env: gymnasium.Env) -> np.ndarray:
+def render_frame(env: gymnasium.Env) -> Frame:
     """Render a picture, uint8 [height, width, 3].
 
     Raises:
@@ -62,7 +62,7 @@ def evaluate(
         render_frame(env)
     for episode in range(episodes):
         on_episode(episode)
-        frames: list[np.ndarray] | None = [] if record != "none" and episode == 0 else None
+        frames: list[Frame] | None = [] if record != "none" and episode == 0 else None
         returns.append(_run_episode(act, env, config, episode, frames, should_stop))
         if should_stop():
             break
@@ -76,7 +76,7 @@ def _run_episode(
     env: gymnasium.Env,
     config: ClassicConfig,
     episode: int,
-    frames: list[np.ndarray] | None,
+    frames: list[Frame] | None,
     should_stop: Callable[[], bool],
 ) -> float:
     """Run one episode and return its return; pictures are appended to `frames`."""

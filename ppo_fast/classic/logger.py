@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TypedDict
 
 from ppo_fast.classic.config import ClassicConfig
 from ppo_fast.common.checkpoint import remove, reported, write_file
@@ -40,6 +40,21 @@ SHOWN = {
 }
 
 
+Summary = TypedDict(
+    "Summary",
+    {
+        "env": str,
+        "steps": int,
+        "episodes": int,
+        "seconds": float,
+        "steps_per_second": float,
+        "return": float | None,
+        "eval_returns": list[float],
+        "eval_return": float | None,
+    },
+)
+
+
 class RunLogger:
     """Writes the metrics of a run, and prints its progress; a context manager.
 
@@ -57,7 +72,7 @@ class RunLogger:
         self.phase: Callable[[], str] | None = None  # what is printed instead of the progress of the training
         self.latest: dict[str, float] = {}
         self.metrics = MetricsLog()
-        self.output = None if config.quiet or sys.stdout is None else Output(cast(TextIO, sys.stdout))
+        self.output = None if config.quiet or sys.stdout is None else Output(sys.stdout)
         self.live, self.line_is_open = self.output is not None and self.output.isatty(), False
         self.lock, self.ended = threading.RLock(), threading.Event()
         self.thread = threading.Thread(target=self._print_regularly, daemon=True)
@@ -152,7 +167,7 @@ class RunLogger:
                 self.output.write(text + "\n")
                 self.output.flush()
 
-    def log_summary(self, summary: dict[str, Any]) -> None:
+    def log_summary(self, summary: Summary) -> None:
         """Write summary and curves to OUT, and print the results and where they are."""
         self._stop_printing()
         out = None if self.config.out is None else Path(self.config.out)
@@ -175,7 +190,7 @@ class RunLogger:
         self.info(f"{', '.join(found[:-1])} and {found[-1]} are in {out}; to use the policy:")
         self.info(f"  ppo_fast.classic.load({str(out)!r}).act(observation)")
 
-    def _write_summary(self, out: Path, summary: dict[str, Any]) -> None:
+    def _write_summary(self, out: Path, summary: Summary) -> None:
         with reported(f"{out / 'summary.json'} could not be written", out / "summary.json"):
             write_file(out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if can_draw():

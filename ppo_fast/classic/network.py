@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,10 @@ class Network(nn.Module):
             self.policy_trunk.backward(policy_grad, policy_in, to_input=False)
             self.value_trunk.backward(value_grad, value_in, to_input=False)
 
+    @overload
+    def logprobs(self, policy: Tensor, actions: Tensor, *, with_entropy: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def logprobs(self, policy: Tensor, actions: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]: ...
     def logprobs(self, policy: Tensor, actions: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Compute the log-probability [B] of each action and on request the entropy [B], in nats.
 

@@ -1,10 +1,18 @@
 """Adam on one flat tensor of all weights."""
 
 import math
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+
+class AdamState(TypedDict):
+    """The state of `Adam`: both moments, and the number of steps."""
+
+    mean: Tensor
+    square: Tensor
+    steps: int
 
 
 class Adam:
@@ -28,11 +36,11 @@ class Adam:
         spread = self.square.sqrt().add_(self.eps * correction)
         self.weights.addcdiv_(self.mean, spread, value=-lr * correction / (1 - 0.9**self.steps))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> AdamState:
         """Return both moments and the number of steps; the tensors are those that `step` changes."""
         return {"mean": self.mean, "square": self.square, "steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: AdamState) -> None:
         """Copy what `state_dict` returned."""
         self.mean.copy_(state["mean"])
         self.square.copy_(state["square"])

@@ -1,7 +1,8 @@
 """A policy: from observations to actions, during training and after it was saved."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ppo_fast.classic.config import ClassicConfig
 from ppo_fast.classic.network import Network
-from ppo_fast.classic.normalize import RunningMeanStd
+from ppo_fast.classic.normalize import RunningMeanStd, RunningState
 from ppo_fast.classic.spaces import ActionDecoder, ObservationEncoder, from_parts, to_parts
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError
@@ -18,6 +19,14 @@ from ppo_fast.common.errors import UserError
 ENCODER, DECODER = "observation_", "action_"  # prefixes of the arrays of both in a checkpoint
 
 Code = TypeVar("Code", ObservationEncoder, ActionDecoder)
+
+
+class PolicyState(TypedDict):
+    """The state of a `Policy`: its weights, and its spaces as JSON and arrays."""
+
+    model: dict[str, Tensor]
+    spaces: dict[str, dict[str, object]]
+    space_arrays: dict[str, Tensor]
 
 
 class Policy:
@@ -106,9 +115,9 @@ class Policy:
             return out.argmax(-1)
         return torch.stack([part.argmax(-1) for part in out.split(self.decoder.sizes, -1)], -1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return copies of the weights ("model"), and the spaces as JSON ("spaces") and arrays ("space_arrays")."""
-        spaces: dict[str, Any] = {}
+    def state_dict(self) -> PolicyState:
+        """Return copies of the weights, and the spaces."""
+        spaces: dict[str, dict[str, object]] = {}
         arrays: dict[str, Tensor] = {}
         codes: list[tuple[str, ObservationEncoder | ActionDecoder]] = [(ENCODER, self.encoder), (DECODER, self.decoder)]
         for prefix, code in codes:
@@ -117,7 +126,7 @@ class Policy:
         model = {name: x.clone() for name, x in self.network.state_dict().items()}
         return {"model": model, "spaces": spaces, "space_arrays": arrays}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: PolicyState) -> None:
         """Copy the weights of what `state_dict` returned; the spaces are those of `__init__`."""
         self.network.load_state_dict(state["model"])
 
@@ -147,13 +156,28 @@ def load(folder: str | Path) -> Policy:
         raise foreign
     rms = RunningMeanStd(())
     try:
-        rms.load_state_dict({name: saved.tensors["run"][ENCODER + name].numpy() for name in rms.state_dict()})
+        rms.load_state_dict(read_statistics(saved.tensors["run"], ENCODER))
         encoder = _read_code(ObservationEncoder, saved, ENCODER)
         policy = Policy(ClassicConfig(**saved.state["config"]), encoder, _read_code(ActionDecoder, saved, DECODER), rms)
-        policy.load_state_dict(saved.tensors)
+        policy.load_state_dict(read_policy(saved))
     except (KeyError, TypeError, RuntimeError) as error:  # of another version
         raise foreign from error
     return policy
+
+
+def read_statistics(arrays: Mapping[str, Tensor], prefix: str) -> RunningState:
+    """Read running statistics from the arrays of a checkpoint."""
+    mean, var, count = (arrays[prefix + name].numpy() for name in ("mean", "var", "count"))
+    return {"mean": mean, "var": var, "count": count}
+
+
+def read_policy(saved: checkpoint.Checkpoint) -> PolicyState:
+    """Read the state of the policy from a checkpoint."""
+    return {
+        "model": saved.tensors["model"],
+        "spaces": saved.state["spaces"],
+        "space_arrays": saved.tensors["spaces"],
+    }
 
 
 def _read_code(kind: type[Code], saved: checkpoint.Checkpoint, prefix: str) -> Code:

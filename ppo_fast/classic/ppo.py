@@ -17,27 +17,33 @@ one flat tensor, so that clipping and Adam are a handful of operations.
 import math
 import time
 from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.classic.config import ClassicConfig
-from ppo_fast.classic.envs.vector import environment_states, resets_in_same_step, restore_environments
+from ppo_fast.classic.envs.vector import (
+    EnvironmentState,
+    environment_states,
+    resets_in_same_step,
+    restore_environments,
+)
 from ppo_fast.classic.logger import NUM_RECENT
 from ppo_fast.classic.network import MLP, Activations
 from ppo_fast.classic.normalize import RunningMeanStd
 from ppo_fast.classic.optimizer import Adam
 from ppo_fast.classic.policy import Policy
 from ppo_fast.classic.spaces import action_decoder, observation_encoder
+from ppo_fast.classic.state import State
 from ppo_fast.common.device import pick_device
 from ppo_fast.common.errors import NonFiniteError, UserError
 
 CHUNK = 8192  # observations in one forward pass without gradients
-RUNNING = ("prev_done", "episode_return", "episode_length", "discounted_return")  # arrays [N] of the open episodes
 
 
 class Batch(NamedTuple):
@@ -128,8 +134,10 @@ class PPO:
     def reset_envs(self, seed: int) -> None:
         """Start new episodes in all environments."""
         N = self.envs.num_envs
-        self.prev_done = np.zeros(N, dtype=bool)  # the last step ended an episode
-        self.episode_return, self.episode_length, self.discounted_return = np.zeros(N), np.zeros(N, int), np.zeros(N)
+        self.prev_done: npt.NDArray[np.bool_] = np.zeros(N, dtype=bool)  # the last step ended an episode
+        self.episode_return: npt.NDArray[np.float64] = np.zeros(N)
+        self.episode_length: npt.NDArray[np.int64] = np.zeros(N, int)
+        self.discounted_return: npt.NDArray[np.float64] = np.zeros(N)
         self._store_observation(self.envs.reset(seed=seed)[0], -2)
 
     def _store_observation(self, raw: np.ndarray, t: int) -> None:
@@ -251,7 +259,6 @@ class PPO:
         )
         actions = actions.flatten(0, 1)
         logp, entropy = self.network.logprobs(policy[: T * N], actions, with_entropy=True)
-        assert entropy is not None  # with_entropy
         columns = [observations[: T * N], actions, logp, values[:-1].flatten(), advantages.flatten(), returns.flatten()]
         if not bool(mask.all()):
             rows = mask.flatten().nonzero()[:, 0]
@@ -414,7 +421,7 @@ class PPO:
         """Return the most likely action for each raw observation [B, ...], in the format of the environment."""
         return np.asarray(self.policy.act(raw))
 
-    def state_dict(self, *, with_environments: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, with_environments: bool = True) -> State:
         """Return everything that the next update depends on.
 
         Args:
@@ -427,7 +434,10 @@ class PPO:
             "return_rms": self.return_rms.state_dict(),
             "generator": self.generator.get_state(),
             "observations": self.observations[-1].clone(),
-            **{name: getattr(self, name).copy() for name in RUNNING},
+            "prev_done": self.prev_done.copy(),
+            "episode_return": self.episode_return.copy(),
+            "episode_length": self.episode_length.copy(),
+            "discounted_return": self.discounted_return.copy(),
             "global_step": self.global_step,
             "updates_done": self.updates_done,
             "episodes": self.episodes,
@@ -435,7 +445,7 @@ class PPO:
             "environments": environment_states(self.envs) if with_environments else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what `state_dict` returned."""
         self.policy.load_state_dict(state["policy"])
         self.adam.load_state_dict(state["adam"])
@@ -443,14 +453,16 @@ class PPO:
         self.return_rms.load_state_dict(state["return_rms"])
         self.generator.set_state(state["generator"])
         self.observations[-1] = state["observations"]
-        for name in RUNNING:
-            setattr(self, name, state[name].copy())
+        self.prev_done = state["prev_done"].copy()
+        self.episode_return = state["episode_return"].copy()
+        self.episode_length = state["episode_length"].copy()
+        self.discounted_return = state["discounted_return"].copy()
         self.global_step, self.updates_done = state["global_step"], state["updates_done"]
         self.episodes = state["episodes"]
         self.recent_returns.extend(state["recent_returns"])
         self.reset_or_restore_envs(state["environments"])
 
-    def reset_or_restore_envs(self, states: list[dict[str, Any]] | None) -> None:
+    def reset_or_restore_envs(self, states: list[EnvironmentState] | None) -> None:
         """Continue after a checkpoint, both in the run that wrote it and in one that reads it.
 
         Environments whose states were saved continue from there. All others start new episodes, from a seed that

@@ -1,18 +1,20 @@
 """Conversion between the spaces of an environment and the network: observations to inputs, outputs to actions.
 
-Both classes contain numbers and strings only, so that a saved policy needs neither the environment nor Gymnasium's
-spaces.
+Both classes contain numbers, strings and arrays only, so that a saved policy needs neither the environment nor
+Gymnasium's spaces.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 
-from ppo_fast.classic.normalize import RunningMeanStd
+from ppo_fast.classic.normalize import Floats, RunningMeanStd
 from ppo_fast.common.errors import UserError
 
 WIDE = 20  # width of a range that is more than ten initial standard deviations to either side
@@ -32,7 +34,7 @@ class ObservationEncoder:
     categories: int = 0  # n of Discrete(n)
     start: int = 0  # the first of them
     images: bool = False  # uint8 [., ., .]
-    scale: np.ndarray | None = None  # [*shape] or [1, ..., 1], float32: the factor of integers; None: 1
+    scale: npt.NDArray[np.float32] | None = None  # [*shape] or [1, ..., 1]: the factor of integers; None: 1
 
     def encode(self, raw: np.ndarray, rms: RunningMeanStd | None) -> np.ndarray:
         """Convert observations [B, ...] to inputs [B, *shape]; with `rms`, normalize them by its mean and variance."""
@@ -42,7 +44,7 @@ class ObservationEncoder:
             return np.clip((raw - rms.mean) / np.sqrt(rms.var + 1e-8), -10, 10)
         return raw if self.scale is None else raw * self.scale
 
-    def _one_hot(self, raw: np.ndarray) -> np.ndarray:
+    def _one_hot(self, raw: np.ndarray) -> npt.NDArray[np.float32]:
         rows = raw - self.start
         if ((rows < 0) | (rows >= self.categories)).any():
             last = self.start + self.categories - 1
@@ -106,7 +108,7 @@ def observation_encoder(env: str, space: spaces.Space) -> ObservationEncoder:
     return ObservationEncoder(space.shape, images=images, scale=_scale(space))
 
 
-def _scale(space: spaces.Box) -> np.ndarray | None:
+def _scale(space: spaces.Box) -> npt.NDArray[np.float32] | None:
     if space.dtype is None or space.dtype.kind not in "iub":
         return None
     largest = np.maximum(np.abs(space.low.astype(np.float64)), np.abs(space.high.astype(np.float64)))
@@ -141,7 +143,7 @@ def action_decoder(env: str, space: spaces.Space) -> ActionDecoder:
     return ActionDecoder("box", (low.size,), space.shape, str(space.dtype), low=low, high=high, **moved)
 
 
-def _from_middle(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _from_middle(low: Floats, high: Floats) -> tuple[Floats, Floats]:
     """Return middle and half width of each range that lacks 0 or is wider than WIDE, and 0 and 1 for the others."""
     with np.errstate(over="ignore", invalid="ignore"):
         bounded = high - low < UNBOUNDED
@@ -164,14 +166,14 @@ def _float_bounds(bounds: np.ndarray, *, to: int, integers: bool) -> np.ndarray:
 Code = TypeVar("Code", ObservationEncoder, ActionDecoder)
 
 
-def to_parts(code: ObservationEncoder | ActionDecoder) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def to_parts(code: ObservationEncoder | ActionDecoder) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     """Split an encoder or decoder into what JSON can represent, and its arrays."""
     fields = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     return {name: value for name, value in fields.items() if name not in arrays}, arrays
 
 
-def from_parts(kind: type[Code], plain: dict[str, Any], arrays: dict[str, np.ndarray]) -> Code:
+def from_parts(kind: type[Code], plain: Mapping[str, object], arrays: Mapping[str, np.ndarray]) -> Code:
     """Build an encoder or decoder from what `to_parts` returned; lists, as of JSON, become tuples."""
-    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}
-    return kind(**fields, **arrays)  # type: ignore[arg-type]  # the fields are those of `kind`
+    make: Callable[..., Code] = kind  # by names of fields, which only `to_parts` knows
+    return make(**{name: tuple(x) if isinstance(x, list) else x for name, x in plain.items()}, **arrays)

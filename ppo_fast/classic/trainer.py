@@ -10,9 +10,8 @@ import dataclasses
 import signal
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 import torch
@@ -25,7 +24,7 @@ from ppo_fast.classic.envs.vector import environment_states, parse_arguments
 from ppo_fast.classic.envs.workers import close
 from ppo_fast.classic.envs.wrappers import Wrapper, load_wrappers
 from ppo_fast.classic.evaluate import evaluate
-from ppo_fast.classic.logger import RunLogger
+from ppo_fast.classic.logger import RunLogger, Summary
 from ppo_fast.classic.ppo import PPO
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError, print_error
@@ -62,12 +61,12 @@ class ClassicTrainer(PPO):
         self,
         config: ClassicConfig,
         *,
-        env_kwargs: dict[str, Any] | None = None,
+        env_kwargs: Mapping[str, object] | None = None,
         wrappers: list[Wrapper] | None = None,
         envs: VectorEnv | None = None,
         eval_env: Callable[[], gymnasium.Env] | None = None,
     ) -> None:
-        kwargs = parse_arguments(config.env_kwargs) | (env_kwargs or {})
+        kwargs = {**parse_arguments(config.env_kwargs), **(env_kwargs or {})}
         self.source = EnvironmentSource(
             config.env, kwargs, [*load_wrappers(config.wrapper), *(wrappers or [])], eval_env
         )
@@ -118,7 +117,7 @@ class ClassicTrainer(PPO):
             return None
         return state.save(Path(self.config.out), self.config, self.state_dict(with_environments=with_environments))
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> Summary:
         """Run to the end, evaluate, and return a summary, which is also written to OUT/summary.json.
 
         Raises:
@@ -128,7 +127,7 @@ class ClassicTrainer(PPO):
         with locked(self.config.out):
             return self._train()
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> Summary:
         c = self.config
         if c.resume:
             self._resume()
@@ -147,7 +146,7 @@ class ClassicTrainer(PPO):
             if self.request.name is not None:
                 raise Stopped(self.request.name, f"stopped in the evaluation; the training is complete, {saved}")
             recent = self.recent_returns
-            summary = {
+            summary: Summary = {
                 "env": c.env,
                 "steps": self.global_step,
                 "episodes": self.episodes,

@@ -8,8 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.launched import process_count, this_rank
@@ -21,25 +22,31 @@ if TYPE_CHECKING:  # they import PyTorch and transformers
     from ppo_fast.llm.distributed import Distributed
     from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.reward_model import RewardModel
+    from ppo_fast.llm.reward.scoring import RewardFunction
     from ppo_fast.llm.trainer import PPOTrainer
 
-# What a run needs besides PPOConfig, with its defaults; a configuration file may contain it, too
-RUN_OPTIONS: dict[str, Any] = {
-    "model": None,
-    "prompts": None,
-    "prompt_field": "prompt",
-    "chat": False,
-    "eval_prompts": None,
-    "reward": [],
-    "reward_model": [],
-    "reward_weight": None,
-    "critic_model": None,
-    "pad_token": None,
-    "trust_remote_code": False,
-}
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run needs besides PPOConfig; a configuration file may contain it, too."""
+
+    model: str
+    prompts: str
+    prompt_field: str = "prompt"
+    chat: bool = False
+    eval_prompts: str | None = None
+    reward: list[str] = field(default_factory=list)
+    reward_model: list[str] = field(default_factory=list)
+    reward_weight: list[float] | None = None
+    critic_model: str | None = None
+    pad_token: str | None = None
+    trust_remote_code: bool = False
 
 
-def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[PPOConfig, dict[str, Any]]:
+RUN_OPTIONS = [option.name for option in dataclasses.fields(RunOptions)]
+
+
+def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[PPOConfig, RunOptions]:
     """Return PPOConfig and the run options: from the command line, else the configuration file, else the defaults."""
     fields = options(PPOConfig)
     given, file = vars(arguments), {}
@@ -48,15 +55,15 @@ def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> t
         for action in parser._actions:
             if action.dest in RUN_OPTIONS and file.get(action.dest) is not None:
                 file[action.dest] = _from_file(action, file[action.dest], f"{arguments.config}: {action.dest}")
-    values = {**file, **given}
-    run = {name: default if values.get(name) is None else values[name] for name, default in RUN_OPTIONS.items()}
+    values = vars(argparse.Namespace(**{**file, **given}))  # argparse and `_from_file` have checked the types
+    run = {name: values[name] for name in RUN_OPTIONS if values.get(name) is not None}
     for name in ("model", "prompts"):
-        if run[name] is None:
+        if name not in run:
             parser.error(f"--{name} is missing (on the command line, or as `{name}:` in the file of --config)")
-    return options_of({name: value for name, value in values.items() if name in fields}), run
+    return options_of({name: value for name, value in values.items() if name in fields}), RunOptions(**run)
 
 
-def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
+def _from_file(action: argparse.Action, value: object, where: str) -> object:
     """Check a value of a configuration file as the command line would: its type, and a list where one is expected.
 
     An int is accepted as a float.
@@ -71,7 +78,7 @@ def _from_file(action: argparse.Action, value: Any, where: str) -> Any:
     return values if several else value
 
 
-def load_rewards(specs: Sequence[str]) -> dict[str, Any]:
+def load_rewards(specs: Sequence[str]) -> "dict[str, RewardFunction]":
     """Load the reward functions, by their names in metrics: the name of the function alone where it is unique.
 
     Raises:
@@ -103,7 +110,7 @@ def _let_segments_grow() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
+def train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> int:
     """Run `ppo-fast train`: read the inputs, train, and print where the results are. Returns the exit status."""
     _let_segments_grow()
     if arguments.allow_changes and not arguments.resume:
@@ -120,7 +127,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
             # first: rewards and models that ask for "cuda" must find this process's own GPU
             distributed = init_distributed(config)
             given = {"--resume": arguments.resume, "--allow-changes": arguments.allow_changes}
-            distributed.check_equal({**given, "whether --critic-model is given": run["critic_model"] is not None})
+            distributed.check_equal({**given, "whether --critic-model is given": run.critic_model is not None})
             distributed.run_on_main(claim)
         else:
             claim()
@@ -132,7 +139,10 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any])
 def _dtype_of_run(out: Path) -> DtypeOption:
     """Return the dtype of an earlier run in OUT, since a second measurement may choose another one; else "auto"."""
     file = out / "config.yaml"
-    return read_yaml(file, [*RUN_OPTIONS, *options(PPOConfig)]).get("dtype", "auto") if file.exists() else "auto"
+    if not file.exists():
+        return "auto"
+    written = read_yaml(file, [*RUN_OPTIONS, *options(PPOConfig)])
+    return options_of({"dtype": written.get("dtype", "auto")}).dtype
 
 
 def _holds_run(out: Path) -> bool:
@@ -155,17 +165,17 @@ def _claim(stack: ExitStack, arguments: argparse.Namespace, config: PPOConfig) -
         )
 
 
-def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]) -> int:
+def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> int:
     from ppo_fast.common.console import console_of, say
 
     size = process_count()
     console = console_of(quiet=config.quiet or (size > 1 and this_rank(size) > 0))
-    say(console, f"reading {run['prompts']}; importing PyTorch and transformers takes some seconds")
+    say(console, f"reading {run.prompts}; importing PyTorch and transformers takes some seconds")
     from ppo_fast.llm.data import read_prompts
 
-    read = functools.partial(read_prompts, prompt_field=run["prompt_field"], chat=run["chat"])
-    rows, held_out = read(run["prompts"]), read(run["eval_prompts"]) if run["eval_prompts"] is not None else None
-    rewards = load_rewards(run["reward"])
+    read = functools.partial(read_prompts, prompt_field=run.prompt_field, chat=run.chat)
+    rows, held_out = read(run.prompts), read(run.eval_prompts) if run.eval_prompts is not None else None
+    rewards = load_rewards(run.reward)
     reward_weights = _weights(rewards, run)
     if sys.flags.optimize > 1:
         raise UserError("transformers needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove: run without them")
@@ -176,16 +186,16 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
     from ppo_fast.llm.trainer import PPOTrainer
 
     distributed = init_distributed(config)  # before models are loaded: a device that does not exist is reported at once
-    say(console, f"loading {run['model']}")
-    how = {name: run[name] for name in ("pad_token", "trust_remote_code")}
-    actor, tokenizer = load_on_main(distributed, lambda weights: load_actor(run["model"], weights=weights, **how))
-    rewards |= _load_reward_models(run["reward_model"], distributed)
-    critic = None if run["critic_model"] is None else _load_critic(run["critic_model"], distributed)
+    say(console, f"loading {run.model}")
+    load = functools.partial(load_actor, run.model, pad_token=run.pad_token, trust_remote_code=run.trust_remote_code)
+    actor, tokenizer = load_on_main(distributed, lambda weights: load(weights=weights))
+    rewards |= _load_reward_models(run.reward_model, distributed)
+    critic = None if run.critic_model is None else _load_critic(run.critic_model, distributed)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
     )
-    trainer.run_options = run
+    trainer.run_options = dataclasses.asdict(run)
     if arguments.resume:
         trainer.resume(allow_changes=arguments.allow_changes)
     trainer.train()
@@ -194,16 +204,16 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: dict[str, Any]
         say(console, f"{stopped}; --resume continues it in {config.out}")
         return 128 + signal.Signals[trainer.stopped_by].value
     if config.out is not None and trainer.distributed.is_main:
-        _draw_curves(trainer, Path(run["prompts"]).name, Path(config.out))
+        _draw_curves(trainer, Path(run.prompts).name, Path(config.out))
         names = sorted(path.name for path in Path(config.out).iterdir() if not path.name.startswith("."))
         say(console, f"{', '.join(names)} are in {config.out}")
     return 0
 
 
-def _weights(rewards: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
+def _weights(rewards: "dict[str, RewardFunction]", run: RunOptions) -> dict[str, float]:
     """Return the weight of each reward function and reward model, by name."""
-    names = [*rewards, *run["reward_model"]]
-    weights = run["reward_weight"] or [1.0] * len(names)
+    names = [*rewards, *run.reward_model]
+    weights = run.reward_weight or [1.0] * len(names)
     if not names:
         raise UserError("nothing to train for: give --reward, --reward-model, or both")
     if len(weights) != len(names):

@@ -38,7 +38,7 @@ class Checkpoint:
     """The contents of a checkpoint folder."""
 
     folder: Path
-    state: dict[str, Any]  # as JSON has it
+    state: dict[str, Any]  # JSON of several kinds of runs: each knows its own keys and types
     tensors: dict[str, dict[str, Tensor]]  # by file name without suffix
 
 

@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,7 +42,11 @@ class Output:
         """Flush the buffer."""
         self._attempt(self.stream.flush)
 
-    def __getattr__(self, name: str) -> Any:  # whatever the stream has
+    def isatty(self) -> bool:
+        """Check whether the stream is a terminal."""
+        return self.stream.isatty()
+
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
     def _attempt(self, action: Callable[[], object]) -> None:

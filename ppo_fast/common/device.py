@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -65,7 +65,26 @@ def _check_exists(device: torch.device) -> None:
         raise UserError(f"device {str(device)!r} does not exist; this machine has {names}")
 
 
-def device_module(device: torch.device) -> Any:  # modules with common functions, but without a common type
+class DeviceProperties(Protocol):
+    """What `get_device_properties` returns, as far as it is used here."""
+
+    total_memory: int
+
+
+class DeviceModule(Protocol):
+    """The functions of torch.cuda, torch.xpu, ... that are used here; torch.cpu and torch.mps lack some of them."""
+
+    def device_count(self) -> int: ...
+    def device(self, device: torch.device) -> AbstractContextManager: ...
+    def get_device_properties(self, device: torch.device) -> DeviceProperties: ...
+    def get_rng_state(self, device: torch.device) -> Tensor: ...
+    def manual_seed(self, seed: int) -> None: ...
+    def max_memory_allocated(self, device: torch.device) -> int: ...
+    def set_rng_state(self, new_state: Tensor, device: torch.device) -> None: ...
+    def synchronize(self, device: torch.device) -> None: ...
+
+
+def device_module(device: torch.device) -> DeviceModule:
     """Return torch.cuda, torch.cpu, ...: the module with the functions of the type of a device."""
     return torch.get_device_module(device)
 

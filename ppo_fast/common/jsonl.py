@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ppo_fast.common.checkpoint import GrowingFile, write_file
 from ppo_fast.common.errors import UserError
@@ -24,8 +23,8 @@ def as_lines(rows: Iterable[Mapping[str, object]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a file whose lines are all complete."""
+def read_rows(path: Path) -> list[Row]:
+    """Read a metrics.jsonl whose lines are all complete."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -13,12 +13,13 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Literal, Protocol, TypeVar, Union, get_args, get_origin, runtime_checkable
 
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -37,15 +38,24 @@ NonNegative = Annotated[float, Ge(0.0)]
 Positive = Annotated[float, Gt(0.0)]
 Strings = tuple[Annotated[str, MinLen(1)], ...]
 
+
+@runtime_checkable
+class HasPostInit(Protocol):
+    """A dataclass that checks combinations of its options in `__post_init__`."""
+
+    def __post_init__(self) -> None: ...
+
+
+Value = TypeVar("Value")
 Config = TypeVar("Config")
 
 
-def setting(default: Any, help: str) -> Any:
-    """Return a dataclass field with its default and its help text. `Any`, as of `dataclasses.field`."""
+def setting(default: Value, help: str) -> Value:
+    """Return a dataclass field with its default and its help text; its type is that of the default, as mypy needs."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def plain_value(value: Any) -> Any:
+def plain_value(value: object) -> object:
     """Convert a value to a type of YAML and JSON, before it is checked.
 
     A number of numpy or a member of an Enum that is a Python number or string becomes one, and a list becomes a tuple.
@@ -65,7 +75,7 @@ class Option:
     """One field of a config class: what its annotation and `setting` say."""
 
     name: str
-    default: Any  # of the type of the option
+    default: object  # of the type of the option
     help: str
     kind: type  # bool, int, float, str, or tuple (of strings)
     optional: bool  # None is a value
@@ -78,7 +88,9 @@ class Option:
 @functools.cache
 def options(config_class: type) -> dict[str, Option]:
     """Read the options of a pydantic dataclass, by name."""
-    infos = config_class.__pydantic_fields__  # type: ignore[attr-defined]  # of every pydantic dataclass
+    if not is_pydantic_dataclass(config_class):
+        raise TypeError(f"{config_class.__name__} is not a pydantic dataclass")
+    infos = config_class.__pydantic_fields__
     return {
         field.name: _read_option(field.name, infos[field.name], field.metadata["help"])
         for field in dataclasses.fields(config_class)
@@ -94,7 +106,9 @@ def _read_option(name: str, info: FieldInfo, help: str) -> Option:
         annotation, *more = get_args(annotation)
         constraints += more
     choices: tuple[str, ...] = get_args(annotation) if get_origin(annotation) is Literal else ()
-    kind: Any = str if choices else get_origin(annotation) or annotation  # a type, of which mypy is not sure
+    kind = str if choices else get_origin(annotation) or annotation
+    if not isinstance(kind, type):
+        raise TypeError(f"the option {name} has the annotation {annotation}, which is no type")
     bounds = {
         name: getattr(constraint, attribute)
         for constraint in constraints
@@ -110,36 +124,38 @@ def checked_options(config_class: type[Config]) -> type[Config]:
     An assignment checks the new value and then, by `__post_init__`, the combinations of options; a value that fails
     either check is not kept. To change two options that depend on each other, use `dataclasses.replace`.
     """
-    initialize, assign = config_class.__init__, config_class.__setattr__
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]  # a pydantic dataclass
+    initialize: Callable[..., None] = config_class.__init__
+    assign = config_class.__setattr__
 
     @functools.wraps(initialize)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Config, *args: object, **kwargs: object) -> None:
         try:
             initialize(self, *args, **kwargs)
         except ValidationError as error:
-            values = dict(zip(names, args, strict=False)) | kwargs
-            raise _readable(config_class, error.errors(include_url=False)[0], values) from None
+            raise _readable(config_class, error.errors(include_url=False)[0], args, kwargs) from None
 
     @functools.wraps(assign)
-    def __setattr__(self: Any, name: str, value: Any) -> None:
+    def __setattr__(self: Config, name: str, value: object) -> None:
         before = self.__dict__.get(name)
         try:
             assign(self, name, value)
         except ValidationError as error:
-            raise _readable(config_class, error.errors(include_url=False)[0], {name: value}) from None
+            raise _readable(config_class, error.errors(include_url=False)[0], (), {name: value}) from None
         try:
-            self.__post_init__()
+            if isinstance(self, HasPostInit):
+                self.__post_init__()
         except UserError:
             self.__dict__[name] = before
             raise
 
-    config_class.__init__ = __init__  # type: ignore[method-assign]  # the purpose of this decorator
-    config_class.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]  # likewise
+    for method in (__init__, __setattr__):
+        setattr(config_class, method.__name__, method)
     return config_class
 
 
-def _readable(config_class: type, error: ErrorDetails, values: Mapping[str, Any]) -> Exception:
+def _readable(
+    config_class: type, error: ErrorDetails, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Exception:
     """Translate an error of pydantic: `UserError` for a wrong value, else what a dataclass would raise."""
     first = error["loc"][0] if error["loc"] else ""
     if error["type"] == "unexpected_keyword_argument":
@@ -152,10 +168,11 @@ def _readable(config_class: type, error: ErrorDetails, values: Mapping[str, Any]
         near = nearest(str(first), options(config_class))
         return AttributeError(f"{config_class.__name__} has no option {first!r}{near}")
     name = list(options(config_class))[first] if isinstance(first, int) else first
+    values = {**dict(zip(options(config_class), args, strict=False)), **kwargs}
     return UserError(_sentence(options(config_class)[name], error["type"], values[name]))
 
 
-def _sentence(option: Option, error: str, value: Any) -> str:
+def _sentence(option: Option, error: str, value: object) -> str:
     """Say what an option must be, and what it is."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if error == "string_unicode":
@@ -219,17 +236,17 @@ def _range(option: Option) -> str:
     return f"; at least {low}" if option.high is None else f"; {low} to {_plain(option.high)}"
 
 
-def _or_none(kind: type) -> Any:  # argparse's own type of `type`
+def _or_none(kind: type) -> Callable[[str], object]:
     """Return a type for argparse that also accepts "none"."""
 
-    def convert(text: str) -> Any:
+    def convert(text: str) -> object:
         return None if text == "none" else kind(text)
 
     convert.__name__ = kind.__name__  # argparse names it in its message
     return convert
 
 
-def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, object]:
     """Read the options in a YAML file by name, with an underscore or a hyphen between words.
 
     Raises:

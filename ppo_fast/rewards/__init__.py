@@ -9,7 +9,7 @@ or, on the command line, with options and the names of the data's own columns:
     ppo-fast train ... --reward 'ppo_fast.rewards:numeric(reference=answer)' \\
         --reward 'ppo_fast.rewards:length_band(high=40)' --reward-weight 1 0.1
 
-Each is in [0, 1] unless its docstring says otherwise. `reference` is the column with what is right: one for each
+Each is in [0, 1] unless its docstring says otherwise. `reference` is the column of right answers: one for each
 completion, a text, or a list of texts of which the best counts. An answer without one (None) raises
 ValueError: a silent 0 would teach the model something wrong.
 """

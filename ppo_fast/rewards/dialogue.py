@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from ppo_fast.llm.data import Prompt
 from ppo_fast.rewards.matching import words
 
 UNITS = ("words", "characters", "tokens")
@@ -18,12 +18,12 @@ def length_band(
     high: int = 100,
     unit: str = "words",
 ) -> list[float]:
-    """1 for an answer of `low` to `high` units; below, its share of `low`; above, less by its excess over `high`.
+    """Return 1 for `low` to `high` units; below, the share of `low`; above, less by the excess over `high`.
 
-    An answer of 0 units gets 0 (if low > 0), one of twice `high` or more 0 as well: the slope shows the way.
+    An answer of 0 units (if low > 0), or of twice `high` or more, gets 0: in between, the slope leads to the band.
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers.
         completion_ids: [B] lists of their tokens, which the trainer passes; for unit="tokens" only.
         low, high: the band, both ends in it.
@@ -45,10 +45,10 @@ def length_band(
     return [n / low if n < low else max(0.0, 1.0 - max(0, n - high) / high) for n in lengths]
 
 
-def no_echo(prompts: Sequence[object], completions: Sequence[str], *, n: int = 4) -> list[float]:
-    """1 minus the share of an answer's word n-grams that occur in the prompt, or in the user's last turn of a chat.
+def no_echo(prompts: Sequence[Prompt], completions: Sequence[str], *, n: int = 4) -> list[float]:
+    """Return 1 minus the share of word n-grams that occur in the prompt too, or in the user's last turn of a chat.
 
-    An answer of fewer than n words is looked for as a whole; an empty one repeats nothing: 1.
+    An answer of fewer than n words is searched for as a whole; an empty one repeats nothing and gets 1.
 
     >>> no_echo(["Tell me about the sea, please."] * 2, ["about the sea, please.", "It is wide and deep."])
     [0.0, 1.0]
@@ -63,7 +63,7 @@ def no_echo(prompts: Sequence[object], completions: Sequence[str], *, n: int = 4
 
 
 def no_repetition(prompts: Sequence[object], completions: Sequence[str], *, n: int = 3) -> list[float]:
-    """1 minus the share of a completion's word n-grams that occur earlier in it (Welleck et al. 2020, seq-rep-n).
+    """Return 1 minus the share of word n-grams that occur earlier in the answer (Welleck et al. 2020, seq-rep-n).
 
     >>> no_repetition(["Continue:"] * 2, ["so it goes so it goes so it goes", "all is well"])
     [0.42857142857142855, 1.0]
@@ -80,14 +80,14 @@ def stays_in_role(
     *,
     others: Sequence[str] = ("user", "human", "system", "assistant", "customer", "question", "q"),
 ) -> list[float]:
-    """0 for a completion in which another speaker begins, else 1.
+    """Return 0 for a completion in which another speaker begins, else 1.
 
     That is a line that begins with one of `others` and a colon, perhaps bold or as a heading ("### Human:"),
     or a mark of a chat template such as <|im_start|>, [INST] or <start_of_turn>. In many tokenizers these are special
     tokens, which only the raw text has; the mark that ends an answer is allowed.
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers.
         raw_completions: [B] answers with their special tokens, which the trainer passes.
         ended: [B] bools, True for an answer with an end token, which the trainer passes.
@@ -109,7 +109,7 @@ def stays_in_role(
 
 
 def _marked(raw: str, ended: bool) -> bool:
-    """Whether an answer's raw text has a mark of a template besides the one that ends it."""
+    """Check whether a raw text has a mark of a template besides the one that ends the answer."""
     return any(not (ended and mark.end() == len(raw)) for mark in _TEMPLATE.finditer(raw))
 
 
@@ -117,12 +117,15 @@ _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|<<SYS>>|</?(?:start|end)_of_tu
 
 
 def ngrams(items: Sequence[object], n: int) -> list[tuple[object, ...]]:
-    """All stretches of n items; none for n = 0."""
+    """List all runs of n items; none for n = 0."""
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)] if n > 0 else []
 
 
-def _last_turn(prompt: Any) -> str:
+def _last_turn(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     turns = [message["content"] for message in prompt if message["role"] == "user"]
-    return turns[-1] if turns else ""
+    turn = turns[-1] if turns else ""
+    if not isinstance(turn, str):
+        raise ValueError(f"the content of a user's message must be a text, got {turn!r:.80}")
+    return turn

@@ -3,26 +3,32 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 import ppo_fast as ppo
 from ppo_fast.common.device import upload
 from ppo_fast.common.errors import UserError
+from ppo_fast.llm.data import Prompt, chat_text, prompt_ids
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+    from ppo_fast.llm.models.head import HeadInfo
 
 
 class Fluency:
     """A reward: the mean log-likelihood of an answer's tokens after its prompt, in nats per token; at most 0.
 
-    An empty answer is judged by its end token, and an empty prompt is an end token. Chats go through the tokenizer's
-    template.
+    An empty answer or prompt is replaced by an end token. The tokenizer's template is applied to chats.
 
     Args:
         model: a causal language model, or the folder of one with its tokenizer; it is frozen.
         tokenizer: its tokenizer; None with a folder.
         same_tokens: the model has the actor's tokenizer, and evaluates the tokens that the actor sampled, its end token
-            included; else the completion's text is turned into the model's own tokens.
+            included; else the completion's text is tokenized again.
         batch_size: completions in one forward pass.
         device: where it runs. None: a model stays where it is; one loaded from a folder goes to the trainer's device,
             and is on the CPU without a trainer.
@@ -36,8 +42,8 @@ class Fluency:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any = None,
+        model: nn.Module | str | Path,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         same_tokens: bool = False,
         batch_size: int = 32,
@@ -56,24 +62,24 @@ class Fluency:
         self.tokenizer = tokenizer
         self.same_tokens = same_tokens
         self.batch_size = batch_size
-        self.head: Any = None  # how its logits are computed, once it is known where
+        self.head: HeadInfo | None = (
+            None  # how its logits are computed; detected at the first call, when the device is known
+        )
         self.__name__ = "fluency"
 
     def follow_trainer(self, device: torch.device) -> None:
-        """Moves a model that was loaded from a folder to the trainer's device; the trainer calls this at its start."""
+        """Move a model that was loaded from a folder to the trainer's device; the trainer calls this at its start."""
         if self.follows_trainer:
             self.model = self.model.to(device)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float]:
-        """One number for each answer."""
-        from ppo_fast.llm.data import prompt_ids
-
+        """Return one number for each answer."""
         if not completions:
             return []
         asked = prompt_ids(self.tokenizer, prompts)
@@ -89,12 +95,14 @@ class Fluency:
         for alike in self._computed_alike([len(before) + len(answer) for before, answer in pairs]):
             for start in range(0, len(alike), self.batch_size):
                 batch = alike[start : start + self.batch_size]
-                found |= zip(batch, self._judge([pairs[i] for i in batch]), strict=True)
+                found |= zip(batch, self._mean_logprobs([pairs[i] for i in batch]), strict=True)
         return [found[i] for i in range(len(pairs))]
 
     def _computed_alike(self, lengths: list[int]) -> list[list[int]]:
-        """The numbers of texts that may share a batch: a model may compute a batch by its longest text, and differently
-        beyond a length that its configuration names (longrope)."""
+        """Group the indices of texts that may share a batch.
+
+        A model may compute a batch differently if its longest text exceeds a length in its configuration (longrope).
+        """
         from ppo_fast.llm.models.probe import named_lengths
 
         boundaries = named_lengths(self.model, max(lengths))
@@ -103,21 +111,20 @@ class Fluency:
             alike.setdefault(bisect_left(boundaries, length), []).append(i)
         return list(alike.values())
 
-    def _continuation(self, prompt: Any, asked: list[int], completion: str) -> list[int]:
-        """An answer's tokens after its prompt's; those of the answer alone where its first one joins the prompt's last.
+    def _continuation(self, prompt: Prompt, asked: list[int], completion: str) -> list[int]:
+        """Tokenize an answer after its prompt; alone, if its first token would contain the end of the prompt.
 
-        Alone, tokenizers of the SentencePiece kind would put a space before the first word.
+        SentencePiece tokenizers would put a space before the first word of an answer alone.
         """
         chat = not isinstance(prompt, str)
-        if chat:
-            prompt = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = self.tokenizer(prompt + completion, add_special_tokens=not chat)["input_ids"]
+        before = prompt if isinstance(prompt, str) else chat_text(self.tokenizer, prompt)
+        whole = self.tokenizer(before + completion, add_special_tokens=not chat)["input_ids"]
         if whole[: len(asked)] == asked:
             return whole[len(asked) :]
         return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
 
     def _cut(self, asked: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Truncates to the model's positions: a long prompt at its beginning, a long completion at its end."""
+        """Truncate to the model's positions: a long prompt at its beginning, a long completion at its end."""
         from ppo_fast.llm.models.head import text_config
 
         positions = getattr(text_config(self.model), "max_position_embeddings", None)
@@ -126,14 +133,14 @@ class Fluency:
             asked = asked[-(positions - len(answer)) :]
         return asked, answer
 
-    def _judge(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+    def _mean_logprobs(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         width = max(len(asked) + len(answer) for asked, answer in pairs)
         ids = torch.zeros(len(pairs), width, dtype=torch.long)
         mask = torch.zeros(len(pairs), width, dtype=torch.bool)
         for row, (asked, answer) in enumerate(pairs):
             ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
             mask[row, len(asked) : len(asked) + len(answer)] = True
-        device = self.model.device
+        device = next(self.model.parameters()).device
         ids, mask = upload(ids, device), upload(mask, device)[:, 1:]
         logprobs = self._logprobs(ids, mask)
         return (logprobs.sum(1) / mask.sum(1)).tolist()

@@ -1,4 +1,4 @@
-"""Rewards of an answer among others: diversity within the samples of one prompt."""
+"""Rewards that compare the samples of one prompt: diversity."""
 
 import json
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ from ppo_fast.rewards.dialogue import ngrams
 
 
 def group_diversity(prompts: Sequence[object], completions: Sequence[str], *, n: int = 2) -> list[float]:
-    """Share of an answer's different word n-grams that no other answer to the same prompt has.
+    """Return the share of an answer's distinct word n-grams that no other answer to the same prompt has.
 
     For `samples_per_prompt` > 1: a prompt's only answer gets 1, and so nothing is learned from it. An answer of fewer
     than n words counts as one n-gram; two empty ones are the same.

@@ -4,17 +4,18 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ppo_fast.rewards.matching import best_of, is_mark, normalised, overlap_f1, rows_of
+
+Relevance = Mapping[str, float | None] | Sequence[str] | None  # of items, or the relevant items
 
 
 def label_match(
     prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, labels: Sequence[str] = ()
 ) -> list[float]:
-    """1 where an answer is the right label, else 0; with `labels`, where the first of them that it names is.
+    """Return 1 for the right label, else 0; with `labels`, the first of them in the answer is compared.
 
-    Case and punctuation don't count. A label is found between blanks or punctuation, and A also where it is an article.
+    Case and punctuation are ignored. A label is found between blanks or punctuation; A also where it is an article.
 
     Raises:
         ValueError: an answer has no reference, or one that is no label; or two labels are the same.
@@ -27,7 +28,7 @@ def label_match(
         raise ValueError(f"labels must be a list of texts that differ in their letters or digits, got {labels!r:.200}")
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
-    def judge(answer: str, right: object) -> bool:
+    def is_right(answer: str, right: object) -> bool:
         said, wanted = _plain(answer), _plain(right)
         if not names:
             return (said or answer.strip()) == (wanted or str(right).strip())
@@ -36,20 +37,20 @@ def label_match(
         first = re.search(rf"(?<!\w)(?:{longest_first})(?!\w)", said)
         return first is not None and first.group() == wanted
 
-    return best_of(completions, reference, judge)
+    return best_of(completions, reference, is_right)
 
 
 def _plain(text: object) -> str:
-    """Lower case, and blanks for punctuation; the label A of several choices is no article."""
+    """Convert to lower case, with blanks for punctuation; articles stay, since A may be a label."""
     text = unicodedata.normalize("NFKC", str(text)).lower()
     return " ".join("".join(" " if is_mark(c) else c for c in text).split())
 
 
 def span_f1(prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object]) -> list[float]:
-    """Entity recognition: F1 of (label, text) pairs, both exact (Tjong Kim Sang and De Meulder 2003).
+    """Return the F1 of exact (label, text) pairs, for entity recognition (Tjong Kim Sang and De Meulder 2003).
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers, a line "LABEL: text" for each entity; other lines count as wrong entities.
         reference: [B] texts of the same form, or dicts of label to list of texts. Without entities ("" or {}), the
             empty answer is right.
@@ -69,17 +70,17 @@ def _spans(entities: object) -> list[tuple[str, str]]:
 
 
 def ndcg(
-    prompts: Sequence[object], completions: Sequence[str], relevance: Sequence[object], *, k: int = 10
+    prompts: Sequence[object], completions: Sequence[str], relevance: Sequence[Relevance], *, k: int = 10
 ) -> list[float]:
-    """Recommendation: normalised discounted cumulative gain of the first k lines (Järvelin and Kekäläinen 2002).
+    """Return the normalised discounted cumulative gain of the first k lines (Järvelin and Kekäläinen 2002).
 
     Gains are 2^relevance - 1, discounted by log2(1 + rank).
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] lists, an item a line, perhaps numbered or with bullets; a second mention counts nothing.
         relevance: [B] dicts of item to relevance (0, or None, for all others), or lists of relevant items.
-        k: lines that count, at least 1.
+        k: number of lines that are evaluated, at least 1.
 
     Raises:
         ValueError: nothing is relevant, or a relevance is negative or no number.
@@ -92,9 +93,11 @@ def ndcg(
     return [_ndcg(completion, gains, k, row) for row, completion, gains in rows_of(completions, relevance)]
 
 
-def _ndcg(completion: str, relevance: Any, k: int, row: int) -> float:
+def _ndcg(completion: str, relevance: Relevance, k: int, row: int) -> float:
     items = [relevance] if isinstance(relevance, str) else relevance or ()
-    graded = relevance if isinstance(relevance, Mapping) else dict.fromkeys(items, 1.0)
+    graded: Mapping[str, float | None] = dict.fromkeys(items, 1.0)
+    if isinstance(relevance, Mapping):
+        graded = relevance
     for item, grade in graded.items():
         if grade is not None and not (isinstance(grade, float | int) and 0 <= grade <= 100):
             raise ValueError(f"the relevance of {item!r} to prompt {row} must be in [0, 100], got {grade!r}")

@@ -5,14 +5,16 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 
-def rows_of(completions: Sequence[str], column: Sequence[object]) -> Iterator[tuple[int, str, Any]]:
-    """Row, answer, and what the column has for it.
+def rows_of(completions: Sequence[str], column: Sequence[Entry]) -> Iterator[tuple[int, str, Entry]]:
+    """Iterate over row, answer, and the entry of the column for it.
 
     Raises:
-        ValueError: the column has not one entry for each answer.
+        ValueError: the column does not have one entry for each answer.
     """
     if isinstance(column, str):
         raise ValueError(
@@ -25,7 +27,7 @@ def rows_of(completions: Sequence[str], column: Sequence[object]) -> Iterator[tu
 
 
 def references_of(reference: object, row: int, also: tuple[type, ...] = ()) -> list[object]:
-    """What is right for one answer, as a list: of one, or of several of which the best counts.
+    """Return the references of one answer as a list; the best of them counts.
 
     Raises:
         ValueError: there is none (None, or the NaN of a table), or it is neither text nor number nor one of `also`.
@@ -42,18 +44,18 @@ def references_of(reference: object, row: int, also: tuple[type, ...] = ()) -> l
 def best_of(
     completions: Sequence[str],
     reference: Sequence[object],
-    judge: Callable[[str, Any], float],
+    compare: Callable[[str, object], float],
     also: tuple[type, ...] = (),
 ) -> list[float]:
-    """Scores each completion against the reference with the highest score."""
+    """Score each completion against the reference with the highest score."""
     return [
-        max(float(judge(completion, right)) for right in references_of(rights, row, also))
+        max(float(compare(completion, right)) for right in references_of(rights, row, also))
         for row, completion, rights in rows_of(completions, reference)
     ]
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, digits and the marks on them (accents, vowel signs) of any script, in lower case.
+    """Split into runs of letters, digits and their marks (accents, vowel signs) of any script, in lower case.
 
     >>> words("It's the Zu\u0308rich_lake")
     ['it', 's', 'the', 'zürich', 'lake']
@@ -63,11 +65,11 @@ def words(text: str) -> list[str]:
     return [run for run in runs if any(map(str.isalnum, run))]  # no lone mark, such as an emoji's
 
 
-def normalised(text: str) -> str:
-    """Lower case without punctuation, the articles a, an, the, and superfluous blanks.
+def normalised(text: object) -> str:
+    """Convert to lower case without punctuation, the articles a, an, the, and superfluous blanks.
 
-    As SQuAD's own script does for ASCII; punctuation of other scripts goes as well, and composed and decomposed letters
-    are the same.
+    For ASCII the result is that of SQuAD's own script. Punctuation of other scripts is removed, too, and composed and
+    decomposed letters are equal.
 
     >>> normalised("The  Eiffel Tower!")
     'eiffel tower'
@@ -78,7 +80,7 @@ def normalised(text: str) -> str:
 
 
 def is_mark(c: str) -> bool:
-    """Punctuation of any script, or one of ASCII's symbols."""
+    """Check for punctuation of any script, or one of ASCII's symbols."""
     return c in _ASCII_MARKS or unicodedata.category(c).startswith("P")
 
 
@@ -86,13 +88,13 @@ _ASCII_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
 def exact_match(prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object]) -> list[float]:
-    """1 where the normalised answer is the normalised reference, else 0.
+    """Return 1 where the normalised answer is the normalised reference, else 0.
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers.
         reference: [B] texts, or lists of texts of which one must match. "" is right for an empty answer (SQuAD 2.0),
-            and so is a lone article: for the choices A, B, C take `label_match`.
+            and so is an article alone: for the choices A, B, C use `label_match`.
 
     Raises:
         ValueError: an answer has no reference.
@@ -104,7 +106,7 @@ def exact_match(prompts: Sequence[object], completions: Sequence[str], reference
 
 
 def f1(prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object]) -> list[float]:
-    """Harmonic mean of precision and recall of the normalised answer's words (Rajpurkar et al. 2016).
+    """Return the harmonic mean of precision and recall of the normalised words (Rajpurkar et al. 2016).
 
     Arguments and errors as for `exact_match`. Languages that don't write blanks between words get exact match.
 
@@ -119,7 +121,7 @@ def f1(prompts: Sequence[object], completions: Sequence[str], reference: Sequenc
 
 
 def overlap_f1(found: Sequence[Hashable], right: Sequence[Hashable]) -> float:
-    """F1 of two multisets; 1 if both are empty, 0 if only one is.
+    """Compute the F1 of two multisets; 1 if both are empty, 0 if only one is.
 
     >>> overlap_f1(["city", "paris"], ["paris"])
     0.6666666666666666

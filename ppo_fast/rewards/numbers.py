@@ -1,4 +1,4 @@
-"""Mathematics: the number that an answer ends with, against the right one (Cobbe et al. 2021, GSM8K)."""
+"""Mathematics: comparison of the number at the end of an answer with the right one (Cobbe et al. 2021, GSM8K)."""
 
 import math
 import re
@@ -36,10 +36,10 @@ _LONGEST = 400  # characters of a number, and its largest power: a model may wri
 def numeric(
     prompts: Sequence[object], completions: Sequence[str], reference: Sequence[object], *, tolerance: float = 0.0
 ) -> list[float]:
-    """1 where an answer's number (`number_in`) is the reference's, else 0; an answer without a number is wrong.
+    """Return 1 where an answer's number (`number_in`) is the reference's, else 0; without a number, 0.
 
     Args:
-        prompts: [B], not looked at.
+        prompts: [B], not used.
         completions: [B] answers.
         reference: [B] numbers, or texts such as GSM8K's answers, whose number counts, or lists of such.
         tolerance: how far they may be apart; 0: they must be equal, and are compared as fractions, not as floats.
@@ -64,13 +64,13 @@ def numeric(
 
 
 def number_in(text: str) -> Fraction | None:
-    r"""The number of a completion, as an exact fraction, or None.
+    r"""Find the number of a completion, as an exact fraction, or None.
 
-    It is, of these the first that there is:
+    It is the first of these that exists:
 
     - the whole text, if it is a number
     - the first number that has a line to itself after "####" (GSM8K's mark); a heading such as "#### Step 2" is no mark
-    - what the last \boxed{} has, which must be a number: \boxed{2\pi} and \boxed{(1, 4)} give None
+    - the contents of the last \boxed{}, which must be a number: \boxed{2\pi} and \boxed{(1, 4)} give None
     - the number after the last "####"
     - the last number of all
 
@@ -95,7 +95,7 @@ def number_in(text: str) -> Fraction | None:
     if marked:
         return _value(marked[-1][0])
     found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007  the last one is wanted
+    for found in _NUMBER.finditer(text):  # noqa: B007  # the last one is used
         pass
     if found is None or _INSIDE.search(text, 0, found.start()) or _TIMES.match(text, found.end()):
         return None
@@ -103,7 +103,7 @@ def number_in(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """LaTeX and typography as plain characters."""
+    """Convert LaTeX and typography to plain characters."""
     text = re.sub(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ",", text)  # thin blanks between thousands
     text = re.sub("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # 2 and a half is not 21/2
     text = re.sub("[\u207a\u207b]?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+", r"^\g<0>", text)  # nor 10 squared 102
@@ -124,14 +124,14 @@ _LATEX |= {"\\times": "*", "\\cdot": "*", "\\left": "", "\\right": "", "\\displa
 
 
 def _fraction(found: re.Match[str]) -> str:
-    """A LaTeX fraction as top/bottom, with the sign before the top."""
+    """Convert a LaTeX fraction to top/bottom, with the sign before the top."""
     top, bottom = found[2] or found[3], found[4] or found[5]
     negative = top.startswith("-") != bottom.startswith("-")
     return f"{found[1] + ' ' if found[1] else ''}{'-' * negative}{top.lstrip('+-')}/{bottom.lstrip('+-')}"
 
 
 def _alone(text: str) -> re.Match[str] | None:
-    """The number that a text consists of."""
+    """Match a text that consists of one number."""
     text = text.strip().removesuffix(".").strip("*").removeprefix("\\(").removesuffix("\\)").strip()
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
@@ -145,7 +145,7 @@ def _ungrouped(found: re.Match[str]) -> str:
 
 
 def _marked(text: str) -> Iterator[tuple[re.Match[str], str]]:
-    """The numbers after "####", each with the rest of its line."""
+    """Iterate over the numbers after "####", each with the rest of its line."""
     for mark in _MARK.finditer(text):
         found = _NUMBER.match(text, mark.end())
         if found is not None and not _HEADING.match(text, found.end()):
@@ -153,7 +153,7 @@ def _marked(text: str) -> Iterator[tuple[re.Match[str], str]]:
 
 
 def _boxed(text: str) -> str | None:
-    """The contents of the last \\boxed{}, or None."""
+    """Return the contents of the last \\boxed{}, or None."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None

@@ -1,8 +1,8 @@
 """Pool: slow rewards run in worker processes, with a time limit for each answer.
 
-A signal for the trainer's process group, such as Ctrl-C, reaches no worker: a judgement ends as usual, and the trainer
-saves the run. Each worker has a session of its own, with all subprocesses that user code starts in it. Only this module
-ends them, together: after the time limit, with the pool, and when the trainer has ended.
+A signal for the trainer's process group, such as Ctrl-C, reaches no worker: a reward is computed to its end, and the
+trainer saves the run. Each worker has a session of its own, with all subprocesses that user code starts in it. Only
+this module ends them, all together: after the time limit, with the pool, and when the trainer has ended.
 """
 
 import math
@@ -18,11 +18,14 @@ from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppo_fast.common.errors import UserError, print_error
 from ppo_fast.llm.reward.function import arguments_of, check_columns, load_reward
 from ppo_fast.rewards.overlap import package
+
+if TYPE_CHECKING:  # pebble is optional
+    from pebble import ProcessFuture, ProcessPool
 
 POSIX = os.name == "posix"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,12 +35,12 @@ class _Worker(SpawnProcess):
     """A process that signals do not end."""
 
     def start(self) -> None:
-        """Starts with signals blocked, until `_prepare` has set their handlers."""
+        """Start with signals blocked, until `_prepare` has set their handlers."""
         with _signals_blocked():
             super().start()
 
     def terminate(self) -> None:
-        """Kills the worker and its subprocesses; not by SIGTERM, which it ignores."""
+        """Kill the worker and its subprocesses; not by SIGTERM, which it ignores."""
         if self.exitcode is None and self.pid is not None:
             _kill_session(self.pid)
             self.kill()
@@ -49,11 +52,11 @@ class _Context(SpawnContext):
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Inside this block this thread, and each process that it starts, gets no SIGINT and no SIGTERM."""
+    """Block SIGINT and SIGTERM for this thread, and for each process that it starts, inside this block."""
     if not POSIX:
         yield
         return
-    resource_tracker.ensure_running()  # which would end the block: its start unblocks these signals
+    resource_tracker.ensure_running()  # before: its start unblocks these signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -70,23 +73,23 @@ def _kill_session(leader: int) -> None:
 class Pool:
     """A reward function that runs in worker processes, one completion at a time in each, within a time limit.
 
-    An answer whose judgement fails, is no finite number, calls exit(), or takes too long (its process and the
-    subprocesses of that are then killed) gets `fallback`. A call with such answers prints one line to stderr, with
-    their number and the first of them; `failed` is their number in the last call, which training logs. Metrics have the
+    An answer for which the function raises, returns no finite number, calls exit(), or takes too long (its process
+    with all subprocesses is then killed) gets `fallback`. A call with such answers prints one line to stderr, with
+    their number and the first of them; `failed` is their number in the last call, which is logged. Metrics have the
     name of the function.
 
     Args:
         reward: a function that can be imported, or its name as the command line takes it ("rewards.py:correct").
         timeout: seconds that one answer may take.
-        fallback: the number for an answer without a judgement; choose it: a silent 0 may be a good score.
+        fallback: the number for such an answer. It has no default: a silent 0 may be a good score.
         workers: processes. They are spawned, not forked: a fork of a process with threads and a GPU can hang. They
             import the function's module; a script that makes a Pool needs `if __name__ == "__main__":`.
 
     Raises:
         UserError: the function cannot be sent to another process, or pebble is not installed; when called: the data
-            lacks a column, or no worker could begin.
+            lacks a column, or no worker could start.
 
-    >>> judge = Pool("rewards.py:runs_the_tests", timeout=10.0, fallback=-1.0)  # doctest: +SKIP
+    >>> reward = Pool("rewards.py:runs_the_tests", timeout=10.0, fallback=-1.0)  # doctest: +SKIP
     """
 
     def __init__(
@@ -109,17 +112,17 @@ class Pool:
             ) from error
         self.timeout, self.fallback = timeout, fallback
         self.failed = 0
-        self._pool = package("pebble", "pebble").ProcessPool(
+        self._pool: ProcessPool = package("pebble", "pebble").ProcessPool(
             max_workers=workers, context=_Context(), initializer=_prepare, initargs=(pickled,)
         )
         weakref.finalize(self, _stop, self._pool)  # also when Python ends
 
-    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> list[Any]:
-        """One number for each answer, in their order."""
+    def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> list[float]:
+        """Return one number for each answer, in their order."""
         taken = self.columns_taken(columns)
         jobs = [
             self._pool.schedule(
-                _judge,
+                _score,
                 args=(prompts[row], completions[row], {name: column[row] for name, column in taken.items()}),
                 timeout=self.timeout,
             )
@@ -145,13 +148,13 @@ class Pool:
         return values
 
     def columns_taken(self, columns: Mapping[str, list]) -> dict[str, list]:
-        """The columns that the function gets."""
+        """Return the columns that the function gets."""
         taken = arguments_of(self.function, columns)
         check_columns(self.function, taken)
         return taken
 
-    def _result(self, job: Any) -> float | str:
-        """A number, or the reason why there is none."""
+    def _result(self, job: "ProcessFuture[float | str]") -> float | str:
+        """Return a number, or the reason why there is none."""
         try:
             return job.result()
         except BrokenProcessPool as error:
@@ -168,13 +171,14 @@ class Pool:
             return f"{type(error).__name__}: {error}"
 
 
-_LOADED: list[Callable[..., Sequence[Any]]] = []  # in a worker: its one reward function
+# In a worker: its one reward function. Any: `float` converts what code of the user returns, or raises
+_LOADED: list[Callable[..., Sequence[Any]]] = []
 
 
 def _prepare(pickled: bytes) -> None:
-    """Sets the signal handlers of a worker.
+    """Set the signal handlers of a worker, and load its reward function.
 
-    The reward is pickled once more: its module, which may start subprocesses, is imported after signals are unblocked.
+    It is unpickled here, after signals are unblocked: that imports its module, which may start subprocesses.
     """
     for number in SIGNALS:
         signal.signal(number, _ignore)
@@ -187,11 +191,11 @@ def _prepare(pickled: bytes) -> None:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Unlike SIG_IGN, a handler is not inherited by subprocesses, which `Popen.terminate` must end."""
+    """Do nothing. Subprocesses do not inherit a handler, unlike SIG_IGN: `Popen.terminate` must end them."""
 
 
 def _end_with_parent() -> None:
-    """Ends a reward that hangs, and its subprocesses, after the trainer was killed."""
+    """End a reward that hangs, and its subprocesses, after the trainer was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -199,20 +203,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _judge(prompt: object, completion: str, columns: dict[str, object]) -> float | str:
-    """The reward of one completion, in a worker: its number, or the reason why there is none."""
+def _score(prompt: object, completion: str, columns: dict[str, object]) -> float | str:
+    """Compute the reward of one completion in a worker: return its number, or the reason why there is none."""
     try:
         values = list(_LOADED[0]([prompt], [completion], **{name: [value] for name, value in columns.items()}))
         if len(values) != 1:
             return f"{len(values)} values for 1 answer"
         number = float(values[0])
-    except UserError:  # not the answer's fault
+    except UserError:  # not caused by the answer
         raise
     except BaseException as error:  # user code; exit() and errors that cannot be pickled must not reach the trainer
         return f"{type(error).__name__}: {error}"[:500]
     return number if math.isfinite(number) else f"{number} is not finite"
 
 
-def _stop(pool: Any) -> None:
+def _stop(pool: "ProcessPool") -> None:
     pool.stop()
     pool.join()

@@ -99,7 +99,7 @@ def small(**options) -> ClassicConfig:
 
 
 def by_hand(transitions, value, gamma, lam):
-    """The lambda-advantages of one environment's transitions, from the last to the first."""
+    """Compute the lambda-advantages of one environment's transitions, from the last to the first."""
     advantages, following = [], 0.0
     for observation, _, reward, after, terminated, truncated in reversed(transitions):
         ended = terminated or truncated
@@ -110,7 +110,7 @@ def by_hand(transitions, value, gamma, lam):
 
 
 def of_environment(trainer, batch, column, i):
-    """A batch column's rows that belong to environment i."""
+    """Select the rows of a batch column that belong to environment i."""
     owners = np.flatnonzero(trainer.mask.flatten().numpy()) % trainer.envs.num_envs
     return column[torch.from_numpy(owners == i)]
 
@@ -132,7 +132,7 @@ def test_advantages_match_a_recursion_by_hand_over_recorded_episodes(mode):
             got = of_environment(trainer, batch, batch.advantages, i)
             values = torch.tensor([value(step[0]) for step in new])
             assert len(expected) == len(got)
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # a batch's GEMM rounds unlike one row's
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # one row's GEMM rounds differently
             torch.testing.assert_close(
                 of_environment(trainer, batch, batch.returns, i), expected + values, rtol=0, atol=1e-5
             )
@@ -312,7 +312,7 @@ def test_continuous_actions_are_clipped_to_the_bounds_of_the_environment():
     sent = np.stack([x[1] for env in trainer.envs.envs for x in env.transitions])
     assert (sent >= low).all()
     assert (sent <= high).all()
-    assert (trainer.actions.numpy() > high).any()  # what is learned from is what was drawn
+    assert (trainer.actions.numpy() > high).any()  # the actions of the batch are those that were sampled
 
 
 def test_discrete_actions_that_start_at_seven_reach_the_environment():
@@ -415,7 +415,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("autoreset", ["next_step", "same_step"])
 @pytest.mark.parametrize("env", ["ppo_fast/Maze-v0", "CartPole-v1"])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_killed(tmp_path, monkeypatch, env, autoreset):
-    # With 6 steps and one that only resets, episodes end just where the third rollout, and with it a checkpoint, does
+    # With 6 steps and one that only resets, episodes end at the end of the third rollout, where a checkpoint is written
     kwargs = '{"size": 5, "max_steps": 6}' if "Maze" in env else "{}"
     options = dict(env=env, env_kwargs=kwargs, autoreset=autoreset, num_envs=4, rollout_steps=16, total_steps=600)
     options |= dict(normalize_observations=True, normalize_rewards=True, save_every=3, tensorboard=False)
@@ -427,7 +427,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_killed(tmp_path, monkeyp
     monkeypatch.setattr(killed, "step", lambda: step() if killed.updates_done < 5 else (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         killed.train()
-    assert len(without_times(tmp_path / "killed")) == 5  # two of which will be done again
+    assert len(without_times(tmp_path / "killed")) == 5  # two of them are repeated after resuming
     resumed = ClassicTrainer(small(**options, out=str(tmp_path / "killed"), resume=True))
     resumed.train()
 
@@ -479,7 +479,7 @@ def test_ctrl_c_saves_the_run_and_keeps_its_bits(tmp_path, monkeypatch, env, sav
     )
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    assert stopped.updates_done == 5  # the update came to its end
+    assert stopped.updates_done == 5  # the update was completed
     assert signal.getsignal(signal.SIGINT) is before
     resumed = ClassicTrainer(small(**options, out=str(tmp_path / "parts"), resume=True))
     resumed.train()
@@ -706,7 +706,7 @@ def test_cartpole_is_learned():
         eval_episodes=5,
         quiet=True,
     )
-    assert ClassicTrainer(config).train()["eval_return"] > 400  # 500 is the most; a random policy has 22
+    assert ClassicTrainer(config).train()["eval_return"] > 400  # the maximum is 500; a random policy has 22
 
 
 def test_two_runs_of_one_seed_have_the_same_bits():

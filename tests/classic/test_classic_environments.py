@@ -122,7 +122,7 @@ def test_vectors_of_one_class_keep_their_own_modes():
 
 
 @pytest.mark.filterwarnings("ignore:.*AutoresetMode")
-def test_what_make_vec_makes_works_without_a_declared_mode(register):
+def test_environments_from_make_vec_need_no_declared_mode(register):
     class Undeclared(Vector):
         def __init__(self, num_envs, render_mode=None):
             super().__init__({})
@@ -147,7 +147,7 @@ def test_integers_are_divided_by_their_declared_size():
     code = observation_encoder("it", box)
     seen = code.encode(np.array([[1, -4, 5, 0]], np.int16), None)
     np.testing.assert_allclose(seen, [[1, -1, 0.5, 0]])
-    assert observation_encoder("it", spaces.Box(0, 1, (8, 8, 27), np.uint8)).scale is None  # they stay as they are
+    assert observation_encoder("it", spaces.Box(0, 1, (8, 8, 27), np.uint8)).scale is None  # they are unchanged
     pixels = observation_encoder("it", spaces.Box(0, 255, (128,), np.uint8))
     assert pixels.encode(np.full((1, 128), 255, np.uint8), None).max() == 1
     unbounded = observation_encoder("it", spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64))
@@ -258,11 +258,11 @@ def test_a_space_that_cannot_be_flattened_is_named_with_what_to_do(register):
     space = spaces.Dict({"image": spaces.Box(0, 255, (2, 2, 3), np.uint8), "mission": Mission(None, None)})
     name = register("Mission-v0", functools.partial(Given, space))
     with pytest.raises(UserError, match=r"observation space Dict.*a wrapper that selects a part"):
-        ClassicTrainer(small(env=name, vectorization="async"))  # whose observations have no shared memory for it
+        ClassicTrainer(small(env=name, vectorization="async"))  # Gymnasium has no shared memory for its observations
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_moments_are_of_double_precision(dtype):
+def test_running_statistics_are_of_double_precision(dtype):
     class Far(Given):
         def observe(self):
             offset, spread = (0, 400) if dtype == np.float16 else (1e6, 1)
@@ -293,7 +293,7 @@ def test_the_observation_after_a_termination_is_not_needed(normalize, action):
     assert torch.isfinite(trainer.observations).all()
 
 
-def test_moments_count_the_observations_that_are_acted_on():
+def test_running_statistics_include_the_observations_that_are_acted_on():
     class Numbers(Given):
         def observe(self):
             return np.full(3, 1000.0 if self.t >= self.steps else self.t, np.float32)
@@ -375,7 +375,7 @@ def test_actions_of_any_shape_reach_the_environment(register, space, vectorizati
     config = small(env=name, eval_episodes=1, vectorization=vectorization, entropy_coef=0.01, total_steps=96)
     trainer = ClassicTrainer(config)
     before = trainer.adam.weights.clone()
-    assert trainer.train()["eval_returns"] == [5.0]  # Given checks that its space contains each
+    assert trainer.train()["eval_returns"] == [5.0]  # Given checks that its space contains each action
     assert not torch.equal(before, trainer.adam.weights)
     if vectorization == "sync":
         given = np.array([env.unwrapped.actions for env in trainer.envs.envs])
@@ -472,7 +472,7 @@ def test_an_evaluation_has_the_wrappers_of_environments_from_python(monkeypatch)
         trainer.network.policy_head.biases[0].data.fill_(100.0)
         torque.clear()
         trainer.evaluate(1)
-        assert max(torque) == 2.0  # bare, the action 1 is a torque of 1
+        assert max(torque) == 2.0  # without the wrapper the action 1 is a torque of 1
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -516,7 +516,7 @@ def wrapped(envs):
         lambda: AsyncVectorEnv([lambda: NormalizeObservation(Given())]),
     ],
 )
-def test_what_cannot_be_evaluated_alike_is_rejected_before_the_training(make):
+def test_environments_that_cannot_be_made_again_for_the_evaluation_are_rejected_before_the_training(make):
     envs = make()
     trainer = ClassicTrainer(small(eval_episodes=1), envs=envs)
     with pytest.raises(UserError, match=r"pass eval_env.*eval_episodes = 0"):
@@ -568,7 +568,7 @@ def test_statistics_of_a_normalising_wrapper_are_those_of_the_training_and_stay(
     trainer.collect()
     env = trainer.evaluation_env()
     raw = np.concatenate([env.reset(seed=9)[0][None], *[env.step(0)[0][None] for _ in range(4)]])
-    assert abs(raw.mean()) < 1  # fresh statistics give 0 first; these would of 100 without them
+    assert abs(raw.mean()) < 1  # it is about 100 without normalization
     assert env.obs_rms.mean == pytest.approx(trainer.envs.envs[0].obs_rms.mean)
     assert env.obs_rms.count == trainer.envs.envs[0].obs_rms.count > 200
     assert env.obs_rms is not trainer.envs.envs[0].obs_rms

@@ -109,7 +109,7 @@ def test_sampled_actions_follow_the_policy_and_the_generator(tmp_path, action):
     assert np.array_equal(first, second)
     assert not np.array_equal(first, policy.act(batch, sample=True))
     out = policy.network.policy(torch.zeros(1, 3))[0].detach()
-    if action == "box":  # in half widths, before rounding: nothing at the bounds is compared
+    if action == "box":  # in half widths, before rounding; actions at the bounds are left out
         shares = torch.distributions.Normal(7 + 2 * out[0], 2 * policy.network.log_std[0].detach().exp())
         assert (first[:, 0, 0] <= 6).mean() == pytest.approx(shares.cdf(torch.tensor(6.5)).item(), abs=0.04)
     else:
@@ -190,8 +190,8 @@ def test_a_run_whose_metrics_are_damaged_is_replaced(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == trainer.updates_done
 
 
-def test_of_a_link_to_a_folder_elsewhere_the_link_is_replaced(tmp_path):
-    """A user who keeps checkpoints on a larger disk."""
+def test_a_link_to_a_folder_elsewhere_is_replaced_and_the_folder_is_kept(tmp_path):
+    """Users may keep checkpoints on a larger disk."""
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     trained(out)
     (out / "checkpoints").rename(elsewhere)
@@ -282,7 +282,7 @@ def test_a_closed_output_does_not_end_a_run(tmp_path):
         "PPO on CartPole-v1: 2000 steps of 8 environments; PyTorch uses 1 thread"
     )
     process.stdout.close()
-    assert process.stderr.read().count("\n") <= 1  # that it cannot print
+    assert process.stderr.read().count("\n") <= 1  # that it cannot print: stdout is closed
     assert process.wait() == 0
     assert (tmp_path / "x" / "summary.json").exists()
 

@@ -227,7 +227,7 @@ def test_text_and_picture_show_the_maze():
         (lambda: TextGeneration(render_mode="rgb_array"), "render_mode must be"),
         (lambda: WordScorer([]), "words must be"),
         (lambda: WordScorer(["cat", "two words"]), r"words must be .* got \['two words'\]"),
-        (lambda: WordScorer("cat"), "words must be"),  # would be the words c, a and t
+        (lambda: WordScorer("cat"), "words must be"),  # its letters would be taken for the words c, a and t
         (lambda: text.SumScorer({"words": 1.0}), "scorers must be functions"),
         (lambda: text.LengthScorer(0), "length must be"),
     ],
@@ -260,6 +260,6 @@ def test_the_examples_run(tmp_path, capsys):
     assert after > before
     assert classic_text.main(["--total-steps", "2000", "--out", str(tmp_path / "other")]) == 0
     assert capsys.readouterr().out.endswith(f"all texts are in {tmp_path / 'other' / 'texts.json'}\n")
-    assert classic_text.main(["--total-steps", "4000", "--out", out]) == 1  # an earlier run is there
+    assert classic_text.main(["--total-steps", "4000", "--out", out]) == 1  # it has an earlier run
     assert classic_text.main(["--total-steps", "2000", "--out", out, "--overwrite", "--quiet"]) == 0
     assert "already holds a run" in capsys.readouterr().err

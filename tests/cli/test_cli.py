@@ -139,7 +139,7 @@ def write(folder: Path, text: str) -> dict[str, str]:
 )
 def test_bad_input_gets_one_clear_line(folder, capsys, change, message):
     arguments = command(folder, **change(folder))
-    capsys.readouterr()  # what making the input printed
+    capsys.readouterr()  # remove what was printed while the input was made
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error

@@ -66,7 +66,7 @@ def test_the_report_can_be_pasted_and_lists_the_compiled_kernels(capsys):
     assert "SHA-256" in shown if torch.cuda.is_available() else "no GPU: no compiled kernels" in shown
 
 
-def test_kernels_are_known_by_their_code_and_not_by_the_folder_of_the_source(monkeypatch):
+def test_the_ptx_hash_of_a_kernel_depends_on_its_code_and_not_on_the_folder_of_the_source(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from ppo_fast.kernels.common import memory

@@ -20,7 +20,7 @@ from ppo_fast.rewards import load_reward
 def test_a_recipe_trains_a_tiny_model_as_it_is(name, tmp_path: Path, capsys):
     for package in ("rouge_score", "sacrebleu"):
         pytest.importorskip(package)
-    folder = tmp_path / "it's: a #folder"  # YAML must not stumble over it
+    folder = tmp_path / "it's: a #folder"  # it must not break the YAML
     assert main(["recipe", name, str(folder)]) == 0
     assert "ppo-fast train --config" in capsys.readouterr().out
     save_tiny_model(tmp_path / "model", positions=1024)
@@ -72,7 +72,7 @@ def test_the_command_that_follows_a_recipe_quotes_a_blank(tmp_path: Path, capsys
     assert shlex.split(capsys.readouterr().out)[-5] == str(tmp_path / "my chats" / "recipe.yaml")
 
 
-def test_what_is_there_is_not_overwritten_and_a_wrong_name_gets_the_nearest(tmp_path: Path, capsys):
+def test_existing_files_are_not_overwritten_and_a_wrong_name_gets_the_nearest(tmp_path: Path, capsys):
     assert main(["recipe", "dialogue", str(tmp_path)]) == 0
     assert main(["recipe", "dialogue", str(tmp_path)]) == 1
     assert "is there already: choose another folder" in capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_the_same_reward_twice_is_rejected(tmp_path: Path, capsys):
 def test_the_ways_of_sampling_are_compared_in_a_table_and_a_picture(tmp_path: Path, capsys):
     save_tiny_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    model.lm_head.weight.data *= 20  # from nearly uniform to something to choose from
+    model.lm_head.weight.data *= 20  # else the distribution is nearly uniform
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
     options = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "new"), "--max-new-tokens", "8"]

@@ -1,6 +1,6 @@
 """A run that was killed, stopped, or met a full disk is resumed bit for bit.
 
-The runs are processes of their own, forked from a server that has everything imported, and die by SIGKILL.
+The runs are separate processes, forked from a server that has imported everything, and end by SIGKILL.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, out: str, *arguments: str, die_at: int | None = None, most_bytes: int | None = None) -> None:
-    """One run in a child. It kills itself before its `die_at`-th change of the disk's names or wait for the disk."""
+    """Run in a child process, which kills itself before its `die_at`-th fsync, rename, new folder or removal."""
     torch.set_num_threads(1)
     Figure.savefig = lambda self, buffer, **_: buffer.write(b"a picture")  # real pictures would take most of the time
     if die_at is not None:
@@ -94,7 +94,7 @@ def run(*arguments, **options) -> int:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> dict:
-    """The files of a run that was not disturbed."""
+    """The files of a run that was not interrupted."""
     assert run(folder, "whole") == 0, (folder / "whole.log").read_text()
     begun = time.perf_counter()  # the server has its imports now
     assert run(folder, "whole", "--overwrite") == 0, (folder / "whole.log").read_text()
@@ -198,7 +198,7 @@ def test_ctrl_c_completes_and_saves_the_current_step(folder, whole, name):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(folder, whole):
-    """A limit on the size of files stands for the disk: the system refuses to write, in the middle of a file."""
+    """A limit on the size of files simulates the full disk: writing fails in the middle of a file."""
     child = start(folder, "full", "--save-every", "0")
     wait_for(folder / "full" / "eval" / "step-2.md", child)
     os.kill(child.pid, signal.SIGINT)

@@ -10,7 +10,7 @@ import yaml
 from support.tiny import save_tiny_model
 
 from ppo_fast.cli.commands import build_parser, main
-from ppo_fast.cli.train import RUN_OPTIONS, resolve
+from ppo_fast.cli.train import RUN_OPTIONS, RunOptions, resolve
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.options import options, read_yaml
 from ppo_fast.llm.config import PPOConfig, options_of, yaml_text
@@ -30,7 +30,7 @@ def test_the_command_line_has_precedence_over_the_file(tmp_path):
     config, run = resolved(tmp_path, text, "--lr", "0.01", "--model", "other", "--value-clip", "none")
     assert (config.lr, config.epochs, config.kl_coef, config.value_clip) == (0.01, 2, 0.5, None)
     assert (config.whiten_advantages, config.stop) == (False, ("a", "b"))
-    assert (run["model"], run["prompts"], run["prompt_field"]) == ("other", "p.jsonl", "prompt")
+    assert (run.model, run.prompts, run.prompt_field) == ("other", "p.jsonl", "prompt")
     assert resolved(tmp_path, text, "--whiten-advantages", "--stop", "c")[0].stop == ("c",)
     assert resolved(tmp_path, text, "--whiten-advantages")[0].whiten_advantages is True
     assert config.lam == PPOConfig().lam
@@ -39,9 +39,9 @@ def test_the_command_line_has_precedence_over_the_file(tmp_path):
 def test_rewards_of_the_command_line_are_added_to_those_of_the_file(tmp_path):
     text = NEEDED + "reward: [a:f, b:g]\nreward_weight: [1, 0.5]\nreward_model: r\n"
     _, run = resolved(tmp_path, text)
-    assert (run["reward"], run["reward_weight"], run["reward_model"]) == (["a:f", "b:g"], [1, 0.5], ["r"])
+    assert (run.reward, run.reward_weight, run.reward_model) == (["a:f", "b:g"], [1, 0.5], ["r"])
     _, run = resolved(tmp_path, text, "--reward", "c:h", "--reward-weight", "2", "3")
-    assert (run["reward"], run["reward_weight"]) == (["c:h"], [2.0, 3.0])
+    assert (run.reward, run.reward_weight) == (["c:h"], [2.0, 3.0])
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_the_resolved_configuration_can_be_read_again(tmp_path):
     changed = PPOConfig(
         lr=3e-7, stop=("\n\n", "é: #"), value_clip=None, dual_clip=2.0, quiet=True, out="runs/x", lora_targets="a,b"
     )
-    run = {**RUN_OPTIONS, "model": "m", "prompts": "p", "reward": ["a:f"], "reward_weight": [0.5], "chat": True}
-    (tmp_path / "config.yaml").write_text(yaml_text(changed, run), encoding="utf-8")
+    run = RunOptions(model="m", prompts="p", reward=["a:f"], reward_weight=[0.5], chat=True)
+    (tmp_path / "config.yaml").write_text(yaml_text(changed, dataclasses.asdict(run)), encoding="utf-8")
     parser, train = build_parser()
     arguments = parser.parse_args(["train", "--config", str(tmp_path / "config.yaml")])
     assert resolve(arguments, train) == (changed, run)

@@ -1,6 +1,6 @@
 """Files of a run on a full disk: one sentence, nothing half-written, and a run that can be resumed.
 
-A limit on the size of files takes the place of a full disk: the system refuses to write in the middle of a record.
+A limit on the size of files simulates a full disk: writing fails in the middle of a record.
 """
 
 import json
@@ -30,7 +30,7 @@ TIMED = ("seconds", "tokens_per_second", "memory_mib")
 
 @contextmanager
 def full_disk(most_bytes: int) -> Iterator[None]:
-    """No file may become larger than this."""
+    """Limit the size of each file to this."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
     try:

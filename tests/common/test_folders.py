@@ -69,7 +69,7 @@ def test_a_copy_without_the_mark_gets_an_error_that_names_it(tmp_path):
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A folder of another program, with names that ours write, and the files that a run needs beside it."""
+    """A folder of another program, with file names of our commands, and beside it the files that a run needs."""
     save_tiny_model(tmp_path / "start")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
     (tmp_path / "r.py").write_text("def f(prompts, completions): return [float(len(c)) for c in completions]\n")
@@ -96,7 +96,7 @@ def commands(folder: Path, out: str) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("name", commands(Path(), ""))
-def test_no_command_writes_to_the_folder_of_somebody_else(foreign, name, capsys):
+def test_no_command_writes_to_a_folder_with_other_files(foreign, name, capsys):
     before = contents(foreign)
     for out, said in (
         (foreign, "holds files that ppo_fast did not write, such as README.md: choose a new or empty folder"),
@@ -109,7 +109,7 @@ def test_no_command_writes_to_the_folder_of_somebody_else(foreign, name, capsys)
         assert contents(foreign) == before
 
 
-def test_classic_does_not_write_to_the_folder_of_somebody_else(foreign, capsys):
+def test_classic_does_not_write_to_a_folder_with_other_files(foreign, capsys):
     pytest.importorskip("gymnasium", reason='gymnasium is not installed: pip install "ppo_fast[classic]"')
     before = contents(foreign)
     for out in (foreign, foreign / "metrics.jsonl"):
@@ -119,7 +119,7 @@ def test_classic_does_not_write_to_the_folder_of_somebody_else(foreign, capsys):
             assert contents(foreign) == before
 
 
-def test_a_trainer_from_python_does_not_write_to_the_folder_of_somebody_else(foreign):
+def test_a_trainer_from_python_does_not_write_to_a_folder_with_other_files(foreign):
     before = contents(foreign)
     options = PPOConfig(out=str(foreign), device="cpu", quiet=True, total_steps=1, prompts_per_step=4, max_new_tokens=3)
     rows = [{"prompt": "a"}, {"prompt": "b"}]

@@ -26,7 +26,7 @@ def test_the_range_of_an_axis_exceeds_rounding(values, expected):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """Draws curves and gives the axes that were drawn, by title."""
+    """Draw curves and return the drawn axes by title."""
     from matplotlib.figure import Figure
 
     kept = []

@@ -32,7 +32,7 @@ COMMANDS = {
     **{f"bench {name}": [str(ROOT / "bench" / f"{name}.py")] for name in BENCHMARKS},
     "pytest bench": ["pytest", str(ROOT / "bench" / "bench_gae.py"), "--collect-only", "-s", "-p", "no:cacheprovider"],
 }
-# Runs a module or a file up to the import of torch, and prints the wait policy of that moment
+# Run a module or a file up to the import of torch, and print the wait policy at this moment
 UP_TO_TORCH = """
 import os, runpy, sys
 class AtTorch:
@@ -124,6 +124,6 @@ def test_the_benchmark_of_the_wait_policy_compares_both_policies(tmp_path: Path)
 
 @pytest.mark.parametrize("count", [-1, 100_000, 10**12])
 def test_a_number_of_threads_that_no_machine_has_is_rejected(count):
-    """PyTorch fails with a traceback, or starts any number of them."""
+    """PyTorch itself fails with a traceback, or starts as many threads as are asked for."""
     with pytest.raises(UserError, match=rf"threads must be in \[0, 4096\], got {count}"):
         PPOConfig(threads=count)

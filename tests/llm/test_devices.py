@@ -198,7 +198,7 @@ def test_the_command_takes_its_gpu_before_a_reward_is_loaded(rank_one, monkeypat
 
     monkeypatch.setattr("ppo_fast.llm.reward.function.load_reward", load)
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
-    run = {**train.RUN_OPTIONS, "model": "m", "prompts": str(tmp_path / "p.jsonl"), "reward": ["x:y"]}
+    run = train.RunOptions(model="m", prompts=str(tmp_path / "p.jsonl"), reward=["x:y"])
     with pytest.raises(UserError, match="enough"):
         train.train(SimpleNamespace(resume=False, overwrite=False, allow_changes=False), PPOConfig(), run)
     assert rank_one[-1] == "load x:y"

@@ -83,11 +83,11 @@ NAMES = ("reward", "with_cache", "Judge", "counting")
 
 
 def made(module) -> list:
-    """The rewards of CODE by NAMES."""
+    """Make the rewards of CODE."""
     return [module.reward, module.with_cache, module.Judge(), module.counting()]
 
 
-def test_it_stays_the_same_after_calls_and_in_other_places(tmp_path):
+def test_a_fingerprint_stays_the_same_after_calls_and_in_other_places(tmp_path):
     functions = made(module_of(tmp_path, CODE))
     before = list(map(of, functions))
     for function in functions:
@@ -96,7 +96,7 @@ def test_it_stays_the_same_after_calls_and_in_other_places(tmp_path):
     assert list(map(of, made(module_of(tmp_path, "# a comment\n\n" + CODE, "another")))) == before
 
 
-def test_it_is_the_same_in_another_process(tmp_path):
+def test_a_fingerprint_is_the_same_in_another_process(tmp_path):
     before = list(map(of, made(module_of(tmp_path, CODE))))
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import rewards_of_test as r;"
@@ -124,7 +124,7 @@ def test_it_is_the_same_in_another_process(tmp_path):
         ("counting", "[0.0] *", "[1.0] *"),
     ],
 )
-def test_it_changes_with_the_code(name, old, new, tmp_path):
+def test_a_fingerprint_changes_with_the_code(name, old, new, tmp_path):
     assert CODE.count(old) == 1
     before = made(module_of(tmp_path, CODE, "before"))
     after = made(module_of(tmp_path, CODE.replace(old, new), "after"))
@@ -145,7 +145,7 @@ class Limited:
         return fixed(prompts, completions, self.limit)
 
 
-def test_it_changes_with_options():
+def test_a_fingerprint_changes_with_options():
     def closed(limit):
         return lambda prompts, completions: fixed(prompts, completions, limit)
 
@@ -182,7 +182,7 @@ def test_a_pool_has_the_options_and_the_code_of_its_function():
     assert of(pools[0]) == of(Pool(spec.format(""), timeout=1.0, fallback=0.0, workers=1))
 
 
-def test_models_count_by_their_weights_and_their_tokenizer():
+def test_a_fingerprint_changes_with_the_weights_and_the_tokenizer_of_a_model():
     def classifier(seed):
         torch.manual_seed(seed)
         sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

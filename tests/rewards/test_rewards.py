@@ -1,4 +1,4 @@
-"""Ready rewards: what papers define, on examples worked by hand, and what comes out of models: nothing, or anything."""
+"""Rewards: definitions of papers on examples worked by hand, and unusual answers of models."""
 
 import doctest
 import importlib
@@ -41,7 +41,7 @@ from ppo_fast.rewards import (
     stays_in_role,
 )
 
-P = [""]  # a prompt that is not read
+P = [""]  # a prompt that is not used
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_question_answering_follows_squad(answer, right, exact, shared):
         ("1,2,3", 3),
         (".5", Fraction(1, 2)),
         ("\u0663\u0664", 34),  # Arabic digits
-        ("\uff14\uff12", 42),  # wide ones
+        ("\uff14\uff12", 42),  # full-width digits
         ("", None),
         ("none", None),
         ("####", None),
@@ -110,7 +110,7 @@ def test_question_answering_follows_squad(answer, right, exact, shared):
         ("9" * 5000, None),
     ],
 )
-def test_the_number_of_an_answer(text, number):
+def test_a_number_is_read_in_every_notation(text, number):
     assert number_in(text) == number
 
 
@@ -157,7 +157,7 @@ def test_the_number_of_an_answer(text, number):
         (r"\boxed{\$1{,}000.50}", Fraction(2001, 2)),
         (r"\fbox{7} is the answer to 3", 7),
         (r"$\boxed 9$ not 8", 9),
-        (r"\boxed{42", 42),  # cut by its length
+        (r"\boxed{42", 42),  # truncated
     ],
 )
 def test_a_number_is_read_from_a_mark_or_a_box_before_the_rest(text, number):
@@ -293,7 +293,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu():
     assert chrf(P * 2, ["", "猫"], ["猫", "猫"]) == [0.0, 1.0]
 
 
-def test_words_that_differ_in_a_vowel_sign_are_the_same():
+def test_words_that_differ_in_a_vowel_sign_differ_and_composed_letters_equal_decomposed_ones():
     pytest.importorskip("rouge_score", reason="rouge-score is not installed (the extra ppo_fast[rewards])")
     assert rouge_l(P * 2, ["की", "Zu\u0308rich"], ["का", "Zürich"]) == [0.0, 1.0]
     assert rouge_l(P, ["\u2764\ufe0f yes"], ["yes"]) == [1.0]  # an emoji's mark is no word
@@ -358,28 +358,28 @@ def test_repetitions_within_an_answer_cost_their_share():
         ("Users: many", 1),
     ],
 )
-def test_an_answer_that_speaks_for_others_is_found(answer, value):
+def test_an_answer_in_which_another_speaker_begins_gets_0_and_others_1(answer, value):
     assert stays_in_role(P, [answer]) == [value]
 
 
 def test_an_answer_of_line_breaks_is_read_in_linear_time():
     began = time.monotonic()
     assert stays_in_role(P, ["\n" * 40_000]) == [1]
-    assert time.monotonic() - began < 5  # 50 s where each line break was read once for each before it
+    assert time.monotonic() - began < 5  # quadratic time would be 50 s
 
 
 def test_other_speakers_can_be_named():
     assert stays_in_role(P * 2, ["用户\uff1a你好", "Romeo: Ay me"], others=["用户", "Romeo"]) == [0, 0]
 
 
-def test_only_samples_of_the_same_prompt_take_diversity_from_each_other():
+def test_only_samples_of_the_same_prompt_reduce_each_others_diversity():
     chat = [{"role": "user", "content": "q"}]
     prompts = ["p", chat, "p", chat, "r", "p"]
     answers = ["a b c", "x y", "a b d", "x y", "a b c", ""]
     assert group_diversity(prompts, answers) == [0.5, 0.0, 0.5, 0.0, 1.0, 1.0]
 
 
-def test_forms():
+def test_answers_match_patterns_and_schemas_as_a_whole():
     assert matches(P * 2, [" <a>1\n2</a> ", "x<a></a>"], "<a>.*</a>") == [1, 0]
     assert matches(P * 2, ["1", "1"], ["1", "2"]) == [1, 0]
     schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
@@ -424,7 +424,7 @@ def test_the_choice_a_and_a_label_after_a_colon_are_read():
 
 
 @pytest.mark.parametrize("labels", [["C++", "C#"], ["+", "-"], "good", ["good", "Good"]])
-def test_labels_that_cannot_be_told_apart_are_all_right(labels):
+def test_labels_that_cannot_be_told_apart_are_rejected(labels):
     with pytest.raises(ValueError, match="labels must be a list of texts that differ in their letters or digits"):
         label_match(P, [labels[0]], [labels[0]], labels=labels)
     with pytest.raises(ValueError, match="others must be a list of names, got the text 'user'"):
@@ -442,7 +442,7 @@ def test_empty_cells_and_single_texts_of_tables_are_read_as_references():
         ndcg(P, ["a"], [["a"]], k=0)
 
 
-def test_classes_entities_and_rankings():
+def test_classes_entities_and_rankings_have_the_scores_worked_by_hand():
     assert label_match(P * 3, ["Positive.", "positive, I think", ""], ["positive"] * 3) == [1, 0, 0]
     labels = ["positive", "negative", "very negative"]
     answers = ["I'd say very negative", "negative or positive", "unpositive", "Very  Negative!"]
@@ -467,7 +467,7 @@ def test_ndcg_of_a_graded_list_worked_by_hand():
     ideal = 7 / math.log2(2) + 3 / math.log2(3)
     value = (3 / math.log2(2) + 7 / math.log2(4)) / ideal  # b, x, a
     assert ndcg(P, ["1. B\n2. x\n3. A"], [relevance]) == [pytest.approx(value)]
-    assert ndcg(P, ["b\nb\na"], [relevance]) == [pytest.approx(value)]  # a second mention takes a rank for nothing
+    assert ndcg(P, ["b\nb\na"], [relevance]) == [pytest.approx(value)]  # a second mention uses a rank and gains nothing
     assert ndcg(P * 3, ["", "x\ny\na", "a"], [["a"]] * 3, k=2) == [0, 0, 1]
     with pytest.raises(ValueError, match="nothing is relevant to prompt 0"):
         ndcg(P, ["a"], [{"a": 0}])
@@ -485,10 +485,10 @@ def test_fluency_is_the_mean_log_likelihood_of_the_models_own_forward(tmp_path: 
         logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         expected.append(logs[-len(answer) :].mean().item())
     assert judge(prompts, answers) == pytest.approx(expected, abs=1e-5)
-    both = rewards.Fluency(save_tiny_model(tmp_path), batch_size=8)  # padded beside each other, from a folder
+    both = rewards.Fluency(save_tiny_model(tmp_path), batch_size=8)  # padded in one batch, from a folder
     assert both(prompts, answers) == pytest.approx(expected, abs=1e-5)
     end = rewards.Fluency(model, tokenizer, same_tokens=True)(["ab"], [""], [[256]])
-    assert judge(["ab"], [""]) == pytest.approx(end)  # an empty answer has its end token
+    assert judge(["ab"], [""]) == pytest.approx(end)  # an empty answer is replaced by an end token
     assert math.isfinite(judge(["x" * 1000], ["y" * 300])[0])  # 256 positions
     assert judge([], []) == []
     assert math.isfinite(judge([""], ["y"])[0])  # one token with none before it
@@ -523,7 +523,7 @@ def test_a_spec_fixes_options_and_renames_columns():
         ("ppo_fast.rewards:Pool(reward='x', timeout=1, fallback=None)", "a finite fallback .*, got 1, None and 2"),
     ],
 )
-def test_a_spec_that_is_wrong_is_refused_with_the_reason(spec, message):
+def test_a_wrong_spec_is_rejected_with_the_reason(spec, message):
     with pytest.raises(UserError, match=message):
         load_reward(spec)
 
@@ -547,13 +547,13 @@ def test_a_column_that_the_data_lacks_is_named():
         judge(P, ["1"], answer=["1"])
 
 
-def test_an_option_never_takes_its_value_from_a_column_unnoticed():
+def test_an_option_with_the_name_of_a_column_is_rejected_unless_it_is_fixed():
     from ppo_fast.llm.reward.function import arguments_of
 
     with pytest.raises(UserError, match=r"'low' is an option of the reward 'length_band' and a column of the data"):
         arguments_of(length_band, {"low": [1, 2]})
     judge = load_reward("ppo_fast.rewards:length_band(low=2)")
-    assert judge(P, ["a"], low=[99]) == [0.5]  # fixed: no column is meant
+    assert judge(P, ["a"], low=[99]) == [0.5]  # fixed: the column is not used
 
 
 REWARDS = """
@@ -614,7 +614,7 @@ def test_a_pool_counts_what_fails_in_one_line_and_gives_it_the_fallback(slow: st
         ("two", "2 values for 1 answer"),
     ],
 )
-def test_a_pool_says_why_an_answer_has_no_judgement(slow: str, capsys, answer, reason):
+def test_a_pool_reports_why_an_answer_has_no_judgement(slow: str, capsys, answer, reason):
     pool = rewards.Pool(slow, timeout=30.0, fallback=-7.0, workers=1)
     assert pool(["p"] * 2, [answer, "ab"], weight=[1] * 2) == [-7, 2]
     assert f"1 of 2 answers have no judgement and get -7; the first: {reason}" in capsys.readouterr().err
@@ -675,7 +675,7 @@ def test_a_run_continues_after_an_answer_without_a_judgement_and_logs_their_numb
     assert row["reward_failed/always"] == 0
 
 
-def test_a_pool_refuses_what_it_cannot_send_or_use():
+def test_a_pool_rejects_functions_that_it_cannot_send_and_options_that_it_cannot_use():
     with pytest.raises(UserError, match="cannot be sent to another process"):
         rewards.Pool(lambda prompts, completions: [0.0], timeout=1.0, fallback=0.0)
     for options in ({"timeout": 0}, {"timeout": 1, "fallback": math.nan}, {"timeout": 1, "workers": 0}):
@@ -719,7 +719,7 @@ def _alive(pid: int) -> bool:
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3] if Path("/proc").exists() else True
 
 
-def test_every_public_reward_says_where_it_comes_from_and_shows_an_example():
+def test_every_public_reward_names_its_source_and_shows_an_example():
     for name in rewards.__all__:
         text = getattr(rewards, name).__doc__ or ""
         assert ">>> " in text, name

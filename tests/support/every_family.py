@@ -145,7 +145,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"head_dim": None, "num_key_value_heads": None},
 )
 
-# Families whose rows were packed and whose head was linear from the start: none of them may lose that.
+# Families whose rows were packed and whose head was linear from the start: this must stay so.
 FAST = frozenset(
     [
         "afmoe",
@@ -248,7 +248,7 @@ def config_of(kind: str, **other: Any) -> PreTrainedConfig:
 
 
 def is_composite(kind: str) -> bool:
-    """Whether a family has a configuration of several parts, one of them for text."""
+    """Check whether a family has a configuration of several parts, one of them for text."""
     return not set(TEXT_PARTS).isdisjoint(CONFIG_MAPPING[kind].sub_configs)
 
 
@@ -264,7 +264,7 @@ def _attempts(kind: str) -> Iterator[PreTrainedModel]:
             model = AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
                 model(input_ids=torch.arange(5).unsqueeze(0), **without_cache(model))
-        except Exception:  # of many kinds: the options do not fit this family
+        except Exception:  # of several classes: the options do not fit this family
             continue
         yield model
 
@@ -279,7 +279,7 @@ PROMPTS = ("ab", "The quick brown fox jumps", "hello wor", "x" * 40)
 
 @dataclass
 class Outcome:
-    """What one step of PPO with a model gives, or the error with which it is rejected."""
+    """The results of one step of PPO with a model, or the error with which it is rejected."""
 
     error: str | None = None
     linear: bool = False

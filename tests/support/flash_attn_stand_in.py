@@ -30,7 +30,7 @@ TRIAL = sum(TRIAL_LENGTHS)  # rows of a trial, which a fault "... after the tria
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Notes every call with its arguments by name, defaults included."""
+    """Record every call with its arguments by name, including defaults."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -44,7 +44,7 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def faulty(name: str, rows: int) -> bool:
-    """Whether to compute with the fault."""
+    """Check whether to compute with the fault."""
     return name in FAULT or (f"{name} after the trial" in FAULT and rows != TRIAL)
 
 
@@ -105,7 +105,7 @@ def check_rows(q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, ...], longes
 
 
 def check_options(window_size: Any, softcap: Any, softmax_scale: Any, causal: Any, deterministic: Any) -> None:
-    """pybind11 and torch.library take no None for a number."""
+    """Check options: pybind11 and torch.library reject None for a number."""
     if not (isinstance(window_size, tuple) and [type(x) for x in window_size] == [int, int]):
         raise TypeError(f"window_size: {window_size!r}")
     if type(softcap) not in (float, int) or type(softmax_scale) not in (float, type(None)):
@@ -333,7 +333,7 @@ def machine(
     capability: tuple[int, int] | None = (9, 0),
     varlen: Callable[..., Any] | None = None,  # PyTorch's own; None: as it is, which fails on the CPU
 ) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """CPU tensors take the way of a GPU's, with these packages installed; gives the calls."""
+    """Make CPU tensors take the path of GPU tensors, with these packages installed; return the calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "compute_capability", lambda device: capability)
         if varlen is not None:
@@ -352,7 +352,7 @@ def machine(
 
 @contextmanager
 def fault(name: str) -> Iterator[None]:
-    """The stand-ins compute with a fault inside this block."""
+    """Make the stand-ins compute with a fault inside this block."""
     FAULT.append(name)
     try:
         yield

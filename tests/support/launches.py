@@ -1,4 +1,4 @@
-"""What a call launches: by PyTorch's profiler on a GPU, elsewhere by its operators and Triton's kernels."""
+"""The launches of a call: by PyTorch's profiler on a GPU, elsewhere by its operators and Triton's kernels."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The modules of ppo_fast, their layers, and what imports what."""
+"""The modules of ppo_fast, their layers, and the imports between them."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""What the tests of the losses share: inputs, a call with its gradients, and the comparison with the reference."""
+"""Shared by the tests of the losses: inputs, a call with its gradients, and the comparison with the reference."""
 
 import itertools
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def evaluate(
     leaf: Callable[[Tensor], Tensor] = lambda t: t.detach().clone().requires_grad_(),
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Loss, statistics and gradients; the optional inputs take part if x has them."""
+    """Loss, statistics and gradients; optional inputs are used if x has them."""
     names = {"ppo": PPO, "policy": POLICY, "value": VALUE}[kind]
     needs = [name for name in GRADIENTS if name in x and (name in names or (name == "entropy" and kind != "value"))]
     x = x | {name: leaf(x[name]) for name in needs}
@@ -64,7 +64,7 @@ def options_to(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def summation_slack(x: dict[str, Tensor], mask: Tensor | None, options: dict[str, Any]) -> float:
-    """A sum of terms of size 1 errs by about one rounding (1e-7) of their total weight, in whatever order it goes."""
+    """The rounding error of a sum of terms of size 1, in any order: about 1e-7 of their total weight."""
     names = ("aggregation", "denominator", "norm_length", "cu_seqlens")
     chosen = {"aggregation": "token-mean"} | {name: options[name] for name in names if name in options}
     counted = torch.ones_like(next(iter(x.values())), dtype=torch.bool) if mask is None else mask
@@ -79,7 +79,7 @@ def check(
     kind: str = "ppo",
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The backend errs at most twice as much as the reference run in the inputs' own dtype; both against fp64."""
+    """Check that the error is at most twice that of the reference in the inputs' own dtype; both against fp64."""
     dtype = x["values" if kind == "value" else "logprobs"].dtype
     results = [evaluate(module, x, mask, kind=kind, upstream=1.7, **options)]
     for precision in (dtype, torch.float64):

@@ -27,7 +27,7 @@ ROWS = [{"prompt": text, "bonus": float(i)} for i, text in enumerate(TEXTS)]
 
 
 class Fixed:
-    """A sampler whose answers depend on prompt and step alone, not on the process that asks."""
+    """A sampler whose answers depend on prompt and step only, not on the process."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -76,7 +76,7 @@ def of_training(history: list[dict]) -> list[dict]:
 
 
 def run(tmp_path: Path, function, *arguments, size: int = 2) -> list:
-    """The function's result in each of several processes."""
+    """Run the function in each of several processes, and return the results."""
     store = tmp_path / f"store-{time.monotonic_ns()}"
     children = [SERVER.Process(target=_child, args=(r, size, store, function, arguments)) for r in range(size)]
     for child in children:
@@ -134,7 +134,7 @@ def command(folder: Path, *arguments: str, reward: str = "good", size: int = 1) 
 
 
 def ended(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:
-    """What the command left; none of its processes outlives the test."""
+    """Wait for the command and return its output; none of its processes outlives the test."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -82,7 +82,7 @@ def distinct(prompts: list[str], completions: list[str]) -> list[float]:
 def tiny_trainer(family: str, dtype: str, device: torch.device, **options: Any) -> PPOTrainer:
     """A trainer of a tiny model whose every step has one update, so that its metrics hold the first ratio.
 
-    ModelHeads have 32 elements, and answers ragged lengths: FlashAttention takes them where a GPU has it.
+    Attention heads have 32 elements, and answers ragged lengths: FlashAttention supports them where a GPU has it.
     """
     small: dict[str, Any] = {
         "total_steps": 2,
@@ -105,7 +105,7 @@ def tiny_trainer(family: str, dtype: str, device: torch.device, **options: Any) 
 
 
 def problems(history: list[dict[str, float]]) -> list[str]:
-    """What is wrong with the metrics of `tiny_trainer`: numbers that are not finite, a first ratio that is not 1."""
+    """List the faults in the metrics of `tiny_trainer`: numbers that are not finite, a first ratio that is not 1."""
     wrong = [
         f"{name} = {x} in step {row['step']}" for row in history for name, x in row.items() if not math.isfinite(x)
     ]

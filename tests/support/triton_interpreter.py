@@ -1,6 +1,6 @@
 """Triton's own interpreter (TRITON_INTERPRET=1), which runs the kernels of peers, with tl.fma rounded once.
 
-As it is, it rounds the product and the sum apart, and so hides the residual that a GPU's fused multiply-add keeps.
+Without this it rounds product and sum separately, and so hides the residual that a GPU's fused multiply-add keeps.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ from ptx import arithmetic
 
 
 def round_fma_once() -> None:
-    """Replaces tl.fma of fp32 in this process."""
+    """Replace tl.fma of fp32 in this process."""
     from triton.runtime import interpreter
 
     two_roundings = interpreter.InterpreterBuilder.create_fma

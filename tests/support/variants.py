@@ -1,4 +1,4 @@
-"""The variants of all kernels: those that the launchers list, and those that real launches ask for."""
+"""The variants of all kernels: those that the launchers list, and those of real launches."""
 
 import importlib
 import inspect
@@ -44,7 +44,7 @@ def listed(threads_per_warp: int = 32) -> dict[Any, Variant]:
 
 
 def key(x: Variant | Launch) -> Any:
-    """What determines the compiled code. Triton 3.6 calls the type of a bool tensor *i1, later versions *u1."""
+    """The key of the compiled code. Triton 3.6 calls the type of a bool tensor *i1, later versions *u1."""
     constexprs, options = dict(x.constexprs), dict(x.options)
     types = tuple((name, kind.replace("*i1", "*u1")) for name, kind in dict(x.types).items())
     return x.kernel.__name__, types, tuple(sorted(constexprs.items())), tuple(sorted(options.items()))

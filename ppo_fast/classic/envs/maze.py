@@ -1,10 +1,12 @@
 """ppo_fast/Maze-v0: a grid maze in which the exit can always be reached."""
 
 from collections import deque
-from typing import Any
+from collections.abc import Mapping
+from typing import TypedDict
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 
 from ppo_fast.common.errors import UserError
@@ -16,9 +18,21 @@ FLOOR, WALL, EXIT, AGENT = (245, 245, 240), (52, 58, 70), (76, 175, 80), (33, 11
 CELL = 24  # pixels of a cell in pictures
 
 Cell = tuple[int, int]
+Walls = npt.NDArray[np.bool_]  # [size, size], True for a wall
+Maps = npt.NDArray[np.float32]  # [size, size, 3]
 
 
-def carve(size: int, openings: float, random: np.random.Generator) -> np.ndarray:
+class MazeState(TypedDict):
+    """The state of an episode; in JSON the cells are lists."""
+
+    walls: list[list[int]]
+    agent: Cell
+    exit: Cell
+    steps: int
+    random: Mapping[str, object]
+
+
+def carve(size: int, openings: float, random: np.random.Generator) -> Walls:
     """Make the walls [size, size] of a random maze, True for a wall.
 
     Depth-first search (the "recursive backtracker" of Jamis Buck) makes a tree of corridors, so that every floor cell
@@ -45,7 +59,7 @@ def carve(size: int, openings: float, random: np.random.Generator) -> np.ndarray
     return walls
 
 
-def distances(walls: np.ndarray, goal: Cell) -> np.ndarray:
+def distances(walls: Walls, goal: Cell) -> npt.NDArray[np.int64]:
     """Compute the steps [size, size] from each cell to `goal`, -1 where there is no path."""
     steps = np.full(walls.shape, -1)
     steps[goal] = 0
@@ -60,7 +74,7 @@ def distances(walls: np.ndarray, goal: Cell) -> np.ndarray:
     return steps
 
 
-class Maze(gymnasium.Env):
+class Maze(gymnasium.Env[Maps, np.int64]):
     """A maze with four moves, and an exit with a reward of 10.
 
     The observation [size, size, 3] has three maps of 0 and 1: walls, agent, exit. A step has a reward of -0.1, a step
@@ -116,7 +130,7 @@ class Maze(gymnasium.Env):
         row, column = np.unravel_index(int(away.argmax()), away.shape)
         self.exit: Cell = (int(row), int(column))
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Maps, dict[str, object]]:
         super().reset(seed=seed)
         if self.layout_seed is None:
             self._build(self.np_random)
@@ -127,7 +141,7 @@ class Maze(gymnasium.Env):
         self._print()
         return self.observation(self.agent), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: int | np.int64) -> tuple[Maps, float, bool, bool, dict[str, object]]:
         if not self.action_space.contains(action):
             raise UserError(f"an action must be 0 (up), 1 (right), 2 (down) or 3 (left), got {action!r}")
         row, column = MOVES[int(action)]
@@ -145,14 +159,14 @@ class Maze(gymnasium.Env):
         """List the cells without a wall."""
         return [(int(row), int(column)) for row, column in np.argwhere(~self.walls)]
 
-    def observation(self, agent: Cell) -> np.ndarray:
+    def observation(self, agent: Cell) -> Maps:
         """Make the observation of an agent in a cell."""
         maps = np.zeros((self.size, self.size, 3), np.float32)
         maps[..., 0] = self.walls
         maps[*agent, 1] = maps[*self.exit, 2] = 1.0
         return maps
 
-    def render(self) -> str | np.ndarray | None:
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
         if self.render_mode == "rgb_array":
             return self.picture()
         rows = np.where(self.walls, "#", " ")
@@ -162,7 +176,7 @@ class Maze(gymnasium.Env):
             print(text + "\n")
         return text if self.render_mode == "ansi" else None
 
-    def picture(self, *, with_agent: bool = True) -> np.ndarray:
+    def picture(self, *, with_agent: bool = True) -> npt.NDArray[np.uint8]:
         """Draw an RGB picture [CELL size, CELL size, 3]: dark walls, a green exit, a blue agent."""
         cells = np.where(self.walls[..., None], WALL, FLOOR).astype(np.uint8)
         cells[self.exit] = EXIT
@@ -173,7 +187,7 @@ class Maze(gymnasium.Env):
             image[top : top + CELL, left : left + CELL][y**2 + x**2 < (0.36 * CELL) ** 2] = AGENT
         return image
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> MazeState:
         """Return the whole state of the episode, for JSON."""
         return {
             "walls": self.walls.astype(int).tolist(),
@@ -183,7 +197,7 @@ class Maze(gymnasium.Env):
             "random": self.np_random.bit_generator.state,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: MazeState) -> None:
         """Restore what `get_state` returned."""
         self.walls, self.steps = np.array(state["walls"], dtype=bool), state["steps"]
         self.agent, self.exit = (state["agent"][0], state["agent"][1]), (state["exit"][0], state["exit"][1])

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import gymnasium
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
@@ -32,7 +32,7 @@ class EnvironmentSource:
     """
 
     name: str
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     wrappers: list[Wrapper]
     eval_env: Callable[[], gymnasium.Env] | None = None
 
@@ -96,13 +96,13 @@ class EnvironmentSource:
             raise
         return env
 
-    def _make_similar(self, envs: VectorEnv, render: dict[str, Any], made_here: bool) -> gymnasium.Env:
+    def _make_similar(self, envs: VectorEnv, render: Mapping[str, object], made_here: bool) -> gymnasium.Env:
         if made_here:
             return _make_single(envs, self.name, self.kwargs, render, self.wrappers)
-        layer: Any = envs  # a wrapper, or the base, which have different attributes
+        layer = envs
         while isinstance(layer, RecordEpisodeStatistics):  # changes no observation, action or reward
             layer = layer.env
-        if type(layer) in (SyncVectorEnv, AsyncVectorEnv):
+        if isinstance(layer, SyncVectorEnv | AsyncVectorEnv) and type(layer) in (SyncVectorEnv, AsyncVectorEnv):
             return layer.env_fns[0]()
         spec = layer.spec
         if layer is layer.unwrapped and spec is not None and spec.vector_entry_point is not None:  # of make_vec
@@ -116,7 +116,11 @@ class EnvironmentSource:
 
 
 def _make_single(
-    envs: VectorEnv, name: str, kwargs: dict[str, Any], render: dict[str, Any], wrappers: Sequence[Wrapper] = ()
+    envs: VectorEnv,
+    name: str,
+    kwargs: Mapping[str, object],
+    render: Mapping[str, object],
+    wrappers: Sequence[Wrapper] = (),
 ) -> gymnasium.Env:
     """Make one environment, or the vector form of one where only that has the spaces of `envs`."""
     env = make_env(name, {**kwargs, **render}, wrappers)
@@ -142,9 +146,16 @@ def _check_spaces(env: gymnasium.Env, envs: VectorEnv) -> None:
             )
 
 
+@runtime_checkable
+class Normalizing(Protocol):
+    """A wrapper with running statistics, such as NormalizeObservation."""
+
+    update_running_mean: bool
+
+
 def _freeze_statistics(env: gymnasium.Env, envs: VectorEnv) -> None:
     """Copy running statistics of normalizing wrappers from the first environment of the training, and keep them."""
-    layers = [x for x in _layers(env) if hasattr(x, "update_running_mean")]
+    layers = [x for x in _layers(env) if isinstance(x, Normalizing)]
     if not layers:
         return
     base = envs.unwrapped
@@ -153,7 +164,7 @@ def _freeze_statistics(env: gymnasium.Env, envs: VectorEnv) -> None:
             f"{type(layers[0]).__name__} has statistics that an evaluation cannot read from {type(base).__name__}: use"
             " normalize_observations and normalize_rewards instead of it, or pass eval_env, or set eval_episodes = 0"
         )
-    trained = [x for x in _layers(base.envs[0]) if hasattr(x, "update_running_mean")]
+    trained = [x for x in _layers(base.envs[0]) if isinstance(x, Normalizing)]
     for layer, source in zip(layers, trained, strict=True):
         for name in ("obs_rms", "return_rms"):
             if hasattr(source, name):
@@ -161,9 +172,10 @@ def _freeze_statistics(env: gymnasium.Env, envs: VectorEnv) -> None:
         layer.update_running_mean = False
 
 
-def _layers(env: gymnasium.Env) -> list[Any]:  # of different classes, with different attributes
+def _layers(env: gymnasium.Env) -> list[gymnasium.Env]:
     """Return an environment and all environments inside it, from the outermost to the innermost."""
     layers = [env]
-    while isinstance(layers[-1], gymnasium.Wrapper):
-        layers.append(layers[-1].env)
+    while isinstance(env, gymnasium.Wrapper):
+        env = env.env
+        layers.append(env)
     return layers

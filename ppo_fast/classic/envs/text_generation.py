@@ -1,11 +1,12 @@
 """ppo_fast/TextGeneration-v0: write a text one character at a time; a scorer gives the rewards."""
 
 import string
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypedDict
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 
 from ppo_fast.common.errors import UserError
@@ -108,7 +109,17 @@ SCORERS: dict[str, Callable[[int], Scorer]] = {  # by name, for the command line
 }
 
 
-class TextGeneration(gymnasium.Env):
+Rows = npt.NDArray[np.float32]  # [max_steps, 28]
+
+
+class TextState(TypedDict):
+    """The state of an episode."""
+
+    text: str
+    random: Mapping[str, object]
+
+
+class TextGeneration(gymnasium.Env[Rows, np.int64]):
     """A text, to which each action appends one character: "a" to "z", space, full stop.
 
     The observation [max_steps, 28] has a row for each position, counted backwards from the last character, so that a
@@ -146,13 +157,13 @@ class TextGeneration(gymnasium.Env):
         self.observation_space = spaces.Box(0.0, 1.0, (max_steps, len(ALPHABET)), np.float32)
         self.text = ""
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Rows, dict[str, object]]:
         super().reset(seed=seed)
         self.text = ""
         self._print()
         return self._observation(), {"text": self.text}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: int | np.int64) -> tuple[Rows, float, bool, bool, dict[str, object]]:
         if not self.action_space.contains(action):
             raise UserError(f"an action must be a whole number from 0 to {len(ALPHABET) - 1}, got {action!r}")
         if self._complete():
@@ -170,11 +181,11 @@ class TextGeneration(gymnasium.Env):
             print(text)
         return text if self.render_mode == "ansi" else None
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> TextState:
         """Return the whole state of the episode, for JSON."""
         return {"text": self.text, "random": self.np_random.bit_generator.state}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: TextState) -> None:
         """Restore what `get_state` returned."""
         self.text = state["text"]
         self.np_random.bit_generator.state = state["random"]
@@ -182,7 +193,7 @@ class TextGeneration(gymnasium.Env):
     def _complete(self) -> bool:
         return self.text.endswith(END) or len(self.text) >= self.max_steps
 
-    def _observation(self) -> np.ndarray:
+    def _observation(self) -> Rows:
         rows = np.zeros((self.max_steps, len(ALPHABET)), np.float32)
         rows[range(len(self.text)), [ALPHABET.index(x) for x in reversed(self.text)]] = 1.0
         return rows

@@ -5,12 +5,14 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
@@ -19,22 +21,31 @@ from ppo_fast.classic.envs.wrappers import Wrapper, search_here
 from ppo_fast.common.checkpoint import UNFINISHED, replace, reported, write_file
 from ppo_fast.common.errors import UserError
 
+Frame = npt.NDArray[np.uint8]  # RGB, [height, width, 3]
+EnvironmentState = dict[str, object]  # JSON, as `get_state` of an environment returns it
 
-def make_env(name: str, arguments: dict[str, Any], wrappers: Sequence[Wrapper] = ()) -> gymnasium.Env:
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An environment whose whole state can be saved and restored."""
+
+    def get_state(self) -> EnvironmentState: ...
+    def set_state(self, state: EnvironmentState) -> None: ...
+
+
+def make_env(name: str, arguments: Mapping[str, object], wrappers: Sequence[Wrapper] = ()) -> gymnasium.Env:
     """Make one environment; a UserError names what is wrong with the name, the arguments or the wrappers."""
-
-    def make(name: str, **arguments: Any) -> gymnasium.Env:
-        env = gymnasium.make(name, **arguments)
+    make: Callable[..., gymnasium.Env] = gymnasium.make  # with arguments of the environment, of any types
+    with _reported(name):
+        env = make(name, **arguments)
         for wrapper in wrappers:
             env = wrapper(env)
         return env
 
-    return _make(make, name, arguments)
-
 
 def make_envs(
     name: str,
-    arguments: dict[str, Any],
+    arguments: Mapping[str, object],
     *,
     count: int,
     vectorization: str = "auto",
@@ -46,7 +57,7 @@ def make_envs(
     With vectorization = auto they are the environment's own vector form if it has one and there are no wrappers, else
     environments that step one after the other.
     """
-    more: dict[str, Any] = {}
+    more: dict[str, object] = {}
     if wrappers and vectorization == "auto":
         vectorization = "sync"
     if autoreset == "same_step":
@@ -61,7 +72,9 @@ def make_envs(
         wrappers = [*wrappers, functools.partial(defer_signals, trainer=os.getpid())]
     if wrappers:
         more["wrappers"] = wrappers
-    return _make(gymnasium.make_vec, name, {**arguments, **more, "num_envs": count, "vectorization_mode": mode})
+    make: Callable[..., VectorEnv] = gymnasium.make_vec  # as in `make_env`
+    with _reported(name):
+        return make(name, **{**arguments, **more, "num_envs": count, "vectorization_mode": mode})
 
 
 class OneOfVector(gymnasium.Env):
@@ -71,11 +84,11 @@ class OneOfVector(gymnasium.Env):
         self.envs, self.metadata, self.spec = envs, {**envs.metadata, "render_modes": []}, envs.spec
         self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[object, dict[str, object]]:
         observations, _ = self.envs.reset(seed=seed, options=options)
         return observations[0], {}
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: npt.ArrayLike) -> tuple[object, float, bool, bool, dict[str, object]]:
         observations, rewards, terminated, truncated, _ = self.envs.step(np.asarray(action)[None])
         return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), {}
 
@@ -83,7 +96,7 @@ class OneOfVector(gymnasium.Env):
         self.envs.close()
 
 
-def parse_arguments(text: str) -> dict[str, Any]:
+def parse_arguments(text: str) -> dict[str, object]:
     """Parse the arguments of an environment from JSON."""
     try:
         arguments = json.loads(text)
@@ -94,11 +107,13 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
-def _make(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any:
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Turn an error of making the environment `name` inside this block into a UserError."""
     if ":" in name:  # module:Name-v0
         search_here()
     try:
-        return make(name, **arguments)
+        yield
     except gymnasium.error.UnregisteredEnv as error:
         hint = "" if ":" in name else f" If another package has it, write PACKAGE:{name}"
         raise UserError(f"cannot make the environment {name}: {' '.join(str(error).split())}{hint}") from error
@@ -140,7 +155,7 @@ def _autoreset_mode(envs: VectorEnv) -> str:
     )
 
 
-def _declared(layer: VectorEnv) -> Any:
+def _declared(layer: VectorEnv) -> object:
     """Return the autoreset mode in a layer's own metadata, or None."""
     if type(layer) in (SyncVectorEnv, AsyncVectorEnv) and hasattr(layer, "autoreset_mode"):
         return layer.autoreset_mode  # in Gymnasium 1.1 all vectors of one class of environments share their metadata
@@ -149,7 +164,7 @@ def _declared(layer: VectorEnv) -> Any:
     return layer.metadata.get("autoreset_mode")
 
 
-def environment_states(envs: VectorEnv) -> list[dict[str, Any]] | None:
+def environment_states(envs: VectorEnv) -> list[EnvironmentState] | None:
     """Return the state of each environment, or None where it cannot be saved.
 
     It can be saved if each class declares that get_state and set_state cover all of it, by `ppo_fast_saves_state =
@@ -158,7 +173,13 @@ def environment_states(envs: VectorEnv) -> list[dict[str, Any]] | None:
     base = envs.unwrapped
     if type(base) is not SyncVectorEnv or not all(_saves_state(env) for env in base.envs):
         return None
-    return [env.unwrapped.get_state() for env in base.envs]  # type: ignore[attr-defined]  # of ours, not of all
+    return [_stateful(env).get_state() for env in base.envs]
+
+
+def _stateful(env: gymnasium.Env) -> Stateful:
+    if not isinstance(env.unwrapped, Stateful):
+        raise TypeError(f"{type(env.unwrapped).__name__} has ppo_fast_saves_state, but no get_state and set_state")
+    return env.unwrapped
 
 
 def _saves_state(env: gymnasium.Env) -> bool:
@@ -168,16 +189,16 @@ def _saves_state(env: gymnasium.Env) -> bool:
     return env is env.unwrapped and vars(type(env)).get("ppo_fast_saves_state") is True
 
 
-def restore_environments(envs: VectorEnv, states: list[dict[str, Any]], done: np.ndarray) -> None:
+def restore_environments(envs: VectorEnv, states: list[EnvironmentState], done: npt.NDArray[np.bool_]) -> None:
     """Restore the states of environments; `done` [N] marks those that the next step must reset."""
     base = envs.unwrapped
     assert isinstance(base, SyncVectorEnv)  # else `environment_states` has returned None
     for env, state in zip(base.envs, states, strict=True):
-        env.unwrapped.set_state(state)  # type: ignore[attr-defined]  # of ours, not of all
+        _stateful(env).set_state(state)
     base._autoreset_envs = done.copy()
 
 
-def write_frames(frames: list[np.ndarray], folder: Path, kind: str, *, fps: float) -> Path:
+def write_frames(frames: list[Frame], folder: Path, kind: str, *, fps: float) -> Path:
     """Write RGB frames to an animated FOLDER/episode.gif, or to numbered PNG files in FOLDER/frames.
 
     Returns:

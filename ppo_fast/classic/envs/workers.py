@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
 
 import gymnasium
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
@@ -37,7 +36,7 @@ def _end_later(number: int, frame: FrameType | None) -> None:
 
 def close(envs: VectorEnv) -> None:
     """Close environments; worker processes that have ended, or that are in the middle of a step, are killed."""
-    base: Any = envs.unwrapped  # private attributes of AsyncVectorEnv
+    base = envs.unwrapped
     waiting = isinstance(base, AsyncVectorEnv) and base._state != AsyncState.DEFAULT
     try:
         if not waiting:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 
@@ -48,7 +47,7 @@ def _load(text: str) -> Wrapper:
     return functools.partial(made, **_options(text, read["call"] or "()"))
 
 
-def _options(text: str, call: str) -> dict[str, Any]:
+def _options(text: str, call: str) -> dict[str, object]:
     try:
         read = ast.parse(f"f{call}", mode="eval").body
         if not isinstance(read, ast.Call) or read.args or any(keyword.arg is None for keyword in read.keywords):
