@@ -144,7 +144,7 @@ def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, obje
 
 
 def _check_first_line(line: str, text: str, path: str | Path, what: str) -> None:
-    """Rejects a table, another kind of text, and one object over many lines, by the first line."""
+    """Reject a table, another kind of text, and one object over many lines, by the first line."""
     needed = "give one JSON object a line, or a JSON array of objects"
     if not line.lstrip().startswith("{"):
         convert = "; pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True) converts a CSV file"
@@ -199,7 +199,7 @@ def _check_names(row: Mapping[str, object], where: str, reserved: Sequence[str])
 
 
 def check_prompt(prompt: object, where: str, name: str) -> None:
-    """Rejects what is neither a text that is not empty nor a chat that ends before a completion."""
+    """Reject what is neither a text that is not empty nor a chat that ends before a completion."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError(f"{where}: the prompt is empty")
@@ -222,7 +222,7 @@ def check_prompt(prompt: object, where: str, name: str) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Rejects half of a UTF-16 pair, which JSON can hold as an escape sequence, but no tokenizer takes."""
+    """Reject half of a UTF-16 pair, which JSON can hold as an escape sequence, but no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -431,7 +431,7 @@ class Prompts:
         return {"dealt": self.num_drawn}  # the name in checkpoints
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continues at the position of a checkpoint."""
+        """Continue at the position of a checkpoint."""
         self.num_drawn = int(state["dealt"])
 
     def take(self, n: int) -> list[dict[str, object]]:

@@ -103,7 +103,7 @@ class HalfCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **options: object
     ) -> tuple[Tensor, Tensor]:
-        """Adds keys and values [B, G, n, d] of new tokens, and returns those of all."""
+        """Add keys and values [B, G, n, d] of new tokens, and return those of all."""
         keys, values = (x.to(self.compute_dtype) for x in (key_states, value_states))
         return super().update(keys, values, layer_idx, *args, **options)
 
@@ -141,7 +141,7 @@ def _generation_config(
 
 @contextmanager
 def _replaced_config(actor: LanguageModel, generation: GenerationConfig, *, cache: bool) -> Iterator[None]:
-    """Replaces the model's own generation config inside this block, and the setting of its cache, if it has one.
+    """Replace the model's own generation config inside this block, and the setting of its cache, if it has one.
 
     generate() fills what a given config leaves open from the model's: a repetition penalty or top-k saved with the
     model would make samples from another distribution than the one that the loss differentiates.
@@ -182,7 +182,7 @@ def generate(
     greedy: bool = False,
     ends: list[int] | None = None,
 ) -> Completions:
-    """Samples one batch of completions, each up to and with its first end token or stop text.
+    """Sample one batch of completions, each up to and with its first end token or stop text.
 
     Args:
         actor: the model.
@@ -254,7 +254,7 @@ class GenerateSampler:
         self._use(options or GenerateOptions(), batch_size or 256)
 
     def follow(self, config: PPOConfig) -> None:
-        """Uses the options of a run where none were given."""
+        """Use the options of a run where none were given."""
         options = self.given_options or GenerateOptions.from_config(config)
         self._use(options, self.given_batch_size or config.sample_batch_size)
 

@@ -287,7 +287,7 @@ def _build(model_config: PreTrainedConfig, config: PPOConfig, dtype: torch.dtype
 
 
 def _make_fake(models: _Models) -> None:
-    """Replaces meta tensors by the current mode's fake ones, which autocast knows. Tied weights stay tied."""
+    """Replace meta tensors by the current mode's fake ones, which autocast knows. Tied weights stay tied."""
     parameters: dict[int, nn.Parameter] = {}
     buffers: dict[int, Tensor] = {}
     for module in (m for model in models.modules() for m in model.modules()):
@@ -392,7 +392,7 @@ def _gradient(p: Tensor) -> Tensor:
 
 
 def _at_gradient(embedded: Tensor, found: dict[str, dict[str, int]], counted: Allocations) -> None:
-    """Ends a part of the backward when the gradient reaches the embeddings: the gradient of their weight follows, which
+    """End a part of the backward when the gradient reaches the embeddings: the gradient of their weight follows, which
     does not grow with the number of layers."""
     if embedded.requires_grad:
         embedded.register_hook(lambda _: found.update({f"backward/{len(found)}": counted.reset_peak()}))
@@ -466,7 +466,7 @@ def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocati
 
 
 def _lengthen(layer: object, tokens: int) -> None:
-    """Gives a layer's cache room for more tokens, up to its window."""
+    """Give a layer's cache room for more tokens, up to its window."""
     if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
         raise TypeError(f"a {type(layer).__name__} has no keys and values")
     length = layer.keys.shape[2] + tokens
@@ -532,7 +532,7 @@ def estimate(
     gathered: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
-    """Calculates the peak memory of each phase of a step, in bytes.
+    """Calculate the peak memory of each phase of a step, in bytes.
 
     Args:
         model_config: of the actor, with which the critic and the reference start, too.
@@ -646,7 +646,7 @@ def check_fits(
     processes: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Raises UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
+    """Raise UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
     if processes == 1 and at_most(model_config, config, prompt_tokens, parameters) <= memory:
         return  # the estimate would take seconds
 

@@ -58,7 +58,7 @@ def detect_generate(
     boundaries: tuple[int, ...] = (),
     reach: Reach = Reach(),  # noqa: B008
 ) -> GenerateInfo:
-    """Finds out how `generate` samples what the model's own forward computes.
+    """Find out how `generate` samples what the model's own forward computes.
 
     Args:
         actor: on its device, as it is at the start of the run.

@@ -46,7 +46,7 @@ class RandomState:
         return cls(tensors, {"python": (version, words, gauss), "numpy": numpy})
 
     def restore(self, device: torch.device) -> None:
-        """Sets all generators to this state."""
+        """Set all generators to this state."""
         torch.set_rng_state(self.tensors["torch"])
         if device.type in self.tensors:
             set_rng_state(self.tensors[device.type], device)

@@ -109,7 +109,7 @@ def sample_rollout(
     vocabulary: int | None = None,
     seed: int | None = None,
 ) -> Rollout:
-    """Completes the prompt of each row `samples_per_prompt` times.
+    """Complete the prompt of each row `samples_per_prompt` times.
 
     Args:
         sampler: what completes the prompts.

@@ -37,7 +37,7 @@ Rows = list[dict[str, object]]
 def check_arguments(
     models: Models, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, sampler: Sampler | None
 ) -> None:
-    """Rejects models, tokenizers and samplers that cannot be used, before anything is changed."""
+    """Reject models, tokenizers and samplers that cannot be used, before anything is changed."""
     check_language_model(models.actor)
     check_tokenizer(tokenizer, models.actor)
     check_others(tokenizer, config, models.critic, models.reference)
@@ -46,7 +46,7 @@ def check_arguments(
 
 
 def prepare_process(config: PPOConfig) -> PPOConfig:
-    """Seeds all generators and sets threads and precision; returns the options with an absolute `out`."""
+    """Seed all generators and set threads and precision; return the options with an absolute `out`."""
     transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
     if config.out is not None:  # a reward that changes the working directory must not move it
         config = dataclasses.replace(config, out=str(absolute(config.out)))
@@ -70,7 +70,7 @@ def check_processes(
     eval_rows: Rows | None,
     reward_weights: dict[str, float],
 ) -> None:
-    """Rejects processes that differ in what all of them compute with, and an actor without weights."""
+    """Reject processes that differ in what all of them compute with, and an actor without weights."""
     if distributed.size > 1:
         distributed.check_equal(
             {
@@ -131,7 +131,7 @@ def usable_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, models: Models, 
 def check_memory(
     config: PPOConfig, distributed: Distributed, models: Models, tokenizer: PreTrainedTokenizerBase, rows: Rows
 ) -> list[str]:
-    """Rejects a run that needs more memory than the GPU has, before the models are moved there; returns notes.
+    """Reject a run that needs more memory than the GPU has, before the models are moved there; return notes.
 
     A critic or reference that is given, which may be of any size, is not counted.
     """

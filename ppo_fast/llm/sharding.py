@@ -40,7 +40,7 @@ def _without_buffers() -> dict[str, bool]:
 
 
 def wrap(policy: nn.Module, distributed: Distributed, *, dtype: str, unused_parameters: bool) -> None:
-    """Wraps the policy in DDP or FSDP2; collective. Then `distributed.wrapped_module` is called instead of it.
+    """Wrap the policy in DDP or FSDP2; collective. Then `distributed.wrapped_module` is called instead of it.
 
     Args:
         policy: a module whose forward returns the loss.
@@ -80,7 +80,7 @@ def parameter_layout(model: nn.Module) -> list[TensorLayout]:
 
 
 def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) -> tuple[M, T]:
-    """Loads a model, in each process or, under FSDP2, with weights in the first process alone.
+    """Load a model, in each process or, under FSDP2, with weights in the first process alone.
 
     `load(weights)` gives the model and what belongs to it. What a configuration does not describe, such as quantised
     weights and adapters in the folder, makes the first model differ from those without weights: then each
@@ -132,7 +132,7 @@ def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
 
 
 def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
-    """Rejects models that differ between processes, which would wait for each other or exchange wrong weights."""
+    """Reject models that differ between processes, which would wait for each other or exchange wrong weights."""
     layouts = distributed.all_gather_object(parameter_layout(model))
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[0]:
@@ -145,7 +145,7 @@ def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
 
 @torch.no_grad()
 def _send(model: nn.Module, distributed: Distributed, whole: dict[str, Tensor]) -> None:
-    """Sends each process its part of a sharded model's weights, and all buffers, from the main process.
+    """Send each process its part of a sharded model's weights, and all buffers, from the main process.
 
     `whole` holds the first one's weights; it is emptied, so that each is freed when it has been sent.
     """
@@ -229,7 +229,7 @@ def keep_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def copy_from_full(target: Tensor, source: Tensor) -> None:
-    """Writes a whole tensor to a whole or sharded one; collective."""
+    """Write a whole tensor to a whole or sharded one; collective."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)

@@ -60,7 +60,7 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, float], /) -> None:
-        """Takes over the state; other parts have other names in the same mapping."""
+        """Take over the state; other parts have other names in the same mapping."""
         ...
 
 
@@ -113,7 +113,7 @@ def capture(run: RunState, random: RandomState) -> tuple[Tensors, dict[str, obje
 
 
 def restore(run: RunState, checkpoint: Checkpoint, *, allow_changes: bool = False) -> list[str]:
-    """Puts a new run in the state of a checkpoint and returns notes for the user. Collective.
+    """Put a new run in the state of a checkpoint and return notes for the user. Collective.
 
     With `allow_changes` the run continues with other prompts, rewards or another tokenizer, which a note names.
 
@@ -240,7 +240,7 @@ def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Chec
 
 
 def _restore_random(run: RunState, checkpoint: Checkpoint) -> None:
-    """Restores this rank's generators; with another number of processes, seeds them as no earlier step did."""
+    """Restore this rank's generators; with another number of processes, seed them as no earlier step did."""
     rank, state = run.distributed.rank, checkpoint.state
     if run.environment["processes"] != state["made_with"]["processes"]:
         transformers.set_seed(derived_seed(run.config.seed, rank, state["step"]))

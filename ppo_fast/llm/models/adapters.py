@@ -27,7 +27,7 @@ def has_trained_adapters(actor: "PeftModel") -> bool:
 
 
 def check_adapters(actor: "PeftModel") -> None:
-    """Rejects adapters with which log-probabilities of packed rows would be wrong.
+    """Reject adapters with which log-probabilities of packed rows would be wrong.
 
     Raises:
         UserError: the adapter puts virtual tokens in front of the prompt.

@@ -117,7 +117,7 @@ def build_models(
 
 
 def _check_options(config: PPOConfig, actor: LanguageModel, critic: Critic | None, distributed: Distributed) -> None:
-    """Rejects options that contradict the given models."""
+    """Reject options that contradict the given models."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
     if config.merge_adapters and distributed.strategy == "fsdp":
@@ -156,7 +156,7 @@ def _frozen_reference(
 
 
 def _check_same_weights(distributed: Distributed, models: dict[str, nn.Module | None]) -> None:
-    """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
+    """Raise UserError if a model starts with other weights in another process. One without weights gets them later."""
     if distributed.size > 1:
         present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
         distributed.check_equal({f"the weights of the {name}": weights_hash(model) for name, model in present.items()})

@@ -30,7 +30,7 @@ def recomputed_layers(model: nn.Module) -> list[RecomputedLayer]:
 
 
 def warn_if_not_recomputed(*models: nn.Module | None) -> None:
-    """Warns once of models for which gradient checkpointing does nothing."""
+    """Warn once of models for which gradient checkpointing does nothing."""
     without = [model_name(model) for model in models if model is not None and not recomputed_layers(model)]
     if without:
         warnings.warn(
@@ -58,7 +58,7 @@ def _in_evaluation_mode(layer: RecomputedLayer, checkpoint: Callable[..., object
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Recomputes the forward of layers in backward, inside this block.
+    """Recompute the forward of layers in backward, inside this block.
 
     transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
     off, also where a layer calls it as a function of its own mode. Sampling, outside the block, keeps its cache.
@@ -86,6 +86,6 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a model to its device, switches dropout off and copies its configs; without weights it stays on meta."""
+    """Move a model to its device, switch dropout off and copy its configs; without weights it stays on meta."""
     copy_configs(model)
     return model.to(device).eval() if has_weights(model) else model.eval()

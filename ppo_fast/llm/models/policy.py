@@ -175,7 +175,7 @@ class Policy(nn.Module):
             return logprobs_of(self.actor, self.head, pack, self.config)[0]
 
     def generate(self, **options: object) -> Tensor:
-        """Calls the actor's own `generate` as a method of this module, for which FSDP2 gathers its weights."""
+        """Call the actor's own `generate` as a method of this module, for which FSDP2 gathers its weights."""
         with keep_gathered(self) if self.config.gather_for_sampling else nullcontext():
             return own_generate(self.actor)(**options)
 

@@ -56,7 +56,7 @@ class AdapterReference:
             self._clone()
 
     def _check_trained(self) -> None:
-        """Rejects trained weights that the reference would share, such as the biases of LoRA's bias="all"."""
+        """Reject trained weights that the reference would share, such as the biases of LoRA's bias="all"."""
         shared = [n for n, p in self.actor.named_parameters() if p.requires_grad and self.active not in n.split(".")]
         if shared:
             raise UserError(
@@ -95,7 +95,7 @@ class AdapterReference:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compares the reference with the actor from whose adapter it was copied, before any training.
+        """Compare the reference with the actor from whose adapter it was copied, before any training.
 
         Raises:
             UserError: their logits differ.

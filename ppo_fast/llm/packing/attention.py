@@ -122,7 +122,7 @@ def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
 
 
 def copy_configs(model: nn.Module) -> None:
-    """Gives a model config objects of its own: models built from one object share its attention implementation."""
+    """Give a model config objects of its own: models built from one object share its attention implementation."""
     memo: dict[int, object] = {}
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):

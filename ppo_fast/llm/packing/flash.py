@@ -63,13 +63,13 @@ _found = _Findings()
 
 
 def reset() -> None:
-    """Clears all results: a run prints its warnings once, and examines the installed packages again."""
+    """Clear all results: a run prints its warnings once, and examines the installed packages again."""
     for known in (_found.decisions, _found.rejected, _found.packages, _found.said):
         known.clear()
 
 
 def warn_once(message: str, key: str | None = None) -> None:
-    """Warns unless this run has already warned of the same (of `key`, if the message has varying figures)."""
+    """Warn unless this run has already warned of the same (of `key`, if the message has varying figures)."""
     if (key or message) not in _found.said:
         _found.said.add(key or message)
         warnings.warn(message, stacklevel=3)
@@ -98,7 +98,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _package(name: str, distribution: str, module: str) -> _Package:
-    """Imports `flash_attn_varlen_func` of an installed distribution, once."""
+    """Import `flash_attn_varlen_func` of an installed distribution, once."""
     if name in _found.packages:
         return _found.packages[name]
     try:
@@ -228,7 +228,7 @@ def _try(path: str, function: Attention, request: Request) -> str | None:
 
 
 def clear_decisions() -> None:
-    """Clears the decisions; results of trials remain."""
+    """Clear the decisions; results of trials remain."""
     _found.decisions.clear()
 
 
@@ -238,7 +238,7 @@ def requests() -> list[Request]:
 
 
 def reject(problem: str) -> bool:
-    """Takes back the decisions for a fast path since `clear_decisions`; False if there are none."""
+    """Take back the decisions for a fast path since `clear_decisions`; False if there are none."""
     fast = {key: made for key, made in _found.decisions.items() if made.path != BUCKETS}
     for (request, _, deterministic, _), made in fast.items():
         _found.rejected[made.path, request, deterministic] = f"{made.label} cannot be used ({problem})"

@@ -107,7 +107,7 @@ CALLS: dict[str, Callable[[Attention, Rows], Tensor]] = {
 
 
 def trial(path: str, function: Attention, request: Request) -> str | None:
-    """Compares forward and backward on short sequences with plain attention in fp32; the problem, or None."""
+    """Compare forward and backward on short sequences with plain attention in fp32; the problem, or None."""
     generator = torch.Generator("cpu").manual_seed(0)
     total = sum(TRIAL_LENGTHS)
 

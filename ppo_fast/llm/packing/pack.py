@@ -35,11 +35,11 @@ class Pack:
         return len(self.tokens)
 
     def gather(self, per_token: Tensor) -> Tensor:
-        """Selects this pack's values [n] of a tensor over the rollout [B, T]."""
+        """Select this pack's values [n] of a tensor over the rollout [B, T]."""
         return per_token[self.rows, self.columns]
 
     def scatter_(self, per_token: Tensor, values: Tensor) -> None:
-        """Writes values [n] to their positions in [B, T], in place."""
+        """Write values [n] to their positions in [B, T], in place."""
         per_token[self.rows, self.columns] = values.to(per_token.dtype)
 
 
@@ -49,7 +49,7 @@ def make_packs(rollout: Rollout, groups: Sequence[Sequence[int]]) -> list[Pack]:
 
 
 def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
-    """Packs the given rows of a rollout."""
+    """Pack the given rows of a rollout."""
     return make_packs(rollout, [sequences])[0]
 
 
@@ -124,7 +124,7 @@ def split_minibatches(
     multiple_of: int = 1,
     regime: Callable[[int], int] | None = None,
 ) -> list[list[Pack]]:
-    """Splits rows, in the given order, into minibatches of almost equal numbers of sequences, each into packs.
+    """Split rows, in the given order, into minibatches of almost equal numbers of sequences, each into packs.
 
     A pack holds at most `max_tokens` tokens, or one sequence that is longer. The packs of a minibatch are balanced:
     each sequence, the longest first, is added to the pack with the fewest tokens. Their number is a multiple of
@@ -145,7 +145,7 @@ def split_minibatches(
 
 
 def balance_packs(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
-    """Groups sequences into as few packs of `max_tokens` as their sum needs, or more where they do not fit."""
+    """Group sequences into as few packs of `max_tokens` as their sum needs, or more where they do not fit."""
     longest_first = sorted(sequences, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     count = max(1, -(-sum(lengths[i] for i in sequences) // max_tokens))
     while True:
