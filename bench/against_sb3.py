@@ -159,7 +159,7 @@ def summary(
 
 
 def evaluate(env: str, act: Callable[[np.ndarray], np.ndarray]) -> list[float]:
-    """Returns of episodes from first states that are the same for both; act: observations [1, ...] to actions."""
+    """Return of episodes from first states that are the same for both; act: observations [1, ...] to actions."""
     one, returns = gymnasium.make(env), []
     for seed in range(EVALUATION_EPISODES):
         observation, _ = one.reset(seed=1_000_000 + seed)  # no training environment starts from these seeds

@@ -116,7 +116,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks every test that can run on a GPU; those that need one are skipped where there is none."""
+    """Mark every test that can run on a GPU; those that need one are skipped where there is none."""
     for item in items:
         needs = item.get_closest_marker("needs_gpu") is not None
         if needs or "device" in getattr(item, "fixturenames", ()):

@@ -208,7 +208,7 @@ ALL = [partial(_compiled, name) for name in _SIGNATURES]  # what `ppo-fast compi
 
 
 def supports(first: Tensor, *others: Tensor | None) -> bool:
-    """Returns whether the loops support the tensors: contiguous fp32 or bool, not empty, and readable by address."""
+    """Return whether the loops support the tensors: contiguous fp32 or bool, not empty, and readable by address."""
     for x in (first, *others):
         if x is None:
             continue

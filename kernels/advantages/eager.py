@@ -45,7 +45,7 @@ def _real(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _score_slot(mask: Tensor, reward_at: str) -> tuple[Tensor, Tensor]:
-    """The slot of each row's score, [B], and whether the row has one: the last counted step, or the one behind it."""
+    """The slot of each row's score, [B], and whether the row has one: the last counted step, or the one after it."""
     T = mask.shape[-1]
     steps = torch.arange(1, T + 1, dtype=torch.int32, device=mask.device)
     last = (mask * steps).amax(-1).long()  # counted from 1, so that 0 is: none

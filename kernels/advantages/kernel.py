@@ -45,13 +45,13 @@ def _last_step(masks, T, lowest, inside, W: tl.constexpr):
 
 
 @triton.jit
-def _score_slots(masks, scores_ptr, score_stride, row, inside, T, lowest, per_token, behind, W: tl.constexpr):
+def _score_slots(masks, scores_ptr, score_stride, row, inside, T, lowest, per_token, after_last, W: tl.constexpr):
     """Each row's slot for the score and the score; whether the row has a counted step, and whether its slot is beyond.
 
     The last two only if `lowest` is at most 0.
     """
     last = _last_step(masks, T, lowest, inside, 4 * W)
-    slot = tl.where(last >= 0, tl.minimum(last + behind.to(tl.int32), T - 1), -1)
+    slot = tl.where(last >= 0, tl.minimum(last + after_last.to(tl.int32), T - 1), -1)
     present = inside & (last >= 0)
     score = tl.load(scores_ptr + row * score_stride, mask=present & ~per_token, other=0.0)
     return slot, score, present, present & (slot > last)
@@ -88,11 +88,11 @@ def shape_kernel(
     scores_ptr,  # (rows,), or (rows, T) if per_token
     rewards_ptr,  # (rows, T) without gaps, as all outputs
     kl_ptr,
-    longer_ptr,  # any address if not behind
+    longer_ptr,  # any address if not after_last
     kl_coef: tl.float32,
     clip: tl.float32,
     kind: tl.int32,  # which estimator
-    behind: tl.int32,  # 1 if the score comes after the last counted step
+    after_last: tl.int32,  # 1 if the score comes after the last counted step
     per_token: tl.int32,
     rows: tl.int32,
     T: tl.int32,
@@ -119,7 +119,7 @@ def shape_kernel(
         masks,
     )
     slot, score, _present, _beyond = _score_slots(
-        masks, scores_ptr, score_stride, row, inside, T, first - 1, has_token_scores, behind, W
+        masks, scores_ptr, score_stride, row, inside, T, first - 1, has_token_scores, after_last, W
     )
     score = _clipped(score, clip)
     for j in range(tl.minimum(tl.cdiv(T - first, W), TILES)):
@@ -130,7 +130,7 @@ def shape_kernel(
         tl.store(row_start(rewards_ptr, row * T, ALIGNED) + t, reward, mask=here)
         tl.store(row_start(kl_ptr, row * T, ALIGNED) + t, kl, mask=here)
         longer = mask | (t == slot[:, None])
-        tl.store(row_start(longer_ptr, row * T, ALIGNED) + t, longer, mask=here & (behind != 0))
+        tl.store(row_start(longer_ptr, row * T, ALIGNED) + t, longer, mask=here & (after_last != 0))
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def advantages_kernel(
     kl_coef: tl.float32,
     clip: tl.float32,
     kind: tl.int32,  # which estimator
-    behind: tl.int32,  # 1 if the score comes after the last counted step
+    after_last: tl.int32,  # 1 if the score comes after the last counted step
     rows: tl.int32,
     T: tl.int32,
     l_stride: tl.int64,  # from row to row
@@ -279,7 +279,7 @@ def advantages_kernel(
         first_span = tl.program_id(1) + 1
         last_span = first_span
     slot, score, has_step, beyond = _score_slots(
-        masks, scores_ptr, score_stride, row, inside, T, first_span * TILES * W - 1, per_token, behind, W
+        masks, scores_ptr, score_stride, row, inside, T, first_span * TILES * W - 1, per_token, after_last, W
     )
     clipped = _clipped(score, clip)
     if WRITE:

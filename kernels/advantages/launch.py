@@ -45,7 +45,7 @@ _PLANES = 9  # numbers of each program of the scan: three moments and six sums
 
 
 def _scalars(options: ShapingOptions) -> tuple[float, float, int, int]:
-    """kl_coef, clip, kind and behind of the kernels."""
+    """kl_coef, clip, kind and after_last of the kernels."""
     clip = math.inf if options.score_clip is None else float(options.score_clip)
     return (
         float(options.kl_coef),
@@ -82,8 +82,8 @@ def shape_rewards(
     B, T = mask.shape
     rewards = torch.empty_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
     kl = torch.empty_like(rewards)
-    behind = shaping.reward_at == "after_last"
-    longer = torch.empty_like(mask, memory_format=torch.contiguous_format) if behind else None
+    after_last = shaping.reward_at == "after_last"
+    longer = torch.empty_like(mask, memory_format=torch.contiguous_format) if after_last else None
     outputs = (rewards, kl) if longer is None else (rewards, kl, longer)
     if B * T == 0:
         return outputs

@@ -45,12 +45,12 @@ _NOTHING = contextlib.nullcontext()
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the device of x current, because Triton launches there. Takes time only if another one is current."""
+    """Make the device of x current, because Triton launches there. Takes time only if another one is current."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _NOTHING
 
 
 def interpreting() -> bool:
-    """Returns True where kernels run on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Return True where kernels run on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

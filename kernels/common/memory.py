@@ -26,7 +26,7 @@ _TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PRO
 
 
 def addressable(first: Tensor, *others: Tensor | None) -> bool:
-    """Returns whether the memory of all tensors may be read by address: plain, strided, on the CPU, and not traced.
+    """Return whether the memory of all tensors may be read by address: plain, strided, on the CPU, and not traced.
 
     False in every dispatch mode: a mode that only records would miss what is read and written by address.
     """
@@ -46,7 +46,7 @@ def addressable(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Returns whether make_fx, FakeTensorMode or a tensor's own dispatch records or replaces what is computed."""
+    """Return whether make_fx, FakeTensorMode or a tensor's own dispatch records or replace what is computed."""
     if torch.compiler.is_compiling():
         return False
     if _modes() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
@@ -55,12 +55,12 @@ def traced(*tensors: Tensor | None) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Returns whether Python may read values: without waiting for a device or making them constants of a graph."""
+    """Return whether Python may read values: without waiting for a device or making them constants of a graph."""
     return x.is_cpu and not torch.compiler.is_compiling() and jit_tracer() is None and not traced(x)
 
 
 def refuse_transformed(operation: str, argument: str, x: Tensor) -> None:
-    """Raises NotImplementedError for tensors of torch.func and for tensors with a tangent."""
+    """Raise NotImplementedError for tensors of torch.func and for tensors with a tangent."""
     keys = _keys(x)
     for key, transform in _TRANSFORMS.items():
         if keys.has(key):
@@ -76,7 +76,7 @@ def refuse_transformed(operation: str, argument: str, x: Tensor) -> None:
 
 
 def refuse_distributed(operation: str, argument: str, x: object) -> None:
-    """Raises TypeError for a DTensor."""
+    """Raise TypeError for a DTensor."""
     placements = getattr(x, "placements", None)
     if placements is not None:
         sharded = any(p.is_shard() for p in placements)
@@ -89,7 +89,7 @@ def refuse_distributed(operation: str, argument: str, x: object) -> None:
 
 
 def required(x: Tensor | None) -> Tensor:
-    """Returns a tensor that ppo_fast.ops has checked to be given."""
+    """Return a tensor that ppo_fast.ops has checked to be given."""
     if x is None:
         raise TypeError("a tensor that this operation needs is None")
     return x

@@ -35,7 +35,7 @@ class IndexArray(Protocol):
 
 @cache
 def numba_works() -> bool:
-    """Returns whether numba can be imported; warns with the reason if an installed one cannot."""
+    """Return whether numba can be imported; warn with the reason if an installed one cannot."""
     if importlib.util.find_spec("numba") is None:
         return False
     try:
@@ -53,7 +53,7 @@ def numba_works() -> bool:
 
 
 def c_function(body: Callable[..., None], arguments: "Sequence[Type]", fastmath: set[str] | None = None) -> Compiled:
-    """Compiles the loop `body` to a C function; also returns the numba object that keeps its machine code alive.
+    """Compile the loop `body` to a C function; also return the numba object that keeps its machine code alive.
 
     Args:
         body: a function without a result that numba can compile, and that does not raise.

@@ -10,7 +10,7 @@ _STEPS_PER_THREAD = 1 << 18  # about 0.3 ms of work; an idle core takes 0.06 ms 
 
 
 def split_rows(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thread: int = 0) -> list[int]:
-    """Returns boundaries of row ranges, one range per thread, with about the same number of steps in each."""
+    """Return boundaries of row ranges, one range per thread, with about the same number of steps in each."""
     workers = steps // (per_thread or _STEPS_PER_THREAD)
     if workers > 1:
         workers = min(workers, torch.get_num_threads(), rows)
@@ -23,7 +23,7 @@ def split_rows(rows: int, steps: int, cu_seqlens: Tensor | None = None, per_thre
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> None:
-    """Runs work(0), ..., work(count - 1) on `threads` threads, but not on more than PyTorch has.
+    """Run work(0), ..., work(count - 1) on `threads` threads, but not on more than PyTorch has.
 
     Bare threads, because threading.Thread.start waits until the new one runs, which takes another 0.1 ms.
     """

@@ -12,7 +12,7 @@ def as_tensor(x: float | Tensor) -> Tensor:
 
 
 def as_number(x: Tensor) -> float | Tensor:
-    """Returns the number in such a tensor, or the tensor itself if it has one number per row."""
+    """Return the number in such a tensor, or the tensor itself if it has one number per row."""
     return x.item() if x.ndim == 0 and x.device.type == "cpu" else x
 
 

@@ -41,7 +41,7 @@ def _step(
     decay: float,
     s: float,  # of the next counted step
 ) -> float:
-    """Writes one step of one row and returns its s."""
+    """Write one step of one row and return its s."""
     zero = g - g
     r, v, flag = rewards[r_at], values[v_at], False
     if kind != 0:
@@ -365,7 +365,7 @@ def gae(
     cu_seqlens: Tensor | None,  # [S + 1] int64, contiguous
     time: int,
 ) -> None:
-    """Writes advantages and returns, as eager.py describes them."""
+    """Write advantages and returns, as eager.py describes them."""
     rows, T = rewards.shape if time else reversed(rewards.shape)
     steps = rows * T
     pointers = [

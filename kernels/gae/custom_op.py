@@ -22,7 +22,7 @@ def gae(rewards: Tensor, values: Tensor, options: GAEOptions, *, use_triton: boo
 
 
 def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
-    """Registers the operator that torch.compile uses. New values of gamma and lam compile nothing.
+    """Register the operator that torch.compile uses. New values of gamma and lam compile nothing.
 
     Its outputs are contiguous, in fp32, or in fp64 if an input is.
     """

@@ -147,7 +147,7 @@ def scan_span(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Composes a span of R rows, and with WRITE writes its advantages and returns. Returns the span's map."""
+    """Compose a span of R rows, and with WRITE write its advantages and returns. Return the span's map."""
     rewards, values, finals, masks, terminations, truncations = inputs
     has_mask, has_terminated, has_truncated = is_given(present, 0), is_given(present, 1), is_given(present, 2)
     span_a = tl.full([R], 1.0, tl.float32)

@@ -236,7 +236,7 @@ def variant(title: str, kernel: triton.JITFunction, keys: dict[str, int], pointe
 
 
 def variants() -> list[Variant]:
-    """Returns every variant that the launches above can start."""
+    """Return every variant that the launches above can start."""
     kernels = {"columns": gae_columns_kernel, "packed": gae_packed_kernel}
     flags = dict.fromkeys(("mask_ptr", "terminated_ptr", "truncated_ptr"), "*u1")
     found = []

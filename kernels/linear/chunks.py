@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 
 
 def counted_rows(mask: Tensor | None, num_counted: int | None, N: int) -> Rows:
-    """Finds the counted tokens. Without `num_counted` a mask on a GPU makes the host wait once for their number."""
+    """Find the counted tokens. Without `num_counted` a mask on a GPU makes the host wait once for their number."""
     if mask is None:
         if num_counted is not None and num_counted != N:
             raise ValueError(f"num_counted must be {N}, the number of tokens, if no mask is given; got {num_counted}")
@@ -118,7 +118,7 @@ def padded_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype, *_switches: bool) -> bool:
-    """Tries products of fp16 or bf16 that are written in fp32: ROCm has none, and TunableOp and fp16 accumulation
+    """Try products of fp16 or bf16 that are written in fp32: ROCm has none, and TunableOp and fp16 accumulation
     reject them. A function of PyTorch's global switches, too."""
     a = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
@@ -174,7 +174,7 @@ def make_plan(
     needs: tuple[bool, ...],  # gradients wanted: of hidden, weight, bias
     scratch_bytes: int,  # of the epilogue
 ) -> Plan:
-    """Cuts the rows so that all memory beyond inputs and gradients fits `chunk_bytes`, but at least one row at a time.
+    """Cut the rows so that all memory beyond inputs and gradients fits `chunk_bytes`, but at least one row at a time.
 
     Only the fp32 accumulator of d weight comes on top, where there is more than one chunk and the weight is not fp32.
     By default the plan takes 4096 rows (on a CPU 64 MiB, or 256 rows), and all at once where that needs no more

@@ -276,7 +276,7 @@ _LogprobsInputs = tuple[
 
 
 def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
-    """Registers ppo_fast::<name> and ppo_fast::<name>_backward; statistics are [4, N], since n is not known."""
+    """Register ppo_fast::<name> and ppo_fast::<name>_backward; statistics are [4, N], since n is not known."""
 
     def forward(
         hidden: Tensor,
@@ -403,7 +403,7 @@ _PPOInputs = tuple[
 
 
 def _ppo_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
-    """Registers ppo_fast::<name>: loss, statistics, logp, entropy, and for the backward three gradients without the
+    """Register ppo_fast::<name>: loss, statistics, logp, entropy, and for the backward three gradients without the
     divisor of the loss, and 1 / that divisor."""
 
     def forward(*inputs: *_PPOInputs) -> tuple[Tensor, ...]:

@@ -99,7 +99,7 @@ def _clamp(u: Tensor, head: Head) -> None:
 
 
 def _bend(d: Tensor, block: _Block) -> None:
-    """Multiplies d loss / d z by the derivative of the softcap."""
+    """Multiply d loss / d z by the derivative of the softcap."""
     if block.tanh is not None:
         d.addcmul_(d, block.tanh.square_(), value=-1)
 

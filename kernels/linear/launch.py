@@ -77,7 +77,7 @@ def _keywords(
 
 
 def variants(threads_per_warp: int = 32) -> list[Variant]:
-    """Returns every variant that the launches below can start on a GPU with such warps."""
+    """Return every variant that the launches below can start on a GPU with such warps."""
     found = []
     for transformed in (False, True):
         for logits, dlogits in _DTYPES:
@@ -315,7 +315,7 @@ def scale_gradients(
     indices: Tensor | None,  # the rows in gradients.hidden, None for all
     shapes_and_dtypes: list[ShapeAndDtype | None],  # of hidden, weight and bias
 ) -> list[Tensor | None] | None:
-    """Returns the gradients of hidden, weight and bias; None where the kernel is unsupported or not needed."""
+    """Return the gradients of hidden, weight and bias; None where the kernel is unsupported or not needed."""
     pairs = list(zip(gradients, shapes_and_dtypes, strict=True))
     dtype = next(like[1] for x, like in pairs if x is not None and like is not None)
     if dtype not in _POINTERS or (upstream is not None and upstream.dtype is not torch.float32):

@@ -130,7 +130,7 @@ def _outputs(work: _Work, shape: torch.Size, count: int) -> list[Tensor]:
 
 
 def _fill_nan(rows: Rows, *outputs: Tensor) -> None:
-    """Writes NaN everywhere if the rows are not those of the mask."""
+    """Write NaN everywhere if the rows are not those of the mask."""
     if rows.count_mismatch is not None:
         for x in outputs:
             x.masked_fill_(rows.count_mismatch, math.nan)

@@ -115,7 +115,7 @@ _OperatorContext = Context[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]]
 
 
 def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
-    """Registers ppo_fast::<name> and ppo_fast::<name>_backward. temperature is a 0-dim CPU tensor there: a float
+    """Register ppo_fast::<name> and ppo_fast::<name>_backward. temperature is a 0-dim CPU tensor there: a float
     would be a constant of the graph, and each new value a compilation."""
 
     def run_forward(

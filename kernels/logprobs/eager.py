@@ -35,7 +35,7 @@ class _Chunk(NamedTuple):
 
 
 def _readable(x: Tensor) -> bool:
-    """Returns whether Python may read values, to skip rows that do not count."""
+    """Return whether Python may read values, to skip rows that do not count."""
     return readable(x)
 
 
@@ -64,7 +64,7 @@ def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _chunks(logits: Tensor, mask: Tensor | None, merged: bool) -> Iterator[_Chunk]:
-    """Yields all rows that must be read, chunk by chunk."""
+    """Yield all rows that must be read, chunk by chunk."""
     step, N = _row_count(logits), logits.shape[:-1].numel()
     flat_mask = None if mask is None else mask.reshape(-1)
     counted = None
@@ -107,7 +107,7 @@ def _flat(x: Tensor, merged: bool) -> Tensor:
 
 
 def _read(source: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
-    """Returns the rows of a chunk: a view where they are adjacent, else gathered in `out`."""
+    """Return the rows of a chunk: a view where they are adjacent, else gathered in `out`."""
     if isinstance(chunk.rows, slice):
         return source[chunk.view or chunk.rows]
     if chunk.indices:
@@ -134,7 +134,7 @@ def _safe_tokens(tokens: Tensor, mask: Tensor | None, V: int) -> Tensor:
 
 
 def _mark_out_of_vocabulary(logprobs: Tensor, safe_tokens: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-    """Writes NaN where a counted token is outside the vocabulary, [N]."""
+    """Write NaN where a counted token is outside the vocabulary, [N]."""
     replaced = safe_tokens.view(-1) != tokens.reshape(-1)
     logprobs.masked_fill_(replaced if mask is None else replaced & mask.reshape(-1), float("nan"))
 

@@ -50,7 +50,7 @@ def _tile(V: int) -> _Tile:
 
 @functools.cache
 def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
-    """Returns every layout that a launch with this tile may choose, by name."""
+    """Return every layout that a launch with this tile may choose, by name."""
     vector = 16 // itemsize
     layouts = {"strided": _Layout(False, itemsize, 1), "aligned": _Layout(True, 16, vector)}
     if tile.BLOCK > 1024:  # for less, fewer variants count more than the last address computation
@@ -63,7 +63,7 @@ def _layouts(itemsize: int, tile: _Tile, backward: bool) -> dict[str, _Layout]:
 def _choose_layout(
     tile: _Tile, V: int, itemsize: int, backward: bool, starts_aligned: bool, rows_aligned: bool, same_rows: bool
 ) -> _Layout:
-    """Returns the layout for columns that are adjacent in memory."""
+    """Return the layout for columns that are adjacent in memory."""
     layouts = _layouts(itemsize, tile, backward)
     unit = layouts.get("unit", layouts["strided"])
     if not starts_aligned:
@@ -74,7 +74,7 @@ def _choose_layout(
 
 
 def _layout(tile: _Tile, V: int, operands: Sequence[tuple[Tensor, tuple[int, ...]]]) -> _Layout:
-    """Returns the layout of logits and, in backward, their gradient, each with its row strides."""
+    """Return the layout of logits and, in backward, their gradient, each with its row strides."""
     itemsize, row_strides = operands[0][0].element_size(), operands[0][1]
     backward = len(operands) == 2
     starts_aligned = rows_aligned = same_rows = True
@@ -112,7 +112,7 @@ def _keywords(
 
 
 def variants(threads_per_warp: int = 32) -> list[Variant]:
-    """Returns every variant that the launches below can start on a GPU with such warps."""
+    """Return every variant that the launches below can start on a GPU with such warps."""
     found = []
     for dtype, pointer in _POINTERS.items():
         for tile in _TILES.values():
@@ -147,7 +147,7 @@ class _Rows(NamedTuple):
 
 
 def _merge(shape: torch.Size, strides: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Merges leading dimensions as far as every operand allows: sizes, and per dimension each operand's stride."""
+    """Merge leading dimensions as far as every operand allows: sizes, and per dimension each operand's stride."""
     sizes: list[int] = []
     merged: list[tuple[int, ...]] = []
     for i, size in enumerate(shape):
@@ -168,7 +168,7 @@ def _no_mask(device: torch.device) -> Tensor:
 
 
 def _rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor) -> _Rows:
-    """Views the operands as [B, T] rows. Copies only logits with three unmergeable leading dimensions."""
+    """View the operands as [B, T] rows. Copy only logits with three unmergeable leading dimensions."""
     flags = _no_mask(logits.device) if mask is None else mask
     tensors, copied = (logits, tokens, flags, *grad), 0
     if mask is None:
@@ -197,7 +197,7 @@ def _contiguous_setup(
 def _setup(
     with_entropy: bool, logits: Tensor, tokens: Tensor, mask: Tensor | None, *grad: Tensor
 ) -> tuple[tuple[Tensor, ...], int, tuple[int, ...], _Tile, _Layout, dict[str, int]]:
-    """Prepares a launch: logits, tokens, mask and gradient as the kernel takes them, T, the kernel's strides, tile,
+    """Prepare a launch: logits, tokens, mask and gradient as the kernel takes them, T, the kernel's strides, tile,
     layout, and keywords."""
     V, device, backward = logits.shape[-1], logits.device, bool(grad)
     if tokens.dtype is not torch.int64:

@@ -210,7 +210,7 @@ ALL = [_compiled]  # what `ppo-fast compile` compiles
 def supports(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, options: LossOptions
 ) -> bool:
-    """Returns whether `forward` can compute it: small contiguous fp32 tensors that may be read by address."""
+    """Return whether `forward` can compute it: small contiguous fp32 tensors that may be read by address."""
     first = required(values if logprobs is None else logprobs)
     if not 0 < first.numel() <= MOST or tensors.value_mask is not None or tensors.cu_seqlens is not None:
         return False

@@ -41,7 +41,7 @@ def compute_loss(
 
 
 def refuse_double_backward() -> None:
-    """Raises RuntimeError in a backward that autograd runs with gradients enabled, to differentiate it again."""
+    """Raise RuntimeError in a backward that autograd runs with gradients enabled, to differentiate it again."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "policy_loss, value_loss and ppo_loss have no double backward: call backward without create_graph=True, "
@@ -305,7 +305,7 @@ def numba_supports(
     tensors: LossTensors,
     options: LossOptions,
 ) -> bool:
-    """Returns whether one compiled loop can compute this loss."""
+    """Return whether one compiled loop can compute this loss."""
     first = values if logprobs is None else logprobs
     if first is None or not first.is_cpu or torch.compiler.is_compiling() or not numba_works():
         return False

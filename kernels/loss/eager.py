@@ -74,7 +74,7 @@ def _sequence_lengths(mask: Tensor | None, like: Tensor, cu_seqlens: Tensor | No
 def loss_scale(
     mask: Tensor | None, like: Tensor, cu_seqlens: Tensor | None, options: LossOptions, dtype: torch.dtype
 ) -> LossScale:
-    """Returns reference.token_weights, without a weight per token where one number is enough."""
+    """Return reference.token_weights, without a weight per token where one number is enough."""
     count = max(like.numel(), 1) if mask is None else mask.sum().clamp(min=1)
     if options.aggregation == "token-sum":
         return LossScale(count, None, 1.0)
@@ -225,7 +225,7 @@ def forward(
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], list[float | Tensor | None]]:
-    """Returns loss, statistics, the three un-normalised gradients and the divisor of each."""
+    """Return loss, statistics, the three un-normalised gradients and the divisor of each."""
     floats = [x for x in (logprobs, entropy, values, *tensors) if x is not None and x.is_floating_point()]
     dtype = reduce(torch.promote_types, [x.dtype for x in floats], torch.float32)
     gradients: list[Tensor | None] = [None, None, None]

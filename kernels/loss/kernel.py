@@ -236,7 +236,7 @@ def _sum_of(sums, NAME: tl.constexpr):
 
 @triton.jit
 def _store_wanted(to_ptr, wanted, i, x):
-    """Stores the i-th statistic if it is wanted; the address of the next one."""
+    """Store the i-th statistic if it is wanted; return the address of the next one."""
     bit = (wanted >> i) & 1
     tl.store(to_ptr, x, mask=bit != 0)
     return to_ptr + bit

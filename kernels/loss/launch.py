@@ -179,7 +179,7 @@ def forward(
     needs: tuple[bool, ...],  # gradients wanted: of logprobs, entropy, values
     wanted: int = _EVERY_STATISTIC,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace for the backward."""
+    """Return loss, the statistics of ALL_STATS whose bits are set in `wanted`, and the workspace for the backward."""
     like = required(values if logprobs is None else logprobs)
     steps, T, plan = like.numel(), like.shape[-1], _plan(options)
     given, num_gradients = _NEEDS[needs]
@@ -207,7 +207,7 @@ def forward(
 def _inputs(
     logprobs: Tensor | None, entropy: Tensor | None, values: Tensor | None, tensors: LossTensors, has_clip: bool
 ) -> tuple[int, bool, list[Tensor]]:
-    """Returns the bits of the given inputs, whether all of them are contiguous and aligned, and the first arguments of
+    """Return the bits of the given inputs, whether all of them are contiguous and aligned, and the first arguments of
     the kernels, where an address of the same type replaces an absent input."""
     policy = logprobs, tensors.old_logprobs, tensors.advantages, tensors.weights, entropy, tensors.ref_logprobs
     inputs = (*policy, values, tensors.old_values if has_clip else None, tensors.returns)
@@ -276,7 +276,7 @@ def _forward_rows(
 
 
 def token_weights(like: Tensor, tensors: LossTensors) -> Tensor:
-    """Returns 1 / counted steps of its sequence for each step (seq-mean-token-mean); 0 outside of all sequences."""
+    """Return 1 / counted steps of its sequence for each step (seq-mean-token-mean); 0 outside of all sequences."""
     steps, T, device = like.numel(), like.shape[-1], like.device
     cu_seqlens, mask, mask_stride, given = _unread(torch.int32, device), _unread(torch.bool, device), 0, 0
     if tensors.mask is not None:
@@ -308,7 +308,7 @@ def _gradients(dtypes: tuple[torch.dtype | None, ...]) -> tuple[int, tuple[torch
 def backward(
     workspace: Tensor, grad_loss: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype | None, ...]
 ) -> list[Tensor | None]:
-    """Returns the gradients of logprobs, entropy and values; None where there is no dtype."""
+    """Return the gradients of logprobs, entropy and values; None where there is no dtype."""
     given, written, is_listed = _gradients(dtypes)
     device = workspace.device
     # With sizes one by one torch.empty takes half the time that it takes with a torch.Size.
@@ -335,7 +335,7 @@ def backward(
 
 
 def saved_gradients(workspace: Tensor, shapes: list[torch.Size | None]) -> list[tuple[Tensor, Tensor] | None]:
-    """Returns the gradients in a workspace and their scales, which `backward` multiplies, for torch.compile to fuse."""
+    """Return the gradients in a workspace and their scales, which `backward` multiplies, for torch.compile to fuse."""
     first = _PAD
     found: list[tuple[Tensor, Tensor] | None] = []
     for shape, scale in zip(shapes, (workspace[0], workspace[0], workspace[1]), strict=True):
@@ -368,7 +368,7 @@ def _dtype_name(of_values: torch.dtype, others: torch.dtype) -> str:
 
 
 def variants() -> list[Variant]:
-    """Returns every variant that the launches above can start."""
+    """Return every variant that the launches above can start."""
     found = []
     policy = ("logprobs", "old_logprobs", "advantages", "weights", "entropy", "ref_logprobs", "returns")
     for of_values, others in _DTYPES:

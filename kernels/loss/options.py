@@ -67,7 +67,7 @@ def _wanted(
 def wanted_stats(
     policy: bool, entropy: bool, value: bool, tensors: LossTensors, options: LossOptions
 ) -> tuple[int, tuple[str, ...]]:
-    """Returns the statistics that these inputs have, as bits of ALL_STATS and by name, in its order."""
+    """Return the statistics that these inputs have, as bits of ALL_STATS and by name, in its order."""
     return _wanted(
         policy,
         options.dual_clip is not None,
@@ -79,7 +79,7 @@ def wanted_stats(
 
 
 def named_stats(stats: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Names statistics, from a tensor of them alone, or of the first or all of ALL_STATS."""
+    """Name the statistics, from a tensor of them alone, or of the first or all of ALL_STATS."""
     scalars = stats.unbind()
     if len(scalars) == len(names):
         return dict(zip(names, scalars, strict=True))

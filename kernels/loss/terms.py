@@ -192,7 +192,7 @@ def write_optional(at, x, inside, is_wanted, WHOLE: tl.constexpr):
 
 @triton.jit
 def _policy_block(sums, tensors, scalars, position, mask, token_weight, gradients, given, WHOLE: tl.constexpr):
-    """Adds a block's policy term to the partial sums and writes its gradients."""
+    """Add a block's policy term to the partial sums and write its gradients."""
     logprobs_, old_, advantages_, weights_, entropy_, ref_ = tensors
     low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef, kl_estimator = scalars
     logprobs = _read(logprobs_, position, WHOLE)
@@ -225,7 +225,7 @@ def _policy_block(sums, tensors, scalars, position, mask, token_weight, gradient
 
 @triton.jit
 def _value_block(sums, tensors, scalars, position, mask, token_weight, gradients, given, WHOLE: tl.constexpr):
-    """Adds a block's value term to the partial sums and writes its gradient."""
+    """Add a block's value term to the partial sums and write its gradient."""
     values_, old_, returns_ = tensors
     value_coef, value_clip = scalars
     has_clip = has(given, "value_clip")

@@ -11,7 +11,7 @@ from ppo_fast.common.errors import print_error
 
 
 def announce(module: str, text: str) -> None:
-    """Prints what an example does; called with `__name__` before the imports that take seconds."""
+    """Print what an example does; called with `__name__` before the imports that take seconds."""
     if module == "__main__":
         print(text, flush=True)
 
@@ -52,7 +52,7 @@ class Progress:
 
 
 def failed(name: str, error: Exception, install: str) -> int:
-    """Prints one sentence with the line that installs what is missing, and returns the exit status."""
+    """Print one sentence with the line that installs what is missing, and return the exit status."""
     text = str(error)
     print_error(f"{name}: error: {text}{'' if 'pip install' in text else f': {install}'}")
     return 1

@@ -107,7 +107,7 @@ class MazeOptions(TypedDict):
 
 
 def run(config: ClassicConfig, size: int) -> dict[str, float]:
-    """Learns and draws; the shares of cells that lead to the exit before and after."""
+    """Learn and draw; the shares of cells that lead to the exit before and after."""
     # A short step limit: the more episodes, the more starts, and those near the exit teach first
     arguments: MazeOptions = {
         "size": size,

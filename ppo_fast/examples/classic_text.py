@@ -70,7 +70,7 @@ def show(title: str, texts: list[tuple[str, float]]) -> None:
 
 
 def run(config: ClassicConfig) -> dict[str, list[tuple[str, float]]]:
-    """Writes, learns, writes again; the texts of both times."""
+    """Write, learn, write again; the texts of both times."""
     trainer = ClassicTrainer(config, env_kwargs={"max_steps": MAX_STEPS, "scorer": make_scorer()})
     texts = {"before": write_texts(trainer, TEXTS, config.seed)}
     if not config.quiet:

@@ -29,7 +29,7 @@ def even_digits(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def add_liger(model: object) -> None:
-    """Replaces RMSNorm, SwiGLU and rotary embedding by Liger's, and keeps the LM head."""
+    """Replace RMSNorm, SwiGLU and rotary embedding by Liger's, and keep the LM head."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -65,7 +65,7 @@ def make_models() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 @torch.no_grad()
 def make_answers(actor: torch.nn.Module) -> Answers:
-    """Samples token by token; an answer ends with a token that every 50th sample is, instead of one of 2048."""
+    """Sample token by token; an answer ends with a token that every 50th sample is, instead of one of 2048."""
     draw = torch.Generator().manual_seed(0)
     sequences = torch.randint(1, VOCABULARY, (PROMPTS, PROMPT), generator=draw).to(next(actor.parameters()).device)
     for _ in range(ANSWER):
@@ -86,7 +86,7 @@ def now() -> float:
 
 
 def train(answers: Answers, updates: int, progress: Progress | None = None) -> list[Update]:
-    """Looks OpenRLHF's functions up at the call, so that a patch takes effect."""
+    """Look OpenRLHF's functions up at the call, so that a patch takes effect."""
     from openrlhf.models import PolicyLoss, ValueLoss
     from openrlhf.models.utils import compute_approx_kl, compute_reward, log_probs_from_logits
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker

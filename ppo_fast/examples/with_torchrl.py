@@ -15,7 +15,7 @@ ROLLOUT, ROWS, EPOCHS = 1024, 128, 8  # steps of a rollout and of a mini-batch, 
 
 
 def train(GAE: type, ClipPPOLoss: type, steps: int) -> list[float]:
-    """Learns CartPole-v1 with torchrl's collector and networks; the return of every episode, in order."""
+    """Learn CartPole-v1 with torchrl's collector and networks; the return of every episode, in order."""
     import torch
     from tensordict.nn import TensorDictModule
     from torchrl.collectors import Collector

@@ -22,7 +22,7 @@ def even_digits(completions: list[str], **_: object) -> list[float]:
 
 
 def train(steps: int, folder: Path) -> list[dict[str, float]]:
-    """Returns TRL's log of each step. The model is saved and loaded, as a downloaded one would be."""
+    """Return TRL's log of each step. The model is saved and loaded, as a downloaded one would be."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
     from trl import GRPOConfig, GRPOTrainer

@@ -37,7 +37,7 @@ INSTALL = 'pip install -e ".[train]" verl==0.9.1 tensordict==0.10.0 transformers
 
 
 def use_cpu() -> None:
-    """Describes a CPU to verl, before it looks for a GPU, and starts a process group of one."""
+    """Describe a CPU to verl, before it looks for a GPU, and start a process group of one."""
     from verl.plugin.platform import platform_manager
     from verl.plugin.platform.platform_cuda import PlatformCUDA
 
@@ -77,7 +77,7 @@ def use_cpu() -> None:
 
 
 def load_critic(local_path: str, torch_dtype: torch.dtype, model_config: object, trust_remote_code: bool) -> object:
-    """Replaces verl's function of these arguments, which requires flash-attn."""
+    """Replace verl's function of these arguments, which requires flash-attn."""
     from transformers import AutoModelForTokenClassification
 
     return AutoModelForTokenClassification.from_pretrained(local_path, dtype=torch_dtype, config=model_config)

@@ -11,7 +11,7 @@ ANY_VERSION = "PPO_FAST_ANY_VERSION"
 
 
 def peer(package: str, module: str, tested: tuple[str, ...], note: str = "") -> ModuleType:
-    """Imports a module of another project.
+    """Import a module of another project.
 
     Args:
         package: as it is installed, such as "verl".
@@ -49,7 +49,7 @@ class Patch:
         self.undone: list[tuple[dict[str, object], str, object]] = []  # a module's names, one of them, its value
 
     def apply(self, *, quiet: bool = False) -> "Patch":
-        """Replaces the functions, where they are defined, imported by name or registered, and prints which.
+        """Replace the functions, where they are defined, imported by name or registered, and print which.
 
         Raises:
             RuntimeError: it is applied already.
@@ -76,7 +76,7 @@ class Patch:
         return [m for key, m in list(sys.modules.items()) if key.split(".")[0] == root and isinstance(m, ModuleType)]
 
     def undo(self) -> None:
-        """Restores the original functions."""
+        """Restore the original functions."""
         for names, alias, theirs in reversed(self.undone):
             ours, names[alias] = names[alias], theirs
             for module in self._modules():  # one that was imported in the meantime has ours by name

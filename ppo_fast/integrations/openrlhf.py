@@ -295,7 +295,7 @@ _patch = Patch(
 
 
 def patch(*, quiet: bool = False) -> Patch:
-    """Replaces OpenRLHF's functions and classes by these; also for `with patch(): ...`.
+    """Replace OpenRLHF's functions and classes by these; also for `with patch(): ...`.
 
     Raises:
         RuntimeError: it is patched already.
@@ -304,5 +304,5 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Restores OpenRLHF's functions."""
+    """Restore OpenRLHF's functions."""
     _patch.undo()

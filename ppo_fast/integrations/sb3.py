@@ -71,7 +71,7 @@ class _Fast:
     gae_lambda: float
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: npt.NDArray[np.bool_]) -> None:
-        """Fills `advantages` and `returns`; SB3 calls it at the end of collect_rollouts."""
+        """Fill `advantages` and `returns`; SB3 calls it at the end of collect_rollouts."""
         self.advantages, self.returns = advantages_and_returns(
             self.rewards, self.values, self.episode_starts, last_values, dones, self.gamma, self.gae_lambda
         )

@@ -109,7 +109,7 @@ class GAE(_estimators.GAE):
         target_params: TensorDictBase | None = None,
         time_dim: int | None = None,
     ) -> TensorDictBase:
-        """Writes advantage and value_target [*B, T, *F] to a tensordict [*B, T], and returns it."""
+        """Write advantage and value_target [*B, T, *F] to a tensordict [*B, T], and return it."""
         skip = nullcontext() if self.skip_existing is None else set_skip_existing(self.skip_existing)
         with skip, torch.set_grad_enabled(self.differentiable):
             advantages, targets = self._estimate(tensordict, params, target_params, time_dim, self.auto_reset_env)

@@ -240,7 +240,7 @@ _patch = Patch("trl", _replacements())
 
 
 def patch(*, quiet: bool = False) -> Patch:
-    """Replaces TRL's functions by these; also for `with patch(): ...`.
+    """Replace TRL's functions by these; also for `with patch(): ...`.
 
     Raises:
         RuntimeError: it is patched already.
@@ -249,5 +249,5 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Restores TRL's functions."""
+    """Restore TRL's functions."""
     _patch.undo()

@@ -289,7 +289,7 @@ def linear_cross_entropy(
 
 
 def register() -> None:
-    """Makes gae_ppo_fast an advantage estimator of verl, and ppo_fast a policy loss."""
+    """Make gae_ppo_fast an advantage estimator of verl, and ppo_fast a policy loss."""
     _core.register_adv_est("gae_ppo_fast")(compute_gae_advantage_return)
     if "ppo_fast" not in _core.POLICY_LOSS_REGISTRY:
         _core.register_policy_loss("ppo_fast")(compute_policy_loss_vanilla)
@@ -317,7 +317,7 @@ _patch = Patch(
 
 
 def patch(*, quiet: bool = False) -> Patch:
-    """Replaces verl's functions, also those in its registries, by these; also for `with patch(): ...`.
+    """Replace verl's functions, also those in its registries, by these; also for `with patch(): ...`.
 
     Raises:
         RuntimeError: it is patched already.
@@ -326,7 +326,7 @@ def patch(*, quiet: bool = False) -> Patch:
 
 
 def unpatch() -> None:
-    """Restores verl's functions."""
+    """Restore verl's functions."""
     _patch.undo()
 
 

@@ -18,7 +18,7 @@ from ppo_fast.llm.reward.scoring import RewardFunction
 
 
 def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
-    """Notes on the consequences of sampling that leaves out tokens."""
+    """Return notes on the consequences of sampling that leaves out tokens."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     given = {name: getattr(config, name) for name in off}
     named = " and ".join(f"{name} = {x:g}" for name, x in given.items() if x != off[name])
@@ -32,7 +32,7 @@ def notes_on_sampling(config: PPOConfig, *, evaluated: bool) -> list[str]:
 
 
 def notes_on_options(config: PPOConfig) -> list[str]:
-    """Notes on options that keep others from having an effect."""
+    """Return notes on options that keep others from having an effect."""
     notes = []
     if config.critic_warmup_steps >= config.total_steps:
         notes.append(
@@ -55,7 +55,7 @@ def reward_models_of(rewards: dict[str, RewardFunction]) -> dict[str, nn.Module]
 
 
 def check_models(actor: nn.Module, critic: Critic, reference: nn.Module | None) -> None:
-    """Rejects weights that are not finite or not trained in fp32, and models that share trained weights."""
+    """Reject weights that are not finite or not trained in fp32, and models that share trained weights."""
     if not any(p.requires_grad for p in actor.parameters()):
         raise UserError(
             "all weights of the actor are frozen: call .requires_grad_(True) on it, or load adapters with"
@@ -113,8 +113,8 @@ def unreached_parameters(
 
 
 def notes_on_rewards(fingerprints: list[dict[str, str]]) -> list[str]:
-    """Notes on rewards whose code or options differ between processes. That may be intended: each process may use a
-    server of its own."""
+    """Return notes on rewards whose code or options differ between processes, which may be intended: each process may
+    use a server of its own."""
     return [
         f"the code or the options of the reward {name!r} differ between processes"
         for name, first in fingerprints[0].items()
@@ -123,7 +123,7 @@ def notes_on_rewards(fingerprints: list[dict[str, str]]) -> list[str]:
 
 
 def check_reached(policy: Policy) -> None:
-    """Rejects an actor of which the loss reaches no weight that would be trained."""
+    """Reject an actor of which the loss reaches no weight that would be trained."""
     trained = {f"actor.{name}" for name, p in policy.actor.named_parameters() if p.requires_grad}
     if trained <= set(policy.unreached):
         raise UserError(

@@ -1,7 +1,8 @@
 """Every option of the trainer in one dataclass, each field with its unit and the source of its default; and YAML."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import field_validator
@@ -218,7 +219,7 @@ class PPOConfig:
             raise UserError(f"eval_greedy gives each prompt one answer, but eval_samples is {self.eval_samples}")
 
 
-def options_of(values: dict[str, Any]) -> PPOConfig:
+def options_of(values: Mapping[str, object]) -> PPOConfig:
     """Make a PPOConfig from values as YAML has them: "none" for None, and 1e-6, which is a string in YAML 1.1."""
     converted = dict(values)
     for name, option in options(PPOConfig).items():
@@ -230,10 +231,11 @@ def options_of(values: dict[str, Any]) -> PPOConfig:
                 converted[name] = float(value)
             except ValueError:
                 continue  # PPOConfig names the option and the expected type
-    return PPOConfig(**converted)
+    make: Callable[..., PPOConfig] = PPOConfig  # it checks the types of its arguments
+    return make(**converted)
 
 
-def yaml_text(config: PPOConfig, others: dict[str, Any]) -> str:
+def yaml_text(config: PPOConfig, others: Mapping[str, object]) -> str:
     """Return the resolved configuration as YAML: `others` (model, data and rewards of a run) and every option."""
     import yaml
 

@@ -14,7 +14,7 @@ class KLController:
         self.coef = config.kl_coef
 
     def update(self, kl_per_completion: float, completions: int) -> None:
-        """Adapts the weight after a step, in which `completions` had this mean KL to the reference, in nats."""
+        """Adapt the weight after a step, in which `completions` had this mean KL to the reference, in nats."""
         if self.config.kl_controller == "adaptive":
             error = min(max(kl_per_completion / self.config.kl_target - 1, -0.2), 0.2)
             self.coef *= 1 + error * completions / self.config.kl_horizon
@@ -24,7 +24,7 @@ class KLController:
         return {"kl_coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes over the weight of a checkpoint."""
+        """Take over the weight of a checkpoint."""
         self.coef = state["kl_coef"]
 
 
@@ -38,7 +38,7 @@ class EntropyController:
         self.coef = config.entropy_coef
 
     def update(self, entropy: float) -> None:
-        """Adapts the weight after a step, in which the actor had this entropy per token, in nats."""
+        """Adapt the weight after a step, in which the actor had this entropy per token, in nats."""
         target = self.config.entropy_target
         if target is not None:
             self.coef = max(0.0, self.coef + math.copysign(self.config.entropy_step, target - entropy))
@@ -48,5 +48,5 @@ class EntropyController:
         return {"entropy_coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes over the weight of a checkpoint; older ones have none, and then it is that of the configuration."""
+        """Take over the weight of a checkpoint; older ones have none, and then it is that of the configuration."""
         self.coef = state.get("entropy_coef", self.config.entropy_coef)

@@ -1,4 +1,4 @@
-"""Prompts: reading them from a file or folder, turning them into tokens, and dealing them out in a seeded order.
+"""Prompts: reading them from a file or folder, turning them into tokens, and drawing them in a seeded order.
 
 A prompt is a text, or a chat: a list of messages {"role": ..., "content": ...}, which goes through the tokenizer's chat
 template. Reward functions get it as it is in the data.
@@ -12,12 +12,16 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.text import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, object]]
 
@@ -123,6 +127,7 @@ def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, obje
     text = read_text(path, what)
     if text.lstrip().startswith("["):
         found = _parse(text, str(path), what)
+        assert isinstance(found, list)  # as its first character says
         places: Iterable[tuple[str, object]] = (
             (f"{path}, row {number}", row) for number, row in enumerate(found, start=1)
         )
@@ -139,7 +144,7 @@ def json_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, obje
 
 
 def _check_first_line(line: str, text: str, path: str | Path, what: str) -> None:
-    """Rejects a table, another kind of text, and one object over many lines, by the first line."""
+    """Reject a table, another kind of text, and one object over many lines, by the first line."""
     needed = "give one JSON object a line, or a JSON array of objects"
     if not line.lstrip().startswith("{"):
         convert = "; pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True) converts a CSV file"
@@ -158,7 +163,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _parse(text: str, where: str, what: str) -> Any:
+def _parse(text: str, where: str, what: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -194,7 +199,7 @@ def _check_names(row: Mapping[str, object], where: str, reserved: Sequence[str])
 
 
 def check_prompt(prompt: object, where: str, name: str) -> None:
-    """Rejects what is neither a text that is not empty nor a chat that ends before a completion."""
+    """Reject what is neither a text that is not empty nor a chat that ends before a completion."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError(f"{where}: the prompt is empty")
@@ -217,7 +222,7 @@ def check_prompt(prompt: object, where: str, name: str) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuses half of a UTF-16 pair, which JSON can hold as an escape sequence, but no tokenizer takes."""
+    """Reject half of a UTF-16 pair, which JSON can hold as an escape sequence, but no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -299,7 +304,7 @@ def _rows(rows: Iterable[dict[str, object]], where: str, prompt_field: str) -> l
     return found
 
 
-def _package(name: str, path: Path) -> Any:
+def _package(name: str, path: Path) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -307,7 +312,7 @@ def _package(name: str, path: Path) -> Any:
         raise UserError(f"{path} needs {package}: pip install {package}, or the extra ppo_fast[data]") from error
 
 
-def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> list[list[int]]:
     """Each prompt's tokens: of a text as the tokenizer makes them, of a chat those of its template.
 
     The template ends where the assistant's answer begins, and has written its own special tokens: the tokenizer does
@@ -322,7 +327,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     return [next(plain if isinstance(prompt, str) else templated) for prompt in prompts]
 
 
-def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _plain_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     before, after = added_ids(tokenizer)
     found = []
     for ids in tokenizer(texts, verbose=False)["input_ids"]:
@@ -331,7 +336,7 @@ def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return found
 
 
-def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after each text."""
     for text in ("a", *list(getattr(tokenizer, "get_vocab", dict)())[:16]):
         try:
@@ -350,7 +355,7 @@ def without_second_begin(ids: list[int], before: list[int]) -> list[int]:
     return ids[n:] if n and ids[:n] == ids[n : 2 * n] == before else ids
 
 
-def tokenizer_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
+def tokenizer_notes(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> list[str]:
     """What `prompt_ids` leaves out of these prompts, in sentences for the start of a run."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     before, after = added_ids(tokenizer)
@@ -361,6 +366,7 @@ def tokenizer_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
             " answer continues the prompt"
         )
     begin = tokenizer.decode(before)
+    assert isinstance(begin, str)  # of one list of ids
     some = [text for text in texts if begin and text.startswith(begin)]
     if some:
         twice = sum(without_second_begin(ids, before) != ids for ids in tokenizer(some)["input_ids"])
@@ -372,7 +378,9 @@ def tokenizer_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
     return notes
 
 
-def chat_text(tokenizer: Any, messages: list[dict[str, object]], *, add_generation_prompt: bool = True) -> str:
+def chat_text(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, object]], *, add_generation_prompt: bool = True
+) -> str:
     """A chat as the text that the tokenizer's template makes of it.
 
     Raises:
@@ -384,10 +392,18 @@ def chat_text(tokenizer: Any, messages: list[dict[str, object]], *, add_generati
             " tokenizer.chat_template, or give plain texts"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        chat = cast(list[dict[str, str]], messages)  # templates read other values than texts, too
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template computes with what it is given, and can raise an error of any class
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the chat template fails for the prompt {messages!s:.160}: {reason}") from error
+    assert isinstance(text, str)  # as tokenize=False asks for
+    return text
+
+
+def prompts_of(rows: Iterable[Mapping[str, object]]) -> list[Prompt]:
+    """The prompts of rows that `read_prompts` or `as_rows` has checked."""
+    return [cast(Prompt, row["prompt"]) for row in rows]
 
 
 def as_text(prompt: Prompt) -> str:
@@ -405,7 +421,7 @@ class Prompts:
     ['a', 'b']
     """
 
-    def __init__(self, rows: list[dict[str, Any]], *, seed: int = 0) -> None:
+    def __init__(self, rows: list[dict[str, object]], *, seed: int = 0) -> None:
         self.rows = rows
         self.seed = seed
         self.num_drawn = 0  # rows drawn since the start: the whole state
@@ -414,9 +430,9 @@ class Prompts:
         """The position in the data."""
         return {"dealt": self.num_drawn}  # the name in checkpoints
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues at the position of a checkpoint."""
-        self.num_drawn = state["dealt"]
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue at the position of a checkpoint."""
+        self.num_drawn = int(state["dealt"])
 
     def take(self, n: int) -> list[dict[str, object]]:
         """The next n rows."""

@@ -6,9 +6,12 @@ prompt, whose text is then removed.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"  # what decoders write for a part of a character
 
@@ -16,18 +19,18 @@ BROKEN = "\ufffd"  # what decoders write for a part of a character
 CONTROL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
-def control_tokens(tokenizer: Any) -> set[int]:
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Special tokens that are not part of a text: those with a role, and the marks of the chat template.
 
     Other special tokens, such as <think>, are what a model writes, and stay in the text. So does an ordinary token that
     only pads, such as "!", or stands for unknown ones.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    roles: set[Any] = {getattr(tokenizer, f"{role}_token_id", None) for role in CONTROL}
-    named = {i for i in roles if i in added or i == tokenizer.eos_token_id}
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in CONTROL}
+    named = {i for i in roles if i is not None and (i in added or i == tokenizer.eos_token_id)}
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    marks = {i for i in tokenizer.all_special_ids if tokenizer.convert_ids_to_tokens(i) in template}
-    return marks | (named - {None})
+    marks = {i for i in tokenizer.all_special_ids if str(tokenizer.convert_ids_to_tokens(i)) in template}
+    return marks | named
 
 
 class CompletionText:
@@ -41,7 +44,7 @@ class CompletionText:
     [' Paris']
     """
 
-    def __init__(self, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]]) -> None:
         self.tokenizer = tokenizer
         special = set(tokenizer.all_special_ids)
         # False: nothing but special tokens before the completion, which then begins the text
@@ -98,7 +101,9 @@ class CompletionText:
         return self._plain(ids)
 
     def _plain(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one list of ids
+        return text
 
 
 class StopTexts:

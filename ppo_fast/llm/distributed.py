@@ -8,11 +8,11 @@ minibatch are assigned to ranks, and the gradient, summed over ranks, is that of
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ppo_fast.common.device import has_weights, pick_device
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.launched import address, local_rank, process_count, this_rank
+from ppo_fast.llm.barrier import MonitoredBarrier
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.meeting import Meeting
 from ppo_fast.llm.packing.rollout import CPU, Rollout, join_rollouts, join_scores
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Distributed:
     strategy: str  # one, ddp or fsdp
     device: torch.device
     wrapped: nn.Module | None = None  # the policy, ready to be called in several processes
-    meeting: Meeting | None = None  # None: this process is alone
+    monitor: MonitoredBarrier | None = None  # None: this process is alone
 
     @property
     def is_main(self) -> bool:
@@ -78,24 +78,24 @@ class Distributed:
             return flag
         return bool(self.all_reduce_max(torch.tensor(float(flag), device=self.device)))
 
-    def rendezvous(self, where: str, *, signal: str = "") -> str:
-        """Waits for all processes, which have done what `where` says; returns a signal that one of them received.
+    def monitored_barrier(self, where: str, *, signal: str = "") -> str:
+        """Wait for all processes, which have done what `where` says; return a signal that one of them received.
 
         Raises:
             UserError: a process failed, or is later than config.process_timeout; the message names it.
         """
-        return signal if self.meeting is None else self.meeting(where, signal=signal)
+        return signal if self.monitor is None else self.monitor(where, signal=signal)
 
     def all_gather_object(self, x: T) -> list[T]:
         """The objects of all processes, by rank."""
         if self.size == 1:
             return [x]
-        found: list[Any] = [None] * self.size
+        found = [x] * self.size
         dist.all_gather_object(found, x)
         return found
 
-    def check_equal(self, parts: dict[str, Any]) -> None:
-        """Checks that named values are equal in all processes that give them.
+    def check_equal(self, parts: Mapping[str, object]) -> None:
+        """Check that named values are equal in all processes that give them.
 
         Raises:
             UserError: a part differs; the message names it and the processes.
@@ -111,12 +111,12 @@ class Distributed:
                 )
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def run_on_main(self, function: Callable[[], T]) -> T:
-        """Calls the function in the main process; all processes return its result, or raise its UserError."""
+        """Call the function in the main process; all processes return its result, or raise its UserError."""
         if self.size == 1:
             return function()
         found: T | UserError | None = None
@@ -125,13 +125,13 @@ class Distributed:
                 found = function()
             except UserError as error:
                 found = error
-        answer: Any = self.all_gather_object(found)[0]
+        answer = self.all_gather_object(found)[0]
         if isinstance(answer, UserError):
             raise answer
-        return answer
+        return cast(T, answer)  # None only if the function returned it
 
     def run_with_weights(self, function: Callable[[], T], *, of: nn.Module) -> T:
-        """Calls a function that needs the weights of a model; collective under FSDP2.
+        """Call a function that needs the weights of a model; collective under FSDP2.
 
         It is called in the main process only, for all, if another one has no weights of the model.
         """
@@ -170,7 +170,7 @@ class Distributed:
         return self.wrapped or policy
 
     def sync_gradients(self, last: bool) -> AbstractContextManager:
-        """Lets DDP reduce gradients over processes in the backward of the last micro-batch only."""
+        """Let DDP reduce gradients over processes in the backward of the last micro-batch only."""
         if isinstance(self.wrapped, DistributedDataParallel) and not last:
             return self.wrapped.no_sync()
         return nullcontext()
@@ -178,19 +178,19 @@ class Distributed:
 
 SINGLE_PROCESS = Distributed(0, 1, "one", torch.device("cpu"))
 
-_meetings: list[Meeting] = []  # of this process; the last one belongs to the newest process group
+_barriers: list[MonitoredBarrier] = []  # of this process; the last one belongs to the newest process group
 
 
-def _meeting(rank: int, size: int, limit: float) -> Meeting:
+def _barrier(rank: int, size: int, limit: float) -> MonitoredBarrier:
     store = dist.distributed_c10d._get_default_store()
-    if not _meetings or _meetings[-1].store is not store:
-        _meetings.append(Meeting(store, rank, size, limit))
-    _meetings[-1].limit = limit
-    return _meetings[-1]
+    if not _barriers or _barriers[-1].store is not store:
+        _barriers.append(MonitoredBarrier(store, rank, size, limit))
+    _barriers[-1].limit = limit
+    return _barriers[-1]
 
 
 def init_distributed(config: PPOConfig) -> Distributed:
-    """Joins the process group that torchrun describes in the environment, if there is one.
+    """Join the process group that torchrun describes in the environment, if there is one.
 
     Raises:
         UserError: config.parallel asks for several processes, but torchrun did not start this one; or the processes
@@ -201,12 +201,12 @@ def init_distributed(config: PPOConfig) -> Distributed:
         if config.parallel == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise UserError("parallel = fsdp needs torchrun: torchrun --nproc-per-node GPUS -m ppo_fast.cli train ...")
         if config.parallel != "fsdp":
-            return Distributed(0, 1, "one", pick_device(config.device, config.backend, config.dtype))  # type: ignore[arg-type]
+            return Distributed(0, 1, "one", pick_device(config.device, config.backend, config.dtype))
     rank, device = this_rank(size), _device_of_rank(config)
     if not dist.is_initialized():
         _join(device, config.process_timeout)
     strategy = "ddp" if config.parallel == "auto" else config.parallel
-    distributed = Distributed(rank, size, strategy, device, meeting=_meeting(rank, size, config.process_timeout))
+    distributed = Distributed(rank, size, strategy, device, monitor=_barrier(rank, size, config.process_timeout))
     distributed.check_equal(_shared_options(config))  # first: they decide which collective operations follow
     if config.prompts_per_step < size:
         raise UserError(
@@ -216,14 +216,14 @@ def init_distributed(config: PPOConfig) -> Distributed:
     return distributed
 
 
-def _shared_options(config: PPOConfig) -> dict[str, Any]:
+def _shared_options(config: PPOConfig) -> dict[str, object]:
     """The options that are the same in all processes: all but `quiet` and the path of `out`."""
     options = dataclasses.asdict(config) | {"out": "a folder" if config.out is not None else None}
     return {name: x for name, x in options.items() if name != "quiet"}
 
 
 def _join(device: torch.device, limit: float) -> None:
-    """Joins the process group that the environment describes; UserError if the other processes do not within `limit`
+    """Join the process group that the environment describes; UserError if the other processes do not within `limit`
     seconds."""
     timeout = timedelta(seconds=limit)
     try:
@@ -253,7 +253,7 @@ def _device_of_rank(config: PPOConfig) -> torch.device:
             )
         if torch.cuda.is_available():
             torch.cuda.set_device(local)  # before anything else: else each process would hold memory of the first GPU
-    return pick_device(name, config.backend, config.dtype)  # type: ignore[arg-type]
+    return pick_device(name, config.backend, config.dtype)
 
 
 def peer_failure(error: RuntimeError) -> str:
@@ -265,22 +265,22 @@ def peer_failure(error: RuntimeError) -> str:
     missing = ""
     with suppress(RuntimeError):  # the store has ended, too
         try:
-            missing = _meetings[-1].lost() if _meetings else ""
-        except UserError as told:
-            return str(told)
+            missing = _barriers[-1].lost() if _barriers else ""
+        except UserError as failure:
+            return str(failure)
     late = any(part in text for part in TIMED_OUT)
     reason = "took longer than process_timeout" if late else "has ended; its own message, if it left one, says why"
     return f"{missing or 'another process'} {reason}"
 
 
 def shutdown(status: int) -> None:
-    """Leaves the process group. With a status other than 0 the process ends at once; torchrun ends the others."""
+    """Leave the process group. With a status other than 0 the process ends at once; torchrun ends the others."""
     if not dist.is_initialized():
         return
     if status != 0:
-        if _meetings:
+        if _barriers:
             with suppress(RuntimeError):  # the store has ended
-                _meetings[-1].failed()
+                _barriers[-1].failed()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

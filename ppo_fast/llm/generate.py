@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ppo_fast.common.device import upload
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.decoding import CompletionText, StopTexts
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
-from ppo_fast.llm.models.head import GenerateInfo, LanguageModel, text_config, unwrap_peft
+from ppo_fast.llm.models.head import GenerateInfo, LanguageModel, own_generate, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import end_tokens
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.packing.attention import cudnn_attention
@@ -61,7 +61,7 @@ class _Recorder(LogitsProcessor):
         self.last: Tensor | None = None  # [B, V]
         self.chosen: list[Tensor] = []  # [B] each
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.note(input_ids[:, -1])
         self.last = (scores.float() / self.temperature).log_softmax(-1)
         return scores
@@ -80,7 +80,7 @@ class _Stop(StoppingCriteria):
         self.completions: list[list[int]] = [[] for _ in range(rows)]
         self.open = [True] * rows
 
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: object, **options: object) -> Tensor:
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if self.open[row]:
                 ids = self.completions[row]
@@ -101,17 +101,18 @@ class HalfCache(DynamicCache):
         self.compute_dtype = dtype
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **options: object
     ) -> tuple[Tensor, Tensor]:
-        """Adds keys and values [B, G, n, d] of new tokens, and returns those of all."""
+        """Add keys and values [B, G, n, d] of new tokens, and return those of all."""
         keys, values = (x.to(self.compute_dtype) for x in (key_states, value_states))
         return super().update(keys, values, layer_idx, *args, **options)
 
 
 def cache_options(actor: LanguageModel, dtype: str) -> dict[str, HalfCache]:
     """The argument of `generate` for a cache in the compute dtype; none where the model has its own cache class."""
-    model: LanguageModel = unwrap_peft(actor)
-    own = "mamba" in type(model).__name__.lower() or not model._supports_default_dynamic_cache()
+    model = unwrap_peft(actor)
+    supports_dynamic = cast(Callable[[], bool], model._supports_default_dynamic_cache)  # PreTrainedModel lacks it
+    own = "mamba" in type(model).__name__.lower() or not supports_dynamic()
     adapters = getattr(actor, "peft_config", {})
     own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
     if dtype != "bfloat16" or own:
@@ -140,12 +141,12 @@ def _generation_config(
 
 @contextmanager
 def _replaced_config(actor: LanguageModel, generation: GenerationConfig, *, cache: bool) -> Iterator[None]:
-    """Replaces the model's own generation config inside this block, and the setting of its cache, if it has one.
+    """Replace the model's own generation config inside this block, and the setting of its cache, if it has one.
 
     generate() fills what a given config leaves open from the model's: a repetition penalty or top-k saved with the
     model would make samples from another distribution than the one that the loss differentiates.
     """
-    model: LanguageModel = unwrap_peft(actor)  # peft only passes reading through
+    model = unwrap_peft(actor)  # peft only passes reading through
     configs = [c for c in {id(c): c for c in (model.config, text_config(model))}.values() if hasattr(c, "use_cache")]
     own, before = model.generation_config, [c.use_cache for c in configs]
     model.generation_config = generation
@@ -181,7 +182,7 @@ def generate(
     greedy: bool = False,
     ends: list[int] | None = None,
 ) -> Completions:
-    """Samples one batch of completions, each up to and with its first end token or stop text.
+    """Sample one batch of completions, each up to and with its first end token or stop text.
 
     Args:
         actor: the model.
@@ -205,7 +206,7 @@ def generate(
         autocast(options.dtype, actor.device),
         cudnn_attention(enabled=options.cudnn_attention),
     ):
-        sequences = (options.call or actor.generate)(
+        sequences = (options.call or own_generate(actor))(
             input_ids=input_ids,
             attention_mask=attention_mask,
             logits_processor=LogitsProcessorList([recorder]),
@@ -253,7 +254,7 @@ class GenerateSampler:
         self._use(options or GenerateOptions(), batch_size or 256)
 
     def follow(self, config: PPOConfig) -> None:
-        """Uses the options of a run where none were given."""
+        """Use the options of a run where none were given."""
         options = self.given_options or GenerateOptions.from_config(config)
         self._use(options, self.given_batch_size or config.sample_batch_size)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,17 +10,17 @@ from ppo_fast.llm.reward.fingerprint import tokenizer_fingerprint
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str:
-    """Hashes all of a tokenizer that changes tokens or texts, and the tokens that end a completion."""
+    """Hash all of a tokenizer that changes tokens or texts, and the tokens that end a completion."""
     parts = [tokenizer_fingerprint(tokenizer), sorted(tokenizer.special_tokens_map.items(), key=str), ends]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def rows_hash(rows: list[dict[str, object]]) -> str:
-    """Hashes rows in their order. The address of an object that JSON cannot hold has no effect."""
+    """Hash rows in their order. The address of an object that JSON cannot hold has no effect."""
 
-    def described(x: object) -> Any:
+    def described(x: object) -> object:
         if isinstance(x, set | frozenset):  # whose order differs between processes
-            return sorted(map(described, x))
+            return sorted(map(described, x), key=str)
         return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
 
     text = json.dumps(rows, sort_keys=True, default=described)

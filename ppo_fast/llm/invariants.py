@@ -50,7 +50,7 @@ def rounding_of(config: PPOConfig, device: str) -> Bound:
 
 
 def check_ratio(stats: Mapping[str, float], bound: Bound) -> None:
-    """Raises InvariantError if the ratio of a step's first minibatch, before its update, is not 1 but for rounding.
+    """Raise InvariantError if the ratio of a step's first minibatch, before its update, is not 1 but for rounding.
 
     Both passes are the same code on the same packs, so what rounding explains is a warning above SAME_CODE already.
 
@@ -75,7 +75,7 @@ def check_ratio(stats: Mapping[str, float], bound: Bound) -> None:
 
 
 def check_first_kl(largest: float, bound: Bound) -> None:
-    """Raises InvariantError if the reference, which starts as the actor, gives other log-probabilities.
+    """Raise InvariantError if the reference, which starts as the actor, gives other log-probabilities.
 
     Args:
         largest: the largest difference of one token's log-probability in the first step of a run, in nats.

@@ -68,7 +68,7 @@ class Learner:
         train_actor: bool = True,
         check_first: Callable[[Mapping[str, float]], None] | None = None,
     ) -> list[dict[str, float]]:
-        """Runs all epochs over one rollout and returns the statistics of every minibatch, in order.
+        """Run all epochs over one rollout and return the statistics of every minibatch, in order.
 
         Where the approx_kl of a minibatch is above config.target_kl, the actor is not updated with it, nor with any
         later one of this rollout; the critic is. `updated` is 1.0 where the actor was updated.
@@ -103,7 +103,7 @@ class Learner:
         return history
 
     def adapt_coefficients(self, metrics: Mapping[str, float], completions: int) -> None:
-        """Adapts the weights of the KL penalty and the entropy bonus to the metrics of a step that trained the actor.
+        """Adapt the weights of the KL penalty and the entropy bonus to the metrics of a step that trained the actor.
 
         Args:
             metrics: of the experience: `entropy`, and with a reference `kl_per_answer`.
@@ -120,7 +120,7 @@ class Learner:
         train_actor: bool = True,
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> dict[str, Tensor]:
-        """Adds the gradient of one minibatch to actor and critic and returns its statistics.
+        """Add the gradient of one minibatch to actor and critic and return its statistics.
 
         The loss is normalised by the count of the whole minibatch: the gradient does not depend on the packs, nor on
         the number of processes, each of which computes its own packs.
@@ -143,7 +143,7 @@ class Learner:
         return _reduce_stats(merge_stats(collected), distributed)
 
     def warm_up(self, rollout: Rollout) -> None:
-        """Passes a rollout of one sequence through all that learning computes, and drops its gradients.
+        """Pass a rollout of one sequence through all that learning computes, and drop its gradients.
 
         Triton compiles its kernels here; in the first step that time would be counted as the step's own.
         """
@@ -211,7 +211,7 @@ def _neutral_statistic(name: str, x: Tensor) -> Tensor:
 
 
 def _reduce_stats(stats: dict[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
-    """Sums, or maxima, over processes."""
+    """Return sums, or maxima, over processes."""
     if distributed.size == 1:
         return stats
     for maxima, reduce in ((False, distributed.all_reduce_sum), (True, distributed.all_reduce_max)):
@@ -240,7 +240,7 @@ def merge_stats(collected: list[tuple[float, dict[str, Tensor]]]) -> dict[str, T
 
 
 def _check_finite(stats: Mapping[str, float], epoch: int) -> None:
-    """Raises NonFiniteError if a statistic of a minibatch is NaN or infinite."""
+    """Raise NonFiniteError if a statistic of a minibatch is NaN or infinite."""
     bad = {name: x for name, x in stats.items() if x != x or abs(x) == float("inf")}
     if bad:
         named = ", ".join(f"{name} = {x}" for name, x in bad.items())

@@ -15,10 +15,10 @@ import logging
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +27,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import cache_options
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import decoder_of, unwrap_peft
+from ppo_fast.llm.models.head import LanguageModel, decoder_of, head_of, input_embedding, unwrap_peft
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.packing.flash_calls import first_line
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 NAME = "ppo_fast_memory"
 HALF = (torch.float16, torch.bfloat16)
@@ -92,15 +99,24 @@ class Allocations(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._alive: dict[int, tuple[str, int]] = {}  # category and size of each storage
 
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         category = self.name
-        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
+        if func is torch.ops.aten._to_copy.default and self._is_weight(args[0]):
             category = "weights in bfloat16"
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._count(x.untyped_storage(), category)
         return out
+
+    def _is_weight(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.untyped_storage()._cdata in self.weights
 
     def _count(self, storage: torch.UntypedStorage, category: str) -> None:
         key = storage._cdata
@@ -157,23 +173,35 @@ _FP32_ON_GPU = {
 class _GpuAutocast(TorchFunctionMode):
     """Autocast on the CPU with the fp32 operations of a GPU's."""
 
-    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if getattr(func, "__name__", "").strip("_") in _FP32_ON_GPU and torch.is_autocast_enabled("cpu"):
             args = tuple(x.float() if isinstance(x, Tensor) and x.dtype in HALF else x for x in args)
         return func(*args, **(kwargs or {}))
+
+
+class _FlashContext(Protocol):
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Flash(torch.autograd.Function):
     """The memory of FlashAttention: what it saves, and what its backward allocates."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: _FlashContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: _FlashContext, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
         _accumulator = torch.empty_like(q, dtype=torch.float32)  # of dq, over blocks of keys
         return tuple(torch.empty_like(x) for x in (q, k, v))
@@ -191,11 +219,15 @@ def _attend(
     return _Flash.apply(query, key, value), None
 
 
+class _LinearHeadContext(Protocol):
+    gradients: tuple[Tensor, Tensor | None]
+
+
 class _LinearHead(torch.autograd.Function):
     """The memory of `linear_ppo_loss`: a chunk of logits at a time, and gradients that are made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: Plan, trains_weight: bool) -> Tensor:
+    def forward(ctx: _LinearHeadContext, hidden: Tensor, weight: Tensor, plan: Plan, trains_weight: bool) -> Tensor:
         V, D = weight.shape
         d_hidden = hidden.new_empty(hidden.shape)
         d_weight = weight.new_empty(V, D) if trains_weight else None
@@ -206,7 +238,7 @@ class _LinearHead(torch.autograd.Function):
         return hidden.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LinearHeadContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.gradients, None, None
 
 
@@ -224,9 +256,9 @@ def _counted_attention(*models: nn.Module) -> Iterator[None]:
 class _Models:
     """Fake models of few layers."""
 
-    actor: Any
+    actor: LanguageModel
     critic: Critic
-    reference: Any | None
+    reference: LanguageModel | None
 
     def modules(self) -> list[nn.Module]:
         return [x for x in (self.actor, self.critic, self.reference) if x is not None]
@@ -255,17 +287,20 @@ def _build(model_config: PreTrainedConfig, config: PPOConfig, dtype: torch.dtype
 
 
 def _make_fake(models: _Models) -> None:
-    """Replaces meta tensors by the current mode's fake ones, which autocast knows. Tied weights stay tied."""
-    made: dict[int, Tensor] = {}
+    """Replace meta tensors by the current mode's fake ones, which autocast knows. Tied weights stay tied."""
+    parameters: dict[int, nn.Parameter] = {}
+    buffers: dict[int, Tensor] = {}
     for module in (m for model in models.modules() for m in model.modules()):
-        for named in (module._parameters, module._buffers):
-            for name, x in named.items():
-                if x is None:
-                    continue
-                if id(x) not in made:
-                    fake = torch.empty(x.shape, dtype=x.dtype)
-                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-                named[name] = made[id(x)]  # type: ignore[assignment]  # parameters and buffers in one loop
+        for name, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in parameters:
+                    parameters[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                module._parameters[name] = parameters[id(p)]
+        for name, b in module._buffers.items():
+            if b is not None:
+                if id(b) not in buffers:
+                    buffers[id(b)] = torch.empty(b.shape, dtype=b.dtype)
+                module._buffers[name] = buffers[id(b)]
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -311,9 +346,16 @@ def _hidden(model: nn.Module, tokens: int) -> Tensor:
     return model(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state[0]
 
 
+def _head_weight(actor: LanguageModel) -> Tensor:
+    head = head_of(actor)
+    weight = None if head is None else head.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
     """A pack that is not a minibatch's first, if there are such packs: gradients are there already."""
-    weight = models.actor.get_output_embeddings().weight
+    weight = _head_weight(models.actor)
     both = nn.ModuleList([models.actor, models.critic])
     hooks = []
     for p in (p for p in both.parameters() if p.requires_grad):
@@ -322,8 +364,8 @@ def _learn(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
             with counted.category("gradients"):
                 p.grad = torch.empty_like(p)
     found: dict[str, dict[str, int]] = {}
-    backbones: list[Any] = [x for x in (models.actor, models.critic.backbone) if x is not None]
-    embeddings = [backbone.get_input_embeddings() for backbone in backbones]
+    backbones = [x for x in (models.actor, models.critic.backbone) if x is not None]
+    embeddings = [unwrap_peft(backbone).get_input_embeddings() for backbone in backbones]
     hooks += [x.register_forward_hook(lambda *args: _at_gradient(args[-1], found, counted)) for x in embeddings]
     with gradient_checkpointing(both, enabled=config.gradient_checkpointing):
         with _autocast(config):
@@ -350,7 +392,7 @@ def _gradient(p: Tensor) -> Tensor:
 
 
 def _at_gradient(embedded: Tensor, found: dict[str, dict[str, int]], counted: Allocations) -> None:
-    """Ends a part of the backward when the gradient reaches the embeddings: the gradient of their weight follows, which
+    """End a part of the backward when the gradient reaches the embeddings: the gradient of their weight follows, which
     does not grow with the number of layers."""
     if embedded.requires_grad:
         embedded.register_hook(lambda _: found.update({f"backward/{len(found)}": counted.reset_peak()}))
@@ -372,7 +414,7 @@ def _plan(hidden: Tensor, weight: Tensor, config: PPOConfig) -> Plan:
 
 
 def _score(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
-    weight = models.actor.get_output_embeddings().weight
+    weight = _head_weight(models.actor)
     backbones = [decoder_of(models.actor)]
     backbones += [models.critic.backbone] if models.critic.backbone is not None else []
     backbones += [decoder_of(models.reference)] if models.reference is not None else []
@@ -389,19 +431,24 @@ def _score(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocatio
 SAMPLING = ("prompts", "last token")  # the phases of sampling
 
 
+def _in_category(name: str, function: Callable[Arguments, Result], counted: Allocations) -> Callable[Arguments, Result]:
+    """The function, whose allocations count in this category."""
+
+    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with counted.category(name):
+            return function(*args, **options)
+
+    return call
+
+
 def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocations) -> dict[str, dict[str, int]]:
     """All tokens of the prompts at once, and the last token of the completions, for which the cache is largest."""
-    V = models.actor.get_input_embeddings().weight.shape[0]
+    V = input_embedding(models.actor).shape[0]
     copies = FILTERED_LOGITS if config.top_k or config.top_p < 1 or config.min_p else SAMPLED_LOGITS
     ids = torch.zeros(sizes.batch, sizes.prompt, dtype=torch.int64)
     plain = DynamicCache(config=models.actor.config)
     cache: DynamicCache = cache_options(models.actor, config.dtype).get("past_key_values", plain)
-    add = cache.update
-
-    def update(*args: Any, **options: Any) -> Any:
-        with counted.category("key-value cache"):
-            return add(*args, **options)
-
+    update = _in_category("key-value cache", cache.update, counted)
     cache.update = update  # type: ignore[method-assign]  # of this object only
     found = {}
     with torch.no_grad(), _autocast(config):
@@ -418,14 +465,15 @@ def _sample(models: _Models, config: PPOConfig, sizes: _Sizes, counted: Allocati
     return found
 
 
-def _lengthen(layer: Any, tokens: int) -> None:
-    """Gives a layer's cache room for more tokens, up to its window."""
+def _lengthen(layer: object, tokens: int) -> None:
+    """Give a layer's cache room for more tokens, up to its window."""
+    if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+        raise TypeError(f"a {type(layer).__name__} has no keys and values")
     length = layer.keys.shape[2] + tokens
-    if getattr(layer, "is_sliding", False):
-        length = min(length, layer.sliding_window - 1)
-    for name in ("keys", "values"):
-        x = getattr(layer, name)
-        setattr(layer, name, x.new_empty(*x.shape[:2], length, x.shape[3]))
+    window = getattr(layer, "sliding_window", None)
+    if window is not None:
+        length = min(length, window - 1)
+    layer.keys, layer.values = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (layer.keys, layer.values))
 
 
 def _phases(
@@ -484,7 +532,7 @@ def estimate(
     gathered: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
-    """Calculates the peak memory of each phase of a step, in bytes.
+    """Calculate the peak memory of each phase of a step, in bytes.
 
     Args:
         model_config: of the actor, with which the critic and the reference start, too.
@@ -556,10 +604,9 @@ def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: in
         parameters: of the actor.
     """
     sizes, text = _Sizes.of(config, prompt_tokens), model_config.get_text_config()
-    shape: list[Any] = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    if None in shape:
+    width, layers, V = (getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if width is None or layers is None or V is None:
         return sys.maxsize
-    width, layers, V = shape
     inner = getattr(text, "intermediate_size", None) or 4 * width
     models = 40 * parameters  # actor and critic with gradients, moments and copies in bfloat16, and the reference
     activations = 2 * layers * sizes.tokens * (80 * width + 20 * inner)
@@ -569,7 +616,7 @@ def at_most(model_config: PreTrainedConfig, config: PPOConfig, prompt_tokens: in
     return models + activations + head + cache + sampling
 
 
-def with_adapters_of(actor: Any, config: PPOConfig) -> PPOConfig:
+def with_adapters_of(actor: "PeftModel", config: PPOConfig) -> PPOConfig:
     """The options that give a model adapters as large as those of this PeftModel."""
     adapters = actor.peft_config[actor.active_adapter]
     targets = getattr(adapters, "target_modules", None)
@@ -599,7 +646,7 @@ def check_fits(
     processes: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Raises UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
+    """Raise UserError if the calculated peak is more than the GPU's memory, in bytes, with options that reduce it."""
     if processes == 1 and at_most(model_config, config, prompt_tokens, parameters) <= memory:
         return  # the estimate would take seconds
 
@@ -626,18 +673,23 @@ def check_fits(
 
 def _smaller(config: PPOConfig, processes: int) -> list[tuple[str, PPOConfig]]:
     """Options that reduce memory, each added to those before it."""
-    gathers = config.gather_for_sampling and processes > 1
-    steps: list[tuple[str, bool, dict[str, Any]]] = [
-        ("--no-gather-for-sampling", gathers, {"gather_for_sampling": False}),
-        ("--dtype bfloat16", config.dtype != "bfloat16", {"dtype": "bfloat16"}),
-        ("--gradient-checkpointing", not config.gradient_checkpointing, {"gradient_checkpointing": True}),
-        ("--micro-batch-tokens 1024", config.micro_batch_tokens > 1024, {"micro_batch_tokens": 1024}),
-        ("--critic shared", config.critic != "shared", {"critic": "shared"}),
-        ("--lora-rank 16", not config.lora_rank, {"lora_rank": 16}),
-    ]
     found = []
-    for text, applies, change in steps:
-        if applies:
-            config = dataclasses.replace(config, **change)
-            found.append((text, config))
+    if config.gather_for_sampling and processes > 1:
+        config = dataclasses.replace(config, gather_for_sampling=False)
+        found.append(("--no-gather-for-sampling", config))
+    if config.dtype != "bfloat16":
+        config = dataclasses.replace(config, dtype="bfloat16")
+        found.append(("--dtype bfloat16", config))
+    if not config.gradient_checkpointing:
+        config = dataclasses.replace(config, gradient_checkpointing=True)
+        found.append(("--gradient-checkpointing", config))
+    if config.micro_batch_tokens > 1024:
+        config = dataclasses.replace(config, micro_batch_tokens=1024)
+        found.append(("--micro-batch-tokens 1024", config))
+    if config.critic != "shared":
+        config = dataclasses.replace(config, critic="shared")
+        found.append(("--critic shared", config))
+    if not config.lora_rank:
+        config = dataclasses.replace(config, lora_rank=16)
+        found.append(("--lora-rank 16", config))
     return found

@@ -56,24 +56,24 @@ class Optimizer:
         )
 
     def begin(self, step: int) -> float:
-        """Sets the learning rate of PPO step `step`, counted from 0, and returns it; 0 before `first_step`."""
+        """Set the learning rate of PPO step `step`, counted from 0, and return it; 0 before `first_step`."""
         scale = rate_of_step(self.config, step, first=self.first_step) if step >= self.first_step else 0.0
         for group in self.adamw.param_groups:
             group["lr"] = self.highest * scale
         return self.highest * scale
 
     def clip(self) -> Tensor:
-        """Clips the gradient to max_grad_norm and returns the norm it had, a device scalar."""
+        """Clip the gradient to max_grad_norm and return the norm it had, a device scalar."""
         limit = self.config.max_grad_norm
         return to_full_tensor(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
 
     def step(self) -> None:
-        """Updates the parameters that have a gradient, and drops all gradients."""
+        """Update the parameters that have a gradient, and drop all gradients."""
         self.adamw.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Drops all gradients."""
+        """Drop all gradients."""
         self.adamw.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class Optimizer:
         )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state_dict` returned in the main process; collective, with the same state in all."""
+        """Take over what `state_dict` returned in the main process; collective, with the same state in all."""
         self.adamw.state.clear()
         parameters = {name: p for p, name in self.names.items()}
         fused = self.adamw.defaults["fused"]  # else AdamW keeps its step on the CPU
@@ -106,11 +106,11 @@ class Optimizers:
     critic: Optimizer
 
     def begin(self, step: int) -> dict[str, float]:
-        """Sets the learning rates of PPO step `step`, counted from 0, and returns them by option."""
+        """Set the learning rates of PPO step `step`, counted from 0, and return them by option."""
         return {"lr": self.actor.begin(step), "critic_lr": self.critic.begin(step)}
 
     def step(self, *, train_actor: bool) -> None:
-        """Updates critic and, if it is trained, actor, and drops all gradients."""
+        """Update critic and, if it is trained, actor, and drop all gradients."""
         if train_actor:
             self.actor.step()
         else:
@@ -118,6 +118,6 @@ class Optimizers:
         self.critic.step()
 
     def zero_grad(self) -> None:
-        """Drops all gradients."""
+        """Drop all gradients."""
         self.actor.zero_grad()
         self.critic.zero_grad()

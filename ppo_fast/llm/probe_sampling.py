@@ -8,7 +8,6 @@ positions count it (the decoder of BART).
 import dataclasses
 import sys
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import GenerateOptions, generate
-from ppo_fast.llm.models.head import GenerateInfo, model_name, text_config, without_cache
+from ppo_fast.llm.models.head import (
+    GenerateInfo,
+    LanguageModel,
+    input_embedding,
+    model_name,
+    text_config,
+    without_cache,
+)
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.probe import (
     CALL_ERRORS,
@@ -46,13 +52,13 @@ CHOICES = {  # in this order; the consequence of each
 
 @torch.no_grad()
 def detect_generate(
-    actor: Any,
+    actor: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PPOConfig,
     boundaries: tuple[int, ...] = (),
     reach: Reach = Reach(),  # noqa: B008
 ) -> GenerateInfo:
-    """Finds out how `generate` samples what the model's own forward computes.
+    """Find out how `generate` samples what the model's own forward computes.
 
     Args:
         actor: on its device, as it is at the start of the run.
@@ -92,7 +98,7 @@ def detect_generate(
     return found
 
 
-def _lengths(actor: Any, boundaries: tuple[int, ...], reach: Reach) -> list[int]:
+def _lengths(actor: LanguageModel, boundaries: tuple[int, ...], reach: Reach) -> list[int]:
     """Prompts that end before a length that the configuration names and are answered beyond it, and longer ones. None
     crosses a boundary."""
     checked = affordable(actor, named_lengths(actor, reach.longest), reach, actor.device)
@@ -112,9 +118,9 @@ def warn_or_raise(reason: str, config: PPOConfig) -> None:
     warnings.warn(reason, stacklevel=3)
 
 
-def _prompts(actor: Any, tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> list[list[int]]:
+def _prompts(actor: LanguageModel, tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> list[list[int]]:
     """Prompts of these lengths, without special tokens."""
-    rows = actor.get_input_embeddings().weight.shape[0]
+    rows = input_embedding(actor).shape[0]
     special = set(tokenizer.all_special_ids)
     usable = [i for i in ((n * 7919 + 1) % rows for n in range(sum(lengths) + len(special))) if i not in special]
     ids = iter(usable * 2)
@@ -122,7 +128,11 @@ def _prompts(actor: Any, tokenizer: PreTrainedTokenizerBase, lengths: list[int])
 
 
 def _problem(
-    actor: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: PPOConfig, info: GenerateInfo
+    actor: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    config: PPOConfig,
+    info: GenerateInfo,
 ) -> str | None:
     """Why this way of sampling is wrong, in full precision or in the run's; None if it is right."""
     for dtype in dict.fromkeys(("float32", config.dtype)):
@@ -142,7 +152,11 @@ def _problem(
 
 
 def _gap(
-    actor: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: PPOConfig, info: GenerateInfo
+    actor: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    config: PPOConfig,
+    info: GenerateInfo,
 ) -> tuple[float, float]:
     """The largest difference between the sampler's log-probabilities and the forward's, and its bound."""
     sampled: list[float] = []
@@ -165,7 +179,7 @@ def _gap(
     return (own.cpu() - torch.tensor(sampled)).abs().max().item(), max(bound, SMALLEST_GAP)
 
 
-def _logprobs(actor: Any, prompt: list[int], answer: list[int], temperature: float) -> Tensor:
+def _logprobs(actor: LanguageModel, prompt: list[int], answer: list[int], temperature: float) -> Tensor:
     """[n] log-probabilities of the completion's tokens, by the model's own forward on this sequence alone."""
     ids = torch.tensor([prompt + answer], device=actor.device)
     logits = actor(input_ids=ids, **without_cache(actor)).logits[0, len(prompt) - 1 : -1].float() / temperature

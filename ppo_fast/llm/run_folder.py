@@ -52,7 +52,7 @@ class RunFolder:
         return f"; the newest checkpoint is {newest}" if newest is not None else "; there is no checkpoint yet"
 
     def clean_up(self, step: int) -> None:
-        """Removes what an earlier run left in OUT after `step`, or a killed one left incomplete."""
+        """Remove what an earlier run left in OUT after `step`, or a killed one left incomplete."""
         if self.path is None:
             return
         out, checkpoints = self.path, self.path / "checkpoints"
@@ -66,7 +66,7 @@ class RunFolder:
         drop_best_after(out / "best", step)
 
     def write_checkpoint(self, step: int, capture: Callable[[], Captured]) -> Path:
-        """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path; collective.
+        """Write OUT/checkpoints/step-N, if there is none yet, and return its path; collective.
 
         Args:
             step: N; nothing is written for 0.
@@ -87,9 +87,9 @@ class RunFolder:
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: dict[str, str] | None,
-        history: Sequence[Mapping[str, object]],
+        history: Sequence[Mapping[str, float | None]],
     ) -> Path | None:
-        """Writes actor and tokenizer to OUT/name; collective.
+        """Write actor and tokenizer to OUT/name; collective.
 
         Args:
             name: of the folder; a model there is replaced.

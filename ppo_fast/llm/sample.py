@@ -3,7 +3,8 @@
 import math
 import operator
 import traceback
-from typing import Any
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import (
 from ppo_fast.common.device import upload
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import columns, prompt_ids
+from ppo_fast.llm.data import columns, prompt_ids, prompts_of
 from ppo_fast.llm.decoding import CompletionText
 from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.models.head import LanguageModel, text_config
@@ -22,7 +23,7 @@ from ppo_fast.llm.packing.rollout import Rollout, mask_of_lengths
 from ppo_fast.llm.sampler import Completions, Sampler, SamplingParams
 
 
-def _token_ids(ids: Any, row: int, vocabulary: int | None) -> list[int]:
+def _token_ids(ids: Iterable[SupportsIndex], row: int, vocabulary: int | None) -> list[int]:
     """The tokens of a completion, given as a list, an array or a tensor."""
     try:
         found = [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
@@ -40,16 +41,17 @@ def _token_ids(ids: Any, row: int, vocabulary: int | None) -> list[int]:
 LARGEST_LOGPROB = 1e-3  # rounding
 
 
-def _logprobs(values: Any, row: int) -> list[float]:
+def _logprobs(values: Iterable[float | None], row: int) -> list[float]:
     """The log-probabilities of a completion. vLLM reports None or NaN for a token that it could not score."""
-    found = list(values.tolist() if hasattr(values, "tolist") else values)
-    for place, x in enumerate(found):
+    found = []
+    for place, x in enumerate(values.tolist() if hasattr(values, "tolist") else values):
         if x is None or not -math.inf < float(x) <= LARGEST_LOGPROB:
             raise UserError(
                 f"the sampler returned {x!r} as log-probability of token {place} of the answer to prompt {row}: a"
                 " finite number of at most 0 is expected; logprobs = None, if the engine cannot score each token"
             )
-    return [float(x) for x in found]
+        found.append(float(x))
+    return found
 
 
 def _checked(
@@ -100,14 +102,14 @@ def _call_sampler(sampler: Sampler, prompts: list[list[int]], params: SamplingPa
 def sample_rollout(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    rows: list[dict[str, object]],
     config: PPOConfig,
     device: torch.device,
     *,
     vocabulary: int | None = None,
     seed: int | None = None,
 ) -> Rollout:
-    """Completes the prompt of each row `samples_per_prompt` times.
+    """Complete the prompt of each row `samples_per_prompt` times.
 
     Args:
         sampler: what completes the prompts.
@@ -154,12 +156,12 @@ def sample_rollout(
 
 
 def drop_long_prompts(
-    rows: list[dict[str, Any]],
+    rows: list[dict[str, object]],
     tokenizer: PreTrainedTokenizerBase,
     actor: LanguageModel,
     config: PPOConfig,
     *others: nn.Module | None,
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[list[dict[str, object]], int]:
     """The rows whose prompt leaves room for a completion, and how many were left out.
 
     The limit is max_prompt_tokens, and what the positions of the models allow: `others` are critic and reference.
@@ -170,7 +172,7 @@ def drop_long_prompts(
     if positions is not None:
         limits.append(positions - config.max_new_tokens)
     limit = min((x for x in limits if x is not None), default=None)
-    lengths = [len(ids) for ids in prompt_ids(tokenizer, [row["prompt"] for row in rows])]
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, prompts_of(rows))]
     for row, length in zip(rows, lengths, strict=True):
         if length == 0:
             raise UserError(f"the tokenizer turns the prompt {row['prompt']!r} into no token at all")

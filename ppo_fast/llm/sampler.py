@@ -68,7 +68,7 @@ class Sampler(Protocol):
 
 
 def check_sampler(sampler: object) -> None:
-    """Raises UserError if an object has no method `sample`."""
+    """Raise UserError if an object has no method `sample`."""
     if not callable(getattr(sampler, "sample", None)):
         raise UserError(
             "the sampler must have a method sample(prompts: list[list[int]], params: SamplingParams) -> Completions,"

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
@@ -16,12 +15,12 @@ from ppo_fast.common.lock import absolute
 from ppo_fast.common.threads import set_threads
 from ppo_fast.llm.checks import notes_on_rewards
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import prompt_ids, with_all_fields
+from ppo_fast.llm.data import prompt_ids, prompts_of, with_all_fields
 from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.hashes import rows_hash, tokenizer_hash
 from ppo_fast.llm.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.llm.models.build import Models
-from ppo_fast.llm.models.head import LanguageModel, unwrap_peft
+from ppo_fast.llm.models.head import LanguageModel, input_embedding, unwrap_peft
 from ppo_fast.llm.models.loading import check_language_model, check_others, check_tokenizer, end_tokens
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.probe import Reach, named_lengths
@@ -32,13 +31,13 @@ from ppo_fast.llm.reward.scoring import RewardFunction
 from ppo_fast.llm.sample import drop_long_prompts
 from ppo_fast.llm.sampler import Sampler, check_sampler
 
-Rows = list[dict[str, Any]]
+Rows = list[dict[str, object]]
 
 
 def check_arguments(
     models: Models, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, sampler: Sampler | None
 ) -> None:
-    """Rejects models, tokenizers and samplers that cannot be used, before anything is changed."""
+    """Reject models, tokenizers and samplers that cannot be used, before anything is changed."""
     check_language_model(models.actor)
     check_tokenizer(tokenizer, models.actor)
     check_others(tokenizer, config, models.critic, models.reference)
@@ -47,7 +46,7 @@ def check_arguments(
 
 
 def prepare_process(config: PPOConfig) -> PPOConfig:
-    """Seeds all generators and sets threads and precision; returns the options with an absolute `out`."""
+    """Seed all generators and set threads and precision; return the options with an absolute `out`."""
     transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
     if config.out is not None:  # a reward that changes the working directory must not move it
         config = dataclasses.replace(config, out=str(absolute(config.out)))
@@ -71,7 +70,7 @@ def check_processes(
     eval_rows: Rows | None,
     reward_weights: dict[str, float],
 ) -> None:
-    """Rejects processes that differ in what all of them compute with, and an actor without weights."""
+    """Reject processes that differ in what all of them compute with, and an actor without weights."""
     if distributed.size > 1:
         distributed.check_equal(
             {
@@ -132,7 +131,7 @@ def usable_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, models: Models, 
 def check_memory(
     config: PPOConfig, distributed: Distributed, models: Models, tokenizer: PreTrainedTokenizerBase, rows: Rows
 ) -> list[str]:
-    """Rejects a run that needs more memory than the GPU has, before the models are moved there; returns notes.
+    """Reject a run that needs more memory than the GPU has, before the models are moved there; return notes.
 
     A critic or reference that is given, which may be of any size, is not counted.
     """
@@ -142,13 +141,13 @@ def check_memory(
     reason = why_unknown(actor)
     if reason is not None:
         return [f"the peak memory is not calculated: {reason}"]
-    weight = actor.get_input_embeddings().weight
+    weight = input_embedding(actor)
     config = with_chunk_bytes(config, weight.shape[0], capacity)
     config = config if models.critic is None else dataclasses.replace(config, critic="shared")
     config = config if models.reference is None else dataclasses.replace(config, kl_coef=0.0)
     if is_adapted(actor):
         config = with_adapters_of(actor, config)
-    longest = max(map(len, prompt_ids(tokenizer, [row["prompt"] for row in rows])))
+    longest = max(map(len, prompt_ids(tokenizer, prompts_of(rows))))
     try:
         check_fits(
             unwrap_peft(actor).config,
@@ -176,7 +175,7 @@ def reach_of(
     given = [x for x in (models.actor, models.reference, models.critic_backbone()) if x is not None]
     if not any(named_lengths(model, sys.maxsize) for model in given):
         return Reach()
-    prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows + eval_rows()])
+    prompts = prompt_ids(tokenizer, prompts_of(rows + eval_rows()))
     longest = max(map(len, prompts)) + config.max_new_tokens
     sequences = config.prompts_per_step * config.samples_per_prompt
     # sampling and old log-probabilities are one pass each, an update is three

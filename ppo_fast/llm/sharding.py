@@ -11,7 +11,7 @@ optimizer that has not stepped a step count of 1 (bench/results/cpu-2core/state_
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,14 +33,14 @@ M = TypeVar("M", bound=nn.Module)
 BUILDING_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
-def _without_buffers() -> dict[str, Any]:
+def _without_buffers() -> dict[str, bool]:
     """The argument of DDP for a forward that sends no buffers; torch 2.13 has renamed it."""
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
 def wrap(policy: nn.Module, distributed: Distributed, *, dtype: str, unused_parameters: bool) -> None:
-    """Wraps the policy in DDP or FSDP2; collective. Then `distributed.wrapped_module` is called instead of it.
+    """Wrap the policy in DDP or FSDP2; collective. Then `distributed.wrapped_module` is called instead of it.
 
     Args:
         policy: a module whose forward returns the loss.
@@ -49,7 +49,8 @@ def wrap(policy: nn.Module, distributed: Distributed, *, dtype: str, unused_para
         unused_parameters: whether a backward may leave trained parameters without a gradient.
     """
     if distributed.strategy == "ddp":
-        distributed.wrapped = DistributedDataParallel(
+        make: Callable[..., DistributedDataParallel] = DistributedDataParallel  # its arguments depend on the version
+        distributed.wrapped = make(
             policy,
             find_unused_parameters=unused_parameters,
             gradient_as_bucket_view=True,  # else the buckets are a second copy of all gradients
@@ -79,7 +80,7 @@ def parameter_layout(model: nn.Module) -> list[TensorLayout]:
 
 
 def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) -> tuple[M, T]:
-    """Loads a model, in each process or, under FSDP2, with weights in the first process alone.
+    """Load a model, in each process or, under FSDP2, with weights in the first process alone.
 
     `load(weights)` gives the model and what belongs to it. What a configuration does not describe, such as quantised
     weights and adapters in the folder, makes the first model differ from those without weights: then each
@@ -91,7 +92,7 @@ def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) 
     if distributed.strategy != "fsdp" or distributed.size == 1:
         return load(True)
     loaded: tuple[M, T] | None = None
-    found: Any = None
+    found: list[TensorLayout] | Exception | None = None
     try:
         loaded = load(distributed.is_main)
         found = parameter_layout(loaded[0])
@@ -122,16 +123,16 @@ def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
     whole = {name: p.detach() for name, p in model.named_parameters()} if sent and distributed.is_main else {}
     mesh = init_device_mesh(distributed.device.type, (distributed.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    how: dict[str, Any] = {"mp_policy": half} if dtype == "bfloat16" else {}
+    precision = half if dtype == "bfloat16" else MixedPrecisionPolicy()
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh, **how)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh)  # embeddings, norms and heads stay in fp32, as with DDP
     if sent:
         _send(model, distributed, whole)
 
 
 def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
-    """Refuses models that differ between processes, which would wait for each other or exchange wrong weights."""
+    """Reject models that differ between processes, which would wait for each other or exchange wrong weights."""
     layouts = distributed.all_gather_object(parameter_layout(model))
     for rank, theirs in enumerate(layouts):
         if theirs != layouts[0]:
@@ -144,7 +145,7 @@ def _check_layouts(model: nn.Module, distributed: Distributed) -> None:
 
 @torch.no_grad()
 def _send(model: nn.Module, distributed: Distributed, whole: dict[str, Tensor]) -> None:
-    """Sends each process its part of a sharded model's weights, and all buffers, from the main process.
+    """Send each process its part of a sharded model's weights, and all buffers, from the main process.
 
     `whole` holds the first one's weights; it is emptied, so that each is freed when it has been sent.
     """
@@ -228,7 +229,7 @@ def keep_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def copy_from_full(target: Tensor, source: Tensor) -> None:
-    """Writes a whole tensor to a whole or sharded one; collective."""
+    """Write a whole tensor to a whole or sharded one; collective."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)

@@ -10,7 +10,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
-from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.config import PPOConfig, options_of
 from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.optimizer import Optimizers, rate_of_step
 from ppo_fast.llm.random_state import RandomState
@@ -53,14 +53,14 @@ CHANGEABLE = {
 
 
 class Stateful(Protocol):
-    """A part of a run whose state JSON can hold: a controller, the position in the prompts."""
+    """A part of a run whose state is a few numbers: a controller, the position in the prompts."""
 
-    def state_dict(self) -> Mapping[str, Any]:
+    def state_dict(self) -> Mapping[str, float]:
         """The state, by names that no other part uses."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Takes over the state; other parts have other names in the same mapping."""
+    def load_state_dict(self, state: Mapping[str, float], /) -> None:
+        """Take over the state; other parts have other names in the same mapping."""
         ...
 
 
@@ -85,14 +85,14 @@ class RunState:
     stateful: Sequence[Stateful]
     generator: torch.Generator
     distributed: Distributed
-    fingerprint: dict[str, Any]
-    environment: dict[str, Any]
+    fingerprint: dict[str, object]
+    environment: dict[str, object]
 
 
 Tensors = dict[str, dict[str, Tensor]]  # by file
 
 
-def capture(run: RunState, random: RandomState) -> tuple[Tensors, dict[str, Any]]:
+def capture(run: RunState, random: RandomState) -> tuple[Tensors, dict[str, object]]:
     """Tensors by file, and everything else as JSON: weights, optimizers, schedules, random states, data position.
 
     Collective: each process takes part, and only the main one has the tensors, whole and on the CPU.
@@ -104,7 +104,7 @@ def capture(run: RunState, random: RandomState) -> tuple[Tensors, dict[str, Any]
     states = run.distributed.all_gather_object(random)
     for rank, its in enumerate(states):
         tensors |= {f"{name}-of-{rank}": x for name, x in its.tensors.items()}
-    state: dict[str, Any] = {"run": run.fingerprint, "made_with": run.environment}
+    state: dict[str, object] = {"run": run.fingerprint, "made_with": run.environment}
     for part in run.stateful:
         state |= part.state_dict()
     state["random"] = [its.others for its in states]
@@ -113,7 +113,7 @@ def capture(run: RunState, random: RandomState) -> tuple[Tensors, dict[str, Any]
 
 
 def restore(run: RunState, checkpoint: Checkpoint, *, allow_changes: bool = False) -> list[str]:
-    """Puts a new run in the state of a checkpoint and returns notes for the user. Collective.
+    """Put a new run in the state of a checkpoint and return notes for the user. Collective.
 
     With `allow_changes` the run continues with other prompts, rewards or another tokenizer, which a note names.
 
@@ -127,7 +127,7 @@ def restore(run: RunState, checkpoint: Checkpoint, *, allow_changes: bool = Fals
             f"{checkpoint.folder} was changed, or is that of a run of another kind: it has no {lacking[0]}; continue"
             " from another checkpoint"
         )
-    _check_same_run(run.fingerprint, checkpoint, allow_changes)
+    _check_same_run(run, checkpoint, allow_changes)
     _load(dict(trainable_state(run.policy)), checkpoint.tensors["weights"], checkpoint)
     for name, optimizer in {"actor": run.optimizers.actor, "critic": run.optimizers.critic}.items():
         prefix, saved = f"{name}/{name}.", checkpoint.tensors["optimizers"]
@@ -156,7 +156,7 @@ def run_fingerprint(
     tokenizer: str,
     reward_weights: dict[str, float],
     reward_code: dict[str, str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What makes two runs the same run: the options, and hashes of all else that its numbers depend on."""
     return {
         "config": options_as_json(config),
@@ -168,7 +168,7 @@ def run_fingerprint(
     }
 
 
-def environment_info(distributed: Distributed, chunk_bytes: int | None) -> dict[str, Any]:
+def environment_info(distributed: Distributed, chunk_bytes: int | None) -> dict[str, object]:
     """What may change the last bits of a run, and does not prevent its continuation."""
     return {
         "processes": distributed.size,
@@ -181,29 +181,29 @@ def environment_info(distributed: Distributed, chunk_bytes: int | None) -> dict[
     }
 
 
-def options_as_json(config: PPOConfig) -> dict[str, Any]:
+def options_as_json(config: PPOConfig) -> dict[str, object]:
     """The options as JSON has them: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _differ(here: dict[str, Any], there: dict[str, Any], name: str) -> bool:
+def _differ(here: Mapping[str, object], there: Mapping[str, object], name: str) -> bool:
     return name in there and here[name] != there[name]  # an older checkpoint may lack it
 
 
-def _check_same_run(here: dict[str, Any], checkpoint: Checkpoint, allow_changes: bool) -> None:
-    there = checkpoint.state["run"]
+def _check_same_run(run: RunState, checkpoint: Checkpoint, allow_changes: bool) -> None:
+    here, there = run.fingerprint, checkpoint.state["run"]
     # an option that is newer than the checkpoint had its default
-    options, saved = here["config"], {**options_as_json(PPOConfig()), **there["config"]}
-    free = RESUMABLE_OPTIONS | ({"total_steps"} if _same_rates(options, saved) else set())
+    options, saved = options_as_json(run.config), {**options_as_json(PPOConfig()), **there["config"]}
+    free = RESUMABLE_OPTIONS | ({"total_steps"} if _same_rates(run.config, saved) else set())
     changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
         raise UserError(
             f"{checkpoint.folder} belongs to a run with other options: {named}; take those of its config.yaml"
         )
-    if options["total_steps"] < checkpoint.state["step"]:
+    if run.config.total_steps < checkpoint.state["step"]:
         raise UserError(
-            f"{checkpoint.folder} is beyond total_steps = {options['total_steps']}: there is nothing to continue with"
+            f"{checkpoint.folder} is beyond total_steps = {run.config.total_steps}: there is nothing to continue with"
         )
     if _differ(here, there, "start model"):
         raise UserError(f"{checkpoint.folder} belongs to another run: its start model differs from the one given")
@@ -216,10 +216,10 @@ def _check_same_run(here: dict[str, Any], checkpoint: Checkpoint, allow_changes:
             )
 
 
-def _same_rates(options: dict[str, Any], saved: dict[str, Any]) -> bool:
+def _same_rates(config: PPOConfig, saved: Mapping[str, object]) -> bool:
     """Whether the learning rates of all steps of the shorter run are those of the longer one, too."""
-    runs = [PPOConfig(**{name: some[name] for name in SCHEDULED}) for some in (options, saved)]
-    firsts, steps = {0, options["critic_warmup_steps"]}, min(run.total_steps for run in runs)
+    runs = [config, options_of({name: saved[name] for name in SCHEDULED})]
+    firsts, steps = {0, config.critic_warmup_steps}, min(run.total_steps for run in runs)
     return all(
         len({rate_of_step(run, step, first=first) for run in runs}) == 1
         for first in firsts
@@ -240,7 +240,7 @@ def _load(targets: dict[str, Tensor], saved: dict[str, Tensor], checkpoint: Chec
 
 
 def _restore_random(run: RunState, checkpoint: Checkpoint) -> None:
-    """Restores this rank's generators; with another number of processes, seeds them as no earlier step did."""
+    """Restore this rank's generators; with another number of processes, seed them as no earlier step did."""
     rank, state = run.distributed.rank, checkpoint.state
     if run.environment["processes"] != state["made_with"]["processes"]:
         transformers.set_seed(derived_seed(run.config.seed, rank, state["step"]))

@@ -2,15 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common import checkpoint
 from ppo_fast.common import signals as interrupt
@@ -24,7 +23,7 @@ from ppo_fast.common.threads import threads_note
 from ppo_fast.llm import setup
 from ppo_fast.llm.checks import notes_on_options, notes_on_sampling, notes_on_unreached, reward_models_of
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, tokenizer_notes, with_all_fields
+from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, prompts_of, tokenizer_notes, with_all_fields
 from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
 from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
@@ -81,18 +80,18 @@ class PPOTrainer:
         config: PPOConfig,
         actor: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
-        rows: list[dict[str, Any]],
+        rows: Iterable[Mapping[str, object]],
         rewards: RewardFunction | dict[str, RewardFunction],
         *,
         reward_weights: dict[str, float] | None = None,
         critic: Critic | None = None,
-        reference: PreTrainedModel | None = None,
+        reference: LanguageModel | None = None,
         sampler: Sampler | None = None,
-        eval_rows: list[dict[str, Any]] | None = None,
+        eval_rows: Iterable[Mapping[str, object]] | None = None,
     ) -> None:
         models = Models(actor, critic, reference)
         setup.check_arguments(models, tokenizer, config, sampler)
-        rows, eval_rows = as_rows(rows), None if eval_rows is None else as_rows(eval_rows, "eval_rows")
+        given, held_out = as_rows(rows), None if eval_rows is None else as_rows(eval_rows, "eval_rows")
         config = setup.prepare_process(config)
         self.distributed = init_distributed(config)
         self.device = self.distributed.device
@@ -101,21 +100,21 @@ class PPOTrainer:
         self.folder = RunFolder(self.config, self.distributed)
         self.rewards = named_rewards(rewards)
         self.reward_weights = check_weights(reward_weights, self.rewards)
-        setup.check_processes(self.distributed, models, sampler, rows, eval_rows, self.reward_weights)
+        setup.check_processes(self.distributed, models, sampler, given, held_out, self.reward_weights)
         self.hashes, notes = setup.hash_run(self.config, self.distributed, actor, tokenizer, self.rewards)
         self.notes += notes
-        kept, self.prompts_left_out = setup.usable_rows(rows, tokenizer, models, self.config)
-        self._note_options(kept, evaluated=bool(eval_rows))
+        kept, self.prompts_left_out = setup.usable_rows(given, tokenizer, models, self.config)
+        self._note_options(kept, evaluated=bool(held_out))
         self.notes += setup.check_memory(self.config, self.distributed, models, tokenizer, kept)
-        reach = self._reach(models, kept, eval_rows or [])
+        reach = self._reach(models, kept, held_out or [])
         self._build_models(models, reach, own_sampler=sampler is None)
         self._choose_sampler(sampler)
         self.prompts = Prompts(kept, seed=config.seed)
         self._check_rewards(kept)
         self._build_learner()
-        self.evaluator = self._build_evaluator(eval_rows)
+        self.evaluator = self._build_evaluator(held_out)
         self.hints = Hints(self.config)
-        self.run_options: dict[str, Any] = {}  # what OUT/config.yaml contains besides: model, data and rewards
+        self.run_options: dict[str, object] = {}  # what OUT/config.yaml contains besides: model, data and rewards
         self.steps_done = 0
         self.is_warm = False
         self.last_experience: Experience | None = None
@@ -126,7 +125,7 @@ class PPOTrainer:
     # Setup
 
     def _note_options(self, rows: setup.Rows, *, evaluated: bool) -> None:
-        self.notes += tokenizer_notes(self.tokenizer, [row["prompt"] for row in rows])
+        self.notes += tokenizer_notes(self.tokenizer, prompts_of(rows))
         if self.config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(self.config, evaluated=evaluated) + notes_on_options(self.config)
@@ -305,22 +304,22 @@ class PPOTrainer:
         """The rollout of all processes with its scores, and the mean of each reward."""
         scores, means = score(local, self.rewards, self.config, self.reward_weights)
         # one process can take much longer than others
-        self.distributed.rendezvous(f"the rewards of step {self.steps_done + 1}")
+        self.distributed.monitored_barrier(f"the rewards of step {self.steps_done + 1}")
         means = self.distributed.reduce_metrics(means, len(local))
         rollout, scores = self.distributed.gather_rollout(local, scores, self.tokenizer.pad_token_id)
         return rollout, scores, means
 
     def _warm_up(self) -> None:
-        """Compiles, before the first step on a GPU, the kernels of learning on one short sequence."""
+        """Compile, before the first step on a GPU, the kernels of learning on one short sequence."""
         self.is_warm = True
-        (prompt,) = prompt_ids(self.tokenizer, [self.prompts.rows[0]["prompt"]])
+        (prompt,) = prompt_ids(self.tokenizer, prompts_of(self.prompts.rows[:1]))
         completion = [self.tokenizer.pad_token_id] * min(2, self.config.max_new_tokens)
         tokens = torch.tensor([prompt + completion])
         self.learner.warm_up(Rollout.from_lengths(tokens, [len(prompt)], [len(completion)], device=self.device))
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
-        """Adds the time of a phase, until the device has finished it: the one deliberate wait of each phase."""
+        """Add the time of a phase, until the device has finished it: the one deliberate wait of each phase."""
         start = time.perf_counter()
         yield
         synchronize(self.device)
@@ -346,7 +345,7 @@ class PPOTrainer:
     def _check_gap(
         self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
     ) -> None:
-        """Warns of a gap between sampler and trainer; raises InvariantError if it is too large, after a checkpoint."""
+        """Warn of a gap between sampler and trainer; raise InvariantError if it is too large, after a checkpoint."""
         # another engine computes in half precision, whatever the trainer does
         rounding = rounding_of(self.config, self.device.type) if self.uses_generate else ROUNDING["bfloat16"]
         found = []
@@ -366,7 +365,7 @@ class PPOTrainer:
 
     @ordinary_modes()
     def train(self, after_step: AfterStep | None = None) -> list[dict[str, float]]:
-        """Runs all remaining steps and returns their metrics; `after_step(trainer, metrics)` may return True to stop
+        """Run all remaining steps and return their metrics; `after_step(trainer, metrics)` may return True to stop
         early.
 
         With an OUT, Ctrl-C, SIGTERM and SIGHUP end it after the current step, with a checkpoint; `stopped_by` names
@@ -452,7 +451,7 @@ class PPOTrainer:
         return self.evaluator.run(self.steps_done, self.learner.kl_controller.coef, self.last_experience)
 
     def _report(self, evaluation: Evaluation | None, progress: Progress) -> None:
-        """Shows and writes an evaluation, and keeps the best model in OUT/best."""
+        """Show and write an evaluation, and keep the best model in OUT/best."""
         if evaluation is None or self.evaluator is None:
             return
         show(evaluation, progress.console, tables=self.config.show_samples_every > 0)
@@ -484,14 +483,14 @@ class PPOTrainer:
 
     def _stops(self, request: Request) -> bool:
         """Whether a process was asked to stop. All are at the end of a step then, and a checkpoint can be written."""
-        name = self.distributed.rendezvous(f"step {self.steps_done}", signal=request.name or "")
+        name = self.distributed.monitored_barrier(f"step {self.steps_done}", signal=request.name or "")
         if name:
             request.name = name
             request.agreed.set()
         return bool(name)
 
     def _give_up(self, name: str) -> None:
-        """Reports, in a process that got a signal, that not all processes reached the end of their step."""
+        """Report, in a process that got a signal, that not all processes reached the end of their step."""
         print_error(
             f"ppo-fast: rank {self.distributed.rank}: {name}, and not all processes reached the end of step"
             f" {self.steps_done + 1} within {interrupt.GRACE:g} s{self.folder.named_newest()}"
@@ -501,7 +500,7 @@ class PPOTrainer:
 
     @ordinary_modes()
     def resume(self, folder: str | Path | None = None, *, allow_changes: bool = False) -> bool:
-        """Continues from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
+        """Continue from the newest checkpoint in OUT, or from the one in `folder`; False: there is none yet.
 
         The next `train` makes bit for bit what it would have made without the interruption, on a CPU with as many
         threads. Reward functions and samplers with a state of their own must restore it themselves. Later checkpoints
@@ -523,12 +522,12 @@ class PPOTrainer:
         self.notes.append(f"continuing after step {self.steps_done}, from {folder}")
         return True
 
-    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         """What a checkpoint holds: tensors by file, in the main process, and values of JSON; collective."""
         return capture(self._run_state(), self.random)
 
     def load_state_dict(self, saved: Checkpoint, *, allow_changes: bool = False) -> list[str]:
-        """Puts a new trainer in the state of a checkpoint and returns notes for the user; collective."""
+        """Put a new trainer in the state of a checkpoint and return notes for the user; collective."""
         notes = restore(self._run_state(), saved, allow_changes=allow_changes)
         self.steps_done = saved.state["step"]
         self.random = RandomState.capture(self.device)
@@ -556,7 +555,7 @@ class PPOTrainer:
 
     @ordinary_modes()
     def save(self, name: str, texts: dict[str, str] | None = None, history: Sequence[dict] = ()) -> Path | None:
-        """Writes actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
+        """Write actor and tokenizer to OUT/name, where `from_pretrained` loads them; nothing without an OUT.
 
         A model there is replaced. An OUT with files that this project did not write is rejected.
         `texts` are files to add, by name; `history` the metrics to draw beside them.
@@ -564,16 +563,16 @@ class PPOTrainer:
         return self.folder.save_model(name, self.actor, self.tokenizer, texts, history)
 
     def _checkpoint(self, progress: Progress) -> Path:
-        """Writes OUT/checkpoints/step-N, if there is none yet, and returns its path."""
+        """Write OUT/checkpoints/step-N, if there is none yet, and return its path."""
 
-        def captured() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        def captured() -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
             progress.sync()
             return self.state_dict()
 
         return self.folder.write_checkpoint(self.steps_done, captured)
 
     def _save_model(self, progress: Progress) -> None:
-        """Writes OUT/model; where that fails, a checkpoint keeps the last steps."""
+        """Write OUT/model; where that fails, a checkpoint keeps the last steps."""
         card = model_card(self.config, self.run_options, progress.rows)
         try:
             self.save("model", {"README.md": card}, progress.rows)
@@ -584,7 +583,7 @@ class PPOTrainer:
             raise
 
     def _save_before(self, error: UserError, progress: Progress) -> None:
-        """Writes a checkpoint before a run ends with the error, and adds its name to the message."""
+        """Write a checkpoint before a run ends with the error, and add its name to the message."""
         if self.config.out is not None and self.steps_done > 0:
             try:
                 folder = self._checkpoint(progress)

@@ -107,7 +107,7 @@ def _check_rewards(
     mask: Tensor,
     options: ShapingOptions,
 ) -> Tensor:
-    """Checks what turns scores into rewards; the mask as bool."""
+    """Check what turns scores into rewards; the mask as bool."""
     _, kl_estimator, score_clip, reward_at = options
     checks.floating("logprobs", logprobs)
     shape, device = logprobs.shape, logprobs.device

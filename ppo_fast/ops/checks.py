@@ -47,7 +47,7 @@ OPTIONS = frozenset(
 
 
 def constants(operation: str, options: Mapping[str, object]) -> None:
-    """Raises TypeError for an option that requires a gradient, which it would not get."""
+    """Raise TypeError for an option that requires a gradient, which it would not get."""
     for name, x in options.items():
         if isinstance(x, Tensor) and name in OPTIONS and x.requires_grad and torch.is_grad_enabled():
             raise TypeError(
@@ -57,7 +57,7 @@ def constants(operation: str, options: Mapping[str, object]) -> None:
 
 
 def compiled(operation: str, options: Mapping[str, object]) -> None:
-    """Checks what `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
+    """Check what `resolved` checks, as far as torch.compile can trace it; operators receive resolved tensors anyway.
 
     Raises:
         NotImplementedError: a level of forward-mode AD is open. Compiled code would lose the tangents.
@@ -69,7 +69,7 @@ def compiled(operation: str, options: Mapping[str, object]) -> None:
 
 
 def ordinary(args: tuple[object, ...], options: Mapping[str, object]) -> bool:
-    """Returns whether no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
+    """Return whether no argument needs `resolved`: every tensor is plain memory, and no option requires a gradient."""
     if transforms_active() or forward_ad._current_level >= 0 or jit_tracer() is not None:
         return False
     for x in args:
@@ -87,7 +87,7 @@ def ordinary(args: tuple[object, ...], options: Mapping[str, object]) -> bool:
 def resolved(
     operation: Callable[..., object], args: tuple[object, ...], options: Mapping[str, object]
 ) -> inspect.BoundArguments:
-    """Returns the arguments with every tensor made plain where that is possible.
+    """Return the arguments with every tensor made plain where that is possible.
 
     After a graph break torch.compile would trace this function separately, without the tangents.
 
@@ -118,7 +118,7 @@ def _resolved(
 
 
 def floating(name: str, x: Tensor | None) -> Tensor:
-    """Checks a floating tensor, and returns it."""
+    """Check a floating tensor, and return it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -137,14 +137,14 @@ def device(name: str, x: Tensor, expected: torch.device, like: str) -> None:
 
 
 def matching(name: str, x: Tensor | None, like: Tensor, like_name: str) -> None:
-    """Checks a floating tensor for the shape and the device of another."""
+    """Check a floating tensor for the shape and the device of another."""
     x = floating(name, x)
     shape(name, x, like.shape, like_name)
     device(name, x, like.device, like_name)
 
 
 def alike(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device, *tensors: Tensor | None) -> bool:
-    """Returns whether all tensors have that shape, dtype and device; if not, `matching` decides about an error."""
+    """Return whether all tensors have that shape, dtype and device; if not, `matching` decides about an error."""
     try:
         for x in tensors:
             if x is not None and not (x.dtype is dtype and x.shape == shape and x.device == place):
@@ -155,7 +155,7 @@ def alike(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device, *tens
 
 
 def flag(name: str, x: Tensor | None, expected: tuple[int, ...], place: torch.device, like: str) -> Tensor | None:
-    """Checks a mask or another 0/1 tensor and returns it as bool; numbers are converted."""
+    """Check a mask or another 0/1 tensor and return it as bool; numbers are converted."""
     if x is None:
         return None
     if not isinstance(x, Tensor):
@@ -174,7 +174,7 @@ def flag(name: str, x: Tensor | None, expected: tuple[int, ...], place: torch.de
 def token_ids(
     tokens: Tensor, mask: Tensor | None, expected: tuple[int, ...], place: torch.device, like: str, size: int
 ) -> None:
-    """Checks int32 or int64 ids of the given shape; on a CPU each counted one must be in [0, size)."""
+    """Check int32 or int64 ids of the given shape; on a CPU each counted one must be in [0, size)."""
     if not isinstance(tokens, Tensor) or (tokens.dtype is not torch.int64 and tokens.dtype is not torch.int32):
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be an int32 or int64 tensor, got {got}")
@@ -200,7 +200,7 @@ def positive(name: str, x: float) -> None:
 
 
 def temperature(x: float) -> None:
-    """Checks a sampling temperature: positive, and such that it and its inverse are normal fp32 numbers."""
+    """Check a sampling temperature: positive, and such that it and its inverse are normal fp32 numbers."""
     if not 1e-37 <= x <= 1e37:
         positive("temperature", x)
         raise ValueError(f"temperature must be between 1e-37 and 1e37, got {x!r}")
@@ -217,7 +217,7 @@ def one_of(name: str, x: str, allowed: tuple[str, ...]) -> None:
 
 
 def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.device) -> None:
-    """Checks gamma or lam: a float in [0, 1], or a tensor of them, one for each row."""
+    """Check gamma or lam: a float in [0, 1], or a tensor of them, one for each row."""
     if isinstance(x, Tensor):
         floating(name, x)
         if x.ndim:
@@ -231,7 +231,7 @@ def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.d
 
 
 def cu_seqlens(x: Tensor | None, packed: Tensor, name: str) -> None:
-    """Checks [S + 1] int32 or int64 boundaries, from 0 to the length of the packed dimension, never falling."""
+    """Check [S + 1] int32 or int64 boundaries, from 0 to the length of the packed dimension, never falling."""
     if x is None:
         return
     if packed.ndim != 1:
@@ -252,7 +252,7 @@ def cu_seqlens(x: Tensor | None, packed: Tensor, name: str) -> None:
 
 
 def denominator(x: float | Tensor | None, aggregation: str, like: Tensor) -> None:
-    """Checks a count of tokens or sequences: a number or a 0-dim tensor, at least 1."""
+    """Check a count of tokens or sequences: a number or a 0-dim tensor, at least 1."""
     if x is None:
         return
     if aggregation == "token-sum":
@@ -281,7 +281,7 @@ _Result = TypeVar("_Result")
 
 
 def public_operation(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Makes a function a public operation, which receives plain tensors: see `resolved`."""
+    """Make a function a public operation, which receives plain tensors: see `resolved`."""
 
     @functools.wraps(function)
     def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -296,7 +296,7 @@ def public_operation(function: Callable[_Arguments, _Result]) -> Callable[_Argum
 
 
 def policy_options(options: LossOptions) -> None:
-    """Checks the options of the policy term."""
+    """Check the options of the policy term."""
     clip_low, clip_high, dual_clip, log_ratio_clamp, _, _, kl_estimator, *_ = options
     if not 0 <= clip_low <= 1:
         raise ValueError(f"clip_low must be in [0, 1], got {clip_low}")
@@ -311,7 +311,7 @@ def policy_options(options: LossOptions) -> None:
 
 
 def loss_aggregation(name: str, x: Tensor, options: LossOptions, boundaries: Tensor | None) -> None:
-    """Checks how the terms of the loss are averaged; x is what the loss is computed from."""
+    """Check how the terms of the loss are averaged; x is what the loss is computed from."""
     aggregation, given, norm_length = options[-3:]
     if aggregation not in AGGREGATIONS:
         one_of("aggregation", aggregation, AGGREGATIONS)

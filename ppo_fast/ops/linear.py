@@ -32,7 +32,7 @@ def _check_head(
     mask: Tensor | None,
     options: HeadOptions,
 ) -> Tensor | None:
-    """Checks what both operations have in common, and returns the mask as bool."""
+    """Check what both operations have in common, and return the mask as bool."""
     temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted = options
     if torch.compiler.is_compiling():  # otherwise public_operation does so
         for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):

@@ -96,7 +96,7 @@ def policy_loss(
 
 
 def _with_masks(tensors: LossTensors, first: Tensor, name: str) -> LossTensors:
-    """Checks the masks, after all tensors that must have the same shape, and returns them as bool."""
+    """Check the masks, after all tensors that must have the same shape, and return them as bool."""
     mask, value_mask = tensors.mask, tensors.value_mask
     if mask is not None:
         mask = checks.flag("mask", mask, first.shape, first.device, name)
@@ -108,7 +108,7 @@ def _with_masks(tensors: LossTensors, first: Tensor, name: str) -> LossTensors:
 
 
 def _check_policy(logprobs: Tensor, entropy: Tensor | None, tensors: LossTensors, options: LossOptions) -> None:
-    """Checks the tensors and options of the policy loss, and that bonus and penalty have what they need."""
+    """Check the tensors and options of the policy loss, and that bonus and penalty have what they need."""
     old_logprobs, advantages, _, weights, ref_logprobs, *_ = tensors
     given = old_logprobs is not None and advantages is not None
     same = logprobs.shape, logprobs.dtype, logprobs.device

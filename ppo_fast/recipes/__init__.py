@@ -22,7 +22,7 @@ def describe(name: str) -> str:
 
 
 def copy(name: str, folder: str | Path) -> list[Path]:
-    """Writes a recipe's files to a folder, with that folder's name in recipe.yaml; what it wrote.
+    """Write a recipe's files to a folder, with that folder's name in recipe.yaml; what it wrote.
 
     Raises:
         UserError: there is no such recipe, or the folder holds one of the files already, or cannot be written.

@@ -147,7 +147,7 @@ class Fluency:
 
     def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T - 1], 0 outside the mask. Causal attention: a token does not depend on the padding to its right."""
-        from ppo_fast.llm.models.head import decoder_of, head_of, without_cache
+        from ppo_fast.llm.models.head import decoder_of, linear_head_of, without_cache
         from ppo_fast.llm.models.probe import detect_unpacked_head
 
         if self.head is None:
@@ -158,7 +158,7 @@ class Fluency:
         else:
             decoder = decoder_of(self.model)
             hidden = decoder(input_ids=ids, **without_cache(decoder)).last_hidden_state[:, :-1]
-            layer = head_of(self.model)
+            layer = linear_head_of(self.model)
             found = ppo.linear_logprobs(
                 hidden,
                 layer.weight,

@@ -74,7 +74,7 @@ def _compile(compiler: str, target: Path) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    """Imports the extension; PyTorch knows the device's kernels from then on."""
+    """Import the extension; PyTorch knows the device's kernels from then on."""
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None

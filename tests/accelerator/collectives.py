@@ -90,7 +90,7 @@ def _move_by_swapping(parameters: Iterable[Tensor], buffers: Iterable[Tensor], d
 
 
 def join(rank: int, size: int, store: Path) -> torch.device:
-    """Makes this process one of several, as torchrun and its own test device do."""
+    """Make this process one of several, as torchrun and its own test device do."""
     register()
     torch.__future__.set_swap_module_params_on_conversion(True)
     _fsdp_init._move_states_to_device = _move_by_swapping

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Registers the device before the first test, if any test of this folder will run.
+    """Register the device before the first test, if any test of this folder will run.
 
     Autograd makes its threads, one for each device, in a process's first backward: a device that is registered later
     can have no backward.

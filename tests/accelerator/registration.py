@@ -16,7 +16,7 @@ TOTAL_MEMORY = 80 << 30  # bytes that each device claims to have, an H100's; not
 
 
 def register() -> None:
-    """Builds the device if necessary and makes `torch.device("testgpu")` work.
+    """Build the device if necessary and make `torch.device("testgpu")` work.
 
     Raises:
         CannotBuild: this machine has no C++ compiler.

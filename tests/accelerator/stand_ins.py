@@ -45,7 +45,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_attention_arguments(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: object) -> None:
-    """Raises what FlashAttention's kernels would raise, or would read wrongly."""
+    """Raise what FlashAttention's kernels would raise, or would read wrongly."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         _require(x.dtype in _LOW, f"FlashAttention only supports fp16 and bf16, but {name} is {x.dtype}")
         _require(x.dtype == query.dtype, f"query and {name} must have the same dtype")
@@ -95,7 +95,7 @@ def _visible(length: int, causal: bool, window: tuple[int, int], device: torch.d
 
 @contextmanager
 def as_one_kernel() -> Iterator[None]:
-    """Keeps what a stand-in does inside out of the waits: on CUDA it is one kernel."""
+    """Keep what a stand-in does inside out of the waits: on CUDA it is one kernel."""
     with record_waits():
         yield
 

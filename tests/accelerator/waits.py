@@ -48,7 +48,7 @@ _set_hook: list[Callable[[object], None]] = []  # of the extension, once the dev
 
 
 def connect(set_hook: Callable[[object], None]) -> None:
-    """Gives this module the extension's function that installs the hook."""
+    """Give this module the extension's function that installs the hook."""
     _set_hook[:] = [set_hook]
 
 
@@ -66,7 +66,7 @@ def record_waits() -> Iterator[Waits]:
 
 
 def report(kind: str, operation: str) -> None:
-    """Adds a wait to the list of the current block, if there is one."""
+    """Add a wait to the list of the current block, if there is one."""
     if _recording:
         _recording[-1].append(Wait(kind, operation, *_location()))
 

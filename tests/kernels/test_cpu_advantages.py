@@ -32,7 +32,7 @@ def by_torch(monkeypatch, function, *args, **options):
 
 
 def seen(monkeypatch) -> list[str]:
-    """Notes which loops run."""
+    """Note which loops run."""
     names: list[str] = []
     compiled = cpu._compiled
     monkeypatch.setattr(cpu, "_compiled", lambda name: names.append(name) or compiled(name))

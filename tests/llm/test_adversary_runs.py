@@ -73,7 +73,7 @@ def stopped(tmp_path) -> Path:
 
 
 def resummed(folder: Path) -> None:
-    """Writes SHA256SUMS anew, as somebody does who edits a checkpoint."""
+    """Write SHA256SUMS anew, as somebody does who edits a checkpoint."""
     files = sorted(f for f in folder.iterdir() if f.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text("".join(f"{checkpoint.sha256(f)}  {f.name}\n" for f in files))
 

@@ -161,7 +161,7 @@ def rank_one(monkeypatch: pytest.MonkeyPatch, two_gpus) -> list[str]:
         "init_process_group",
         lambda backend, device_id=None, timeout=None: calls.append(f"join {backend} {device_id}"),
     )
-    monkeypatch.setattr(parallel, "_meeting", lambda *_: None)
+    monkeypatch.setattr(parallel, "_barrier", lambda *_: None)
     monkeypatch.setattr(
         parallel.Distributed, "all_gather_object", lambda self, x: [x] * self.size
     )  # the others say the same

@@ -122,7 +122,7 @@ def own_of_rollout(model: Any, trainer: PPOTrainer) -> list[torch.Tensor]:
 
 
 def longrope() -> PreTrainedModel:
-    """Takes other frequencies for a batch whose longest sequence has more than 64 tokens."""
+    """Take other frequencies for a batch whose longest sequence has more than 64 tokens."""
     torch.manual_seed(0)
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0, 16.0, 32.0, 64.0]}

@@ -28,10 +28,10 @@ from ppo_fast.common import signals as interrupt
 from ppo_fast.common.device import derived_seed
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.signals import stop_requests
+from ppo_fast.llm.barrier import MonitoredBarrier
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import peer_failure
 from ppo_fast.llm.hashes import rows_hash
-from ppo_fast.llm.meeting import Meeting
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.reward.isolation import isolated
 from ppo_fast.llm.sharding import to_full_tensor
@@ -66,36 +66,36 @@ def in_threads(*functions: Callable[[], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join(30)
-        assert not thread.is_alive(), "a meeting hangs"
+        assert not thread.is_alive(), "a barrier hangs"
     return found
 
 
-def meetings(store: Any, size: int, limit: float = 20.0) -> list[Meeting]:
-    return [Meeting(store, rank, size, limit) for rank in range(size)]
+def barriers(store: Any, size: int, limit: float = 20.0) -> list[MonitoredBarrier]:
+    return [MonitoredBarrier(store, rank, size, limit) for rank in range(size)]
 
 
 def test_processes_leave_a_meeting_after_all_have_arrived_and_get_the_signal_of_any(store):
     log: list[tuple[int, int]] = []
 
-    def attend(meeting: Meeting) -> list[str]:
+    def attend(barrier: MonitoredBarrier) -> list[str]:
         told = []
         for number in range(4):
-            time.sleep(0.02 * meeting.rank)
-            log.append((number, meeting.rank))
-            brings = "SIGTERM" if (number, meeting.rank) == (2, 1) else ""
-            told.append(meeting(f"step {number}", signal=brings))
+            time.sleep(0.02 * barrier.rank)
+            log.append((number, barrier.rank))
+            brings = "SIGTERM" if (number, barrier.rank) == (2, 1) else ""
+            told.append(barrier(f"step {number}", signal=brings))
         return told
 
-    found = in_threads(*[lambda m=m: attend(m) for m in meetings(store, 3)])
+    found = in_threads(*[lambda m=m: attend(m) for m in barriers(store, 3)])
     assert found == [["", "", "SIGTERM", ""]] * 3
     assert [number for number, _ in log] == sorted(number for number, _ in log)
-    keys = [f"ppo_fast/meeting/{n}/{key}" for n in range(4) for key in ("arrived", "all", "signal")]
+    keys = [f"ppo_fast/barrier/{n}/{key}" for n in range(4) for key in ("arrived", "all", "signal")]
     left = {key for key in keys if store.check([key])}
-    assert left == {"ppo_fast/meeting/3/arrived", "ppo_fast/meeting/3/all"}, "old meetings are removed"
+    assert left == {"ppo_fast/barrier/3/arrived", "ppo_fast/barrier/3/all"}, "old barriers are removed"
 
 
 def test_a_late_process_is_named_and_does_not_find_the_meeting_complete(store):
-    first, second, third = meetings(store, 3)
+    first, second, third = barriers(store, 3)
     first.limit = second.limit = 0.3
     in_threads(*[lambda m=m: m("step 7") for m in (first, second, third)])
     begun = time.monotonic()
@@ -108,7 +108,7 @@ def test_a_late_process_is_named_and_does_not_find_the_meeting_complete(store):
 
 
 def test_a_process_that_failed_ends_the_wait_of_the_others_at_once(store):
-    first, second = meetings(store, 2, limit=60.0)
+    first, second = barriers(store, 2, limit=60.0)
 
     def fail() -> None:
         time.sleep(0.2)
@@ -121,8 +121,8 @@ def test_a_process_that_failed_ends_the_wait_of_the_others_at_once(store):
 
 
 def test_processes_that_no_longer_answer_are_named(store, monkeypatch):
-    monkeypatch.setattr("ppo_fast.llm.meeting.SILENCE", 0.3)
-    three = meetings(store, 3)
+    monkeypatch.setattr("ppo_fast.llm.barrier.SILENCE", 0.3)
+    three = barriers(store, 3)
     in_threads(*[lambda m=m: m("step 4") for m in three])
     assert in_threads(three[0].lost, three[1].lost) == ["rank 2, last seen after 'step 4'"] * 2
     assert three[2].lost() == "", "all have announced themselves now"
@@ -130,7 +130,7 @@ def test_processes_that_no_longer_answer_are_named(store, monkeypatch):
 
 def test_only_errors_of_collective_operations_are_taken_for_a_lost_process(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr("ppo_fast.llm.distributed._meetings", [])
+    monkeypatch.setattr("ppo_fast.llm.distributed._barriers", [])
     gloo = "[/src/gloo/gloo/transport/tcp/{}] "
     for error, expected in [
         (RuntimeError(gloo.format("pair.cc:553") + "Connection closed by peer [127.0.0.1]:1453"), "has ended"),

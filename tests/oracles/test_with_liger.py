@@ -29,7 +29,7 @@ IDS = torch.arange(14).view(2, 7) * 5 % 250
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """Restores what Liger replaces in the whole process."""
+    """Restore what Liger replaces in the whole process."""
     for module, name in (
         (modeling_llama, "apply_rotary_pos_emb"),  # what Liger replaces for the whole process, for one model, too
         (modeling_llama, "LlamaRMSNorm"),
@@ -42,7 +42,7 @@ def restored(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what Liger computes."""
+    """Count what Liger computes."""
     seen = {"norm": 0, "swiglu": 0, "rope": 0, "fused cross entropy": 0}
 
     def counted(place, name, label):

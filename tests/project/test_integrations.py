@@ -19,7 +19,7 @@ PACKAGES = {
 
 @pytest.fixture
 def anew(monkeypatch):
-    """Imports an integration as if it had never been imported."""
+    """Import an integration as if it had never been imported."""
 
     def import_one(name):
         monkeypatch.delitem(sys.modules, f"ppo_fast.integrations.{name}", raising=False)

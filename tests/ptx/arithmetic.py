@@ -58,7 +58,7 @@ def bf16_to_f32(bits: Value) -> Value:
 
 
 def f32_to_bf16(x: Value) -> Value:
-    """Rounds to nearest, ties to even; NaN becomes 0x7fff."""
+    """Round to nearest, ties to even; NaN becomes 0x7fff."""
     bits = x.view(U32)
     rounded = ((bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16)).astype(U16)
     return np.where(np.isnan(x), U16(0x7FFF), rounded)

@@ -68,7 +68,7 @@ def elements_inside(tensors: list[torch.Tensor]) -> np.ndarray | None:
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fills the storage of a plain CPU tensor with a pattern that the interpreter recognises as never written."""
+    """Fill the storage of a plain CPU tensor with a pattern that the interpreter recognises as never written."""
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":  # a FakeTensor has no memory
         return tensor
     if 0 < tensor.untyped_storage().nbytes() <= _LARGEST_POISONED:

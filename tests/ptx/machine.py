@@ -151,7 +151,7 @@ class Machine:
     def run(
         self, parameters: dict[str, Value], grid: tuple[int, int, int], approximate: Approximations, seed: int
     ) -> None:
-        """Runs every program of the grid, in an order that the seed determines."""
+        """Run every program of the grid, in an order that the seed determines."""
         self.special |= {f"nctaid_{axis}": np.uint32(n) for axis, n in zip("xyz", grid, strict=True)}
         programs = list(itertools.product(*map(range, grid)))
         random.Random(seed).shuffle(programs)

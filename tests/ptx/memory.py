@@ -97,7 +97,7 @@ class _Memory:
         return True
 
     def one_writer(self, addresses: np.ndarray, rows: np.ndarray, instruction: int) -> tuple[np.ndarray, np.ndarray]:
-        """Reports threads that store different values to one address in one instruction."""
+        """Report threads that store different values to one address in one instruction."""
         if len(addresses) == 1 and len(rows) > 1:
             if np.count_nonzero(rows != rows[0]):
                 self.report("threads store different values to one address", instruction)
@@ -232,7 +232,7 @@ class GlobalMemory(_Memory):
             segment.data[offsets[:, None] + np.arange(size)] = raw
 
     def check(self) -> None:
-        """Reports the conflicts of a whole launch."""
+        """Report the conflicts of a whole launch."""
         for segment in self.segments:
             log = self.log[segment.start]
             for conflict in between_programs(log):
@@ -306,7 +306,7 @@ class SharedMemory(_Memory):
         self.log.append(self.access(True, instruction, active, size, chosen))
 
     def barrier(self) -> None:
-        """Reports conflicts since the last barrier."""
+        """Report conflicts since the last barrier."""
         for conflict in between_warps(self.log):
             verb = "writes" if conflict.other_writes else "reads"
             self.report(

@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 def without(pattern: re.Pattern[str], number: int) -> Callable[[str], str]:
-    """Removes one match."""
+    """Remove one match."""
 
     def rewrite(ptx: str) -> str:
         match = list(pattern.finditer(ptx))[number]

@@ -40,7 +40,7 @@ class Program(NamedTuple):
 
 
 def split_operands(text: str) -> tuple[str, ...]:
-    """Splits at commas that are not inside braces or brackets."""
+    """Split at commas that are not inside braces or brackets."""
     parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text)
     return tuple(part.strip() for part in parts if part.strip())
 
@@ -53,7 +53,7 @@ _BRANCHES = ("bra", "ret", "exit")
 
 
 def parse(ptx: str) -> Program:
-    """Parses a module with one kernel.
+    """Parse a module with one kernel.
 
     >>> program = parse('''.visible .entry k(.param .u64 .ptr .global .align 1 k_param_0) .reqntid 32 {
     ...     mov.u32 %r1, %tid.x;

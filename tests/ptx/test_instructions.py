@@ -26,7 +26,7 @@ def width_of(kind: str) -> int:
 
 
 def execute(body: str, inputs: list[np.ndarray], result_bytes: int, *, amplitude: float = 0.0, shared: int = 256):
-    """Runs lines of PTX in 32 threads. Input i is at [%rd90 + i], the result at %rd99; both are this thread's."""
+    """Run lines of PTX in 32 threads. Input i is at [%rd90 + i], the result at %rd99; both are this thread's."""
     head = ["mov.u32 %r90, %tid.x;"]
     for i, data in enumerate(inputs):
         head += [f"ld.param.b64 %rd{80 + i}, [k_param_{i}];"]

@@ -45,7 +45,7 @@ from ppo_fast.rewards.overlap import package
 
 
 def run(settings: Settings, console: Console) -> report.Report:
-    """Runs all phases and returns the contents of DIR/report.json."""
+    """Run all phases and return the contents of DIR/report.json."""
     begun = time.perf_counter()
 
     package("sacrebleu", "sacrebleu")  # which the last phase needs, as it does the pictures
@@ -80,7 +80,7 @@ def run(settings: Settings, console: Console) -> report.Report:
 
 
 def _same_settings(out: Path, settings: Settings) -> None:
-    """Rejects folders that other settings have made."""
+    """Reject folders that other settings have made."""
     free = {"out", "quiet", "sweep", "device"}
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
     path = out / "settings.json"
@@ -100,7 +100,7 @@ def _same_settings(out: Path, settings: Settings) -> None:
 
 
 def once(folder: Path, phase: Callable[[Path], None], console: Console) -> None:
-    """Runs a phase that fills a folder, or leaves the folder as it is if it is there already."""
+    """Run a phase that fills a folder, or leaves the folder as it is if it is there already."""
     recover(folder)
     if folder.exists():
         say(console, f"{folder.name}: there already")

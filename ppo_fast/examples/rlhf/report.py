@@ -57,7 +57,7 @@ class Report(TypedDict):
 
 
 def compare(out: Path, parts: dict[str, list[str]], settings: Settings) -> Report:
-    """Evaluates answers of the supervised model, of the trained one, and of the text itself in the same way."""
+    """Evaluate answers of the supervised model, of the trained one, and of the text itself in the same way."""
     rewards, _ = rewards_of(out, parts, settings)
     device = pick_device(settings.device)
     with no_loading_bars():

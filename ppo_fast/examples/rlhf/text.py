@@ -91,7 +91,7 @@ def stretches(tokenizer: PreTrainedTokenizerFast, passages: list[str], count: in
 
 
 def spoil(stretch: Stretch, others: list[Stretch], kind: str, chooser: random.Random) -> str:
-    """Corrupts a continuation: its words are shuffled, some replaced, a few repeated, or misspelt."""
+    """Corrupt a continuation: its words are shuffled, some replaced, a few repeated, or misspelt."""
     words = stretch.follows.split(" ")
     if kind == "disorder":
         return " ".join(chooser.sample(words, len(words)))

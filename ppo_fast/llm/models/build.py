@@ -1,10 +1,11 @@
 """Building the models of a run: actor, critic and reference, checked, probed and ready for training."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common.device import has_weights, total_memory
 from ppo_fast.common.errors import UserError
@@ -13,7 +14,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.models.adapters import check_adapters, has_trained_adapters
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel
+from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel, input_embedding
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import prepare, warn_if_not_recomputed
 from ppo_fast.llm.models.policy import Policy, with_chunk_bytes
@@ -23,6 +24,9 @@ from ppo_fast.llm.models.weights import weights_hash
 from ppo_fast.llm.probe_sampling import detect_generate
 from ppo_fast.llm.sharding import shard, wrap
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 @dataclass
 class Models:
@@ -30,7 +34,7 @@ class Models:
 
     actor: LanguageModel
     critic: Critic | None = None
-    reference: PreTrainedModel | None = None
+    reference: LanguageModel | None = None
 
     def given(self) -> nn.ModuleList:
         """Those that exist."""
@@ -45,7 +49,7 @@ def build_models(
     config: PPOConfig,
     actor: LanguageModel,
     critic: Critic | None,
-    reference: PreTrainedModel | None,
+    reference: LanguageModel | None,
     device: torch.device,
     distributed: Distributed = SINGLE_PROCESS,
     *,
@@ -72,11 +76,12 @@ def build_models(
     load_device = torch.device("cpu") if distributed.strategy == "fsdp" else device
     prepare(actor, load_device)
     prepare(critic, load_device)
-    config = with_chunk_bytes(config, actor.get_input_embeddings().weight.shape[0], total_memory(device))
-    uses_adapters = reference is None and config.kl_coef > 0 and is_adapted(actor)
+    config = with_chunk_bytes(config, input_embedding(actor).shape[0], total_memory(device))
+    needs_reference = reference is None and config.kl_coef > 0
+    adapted = actor if needs_reference and is_adapted(actor) else None  # it becomes its own reference
     if reference is not None:
         prepare(reference, load_device)
-    elif config.kl_coef > 0 and not uses_adapters:
+    elif needs_reference and adapted is None:
         models.reference = frozen_copy(actor)
     if config.gradient_checkpointing:
         warn_if_not_recomputed(actor, critic.backbone)
@@ -98,7 +103,7 @@ def build_models(
         info = distributed.run_with_weights(
             lambda: detect_generate(actor, tokenizer, config, boundaries, reach), of=actor
         )
-    found = _adapter_reference(actor, distributed) if uses_adapters else None
+    found = None if adapted is None else _adapter_reference(adapted, distributed)
     _check_same_weights(distributed, {"actor": actor, "critic": critic, "reference": models.reference})
     if models.reference is not None and heads.reference is not None:
         found = _frozen_reference(models.reference, heads.reference, config, distributed)
@@ -112,7 +117,7 @@ def build_models(
 
 
 def _check_options(config: PPOConfig, actor: LanguageModel, critic: Critic | None, distributed: Distributed) -> None:
-    """Rejects options that contradict the given models."""
+    """Reject options that contradict the given models."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
     if config.merge_adapters and distributed.strategy == "fsdp":
@@ -134,7 +139,7 @@ def _with_adapters(config: PPOConfig, actor: LanguageModel, critic: Critic | Non
     return actor, critic
 
 
-def _adapter_reference(actor: LanguageModel, distributed: Distributed) -> Reference:
+def _adapter_reference(actor: "PeftModel", distributed: Distributed) -> Reference:
     starts_trained = distributed.run_with_weights(lambda: has_trained_adapters(actor), of=actor)
     found = AdapterReference(actor, starts_trained=starts_trained)
     distributed.run_with_weights(found.check, of=actor)
@@ -142,7 +147,7 @@ def _adapter_reference(actor: LanguageModel, distributed: Distributed) -> Refere
 
 
 def _frozen_reference(
-    model: PreTrainedModel, head: HeadInfo, config: PPOConfig, distributed: Distributed
+    model: LanguageModel, head: HeadInfo, config: PPOConfig, distributed: Distributed
 ) -> FrozenReference:
     found = FrozenReference(model, head, config)
     if distributed.strategy == "fsdp":
@@ -151,7 +156,7 @@ def _frozen_reference(
 
 
 def _check_same_weights(distributed: Distributed, models: dict[str, nn.Module | None]) -> None:
-    """Raises UserError if a model starts with other weights in another process. One without weights gets them later."""
+    """Raise UserError if a model starts with other weights in another process. One without weights gets them later."""
     if distributed.size > 1:
         present = {name: model for name, model in models.items() if model is not None and has_weights(model)}
         distributed.check_equal({f"the weights of the {name}": weights_hash(model) for name, model in present.items()})

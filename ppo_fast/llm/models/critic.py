@@ -8,16 +8,10 @@ from transformers import PreTrainedModel
 
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
-from ppo_fast.llm.models.head import LanguageModel, decoder_of, without_cache
+from ppo_fast.llm.models.head import decoder_of, input_embedding, without_cache
 
 
-def input_embedding(model: LanguageModel) -> Tensor:
-    """The input embedding [V, D]."""
-    weight: Tensor = model.get_input_embeddings().weight
-    return weight
-
-
-def hidden_size_of(decoder: LanguageModel) -> int:
+def hidden_size_of(decoder: nn.Module) -> int:
     """The size of a decoder's hidden states. It may differ from that of the embeddings (RemBERT, Reformer), which is
     taken for a model without weights."""
     weight = input_embedding(decoder)

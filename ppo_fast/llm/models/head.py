@@ -6,9 +6,9 @@
 import functools
 import inspect
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.packing.attention import Layout
 from ppo_fast.llm.packing.pack import Pack
 
-# A PreTrainedModel with `generate`, or peft's PeftModel around one: the two have no common class with these methods
-LanguageModel = Any
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# A model of transformers with `generate`, or the PeftModel around one
+LanguageModel = Union[PreTrainedModel, "PeftModel"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class GenerateInfo:
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside the wrapper of peft."""
-    unwrap: Any = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    unwrap = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
     inner = model if unwrap is None else unwrap()
     assert isinstance(inner, PreTrainedModel)
     return inner
@@ -106,9 +109,28 @@ def _embeddings(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def head_of(model: nn.Module) -> Any:
-    """Return the LM head, by transformers' name: nn.Linear in most models."""
+def own_generate(model: LanguageModel) -> Callable[..., Tensor]:
+    """Return the model's own `generate`, which PreTrainedModel does not declare."""
+    return cast(Callable[..., Tensor], model.generate)
+
+
+def input_embedding(model: nn.Module) -> Tensor:
+    """Return the input embedding [V, D]."""
+    weight = unwrap_peft(model).get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the LM head, by transformers' name: nn.Linear in most models; None in a model without one."""
     return unwrap_peft(model).get_output_embeddings()
+
+
+def linear_head_of(model: nn.Module) -> nn.Linear:
+    """Return the LM head of a model whose logits are linear in its hidden states (`HeadInfo.linear`)."""
+    head = head_of(model)
+    assert isinstance(head, nn.Linear)
+    return head
 
 
 def model_name(model: nn.Module) -> str:
@@ -117,14 +139,13 @@ def model_name(model: nn.Module) -> str:
 
 
 @functools.cache
-def _parameters(model_type: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(model_type.forward).parameters)
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Check whether the model's forward has an argument of this name."""
-    kind: object = type(unwrap_peft(model))
-    return name in _parameters(kind)
+    return name in _parameters(type(unwrap_peft(model)).forward)
 
 
 def without_cache(model: nn.Module) -> dict[str, object]:
@@ -206,20 +227,28 @@ def logprobs_of(
     model: nn.Module, head: HeadInfo, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute log-probability and entropy [n] of the pack's completion tokens, with a graph."""
-    options: dict[str, Any] = {"temperature": config.temperature, "with_entropy": True, "backend": config.backend}
     if not head.linear:
-        logits = model_logits(model, pack, head)
-        return ppo.token_logprobs(logits, pack.tokens, **options)  # type: ignore[return-value]  # with_entropy: two
+        logprobs, entropy = ppo.token_logprobs(
+            model_logits(model, pack, head),
+            pack.tokens,
+            temperature=config.temperature,
+            with_entropy=True,
+            backend=config.backend,
+        )
+        return logprobs, entropy
     if hidden is None:
         hidden = hidden_states(decoder_of(model), pack, head)
-    layer = head_of(model)
-    return ppo.linear_logprobs(  # type: ignore[return-value]  # likewise
+    layer = linear_head_of(model)
+    logprobs, entropy = ppo.linear_logprobs(
         hidden[pack.logit_positions].to(layer.weight.dtype),
         layer.weight,
         pack.tokens,
         bias=layer.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        temperature=config.temperature,
+        with_entropy=True,
         chunk_bytes=config.chunk_bytes,
-        **options,
+        backend=config.backend,
     )
+    return logprobs, entropy

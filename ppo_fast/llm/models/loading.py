@@ -1,7 +1,6 @@
 """Loading an actor and its tokenizer from a folder, and checks of the models of a run."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +14,13 @@ from transformers import (
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.models.critic import Critic, hidden_size_of, input_embedding
-from ppo_fast.llm.models.head import head_of, model_name, text_config, unwrap_peft
+from ppo_fast.llm.models.critic import Critic, hidden_size_of
+from ppo_fast.llm.models.head import LanguageModel, head_of, input_embedding, model_name, text_config, unwrap_peft
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_tokenizer, load_weights, stored_dtype
 from ppo_fast.llm.packing.flash_calls import first_line
+
+SOURCE_DTYPE = "ppo_fast_source_dtype"  # an attribute of an actor from `load_actor`
 
 
 def load_model_config(folder: str | Path) -> PreTrainedConfig:
@@ -47,14 +48,13 @@ def load_actor(
     """
     check_folder(folder, "model", trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    how: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    actor: Any
+    kind, dtype = AutoModelForCausalLM, torch.float32
     if weights:
         advice = "give a folder to which the save_pretrained of a causal language model, head included, wrote"
-        actor = load_weights(AutoModelForCausalLM, folder, "model", advice, **how)
-        actor.ppo_fast_source_dtype = stored_dtype(folder)
+        actor = load_weights(kind, folder, "model", advice, dtype=dtype, trust_remote_code=trust_remote_code)
+        setattr(actor, SOURCE_DTYPE, stored_dtype(folder))
     else:
-        actor = load_structure(AutoModelForCausalLM, folder, "model", **how)
+        actor = load_structure(kind, folder, "model", dtype=dtype, trust_remote_code=trust_remote_code)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"the pad token {pad_token!r} is not in the vocabulary of the tokenizer in {folder}")
@@ -64,15 +64,15 @@ def load_actor(
 
 def source_dtype(actor: nn.Module) -> torch.dtype | None:
     """Return the dtype of the weights in the folder of an actor from `load_actor`; None for other actors."""
-    return getattr(unwrap_peft(actor), "ppo_fast_source_dtype", None)
+    return getattr(unwrap_peft(actor), SOURCE_DTYPE, None)
 
 
-def vocabulary_of(model: object) -> int:
+def vocabulary_of(model: nn.Module) -> int:
     """Return V, the number of tokens for which the model has embeddings."""
     return input_embedding(model).shape[0]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: object) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: LanguageModel) -> None:
     """Reject a tokenizer that would fail in a step: no pad token, no end token, ids beyond the embedding."""
     if tokenizer.pad_token_id is None:
         raise UserError(
@@ -89,7 +89,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, actor: object) -> None:
     check_embedding(tokenizer, actor, "the model")
 
 
-def check_embedding(tokenizer: PreTrainedTokenizerBase, model: object, what: str) -> None:
+def check_embedding(tokenizer: PreTrainedTokenizerBase, model: nn.Module, what: str) -> None:
     """Reject a model without an embedding for some tokens. Ids may have gaps: the largest one counts.
 
     Raises:
@@ -134,11 +134,11 @@ def check_others(
 
 
 def _head_weights(model: nn.Module) -> list[nn.Parameter]:
-    head: object = head_of(model)
+    head = head_of(model)
     return list(head.parameters()) if isinstance(head, nn.Linear) else []
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: Any) -> list[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, actor: LanguageModel) -> list[int]:
     """Return the ids of the tokens that end a completion, of the generation config and of the tokenizer."""
     configured = actor.generation_config.eos_token_id if actor.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
@@ -151,8 +151,7 @@ def check_language_model(actor: nn.Module) -> None:
     Raises:
         UserError: it is an encoder-decoder model, or its configuration names no single part for text.
     """
-    inner: Any = actor
-    if not isinstance(inner.get_base_model() if is_adapted(inner) else inner, PreTrainedModel):
+    if not isinstance(actor.get_base_model() if is_adapted(actor) else actor, PreTrainedModel):
         raise UserError(
             f"the actor must be a model of transformers, or a PeftModel around one, got {type(actor).__name__}: give"
             " the model itself, not a name or a wrapper; ppo_fast.llm.models.loading.load_actor(folder) loads one"

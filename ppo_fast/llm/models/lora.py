@@ -1,14 +1,19 @@
 """LoRA adapters through peft."""
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_model: bool) -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_model: bool) -> "PeftModel":
     """Add LoRA adapters (Hu et al. 2021) through peft, and freeze all other weights.
 
     `targets`: "all-linear", or comma-separated names of modules. The LM head gets an adapter only if it is named. The
@@ -28,7 +33,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: str, language_
         target_modules=targets if targets == "all-linear" else _targets(model, targets, language_model=language_model),
         task_type="CAUSAL_LM" if language_model else "FEATURE_EXTRACTION",
     )
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # any nn.Module works
+    return peft.get_peft_model(model, config)
 
 
 def _targets(model: nn.Module, targets: str, *, language_model: bool) -> list[str]:
@@ -47,7 +52,7 @@ def _targets(model: nn.Module, targets: str, *, language_model: bool) -> list[st
     return found
 
 
-def with_lora(model: Any, config: PPOConfig, *, language_model: bool) -> Any:
+def with_lora(model: Model, config: PPOConfig, *, language_model: bool) -> "Model | PeftModel":
     """Return the model with the adapters that the options name; unchanged if they name none."""
     if not config.lora_rank:
         return model

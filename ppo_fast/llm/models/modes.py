@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -15,15 +15,22 @@ from ppo_fast.llm.models.head import model_name
 from ppo_fast.llm.packing.attention import copy_configs
 
 
-def recomputed_layers(model: nn.Module) -> list[Any]:
+class RecomputedLayer(Protocol):
+    """A layer of a model whose `gradient_checkpointing_enable` has been called."""
+
+    training: bool
+    _gradient_checkpointing_func: Callable[..., object]
+
+
+def recomputed_layers(model: nn.Module) -> list[RecomputedLayer]:
     """The layers that gradient checkpointing recomputes: those of models that support it."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.supports_gradient_checkpointing]
     layers = {id(m): m for part in models for m in part.modules() if isinstance(m, GradientCheckpointingLayer)}
-    return list(layers.values())
+    return [cast(RecomputedLayer, layer) for layer in layers.values()]  # transformers does not declare the function
 
 
 def warn_if_not_recomputed(*models: nn.Module | None) -> None:
-    """Warns once of models for which gradient checkpointing does nothing."""
+    """Warn once of models for which gradient checkpointing does nothing."""
     without = [model_name(model) for model in models if model is not None and not recomputed_layers(model)]
     if without:
         warnings.warn(
@@ -33,7 +40,7 @@ def warn_if_not_recomputed(*models: nn.Module | None) -> None:
         )
 
 
-def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., object]) -> Callable[..., object]:
+def _in_evaluation_mode(layer: RecomputedLayer, checkpoint: Callable[..., object]) -> Callable[..., object]:
     """A checkpoint function whose layer runs in evaluation mode, both in forward and when it is recomputed."""
 
     def run(function: Callable[..., object], *arguments: object) -> object:
@@ -51,7 +58,7 @@ def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., object]) -> 
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Recomputes the forward of layers in backward, inside this block.
+    """Recompute the forward of layers in backward, inside this block.
 
     transformers does so for layers in training mode. A layer has that mode only until its forward begins: dropout stays
     off, also where a layer calls it as a function of its own mode. Sampling, outside the block, keeps its cache.
@@ -79,6 +86,6 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a model to its device, switches dropout off and copies its configs; without weights it stays on meta."""
+    """Move a model to its device, switch dropout off and copy its configs; without weights it stays on meta."""
     copy_configs(model)
     return model.to(device).eval() if has_weights(model) else model.eval()

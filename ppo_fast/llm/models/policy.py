@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,18 @@ from ppo_fast.llm.models.head import (
     HeadInfo,
     LanguageModel,
     decoder_of,
-    head_of,
     hidden_states,
+    linear_head_of,
     logprobs_of,
+    own_generate,
 )
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
 from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
 from ppo_fast.llm.packing.pack import Pack
 from ppo_fast.llm.sharding import keep_gathered
+from ppo_fast.ops.backend import Backend
+from ppo_fast.ops.checks import Aggregation, KLEstimator
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,29 @@ class LossInputs:
     denominator: float  # tokens, or sequences, of the minibatch
     kl_coef: float
     entropy_coef: float
+
+
+class _Aggregation(TypedDict):
+    """The options by which the losses of tokens become one."""
+
+    aggregation: Aggregation
+    denominator: float
+    backend: Backend
+    cu_seqlens: Tensor | None
+    norm_length: float | None
+
+
+class _PolicyOptions(_Aggregation):
+    """The options of the policy term."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coef: float
+    ref_logprobs: Tensor | None
+    kl_coef: float
+    kl_estimator: KLEstimator
+    weights: Tensor | None
 
 
 CHUNK_TOKENS = 4096  # of a chunk of logits on a GPU, unless memory is short: see kernels/linear/chunks.py
@@ -149,14 +175,13 @@ class Policy(nn.Module):
             return logprobs_of(self.actor, self.head, pack, self.config)[0]
 
     def generate(self, **options: object) -> Tensor:
-        """Calls the actor's own `generate` as a method of this module, for which FSDP2 gathers its weights."""
+        """Call the actor's own `generate` as a method of this module, for which FSDP2 gathers its weights."""
         with keep_gathered(self) if self.config.gather_for_sampling else nullcontext():
-            actor: LanguageModel = self.actor
-            return actor.generate(**options)
+            return own_generate(self.actor)(**options)
 
     def _policy_loss(self, pack: Pack, inputs: LossInputs, hidden: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        options: dict[str, Any] = {
+        options: _PolicyOptions = {
             "clip_low": config.clip_low,
             "clip_high": config.clip_high,
             "dual_clip": config.dual_clip,
@@ -168,7 +193,7 @@ class Policy(nn.Module):
             **_aggregation(config, pack, inputs),
         }
         if self.head.linear and hidden is not None:
-            layer = head_of(self.actor)
+            layer = linear_head_of(self.actor)
             out = ppo.linear_ppo_loss(
                 hidden[pack.logit_positions].to(layer.weight.dtype),
                 layer.weight,
@@ -200,18 +225,14 @@ class Policy(nn.Module):
         return self._actor_states(pack) if actor_states is None else actor_states
 
 
-def _aggregation(config: PPOConfig, pack: Pack, inputs: LossInputs) -> dict[str, Any]:
-    """The options by which the losses of tokens become one."""
-    options: dict[str, object] = {
+def _aggregation(config: PPOConfig, pack: Pack, inputs: LossInputs) -> _Aggregation:
+    return {
         "aggregation": config.aggregation,
         "denominator": inputs.denominator,
         "backend": config.backend,
+        "cu_seqlens": pack.cu_completions if config.aggregation.startswith("seq-") else None,
+        "norm_length": float(config.max_new_tokens) if config.aggregation == "seq-mean-token-sum-norm" else None,
     }
-    if config.aggregation.startswith("seq-"):
-        options["cu_seqlens"] = pack.cu_completions
-    if config.aggregation == "seq-mean-token-sum-norm":
-        options["norm_length"] = float(config.max_new_tokens)
-    return options
 
 
 @contextmanager

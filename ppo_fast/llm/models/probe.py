@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ from ppo_fast.llm.models.head import (
     decoder_of,
     head_of,
     hidden_states,
+    input_embedding,
     model_logits,
     model_name,
     text_config,
+    unwrap_peft,
 )
 from ppo_fast.llm.models.head import without_cache as no_cache
 from ppo_fast.llm.packing import flash
@@ -112,26 +114,24 @@ def detect_heads(
     """
     flash.reset()
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
-    models = (actor, critic, reference)
+    models = {"actor": actor, "critic": critic, "reference": reference}
     said: set[tuple[object, ...]] = set()
-    found: list[HeadInfo | None] = []
-    for model in models:
+    found: dict[str, HeadInfo] = {}
+    for role, model in models.items():
         if model is None:
-            found.append(None)
             continue
         head, problems = _probe(model, autocast, device, reach)
-        found.append(head)
+        found[role] = head
         # a critic or reference of the actor's family has the same problems, which are reported once
         key = (type(text_config(model)), head)
         if key not in said:
             for problem in problems:
                 warn_or_raise(problem, strict)
         said.add(key)
-    known = [head for head in found if head is not None]
-    batched, boundaries = all(h.batched for h in known), tuple(sorted({b for h in known for b in h.boundaries}))
-    heads = [h and dataclasses.replace(h, batched=batched, boundaries=boundaries) for h in found]
-    assert heads[0] is not None  # there always is an actor
-    return ModelHeads(heads[0], heads[1], heads[2])
+    batched = all(head.batched for head in found.values())
+    boundaries = tuple(sorted({b for head in found.values() for b in head.boundaries}))
+    heads = {role: dataclasses.replace(x, batched=batched, boundaries=boundaries) for role, x in found.items()}
+    return ModelHeads(heads["actor"], heads.get("critic"), heads.get("reference"))
 
 
 @torch.no_grad()
@@ -160,10 +160,16 @@ def detect_unpacked_head(model: nn.Module, *, strict: bool = False) -> HeadInfo:
     return head
 
 
+class _Products(Protocol):
+    """The settings of the matrix products of a backend."""
+
+    fp32_precision: str
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Compute fp32 products without TF32 or bf16, whatever the user has set: fp32 is compared with fp32."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
+    settings: list[_Products] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # missing in the stub
     before = [x.fp32_precision for x in settings]
     # PyTorch has two interfaces to this setting, and raises an error where one is read that differs from the other
     older = _older_precision()
@@ -250,14 +256,14 @@ def affordable(model: nn.Module, named: list[int], reach: Reach, device: torch.d
     return checked
 
 
-def _sequences(model: Any, lengths: Sequence[int]) -> Rollout:
+def _sequences(model: nn.Module, lengths: Sequence[int]) -> Rollout:
     """Make sequences of these lengths, as a rollout whose completions are everything but the first token."""
-    vocabulary, device = model.get_input_embeddings().weight.shape[0], model.get_input_embeddings().weight.device
-    ids = (torch.arange(sum(lengths)) * 7919 + 1) % vocabulary
+    embedding = input_embedding(model)
+    ids = (torch.arange(sum(lengths)) * 7919 + 1) % embedding.shape[0]
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for row, part in zip(tokens, ids.split(list(lengths)), strict=True):
         row[: len(part)] = part
-    return Rollout.from_lengths(tokens, [1] * len(lengths), [n - 1 for n in lengths], device=device)
+    return Rollout.from_lengths(tokens, [1] * len(lengths), [n - 1 for n in lengths], device=embedding.device)
 
 
 def _rows(sequences: Rollout) -> list[Tensor]:
@@ -270,9 +276,9 @@ def _rows(sequences: Rollout) -> list[Tensor]:
 # Rounding
 
 
-def _computed(model: Any) -> torch.dtype:
+def _computed(model: nn.Module) -> torch.dtype:
     """Return the dtype in which a model computes: that of autocast where it is on, else that of its embeddings."""
-    weight = model.get_input_embeddings().weight
+    weight = input_embedding(model)
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -282,7 +288,7 @@ def in_full_precision(model: nn.Module) -> bool:
     return _computed(model) == torch.float32
 
 
-def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> float:
+def rounding_bound(model: nn.Module, compute: Callable[[], Tensor], own: Tensor) -> float:
     """Estimate by how much two orders of summation may change the values of `compute`: see FP32_BOUND.
 
     Products of 9 rows and of 5, 3 and 1 use different kernels, and each layer propagates the rounding of those before
@@ -294,7 +300,7 @@ def rounding_bound(model: Any, compute: Callable[[], Tensor], own: Tensor) -> fl
         sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) * 2654435761 // 128 % 2)
         return out * (1 + eps * sign.to(out.dtype))
 
-    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    hook = unwrap_peft(model).get_input_embeddings().register_forward_hook(nudge)
     try:
         moved = (compute().float() - own.float()).abs().max().item()
     finally:

@@ -3,28 +3,33 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.adapters import ADVICE, CLONING_ERRORS, has_trained_adapters
-from ppo_fast.llm.models.head import HeadInfo, logprobs_of
+from ppo_fast.llm.models.head import HeadInfo, input_embedding, logprobs_of
 from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.packing.flash_calls import first_line
 from ppo_fast.llm.packing.pack import Pack
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from typing_extensions import TypeIs
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def frozen_copy(model: Model) -> Model:
     """A copy that is never trained: the reference."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def is_adapted(model: object) -> bool:
+def is_adapted(model: object) -> "TypeIs[PeftModel]":
     """Whether peft has put adapters into it."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
@@ -42,7 +47,7 @@ class AdapterReference:
 
     NAME = "ppo_fast_reference"
 
-    def __init__(self, actor: Any, *, starts_trained: bool | None = None) -> None:
+    def __init__(self, actor: "PeftModel", *, starts_trained: bool | None = None) -> None:
         self.actor = actor
         self.active = actor.active_adapter
         self._check_trained()
@@ -51,7 +56,7 @@ class AdapterReference:
             self._clone()
 
     def _check_trained(self) -> None:
-        """Rejects trained weights that the reference would share, such as the biases of LoRA's bias="all"."""
+        """Reject trained weights that the reference would share, such as the biases of LoRA's bias="all"."""
         shared = [n for n, p in self.actor.named_parameters() if p.requires_grad and self.active not in n.split(".")]
         if shared:
             raise UserError(
@@ -90,14 +95,14 @@ class AdapterReference:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compares the reference with the actor from whose adapter it was copied, before any training.
+        """Compare the reference with the actor from whose adapter it was copied, before any training.
 
         Raises:
             UserError: their logits differ.
         """
         if not self.starts_trained or not has_weights(self.actor):
             return
-        weight = self.actor.get_input_embeddings().weight
+        weight = input_embedding(self.actor)
         ids = (torch.arange(16, device=weight.device) * 7919 % weight.shape[0]).unsqueeze(0)
         expected = self.actor(input_ids=ids).logits
         with self():

@@ -5,15 +5,15 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.common.device import upload
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.data import Prompt, added_ids, chat_text, without_second_begin
+from ppo_fast.llm.models.head import input_embedding
 from ppo_fast.llm.models.loading import check_embedding
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_tokenizer, load_weights
 
@@ -74,7 +74,7 @@ class RewardModel:
             raise RewardError(f"the reward model has {model.config.num_labels} outputs; one score is expected")
         check_embedding(tokenizer, model, "the reward model")
         model.config.pad_token_id = tokenizer.pad_token_id
-        self.model: Any = model.eval() if device is None else model.eval().to(device)  # type: ignore[arg-type]  # a stub of transformers
+        self.model: PreTrainedModel = model.eval() if device is None else nn.Module.to(model.eval(), device)
         # a copy: a call with truncation changes a tokenizer, and what save_pretrained writes of it
         self.tokenizer = copy.deepcopy(tokenizer)
         self.batch_size = batch_size
@@ -111,7 +111,7 @@ class RewardModel:
         end token, or another token of the text, it would read the score too early.
         """
         used = {token for row in ids for token in row}
-        tokens = range(self.model.get_input_embeddings().weight.shape[0])
+        tokens = range(input_embedding(self.model).shape[0])
         return next((token for token in (self.tokenizer.pad_token_id, *tokens) if token not in used), None)
 
     def _scores(self, ids: list[list[int]], pad: int) -> Tensor:
@@ -158,7 +158,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def _pad_token(model: Any, token: int) -> Iterator[None]:
+def _pad_token(model: PreTrainedModel, token: int) -> Iterator[None]:
     """Use `token` for padding inside this block."""
     configs = [model.config, model.config.get_text_config()]
     before = [config.pad_token_id for config in configs]

@@ -6,18 +6,27 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ppo_fast.common.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 
+AutoModelClass: TypeAlias = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 
 # Masks and tables that older versions of transformers saved with the weights, as in GPT-2 and Pythia; models make them
 CONSTANTS = re.compile(r"(^|\.)((attn|self_attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
@@ -101,8 +110,16 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
+class _Report(TypedDict):
+    """The differences between config.json and the files that transformers finds."""
+
+    mismatched_keys: set[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, shape in the file, shape of the model
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+
+
 def load_weights(
-    kind: Any,
+    kind: AutoModelClass,
     folder: str | Path,
     what: str,
     advice: str,
@@ -113,7 +130,7 @@ def load_weights(
     """Load a model of an AutoModel class with the weights in a folder that `check_folder` has accepted.
 
     Args:
-        kind: AutoModelForCausalLM, for instance.
+        kind: the AutoModel class.
         folder: with config.json and safetensors files.
         what: the model's role in messages, such as "model".
         advice: what to give instead of a folder that lacks weights.
@@ -125,7 +142,7 @@ def load_weights(
             are NaN or infinite.
     """
     with _reading(f"the {what} in {folder}"), _no_loading_report():
-        model, report = kind.from_pretrained(
+        loaded = kind.from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
@@ -134,13 +151,19 @@ def load_weights(
             ignore_mismatched_sizes=True,  # they are reported below
             output_loading_info=True,
         )
+    model, report = cast(tuple[PreTrainedModel, _Report], loaded)  # as output_loading_info asks for
     _check_report(report, model, f"the {what} in {folder}", advice)
     check_finite(model, f"the {what} in {folder}")
     return model
 
 
 def load_structure(
-    kind: Any, folder: str | Path, what: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    kind: AutoModelClass,
+    folder: str | Path,
+    what: str,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the same model on the meta device, from its configuration; weights are not read."""
     how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -153,9 +176,8 @@ def load_structure(
     return model.eval()
 
 
-def _check_report(report: dict[str, Any], model: nn.Module, where: str, advice: str) -> None:
+def _check_report(report: _Report, model: nn.Module, where: str, advice: str) -> None:
     """Reject weights that differ from the description in config.json."""
-    # (name, shape in the file, shape of the model)
     sizes = sorted(report["mismatched_keys"])
     if sizes:
         _, found, expected = sizes[0]

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ def cudnn_attention(*, enabled: bool) -> Iterator[None]:
     shape; lengths change with every pack and with every sampled token. Elsewhere cuDNN is the last choice anyway.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before and enabled)  # who has switched it off wants it off
+    torch.backends.cuda.enable_cudnn_sdp(before and enabled)  # it stays off where the user has switched it off
     try:
         yield
     finally:
@@ -122,7 +122,7 @@ def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
 
 
 def copy_configs(model: nn.Module) -> None:
-    """Gives a model config objects of its own: models built from one object share its attention implementation."""
+    """Give a model config objects of its own: models built from one object share its attention implementation."""
     memo: dict[int, object] = {}
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
@@ -200,47 +200,59 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+class _Context(Protocol):
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+
+
 class _ToSlots(torch.autograd.Function):
     """[total, ...] -> [slots, ...]. Padding gets no gradient, so the way back is a plain selection, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, token_of_slot: Tensor) -> Tensor:
-        ctx.layout = layout
+    def forward(ctx: _Context, x: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
+        ctx.slot_of_token = slot_of_token
         return x.index_select(0, token_of_slot)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.layout.slot_of_token), None, None
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.slot_of_token), None, None
 
 
 class _FromSlots(torch.autograd.Function):
     """[slots, ...] -> [total, ...], the inverse."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return x.index_select(0, layout.slot_of_token)
+    def forward(ctx: _Context, x: Tensor, token_of_slot: Tensor, slot_of_token: Tensor) -> Tensor:
+        ctx.token_of_slot, ctx.slot_of_token = token_of_slot, slot_of_token
+        return x.index_select(0, slot_of_token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        slots, places = ctx.layout.token_of_slot, ctx.layout.slot_of_token
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        slots, places = ctx.token_of_slot, ctx.slot_of_token
         if len(slots) == len(places):
-            return grad.index_select(0, slots), None
-        return grad.new_zeros(len(slots), *grad.shape[1:]).index_copy_(0, places, grad), None
+            return grad.index_select(0, slots), None, None
+        return grad.new_zeros(len(slots), *grad.shape[1:]).index_copy_(0, places, grad), None, None
 
 
-def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any) -> Tensor:
+class _ScoreOptions(TypedDict):
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _by_buckets(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Unpack[_ScoreOptions]) -> Tensor:
     """[total, H, d], a bucket of sequences at a time. Padding is on the right: causal attention never sees it."""
     parts = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [total, heads, d]
     if layout.token_of_slot is not None:
-        parts = [_ToSlots.apply(x, layout, layout.token_of_slot) for x in parts]
+        parts = [_ToSlots.apply(x, layout.token_of_slot, layout.slot_of_token) for x in parts]
     sizes = [S * L for S, L in layout.shapes]
     attended = []
     for bucket, shape in zip(zip(*(x.split(sizes) for x in parts), strict=True), layout.shapes, strict=True):
         heads = (x.unflatten(0, shape).transpose(1, 2) for x in bucket)  # [S, heads, L, d]
         attended.append(_causal(*heads, **options).transpose(1, 2).flatten(0, 1))
     out = torch.cat(attended) if len(attended) > 1 else attended[0]
-    return out if layout.token_of_slot is None else _FromSlots.apply(out, layout)
+    return out if layout.token_of_slot is None else _FromSlots.apply(out, layout.token_of_slot, layout.slot_of_token)
 
 
 def _causal(

@@ -8,20 +8,18 @@ FlashAttention: Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (2307.08691), Shah 
 """
 
 import importlib
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast.common import device as devices
-from ppo_fast.llm.packing.flash_calls import CALLS, Request, Rows, first_line, trial
+from ppo_fast.llm.packing.flash_calls import CALLS, Attention, Request, Rows, first_line, trial
 
 HALF = (torch.float16, torch.bfloat16)
 BUCKETS = "buckets"
@@ -54,7 +52,7 @@ class Decision:
 class _Findings:
     """What is known of the installed packages and this machine's devices, as compiled kernels are: per process."""
 
-    decisions: dict[tuple[Any, ...], Decision] = field(default_factory=dict)
+    decisions: dict[tuple[Request, tuple[int, int] | None, bool, bool], Decision] = field(default_factory=dict)
     rejected: dict[tuple[str, Request, bool], str | None] = field(default_factory=dict)  # None: the trial succeeded
     packages: dict[str, "_Package"] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
@@ -65,13 +63,13 @@ _found = _Findings()
 
 
 def reset() -> None:
-    """Clears all results: a run prints its warnings once, and examines the installed packages again."""
+    """Clear all results: a run prints its warnings once, and examines the installed packages again."""
     for known in (_found.decisions, _found.rejected, _found.packages, _found.said):
         known.clear()
 
 
 def warn_once(message: str, key: str | None = None) -> None:
-    """Warns unless this run has already warned of the same (of `key`, if the message has varying figures)."""
+    """Warn unless this run has already warned of the same (of `key`, if the message has varying figures)."""
     if (key or message) not in _found.said:
         _found.said.add(key or message)
         warnings.warn(message, stacklevel=3)
@@ -82,19 +80,25 @@ class _Package:
     """An installed implementation: its function, or why there is none."""
 
     label: str
-    function: Callable[..., object] | None = None
+    function: Attention | None = None
     version: tuple[int, ...] = ()
     problem: str | None = None
     broken: bool = False  # it is installed, but cannot be used
 
+    def attention(self) -> Attention:
+        """The function of a package without a problem."""
+        assert self.function is not None  # `_why_not` excludes a package without one
+        return self.function
+
 
 def _numbers(text: str) -> tuple[int, ...]:
     """(2, 7, 4) of "2.7.4.post1"."""
-    return tuple(int(x) for x in re.match(r"[\d.]*", text).group().strip(".").split(".") if x)  # type: ignore[union-attr]
+    end = len(text) - len(text.lstrip("0123456789."))
+    return tuple(int(x) for x in text[:end].split(".") if x)
 
 
 def _package(name: str, distribution: str, module: str) -> _Package:
-    """Imports `flash_attn_varlen_func` of an installed distribution, once."""
+    """Import `flash_attn_varlen_func` of an installed distribution, once."""
     if name in _found.packages:
         return _found.packages[name]
     try:
@@ -212,19 +216,19 @@ def _trial_result(path: str, package: _Package, request: Request, deterministic:
     if key not in _found.rejected:
         # a new thread has no autocast, no_grad or hooks of saved tensors, unlike the layer that asks
         with ThreadPoolExecutor(1) as thread:
-            problem = thread.submit(_try, path, package.function, request).result()
+            problem = thread.submit(_try, path, package.attention(), request).result()
         where = f"for head size {request.head_size} in {str(request.dtype).removeprefix('torch.')} on {request.device}"
         _found.rejected[key] = None if problem is None else f"{package.label} cannot be used {where} ({problem})"
     return _found.rejected[key]
 
 
-def _try(path: str, function: object, request: Request) -> str | None:
+def _try(path: str, function: Attention, request: Request) -> str | None:
     with devices.made_current(request.device):  # that of a new thread is the first
         return trial(path, function, request)
 
 
 def clear_decisions() -> None:
-    """Clears the decisions; results of trials remain."""
+    """Clear the decisions; results of trials remain."""
     _found.decisions.clear()
 
 
@@ -234,7 +238,7 @@ def requests() -> list[Request]:
 
 
 def reject(problem: str) -> bool:
-    """Takes back the decisions for a fast path since `clear_decisions`; False if there are none."""
+    """Take back the decisions for a fast path since `clear_decisions`; False if there are none."""
     fast = {key: made for key, made in _found.decisions.items() if made.path != BUCKETS}
     for (request, _, deterministic, _), made in fast.items():
         _found.rejected[made.path, request, deterministic] = f"{made.label} cannot be used ({problem})"
@@ -254,4 +258,4 @@ def buckets_only() -> Iterator[None]:
 
 def attend(decision: Decision, rows: Rows) -> Tensor:
     """[total, H, d]: causal attention by the implementation that was decided on."""
-    return CALLS[decision.path](_PACKAGES[decision.path]().function, rows)
+    return CALLS[decision.path](_PACKAGES[decision.path]().attention(), rows)

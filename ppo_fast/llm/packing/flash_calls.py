@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ TRIAL_LENGTHS = (33, 5, 1)
 TRIAL_WINDOW = 4
 TRIAL_BOUND = 16  # units in the last place of the largest value; a leak or a wrong window is off by hundreds in fp16
 CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, ImportError)
+
+
+# of one of the libraries, whose keyword arguments differ; some return more than the output
+Attention: TypeAlias = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _call_flash_attn(function: Any, rows: Rows) -> Tensor:
+def _call_flash_attn(function: Attention, rows: Rows) -> Tensor:
     """`flash_attn_varlen_func` of flash-attn 2 and 3: these keywords are common to both."""
     options: dict[str, object] = {} if rows.softcap is None else {"softcap": rows.softcap}  # 2.4 and 2.5 do not have it
     out = function(
@@ -71,11 +75,11 @@ def _call_flash_attn(function: Any, rows: Rows) -> Tensor:
 
 
 @functools.cache
-def _takes_groups(function: Any) -> bool:
+def _takes_groups(function: Attention) -> bool:
     return "enable_gqa" in inspect.signature(function).parameters
 
 
-def _call_torch_varlen(function: Any, rows: Rows) -> Tensor:
+def _call_torch_varlen(function: Attention, rows: Rows) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn`: causal means a window without a right side."""
     assert rows.softcap is None
     q, k, v = (_dense(x) for x in (rows.query, rows.key, rows.value))
@@ -95,15 +99,15 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-CALLS: dict[str, Callable[[object, Rows], Tensor]] = {
+CALLS: dict[str, Callable[[Attention, Rows], Tensor]] = {
     "flash-attn 3": _call_flash_attn,
     "flash-attn 2": _call_flash_attn,
     "torch varlen": _call_torch_varlen,
 }
 
 
-def trial(path: str, function: object, request: Request) -> str | None:
-    """Compares forward and backward on short sequences with plain attention in fp32; the problem, or None."""
+def trial(path: str, function: Attention, request: Request) -> str | None:
+    """Compare forward and backward on short sequences with plain attention in fp32; the problem, or None."""
     generator = torch.Generator("cpu").manual_seed(0)
     total = sum(TRIAL_LENGTHS)
 

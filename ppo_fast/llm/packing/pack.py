@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +35,11 @@ class Pack:
         return len(self.tokens)
 
     def gather(self, per_token: Tensor) -> Tensor:
-        """Selects this pack's values [n] of a tensor over the rollout [B, T]."""
+        """Select this pack's values [n] of a tensor over the rollout [B, T]."""
         return per_token[self.rows, self.columns]
 
     def scatter_(self, per_token: Tensor, values: Tensor) -> None:
-        """Writes values [n] to their positions in [B, T], in place."""
+        """Write values [n] to their positions in [B, T], in place."""
         per_token[self.rows, self.columns] = values.to(per_token.dtype)
 
 
@@ -50,7 +49,7 @@ def make_packs(rollout: Rollout, groups: Sequence[Sequence[int]]) -> list[Pack]:
 
 
 def make_pack(rollout: Rollout, sequences: list[int]) -> Pack:
-    """Packs the given rows of a rollout."""
+    """Pack the given rows of a rollout."""
     return make_packs(rollout, [sequences])[0]
 
 
@@ -85,16 +84,35 @@ def _build(rollout: Rollout, sequences: list[int]) -> Pack:
 
 def _upload(packs: list[Pack], device: torch.device) -> list[Pack]:
     """The packs on the device: one copy for all their tensors, since each copy of its own would cost a launch."""
-    parts = [part for pack in packs for part in (pack, pack.layout)]
-    fields = [(part, name) for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)]
-    moved = upload_together([getattr(part, name).long() for part, name in fields], device)
-    found: dict[int, dict[str, Any]] = {id(part): {} for part in parts}
-    for (part, name), x in zip(fields, moved, strict=True):
-        found[id(part)][name] = x.to(getattr(part, name).dtype)
-    return [
-        dataclasses.replace(pack, layout=dataclasses.replace(pack.layout, **found[id(pack.layout)]), **found[id(pack)])
-        for pack in packs
+    tensors = [
+        x for pack in packs for part in (pack, pack.layout) for x in vars(part).values() if isinstance(x, Tensor)
     ]
+    moved = upload_together([x.long() for x in tensors], device)
+    on_device = {id(x): y.to(x.dtype) for x, y in zip(tensors, moved, strict=True)}
+    return [_replaced(pack, lambda x: on_device[id(x)]) for pack in packs]
+
+
+def _replaced(pack: Pack, move: Callable[[Tensor], Tensor]) -> Pack:
+    """The pack with each of its tensors moved."""
+    layout = dataclasses.replace(
+        pack.layout,
+        cu_seqlens=move(pack.layout.cu_seqlens),
+        token_of_slot=None if pack.layout.token_of_slot is None else move(pack.layout.token_of_slot),
+        slot_of_token=move(pack.layout.slot_of_token),
+    )
+    return dataclasses.replace(
+        pack,
+        input_ids=move(pack.input_ids),
+        position_ids=move(pack.position_ids),
+        layout=layout,
+        logit_positions=move(pack.logit_positions),
+        last=move(pack.last),
+        tokens=move(pack.tokens),
+        rows=move(pack.rows),
+        columns=move(pack.columns),
+        sequence_rows=move(pack.sequence_rows),
+        cu_completions=move(pack.cu_completions),
+    )
 
 
 def split_minibatches(
@@ -106,7 +124,7 @@ def split_minibatches(
     multiple_of: int = 1,
     regime: Callable[[int], int] | None = None,
 ) -> list[list[Pack]]:
-    """Splits rows, in the given order, into minibatches of almost equal numbers of sequences, each into packs.
+    """Split rows, in the given order, into minibatches of almost equal numbers of sequences, each into packs.
 
     A pack holds at most `max_tokens` tokens, or one sequence that is longer. The packs of a minibatch are balanced:
     each sequence, the longest first, is added to the pack with the fewest tokens. Their number is a multiple of
@@ -127,7 +145,7 @@ def split_minibatches(
 
 
 def balance_packs(sequences: list[int], lengths: list[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
-    """Groups sequences into as few packs of `max_tokens` as their sum needs, or more where they do not fit."""
+    """Group sequences into as few packs of `max_tokens` as their sum needs, or more where they do not fit."""
     longest_first = sorted(sequences, key=lambda i: -lengths[i])  # stable: equal lengths keep their order
     count = max(1, -(-sum(lengths[i] for i in sequences) // max_tokens))
     while True:

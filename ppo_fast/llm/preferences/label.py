@@ -4,8 +4,8 @@ import codecs
 import dataclasses
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console
@@ -21,7 +21,19 @@ from ppo_fast.llm.preferences.reward_model import Pair, read_pairs
 KEYS = "1 or 2: the better answer; s: skip; q: save and quit"
 
 
-def read_choices(path: str | Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Choice:
+    """A prompt with two answers or more."""
+
+    prompt: str
+    answers: list[str]
+
+
+def _are_several_texts(answers: list[object]) -> bool:
+    return len(answers) >= 2 and all(isinstance(x, str) for x in answers)
+
+
+def read_choices(path: str | Path) -> list[Choice]:
     """Read a JSON Lines file of prompts with two answers or more.
 
     Raises:
@@ -29,11 +41,10 @@ def read_choices(path: str | Path) -> list[dict[str, Any]]:
     """
     rows = []
     for where, row in json_rows(path, "answers"):
-        answers = row.get("answers")
-        right = isinstance(answers, list) and len(answers) >= 2 and all(isinstance(x, str) for x in answers)
-        if not right or not isinstance(row.get("prompt"), str):
+        prompt, answers = row.get("prompt"), row.get("answers")
+        if not isinstance(prompt, str) or not isinstance(answers, list) or not _are_several_texts(answers):
             raise UserError(f'{where}: expected {{"prompt": text, "answers": [text, text]}}')
-        rows.append(row)
+        rows.append(Choice(prompt, answers))
     if not rows:
         raise UserError(f"{path} has nothing to choose from: it is empty")
     return rows
@@ -63,18 +74,18 @@ def label(
     _append(out, "")  # before the first choice: it must be writable
     console.print(KEYS)
     for number, row in enumerate(rows, start=1):
-        first = row["answers"][0]
-        second = next((text for text in row["answers"][1:] if text != first), None)
-        if second is None or (row["prompt"], frozenset((first, second))) in known:
+        first = row.answers[0]
+        second = next((text for text in row.answers[1:] if text != first), None)
+        if second is None or (row.prompt, frozenset((first, second))) in known:
             continue
-        _show(console, row["prompt"], first, second, f"{number} of {len(rows)}")
+        _show(console, row.prompt, first, second, f"{number} of {len(rows)}")
         choice = _choice(ask)
         if choice == "q":
             break
         if choice == "s":
             continue
         chosen, rejected = (first, second) if choice == "1" else (second, first)
-        pair = dataclasses.asdict(Pair(row["prompt"], chosen, rejected, "person"))
+        pair = dataclasses.asdict(Pair(row.prompt, chosen, rejected, "person"))
         _append(out, as_lines([pair]))
         made += 1
     console.print(f"{made} choices were added to {out}")

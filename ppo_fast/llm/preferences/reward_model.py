@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +58,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
-def _pair(row: dict[str, Any]) -> Pair:
+def _pair(row: dict[str, object]) -> Pair:
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise UserError(f"no field {missing[0]!r}; the fields are {', '.join(map(repr, row)) or 'none'}")
-    return Pair(**{name: row[name] for name in ("prompt", "chosen", "rejected", "kind") if name in row})
+    make: Callable[..., Pair] = Pair  # it checks that all of them are texts
+    return make(**{name: row[name] for name in ("prompt", "chosen", "rejected", "kind") if name in row})
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
@@ -192,10 +192,10 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: 
     """
     if not pairs:
         raise UserError("there are no pairs to evaluate on")
-    judge = RewardModel(model, tokenizer, device=model.device)
+    reader = RewardModel(model, tokenizer, device=model.device)
     prompts = [pair.prompt for pair in pairs]
-    chosen = judge(prompts, [pair.chosen for pair in pairs])
-    rejected = judge(prompts, [pair.rejected for pair in pairs])
+    chosen = reader(prompts, [pair.chosen for pair in pairs])
+    rejected = reader(prompts, [pair.rejected for pair in pairs])
     right = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(chosen, rejected, strict=True)]
     found = {"all": sum(right) / len(right)}
     for kind in sorted({pair.kind for pair in pairs}):

@@ -110,7 +110,7 @@ class Evaluator:
             )
             scores, reward_means = score(local, self.rewards, config, self.reward_weights)
         # one process can take much longer than others
-        distributed.rendezvous(f"the rewards of the evaluation after step {step}")
+        distributed.monitored_barrier(f"the rewards of the evaluation after step {step}")
         reward_means = distributed.reduce_metrics(reward_means, len(local))
         rollout, scores = distributed.gather_rollout(local, scores, self.tokenizer.pad_token_id)
         maker = ExperienceMaker(self.policy, self.reference, config, distributed)

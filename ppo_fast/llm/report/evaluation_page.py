@@ -1,8 +1,8 @@
 """The results of an evaluation in the terminal, and as a page with tables, a file of completions, and a picture."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,7 @@ from ppo_fast.common.jsonl import as_lines
 from ppo_fast.common.plots import can_draw, draw_tokens
 from ppo_fast.common.text import escape_control, markdown_table, shortened
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.data import as_text
+from ppo_fast.llm.data import Prompt, as_text
 from ppo_fast.llm.report.evaluation import Evaluation
 from ppo_fast.llm.report.progress import SAMPLES_SHOWN
 
@@ -35,16 +35,30 @@ def summary(evaluation: Evaluation) -> str:
     return f"step {evaluation.step}, {len(evaluation.rollout)} held-out answers: {numbers}"
 
 
-def samples(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """List every held-out completion: prompt, answer, score, its tokens and, with a reference, its KL in nats."""
+@dataclass(frozen=True)
+class Sample:
+    """A held-out completion."""
+
+    prompt: Prompt
+    answer: str
+    numbers: dict[str, float]  # score, tokens and, with a reference, the KL in nats
+
+    def row(self) -> dict[str, object]:
+        """Return everything by name."""
+        return {"prompt": self.prompt, "answer": self.answer, **self.numbers}
+
+
+def samples(evaluation: Evaluation) -> list[Sample]:
+    """List every held-out completion."""
     rollout = evaluation.rollout
-    rows = [
-        {"prompt": prompt, "answer": answer, "score": points, "tokens": tokens}
-        for prompt, answer, points, tokens in zip(
-            rollout.columns["prompt"], rollout.completions, rollout.scores, rollout.completion_lengths, strict=True
-        )
+    numbers: list[dict[str, float]] = [
+        {"score": points, "tokens": tokens}
+        for points, tokens in zip(rollout.scores, rollout.completion_lengths, strict=True)
     ]
-    return rows if evaluation.kl is None else [{**row, "kl": kl} for row, kl in zip(rows, evaluation.kl, strict=True)]
+    if evaluation.kl is not None:
+        numbers = [{**row, "kl": kl} for row, kl in zip(numbers, evaluation.kl, strict=True)]
+    texts = zip(rollout.columns["prompt"], rollout.completions, numbers, strict=True)
+    return [Sample(prompt, answer, row) for prompt, answer, row in texts]
 
 
 def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> None:
@@ -53,13 +67,12 @@ def show(evaluation: Evaluation, console: Console, *, tables: bool = True) -> No
     if not tables:
         return
     rows = samples(evaluation)[:SAMPLES_SHOWN]
-    names = ["prompt", "answer", *(name for name in rows[0] if name not in ("prompt", "answer"))]
-    table = Table(*names)
+    table = Table("prompt", "answer", *rows[0].numbers)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
-        texts = (Text(shortened(text)) for text in (as_text(row["prompt"]), row["answer"]))
-        table.add_row(*texts, *(f"{row[name]:z.4g}" for name in names[2:]))
+        texts = (Text(shortened(text)) for text in (as_text(row.prompt), row.answer))
+        table.add_row(*texts, *(f"{x:z.4g}" for x in row.numbers.values()))
     console.print(table)
     explained = evaluation.explained
     if explained is None:
@@ -81,7 +94,7 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
     name = folder / f"step-{evaluation.step}"
     with reported(f"the evaluation could not be written to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(name.with_suffix(".jsonl"), as_lines(samples(evaluation)))
+        write_file(name.with_suffix(".jsonl"), as_lines(sample.row() for sample in samples(evaluation)))
         write_file(name.with_suffix(".md"), markdown(evaluation))
     if evaluation.explained is not None and can_draw():
         e = evaluation.explained
@@ -91,12 +104,15 @@ def write(evaluation: Evaluation, folder: Path, config: PPOConfig) -> None:
 
 def markdown(evaluation: Evaluation) -> str:
     """Format the evaluation as a page: metrics, some held-out completions, and the explained completion by token."""
-    rows = [{**row, "prompt": as_text(row["prompt"])} for row in samples(evaluation)[:SAMPLES_SHOWN]]
+    rows = samples(evaluation)[:SAMPLES_SHOWN]
     parts = [
         f"# Evaluation after step {evaluation.step}",
         _table(["metric", "value"], [[name, f"{x:z.6g}"] for name, x in evaluation.metrics.items()]),
         "## Held-out answers",
-        _table(list(rows[0]), [[x if isinstance(x, str) else f"{x:z.4g}" for x in row.values()] for row in rows]),
+        _table(
+            ["prompt", "answer", *rows[0].numbers],
+            [[as_text(row.prompt), row.answer, *(f"{x:z.4g}" for x in row.numbers.values())] for row in rows],
+        ),
     ]
     if evaluation.explained is not None:
         e = evaluation.explained

@@ -7,12 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ppo_fast
 from ppo_fast.common.checkpoint import UNFINISHED, replace, reported
@@ -20,10 +20,15 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.common.text import markdown_table
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.models.head import text_config, unwrap_peft
+from ppo_fast.llm.models.head import LanguageModel, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import no_loading_bars
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SHOWN = {
     "eval/score": "score on held-out prompts",
@@ -36,14 +41,14 @@ SHOWN = {
 
 
 def save_model(
-    actor: object,
+    actor: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
     merge_adapters: bool = False,
     weights: dict[str, Tensor] | None = None,
     texts: Mapping[str, str] | None = None,
-    history: Sequence[Mapping[str, Any]] = (),
+    history: Sequence[Mapping[str, float | None]] = (),
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load; an earlier folder is replaced.
@@ -78,12 +83,17 @@ def save_model(
 
 
 def _save_weights(
-    actor: Any, folder: Path, *, merge_adapters: bool, weights: dict[str, Tensor] | None, dtype: torch.dtype | None
+    actor: LanguageModel,
+    folder: Path,
+    *,
+    merge_adapters: bool,
+    weights: dict[str, Tensor] | None,
+    dtype: torch.dtype | None,
 ) -> None:
     with no_loading_bars():
         if is_adapted(actor) and not merge_adapters:
             state = weights if dtype is None else cast_weights(actor, weights, dtype)
-            actor.save_pretrained(folder, selected_adapters=[actor.active_adapter], state_dict=state)
+            actor.save_pretrained(str(folder), selected_adapters=[actor.active_adapter], state_dict=state)
             return
         model = merged(actor)
         state = weights if dtype is None else cast_weights(model, weights, dtype)
@@ -132,7 +142,7 @@ def _saves_adapters(actor: nn.Module, config: PPOConfig) -> bool:
     return is_adapted(actor) and not config.merge_adapters
 
 
-def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> list[str]:
+def check_saving(actor: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: PPOConfig) -> list[str]:
     """Try, before the first step, everything that saving needs except the weights; return sentences for the user.
 
     Raises:
@@ -142,7 +152,7 @@ def check_saving(actor: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConf
         raise UserError("merge_adapters = true, but adapters of this kind cannot be merged: leave it out")
     with tempfile.TemporaryDirectory() as folder:
         _try_saving("the tokenizer", "correct it", lambda: tokenizer.save_pretrained(folder))
-        if _saves_adapters(actor, config):
+        if is_adapted(actor) and not config.merge_adapters:
             adapters = actor.peft_config[actor.active_adapter]
             _try_saving("the configuration of the adapters", "correct it", lambda: adapters.save_pretrained(folder))
         else:
@@ -183,7 +193,7 @@ def _dtype_notes(actor: nn.Module, config: PPOConfig) -> list[str]:
     return [f"the trained fp32 weights are rounded to {name} when the model is saved; save_dtype = float32 keeps them"]
 
 
-def merged(actor: Any) -> Any:
+def merged(actor: LanguageModel) -> PreTrainedModel:
     """Return a copy of the actor on the CPU with its adapters in its weights; without adapters, the actor itself.
 
     The copy is made on the CPU, because a GPU in training has no memory for a second model.
@@ -195,13 +205,13 @@ def merged(actor: Any) -> Any:
     return whole.merge_and_unload()
 
 
-def _untie_adapted(actor: Any) -> None:
+def _untie_adapted(actor: "PeftModel") -> None:
     """Copy the weights of the LM head if it shares them with the embedding and one of the two has an adapter.
 
     Merged into shared weights, the adapter would change both.
     """
     model = unwrap_peft(actor)
-    parts: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
     embedding, head = (getattr(part, "base_layer", part) for part in parts)
     adapted = any(hasattr(part, "base_layer") for part in parts)
     if head is None or not adapted or getattr(head, "weight", None) is not embedding.weight:
@@ -211,7 +221,7 @@ def _untie_adapted(actor: Any) -> None:
         config.tie_word_embeddings = False
 
 
-def copy_on_cpu(model: nn.Module) -> Any:
+def copy_on_cpu(model: Model) -> Model:
     """Copy the model to the CPU without memory on its own device. Tied weights remain tied."""
     there = [*model.parameters(), *model.buffers()]
     copies = {
@@ -223,7 +233,7 @@ def copy_on_cpu(model: nn.Module) -> Any:
     return copy.deepcopy(model, copies)
 
 
-def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping[str, object]]) -> str:
+def model_card(config: PPOConfig, run: Mapping[str, object], history: Sequence[Mapping[str, float | None]]) -> str:
     """Write Markdown for readers of the folder: results and options.
 
     Args:
@@ -254,10 +264,10 @@ def model_card(config: PPOConfig, run: dict[str, Any], history: Sequence[Mapping
     return "\n\n".join(parts) + "\n"
 
 
-def _results(history: Sequence[Mapping[str, object]]) -> str:
+def _results(history: Sequence[Mapping[str, float | None]]) -> str:
     rows = []
     for name, label in SHOWN.items():
-        values = [m[name] for m in history if m.get(name) is not None]
+        values = [x for m in history if (x := m.get(name)) is not None]
         if values:
             rows.append((label, f"{values[0]:z.4g}", f"{values[-1]:z.4g}"))
     return markdown_table(("", "first", "last"), rows)

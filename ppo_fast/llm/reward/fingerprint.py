@@ -12,12 +12,21 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 _SPEED = {"batch_size", "workers", "device"}  # options that change no value
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer of transformers, which this module does not import."""
+
+    chat_template: object
+
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 def reward_fingerprint(function: object, weights: Callable[[nn.Module], str]) -> str:
@@ -86,7 +95,7 @@ class _Description:
             return self._class(x)
         if (inner := getattr(x, "__wrapped__", None)) is not None:  # of functools.lru_cache
             return "wrapped", self.of(inner)
-        if hasattr(x, "get_vocab"):
+        if isinstance(x, Tokenizer):
             return "tokenizer", tokenizer_fingerprint(x)
         if isinstance(x, nn.Module):
             return "model", type(x).__qualname__, self.weights(x)
@@ -157,14 +166,14 @@ def _stored(code: types.CodeType, operation: str) -> Iterator[str]:
         yield from (x.argval for x in dis.get_instructions(part) if x.opname == operation)
 
 
-def _content(cell: Any) -> object:
+def _content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # it is empty
         return None
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Return a fingerprint of a tokenizer without the truncation and padding of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}

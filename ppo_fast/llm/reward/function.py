@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.text import nearest
@@ -34,7 +34,7 @@ class Configured:
     columns: dict[str, str] = field(default_factory=dict)  # argument: column
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]  # of an object, not of its class
+    def __name__(self) -> str:
         return _called(self.function)
 
     def __call__(self, prompts: Sequence[object], completions: Sequence[str], **columns: list) -> Sequence[object]:
@@ -79,11 +79,12 @@ def arguments_of(
             )
     for name in free:
         parameter = parameters.get(name)
-        option = parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
-        if option and parameter.default is not parameter.empty and name not in given:  # type: ignore[union-attr]  # option: not None
+        if parameter is None or parameter.kind is not parameter.KEYWORD_ONLY or name in given:
+            continue
+        if parameter.default is not parameter.empty:
             raise UserError(
                 f"{name!r} is an option of the reward {called!r} and a column of the data: fix it, as in"
-                f" {called}({name}={parameter.default!r}), or rename the column"  # type: ignore[union-attr]  # as above
+                f" {called}({name}={parameter.default!r}), or rename the column"
             )
     return free
 
@@ -132,7 +133,7 @@ def check_columns(function: Callable[..., object], columns: Mapping[str, list]) 
         inner(columns)
 
 
-def load_reward(spec: str) -> Any:
+def load_reward(spec: str) -> Callable[..., Sequence[object]]:
     """Load the function MODULE:FUNCTION or FILE.py:FUNCTION, optionally with arguments.
 
     In FUNCTION(name=value, ...) a value is a Python literal, or a bare name: that column of the data. A class is
@@ -161,7 +162,7 @@ def load_reward(spec: str) -> Any:
         except TypeError as error:
             raise UserError(f"{spec}: {error}") from error
         try:
-            return function(**options)
+            return cast(Callable[..., Sequence[object]], function(**options))  # `check_signature` examines it
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # user code
@@ -199,7 +200,7 @@ def _arguments(spec: str, call: str) -> tuple[dict[str, object], dict[str, str]]
     return options, columns
 
 
-def _named(spec: str, module_name: str, name: str) -> Any:
+def _named(spec: str, module_name: str, name: str) -> Callable[..., Sequence[object]]:
     try:
         if module_name.endswith(".py"):
             module = _module_from_file(Path(module_name))
@@ -227,8 +228,8 @@ def _module_from_file(path: Path) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None  # as of every file
+    if spec is None or spec.loader is None:  # only for a name that does not end in .py
+        raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

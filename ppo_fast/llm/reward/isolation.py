@@ -11,7 +11,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from operator import attrgetter
+from types import FrameType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ import torch.utils.deterministic
 
 from ppo_fast.common import device as devices
 from ppo_fast.common.errors import RewardError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def isolated(name: str, seed: int, device: torch.device) -> Iterator[None]:
     Raises:
         RewardError: a setting cannot be restored.
     """
-    before = [setting.read() for setting in _SETTINGS]
+    watched = [(setting.name, setting.watch()) for setting in _SETTINGS]
     grad = torch.is_grad_enabled()
     changed: list[str] = []
     try:
@@ -60,13 +64,13 @@ def isolated(name: str, seed: int, device: torch.device) -> Iterator[None]:
                 changed.append("torch's gradient mode")
     finally:
         torch.set_grad_enabled(grad)
-        for setting, value in zip(_SETTINGS, before, strict=True):
-            if setting.read() != value:
+        for what, value in watched:
+            if value.is_changed():
                 try:
-                    setting.restore(value)
+                    value.restore()
                 except (OSError, RuntimeError, ValueError, TypeError) as error:
-                    raise RewardError(f"reward function {name!r} changed {setting.name}: {error}") from error
-                changed.append(setting.name)
+                    raise RewardError(f"reward function {name!r} changed {what}: {error}") from error
+                changed.append(what)
         for what in dict.fromkeys(changed):
             _report(name, what)
 
@@ -78,14 +82,28 @@ def _report(name: str, what: str) -> None:
     )
 
 
+class _Value(NamedTuple):
+    """A setting at one moment."""
+
+    is_changed: Callable[[], bool]
+    restore: Callable[[], object]
+
+
 class _Setting(NamedTuple):
     name: str
-    read: Callable[[], object]
-    restore: Callable[[Any], object]
+    watch: Callable[[], _Value]
+
+
+def _setting(name: str, read: Callable[[], T], restore: Callable[[T], object]) -> _Setting:
+    def watch() -> _Value:
+        value = read()
+        return _Value(lambda: read() != value, lambda: restore(value))
+
+    return _Setting(name, watch)
 
 
 def _attribute(owner: object, attribute: str, name: str) -> _Setting:
-    return _Setting(name, lambda: getattr(owner, attribute), lambda value: setattr(owner, attribute, value))
+    return _setting(name, lambda: getattr(owner, attribute), lambda value: setattr(owner, attribute, value))
 
 
 def _folder() -> str | None:
@@ -111,11 +129,14 @@ def _change_folder(folder: str | None) -> None:
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM") if hasattr(signal, name)]
 
 
-def _handlers() -> list[object]:
+_Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+def _handlers() -> list[_Handler]:
     return [signal.getsignal(number) for number in _SIGNALS]
 
 
-def _set_handlers(handlers: list[Any]) -> None:
+def _set_handlers(handlers: list[_Handler]) -> None:
     if threading.current_thread() is threading.main_thread():  # no other thread may set them
         for number, handler in zip(_SIGNALS, handlers, strict=True):
             if handler is not None:  # None: it was not set from Python
@@ -132,17 +153,22 @@ def _cancel_alarm(due: bool) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def _filters() -> list[object]:
+    return list(warnings.filters)
+
+
 def _set_filters(filters: list[object]) -> None:
     warnings.resetwarnings()  # also clears the decisions that Python has made with the changed filters
-    warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever its stub says
+    assert isinstance(warnings.filters, list)
+    warnings.filters[:] = filters
 
 
-def _decimals() -> tuple[object, ...]:
+def _decimals() -> tuple[int, str, int, int]:
     context = decimal.getcontext()
     return context.prec, context.rounding, context.Emin, context.Emax
 
 
-def _set_decimals(values: tuple[Any, ...]) -> None:
+def _set_decimals(values: tuple[int, str, int, int]) -> None:
     context = decimal.getcontext()
     context.prec, context.rounding, context.Emin, context.Emax = values
 
@@ -162,29 +188,34 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _autocast() -> list[object]:
-    states = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return [*states, torch.is_autocast_cache_enabled()]
+class _Autocast(NamedTuple):
+    states: dict[str, tuple[bool, torch.dtype]]
+    cache: bool
 
 
-def _set_autocast(values: list[Any]) -> None:
-    for kind, (enabled, dtype) in zip(("cpu", "cuda"), values, strict=False):
+def _autocast() -> _Autocast:
+    states = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
+    return _Autocast(states, torch.is_autocast_cache_enabled())
+
+
+def _set_autocast(before: _Autocast) -> None:
+    for kind, (enabled, dtype) in before.states.items():
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
-    torch.set_autocast_cache_enabled(values[-1])
+    torch.set_autocast_cache_enabled(before.cache)
 
 
 def _anomaly() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
-def _current_gpu() -> tuple[int, object] | None:
+def _current_gpu() -> tuple[int, torch.cuda.Stream] | None:
     if not torch.cuda.is_initialized():
         return None
     return torch.cuda.current_device(), torch.cuda.current_stream()
 
 
-def _set_current_gpu(current: tuple[int, Any] | None) -> None:
+def _set_current_gpu(current: tuple[int, torch.cuda.Stream] | None) -> None:
     if current is not None:
         torch.cuda.set_stream(current[1])
         torch.cuda.set_device(current[0])
@@ -193,33 +224,33 @@ def _set_current_gpu(current: tuple[int, Any] | None) -> None:
 _STREAMS = ("stdin", "stdout", "stderr")
 _ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
 _CUDA, _CUDNN, _MKLDNN = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-_PRECISIONS: list[object] = [torch.backends, _CUDA.matmul, _CUDNN, _CUDNN.conv, _CUDNN.rnn]  # type: ignore[attr-defined]  # conv, rnn: not in stubs
-_PRECISIONS += [_MKLDNN, _MKLDNN.matmul, _MKLDNN.conv, _MKLDNN.rnn]  # type: ignore[attr-defined]  # likewise
+_PRECISIONS = [torch.backends, _CUDA.matmul, _CUDNN, _MKLDNN]
+_PRECISIONS += attrgetter("conv", "rnn")(_CUDNN) + attrgetter("matmul", "conv", "rnn")(_MKLDNN)  # stubs lack them
 
 # in the order in which they are restored: general ones change more special ones
 _SETTINGS = [
-    _Setting("the working directory", _folder, _change_folder),
-    _Setting("signal handlers", _handlers, _set_handlers),
-    _Setting("the alarm timer", _alarm, _cancel_alarm),
+    _setting("the working directory", _folder, _change_folder),
+    _setting("signal handlers", _handlers, _set_handlers),
+    _setting("the alarm timer", _alarm, _cancel_alarm),
     *[_attribute(sys, stream, f"sys.{stream}") for stream in _STREAMS],
-    *[_Setting(f"sys.{stream}", functools.partial(_is_closed, stream), _cannot_open) for stream in _STREAMS],
-    _Setting("the filters of warnings", lambda: list(warnings.filters), _set_filters),
-    _Setting("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
-    _Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda x: locale.setlocale(locale.LC_ALL, x)),
-    _Setting("the decimal context", _decimals, _set_decimals),
-    _Setting("numpy's error handling", np.geterr, lambda values: np.seterr(**values)),
-    _Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    _Setting("torch's default device", torch.get_default_device, _set_default_device),
-    _Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
-    _Setting("torch's flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal),
-    _Setting("torch's autocast", _autocast, _set_autocast),
-    _Setting("torch's anomaly detection", _anomaly, lambda x: torch.autograd.set_detect_anomaly(*x) and None),
-    _Setting(
+    *[_setting(f"sys.{stream}", functools.partial(_is_closed, stream), _cannot_open) for stream in _STREAMS],
+    _setting("the filters of warnings", _filters, _set_filters),
+    _setting("Python's recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    _setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda x: locale.setlocale(locale.LC_ALL, x)),
+    _setting("the decimal context", _decimals, _set_decimals),
+    _setting("numpy's error handling", np.geterr, lambda values: np.seterr(**values)),
+    _setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _setting("torch's default device", torch.get_default_device, _set_default_device),
+    _setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
+    _setting("torch's flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal),
+    _setting("torch's autocast", _autocast, _set_autocast),
+    _setting("torch's anomaly detection", _anomaly, lambda x: torch.autograd.set_detect_anomaly(*x) and None),
+    _setting(
         "torch's deterministic algorithms",
         _deterministic,
         lambda x: torch.use_deterministic_algorithms(x[0], warn_only=x[1]),
     ),
-    _Setting(
+    _setting(
         "torch's float32 matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     ),
     *[_attribute(owner, "fp32_precision", "torch's fp32 precision") for owner in _PRECISIONS],
@@ -232,12 +263,12 @@ _SETTINGS = [
     *[_attribute(_MKLDNN, switch, f"mkldnn.{switch}") for switch in ("enabled", "deterministic")],
     *[_attribute(_CUDNN, switch, f"cudnn.{switch}") for switch in ("enabled", "benchmark", "deterministic")],
     *[
-        _Setting(
+        _setting(
             f"torch's {kind} attention",
             getattr(_CUDA, f"{kind}_sdp_enabled"),
             getattr(_CUDA, f"enable_{kind}_sdp"),
         )
         for kind in _ATTENTIONS
     ],
-    _Setting("the current GPU or stream", _current_gpu, _set_current_gpu),
+    _setting("the current GPU or stream", _current_gpu, _set_current_gpu),
 ]

@@ -7,7 +7,7 @@ import math
 import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -278,12 +278,12 @@ def _listed(values: object, name: str) -> list:
     raise RewardError(f"reward function {name!r} must return a list, got {type(values).__name__}")
 
 
-def _plain(x: object) -> Any:
+def _plain(x: object) -> Any:  # of user code: `list` and `float` tell whether they can read it
     """Convert a tensor or an array to Python numbers."""
     return x.tolist() if hasattr(x, "tolist") else x
 
 
-def _number(x: Any, where: str) -> float:
+def _number(x: SupportsFloat | SupportsIndex | str, where: str) -> float:
     try:
         number = float(x)
     except OverflowError:  # an integer or a fraction that is larger than any float

@@ -1,4 +1,4 @@
-"""Meetings: points that all processes of a run reach before one of them enters a collective operation.
+"""A barrier with a time limit that names the process that is missing, before each collective operation.
 
 A collective operation waits inside PyTorch until its process group gives up, and its error names no process. Here each
 process announces itself in the key-value store of the process group and waits with a limit of its own, so that a slow
@@ -6,32 +6,35 @@ or dead process is named.
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ppo_fast.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 PAUSE = 0.1  # seconds, the longest between two looks at the store
 SILENCE = 3.0  # seconds in which a process that has lost another one announces itself
 FAILED = "ppo_fast/failed"  # the key of the rank that has failed
 
 
-class Meeting:
-    """The meetings of one process with the others; all reach the same ones in the same order.
+class MonitoredBarrier:
+    """The barriers at which a process waits for the others; all processes reach them in the same order.
 
     Args:
         store: of the process group.
         rank: of this process.
         size: the number of processes.
-        limit: seconds after which a meeting fails.
+        limit: seconds after which a barrier fails.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, limit: float) -> None:
+    def __init__(self, store: "Store", rank: int, size: int, limit: float) -> None:
         self.store, self.rank, self.size, self.limit = store, rank, size, limit
         self.count = 0
         self._announce("the start")
 
     def __call__(self, where: str, *, signal: str = "") -> str:
-        """Waits for all processes.
+        """Wait for all processes.
 
         Args:
             where: what this process has finished, for the messages of the others.
@@ -43,38 +46,38 @@ class Meeting:
         Raises:
             UserError: a process has failed, or did not come in time; the message names it and what it did last.
         """
-        name = f"ppo_fast/meeting/{self.count}"
+        name = f"ppo_fast/barrier/{self.count}"
         self.count += 1
         self._announce(where)
         if signal:
             self.store.set(f"{name}/signal", signal)
         if self.store.add(f"{name}/arrived", 1) == self.size:
-            told = self.store.get(f"{name}/signal") if self.store.check([f"{name}/signal"]) else ""
-            self.store.set(f"{name}/all", told)
+            brought = self.store.get(f"{name}/signal").decode() if self.store.check([f"{name}/signal"]) else ""
+            self.store.set(f"{name}/all", brought)
         if not self._comes(f"{name}/all", self.limit):
             missing = self._named(self._late()) or "no rank"
-            self.failed()  # a late process must not find this meeting complete, and wait for this process
+            self.failed()  # a late process must not find this barrier complete, and wait for this process
             raise UserError(
                 f"rank {self.rank} waited {self.limit:g} s after {where!r} for processes that did not come: {missing};"
                 " process_timeout sets this limit"
             )
         self._raise_if_one_failed()
-        told = self.store.get(f"{name}/all").decode()
-        self._forget(self.count - 2)
-        return told
+        brought = self.store.get(f"{name}/all").decode()
+        self._remove_keys(self.count - 2)
+        return brought
 
     def failed(self) -> None:
-        """Tells the others that this process ends with an error."""
+        """Announce to the others that this process ends with an error."""
         self.store.set(FAILED, str(self.rank))
 
     def lost(self) -> str:
-        """Names the processes that no longer answer, after a collective operation failed; "" if all do.
+        """Name the processes that no longer answer, after a collective operation failed; "" if all do.
 
         Each process in which the operation failed announces itself. A process that does not announce itself within
         SILENCE seconds has ended, or still computes.
 
         Raises:
-            UserError: a process has told that it failed.
+            UserError: a process has announced that it failed.
         """
         self._raise_if_one_failed()
         self.store.set(f"ppo_fast/lost/{self.rank}", "")
@@ -104,18 +107,18 @@ class Meeting:
             rank = self.store.get(FAILED).decode()
             raise UserError(f"rank {rank} has ended with an error; the reason is in its own message")
 
-    def _forget(self, number: int) -> None:
-        """Removes the keys of an earlier meeting, which every process has left."""
+    def _remove_keys(self, number: int) -> None:
+        """Remove the keys of an earlier barrier, which every process has left."""
         if number >= 0 and self.rank == 0:
             for key in ("signal", "arrived", "all"):
-                self.store.delete_key(f"ppo_fast/meeting/{number}/{key}")
+                self.store.delete_key(f"ppo_fast/barrier/{number}/{key}")
 
     def _late(self) -> list[int]:
-        """The ranks that have not come to the meeting at which this process waits."""
+        """The ranks that have not come to the barrier at which this process waits."""
         return [rank for rank in range(self.size) if self._last(rank)[0] < self.count]
 
     def _last(self, rank: int) -> tuple[int, str]:
-        """How many meetings a process has reached, and what it had finished then."""
+        """How many barriers a process has reached, and what it had finished then."""
         key = f"ppo_fast/at/{rank}"
         if not self.store.check([key]):  # get would wait for it
             return 0, "nothing"
