@@ -115,7 +115,7 @@ def main() -> int:
         path = f"{folder}/environment/bin{os.pathsep}{os.environ['PATH']}"
         environment = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         environment |= {"PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        install = 'pip install -q -c constraints.txt -e ".[train,cpu,peft,classic,rewards,data,test,bench,dev]"'
+        install = 'pip install -q -c constraints.txt -e ".[train,cpu,peft,classic,rewards,data,gguf,test,bench,dev]"'
         subprocess.run(["bash", "-c", install], cwd=clone, env=environment, check=True)
         subprocess.run(["python", "-c", MATERIAL], cwd=clone, env=environment, check=True)
         writer = Writer(OUT, git("rev-parse", "HEAD"))

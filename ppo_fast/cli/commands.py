@@ -262,6 +262,7 @@ def _memory(arguments: argparse.Namespace) -> int:
     from ppo_fast.common.options import options
     from ppo_fast.llm import memory
     from ppo_fast.llm.config import PPOConfig, options_of
+    from ppo_fast.llm.hub import find_model
     from ppo_fast.llm.models.loading import load_model_config
 
     fields = options(PPOConfig)
@@ -272,7 +273,8 @@ def _memory(arguments: argparse.Namespace) -> int:
     if config.dtype == "auto":  # which is bfloat16 on GPUs of compute capability 8.0 and newer
         config = dataclasses.replace(config, dtype="bfloat16")
     bytes_ = None if gib is None else round(gib * 2**30)
-    print(memory.table(load_model_config(arguments.model), config, arguments.prompt_tokens, bytes_))
+    path = find_model(arguments.model, weights=False).path
+    print(memory.table(load_model_config(path), config, arguments.prompt_tokens, bytes_))
     return 0
 
 

@@ -171,10 +171,11 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     size = process_count()
     console = console_of(quiet=config.quiet or (size > 1 and this_rank(size) > 0))
     say(console, f"reading {run.prompts}; importing PyTorch and transformers takes some seconds")
-    from ppo_fast.llm.data import read_prompts
+    from ppo_fast.llm.data import read_named_prompts
 
-    read = functools.partial(read_prompts, prompt_field=run.prompt_field, chat=run.chat)
-    rows, held_out = read(run.prompts), read(run.eval_prompts) if run.eval_prompts is not None else None
+    read = functools.partial(read_named_prompts, prompt_field=run.prompt_field, chat=run.chat)
+    rows, prompts = read(run.prompts)
+    held_out, eval_prompts = read(run.eval_prompts) if run.eval_prompts is not None else (None, None)
     rewards = load_rewards(run.reward)
     reward_weights = _weights(rewards, run)
     if sys.flags.optimize > 1:
@@ -187,15 +188,17 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
 
     distributed = init_distributed(config)  # before models are loaded: a device that does not exist is reported at once
     say(console, f"loading {run.model}")
-    load = functools.partial(load_actor, run.model, pad_token=run.pad_token, trust_remote_code=run.trust_remote_code)
+    sources = Sources(distributed, code=run.trust_remote_code)
+    path = sources.find(run.model, "model")
+    load = functools.partial(load_actor, path, pad_token=run.pad_token, trust_remote_code=run.trust_remote_code)
     actor, tokenizer = load_on_main(distributed, lambda weights: load(weights=weights))
-    rewards |= _load_reward_models(run.reward_model, distributed)
-    critic = None if run.critic_model is None else _load_critic(run.critic_model, distributed)
+    rewards |= _load_reward_models(run.reward_model, sources)
+    critic = None if run.critic_model is None else _load_critic(run.critic_model, sources)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
     )
-    trainer.run_options = dataclasses.asdict(run)
+    trainer.run_options = dataclasses.asdict(sources.pinned(run)) | {"prompts": prompts, "eval_prompts": eval_prompts}
     if arguments.resume:
         trainer.resume(allow_changes=arguments.allow_changes)
     trainer.train()
@@ -221,21 +224,56 @@ def _weights(rewards: "dict[str, RewardFunction]", run: RunOptions) -> dict[str,
     return dict(zip(names, weights, strict=True))
 
 
-def _load_reward_models(folders: Sequence[str], distributed: "Distributed") -> dict[str, "RewardModel"]:
+class Sources:
+    """Where the models of a run are, and which commit of the hub each is from.
+
+    Args:
+        distributed: the processes of the run; the main one downloads.
+        code: download Python files, too.
+    """
+
+    def __init__(self, distributed: "Distributed", *, code: bool) -> None:
+        self.distributed, self.code = distributed, code
+        self.names: dict[str, str] = {}
+
+    def find(self, name: str, what: str) -> Path:
+        """Return the path of a folder or .gguf file, after a download if it is a name on the hub."""
+        from ppo_fast.llm.hub import find_model
+
+        find = functools.partial(find_model, name, what, code=self.code)
+        source = self.distributed.run_on_main(find)
+        if not source.path.exists() and not self.distributed.is_main:  # the main process is on another machine
+            source = find()
+        self.names[name] = source.name
+        return source.path
+
+    def pinned(self, run: RunOptions) -> RunOptions:
+        """Return the options with the commits of models from the hub."""
+        return dataclasses.replace(
+            run,
+            model=self.names[run.model],
+            reward_model=[self.names[name] for name in run.reward_model],
+            critic_model=None if run.critic_model is None else self.names[run.critic_model],
+        )
+
+
+def _load_reward_models(names: Sequence[str], sources: Sources) -> dict[str, "RewardModel"]:
     from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
 
-    return {folder: RewardModel(*load_reward_model(folder), device=distributed.device) for folder in folders}
+    device = sources.distributed.device
+    return {name: RewardModel(*load_reward_model(sources.find(name, "reward model")), device=device) for name in names}
 
 
-def _load_critic(folder: str, distributed: "Distributed") -> "Critic":
+def _load_critic(name: str, sources: Sources) -> "Critic":
     import torch
 
     from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.reward_model import load_reward_model
     from ppo_fast.llm.sharding import load_on_main
 
+    path = sources.find(name, "critic")
     model, _ = load_on_main(
-        distributed, lambda weights: load_reward_model(folder, weights=weights, dtype=torch.float32)
+        sources.distributed, lambda weights: load_reward_model(path, weights=weights, dtype=torch.float32)
     )
     return Critic.from_reward_model(model)
 

@@ -9,6 +9,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,44 +20,73 @@ import torch
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.text import nearest
+from ppo_fast.llm.hub import is_dataset_name, load_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, object]]
 
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
+
 # reward functions get these names
 RESERVED = ("prompt", "prompts", "completions", "raw_completions", "completion_ids", "ended")
 
 
 def read_prompts(path: str | Path, prompt_field: str = "prompt", *, chat: bool = False) -> list[dict[str, object]]:
-    """Rows of a file or folder in its own order, each a dict whose "prompt" is `prompt_field`; all others are kept.
+    """Rows of a file, folder or data set in its own order, each a dict whose "prompt" is `prompt_field`.
+
+    All other columns are kept.
 
     Args:
         path: a file of JSON Lines, or of a JSON array of objects, perhaps gzipped; a Parquet file, or a folder of
-            .parquet files, read by name; or a folder that the `save_to_disk` of Hugging Face's datasets wrote. Parquet
-            needs pyarrow, the other folder datasets.
+            .parquet files, read by name; a folder that the `save_to_disk` of Hugging Face's datasets wrote; or, if
+            nothing of this name exists, a data set of the hub, OWNER/NAME:SPLIT or OWNER/NAME:CONFIGURATION:SPLIT,
+            perhaps with @REVISION after NAME. FOLDER:SPLIT reads one of several splits of a folder. Parquet needs
+            pyarrow, data sets need datasets.
         prompt_field: the column with the prompt, a text or a list of messages.
         chat: texts become a chat of one message by the user.
 
     Raises:
         UserError: it cannot be read, has no rows, or a row has no usable prompt; the message names file and row.
     """
-    path = Path(path)
+    return read_named_prompts(path, prompt_field, chat=chat)[0]
+
+
+def read_named_prompts(
+    path: str | Path, prompt_field: str = "prompt", *, chat: bool = False
+) -> tuple[list[dict[str, object]], str]:
+    """Return the rows that `read_prompts` reads, and their name: of a data set of the hub with its commit."""
+    if is_dataset_name(path):
+        data, name = load_dataset(str(path))
+        rows = _rows(data, name, prompt_field)
+    else:
+        rows, name = _read_here(Path(path), prompt_field), str(path)
+    if chat:
+        for row in rows:
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    return rows, name
+
+
+def _read_here(path: Path, prompt_field: str) -> list[dict[str, object]]:
+    folder, split = _folder_and_split(path)
     try:
-        if path.is_dir():
-            rows = _read_folder(path, prompt_field)
+        if folder.is_dir():
+            rows = _read_folder(folder, split, prompt_field)
         elif _is_parquet(path):
             rows = _read_parquet([path], prompt_field)
         else:
             rows = read_jsonl(path, prompt_field)
     except OSError as error:
         raise UserError(f"cannot read the prompts: {path}: {error.strerror or error}") from error
-    if chat:
-        for row in rows:
-            if isinstance(row["prompt"], str):
-                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     return rows
+
+
+def _folder_and_split(path: Path) -> tuple[Path, str | None]:
+    """Return the two parts of FOLDER:SPLIT; any other path without a split."""
+    folder, colon, split = str(path).rpartition(":")
+    return (Path(folder), split) if colon and not path.exists() and Path(folder).is_dir() else (path, None)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -255,21 +285,41 @@ def as_rows(rows: Iterable[Mapping[str, object]], name: str = "rows") -> list[di
     return [_row(row, f"{name}[{number}]", "prompt") for number, row in enumerate(found)]
 
 
-def _read_folder(folder: Path, prompt_field: str) -> list[dict[str, object]]:
-    if (folder / "state.json").is_file():  # written by Dataset.save_to_disk
+def _read_folder(folder: Path, split: str | None, prompt_field: str) -> list[dict[str, object]]:
+    if (folder / "state.json").is_file() and split is None:  # written by Dataset.save_to_disk
         return _read_dataset(folder, prompt_field)
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
-        raise UserError(f"{folder} holds the splits {', '.join(splits)}: name one, for instance {folder / splits[0]}")
+        return _read_dataset(folder / _known_split(folder, split, splits), prompt_field)
     names = sorted(os.listdir(folder))  # unlike `glob`, it reports a folder that cannot be read
-    files = [folder / name for name in names if name.endswith(".parquet")]
+    files = [name for name in names if name.endswith(".parquet")]
+    splits = sorted({_split_of_file(name) for name in files} - {""})
+    if split is not None or len(splits) > 1:
+        split = _known_split(folder, split, splits)
+        files = [name for name in files if _split_of_file(name) == split]
     if files:
-        return _read_parquet(files, prompt_field)
+        return _read_parquet([folder / name for name in files], prompt_field)
     other = next((name for name in names if name.endswith((".jsonl", ".json", ".gz"))), None)
     advice = f": name a file in it, such as {folder / other}" if other is not None else ""
     raise UserError(
         f"{folder} is a folder, but neither did save_to_disk write it nor does it hold .parquet files{advice}"
     )
+
+
+def _split_of_file(name: str) -> str:
+    """Return the split with which the name of a file begins, as in train-00000-of-00001.parquet; "" if none."""
+    word = re.split(r"[-_.]", name)[0]
+    return word if word in SPLITS else ""
+
+
+def _known_split(folder: Path, split: str | None, splits: list[str]) -> str:
+    """Return the split that is named, if the folder has it."""
+    if split in splits:
+        return split
+    if not splits:
+        raise UserError(f"{folder} has no splits: leave out :{split}")
+    several = f"holds the splits {', '.join(splits)}" if split is None else f"has no split {split!r}"
+    raise UserError(f"{folder} {several}: name one of its splits, for instance {folder}:{splits[0]}")
 
 
 def _read_dataset(folder: Path, prompt_field: str) -> list[dict[str, object]]:

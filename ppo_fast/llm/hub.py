@@ -28,33 +28,37 @@ _FILES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".txt", ".gguf", ".safet
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
+def hub_name(name: str) -> str | None:
+    """Return OWNER/NAME of a model that was read from the hub, OWNER/NAME@COMMIT; None for files of this machine.
+
+    >>> hub_name("me/tiny@4f5dcc825b274a0af46745456f0d5d426ee46a95"), hub_name("runs/model")
+    ('me/tiny', None)
+    """
+    repo, _, commit = name.rpartition("@")
+    return repo if re.fullmatch("[0-9a-f]{40}", commit.partition(":")[0]) else None
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model is read.
 
     Args:
         name: a folder, a .gguf file, or OWNER/NAME@COMMIT of the hub.
-        folder: on this machine; of a .gguf file the one that it is in.
-        gguf: the name of the .gguf file in it.
+        path: of the folder or .gguf file on this machine.
     """
 
     name: str
-    folder: Path
-    gguf: str | None = None
-
-    @property
-    def commit(self) -> str | None:
-        """The commit of the hub; None for files of this machine."""
-        return self.name.rpartition("@")[2] if "@" in self.name and not Path(self.name).exists() else None
+    path: Path
 
 
-def find_model(name: str | Path, what: str = "model", *, code: bool = False) -> ModelSource:
+def find_model(name: str | Path, what: str = "model", *, code: bool = False, weights: bool = True) -> ModelSource:
     """Find a model on this machine, or download it from the hub.
 
     Args:
         name: a folder, a .gguf file, or the name of a repository, perhaps with @REVISION (a branch, tag or commit).
         what: its role in messages.
         code: also download Python files, which `trust_remote_code` runs.
+        weights: download them; else the configuration only.
 
     Raises:
         UserError: there is no such file, folder or repository, it cannot be read, or the hub cannot be reached.
@@ -63,19 +67,21 @@ def find_model(name: str | Path, what: str = "model", *, code: bool = False) -> 
     if str(name).endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"no {what} in {name}: there is no such file")
-        return ModelSource(str(name), path.parent, path.name)
+        return ModelSource(str(name), path)
     match = _MODEL.fullmatch(str(name))
     if path.exists() or match is None:
         return ModelSource(str(name), path)  # `check_folder` names what is missing
     repo, revision = match["repo"], match["revision"]
-    folder = _download(repo, revision, str(name), what, code=code)
+    wanted = (
+        ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *["*.py"] * code] if weights else ["config.json"]
+    )
+    folder = _download(repo, revision, str(name), what, wanted)
     return ModelSource(f"{repo}@{folder.name}", folder)
 
 
-def _download(repo: str, revision: str | None, name: str, what: str, *, code: bool) -> Path:
+def _download(repo: str, revision: str | None, name: str, what: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *["*.py"] * code]
     with _reported(f"the {what} {repo}", name, revision, "folder"):
         # without subfolders, in which repositories keep the same weights in formats of other programs
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))

@@ -170,9 +170,28 @@ def test_data_set_folders_keep_their_columns_and_order(tmp_path):
     whole.save_to_disk(tmp_path / "whole")
     assert read_prompts(tmp_path / "whole", "question") == EXPECTED
     datasets.DatasetDict(train=whole, test=whole.select([4])).save_to_disk(tmp_path / "splits")
-    with pytest.raises(UserError, match=r"holds the splits test, train: name one, for instance .*splits/test"):
+    with pytest.raises(
+        UserError, match=r"holds the splits test, train: name one of its splits, for instance .*splits:test"
+    ):
         read_prompts(tmp_path / "splits", "question")
     assert read_prompts(tmp_path / "splits" / "test", "question") == EXPECTED[4:]
+    assert read_prompts(f"{tmp_path / 'splits'}:test", "question") == EXPECTED[4:]
+
+
+def test_a_folder_with_files_of_several_splits_needs_a_name(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    parquet = pytest.importorskip("pyarrow.parquet", reason=NO_PYARROW)
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        parquet.write_table(arrow.Table.from_pylist([{"prompt": "a", "n": number}]), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"holds the splits test, train: name one of its splits, for instance .*:test"):
+        read_prompts(tmp_path)
+    assert [row["n"] for row in read_prompts(f"{tmp_path}:train")] == [0, 1]
+    assert [row["n"] for row in read_prompts(f"{tmp_path}:test")] == [2]
+    with pytest.raises(UserError, match=r"has no split 'dev': name one of its splits, for instance .*:test"):
+        read_prompts(f"{tmp_path}:dev")
+    for file in tmp_path.glob("train*"):
+        file.unlink()
+    assert [row["n"] for row in read_prompts(tmp_path)] == [2]
 
 
 @pytest.mark.parametrize(("name", "package"), [("x.parquet", "pyarrow"), ("folder", "datasets")])

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from support.hub_server import TOKEN, Hub
 from support.tiny import save_tiny_model
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.llm.hub import find_model, is_dataset_name
+from ppo_fast.llm.hub import ModelSource, find_model, is_dataset_name
 
 CARD = """---
 configs:
@@ -37,7 +38,7 @@ for name in sys.argv[1:]:
             found.append([whole, list(rows)])
         else:
             source = hub.find_model(name)
-            found.append([source.name, sorted(path.name for path in source.folder.iterdir())])
+            found.append([source.name, sorted(path.name for path in source.path.iterdir())])
     except UserError as error:
         found.append([type(error).__name__, str(error)])
 print(json.dumps(found))
@@ -180,8 +181,7 @@ def test_files_of_this_machine_come_before_the_hub(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "tiny").mkdir(parents=True)
     (tmp_path / "me" / "data").write_text("{}")
-    assert find_model("me/tiny").folder == Path("me/tiny")
-    assert find_model("me/tiny").commit is None
+    assert find_model("me/tiny") == ModelSource("me/tiny", Path("me/tiny"))
     assert not is_dataset_name("me/data")
     assert not is_dataset_name("data/train.jsonl")
     assert not is_dataset_name("/data/train")
@@ -191,3 +191,39 @@ def test_files_of_this_machine_come_before_the_hub(tmp_path: Path, monkeypatch: 
 def test_a_gguf_file_that_does_not_exist_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no model in .*none\.gguf: there is no such file"):
         find_model(tmp_path / "none.gguf")
+
+
+def test_a_run_reads_model_and_data_by_name_and_records_their_commits(hub: Hub, served: str):
+    (hub.folder / "r.py").write_text("def short(prompts, completions):\n    return [-len(x) for x in completions]\n")
+    options = "--prompt-field question --reward r.py:short --prompts-per-step 4 --minibatches 1 --max-new-tokens 4"
+
+    def train(*names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        mine = {"HF_ENDPOINT": served, "HF_HOME": str(hub.folder / "home"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "ppo_fast.cli", "train", *options.split(), "--total-steps", "1", *names],
+            cwd=hub.folder,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **mine, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = train("--model", "me/tiny", "--prompts", "me/sums:main:train", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    model, data = hub.commit("models", "me/tiny"), hub.commit("datasets", "me/sums")
+    written = yaml.safe_load((hub.folder / "out" / "config.yaml").read_text())
+    assert written["model"] == f"me/tiny@{model}"
+    assert written["prompts"] == f"me/sums@{data}:main:train"
+    card = (hub.folder / "out" / "model" / "README.md").read_text()
+    assert f"| model | me/tiny@{model} |" in card
+    assert "base_model: me/tiny\n" in card
+    again = train("--config", "out/config.yaml", "--out", "again", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    weights = [(hub.folder / out / "model" / "model.safetensors").read_bytes() for out in ("out", "again")]
+    assert weights[0] == weights[1]
+    typo = train("--model", "me/tyni", "--prompts", "me/sums:main:train", "--out", "typo")
+    assert typo.returncode == 1
+    assert typo.stderr.splitlines()[-1].startswith("ppo-fast: error: there is no folder me/tyni, and the hub has none")
+    column = train("--model", "me/tiny", "--prompts", "me/sums:main:train", "--prompt-field", "text", "--out", "column")
+    assert "row 1: no field 'text'" in column.stderr.splitlines()[-1]
+    assert not (hub.folder / "column" / "metrics.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Loading an actor and its tokenizer from a folder, and checks of the models of a run."""
+"""Loading an actor and its tokenizer from a folder or a .gguf file, and checks of the models of a run."""
 
 from pathlib import Path
 
@@ -17,26 +17,35 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic, hidden_size_of
 from ppo_fast.llm.models.head import LanguageModel, head_of, input_embedding, model_name, text_config, unwrap_peft
 from ppo_fast.llm.models.reference import is_adapted
-from ppo_fast.llm.models.weights import check_folder, load_structure, load_tokenizer, load_weights, stored_dtype
+from ppo_fast.llm.models.weights import (
+    check_folder,
+    load_structure,
+    load_tokenizer,
+    load_weights,
+    source_arguments,
+    stored_dtype,
+)
 from ppo_fast.llm.packing.flash_calls import first_line
 
 SOURCE_DTYPE = "ppo_fast_source_dtype"  # an attribute of an actor from `load_actor`
 
 
 def load_model_config(folder: str | Path) -> PreTrainedConfig:
-    """Load the configuration of a model in a folder that `save_pretrained` wrote, without the weights."""
-    if not (Path(folder) / "config.json").is_file():
+    """Load the configuration of a model in a folder or a .gguf file, without the weights."""
+    place, gguf = source_arguments(folder)
+    file = Path(folder) if gguf else Path(folder) / "config.json"
+    if not file.is_file():
         raise UserError(f"no model in {folder}: it has no config.json; give a folder that save_pretrained wrote")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(place, local_files_only=True, **gguf)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {Path(folder) / 'config.json'}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
 
 
 def load_actor(
     folder: str | Path, *, pad_token: str | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in fp32 and its tokenizer from a folder that `save_pretrained` wrote.
+    """Load a causal language model in fp32 and its tokenizer from a folder of `save_pretrained`, or a .gguf file.
 
     `pad_token` names a token of the vocabulary for padding where the tokenizer has none; `trust_remote_code` runs the
     Python files in the folder. Nothing is downloaded. Without `weights` the model is on the meta device: under parallel

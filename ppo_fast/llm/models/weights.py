@@ -1,10 +1,11 @@
-"""Loading weights from a folder: all weights in the folder, and no others."""
+"""Loading weights from a folder or a .gguf file: all weights in it, and no others."""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias, TypedDict, cast
 
@@ -73,13 +74,28 @@ def _reading(what: str) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {reason}") from error
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Check whether this is the name of a .gguf file, which holds a model and its tokenizer."""
+    return Path(path).suffix == ".gguf"
+
+
+def source_arguments(path: str | Path) -> tuple[Path, dict[str, str]]:
+    """Return the first argument of transformers' `from_pretrained` for a folder or .gguf file, and other arguments."""
+    return (Path(path).parent, {"gguf_file": Path(path).name}) if is_gguf(path) else (Path(path), {})
+
+
 def check_folder(folder: str | Path, what: str, *, trust_remote_code: bool = False) -> None:
     """Reject a folder without a safe model: adapters alone, pickles, which can run code, a damaged config.json.
+
+    A .gguf file must exist and have an architecture that transformers reads.
 
     Raises:
         UserError: names what to give instead.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        _check_gguf(folder, what)
+        return
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder} holds adapters: merge them into their model (merge_and_unload of peft, or --merge-adapters in"
@@ -100,6 +116,16 @@ def check_folder(folder: str | Path, what: str, *, trust_remote_code: bool = Fal
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
+def _check_gguf(file: Path, what: str) -> None:
+    if not file.is_file():
+        raise UserError(f"no {what} in {file}: there is no such file")
+    if find_spec("gguf") is None:
+        raise UserError(f"reading {file} needs gguf: pip install gguf")
+    folder, gguf = source_arguments(file)
+    with _reading(f"the {what} in {file}"):
+        AutoConfig.from_pretrained(folder, local_files_only=True, **gguf)
+
+
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a folder.
 
@@ -107,7 +133,8 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         UserError: it cannot be loaded.
     """
     with _reading(f"the tokenizer in {folder}"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        place, gguf = source_arguments(folder)
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=trust_remote_code, **gguf)
 
 
 class _Report(TypedDict):
@@ -127,11 +154,11 @@ def load_weights(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model of an AutoModel class with the weights in a folder that `check_folder` has accepted.
+    """Load a model of an AutoModel class with the weights in a folder or file that `check_folder` has accepted.
 
     Args:
         kind: the AutoModel class.
-        folder: with config.json and safetensors files.
+        folder: with config.json and safetensors files; or a .gguf file, whose quantised weights become fp32.
         what: the model's role in messages, such as "model".
         advice: what to give instead of a folder that lacks weights.
         dtype: of the weights; None: that of the files.
@@ -141,17 +168,23 @@ def load_weights(
         UserError: the folder has no weights in safetensors files, too few, too many, some of another size, or some that
             are NaN or infinite.
     """
+    place, gguf = source_arguments(folder)
     with _reading(f"the {what} in {folder}"), _no_loading_report():
         loaded = kind.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
+            place,
+            dtype=dtype or (torch.float32 if gguf else "auto"),
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported below
             output_loading_info=True,
+            **gguf,
         )
     model, report = cast(tuple[PreTrainedModel, _Report], loaded)  # as output_loading_info asks for
+    if gguf:  # no longer quantised: `save_pretrained` writes an ordinary folder
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(name, None)
+        del model.config.quantization_config
     _check_report(report, model, f"the {what} in {folder}", advice)
     check_finite(model, f"the {what} in {folder}")
     return model
@@ -168,7 +201,8 @@ def load_structure(
     """Load the same model on the meta device, from its configuration; weights are not read."""
     how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with _reading(f"the {what} in {folder}"):
-        config = AutoConfig.from_pretrained(folder, **how)
+        place, gguf = source_arguments(folder)
+        config = AutoConfig.from_pretrained(place, **how, **gguf)
         with torch.device("meta"):
             model = kind.from_config(config, dtype=dtype or config.dtype, trust_remote_code=trust_remote_code)
         if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
@@ -224,7 +258,9 @@ def check_finite(model: nn.Module, what: str) -> None:
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype | None:
-    """Return the dtype of most weights in a folder's safetensors files; None if it is none of DTYPES."""
+    """Return the dtype of most weights in a folder's safetensors files; None if it is none of DTYPES, or for .gguf."""
+    if is_gguf(folder):
+        return None
     counts: dict[str, int] = {}
     for file in _weight_files(Path(folder)):
         with safe_open(file, framework="pt") as opened:

@@ -20,6 +20,7 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.common.text import markdown_table
 from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.hub import hub_name
 from ppo_fast.llm.models.head import LanguageModel, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
 from ppo_fast.llm.models.reference import is_adapted
@@ -250,8 +251,10 @@ def model_card(config: PPOConfig, run: Mapping[str, object], history: Sequence[M
     versions = {"ppo_fast": ppo_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     picture = ["![learning curves](learning_curves.png)"] if can_draw() else []
     answers = config.prompts_per_step * config.samples_per_prompt
+    base = hub_name(str(run.get("model")))
+    start = "" if base is None else f"base_model: {base}\n"
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- ppo\n- rlhf\n- ppo_fast\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{start}tags:\n- ppo\n- rlhf\n- ppo_fast\n---",
         "# A language model trained with PPO",
         f"Trained for {history[-1]['step'] if history else 0} steps of {answers}"
         " answers with proximal policy optimisation (Schulman et al. 2017), by ppo_fast.",
@@ -274,7 +277,9 @@ def _results(history: Sequence[Mapping[str, float | None]]) -> str:
 
 
 def _names(value: object) -> str:
-    """Return the last part of a path, or of each: the location of a folder is private."""
+    """Return the last part of a path, or of each: the location of a folder is private, a name on the hub is not."""
     if isinstance(value, list):
         return ", ".join(map(_names, value))
+    if isinstance(value, str) and hub_name(value) is not None:
+        return value
     return Path(value).name if isinstance(value, str) else str(value)
