@@ -81,13 +81,16 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
         " precedence",
     )
     train.add_argument(
-        "--model", metavar="DIR", help="folder of a causal language model and tokenizer (required, no default)"
+        "--model",
+        metavar="NAME",
+        help="causal language model with its tokenizer: a folder, a .gguf file, or OWNER/NAME[@REVISION] on the Hugging"
+        " Face hub (required, no default)",
     )
     train.add_argument(
         "--prompts",
         metavar="FILE",
-        help="JSON Lines or .parquet file, folder of .parquet files, or folder that save_to_disk of Hugging Face's"
-        " datasets wrote (required, no default)",
+        help="JSON Lines or .parquet file, folder of .parquet files or of save_to_disk of Hugging Face's datasets,"
+        " perhaps with :SPLIT, or OWNER/NAME[@REVISION][:CONFIGURATION][:SPLIT] on the hub (required, no default)",
     )
     train.add_argument(
         "--prompt-field",
@@ -115,8 +118,9 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--reward-model",
         action="append",
-        metavar="DIR",
-        help="folder of a sequence classifier with one output and its tokenizer; may be repeated (default: none)",
+        metavar="NAME",
+        help="sequence classifier with one output and its tokenizer, a folder or a name on the hub; may be repeated"
+        " (default: none)",
     )
     train.add_argument(
         "--reward-weight",
@@ -127,8 +131,8 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument(
         "--critic-model",
-        metavar="DIR",
-        help="folder of a reward model to initialize the critic with (default: actor)",
+        metavar="NAME",
+        help="reward model to initialize the critic with, a folder or a name on the hub (default: actor)",
     )
     train.add_argument(
         "--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with (default: the tokenizer's own)"
@@ -156,7 +160,10 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
 
 def _add_memory_options(memory: argparse.ArgumentParser) -> None:
     memory.add_argument(
-        "--model", metavar="DIR", required=True, help="folder with the model's config.json; weights are not read"
+        "--model",
+        metavar="NAME",
+        required=True,
+        help="a folder, a .gguf file or a name on the hub, of which the configuration is read",
     )
     memory.add_argument(
         "--prompt-tokens", type=int, default=256, metavar="INT", help="longest prompt, in tokens (default: 256)"
