@@ -103,6 +103,11 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
         help="apply the chat template of the tokenizer to plain prompts, too, as messages of a user (default: no)",
     )
     train.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='arguments of the chat template, such as {"enable_thinking": false} (default: none)',
+    )
+    train.add_argument(
         "--eval-prompts",
         metavar="FILE",
         help="held-out prompts to evaluate on, in the format of --prompts (default: none, no evaluation)",

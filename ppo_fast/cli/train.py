@@ -34,6 +34,7 @@ class RunOptions:
     prompts: str
     prompt_field: str = "prompt"
     chat: bool = False
+    chat_template_kwargs: str | None = None
     eval_prompts: str | None = None
     reward: list[str] = field(default_factory=list)
     reward_model: list[str] = field(default_factory=list)
@@ -171,7 +172,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     size = process_count()
     console = console_of(quiet=config.quiet or (size > 1 and this_rank(size) > 0))
     say(console, f"reading {run.prompts}; importing PyTorch and transformers takes some seconds")
-    from ppo_fast.llm.data import read_named_prompts
+    from ppo_fast.llm.data import read_named_prompts, set_template_options
 
     read = functools.partial(read_named_prompts, prompt_field=run.prompt_field, chat=run.chat)
     rows, prompts = read(run.prompts)
@@ -192,6 +193,8 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     path = sources.find(run.model, "model")
     load = functools.partial(load_actor, path, pad_token=run.pad_token, trust_remote_code=run.trust_remote_code)
     actor, tokenizer = load_on_main(distributed, lambda weights: load(weights=weights))
+    if run.chat_template_kwargs is not None:
+        set_template_options(tokenizer, run.chat_template_kwargs)
     rewards |= _load_reward_models(run.reward_model, sources)
     critic = None if run.critic_model is None else _load_critic(run.critic_model, sources)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Prompt = str | list[dict[str, object]]
 
+_TEMPLATE_OPTIONS = "ppo_fast_chat_template_kwargs"  # an attribute of a tokenizer
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 # reward functions get these names
@@ -428,6 +429,35 @@ def tokenizer_notes(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prom
     return notes
 
 
+def set_template_options(tokenizer: "PreTrainedTokenizerBase", given: str) -> None:
+    """Set arguments that the chat template of a tokenizer gets in a run; they are not saved with the tokenizer.
+
+    Args:
+        tokenizer: of the actor.
+        given: a JSON object, such as {"enable_thinking": false}.
+
+    Raises:
+        UserError: it is no JSON object, or the template has no variable of this name.
+    """
+    option = "--chat-template-kwargs"
+    try:
+        options = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise UserError(f'{option} must be a JSON object, such as {{"enable_thinking": false}}: {error}') from error
+    if not isinstance(options, dict):
+        raise UserError(f'{option} must be a JSON object, such as {{"enable_thinking": false}}, got {given}')
+    template = str(tokenizer.chat_template or "")
+    unknown = [name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unknown:
+        raise UserError(f"{option}: the chat template of the tokenizer has no variable {unknown[0]!r}")
+    setattr(tokenizer, _TEMPLATE_OPTIONS, options)
+
+
+def template_options(tokenizer: object) -> dict[str, Any]:  # whatever the template takes
+    """Return the arguments that `set_template_options` has set."""
+    return getattr(tokenizer, _TEMPLATE_OPTIONS, {})
+
+
 def chat_text(
     tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, object]], *, add_generation_prompt: bool = True
 ) -> str:
@@ -443,7 +473,9 @@ def chat_text(
         )
     try:
         chat = cast(list[dict[str, str]], messages)  # templates read other values than texts, too
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt, **template_options(tokenizer)
+        )
     except Exception as error:  # a template computes with what it is given, and can raise an error of any class
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the chat template fails for the prompt {messages!s:.160}: {reason}") from error

@@ -6,12 +6,16 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.llm.data import template_options
 from ppo_fast.llm.reward.fingerprint import tokenizer_fingerprint
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str:
     """Hash all of a tokenizer that changes tokens or texts, and the tokens that end a completion."""
-    parts = [tokenizer_fingerprint(tokenizer), sorted(tokenizer.special_tokens_map.items(), key=str), ends]
+    special = sorted(tokenizer.special_tokens_map.items(), key=str)
+    parts: list[object] = [tokenizer_fingerprint(tokenizer), special, ends]
+    if options := template_options(tokenizer):  # older checkpoints have none
+        parts.append(options)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ import torch
 from support.tiny import byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
@@ -27,10 +27,11 @@ from ppo_fast.llm.data import (
     prompt_ids,
     read_jsonl,
     read_prompts,
+    set_template_options,
     tokenizer_notes,
 )
 from ppo_fast.llm.generate import GenerateSampler
-from ppo_fast.llm.hashes import rows_hash
+from ppo_fast.llm.hashes import rows_hash, tokenizer_hash
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.reward.scoring import score
 from ppo_fast.llm.sample import drop_long_prompts, sample_rollout
@@ -473,3 +474,28 @@ def test_a_vocabulary_that_does_not_cover_every_text_is_no_error():
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     assert added_ids(fast) == ([], [2])
     assert prompt_ids(fast, ["78"]) == [[0, 1]]
+
+
+def test_arguments_of_the_chat_template_change_the_prompt_but_not_the_saved_tokenizer(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    plain, before = prompt_ids(tokenizer, [CHAT])[0], tokenizer_hash(tokenizer, [])
+    set_template_options(tokenizer, '{"enable_thinking": false}')
+    (ids,) = prompt_ids(tokenizer, [CHAT])
+    assert tokenizer.decode(ids) == tokenizer.decode(plain) + "<think></think>"
+    assert tokenizer_hash(tokenizer, []) != before, "a run that differs in this is another run"
+    tokenizer.save_pretrained(tmp_path)
+    assert prompt_ids(AutoTokenizer.from_pretrained(tmp_path), [CHAT]) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{enable_thinking: false}", r"must be a JSON object, such as .*: Expecting property name"),
+        ("[1]", r"must be a JSON object, such as .*, got \[1\]"),
+        ('{"enable_thinkng": false}', r"the chat template of the tokenizer has no variable 'enable_thinkng'"),
+    ],
+)
+def test_wrong_arguments_of_the_chat_template_are_named(given, message):
+    with pytest.raises(UserError, match=rf"--chat-template-kwargs:? {message}"):
+        set_template_options(chat_tokenizer(), given)
