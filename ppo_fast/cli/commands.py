@@ -137,7 +137,8 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--critic-model",
         metavar="NAME",
-        help="reward model to initialize the critic with, a folder or a name on the hub (default: actor)",
+        help="reward model or OUT/critic of a run, a folder or a name on the hub, from which the critic starts"
+        " (default: the actor)",
     )
     train.add_argument(
         "--pad-token", metavar="TOKEN", help="a token of the vocabulary to pad with (default: the tokenizer's own)"

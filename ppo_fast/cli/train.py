@@ -268,17 +268,11 @@ def _load_reward_models(names: Sequence[str], sources: Sources) -> dict[str, "Re
 
 
 def _load_critic(name: str, sources: Sources) -> "Critic":
-    import torch
-
-    from ppo_fast.llm.models.critic import Critic
-    from ppo_fast.llm.models.reward_model import load_reward_model
+    from ppo_fast.llm.models.critic_folder import load_critic
     from ppo_fast.llm.sharding import load_on_main
 
     path = sources.find(name, "critic")
-    model, _ = load_on_main(
-        sources.distributed, lambda weights: load_reward_model(path, weights=weights, dtype=torch.float32)
-    )
-    return Critic.from_reward_model(model)
+    return load_on_main(sources.distributed, lambda weights: load_critic(path, weights=weights))[0]
 
 
 def _draw_curves(trainer: "PPOTrainer", prompts: str, out: Path) -> None:

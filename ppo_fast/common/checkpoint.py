@@ -310,9 +310,9 @@ def check_folders(out: Path) -> None:
             f"{str(out).encode(errors='backslashreplace').decode()} is not ASCII, which is the encoding of this"
             " process: set PYTHONUTF8=1, or choose another --out"
         ) from None
-    for name in ("model", "best", "checkpoints", "eval"):
+    for name in ("model", "critic", "best", "checkpoints", "eval"):
         path = out / name
-        replaced = name in ("model", "best")  # as a whole, by renaming: a link would not lead to the new one
+        replaced = name in ("model", "critic", "best")  # as a whole, by renaming: a link would not lead to the new one
         if path.is_symlink() and (replaced or not path.exists()):
             raise UserError(f"{path} is a link, and the run needs a folder there: remove it, or choose another --out")
         if path.exists() and not path.is_dir():

@@ -1,5 +1,6 @@
 """The folder of a run, OUT: its checkpoints, what earlier runs left in it, and saved models."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,11 @@ from ppo_fast.common.errors import InvariantError, NonFiniteError, UserError
 from ppo_fast.common.folders import claim
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import Distributed, peer_failure
+from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import LanguageModel
+from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.report.evaluation import drop_best_after
-from ppo_fast.llm.report.export import save_model, saved_dtype
+from ppo_fast.llm.report.export import save_critic, save_model, saved_dtype
 from ppo_fast.llm.sharding import full_state_dict
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same point, or none
@@ -58,7 +61,7 @@ class RunFolder:
         out, checkpoints = self.path, self.path / "checkpoints"
         checkpoint.check_folders(out)
         with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
-            for name in ("best", "model"):
+            for name in ("best", "model", "critic"):
                 checkpoint.recover(out / name)
             checkpoint.remove_partial(checkpoints)
             checkpoint.drop_after(checkpoints, step)
@@ -117,6 +120,19 @@ class RunFolder:
             )
         self.distributed.barrier()
         return folder
+
+    def save_critic(self, critic: Critic, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the critic to OUT/critic; collective. Not under FSDP2 with adapters, which merging needs whole."""
+        if self.path is None:
+            return
+        sharded = self.distributed.strategy == "fsdp"
+        if sharded and critic.backbone is not None and is_adapted(critic.backbone):
+            shutil.rmtree(self.path / "critic", ignore_errors=True)  # of an earlier run
+            return
+        weights = full_state_dict(critic) if sharded else None
+        if self.distributed.is_main:
+            save_critic(critic, tokenizer, self.path / "critic", weights=weights)
+        self.distributed.barrier()
 
     @contextmanager
     def errors_name_checkpoints(self) -> Iterator[None]:

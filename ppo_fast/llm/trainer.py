@@ -572,10 +572,11 @@ class PPOTrainer:
         return self.folder.write_checkpoint(self.steps_done, captured)
 
     def _save_model(self, progress: Progress) -> None:
-        """Write OUT/model; where that fails, a checkpoint keeps the last steps."""
+        """Write OUT/model and OUT/critic; where that fails, a checkpoint keeps the last steps."""
         card = model_card(self.config, self.run_options, progress.rows)
         try:
             self.save("model", {"README.md": card}, progress.rows)
+            self.folder.save_critic(self.policy.critic, self.tokenizer)
         except UserError as error:
             last = self.folder.checkpoint_of(self.steps_done)
             if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`

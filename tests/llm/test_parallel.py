@@ -39,6 +39,7 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import Distributed, init_distributed
 from ppo_fast.llm.generate import GenerateOptions, generate
+from ppo_fast.llm.models.critic_folder import VALUE_HEAD, load_critic
 from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.models.policy import packed_mode
 from ppo_fast.llm.models.reference import AdapterReference
@@ -435,6 +436,7 @@ COMMANDS = {
     "shared critic in bfloat16": ("--critic", "shared", "--dtype", "bfloat16"),
     "adapters": ("--lora-rank", "2"),
     "given critic": ("--critic-model", "critic"),
+    "critic of a run": ("--critic-model", "first/critic"),
     "tied": (),
 }
 
@@ -448,7 +450,10 @@ def test_a_command_under_fsdp_loads_whole_weights_in_the_first_process_only(fold
     critic = LlamaForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
     critic.save_pretrained(folder / "critic")
     byte_tokenizer().save_pretrained(folder / "critic")
-    arguments = [str(folder / "critic") if x == "critic" else x for x in COMMANDS[name]]
+    if name == "critic of a run":
+        commanded(folder, ["--out", str(folder / "first")])
+        assert (folder / "first" / "critic" / VALUE_HEAD).exists()
+    arguments = [str(folder / x) if x.endswith("critic") and x[0] != "-" else x for x in COMMANDS[name]]
     one = commanded(folder, [*arguments, "--out", str(folder / "one")])
     size = 3 if name == "tied" else 2  # three: no weight divides evenly, and the value head has no row for two of them
     fsdp = [*arguments, "--out", str(folder / "several"), "--parallel", "fsdp"]
@@ -465,6 +470,13 @@ def test_a_command_under_fsdp_loads_whole_weights_in_the_first_process_only(fold
             assert its["largest"] >= embedding
         else:
             assert its["largest"] <= embedding // size
+    saved = [folder / run / "critic" for run in ("one", "several")]
+    if name == "adapters":  # which merging needs whole
+        assert [path.exists() for path in saved] == [True, False]
+    else:
+        (here, _), (there, _) = map(load_critic, saved)
+        for (key, mine), theirs in zip(here.named_parameters(), there.parameters(), strict=True):
+            assert (mine - theirs).abs().max() <= tolerance, key
 
 
 def unlike_its_configuration(folder: Path) -> None:

@@ -13,8 +13,8 @@ from ppo_fast.llm.checks import check_models, check_reached, unreached_parameter
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.models.adapters import check_adapters, has_trained_adapters
-from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel, input_embedding
+from ppo_fast.llm.models.critic import Critic, hidden_size_of
+from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel, decoder_of, input_embedding
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import prepare, warn_if_not_recomputed
 from ppo_fast.llm.models.policy import Policy, with_chunk_bytes
@@ -126,6 +126,15 @@ def _check_options(config: PPOConfig, actor: LanguageModel, critic: Critic | Non
         check_adapters(actor)
     if critic is not None and config.critic == "shared" and critic.backbone is not None:
         raise UserError("critic = shared, but a critic with a backbone of its own is given: leave one of the two out")
+    if critic is not None and config.critic == "own" and critic.backbone is None:
+        raise UserError("the given critic is a value head without a backbone: it needs critic = shared")
+    if critic is not None and critic.backbone is None and has_weights(actor):
+        width = hidden_size_of(decoder_of(actor))
+        if critic.head.in_features != width:
+            raise UserError(
+                f"the given value head reads {critic.head.in_features} numbers, but a hidden state of the actor has"
+                f" {width}"
+            )
 
 
 def _with_adapters(config: PPOConfig, actor: LanguageModel, critic: Critic | None) -> tuple[LanguageModel, Critic]:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,7 +28,7 @@ from ppo_fast.common.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 
-AutoModelClass: TypeAlias = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
+AutoModelClass: TypeAlias = type[AutoModel] | type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 
 # Masks and tables that older versions of transformers saved with the weights, as in GPT-2 and Pythia; models make them
 CONSTANTS = re.compile(r"(^|\.)((attn|self_attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")

@@ -5,9 +5,10 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import transformers
@@ -21,6 +22,8 @@ from ppo_fast.common.plots import can_draw, draw_learning_curves
 from ppo_fast.common.text import markdown_table
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.hub import hub_name
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.critic_folder import write_critic
 from ppo_fast.llm.models.head import LanguageModel, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
 from ppo_fast.llm.models.reference import is_adapted
@@ -65,22 +68,52 @@ def save_model(
     Raises:
         UserError: it cannot be written; an earlier folder is unchanged.
     """
+    with _new_folder(folder, "the model") as new:
+        _save_weights(actor, new, merge_adapters=merge_adapters, weights=weights, dtype=dtype)
+        tokenizer.save_pretrained(new)
+        for name, text in (texts or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        if history and can_draw():
+            draw_learning_curves(history, new / "learning_curves.png", "PPO")
+    return folder
+
+
+def save_critic(
+    critic: Critic, tokenizer: PreTrainedTokenizerBase, folder: Path, *, weights: dict[str, Tensor] | None = None
+) -> Path:
+    """Write a folder that `load_critic` loads: the value head and, of a critic of its own, the backbone in fp32.
+
+    Args:
+        critic: the critic; adapters are merged into its backbone, the critic itself is not changed.
+        tokenizer: of the actor.
+        folder: an earlier one is replaced.
+        weights: the critic's state dict, where it has only a shard of each (FSDP2).
+
+    Raises:
+        UserError: it cannot be written; an earlier folder is unchanged.
+    """
+    with _new_folder(folder, "the critic") as new, no_loading_bars():
+        backbone = critic.backbone
+        if backbone is not None:
+            backbone = merged(cast(LanguageModel, backbone)) if is_adapted(backbone) else backbone
+            tokenizer.save_pretrained(new)
+        write_critic(critic, backbone, new, weights)
+    return folder
+
+
+@contextmanager
+def _new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """Yield an empty folder, which replaces the given one at the end of this block, unless an error occurs in it."""
     new = folder.with_name(folder.name + UNFINISHED)
     try:
-        with reported(f"the model could not be written to {folder}", folder):
+        with reported(f"{what} could not be written to {folder}", folder):
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            _save_weights(actor, new, merge_adapters=merge_adapters, weights=weights, dtype=dtype)
-            tokenizer.save_pretrained(new)
-            for name, text in (texts or {}).items():
-                (new / name).write_text(text, encoding="utf-8")
-            if history and can_draw():
-                draw_learning_curves(history, new / "learning_curves.png", "PPO")
+            yield new
             replace(new, folder)
     except UserError:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return folder
 
 
 def _save_weights(
@@ -165,6 +198,8 @@ def check_saving(actor: LanguageModel, tokenizer: PreTrainedTokenizerBase, confi
                 generation = model.generation_config
                 _try_saving("the generation config", advice, lambda: generation.save_pretrained(folder))
     notes = _dtype_notes(actor, config)
+    if config.parallel == "fsdp" and config.lora_rank and config.critic == "own":
+        notes.append("OUT/critic is not written: under fsdp no process has the whole weights to merge its adapters")
     if config.merge_adapters and not is_adapted(actor):
         notes.append("merge_adapters has no effect: the actor has no adapters")
     return notes

@@ -1,0 +1,110 @@
+"""OUT/critic: what a run has learned about values is saved, and another run starts from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import byte_tokenizer, save_tiny_model, tiny_gpt2, tiny_llama
+
+from ppo_fast.common.errors import UserError
+from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.critic_folder import VALUE_HEAD, load_critic
+from ppo_fast.llm.trainer import PPOTrainer
+
+ROWS = [{"prompt": text} for text in ("abc", "one two", "x", "hello")]
+OPTIONS = {"total_steps": 1, "prompts_per_step": 4, "minibatches": 1, "max_new_tokens": 4, "quiet": True}
+
+
+def lengths(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def trained(out: Path, actor: torch.nn.Module, given: Critic | None = None, **options: object) -> PPOTrainer:
+    config = PPOConfig(**OPTIONS | {"critic_lr": 1e-2, "out": str(out)} | options)
+    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, lengths, critic=given)
+    trainer.train()
+    return trainer
+
+
+def values_of(critic: Critic, actor: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(3, 19).view(2, 8)
+    backbone = actor.base_model if critic.backbone is None else critic.backbone
+    with torch.no_grad():
+        return critic(backbone(input_ids=ids, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_saved_critic_has_the_values_of_the_run(tmp_path: Path, make, lora_rank: int):
+    if lora_rank:
+        pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
+    trainer = trained(tmp_path, make(), lora_rank=lora_rank)
+    critic, _ = load_critic(tmp_path / "critic")
+    expected = values_of(trainer.policy.critic, trainer.actor)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(values_of(critic, trainer.actor), expected, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in critic.parameters())
+
+
+def test_a_run_continues_with_the_critic_of_another(tmp_path: Path):
+    first = trained(tmp_path / "first", tiny_llama())
+    critic, _ = load_critic(tmp_path / "first" / "critic")
+    second = trained(tmp_path / "second", tiny_llama(), critic)
+    assert first.recorded[0]["value"] == 0, "a new value head starts at zero"
+    assert second.recorded[0]["value"] != 0
+
+
+def test_the_value_head_of_a_shared_critic_is_saved_alone(tmp_path: Path):
+    trainer = trained(tmp_path / "first", tiny_llama(), critic="shared")
+    folder = tmp_path / "first" / "critic"
+    assert [file.name for file in folder.iterdir()] == [VALUE_HEAD]
+    critic, _ = load_critic(folder)
+    assert torch.equal(critic.head.weight, trainer.policy.critic.head.weight)
+    second = trained(tmp_path / "second", trainer.actor, critic, critic="shared")
+    assert second.recorded[0]["value"] != 0
+    with pytest.raises(UserError, match="a value head without a backbone: it needs critic = shared"):
+        trained(tmp_path / "third", tiny_llama(), load_critic(folder)[0])
+    wide = Critic(None, 48)
+    with pytest.raises(
+        UserError, match=r"the given value head reads 48 numbers, but a hidden state of the actor has \d+"
+    ):
+        trained(tmp_path / "fourth", tiny_llama(), wide, critic="shared")
+
+
+def test_a_damaged_value_head_is_named(tmp_path: Path):
+    trained(tmp_path, tiny_llama())
+    folder = tmp_path / "critic"
+    good = load_file(folder / VALUE_HEAD)
+    damaged = {
+        "its weight is": good | {"weight": torch.zeros(2, 8)},
+        "NaN or infinite": good | {"bias": torch.tensor([torch.nan])},
+        "cannot read the value head": {"weight": good["weight"]},
+        "reads 8 numbers": good | {"weight": torch.zeros(1, 8)},
+    }
+    for message, head in damaged.items():
+        save_file(head, folder / VALUE_HEAD)
+        with pytest.raises(UserError, match=message) as error:
+            load_critic(folder)
+        assert "\n" not in str(error.value)
+    (folder / VALUE_HEAD).write_bytes(b"no file of safetensors")
+    with pytest.raises(UserError, match="cannot read the value head"):
+        load_critic(folder)
+
+
+def test_a_folder_without_a_critic_is_rejected(tmp_path: Path):
+    save_tiny_model(tmp_path / "actor")
+    with pytest.raises(UserError, match="sequence classifier"):
+        load_critic(tmp_path / "actor")
+    with pytest.raises(UserError, match=r"it has no config\.json"):
+        load_critic(tmp_path / "absent")
+
+
+def test_without_weights_the_critic_has_the_same_layout(tmp_path: Path):
+    trained(tmp_path, tiny_llama())
+    whole, _ = load_critic(tmp_path / "critic")
+    empty, _ = load_critic(tmp_path / "critic", weights=False)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    layouts = [[(n, p.shape, p.dtype) for n, p in model.named_parameters()] for model in (whole, empty)]
+    assert layouts[0] == layouts[1]
