@@ -143,3 +143,16 @@ def test_truncation_of_a_chat_keeps_its_begin_token():
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}<end>"
     judge = RewardModel(decoder("llama"), tokenizer, max_length=6)
     assert tokenizer.decode(judge._ids("Why?", "So it is.")) == "<s> is.<end>"
+
+
+class Quantized(LlamaForSequenceClassification):
+    """Keeps something beside its parameters, as HQQ does, which its own `to` moves."""
+
+    def to(self, *args, **kwargs):
+        self.moved_to = args
+        return super().to(*args, **kwargs)
+
+
+def test_a_reward_model_is_moved_by_its_own_to():
+    model = Quantized(LlamaConfig(**SIZES, **LAYERS, pad_token_id=PAD))
+    assert RewardModel(model, byte_tokenizer(), device="cpu").model.moved_to == ("cpu",)
