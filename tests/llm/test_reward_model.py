@@ -156,3 +156,11 @@ class Quantized(LlamaForSequenceClassification):
 def test_a_reward_model_is_moved_by_its_own_to():
     model = Quantized(LlamaConfig(**SIZES, **LAYERS, pad_token_id=PAD))
     assert RewardModel(model, byte_tokenizer(), device="cpu").model.moved_to == ("cpu",)
+
+
+def test_a_compiled_reward_model_gives_the_scores_of_the_model():
+    tokenizer, texts = byte_tokenizer(), (["ab", "c"], ["de", "fgh"])
+    compiled = torch.compile(decoder("llama"), backend="eager")
+    torch.testing.assert_close(
+        RewardModel(compiled, tokenizer)(*texts), RewardModel(decoder("llama"), tokenizer)(*texts)
+    )
