@@ -65,7 +65,9 @@ def _cuda_samples(run: Run, device: torch.device, seconds: float, most: int) -> 
     torch.cuda.synchronize()
     per_sample = time.perf_counter() - before + FLUSH_SECONDS
     rep = 1e3 * min(max(seconds, LEAST_SAMPLES * per_sample), most * per_sample)
-    samples = do_bench(run, warmup=WARM_UP_MS, rep=rep, return_mode="all")
+    samples: list[float] = []
+    while len(samples) < LEAST_SAMPLES:  # do_bench divides `rep` by an estimate of its own, which may be longer
+        samples += do_bench(run, warmup=WARM_UP_MS, rep=rep, return_mode="all")
     return samples[:: -(-len(samples) // most)]
 
 

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.ops.backend import Backend, uses_triton
 
 ComputeDtype = Literal["float32", "bfloat16"]
+Model = TypeVar("Model", bound=nn.Module)
 SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
 GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
 
@@ -238,6 +239,11 @@ def upload_together(tensors: Sequence[Tensor], device: torch.device) -> list[Ten
     buffer = upload(torch.cat([x.flatten() for x in tensors]), device)
     parts = buffer.split([x.numel() for x in tensors])
     return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def to_device(model: Model, device: torch.device | str) -> Model:
+    """Move a model by its own `to`, which in a quantized one moves more than parameters and buffers."""
+    return model.to(device)
 
 
 def has_weights(model: nn.Module) -> bool:

@@ -26,11 +26,10 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.common.checkpoint import reported, write_file
-from ppo_fast.common.device import pick_device
+from ppo_fast.common.device import pick_device, to_device
 from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.common.folders import claim
 from ppo_fast.common.plots import can_draw
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = claim(given.out, "the sampling example")
         say(console, f"loading {given.model}")
         actor, tokenizer = load_actor(given.model)
-        actor = nn.Module.to(actor, pick_device(given.device))
+        actor = to_device(actor, pick_device(given.device))
         rows, _ = drop_long_prompts(rows, tokenizer, actor, config)
         say(console, f"answering {len(rows)} prompts in {len(WAYS)} ways, {given.samples} times each")
         found = compare(actor, tokenizer, rows, config, given.samples, console)

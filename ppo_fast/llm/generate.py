@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -193,9 +194,13 @@ def generate(
         greedy: take the likeliest token instead of a sample.
         ends: other end tokens than the actor's.
     """
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_attention_mask=True, return_tensors="pt")
-    input_ids, attention_mask = (upload(padded[name], actor.device) for name in ("input_ids", "attention_mask"))
-    P, pad = input_ids.shape[1], tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in prompts]
+    # not by tokenizer.pad: those of users' own classes may lack padding_side, or have other names for ids
+    input_ids = upload(pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"), actor.device)
+    counted = [torch.ones_like(row) for row in rows]
+    attention_mask = upload(pad_sequence(counted, batch_first=True, padding_side="left"), actor.device)
+    P = input_ids.shape[1]
     ends = end_tokens(tokenizer, actor) if ends is None else ends
     stops = StopTexts(CompletionText(tokenizer, prompts), params.stop)
     criteria = [_Stop(stops, set(ends), len(prompts))] if params.stop else []

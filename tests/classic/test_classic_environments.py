@@ -603,6 +603,27 @@ def test_states_are_saved_of_classes_that_declare_it_themselves():
     assert environment_states(SyncVectorEnv([lambda: TimeLimit(Maze(), 5)])) is None
 
 
+class OfSimulator(Given):
+    """Passes on what it lacks, get_state and set_state among it, to an object of its own."""
+
+    ppo_fast_saves_state = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.simulator = Maze()
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["simulator"], name)
+
+
+def test_states_are_saved_of_environments_that_pass_on_the_methods():
+    envs = SyncVectorEnv([OfSimulator])
+    envs.reset(seed=0)
+    envs.envs[0].simulator.reset(seed=0)
+    state = environment_states(envs)[0]
+    assert state == envs.envs[0].simulator.get_state()
+
+
 # Names
 
 

@@ -143,3 +143,24 @@ def test_truncation_of_a_chat_keeps_its_begin_token():
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}<end>"
     judge = RewardModel(decoder("llama"), tokenizer, max_length=6)
     assert tokenizer.decode(judge._ids("Why?", "So it is.")) == "<s> is.<end>"
+
+
+class Quantized(LlamaForSequenceClassification):
+    """Keeps something beside its parameters, as HQQ does, which its own `to` moves."""
+
+    def to(self, *args, **kwargs):
+        self.moved_to = args
+        return super().to(*args, **kwargs)
+
+
+def test_a_reward_model_is_moved_by_its_own_to():
+    model = Quantized(LlamaConfig(**SIZES, **LAYERS, pad_token_id=PAD))
+    assert RewardModel(model, byte_tokenizer(), device="cpu").model.moved_to == ("cpu",)
+
+
+def test_a_compiled_reward_model_gives_the_scores_of_the_model():
+    tokenizer, texts = byte_tokenizer(), (["ab", "c"], ["de", "fgh"])
+    compiled = torch.compile(decoder("llama"), backend="eager")
+    torch.testing.assert_close(
+        RewardModel(compiled, tokenizer)(*texts), RewardModel(decoder("llama"), tokenizer)(*texts)
+    )

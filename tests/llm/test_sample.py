@@ -197,6 +197,25 @@ def test_padding_is_no_part_of_any_answer():
         assert ended or len(ids) == 60
 
 
+class OlderTokenizer(PreTrainedTokenizerFast):
+    """Pads as tokenizers were written before transformers had the argument padding_side of `_pad`."""
+
+    def _pad(self, encoded_inputs, max_length=None, padding_strategy=None, pad_to_multiple_of=None):
+        raise AssertionError("the prompts are padded without the tokenizer")
+
+
+def test_prompts_are_padded_in_the_same_way_for_all_classes_of_tokenizers():
+    older, renamed = (byte_tokenizer() for _ in range(2))
+    older = OlderTokenizer(tokenizer_object=older.backend_tokenizer, eos_token="<end>", pad_token="<pad>")
+    renamed.model_input_names = ["attention_mask", "input_ids"]
+    found = []
+    for tokenizer in (byte_tokenizer(), older, renamed):
+        torch.manual_seed(1)
+        prompts = [tokenizer(text)["input_ids"] for text in ("see", "a", "be")]
+        found.append(generate(tiny_llama(), tokenizer, prompts, SamplingParams(max_new_tokens=5)))
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("stop", ["\U0001f642", "ab", "b c", "Question: ", "<pad>"])
 def test_the_token_that_completes_a_stop_text_is_the_first_whose_prefix_has_it(stop):
     tokenizer = byte_tokenizer()

@@ -2,10 +2,12 @@
 shows what a record holds, also where a baseline is better."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,18 @@ def test_a_record_that_was_cut_off_keeps_its_complete_lines(tmp_path: Path):
     path.write_text(path.read_text() + "\n{}\n")
     with pytest.raises(json.JSONDecodeError):
         json_lines.read(path)
+
+
+def test_a_slow_call_on_a_gpu_has_at_least_five_samples(monkeypatch: pytest.MonkeyPatch):
+    def do_bench(run, warmup, rep, return_mode):
+        estimate_ms = 24.0  # above the 20 ms of a call, as at a lower clock
+        return [20.0] * max(1, int(rep / estimate_ms))
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    call = functools.partial(time.sleep, 0.02)
+    assert len(measure.samples_ms(call, torch.device("cuda"), seconds=0.01)) >= 5
 
 
 def test_a_measurement_on_a_gpu_is_found_in_json_lines(tmp_path: Path):

@@ -182,6 +182,26 @@ def test_a_pool_has_the_options_and_the_code_of_its_function():
     assert of(pools[0]) == of(Pool(spec.format(""), timeout=1.0, fallback=0.0, workers=1))
 
 
+class Wrapped:
+    """A tokenizer inside an object of the user's own that passes on what it lacks."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+
+def test_a_wrapped_tokenizer_counts_by_what_it_does():
+    templated = byte_tokenizer()
+    templated.chat_template = "{{ messages }}"
+
+    def of(tokenizer):
+        return reward_fingerprint(functools.partial(numeric, tokenizer=tokenizer), weights_hash)
+
+    assert of(Wrapped(byte_tokenizer())) == of(byte_tokenizer()) != of(Wrapped(templated))
+
+
 def test_a_fingerprint_changes_with_the_weights_and_the_tokenizer_of_a_model():
     def classifier(seed):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import gymnasium
 import numpy as np
@@ -25,7 +25,6 @@ Frame = npt.NDArray[np.uint8]  # RGB, [height, width, 3]
 EnvironmentState = dict[str, object]  # JSON, as `get_state` of an environment returns it
 
 
-@runtime_checkable
 class Stateful(Protocol):
     """An environment whose whole state can be saved and restored."""
 
@@ -177,9 +176,14 @@ def environment_states(envs: VectorEnv) -> list[EnvironmentState] | None:
 
 
 def _stateful(env: gymnasium.Env) -> Stateful:
-    if not isinstance(env.unwrapped, Stateful):
+    if not _is_stateful(env.unwrapped):
         raise TypeError(f"{type(env.unwrapped).__name__} has ppo_fast_saves_state, but no get_state and set_state")
     return env.unwrapped
+
+
+def _is_stateful(env: object) -> TypeGuard[Stateful]:
+    """Check by hasattr: since Python 3.12 isinstance does not see what `__getattr__` finds."""
+    return hasattr(env, "get_state") and hasattr(env, "set_state")
 
 
 def _saves_state(env: gymnasium.Env) -> bool:

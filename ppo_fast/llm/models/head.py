@@ -8,7 +8,7 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Union, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +114,15 @@ def own_generate(model: LanguageModel) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], model.generate)
 
 
+class HasEmbeddings(Protocol):
+    """A model of transformers, or what passes its methods on: the wrappers of peft and torch.compile, and others."""
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+
 def input_embedding(model: nn.Module) -> Tensor:
     """Return the input embedding [V, D]."""
-    weight = unwrap_peft(model).get_input_embeddings().weight
+    weight = cast(HasEmbeddings, model).get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.common.device import upload
+from ppo_fast.common.device import to_device, upload
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.data import Prompt, added_ids, chat_text, without_second_begin
 from ppo_fast.llm.models.head import input_embedding
@@ -74,7 +74,7 @@ class RewardModel:
             raise RewardError(f"the reward model has {model.config.num_labels} outputs; one score is expected")
         check_embedding(tokenizer, model, "the reward model")
         model.config.pad_token_id = tokenizer.pad_token_id
-        self.model: PreTrainedModel = model.eval() if device is None else nn.Module.to(model.eval(), device)
+        self.model: PreTrainedModel = model.eval() if device is None else to_device(model.eval(), device)
         # a copy: a call with truncation changes a tokenizer, and what save_pretrained writes of it
         self.tokenizer = copy.deepcopy(tokenizer)
         self.batch_size = batch_size

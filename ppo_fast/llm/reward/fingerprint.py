@@ -12,7 +12,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 from torch import nn
 
@@ -20,7 +20,6 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 _SPEED = {"batch_size", "workers", "device"}  # options that change no value
 
 
-@runtime_checkable
 class Tokenizer(Protocol):
     """A tokenizer of transformers, which this module does not import."""
 
@@ -95,7 +94,7 @@ class _Description:
             return self._class(x)
         if (inner := getattr(x, "__wrapped__", None)) is not None:  # of functools.lru_cache
             return "wrapped", self.of(inner)
-        if isinstance(x, Tokenizer):
+        if _is_tokenizer(x):
             return "tokenizer", tokenizer_fingerprint(x)
         if isinstance(x, nn.Module):
             return "model", type(x).__qualname__, self.weights(x)
@@ -171,6 +170,11 @@ def _content(cell: types.CellType) -> object:
         return cell.cell_contents
     except ValueError:  # it is empty
         return None
+
+
+def _is_tokenizer(x: object) -> TypeGuard[Tokenizer]:
+    """Check by hasattr: since Python 3.12 isinstance does not see what `__getattr__` of a wrapper finds."""
+    return hasattr(x, "get_vocab") and hasattr(x, "chat_template")
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
