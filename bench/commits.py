@@ -24,6 +24,8 @@ from ppo_fast.common.text import markdown_table
 from ppo_fast.common.threads import PASSIVE
 
 HERE = Path(__file__).parents[1]
+# glibc keeps the memory that a call frees; else some processes, by chance, get new pages from the system in each call
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 OUT = HERE / "bench" / "results" / "cpu-2core" / "commits"
 CHILD = """
 import sys, time
@@ -49,7 +51,7 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD, workload, str(seconds)],
             cwd=checkout,
-            env={**os.environ, **PASSIVE, "PYTHONPATH": str(checkout)},
+            env={**os.environ, **PASSIVE, **KEEP_MEMORY, "PYTHONPATH": str(checkout)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
