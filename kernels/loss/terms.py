@@ -8,6 +8,8 @@ are and which gradients are wanted, one bit each: the address of an absent input
 import triton
 import triton.language as tl
 
+from ppo_fast.kernels.common.kl_kernel import kl_estimate
+
 # Names of constants are resolved by functions: Triton compares each global constant of a kernel again in every launch.
 
 
@@ -144,13 +146,13 @@ def surrogate(logprobs, old, advantages, low, high, dual_clip, log_ratio_clamp):
 def kl_and_gradient(d, log_ratio_clamp, estimator):
     """reference.kl_estimate and its derivative by the log-probability; estimator is an index into KL_ESTIMATORS."""
     sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
-    kl = tl.where(estimator == 0, d, tl.where(estimator == 1, 0.5 * d * d, tl.abs(d)))
     gradient = tl.where(estimator == 0, 1.0, tl.where(estimator == 1, d, sign))
+    inverse_ratio = tl.zeros_like(d)
     if estimator == 2:
         inverse_ratio = precise_exp(-clamp(d, -log_ratio_clamp, log_ratio_clamp))
         in_range = (d >= -log_ratio_clamp) & (d <= log_ratio_clamp)
-        kl, gradient = inverse_ratio - 1 + d, 1 - tl.where(in_range, inverse_ratio, 0.0)
-    return kl, gradient
+        gradient = 1 - tl.where(in_range, inverse_ratio, 0.0)
+    return kl_estimate(d, inverse_ratio, estimator), gradient
 
 
 @triton.jit
