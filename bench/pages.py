@@ -63,7 +63,7 @@ with open("answers.jsonl", "w") as file:
     print(json.dumps({"prompt": "1+1=", "answers": ["2", "3"]}), file=file)
 with open("rewards.py", "w") as file:
     print("def correct(prompts, completions, answer):", file=file)
-    print("    return [float(a in text) for a, text in zip(answer, completions, strict=True)]", file=file)
+    print("    return [float(a in text) for a, text in zip(answer, completions, strict=True)]\\n\\n", file=file)
     print("def runs_the_tests(prompts, completions):", file=file)
     print("    return [float(text.isdigit()) for text in completions]", file=file)
 """
