@@ -20,7 +20,7 @@ from gymnasium.vector import VectorEnv
 from ppo_fast.classic import state
 from ppo_fast.classic.config import ClassicConfig, add_arguments
 from ppo_fast.classic.envs.source import EnvironmentSource
-from ppo_fast.classic.envs.vector import environment_states, parse_arguments
+from ppo_fast.classic.envs.vector import environment_states
 from ppo_fast.classic.envs.workers import close
 from ppo_fast.classic.envs.wrappers import Wrapper, load_wrappers
 from ppo_fast.classic.evaluate import evaluate
@@ -29,6 +29,7 @@ from ppo_fast.classic.ppo import PPO
 from ppo_fast.common import checkpoint
 from ppo_fast.common.errors import UserError, print_error
 from ppo_fast.common.lock import locked
+from ppo_fast.common.options import json_object
 from ppo_fast.common.signals import GRACE, Request, stop_requests
 
 __all__ = ["ClassicTrainer", "Stopped", "add_arguments", "main"]
@@ -66,7 +67,7 @@ class ClassicTrainer(PPO):
         envs: VectorEnv | None = None,
         eval_env: Callable[[], gymnasium.Env] | None = None,
     ) -> None:
-        kwargs = {**parse_arguments(config.env_kwargs), **(env_kwargs or {})}
+        kwargs = {**json_object("env_kwargs", config.env_kwargs, '{"size": 9}'), **(env_kwargs or {})}
         self.source = EnvironmentSource(
             config.env, kwargs, [*load_wrappers(config.wrapper), *(wrappers or [])], eval_env
         )

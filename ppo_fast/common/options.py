@@ -11,6 +11,7 @@ turns pydantic's errors into one sentence, and `options` reads the fields for co
 import argparse
 import dataclasses
 import functools
+import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -199,6 +200,21 @@ def _bounds(option: Option) -> str:
 
 def _plain(bound: float | None) -> str:
     return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
+def json_object(name: str, text: str, example: str) -> dict[str, object]:
+    """Read the value of an option that is a JSON object.
+
+    Raises:
+        UserError: it is something else; the message names the option and gives the example.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not JSON: {text}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name} must be a JSON object such as {example}, got {text}")
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:

@@ -21,6 +21,11 @@ def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]], align:
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, separators, *rows))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty; the name of its class if there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the known name that is most similar to the given one, or ""."""
     near = difflib.get_close_matches(name, list(known), n=1)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.options import json_object
 from ppo_fast.common.text import nearest
 from ppo_fast.llm.hub import is_dataset_name, load_dataset
 
@@ -440,12 +441,7 @@ def set_template_options(tokenizer: "PreTrainedTokenizerBase", given: str) -> No
         UserError: it is no JSON object, or the template has no variable of this name.
     """
     option = "--chat-template-kwargs"
-    try:
-        options = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{option} must be a JSON object, such as {{"enable_thinking": false}}: {error}') from error
-    if not isinstance(options, dict):
-        raise UserError(f'{option} must be a JSON object, such as {{"enable_thinking": false}}, got {given}')
+    options = json_object(option, given, '{"enable_thinking": false}')
     template = str(tokenizer.chat_template or "")
     unknown = [name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)]
     if unknown:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppo_fast.common.errors import UserError
-from ppo_fast.common.text import nearest
+from ppo_fast.common.text import first_line, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,11 +120,7 @@ def _reported(what: str, name: str, revision: str | None, here: str) -> Iterator
             raise UserError(
                 f"{absent}, and the hub has none of this name, or it is private: correct the name, or {_LOG_IN}"
             ) from error
-        raise UserError(f"cannot read {what}: {_first_line(error)}; the same command resumes a download") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"cannot read {what}: {first_line(error)}; the same command resumes a download") from error
 
 
 def _similar(name: str) -> str:

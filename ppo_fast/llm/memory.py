@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from transformers.cache_utils import CacheLayerMixin
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import first_line
 from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import cache_options
@@ -39,7 +40,6 @@ from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
 from ppo_fast.llm.models.reference import is_adapted
-from ppo_fast.llm.packing.flash_calls import first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import first_line
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import GenerateOptions, generate
 from ppo_fast.llm.models.head import (
@@ -35,7 +36,6 @@ from ppo_fast.llm.models.probe import (
     named_lengths,
     rounding_bound,
 )
-from ppo_fast.llm.packing.flash_calls import first_line
 from ppo_fast.llm.sampler import SamplingParams
 
 NEW_TOKENS = 3  # the first from the prompt, the others from the cache

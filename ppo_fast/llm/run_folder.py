@@ -127,7 +127,8 @@ class RunFolder:
             return
         sharded = self.distributed.strategy == "fsdp"
         if sharded and critic.backbone is not None and is_adapted(critic.backbone):
-            shutil.rmtree(self.path / "critic", ignore_errors=True)  # of an earlier run
+            if self.distributed.is_main:
+                shutil.rmtree(self.path / "critic", ignore_errors=True)  # of an earlier run
             return
         weights = full_state_dict(critic) if sharded else None
         if self.distributed.is_main:

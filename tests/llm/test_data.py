@@ -491,8 +491,8 @@ def test_arguments_of_the_chat_template_change_the_prompt_but_not_the_saved_toke
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{enable_thinking: false}", r"must be a JSON object, such as .*: Expecting property name"),
-        ("[1]", r"must be a JSON object, such as .*, got \[1\]"),
+        ("{enable_thinking: false}", r"is not JSON: .*: Expecting property name"),
+        ("[1]", r"must be a JSON object such as .*, got \[1\]"),
         ('{"enable_thinkng": false}', r"the chat template of the tokenizer has no variable 'enable_thinkng'"),
     ],
 )

@@ -255,7 +255,7 @@ def test_a_slow_call_on_a_gpu_has_at_least_five_samples(monkeypatch: pytest.Monk
         estimate_ms = 24.0  # above the 20 ms of a call, as at a lower clock
         return [20.0] * max(1, int(rep / estimate_ms))
 
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     call = functools.partial(time.sleep, 0.02)

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,17 +92,6 @@ class OneOfVector(gymnasium.Env):
 
     def close(self) -> None:
         self.envs.close()
-
-
-def parse_arguments(text: str) -> dict[str, object]:
-    """Parse the arguments of an environment from JSON."""
-    try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"env_kwargs is not JSON: {text}: {error}") from error
-    if not isinstance(arguments, dict):
-        raise UserError(f'env_kwargs must be a JSON object such as {{"size": 9}}, got {text}')
-    return arguments
 
 
 @contextmanager

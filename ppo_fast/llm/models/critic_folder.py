@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import first_line
 from ppo_fast.llm.models.critic import Critic, hidden_size_of
 from ppo_fast.llm.models.reward_model import load_reward_model
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_weights
@@ -75,7 +76,7 @@ def _read_head(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             head = {name: opened.get_tensor(name) for name in ("weight", "bias")}
     except Exception as error:  # safetensors raises errors of its own class for a damaged file
-        raise UserError(f"cannot read the value head in {file}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read the value head in {file}: {first_line(error)}") from error
     if head["weight"].ndim != 2 or head["weight"].shape[0] != 1 or head["bias"].shape != (1,):
         raise UserError(f"cannot read the value head in {file}: its weight is {list(head['weight'].shape)}, not [1, D]")
     if not all(x.isfinite().all() for x in head.values()):

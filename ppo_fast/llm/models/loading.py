@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import first_line
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic, hidden_size_of
 from ppo_fast.llm.models.head import LanguageModel, head_of, input_embedding, model_name, text_config, unwrap_peft
@@ -25,7 +26,6 @@ from ppo_fast.llm.models.weights import (
     source_arguments,
     stored_dtype,
 )
-from ppo_fast.llm.packing.flash_calls import first_line
 
 SOURCE_DTYPE = "ppo_fast_source_dtype"  # an attribute of an actor from `load_actor`
 
@@ -39,7 +39,7 @@ def load_model_config(folder: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(place, local_files_only=True, **gguf)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
 
 
 def load_actor(

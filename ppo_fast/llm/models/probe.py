@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import first_line
 from ppo_fast.llm.models.head import (
     HeadInfo,
     accepts,
@@ -40,7 +41,6 @@ from ppo_fast.llm.models.head import (
 from ppo_fast.llm.models.head import without_cache as no_cache
 from ppo_fast.llm.packing import flash
 from ppo_fast.llm.packing.attention import packed_attention
-from ppo_fast.llm.packing.flash_calls import first_line
 from ppo_fast.llm.packing.pack import split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
 

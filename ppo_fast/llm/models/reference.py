@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.text import first_line
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.adapters import ADVICE, CLONING_ERRORS, has_trained_adapters
 from ppo_fast.llm.models.head import HeadInfo, input_embedding, logprobs_of
 from ppo_fast.llm.models.modes import autocast
-from ppo_fast.llm.packing.flash_calls import first_line
 from ppo_fast.llm.packing.pack import Pack
 
 if TYPE_CHECKING:

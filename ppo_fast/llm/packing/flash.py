@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast.common import device as devices
-from ppo_fast.llm.packing.flash_calls import CALLS, Attention, Request, Rows, first_line, trial
+from ppo_fast.common.text import first_line
+from ppo_fast.llm.packing.flash_calls import CALLS, Attention, Request, Rows, trial
 
 HALF = (torch.float16, torch.bfloat16)
 BUCKETS = "buckets"

@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ppo_fast.common.text import first_line
+
 TRIAL_LENGTHS = (33, 5, 1)
 TRIAL_WINDOW = 4
 TRIAL_BOUND = 16  # units in the last place of the largest value; a leak or a wrong window is off by hundreds in fp16
@@ -49,11 +51,6 @@ class Rows:
     scaling: float | None  # None: d ** -0.5
     window: int | None  # tokens, the query's own included
     softcap: float | None
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message; the type's name if it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _call_flash_attn(function: Attention, rows: Rows) -> Tensor:
