@@ -35,6 +35,7 @@ _PRODUCTS = {  # of the linear operations, by product_path
     "exact": "unchanged",
     "widening": "into fp32",
     "converted": "after conversion to fp32",
+    "mixed": "into fp32, by oneDNN's bf16 precision of fp32 products",
     "rounded": "into the same dtype, and then to fp32",
 }
 

@@ -6,13 +6,15 @@ fp64). This file is independent of the loss.
 
 Operands of a product have one dtype. Where the hardware multiplies fp16 and bf16 into fp32 ("native"), that is theirs.
 Elsewhere, on a CPU above all, it is the dtype of the arithmetic, and the weight is converted tile by tile of the
-vocabulary.
+vocabulary. A CPU that multiplies bf16 in hardware gets these fp32 operands, too, with oneDNN's precision of fp32
+products set to bf16 around each: it rounds the operands, and accumulates and returns fp32.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +80,7 @@ class Plan(NamedTuple):
     arithmetic: torch.dtype
     operand: torch.dtype
     logits: torch.dtype  # of the chunk's buffer
+    mixed: bool  # fp32 operands that the product rounds to bf16
     separate: bool  # dlogits have a buffer of their own, in the operand's dtype
     rows: int  # of a chunk
     tile: int  # rows of the weight that are converted at a time
@@ -130,16 +133,41 @@ def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype, *_switches: 
     return True
 
 
+class _Precision(Protocol):
+    """A backend of PyTorch whose products of fp32 matrices have a precision."""
+
+    fp32_precision: str
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16: AMX, or those of AVX-512."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@contextlib.contextmanager
+def mixed_products() -> Iterator[None]:
+    """Products of fp32 matrices on a CPU round their operands to bf16 inside this block, and accumulate in fp32."""
+    setting: _Precision = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (the module makes it on import)
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def product_path(device: torch.device, dtype: torch.dtype) -> str:
     """How products of operands of `dtype` with fp32 results are computed on a device, for ppo_fast.doctor.
 
-    "exact": operands are fp32 or fp64 already. "widening": fp16 or bf16 operands, fp32 results. "converted": operands
-    are converted to fp32 first. "rounded": results are rounded to `dtype`, then converted.
+    "exact": operands are fp32 or fp64 already. "widening": fp16 or bf16 operands, fp32 results. "mixed": operands are
+    converted to fp32, and the product rounds them to bf16. "converted": operands are converted to fp32 first.
+    "rounded": results are rounded to `dtype`, then converted.
     """
     if dtype not in _LOW:
         return "exact"
     if device.type == "cpu":
-        return "converted"
+        return "mixed" if dtype == torch.bfloat16 and cpu_multiplies_bf16() else "converted"
     if device.type != "cuda" or torch.version.hip is not None:
         return "rounded"
     switches = torch.cuda.tunable.is_enabled(), bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
@@ -147,19 +175,24 @@ def product_path(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _dtypes(
-    hidden: torch.dtype, weight: torch.dtype, logits_dtype: torch.dtype | None, native: bool, path: str
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    logits_dtype: torch.dtype | None,
+    compute: torch.dtype,
+    native: bool,
+    path: str,
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Of the arithmetic, of the products' operands, and of the chunk's buffer; `path` is that of hidden's dtype."""
+    """Of the arithmetic, of the products' operands, and of the chunk's buffer; `path` is that of dtype `compute`."""
     promoted = torch.promote_types(hidden, weight)
     arithmetic = torch.float64 if promoted == torch.float64 else torch.float32
-    native = native and hidden == weight and hidden in _LOW
+    native = native and compute in _LOW
     # Without such products the logits are rounded afterwards, which only a CPU does.
-    allowed = (None, arithmetic, hidden) if native or path == "converted" else (None, arithmetic)
+    allowed = (None, arithmetic, compute) if native or path in ("converted", "mixed") else (None, arithmetic)
     if logits_dtype not in allowed:
         raise ValueError(f"logits_dtype must be one of {allowed}, got {logits_dtype}")
     if not native or (path == "rounded" and logits_dtype == arithmetic):
         return arithmetic, arithmetic, arithmetic  # slower, but the fp32 that was asked for
-    return arithmetic, hidden, hidden if path == "rounded" else logits_dtype or arithmetic
+    return arithmetic, compute, compute if path == "rounded" else logits_dtype or arithmetic
 
 
 def make_plan(
@@ -173,6 +206,7 @@ def make_plan(
     logits_dtype: torch.dtype | None,
     needs: tuple[bool, ...],  # gradients wanted: of hidden, weight, bias
     scratch_bytes: int,  # of the epilogue
+    compute_dtype: torch.dtype | None = None,  # that operands are rounded to; None: that of hidden and weight
 ) -> Plan:
     """Cut the rows so that all memory beyond inputs and gradients fits `chunk_bytes`, but at least one row at a time.
 
@@ -181,10 +215,11 @@ def make_plan(
     memory. It depends on shapes, dtypes and chunk_bytes only, not on the gradients wanted: products of as many rows
     give the same bits, so log-probabilities scored without gradients are those that the loss computes.
     """
+    compute = torch.promote_types(hidden.dtype, weight.dtype) if compute_dtype is None else compute_dtype
     return compute_plan(
         (int(weight.shape[0]), int(weight.shape[1]), int(rows.total), rows.indices is not None),  # int: not symbolic
-        (hidden.dtype, weight.dtype, logits_dtype),
-        product_path(hidden.device, hidden.dtype),
+        (hidden.dtype, weight.dtype, logits_dtype, compute),
+        product_path(hidden.device, compute),
         (CPU_CHUNK_ROWS, CPU_CHUNK_BYTES) if hidden.device.type == "cpu" else (DEVICE_CHUNK_ROWS, 0),
         native,
         in_place,
@@ -197,7 +232,8 @@ def make_plan(
 @functools.lru_cache(maxsize=256)
 def compute_plan(
     sizes: tuple[int, int, int, bool],  # V, D, n, whether the rows of hidden are gathered
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],  # of hidden, of weight, asked for logits
+    # of hidden, of weight, asked for logits, and that operands are rounded to
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype],
     path: str,
     least: tuple[int, int],  # rows of a chunk, and bytes of all rows
     native: bool,
@@ -206,8 +242,9 @@ def compute_plan(
     needs: tuple[bool, ...],
     scratch_bytes: int,
 ) -> Plan:
-    (V, D, n, gathers), (hidden, weight, logits_dtype) = sizes, dtypes
-    arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, native, path)
+    (V, D, n, gathers), (hidden, weight, logits_dtype, compute) = sizes, dtypes
+    arithmetic, operand, logits = _dtypes(hidden, weight, logits_dtype, compute, native, path)
+    mixed = path == "mixed" and operand == torch.float32
     shares_memory = in_place and logits == operand
     separate = any(needs) and not shares_memory
     needs = (True, True, True)
@@ -234,13 +271,14 @@ def compute_plan(
     room = budget + (accumulator - gradient if chunk_bytes is None else 0)
     size = n if fixed + n * other_row + alone <= room else max(1, (budget - fixed) // (logits_row + other_row))
     chunks = max(1, -(-n // max(1, size)))
-    return Plan(arithmetic, operand, logits, separate, max(1, -(-n // chunks)), tile)
+    return Plan(arithmetic, operand, logits, mixed, separate, max(1, -(-n // chunks)), tile)
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+def _mm(a: Tensor, b: Tensor, out: Tensor, *, mixed: bool, add: bool = False) -> None:
     """out = a b, or out += a b; see product_path."""
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+        with mixed_products() if mixed else contextlib.nullcontext():
+            torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
         return
     path = product_path(a.device, a.dtype)
     if path == "widening":
@@ -249,9 +287,24 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         return
-    wide = out.dtype if path == "converted" else a.dtype
+    wide = a.dtype if path == "rounded" else out.dtype
     product = torch.mm(a.to(wide), b.to(wide))
     out.add_(product) if add else out.copy_(product)
+
+
+def operand_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """The dtype of the operands of `linear_product`."""
+    return compute if product_path(device, compute) == "widening" else torch.float32
+
+
+def linear_product(hidden: Tensor, weight: Tensor, compute: torch.dtype) -> Tensor:
+    """[..., D] and [V, D] -> h W^T [..., V] in fp32, from operands rounded to `compute`."""
+    path, operand = product_path(hidden.device, compute), operand_dtype(hidden.device, compute)
+    rows = hidden.reshape(-1, hidden.shape[-1]).to(operand)
+    out = torch.empty(len(rows), len(weight), dtype=torch.float32, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        _mm(rows, weight.to(operand).t(), out, mixed=path == "mixed")
+    return out.view(*hidden.shape[:-1], len(weight))
 
 
 def _tiles(weight: Tensor, plan: Plan) -> Iterator[tuple[slice, Tensor]]:
@@ -282,9 +335,11 @@ def _hidden_chunk(hidden: Tensor, rows: Rows, part: slice, plan: Plan) -> Tensor
 
 
 def chunk_buffer(plan: Plan, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A chunk. Row kernels load the padding after each of its rows, too, and ignore what is there."""
+    """A chunk. Row kernels load the padding after each of its rows, too, and ignore what is there; oneDNN's products of
+    bf16 with AMX multiply it by 0, so that it must be finite."""
     padded = _padded(V, dtype)
-    buffer = torch.empty(plan.rows, padded, dtype=dtype, device=device)
+    make = torch.zeros if device.type != "cuda" and dtype in _LOW else torch.empty
+    buffer = make(plan.rows, padded, dtype=dtype, device=device)
     return buffer if padded == V else buffer[:, :V]
 
 
@@ -305,7 +360,7 @@ def for_each_chunk(
     for part in _parts(rows, plan):
         chunk, h = _rows_of(logits, slice(0, part.stop - part.start)), _hidden_chunk(hidden, rows, part, plan)
         for columns, tile in _tiles(head.weight, plan):
-            _mm(h, tile.t(), _columns(chunk, columns))
+            _mm(h, tile.t(), _columns(chunk, columns), mixed=plan.mixed)
         apply_epilogue(chunk, part)
 
 
@@ -334,23 +389,23 @@ def differentiate(
         here, h = slice(0, part.stop - part.start), _hidden_chunk(hidden, rows, part, plan)
         chunk, d = _rows_of(logits, here), _rows_of(dlogits, here)
         for columns, tile in _tiles(head.weight, plan):
-            _mm(h, tile.t(), _columns(chunk, columns))
+            _mm(h, tile.t(), _columns(chunk, columns), mixed=plan.mixed)
         factor = apply_epilogue(chunk, d, part)
         if part.stop == rows.total:
             del logits, chunk  # the last chunk's logits are not needed any more, and d weight may still have to be made
         if d_hidden is not None:
             target = _rows_of(d_hidden, part)
             for columns, tile in _tiles(head.weight, plan):
-                _mm(_columns(d, columns), tile, target, add=bool(columns.start))
+                _mm(_columns(d, columns), tile, target, mixed=plan.mixed, add=bool(columns.start))
             if factor is not None:
                 target.mul_(factor.unsqueeze(1))
         if needs[1]:
             scaled_h = h if factor is None else h * factor.unsqueeze(1)
             if d_weight is None:
                 d_weight = torch.empty(V, D, dtype=wide, device=device)
-                _mm(d.t(), scaled_h, d_weight)
+                _mm(d.t(), scaled_h, d_weight, mixed=plan.mixed)
             else:
-                _mm(d.t(), scaled_h, d_weight, add=True)
+                _mm(d.t(), scaled_h, d_weight, mixed=plan.mixed, add=True)
         if d_bias is not None:
             d_bias += d.sum(0, dtype=wide) if factor is None else d.t().mv(factor)
     return Gradients(d_hidden, d_weight, d_bias)

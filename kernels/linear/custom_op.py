@@ -213,7 +213,7 @@ _apply_logprobs, _apply_ppo = direct_apply(_LinearLogprobs), direct_apply(_Linea
 
 _RATIO_OPTIONS = ("clip_low", "clip_high", "dual_clip", "log_ratio_clamp")
 _NUMBERS = (*_RATIO_OPTIONS, "entropy_coef", "kl_coef", "denominator", "norm_length")
-_CHUNKING = "SymInt? chunk_bytes, ScalarType? logits_dtype, SymInt? num_counted"
+_CHUNKING = "SymInt? chunk_bytes, ScalarType? logits_dtype, SymInt? num_counted, ScalarType? compute_dtype"
 _STATS = ALL_STATS[:8]  # those of the policy; an absent one is 0
 
 
@@ -271,8 +271,9 @@ class _LogprobsOperatorContext(Context[tuple[Tensor, Tensor, _Optional, Tensor, 
 
 # hidden, weight, bias, tokens, mask, scalars, with_entropy, needs, and those of _CHUNKING
 _LogprobsInputs = tuple[
-    Tensor, Tensor, _Optional, Tensor, _Optional, Tensor, bool, list[bool], int | None, torch.dtype | None, int | None
-]
+    Tensor, Tensor, _Optional, Tensor, _Optional, Tensor, bool, list[bool],
+    int | None, torch.dtype | None, int | None, torch.dtype | None,
+]  # fmt: skip
 
 
 def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
@@ -376,7 +377,7 @@ def _logprobs_operator(name: str, *, use_triton: bool) -> torch.library.CustomOp
     ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward("linear_logprobs")
         out = operator_backward(g, h if ctx.with_entropy else None, *ctx.saved_tensors, ctx.needs, *ctx.chunking)
-        return *(x if need else None for x, need in zip(out, ctx.needs, strict=True)), *[None] * 8
+        return *(x if need else None for x, need in zip(out, ctx.needs, strict=True)), *[None] * 9
 
     operator.register_fake(shapes)
     operator_backward.register_fake(backward_shapes)
@@ -397,8 +398,8 @@ _PPOInputs = tuple[
     _Optional, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional,
     # head_scalars, scalars, kl_estimator, aggregation, needs
     Tensor, Tensor, str, str, list[bool],
-    # chunk_bytes, logits_dtype, num_counted
-    int | None, torch.dtype | None, int | None,
+    # chunk_bytes, logits_dtype, num_counted, compute_dtype
+    int | None, torch.dtype | None, int | None, torch.dtype | None,
 ]  # fmt: skip
 
 
@@ -423,7 +424,7 @@ def _ppo_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
 
     def shapes(*inputs: *_PPOInputs) -> tuple[Tensor, ...]:
         hidden, weight, bias, tokens = inputs[:4]
-        needs = inputs[-4]
+        needs = inputs[-5]
         gradients = [(math.prod(tokens.shape), hidden.shape[-1]), weight.shape, () if bias is None else bias.shape]
         gradients = [size if need else (0,) for size, need in zip(gradients, needs, strict=True)]
         inverse = () if any(needs) else (0,)
@@ -433,7 +434,7 @@ def _ppo_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
         return stats.new_empty((), dtype=loss_dtype), stats, *others
 
     def set_up(ctx: _PPOOperatorContext, inputs: _PPOInputs, output: tuple[Tensor, ...]) -> None:
-        ctx.like, ctx.needs, ctx.absent = shapes_and_dtypes(*inputs[:3]), inputs[-4], [None] * (len(inputs) - 3)
+        ctx.like, ctx.needs, ctx.absent = shapes_and_dtypes(*inputs[:3]), inputs[-5], [None] * (len(inputs) - 3)
         ctx.save_for_backward(*output[4:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)

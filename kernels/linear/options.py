@@ -12,3 +12,4 @@ class HeadOptions(NamedTuple):
     chunk_bytes: int | None = None
     logits_dtype: torch.dtype | None = None
     num_counted: int | None = None
+    compute_dtype: torch.dtype | None = None

@@ -101,6 +101,7 @@ def _prepare(
         in_place=epilogue.in_place,
         chunk_bytes=head_options.chunk_bytes,
         logits_dtype=head_options.logits_dtype,
+        compute_dtype=head_options.compute_dtype,
         needs=needs,
         scratch_bytes=epilogue.scratch_bytes(weight, head_options.softcap),
     )

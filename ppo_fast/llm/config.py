@@ -52,6 +52,11 @@ class PPOConfig:
         "compute; weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights; auto: the faster one,"
         " on a CPU by a measurement at the start)",
     )
+    head_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "operands of the LM head's products, in sampling, scoring and loss alike; its logits are fp32; auto: that of"
+        " dtype",
+    )
     critic: Literal["own", "shared"] = setting("own", "own: a separate backbone; shared: a value head on the actor")
     critic_warmup_steps: NonNegativeInt = setting(0, "number of first steps in which only the critic is trained")
     gradient_checkpointing: bool = setting(False, "recompute layers in backward: less memory, more time")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,9 +23,17 @@ from ppo_fast.common.device import upload
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.decoding import CompletionText, StopTexts
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
-from ppo_fast.llm.models.head import GenerateInfo, LanguageModel, own_generate, text_config, unwrap_peft
+from ppo_fast.llm.models.head import (
+    GenerateInfo,
+    HeadInfo,
+    LanguageModel,
+    head_dtype,
+    own_generate,
+    text_config,
+    unwrap_peft,
+)
 from ppo_fast.llm.models.loading import end_tokens
-from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.modes import autocast, head_in
 from ppo_fast.llm.packing.attention import cudnn_attention
 from ppo_fast.llm.sampler import Completions, SamplingParams
 
@@ -36,6 +44,7 @@ class GenerateOptions:
 
     Args:
         dtype: of autocast: float32 or bfloat16.
+        head_dtype: of the operands of the LM head's products, as `head_in` computes them; None: as the model does.
         cudnn_attention: PyTorch may use cuDNN.
         cache: keys and values of earlier tokens are kept; else each pass computes all tokens.
         synced_gpus: all processes take as many forward passes.
@@ -43,15 +52,22 @@ class GenerateOptions:
     """
 
     dtype: str = "float32"
+    head_dtype: torch.dtype | None = None
     cudnn_attention: bool = False
     cache: bool = True
     synced_gpus: bool = False
     call: Callable[..., Tensor] | None = None
 
     @classmethod
-    def from_config(cls, config: PPOConfig, *, cache: bool = True) -> "GenerateOptions":
-        """As the options of a run ask for, in one process."""
-        return cls(dtype=config.dtype, cudnn_attention=config.cudnn_attention, cache=cache)
+    def from_config(cls, config: PPOConfig, *, cache: bool = True, head: HeadInfo | None = None) -> "GenerateOptions":
+        """As the options of a run ask for, in one process; `head`: how the trainer computes the model's LM head."""
+        rounded = head is not None and head.linear and (config.dtype, head_dtype(config)) != ("float32", torch.float32)
+        return cls(
+            dtype=config.dtype,
+            head_dtype=head_dtype(config) if rounded else None,
+            cudnn_attention=config.cudnn_attention,
+            cache=cache,
+        )
 
 
 class _Recorder(LogitsProcessor):
@@ -209,6 +225,7 @@ def generate(
     with (
         _replaced_config(actor, generation, cache=options.cache),
         autocast(options.dtype, actor.device),
+        head_in(actor, options.head_dtype, keep=not options.synced_gpus) if options.head_dtype else nullcontext(),
         cudnn_attention(enabled=options.cudnn_attention),
     ):
         sequences = (options.call or own_generate(actor))(

@@ -35,7 +35,7 @@ from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import cache_options
 from ppo_fast.llm.models.critic import Critic
-from ppo_fast.llm.models.head import LanguageModel, decoder_of, head_of, input_embedding, unwrap_peft
+from ppo_fast.llm.models.head import LanguageModel, decoder_of, head_dtype, head_of, input_embedding, unwrap_peft
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import with_chunk_bytes
@@ -234,6 +234,7 @@ class _LinearHead(torch.autograd.Function):
         logits = hidden.new_empty(min(plan.rows, len(hidden)), V, dtype=plan.logits)
         _dlogits = torch.empty_like(logits, dtype=plan.operand) if plan.separate else None
         _accumulator = weight.new_empty(V, D, dtype=plan.arithmetic) if weight.dtype != plan.arithmetic else None
+        _tile = weight.new_empty(plan.tile, D, dtype=plan.operand) if weight.dtype != plan.operand else None
         ctx.gradients = d_hidden, d_weight
         return hidden.new_empty(())
 
@@ -402,7 +403,7 @@ def _plan(hidden: Tensor, weight: Tensor, config: PPOConfig) -> Plan:
     """That of a GPU, whose products of half precision accumulate in fp32."""
     return compute_plan(
         (weight.shape[0], weight.shape[1], len(hidden), False),
-        (hidden.dtype, weight.dtype, None),
+        (hidden.dtype, weight.dtype, None, head_dtype(config)),
         "widening",
         (DEVICE_CHUNK_ROWS, 0),
         True,

@@ -52,7 +52,7 @@ class Optimizer:
             lr=lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            fused=all(p.device.type not in ("cpu", "mps") for p in self.parameters),
+            fused=all(p.device.type != "mps" for p in self.parameters),
         )
 
     def begin(self, step: int) -> float:

@@ -16,6 +16,7 @@ from ppo_fast.common import signals as interrupt
 from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed, ordinary_modes, synchronize
 from ppo_fast.common.errors import InvariantError, UserError, print_error
+from ppo_fast.common.heap import keep_freed_memory
 from ppo_fast.common.lock import locked
 from ppo_fast.common.plots import can_draw
 from ppo_fast.common.signals import Request, stop_requests, stop_requests_of_several
@@ -95,6 +96,8 @@ class PPOTrainer:
         config = setup.prepare_process(config)
         self.distributed = init_distributed(config)
         self.device = self.distributed.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.tokenizer = tokenizer
         self.config, self.notes = setup.decide_dtype(config, self.distributed)  # the notes are shown at the start
         self.folder = RunFolder(self.config, self.distributed)
@@ -129,11 +132,6 @@ class PPOTrainer:
         if self.config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(self.config, evaluated=evaluated) + notes_on_options(self.config)
-        if self.config.dtype == "bfloat16":
-            self.notes.append(
-                "dtype = bfloat16: learning computes the LM head in fp32, and sampling in bfloat16; sampler_gap shows"
-                " the difference"
-            )
 
     def _reach(self, models: Models, rows: setup.Rows, eval_rows: setup.Rows) -> Reach:
         def usable() -> setup.Rows:
@@ -166,7 +164,8 @@ class PPOTrainer:
             self.notes += check_saving(self.actor, self.tokenizer, self.config)
 
     def _choose_sampler(self, given: Sampler | None) -> None:
-        options = dataclasses.replace(GenerateOptions.from_config(self.config), call=self.policy.generate)
+        options = GenerateOptions.from_config(self.config, head=self.policy.head)
+        options = dataclasses.replace(options, call=self.policy.generate)
         own = GenerateSampler(
             self.actor,
             self.tokenizer,

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ppo_fast.kernels.common import memory
 from ppo_fast.kernels.linear import custom_op
+from ppo_fast.kernels.linear.chunks import linear_product, operand_dtype
 from ppo_fast.kernels.linear.options import HeadOptions
 from ppo_fast.kernels.loss.options import LossOptions, LossTensors
 from ppo_fast.ops import checks
 from ppo_fast.ops.backend import Backend, uses_triton
 from ppo_fast.ops.checks import Aggregation, KLEstimator, public_operation
+
+_COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LinearLossOutput(NamedTuple):
@@ -33,7 +36,7 @@ def _check_head(
     options: HeadOptions,
 ) -> Tensor | None:
     """Check what both operations have in common, and return the mask as bool."""
-    temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted = options
+    temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted, compute_dtype = options
     if torch.compiler.is_compiling():  # otherwise public_operation does so
         for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             memory.refuse_distributed(operation, name, x)
@@ -44,8 +47,17 @@ def _check_head(
         raise ValueError(
             f"hidden must have shape [..., D] and weight [V, D] with V > 0, got {tuple(shape)} and {tuple(head)}"
         )
-    if hidden.dtype is not weight.dtype:
-        raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    if compute_dtype is None:
+        if hidden.dtype is not weight.dtype:
+            raise TypeError(
+                f"hidden and weight must have one dtype, unless compute_dtype is given; got {hidden.dtype} and"
+                f" {weight.dtype}"
+            )
+    elif compute_dtype not in _COMPUTE or torch.float64 in (hidden.dtype, weight.dtype):
+        raise ValueError(
+            f"compute_dtype must be float32, bfloat16 or float16 with tensors of these dtypes, got {compute_dtype} with"
+            f" {hidden.dtype} and {weight.dtype}"
+        )
     device = hidden.device
     if weight.device != device:
         checks.device("weight", weight, device, "hidden")
@@ -63,10 +75,9 @@ def _check_head(
         checks.positive("logit_scale", logit_scale)
     if chunk_bytes is not None:
         checks.positive("chunk_bytes", chunk_bytes)
-    if logits_dtype is not None and logits_dtype not in (torch.float32, hidden.dtype):
-        raise ValueError(
-            f"logits_dtype must be torch.float32 or the dtype of hidden, {hidden.dtype}; got {logits_dtype}"
-        )
+    operand = hidden.dtype if compute_dtype is None else compute_dtype
+    if logits_dtype is not None and logits_dtype not in (torch.float32, operand):
+        raise ValueError(f"logits_dtype must be torch.float32 or the dtype of operands, {operand}; got {logits_dtype}")
     if mask is not None and memory.traced(hidden, mask):
         raise NotImplementedError(
             "mask is not supported under make_fx and FakeTensorMode, since the number of rows would depend on its"
@@ -78,6 +89,25 @@ def _check_head(
         if checks.readable(mask) and int(mask.sum()) != num_counted:
             raise ValueError(f"num_counted must be the number of counted tokens, {int(mask.sum())}; got {num_counted}")
     return mask
+
+
+def operand_of_head(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Return an LM head [V, D] in the dtype that `head_logits` multiplies, so that many calls convert it once."""
+    return weight.detach().to(operand_dtype(weight.device, compute_dtype))
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, compute_dtype: torch.dtype) -> Tensor:
+    """Compute h W^T + b by the products of `linear_logprobs`, without gradients: what a sampler needs of an LM head.
+
+    Args:
+        hidden: [..., D]; weight: [V, D]; bias: [V] or None.
+        compute_dtype: as in `linear_logprobs`.
+
+    Returns:
+        [..., V] fp32.
+    """
+    logits = linear_product(hidden.detach(), weight.detach(), compute_dtype)
+    return logits if bias is None else logits.add_(bias.detach())
 
 
 @public_operation
@@ -95,6 +125,7 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     num_counted: int | None = None,
+    compute_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` straight from hidden states: the logits exist only a chunk of tokens at a time.
@@ -109,7 +140,10 @@ def linear_logprobs(
             for its count, unless num_counted gives it.
         softcap: of Gemma 2; logit_scale: of Cohere.
         chunk_bytes: size limit of the chunk buffers; the default depends on shapes and dtypes only.
-        logits_dtype: fp32, or the dtype of hidden for less traffic and less exact log-probabilities.
+        logits_dtype: fp32, or the dtype of the operands for less traffic and less exact log-probabilities.
+        compute_dtype: to which the operands of all products (hidden, weight, gradients of logits) are rounded; they are
+            accumulated in fp32, and gradients have the dtypes of hidden and weight, which may then differ. None: that
+            of hidden. A device that has no such products with fp32 results multiplies in fp32, which is more exact.
 
     Returns:
         logp [...], or (logp, entropy), fp32 (fp64 for fp64), 0 where masked.
@@ -119,7 +153,7 @@ def linear_logprobs(
     >>> [round(x, 4) for x in logp.tolist()]
     [-0.5514, -0.2395]
     """
-    options = HeadOptions(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted)
+    options = HeadOptions(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted, compute_dtype)
     mask = _check_head("linear_logprobs", hidden, weight, bias, tokens, mask, options)
     use_triton = uses_triton(backend, hidden, weight, bias)
     return custom_op.linear_logprobs(
@@ -156,6 +190,7 @@ def linear_ppo_loss(
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     num_counted: int | None = None,
+    compute_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> LinearLossOutput:
     """`policy_loss` straight from hidden states, with all gradients computed in the forward pass: three GEMMs.
@@ -165,8 +200,8 @@ def linear_ppo_loss(
     token is computed inside, so entropy_coef needs no argument of its own. There is no value term.
 
     Args:
-        hidden, weight, tokens, mask, bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted:
-            as in `linear_logprobs`.
+        hidden, weight, tokens, mask, bias, temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted,
+            compute_dtype: as in `linear_logprobs`.
         old_logprobs: [...], or None for this pass's own, detached: every ratio is then 1.
         advantages: [...], one for each token. All other options: as in `policy_loss`.
 
@@ -178,7 +213,7 @@ def linear_ppo_loss(
     >>> out.stats["ratio_mean"].item(), round(out.entropy[0].item(), 4)
     (1.0, 1.0986)
     """
-    head_options = HeadOptions(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted)
+    head_options = HeadOptions(temperature, softcap, logit_scale, chunk_bytes, logits_dtype, num_counted, compute_dtype)
     mask = _check_head("linear_ppo_loss", hidden, weight, bias, tokens, mask, head_options)
     checks.floating("advantages", advantages)
     checks.shape("advantages", advantages, tokens.shape, "tokens")

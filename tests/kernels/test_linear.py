@@ -395,3 +395,40 @@ def test_fp64_is_computed_in_fp64(device):
     actual = ppo(TORCH.linear_ppo_loss, x, torch.float64, **options)
     for name, value in ppo(reference.linear_ppo_loss, x, torch.float64, **options).items():
         torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_compute_dtype_rounds_the_operands_only(kernels, device, stored, compute):
+    """Errors against fp64 are at most 1.2 times those of eager PyTorch, which multiplies in that dtype; gradients keep
+    the dtypes of hidden states and weight, which may differ."""
+    x = make(32, V=300, D=32, device=device)
+    hidden, weight = x["hidden"].float().requires_grad_(), x["weight"].to(stored).requires_grad_()
+    rest = x["tokens"], None, x["advantages"].float()
+    loss, _, logprobs, _ = kernels.linear_ppo_loss(hidden, weight, *rest, entropy_coef=0.1, compute_dtype=compute)
+    actual = torch.autograd.grad(loss, (hidden, weight))
+    assert [g.dtype for g in actual] == [torch.float32, stored]
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    loss, _, exact, _ = reference.linear_ppo_loss(*wide, x["tokens"], None, rest[2].double(), entropy_coef=0.1)
+    truth = torch.autograd.grad(loss, wide)
+    low = [t.detach().to(compute).requires_grad_() for t in (hidden, weight)]
+    logits = reference.linear_logits(*low).float()  # rounded to the dtype, as nn.Linear does
+    eager, entropy = reference.token_logprobs(logits, x["tokens"], with_entropy=True)
+    ratio = (eager - eager.detach()).exp()
+    rounded = torch.autograd.grad(-(ratio * rest[2]).mean() - 0.1 * entropy.mean(), low)
+    bound = 1e-6 * logits.abs().max().double()
+
+    def error(x: Tensor, of: Tensor) -> Tensor:
+        return (x.double() - of).square().mean().sqrt()
+
+    assert error(logprobs, exact) <= 1.2 * error(eager.detach(), exact) + bound
+    for mine, its, true in zip(actual, rounded, truth, strict=True):
+        assert error(mine, true) <= 1.2 * error(its, true) + 2e-3 * true.square().mean().sqrt()
+
+
+def test_a_compute_dtype_that_no_product_has_is_rejected(kernels, device):
+    x = make(4, V=9, device=device)
+    with pytest.raises(ValueError, match="compute_dtype must be float32, bfloat16 or float16"):
+        kernels.linear_logprobs(x["hidden"].double(), x["weight"].double(), x["tokens"], compute_dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="one dtype, unless compute_dtype is given"):
+        kernels.linear_logprobs(x["hidden"].float(), x["weight"].bfloat16(), x["tokens"])

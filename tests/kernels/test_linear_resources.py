@@ -338,10 +338,13 @@ def test_the_plan_counts_the_rounded_product_of_d_weight(monkeypatch):
     assert chunk_rows(8192, chunk_bytes=product, **options) == 1
 
 
-def test_a_device_without_widening_products_is_detected():
+@pytest.mark.parametrize(("capable", "path"), [(True, "mixed"), (False, "converted")])
+def test_a_device_without_widening_products_is_detected(monkeypatch, capable, path):
     """A CPU has none, in any form of the call."""
+    monkeypatch.setattr(chunks, "cpu_multiplies_bf16", lambda: capable)
     assert not chunks._multiplies_into_fp32(torch.device("cpu"), torch.float16)
-    assert chunks.product_path(torch.device("cpu"), torch.bfloat16) == "converted"
+    assert chunks.product_path(torch.device("cpu"), torch.bfloat16) == path
+    assert chunks.product_path(torch.device("cpu"), torch.float16) == "converted"
     assert chunks.product_path(torch.device("cpu"), torch.float32) == "exact"
     assert chunks.product_path(torch.device("meta"), torch.bfloat16) == "rounded"
 
@@ -677,9 +680,9 @@ def test_the_operators_follow_the_rules_of_torch_library(device):
     arguments = [*head, x["tokens"], x["old_logprobs"], x["advantages"], None, None, None, None, None]
     torch.library.opcheck(
         torch.ops.ppo_fast.linear_ppo_loss_torch.default,
-        (*arguments, head_scalars, scalars, "k2", "token-mean", [True, True, False], None, None, None),
+        (*arguments, head_scalars, scalars, "k2", "token-mean", [True, True, False], None, None, None, None),
     )
     torch.library.opcheck(
         torch.ops.ppo_fast.linear_logprobs_torch.default,
-        (*head, x["tokens"], None, head_scalars, True, [True, True, False], None, None, None),
+        (*head, x["tokens"], None, head_scalars, True, [True, True, False], None, None, None, None),
     )

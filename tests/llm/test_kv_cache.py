@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 from support import families
-from support.tiny import byte_tokenizer
+from support.tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
+import ppo_fast
 from ppo_fast.llm import generate as generating
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import GenerateOptions, generate
+from ppo_fast.llm.models.modes import autocast, head_in
 from ppo_fast.llm.sampler import Completions, SamplingParams
 
 PROMPTS = [[72, 105], [84] * 11, [5]]
@@ -98,3 +100,22 @@ def test_cudnn_is_left_out_of_sampling_unless_asked_for(allowed, tmp_path):
     answers(model, config(cudnn_attention=allowed))
     assert seen == {allowed}
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("head_dtype", ["float32", "bfloat16"])
+def test_the_sampler_computes_the_head_as_the_loss_does(head_dtype):
+    """The logits of one forward pass inside `head_in` are those of `linear_logprobs` in that dtype, to fp32's rounding;
+    autocast alone rounds them to bf16."""
+    torch.manual_seed(0)
+    actor, dtype = tiny_llama(), getattr(torch, head_dtype)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad(), autocast("bfloat16", torch.device("cpu")):
+        hidden = actor.model(input_ids=ids).last_hidden_state[0, :-1]
+        expected = ppo_fast.linear_logprobs(hidden, actor.lm_head.weight, ids[0, 1:], compute_dtype=dtype)
+        for keep in (True, False):
+            with head_in(actor, dtype, keep=keep):
+                logits = actor(input_ids=ids).logits[0, :-1]
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(ppo_fast.token_logprobs(logits, ids[0, 1:]), expected, atol=1e-5, rtol=1e-5)
+        assert actor(input_ids=ids).logits.dtype == torch.bfloat16
+    assert "forward" not in vars(actor.lm_head)

@@ -23,6 +23,8 @@ from ppo_fast.llm.packing.pack import Pack
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # A model of transformers with `generate`, or the PeftModel around one
 LanguageModel = Union[PreTrainedModel, "PeftModel"]
 
@@ -229,6 +231,12 @@ def padded(pack: Pack) -> PaddedRows:
     return PaddedRows(ids, torch.where(mask, column, 0), mask, tokens)
 
 
+def head_dtype(config: PPOConfig) -> torch.dtype:
+    """Return the dtype to which the LM head rounds the operands of its products: config.head_dtype, or config.dtype."""
+    name = config.dtype if config.head_dtype == "auto" else config.head_dtype
+    return _DTYPES[name]
+
+
 def logprobs_of(
     model: nn.Module, head: HeadInfo, pack: Pack, config: PPOConfig, *, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -246,7 +254,7 @@ def logprobs_of(
         hidden = hidden_states(decoder_of(model), pack, head)
     layer = linear_head_of(model)
     logprobs, entropy = ppo.linear_logprobs(
-        hidden[pack.logit_positions].to(layer.weight.dtype),
+        hidden[pack.logit_positions],
         layer.weight,
         pack.tokens,
         bias=layer.bias,
@@ -255,6 +263,7 @@ def logprobs_of(
         temperature=config.temperature,
         with_entropy=True,
         chunk_bytes=config.chunk_bytes,
+        compute_dtype=head_dtype(config),
         backend=config.backend,
     )
     return logprobs, entropy

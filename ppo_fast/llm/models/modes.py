@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_fast.common.device import has_weights
-from ppo_fast.llm.models.head import model_name
+from ppo_fast.llm.models.head import head_of, model_name
 from ppo_fast.llm.packing.attention import copy_configs
+from ppo_fast.ops.linear import head_logits, operand_of_head
 
 
 class RecomputedLayer(Protocol):
@@ -83,6 +84,36 @@ def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     """Autocast to bf16, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+@contextmanager
+def head_in(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> Iterator[None]:
+    """The LM head of a model computes its logits inside this block as `linear_ppo_loss` does: in fp32 from operands in
+    `dtype`, instead of in the dtype of autocast.
+
+    Args:
+        model: one whose LM head is an nn.Linear; others stay as they are.
+        dtype: of the operands.
+        keep: convert the weight once for the whole block, in which it must not change.
+    """
+    layer = head_of(model)
+    if type(layer) is not nn.Linear:
+        yield
+        return
+    kept: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        weight = kept[0] if kept else layer.weight
+        if keep and not kept and weight.dtype != dtype:
+            weight = operand_of_head(weight, dtype)
+            kept.append(weight)
+        return head_logits(hidden, weight, layer.bias, compute_dtype=dtype)
+
+    vars(layer)["forward"] = forward  # found before the method of the class
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:

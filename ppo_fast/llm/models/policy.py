@@ -22,6 +22,7 @@ from ppo_fast.llm.models.head import (
     HeadInfo,
     LanguageModel,
     decoder_of,
+    head_dtype,
     hidden_states,
     linear_head_of,
     logprobs_of,
@@ -195,7 +196,7 @@ class Policy(nn.Module):
         if self.head.linear and hidden is not None:
             layer = linear_head_of(self.actor)
             out = ppo.linear_ppo_loss(
-                hidden[pack.logit_positions].to(layer.weight.dtype),
+                hidden[pack.logit_positions],
                 layer.weight,
                 pack.tokens,
                 inputs.old_logprobs,
@@ -205,6 +206,7 @@ class Policy(nn.Module):
                 softcap=self.head.softcap,
                 logit_scale=self.head.logit_scale,
                 chunk_bytes=config.chunk_bytes,
+                compute_dtype=head_dtype(config),
                 **options,
             )
             return out.loss, out.stats
