@@ -65,7 +65,11 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Clip the gradient to max_grad_norm and return the norm it had, a device scalar."""
         limit = self.config.max_grad_norm
-        return to_full_tensor(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # a CPU knows the norm already, and need not multiply all gradients by 1; a GPU would have to wait for it
+        if limit is not None and (norm.device.type != "cpu" or not float(to_full_tensor(norm)) <= limit - 1e-6):
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return to_full_tensor(norm)
 
     def step(self) -> None:
         """Update the parameters that have a gradient, and drop all gradients."""
