@@ -306,7 +306,9 @@ def load(model: str) -> Any:
     path = Path(model)
     where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     actor = AutoModelForCausalLM.from_pretrained(where[0], local_files_only=True, dtype=torch.float32, **where[1])
-    if hasattr(actor.config, "quantization_config"):
+    if where[1]:  # its weights are fp32 now, and it can be trained
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(actor).pop(name, None)
         del actor.config.quantization_config
     return actor.eval()
 
