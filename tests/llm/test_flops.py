@@ -59,7 +59,7 @@ def seen_and_counted(learner: Learner, *, train_actor: bool = True) -> tuple[flo
 @pytest.mark.parametrize("critic", ["shared", "own"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_counted_flops_are_those_that_pytorch_sees(family, critic, lora_rank):
-    options = {} if not lora_rank else {"lora_rank": lora_rank, "lora_alpha": 8.0}
+    options = {} if not lora_rank else {"lora_rank": lora_rank, "lora_alpha": 8}
     if lora_rank:
         pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     seen, counted = seen_and_counted(learner_of(family, critic=critic, **options))
