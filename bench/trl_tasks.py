@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import json_lines  # noqa: F401  # before torch
 import torch
 from torch import nn
 
