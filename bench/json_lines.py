@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,12 @@ def processor() -> str:
 class Writer:
     """Writes a record, counts the rows that failed, and checks a time budget."""
 
-    def __init__(self, path: Path, commit: str, budget: float | None = None) -> None:
+    def __init__(
+        self, path: Path, commit: str, budget: float | None = None, *, arguments: Sequence[str] | None = None
+    ) -> None:
+        """Args:
+        arguments: of the command, for the header, where those of this process name paths of a machine.
+        """
         self.path = path
         self.budget = budget
         self.failed = 0
@@ -100,7 +105,8 @@ class Writer:
             **machine(),
         }
         date = datetime.datetime.now(datetime.UTC).isoformat()
-        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        shown = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *shown])
         header = {"machine_info": place, "commit_info": {"id": commit}, "datetime": date, "command": command}
         path.write_text(json.dumps(header) + "\n")
 

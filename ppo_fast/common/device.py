@@ -69,6 +69,7 @@ def _check_exists(device: torch.device) -> None:
 class DeviceProperties(Protocol):
     """What `get_device_properties` returns, as far as it is used here."""
 
+    name: str
     total_memory: int
 
 

@@ -18,6 +18,7 @@ from ppo_fast.common.device import derived_seed, ordinary_modes, synchronize
 from ppo_fast.common.errors import InvariantError, UserError, print_error
 from ppo_fast.common.heap import keep_freed_memory
 from ppo_fast.common.lock import locked
+from ppo_fast.common.peak_rate import peak_rate
 from ppo_fast.common.plots import can_draw
 from ppo_fast.common.signals import Request, stop_requests, stop_requests_of_several
 from ppo_fast.common.threads import threads_note
@@ -27,6 +28,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, prompts_of, tokenizer_notes, with_all_fields
 from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
+from ppo_fast.llm.flops import LearnFlops
 from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
 from ppo_fast.llm.hashes import rows_hash
 from ppo_fast.llm.hints import Hints
@@ -196,6 +198,9 @@ class PPOTrainer:
         )
         generator = torch.Generator().manual_seed(config.seed)
         self.learner = Learner(self.policy, self.reference, optimizers, config, self.distributed, generator)
+        self.flops = LearnFlops(self.policy)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self.peak_rate = self.distributed.run_on_main(lambda: peak_rate(self.device, dtype))
 
     def _build_evaluator(self, rows: setup.Rows | None) -> Evaluator | None:
         if not rows:
@@ -271,6 +276,7 @@ class PPOTrainer:
             learner.adapt_coefficients(metrics, len(rollout))
         self.steps_done += 1
         self.last_experience = dataclasses.replace(experience, minibatches=[])  # packs would hold memory of the device
+        seconds = self.distributed.max_over_ranks(seconds)
         return {
             "step": self.steps_done,
             "score": sum(rollout.scores) / len(rollout),
@@ -282,7 +288,8 @@ class PPOTrainer:
             **{f"learn/{name}": x for name, x in means_of(history).items() if name != "updated"},
             "updates": sum(h["updated"] for h in history),  # of the actor
             **rates,
-            **self._speed(rollout, self.distributed.max_over_ranks(seconds)),
+            **self._speed(rollout, seconds),
+            **self._utilization(rollout, history, seconds["learn"]),
             **self.distributed.max_over_ranks(peak_memory(self.device)),
         }
 
@@ -330,6 +337,13 @@ class PPOTrainer:
             **{f"seconds/{phase}": x for phase, x in seconds.items()},
             "tokens_per_second": sum(rollout.completion_lengths) / sum(seconds.values()),
         }
+
+    def _utilization(self, rollout: Rollout, history: list[dict[str, float]], seconds: float) -> dict[str, float]:
+        """How fast each process learns, and its share of what its device can do at most, where that is known."""
+        flops = self.flops.of_updates(rollout, history, self.config.minibatches)
+        rate = flops / seconds / self.distributed.size
+        share = {} if self.peak_rate is None else {"mfu": rate / self.peak_rate}
+        return {"learn_tflops": rate / 1e12, **share}
 
     # What is known in advance
 

@@ -86,7 +86,7 @@ def trainer(
     return made
 
 
-TIMED = ("seconds", "tokens_per_second", "memory_mib")
+TIMED = ("seconds", "tokens_per_second", "memory_mib", "learn_tflops", "mfu")
 
 
 def metrics(row: dict[str, Any]) -> dict[str, Any]:

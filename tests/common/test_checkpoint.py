@@ -105,7 +105,7 @@ def left_by(out: Path) -> dict:
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "memory_mib")
+    timed = ("seconds", "tokens_per_second", "memory_mib", "learn_tflops", "mfu")
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows],

@@ -35,7 +35,7 @@ from ppo_fast.llm.report.progress import truncate_logs
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("hi", "what time is it", "a", "the fox jumps", "no")]
-TIMED = ("seconds", "tokens_per_second", "memory_mib")
+TIMED = ("seconds", "tokens_per_second", "memory_mib", "learn_tflops", "mfu")
 
 
 def different(prompts: list[str], completions: list[str]) -> list[float]:

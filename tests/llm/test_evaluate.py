@@ -55,7 +55,11 @@ def evaluation_of(trainer: PPOTrainer) -> Evaluation:
 
 def of_training(history: list[dict]) -> list[dict]:
     return [
-        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory", "eval/"))}
+        {
+            k: v
+            for k, v in row.items()
+            if not k.startswith(("seconds", "tokens_per", "memory", "learn_tflops", "mfu", "eval/"))
+        }
         for row in history
     ]
 

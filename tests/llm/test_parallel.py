@@ -105,6 +105,23 @@ def test_three_steps_of_two_processes_are_those_of_one(tmp_path, parallel, case)
         assert_close(its_weights, weights)
 
 
+def counted(config: PPOConfig) -> list[float]:
+    """FLOPs of all processes in each step, from what they log, and as a share of what all can do."""
+    trainer = trainer_of(config, sampler=Fixed())
+    for row in (history := trainer.train()):
+        assert row["mfu"] == pytest.approx(1e12 * row["learn_tflops"] / trainer.peak_rate)
+    return [1e12 * row["learn_tflops"] * row["seconds/learn"] * trainer.distributed.size for row in history]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", [{}, {"critic": "shared", "critic_warmup_steps": 1}], ids=["own", "shared"])
+def test_two_processes_log_the_flops_of_all_tokens(tmp_path, parallel, case):
+    expected = counted(options(**case))
+    assert "critic_warmup_steps" not in case or expected[0] < 0.5 * expected[1]
+    for found in run(tmp_path, counted, options(**case, parallel=parallel)):
+        assert found == pytest.approx(expected)
+
+
 def generated(config: PPOConfig) -> list[list[list[int]]]:
     """Greedy answers of this process before and after two steps; and those of the whole weights, unsharded."""
     trainer = trainer_of(config)

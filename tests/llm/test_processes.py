@@ -480,7 +480,10 @@ def in_process(folder: Path, arguments: list[str]) -> None:
 
 def of_steps(out: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory", "learn_tflops", "mfu"))}
+        for row in rows
+    ]
 
 
 @posix

@@ -14,7 +14,7 @@ from ppo_fast.llm.report.progress import COLUMNS, heading, line
 
 METRICS = (
     {column.metric: 0.5 for column in COLUMNS}
-    | {"step": 7, "kl": -1e-5}
+    | {"step": 7, "kl": -1e-5, "mfu": 0.125}
     | {f"seconds/{part}": 0.25 for part in ("sample", "reward", "advantages", "learn")}
 )
 
@@ -32,6 +32,7 @@ def test_a_line_fits_the_terminal_and_its_heading(width, steps):
     assert len(shown) == len(names)
     assert width is None or len(shown) <= width
     assert ("learn" in names) == (width is None or width >= 120 or (width == 119 and steps < 99999))
+    assert ("mfu" in names) == ("0.125" in shown) == (width in (None, 200) or (width == 119 and steps == 9))
     assert shown.split()[:2] == ["step", f"7/{steps}"]
     assert "1.00" in shown, "the seconds are always there"
     if width == 40:

@@ -139,7 +139,7 @@ def test_two_runs_with_one_seed_give_identical_metrics(tmp_path):
     def run(seed: int) -> list[dict]:
         actor = tiny_llama(len(byte_tokenizer()))
         history = PPOTrainer(config(seed=seed), actor, byte_tokenizer(), ROWS, count_e).train()
-        measured = ("seconds/", "tokens_per_second", "memory_mib")
+        measured = ("seconds/", "tokens_per_second", "memory_mib", "learn_tflops", "mfu")
         return [{k: v for k, v in m.items() if not k.startswith(measured)} for m in history]
 
     first = run(3)

@@ -72,7 +72,10 @@ def trainer_of(config: PPOConfig, *, rows=ROWS, **others) -> PPOTrainer:
 
 
 def of_training(history: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for row in history]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "memory", "learn_tflops", "mfu"))}
+        for row in history
+    ]
 
 
 def run(tmp_path: Path, function, *arguments, size: int = 2) -> list:

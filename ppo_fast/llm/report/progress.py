@@ -50,6 +50,7 @@ COLUMNS = [
     Column("tok/s", 7, 0, "tokens_per_second"),
     Column("MiB", 7, 0, "memory_mib"),
 ]
+MFU = Column("mfu", 6, 3, "mfu")  # behind all others, where a terminal is wider
 
 
 class Progress:
@@ -203,9 +204,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def heading(total_steps: int, width: int | None = None) -> str:
     """Format the names above the numbers of `line`."""
-    count, split = _fitting(total_steps, width)
+    count, split, mfu = _fitting(total_steps, width)
     names = "".join(f"{x.heading:>{x.width}}" for x in COLUMNS[:count])
-    return " " * len(_step(0, total_steps)) + names + "      s" + SPLIT * split
+    return " " * len(_step(0, total_steps)) + names + "      s" + SPLIT * split + f"{MFU.heading:>{MFU.width}}" * mfu
 
 
 def line(metrics: dict[str, float], total_steps: int, width: int | None = None) -> str:
@@ -213,25 +214,27 @@ def line(metrics: dict[str, float], total_steps: int, width: int | None = None) 
 
     A terminal with `width` columns shows as many numbers as fit; None: all.
     """
-    count, split = _fitting(total_steps, width)
+    count, split, mfu = _fitting(total_steps, width)
     numbers = "".join(_number(metrics.get(x.metric), x.width, x.decimals) for x in COLUMNS[:count])
     parts = [metrics[f"seconds/{name}"] for name in TIME_PARTS]
     shares = [f"{100 * x / max(sum(parts), 1e-9):.0f}%" for x in parts] if split else []
     split_text = "".join(f"{share:>{size}}" for share, size in zip(shares, (7, 7, 4, 6), strict=False))
+    split_text += _number(metrics.get(MFU.metric), MFU.width, MFU.decimals) * mfu
     return f"{_step(int(metrics['step']), total_steps)}{numbers}{_number(sum(parts), 7, 2)}{split_text}"
 
 
 SPLIT = " sample reward adv learn"
 
 
-def _fitting(total_steps: int, width: int | None) -> tuple[int, bool]:
-    """Return how many of COLUMNS fit into a terminal, and whether the split of the seconds does."""
+def _fitting(total_steps: int, width: int | None) -> tuple[int, bool, bool]:
+    """Return how many of COLUMNS fit into a terminal, and whether the split of the seconds and MFU do."""
     if width is None:
-        return len(COLUMNS), True
+        return len(COLUMNS), True, True
     left = width - len(_step(0, total_steps)) - 7  # the seconds
     sizes = list(accumulate(x.width for x in COLUMNS))
     count = sum(size <= left for size in sizes)
-    return count, sizes[-1] + len(SPLIT) <= left
+    split = sizes[-1] + len(SPLIT)
+    return count, split <= left, split + MFU.width <= left
 
 
 def _step(step: int, total_steps: int) -> str:
