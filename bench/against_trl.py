@@ -189,6 +189,7 @@ def run_ours(seed: int, steps: int) -> dict[str, list[float]]:
 
     actor, tokenizer, prompts = make(seed)
     config = PPOConfig(
+        dtype="float32",
         total_steps=steps,
         prompts_per_step=BATCH,
         max_new_tokens=ANSWER,

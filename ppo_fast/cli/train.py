@@ -138,7 +138,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> 
 
 
 def _dtype_of_run(out: Path) -> DtypeOption:
-    """Return the dtype of an earlier run in OUT, since a second measurement may choose another one; else "auto"."""
+    """Return the dtype of an earlier run in OUT: a measurement here may choose another one. "auto" without a run."""
     file = out / "config.yaml"
     if not file.exists():
         return "auto"

@@ -532,7 +532,7 @@ def estimate(
     gathered: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
-    """Calculate the peak memory of each phase of a step, in bytes.
+    """Calculate the peak memory of each phase of a step, in bytes. dtype = auto counts as bfloat16, as on most GPUs.
 
     Args:
         model_config: of the actor, with which the critic and the reference start, too.
@@ -550,6 +550,8 @@ def estimate(
     >>> sorted(found.phases)
     ['backward', 'last token', 'loss', 'prompts', 'score', 'update']
     """
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype="bfloat16")
     if prompt_tokens < 1:
         raise UserError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
     depth = getattr(model_config, "num_hidden_layers", None)
