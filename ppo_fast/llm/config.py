@@ -52,6 +52,12 @@ class PPOConfig:
         "compute; trained weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights; auto: bfloat16"
         " where a measurement at the start finds it at least 1.5 times as fast, else float32)",
     )
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "storage of the frozen weights of linear layers: the base of LoRA adapters, the reference, --reward-model;"
+        " bfloat16 with another dtype rounds them, and widens one layer at a time; auto: bfloat16 under dtype ="
+        " bfloat16, else unchanged (under fsdp unchanged)",
+    )
     critic: Literal["own", "shared"] = setting("own", "own: a separate backbone; shared: a value head on the actor")
     critic_warmup_steps: NonNegativeInt = setting(0, "number of first steps in which only the critic is trained")
     gradient_checkpointing: bool = setting(False, "recompute layers in backward: less memory, more time")

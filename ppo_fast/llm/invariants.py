@@ -43,8 +43,14 @@ CAUSES = (
 )
 
 
-def rounding_of(config: PPOConfig, device: str) -> Bound:
-    """The bound of rounding in the dtype in which a run multiplies matrices on a type of device."""
+def rounding_of(config: PPOConfig, device: str, *, frozen_rounded: bool = False) -> Bound:
+    """The bound of rounding in the dtype in which a run multiplies matrices on a type of device.
+
+    `frozen_rounded`: one of two models has weights that were rounded to bfloat16 (`frozen_dtype`). A computation in
+    bfloat16 rounds them, too, and the other factor of each product: its bound is enough.
+    """
+    if frozen_rounded:
+        return ROUNDING["bfloat16"]
     tf32 = config.tf32 and config.dtype == "float32" and device != "cpu"
     return ROUNDING["tf32" if tf32 else config.dtype]
 

@@ -12,9 +12,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ppo_fast.common.device import to_device, upload
 from ppo_fast.common.errors import RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import Prompt, added_ids, chat_text, without_second_begin
+from ppo_fast.llm.models.frozen import frozen_dtype_of, store_frozen
 from ppo_fast.llm.models.head import input_embedding
 from ppo_fast.llm.models.loading import check_embedding
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_tokenizer, load_weights
 
 
@@ -79,7 +82,16 @@ class RewardModel:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.batch_size = batch_size
         self.max_length = min((x for x in (max_length, _positions(model)) if x), default=None)
+        self.compute_dtype = "float32"  # of autocast; float32: none
         self.__name__ = "reward_model"
+
+    def follow_dtype(self, config: PPOConfig) -> None:
+        """Compute in the dtype of a run, with weights stored as its `frozen_dtype` says; the score is in fp32."""
+        store_frozen(self.model, frozen_dtype_of(config))
+        self.compute_dtype = config.dtype
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear) and module.out_features == 1:
+                module.register_forward_hook(_in_its_own_dtype)
 
     @functools.cached_property
     def added_before(self) -> list[int]:
@@ -119,7 +131,7 @@ class RewardModel:
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
         device = self.model.device
-        with _pad_token(self.model, pad):
+        with _pad_token(self.model, pad), autocast(self.compute_dtype, device):
             out = self.model(input_ids=upload(tokens, device), attention_mask=upload(mask, device))
         return out.logits.squeeze(-1).float()
 
@@ -142,6 +154,15 @@ class RewardModel:
             return tokenizer(prompt + completion, truncation=True, max_length=limit)["input_ids"]
         finally:
             tokenizer.truncation_side = side
+
+
+def _in_its_own_dtype(layer: torch.nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """A forward hook for a linear layer that computes the score, which bfloat16 would round to three digits."""
+    assert isinstance(layer, torch.nn.Linear)
+    if not torch.is_autocast_enabled(out.device.type):
+        return out
+    with torch.autocast(out.device.type, enabled=False):
+        return torch.nn.functional.linear(arguments[0].to(layer.weight.dtype), layer.weight, layer.bias)
 
 
 def _positions(model: PreTrainedModel) -> int | None:
