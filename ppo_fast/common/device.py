@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ppo_fast.common.errors import UserError
 from ppo_fast.ops.backend import Backend, uses_triton
 
-ComputeDtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Model = TypeVar("Model", bound=nn.Module)
 SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
 GAIN = 1 / 1.5  # dtype = auto takes bfloat16 up to this cost: autocast also converts weights
@@ -46,7 +46,7 @@ def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") ->
         major, minor = compute_capability(probe.device) or (0, 0)
         raise UserError(
             f"dtype = bfloat16 needs a GPU of compute capability 8.0 or newer, and {probe.device} has {major}.{minor};"
-            " use --dtype float32"
+            " use --dtype float16 or float32"
         )
     return probe.device
 
@@ -152,8 +152,12 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[ComputeDtype, str]:
     chosen: ComputeDtype
     if dtype == "float32":
         return "float32", ""
+    if dtype == "float16":
+        slow = "warning: dtype = float16 is for GPUs without bfloat16, and slow on a CPU: use --dtype auto"
+        return "float16", slow if device.type == "cpu" else ""
     if dtype == "auto" and not has_bfloat16(device):
-        return "float32", f"dtype = auto: float32 ({device} does not multiply bfloat16 in hardware)"
+        text = f"dtype = auto: float32 ({device} does not multiply bfloat16 in hardware; --dtype float16 is faster)"
+        return "float32", text
     if device.type != "cpu" and dtype == "bfloat16":
         return "bfloat16", ""
     cost = bfloat16_cost(device)

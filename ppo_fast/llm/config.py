@@ -25,7 +25,7 @@ from ppo_fast.common.options import (
     setting,
 )
 
-DtypeOption = Literal["float32", "bfloat16", "auto"]
+DtypeOption = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 @checked_options
@@ -49,8 +49,9 @@ class PPOConfig:
     # Models
     dtype: DtypeOption = setting(
         "auto",
-        "compute; trained weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights; auto: bfloat16"
-        " where a measurement at the start finds it at least 1.5 times as fast, else float32)",
+        "compute; trained weights and optimizer stay fp32 (bfloat16: autocast on fp32 master weights; float16: the"
+        " same with a loss scale, for GPUs without bfloat16; auto: bfloat16 where a measurement at the start finds it"
+        " at least 1.5 times as fast, else float32)",
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",

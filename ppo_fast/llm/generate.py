@@ -25,7 +25,7 @@ from ppo_fast.llm.decoding import CompletionText, StopTexts
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.models.head import GenerateInfo, LanguageModel, own_generate, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import end_tokens
-from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.modes import autocast, autocast_dtype
 from ppo_fast.llm.packing.attention import cudnn_attention
 from ppo_fast.llm.sampler import Completions, SamplingParams
 
@@ -35,7 +35,7 @@ class GenerateOptions:
     """How the actor's own `generate` computes, which changes what it samples by rounding only.
 
     Args:
-        dtype: of autocast: float32 or bfloat16.
+        dtype: of autocast: bfloat16 or float16; float32: none.
         cudnn_attention: PyTorch may use cuDNN.
         cache: keys and values of earlier tokens are kept; else each pass computes all tokens.
         synced_gpus: all processes take as many forward passes.
@@ -116,9 +116,8 @@ def cache_options(actor: LanguageModel, dtype: str) -> dict[str, HalfCache]:
     own = "mamba" in type(model).__name__.lower() or not supports_dynamic()
     adapters = getattr(actor, "peft_config", {})
     own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
-    if dtype != "bfloat16" or own:
-        return {}
-    return {"past_key_values": HalfCache(model, torch.bfloat16)}
+    half = autocast_dtype(dtype)
+    return {} if half is None or own else {"past_key_values": HalfCache(model, half)}
 
 
 def _generation_config(

@@ -31,6 +31,7 @@ class Bound:
 # more in fp32, and about three times in bf16. What padding, another head or truncated sampling do is larger: 0.1 to 10
 # nats.
 ROUNDING = {"float32": Bound(1e-4, 1e-3), "tf32": Bound(0.01, 0.05), "bfloat16": Bound(0.08, 0.4)}
+ROUNDING["float16"] = ROUNDING["tf32"]  # as many bits
 
 SAME_CODE = 1e-3  # nats: two passes of the same code give the same bits, unless PyTorch picks other kernels
 

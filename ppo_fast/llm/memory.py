@@ -347,7 +347,7 @@ class _Sizes:
 
 
 def _autocast(config: PPOConfig) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype != "float32")  # float16 has the same size
 
 
 def _hidden(model: nn.Module, tokens: int) -> Tensor:
@@ -665,7 +665,7 @@ def check_fits(
         return  # the estimate would take seconds
 
     def estimated(config: PPOConfig) -> Estimate:
-        size = 2 if config.dtype == "bfloat16" else 4
+        size = 4 if config.dtype == "float32" else 2
         gathered = parameters * size if config.gather_for_sampling and processes > 1 else 0
         return estimate(model_config, config, prompt_tokens, processes=processes, gathered=gathered, dtype=dtype)
 
@@ -691,7 +691,7 @@ def _smaller(config: PPOConfig, processes: int) -> list[tuple[str, PPOConfig]]:
     if config.gather_for_sampling and processes > 1:
         config = dataclasses.replace(config, gather_for_sampling=False)
         found.append(("--no-gather-for-sampling", config))
-    if config.dtype != "bfloat16":
+    if config.dtype == "float32":
         config = dataclasses.replace(config, dtype="bfloat16")
         found.append(("--dtype bfloat16", config))
     if not config.gradient_checkpointing:

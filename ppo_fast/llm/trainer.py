@@ -133,9 +133,10 @@ class PPOTrainer:
         if self.config.out is not None and not can_draw():
             self.notes.append("matplotlib is not installed: the run leaves no pictures")
         self.notes += notes_on_sampling(self.config, evaluated=evaluated) + notes_on_options(self.config)
-        if self.config.dtype == "bfloat16":
+        dtype = self.config.dtype
+        if dtype != "float32":
             self.notes.append(
-                "dtype = bfloat16: learning computes the LM head in fp32, and sampling in bfloat16; sampler_gap shows"
+                f"dtype = {dtype}: learning computes the LM head in fp32, and sampling in {dtype}; sampler_gap shows"
                 " the difference"
             )
 
@@ -544,7 +545,7 @@ class PPOTrainer:
             config=self.config,
             policy=self.policy,
             optimizers=learner.optimizers,
-            stateful=[learner.kl_controller, learner.entropy_controller, self.prompts],
+            stateful=[learner.kl_controller, learner.entropy_controller, learner.loss_scale, self.prompts],
             generator=learner.generator,
             distributed=self.distributed,
             fingerprint=run_fingerprint(

@@ -54,8 +54,12 @@ def test_an_unknown_device_is_rejected_with_the_known_names():
 def test_bfloat16_is_rejected_where_the_gpu_has_none(monkeypatch):
     monkeypatch.setattr(devices, "compute_capability", lambda device: (7, 5))
     assert devices.pick_device("cpu") == CPU
-    with pytest.raises(UserError, match=r"needs a GPU of compute capability 8.0 or newer, and cpu has 7.5"):
+    with pytest.raises(UserError, match=r"needs a GPU of compute .* and cpu has 7.5; use --dtype float16"):
         devices.pick_device("cpu", dtype="bfloat16")
+    assert devices.pick_device("cpu", dtype="float16") == CPU
+    chosen, note = devices.choose_dtype("auto", CPU)
+    assert chosen == "float32"
+    assert "--dtype float16 is faster" in note
     monkeypatch.setattr(devices, "compute_capability", lambda device: (8, 0))
     assert devices.pick_device("cpu", dtype="bfloat16") == CPU
 
@@ -340,6 +344,7 @@ def test_products_are_timed_in_each_dtype():
         ("auto", 0.68, "float32", "dtype = auto: float32"),  # less than 1.5 times as fast
         ("bfloat16", 0.2, "bfloat16", "dtype = bfloat16: a product takes 0.2 times as long in bfloat16"),
         ("bfloat16", 376.0, "bfloat16", "warning: dtype = bfloat16 is slow here"),
+        ("float16", 0.2, "float16", "warning: dtype = float16 is for GPUs without bfloat16"),
     ],
 )
 def test_a_cpu_takes_the_faster_dtype_and_reports_a_slow_one(
