@@ -162,8 +162,14 @@ def test_models_that_the_user_gives_are_unchanged():
     trainer_of(given, dtype="bfloat16").step()
     assert not is_stored(given)
     given = peft.get_peft_model(tiny_llama(258), lora)
-    trainer_of(given, dtype="bfloat16", frozen_dtype="bfloat16").step()
+    with torch.no_grad():
+        for name, p in given.named_parameters():
+            p.add_(0.01 * ("lora_B" in name))  # trained adapters, of which the reference keeps a copy
+    trainer = trainer_of(given, dtype="bfloat16", frozen_dtype="bfloat16")
     assert is_stored(given)
+    assert {p.dtype for name, p in given.named_parameters() if "lora" in name} == {torch.float32}
+    trainer.step()
+    assert torch.equal(trainer.last_experience.logprobs, trainer.last_experience.ref_logprobs)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=str)
@@ -256,12 +262,16 @@ def test_under_fsdp_a_stored_dtype_is_rejected():
         build_models(config, tiny_llama(258), None, None, torch.device("cpu"), distributed)
 
 
-def test_a_model_that_reads_weights_of_its_layers_is_rejected_in_fp32():
+def test_a_model_that_reads_weights_of_its_layers_keeps_them():
     pytest.importorskip("peft")
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8, eos_token_id=256)
-    with pytest.raises(UserError, match="frozen_dtype = bfloat16 needs dtype = bfloat16 for this MambaForCausalLM"):
-        trainer_of(MambaForCausalLM(config), dtype="float32", frozen_dtype="bfloat16")
+    for options in ({}, {"lora_rank": 2, "lora_targets": "in_proj"}):
+        with pytest.raises(UserError, match="frozen_dtype = bfloat16 does not work for this Mamba"):
+            trainer_of(MambaForCausalLM(config), dtype="float32", frozen_dtype="bfloat16", **options)
+    kept = trainer_of(MambaForCausalLM(config), dtype="bfloat16", lora_rank=2, lora_targets="in_proj")
+    assert not is_stored(kept.actor)
+    kept.step()
 
 
 def judge() -> LlamaForSequenceClassification:

@@ -128,11 +128,11 @@ def check_widened(model: nn.Module) -> None:
         return
     ids = torch.zeros(1, 4, dtype=torch.int64, device=input_embedding(model).device)
     try:
-        model(input_ids=ids, **without_cache(model))
+        model.eval()(input_ids=ids, **without_cache(model))  # without dropout, which would draw random numbers
     except RuntimeError as error:
         raise UserError(
-            f"frozen_dtype = bfloat16 needs dtype = bfloat16 for this {model_name(model)}, which reads the weights of"
-            f" its linear layers by other ways ({first_line(error)})"
+            f"frozen_dtype = bfloat16 does not work for this {model_name(model)}, which reads the weights of its linear"
+            f" layers by other ways ({first_line(error)}): leave it out"
         ) from error
 
 

@@ -86,12 +86,16 @@ class RewardModel:
         self.__name__ = "reward_model"
 
     def follow_dtype(self, config: PPOConfig) -> None:
-        """Compute in the dtype of a run, with weights stored as its `frozen_dtype` says; the score is in fp32."""
+        """Compute in bfloat16 as a run does, with weights stored as its `frozen_dtype` says; the score is in fp32.
+
+        In float16, whose range a model that was trained in bfloat16 may exceed, the model computes as it was loaded.
+        """
         store_frozen(self.model, frozen_dtype_of(config))
-        self.compute_dtype = config.dtype
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Linear) and module.out_features == 1:
-                module.register_forward_hook(_in_its_own_dtype)
+        if config.dtype == "bfloat16":
+            self.compute_dtype = config.dtype
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Linear) and module.out_features == 1:
+                    module.register_forward_hook(_in_fp32)
 
     @functools.cached_property
     def added_before(self) -> list[int]:
@@ -156,13 +160,12 @@ class RewardModel:
             tokenizer.truncation_side = side
 
 
-def _in_its_own_dtype(layer: torch.nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+def _in_fp32(layer: torch.nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """A forward hook for a linear layer that computes the score, which bfloat16 would round to three digits."""
     assert isinstance(layer, torch.nn.Linear)
-    if not torch.is_autocast_enabled(out.device.type):
-        return out
+    bias = None if layer.bias is None else layer.bias.float()
     with torch.autocast(out.device.type, enabled=False):
-        return torch.nn.functional.linear(arguments[0].to(layer.weight.dtype), layer.weight, layer.bias)
+        return torch.nn.functional.linear(arguments[0].float(), layer.weight.float(), bias)
 
 
 def _positions(model: PreTrainedModel) -> int | None:
