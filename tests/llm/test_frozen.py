@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", reason='transformers is not installed: pip install "ppo_fast[train]"')
 
 from support import families, several
-from support.tiny import byte_tokenizer, distinct, tiny_gpt2, tiny_llama
+from support.tiny import byte_tokenizer, distinct, save_tiny_model, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ppo_fast.cli.commands import main
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm import memory
 from ppo_fast.llm.config import PPOConfig
@@ -295,6 +296,27 @@ def test_a_reward_model_follows_the_run_and_its_scores_are_not_rounded():
     assert not torch.equal(found, exact)
     torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
     assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_the_command_stores_the_reward_models_that_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_tiny_model(tmp_path / "model")
+    judge().save_pretrained(tmp_path / "judge")
+    byte_tokenizer().save_pretrained(tmp_path / "judge")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
+    made: list[PPOTrainer] = []
+    train = PPOTrainer.train
+    monkeypatch.setattr(PPOTrainer, "train", lambda self: made.append(self) or train(self))
+    given = ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "p.jsonl"), "--quiet", "--device", "cpu"]
+    given += ["--reward-model", str(tmp_path / "judge"), "--total-steps", "1", "--prompts-per-step", "4"]
+    for dtype in ("float32", "bfloat16"):
+        assert main(["train", *given, "--max-new-tokens", "3", "--dtype", dtype, "--out", str(tmp_path / dtype)]) == 0
+    wide, narrow = (next(iter(trainer.rewards.values())) for trainer in made)
+    assert isinstance(wide, RewardModel)
+    assert isinstance(narrow, RewardModel)
+    assert not is_stored(wide.model)
+    assert len(stored_weights(narrow.model)) == 14
+    assert made[0].hashes.rewards
+    assert made[0].hashes.rewards == made[1].hashes.rewards  # of the files
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}], ids=str)
