@@ -76,10 +76,12 @@ def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[Non
         pytest.fail(f"seed {emulator.seed}, {emulator.target}:\n{found}", pytrace=False)
 
 
-@pytest.fixture(autouse=True)
-def auto_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def auto_is_float32() -> Iterator[None]:
     """With dtype = auto tests compute in fp32 on every processor. Other processes must be given a dtype."""
-    monkeypatch.setattr(devices, "bfloat16_cost", lambda device=None: 1000.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "bfloat16_cost", lambda device=None: 1000.0)
+        yield
 
 
 @pytest.fixture

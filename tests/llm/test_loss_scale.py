@@ -1,5 +1,6 @@
 """The loss scale of float16: the algorithm of PyTorch's GradScaler, updates that are skipped, and resuming."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason='transformers is not installed: pip install "ppo_fast[train]"')
 
+from support import several
 from support.tiny import byte_tokenizer, distinct, tiny_llama
 from torch import Tensor, nn
 
@@ -160,3 +162,29 @@ def test_a_resumed_run_has_the_scale_of_its_checkpoint(tmp_path: Path):
     assert again.learner.loss_scale.scale == START / 4
     assert of_learning(again.train()[0]) == of_learning(history[1])
     assert again.learner.loss_scale.state_dict() == whole.learner.loss_scale.state_dict()
+
+
+def step_of_two(parallel: str) -> dict[str, float]:
+    config = several.options(dtype="float16", parallel=parallel, total_steps=1)
+    trainer = several.trainer_of(config, sampler=several.Fixed())
+    trainer.learner.loss_scale.scale = 1024.0
+    trainer.learner.loss_scale.backward = functools.partial(infinite_once, trainer.learner.loss_scale, [])
+    return of_learning(trainer.step())
+
+
+def infinite_once(scale: LossScale, calls: list[int], loss: Tensor) -> None:
+    """Overflow in the gradient of the first pack of one process alone."""
+    calls.append(1)
+    factor = math.inf if len(calls) == 1 and torch.distributed.get_rank() == 1 else 1.0
+    (loss * scale.scale * factor).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_skip_an_update_together(tmp_path: Path, parallel: str):
+    first, second = several.run(tmp_path, step_of_two, parallel)
+    assert first == second
+    assert first["learn/skipped"] == 1 / 4  # two minibatches in each of two epochs
+    assert first["learn/loss_scale"] == 1024 * (1 + 3 / 2) / 4
+    assert first["updates"] == 3
+    assert math.isfinite(first["learn/grad_norm"])
