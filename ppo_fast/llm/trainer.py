@@ -60,8 +60,9 @@ class PPOTrainer:
     Args:
         config: every option.
         actor: any AutoModelForCausalLM, or a PeftModel around one; trained in place. With lora_rank it gets adapters,
-            and its other weights are frozen and stored as config.frozen_dtype says. Weights that are frozen already
-            are unchanged, unless config.frozen_dtype is bfloat16.
+            and its other weights are frozen and stored as config.frozen_dtype says (`widen_frozen` gives them fp32
+            again, for instance before peft merges the adapters). Weights that are frozen already are unchanged, unless
+            config.frozen_dtype is bfloat16.
         tokenizer: its tokenizer, with a pad token.
         rows: dicts with a "prompt", a text or a list of messages, and any other columns, which reach the reward
             functions; checked as the lines of a file are, and `ppo_fast.llm.data.read_prompts` reads them from one.
