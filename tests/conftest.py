@@ -19,6 +19,8 @@ wait_passively()
 
 import torch  # noqa: E402
 
+from ppo_fast.common import device as devices  # noqa: E402
+
 EMULATED = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if EMULATED:
     from ptx import record
@@ -72,6 +74,14 @@ def compiled_kernels_without_issues(emulator: "Emulator | None") -> Iterator[Non
     if emulator.issues:
         found = "\n".join(f"{count} times {issue}" for issue, count in emulator.issues.items())
         pytest.fail(f"seed {emulator.seed}, {emulator.target}:\n{found}", pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def auto_is_float32() -> Iterator[None]:
+    """With dtype = auto tests compute in fp32 on every processor. Other processes must be given a dtype."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "bfloat16_cost", lambda device=None: 1000.0)
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The command line: ppo-fast train, classic, doctor, memory, recipe, label, compile."""
 
 import argparse
-import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -283,8 +282,6 @@ def _memory(arguments: argparse.Namespace) -> int:
     gib = arguments.gpu_gib
     if gib is not None and not 0 < gib < float("inf"):
         raise UserError(f"--gpu-gib must be a number above 0, got {gib}")
-    if config.dtype == "auto":  # which is bfloat16 on GPUs of compute capability 8.0 and newer
-        config = dataclasses.replace(config, dtype="bfloat16")
     bytes_ = None if gib is None else round(gib * 2**30)
     path = find_model(arguments.model, weights=False).path
     print(memory.table(load_model_config(path), config, arguments.prompt_tokens, bytes_))

@@ -138,7 +138,7 @@ def train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> 
 
 
 def _dtype_of_run(out: Path) -> DtypeOption:
-    """Return the dtype of an earlier run in OUT, since a second measurement may choose another one; else "auto"."""
+    """Return the dtype of an earlier run in OUT: a measurement here may choose another one. "auto" without a run."""
     file = out / "config.yaml"
     if not file.exists():
         return "auto"
@@ -195,12 +195,15 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     actor, tokenizer = load_on_main(distributed, lambda weights: load(weights=weights))
     if run.chat_template_kwargs is not None:
         set_template_options(tokenizer, run.chat_template_kwargs)
-    rewards |= _load_reward_models(run.reward_model, sources)
+    judges = _load_reward_models(run.reward_model, sources)
+    rewards |= judges
     critic = None if run.critic_model is None else _load_critic(run.critic_model, sources)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
     )
+    for judge in judges.values():  # after the trainer has hashed their weights
+        judge.follow_dtype(trainer.config)
     trainer.run_options = dataclasses.asdict(sources.pinned(run)) | {"prompts": prompts, "eval_prompts": eval_prompts}
     if arguments.resume:
         trainer.resume(allow_changes=arguments.allow_changes)

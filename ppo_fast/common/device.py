@@ -6,7 +6,7 @@ never use the current device. A run on the CPU calls nothing of CUDA, and so ope
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal, Protocol, TypeVar
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ppo_fast.common.errors import UserError
 from ppo_fast.ops.backend import Backend, uses_triton
 
-ComputeDtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Model = TypeVar("Model", bound=nn.Module)
 SLOW = 2.0  # a cost above which a run in bfloat16 prints a warning
-GAIN = 0.7  # dtype = auto takes bfloat16 on a CPU up to this cost: autocast also converts weights
+GAIN = 1 / 1.5  # dtype = auto takes bfloat16 up to this cost: autocast also converts weights
+HOPELESS = 4.0  # a cost of a small product above which no larger one is measured
 
 
 def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") -> torch.device:
@@ -45,7 +46,7 @@ def pick_device(name: str, backend: Backend = "auto", dtype: str = "float32") ->
         major, minor = compute_capability(probe.device) or (0, 0)
         raise UserError(
             f"dtype = bfloat16 needs a GPU of compute capability 8.0 or newer, and {probe.device} has {major}.{minor};"
-            " use --dtype float32"
+            " use --dtype float16 or float32"
         )
     return probe.device
 
@@ -108,33 +109,43 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 @functools.cache
-def bfloat16_cost() -> float:
-    """Measure once how many times as long as in fp32 a small matrix product takes in bfloat16 on this CPU.
+def bfloat16_cost(device: torch.device = torch.device("cpu")) -> float:  # noqa: B008
+    """Measure once how many times as long as in fp32 a matrix product takes in bfloat16 on a device.
 
-    0.2 on a processor with AMX, several hundred on one without any instructions for bfloat16.
+    0.2 on a CPU with AMX, several hundred on one without any instructions for bfloat16. The sizes double until a
+    product takes long enough in fp32 to show the speed of the device, or until bfloat16 is far slower.
     """
-    cost = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        rows, weight = (torch.ones(n, 256, dtype=dtype, device="cpu") for n in (128, 256))
-        cost[dtype] = _shortest(functools.partial(torch.mm, rows, weight.T))
-    return cost[torch.bfloat16] / cost[torch.float32]
+    cost = 1.0
+    for size in (128, 256, 512, 1024, 2048, 4096):
+        full, half = _seconds_of_products(size, (torch.float32, torch.bfloat16), device)
+        cost = half / full
+        if cost > HOPELESS or (size >= 512 and full > 1e-3):
+            break
+    return cost
 
 
-def _shortest(call: Callable[[], object], budget: float = 0.05) -> float:
-    """Measure the shortest time of a call in seconds, of several calls within `budget` after a warm-up call."""
-    call()
-    times: list[float] = []
-    while not times or (sum(times) < budget and len(times) < 20):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _seconds_of_products(
+    size: int, dtypes: Sequence[torch.dtype], device: torch.device, budget: float = 0.08
+) -> list[float]:
+    """Measure the shortest times of a product of square matrices, by turns in each dtype, after a first one in each."""
+    pairs = [[torch.ones(size, size, dtype=dtype, device=device) for _ in range(2)] for dtype in dtypes]
+    rounds: list[list[float]] = []
+    while len(rounds) < 3 or (sum(map(sum, rounds)) < budget and len(rounds) < 20):
+        times = []
+        for rows, weight in pairs:
+            synchronize(device)
+            start = time.perf_counter()
+            torch.mm(rows, weight.T)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        rounds.append(times)
+    return [min(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def choose_dtype(dtype: str, device: torch.device) -> tuple[ComputeDtype, str]:
     """Return the dtype of a run for the option `dtype`, and a sentence about it; "" if there is none.
 
-    auto is bfloat16 on a GPU that multiplies it in hardware, and on a CPU on which it is faster than fp32.
+    auto is bfloat16 on a device that multiplies it at least 1.5 times as fast as fp32, by `bfloat16_cost`.
 
     >>> choose_dtype("float32", torch.device("cpu"))
     ('float32', '')
@@ -142,13 +153,18 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[ComputeDtype, str]:
     chosen: ComputeDtype
     if dtype == "float32":
         return "float32", ""
-    if device.type != "cpu":
-        chosen = "bfloat16" if dtype == "bfloat16" or has_bfloat16(device) else "float32"
-        return chosen, f"dtype = auto: {chosen} on {device}" if dtype == "auto" else ""
-    cost = bfloat16_cost()
+    if dtype == "float16":
+        slow = "warning: dtype = float16 is for GPUs without bfloat16, and slow on a CPU: use --dtype auto"
+        return "float16", slow if device.type == "cpu" else ""
+    if dtype == "auto" and not has_bfloat16(device):
+        text = f"dtype = auto: float32 ({device} does not multiply bfloat16 in hardware; --dtype float16 is faster)"
+        return "float32", text
+    if device.type != "cpu" and dtype == "bfloat16":
+        return "bfloat16", ""
+    cost = bfloat16_cost(device)
     chosen = "bfloat16" if dtype == "bfloat16" or cost <= GAIN else "float32"
-    measured = f"a small product takes {round(cost) if cost > 10 else f'{cost:.2g}'} times as long in bfloat16 as in"
-    measured += " float32 on this CPU"
+    measured = f"a product takes {round(cost) if cost > 10 else f'{cost:.2g}'} times as long in bfloat16 as in"
+    measured += f" float32 on this {'CPU' if device.type == 'cpu' else 'device'}"
     if dtype == "auto":
         return chosen, f"dtype = auto: {chosen} ({measured})"
     if cost > SLOW:

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.samples < 2 or given.count < 1:
             raise UserError("--samples must be at least 2, and --count at least 1, to compare answers")
-        config = PPOConfig(max_new_tokens=given.max_new_tokens, seed=given.seed, device=given.device)
+        config = PPOConfig(dtype="float32", max_new_tokens=given.max_new_tokens, seed=given.seed, device=given.device)
         if not can_draw():
             raise UserError("the picture needs matplotlib: pip install matplotlib")
         rows = read_prompts(given.prompts, given.prompt_field)[: given.count]

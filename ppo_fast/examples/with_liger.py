@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         from ppo_fast.llm.config import PPOConfig
     except ImportError as error:
         return failed("with_liger", error, INSTALL)
-    config = PPOConfig(total_steps=options.steps, max_new_tokens=16, lr=1e-4, critic_lr=1e-4, quiet=True)
+    config = PPOConfig(
+        dtype="float32", total_steps=options.steps, max_new_tokens=16, lr=1e-4, critic_lr=1e-4, quiet=True
+    )
     progress = Progress("step", 2 * options.steps)
     progress.show(0)
     try:  # Liger's rotary embedding replaces a function of transformers, so the run without it comes first

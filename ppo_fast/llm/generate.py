@@ -33,7 +33,7 @@ from ppo_fast.llm.models.head import (
     unwrap_peft,
 )
 from ppo_fast.llm.models.loading import end_tokens
-from ppo_fast.llm.models.modes import autocast, head_in
+from ppo_fast.llm.models.modes import autocast, autocast_dtype, head_in
 from ppo_fast.llm.packing.attention import cudnn_attention
 from ppo_fast.llm.sampler import Completions, SamplingParams
 
@@ -43,7 +43,7 @@ class GenerateOptions:
     """How the actor's own `generate` computes, which changes what it samples by rounding only.
 
     Args:
-        dtype: of autocast: float32 or bfloat16.
+        dtype: of autocast: bfloat16 or float16; float32: none.
         head_dtype: of the operands of the LM head's products, as `head_in` computes them; None: as the model does.
         cudnn_attention: PyTorch may use cuDNN.
         cache: keys and values of earlier tokens are kept; else each pass computes all tokens.
@@ -132,9 +132,8 @@ def cache_options(actor: LanguageModel, dtype: str) -> dict[str, HalfCache]:
     own = "mamba" in type(model).__name__.lower() or not supports_dynamic()
     adapters = getattr(actor, "peft_config", {})
     own = own or any(x.is_prompt_learning for x in adapters.values())  # prefix tuning fills the cache itself
-    if dtype != "bfloat16" or own:
-        return {}
-    return {"past_key_values": HalfCache(model, torch.bfloat16)}
+    half = autocast_dtype(dtype)
+    return {} if half is None or own else {"past_key_values": HalfCache(model, half)}
 
 
 def _generation_config(

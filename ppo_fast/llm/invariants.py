@@ -31,6 +31,7 @@ class Bound:
 # more in fp32, and about three times in bf16. What padding, another head or truncated sampling do is larger: 0.1 to 10
 # nats.
 ROUNDING = {"float32": Bound(1e-4, 1e-3), "tf32": Bound(0.01, 0.05), "bfloat16": Bound(0.08, 0.4)}
+ROUNDING["float16"] = ROUNDING["tf32"]  # as many bits
 
 SAME_CODE = 1e-3  # nats: two passes of the same code give the same bits, unless PyTorch picks other kernels
 
@@ -43,8 +44,14 @@ CAUSES = (
 )
 
 
-def rounding_of(config: PPOConfig, device: str) -> Bound:
-    """The bound of rounding in the dtype in which a run multiplies matrices on a type of device."""
+def rounding_of(config: PPOConfig, device: str, *, frozen_rounded: bool = False) -> Bound:
+    """The bound of rounding in the dtype in which a run multiplies matrices on a type of device.
+
+    `frozen_rounded`: one of two models has weights that were rounded to bfloat16 (`frozen_dtype`). A computation in
+    bfloat16 rounds them, too, and the other factor of each product: its bound is enough.
+    """
+    if frozen_rounded:
+        return ROUNDING["bfloat16"]
     tf32 = config.tf32 and config.dtype == "float32" and device != "cpu"
     return ROUNDING["tf32" if tf32 else config.dtype]
 

@@ -15,6 +15,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.experience import Experience, ExperienceMaker, advantages_of, local_packs
+from ppo_fast.llm.loss_scale import LossScale
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import LossInputs, Policy, packed_mode
 from ppo_fast.llm.models.reference import Reference
@@ -50,6 +51,7 @@ class Learner:
         self.experience_maker = ExperienceMaker(policy, reference, config, distributed)
         self.kl_controller = KLController(config)
         self.entropy_controller = EntropyController(config)
+        self.loss_scale = LossScale(config.dtype)
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
         """Log-probabilities, values, rewards and advantages of all processes' completions.
@@ -71,7 +73,8 @@ class Learner:
         """Run all epochs over one rollout and return the statistics of every minibatch, in order.
 
         Where the approx_kl of a minibatch is above config.target_kl, the actor is not updated with it, nor with any
-        later one of this rollout; the critic is. `updated` is 1.0 where the actor was updated.
+        later one of this rollout; the critic is. `updated` is 1.0 where the actor was updated. In float16 a minibatch
+        whose gradients overflow updates neither, and lowers the loss scale.
 
         Args:
             experience: of `make_experience`, with its minibatches for the first epoch.
@@ -79,7 +82,8 @@ class Learner:
             check_first: is called with the statistics of the first minibatch, before its update.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; its update was not made.
+            NonFiniteError: a loss or gradient is not finite; its update was not made. In float16 gradients may be so
+                in a few updates in a row.
         """
         history: list[dict[str, float]] = []
         # `PPOTrainer.last_experience` is without its packs
@@ -92,14 +96,23 @@ class Learner:
                     order = self._draw_order(experience.rollout)
                     minibatches = self.experience_maker.split_minibatches(experience.rollout, order)
                 for minibatch in minibatches:
+                    scale = self.loss_scale.scale
                     stats = as_floats(self._clipped_gradients(minibatch, experience, train_actor=train_actor))
+                    norms = {name: x for name, x in stats.items() if name.endswith("grad_norm")}
+                    skip = self.loss_scale.overflows(norms)
+                    if skip:
+                        stats = {name: x for name, x in stats.items() if name not in norms}
                     _check_finite(stats, epoch)
                     if check_first is not None and not history:
                         check_first(stats)
                     if train_actor and self.config.target_kl is not None:
                         train_actor = stats["approx_kl"] <= self.config.target_kl
-                    self.optimizers.step(train_actor=train_actor)
-                    history.append({**stats, "updated": float(train_actor)})
+                    if skip:
+                        self.optimizers.zero_grad()
+                    else:
+                        self.optimizers.step(train_actor=train_actor)
+                    scaling = {"loss_scale": scale, "skipped": float(skip)} if self.loss_scale.enabled else {}
+                    history.append({**stats, **scaling, "updated": float(train_actor and not skip)})
         return history
 
     def adapt_coefficients(self, metrics: Mapping[str, float], completions: int) -> None:
@@ -172,7 +185,9 @@ class Learner:
         self, minibatch: list[Pack], experience: Experience, *, train_actor: bool
     ) -> dict[str, Tensor]:
         """Gradients of a minibatch, clipped for actor and critic; its statistics, the norms among them."""
-        stats = self.accumulate_gradients(minibatch, experience, train_actor=train_actor)
+        scale, optimizers = self.loss_scale, self.optimizers
+        stats = self.accumulate_gradients(minibatch, experience, train_actor=train_actor, backward=scale.backward)
+        scale.unscale([*optimizers.actor.parameters, *optimizers.critic.parameters])
         if train_actor:
             stats["grad_norm"] = self.optimizers.actor.clip()
         stats["critic_grad_norm"] = self.optimizers.critic.clip()

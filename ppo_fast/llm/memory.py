@@ -35,6 +35,7 @@ from ppo_fast.kernels.linear.chunks import DEVICE_CHUNK_ROWS, Plan, compute_plan
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import cache_options
 from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.frozen import frozen_dtype_of, store_frozen
 from ppo_fast.llm.models.head import LanguageModel, decoder_of, head_dtype, head_of, input_embedding, unwrap_peft
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import gradient_checkpointing
@@ -109,7 +110,7 @@ class Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         category = self.name
         if func is torch.ops.aten._to_copy.default and self._is_weight(args[0]):
-            category = "weights in bfloat16"
+            category = "weights in bfloat16" if _dtype_of(out) in HALF else "weights in float32"
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._count(x.untyped_storage(), category)
@@ -152,6 +153,10 @@ class Allocations(TorchDispatchMode):
         before, self.name = self.name, name
         yield
         self.name = before
+
+
+def _dtype_of(x: object) -> torch.dtype | None:
+    return x.dtype if isinstance(x, Tensor) else None
 
 
 # Operations of layers that autocast computes in fp32 on a GPU; a CPU's autocast leaves them as they are
@@ -284,7 +289,11 @@ def _build(model_config: PreTrainedConfig, config: PPOConfig, dtype: torch.dtype
             critic.backbone = with_lora(critic.backbone, config, language_model=False)
         separate = config.kl_coef > 0 and not config.lora_rank
         reference = copy.deepcopy(actor).requires_grad_(False) if separate else None
-        return _Models(with_lora(actor, config, language_model=True), critic, reference)
+        models = _Models(with_lora(actor, config, language_model=True), critic, reference)
+        frozen = [x for x in (models.actor, critic.backbone) if config.lora_rank and x is not None]
+        for model in [*frozen, *([] if reference is None else [reference])]:
+            store_frozen(model, frozen_dtype_of(config))
+        return models
 
 
 def _make_fake(models: _Models) -> None:
@@ -339,7 +348,7 @@ class _Sizes:
 
 
 def _autocast(config: PPOConfig) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype != "float32")  # float16 has the same size
 
 
 def _hidden(model: nn.Module, tokens: int) -> Tensor:
@@ -533,7 +542,7 @@ def estimate(
     gathered: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
-    """Calculate the peak memory of each phase of a step, in bytes.
+    """Calculate the peak memory of each phase of a step, in bytes. dtype = auto counts as bfloat16, as on most GPUs.
 
     Args:
         model_config: of the actor, with which the critic and the reference start, too.
@@ -551,6 +560,10 @@ def estimate(
     >>> sorted(found.phases)
     ['backward', 'last token', 'loss', 'prompts', 'score', 'update']
     """
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype="bfloat16")
+    if processes > 1:  # FSDP2 keeps the dtype of frozen weights
+        config = dataclasses.replace(config, frozen_dtype="float32")
     if prompt_tokens < 1:
         raise UserError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
     depth = getattr(model_config, "num_hidden_layers", None)
@@ -623,6 +636,7 @@ def with_adapters_of(actor: "PeftModel", config: PPOConfig) -> PPOConfig:
     targets = getattr(adapters, "target_modules", None)
     return dataclasses.replace(
         config,
+        frozen_dtype="float32" if config.frozen_dtype == "auto" else config.frozen_dtype,  # its base is unchanged
         lora_rank=getattr(adapters, "r", 16),
         lora_targets=",".join(sorted(targets)) if isinstance(targets, set | list) else config.lora_targets,
     )
@@ -652,7 +666,7 @@ def check_fits(
         return  # the estimate would take seconds
 
     def estimated(config: PPOConfig) -> Estimate:
-        size = 2 if config.dtype == "bfloat16" else 4
+        size = 4 if config.dtype == "float32" else 2
         gathered = parameters * size if config.gather_for_sampling and processes > 1 else 0
         return estimate(model_config, config, prompt_tokens, processes=processes, gathered=gathered, dtype=dtype)
 
@@ -678,7 +692,7 @@ def _smaller(config: PPOConfig, processes: int) -> list[tuple[str, PPOConfig]]:
     if config.gather_for_sampling and processes > 1:
         config = dataclasses.replace(config, gather_for_sampling=False)
         found.append(("--no-gather-for-sampling", config))
-    if config.dtype != "bfloat16":
+    if config.dtype == "float32":
         config = dataclasses.replace(config, dtype="bfloat16")
         found.append(("--dtype bfloat16", config))
     if not config.gradient_checkpointing:

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.distributed import Distributed
+from ppo_fast.llm.models.modes import autocast_dtype
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -111,8 +112,8 @@ def load_on_main(distributed: Distributed, load: Callable[[bool], tuple[M, T]]) 
 def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
     """FSDP2 over all processes: each layer is gathered when it is needed, everything else with the whole module.
 
-    In bfloat16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather them in
-    fp32 and keep its bfloat16 copies until backward, so that each process would hold the whole model.
+    In bfloat16 and float16 the layers are gathered in it, and gradients are summed in fp32. Autocast alone would gather
+    them in fp32 and keep its copies until backward, so that each process would hold the whole model.
 
     Where any process has a model without weights, all get the first one's.
     """
@@ -122,8 +123,10 @@ def shard(model: nn.Module, distributed: Distributed, dtype: str) -> None:
     # detached: fully_shard puts the parts in the parameters, and these keep the whole
     whole = {name: p.detach() for name, p in model.named_parameters()} if sent and distributed.is_main else {}
     mesh = init_device_mesh(distributed.device.type, (distributed.size,))
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    precision = half if dtype == "bfloat16" else MixedPrecisionPolicy()
+    half = autocast_dtype(dtype)
+    precision = MixedPrecisionPolicy()
+    if half is not None:
+        precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=torch.float32)
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh)  # embeddings, norms and heads stay in fp32, as with DDP

@@ -198,8 +198,9 @@ def _check_same_run(run: RunState, checkpoint: Checkpoint, allow_changes: bool) 
     changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
+        measured = " (dtype = auto may choose another one here)" if "dtype" in changed else ""
         raise UserError(
-            f"{checkpoint.folder} belongs to a run with other options: {named}; take those of its config.yaml"
+            f"{checkpoint.folder} belongs to a run with other options: {named}{measured}; take those of its config.yaml"
         )
     if run.config.total_steps < checkpoint.state["step"]:
         raise UserError(

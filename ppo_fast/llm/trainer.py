@@ -39,6 +39,7 @@ from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.head import LanguageModel
 from ppo_fast.llm.models.loading import vocabulary_of
 from ppo_fast.llm.models.probe import Reach
+from ppo_fast.llm.models.reference import FrozenReference
 from ppo_fast.llm.models.weights import check_separate, weights_hash
 from ppo_fast.llm.optimizer import Optimizer, Optimizers
 from ppo_fast.llm.packing.rollout import Rollout
@@ -61,15 +62,19 @@ class PPOTrainer:
 
     Args:
         config: every option.
-        actor: any AutoModelForCausalLM, or a PeftModel around one; trained in place.
+        actor: any AutoModelForCausalLM, or a PeftModel around one; trained in place. With lora_rank it gets adapters,
+            and its other weights are frozen and stored as config.frozen_dtype says (`widen_frozen` gives them fp32
+            again, for instance before peft merges the adapters). Weights that are frozen already are unchanged, unless
+            config.frozen_dtype is bfloat16.
         tokenizer: its tokenizer, with a pad token.
         rows: dicts with a "prompt", a text or a list of messages, and any other columns, which reach the reward
             functions; checked as the lines of a file are, and `ppo_fast.llm.data.read_prompts` reads them from one.
         rewards: a function f(prompts, completions, **columns), or several by name, whose numbers are added.
         reward_weights: a factor for each of them by name; 1 if not given.
         critic: if not given, what config.critic says.
-        reference: the frozen model of the KL penalty. If not given and kl_coef > 0: the actor without its adapters, or
-            with a frozen copy of trained ones; or a copy of the actor, where it has no adapters.
+        reference: the frozen model of the KL penalty, which is not changed. If not given and kl_coef > 0: the actor
+            without its adapters, or with a frozen copy of trained ones; or a copy of the actor, where it has no
+            adapters.
         sampler: what completes prompts; the actor's own `generate` if not given.
         eval_rows: held-out rows, as `rows`, to evaluate on.
 
@@ -353,7 +358,8 @@ class PPOTrainer:
     def _check_first_kl(self, experience: Experience) -> None:
         if self.steps_done == 0 and self.reference is not None and self.reference_is_start:
             largest = (experience.logprobs - experience.ref_logprobs).abs().max().item()
-            check_first_kl(largest, rounding_of(self.config, self.device.type))
+            rounded = isinstance(self.reference, FrozenReference) and self.reference.rounded
+            check_first_kl(largest, rounding_of(self.config, self.device.type, frozen_rounded=rounded))
 
     def _check_gap(
         self, metrics: dict[str, float], evaluation: Evaluation | None = None, progress: Progress | None = None
@@ -552,7 +558,7 @@ class PPOTrainer:
             config=self.config,
             policy=self.policy,
             optimizers=learner.optimizers,
-            stateful=[learner.kl_controller, learner.entropy_controller, self.prompts],
+            stateful=[learner.kl_controller, learner.entropy_controller, learner.loss_scale, self.prompts],
             generator=learner.generator,
             distributed=self.distributed,
             fingerprint=run_fingerprint(

@@ -65,6 +65,7 @@ class FixedAnswers:
 def config(device: torch.device | str, **options: Any) -> PPOConfig:
     small = dict(total_steps=2, prompts_per_step=6, max_new_tokens=7, minibatches=2, micro_batch_tokens=40, epochs=2)
     quick = dict(lr=1e-3, critic_lr=1e-3, quiet=True, device=str(device), backend="torch", save_every=0)
+    quick["dtype"] = "float32"
     quick["adam_eps"] = 1e-3  # a gradient that is nearly 0 must not decide a whole update
     return PPOConfig(**{**small, **quick, "tensorboard": False, **options})
 

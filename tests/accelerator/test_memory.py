@@ -1,5 +1,6 @@
 """The calculated peak memory of a step beside what tensors hold on the test device."""
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -173,7 +174,7 @@ def test_a_model_that_transformers_does_not_know_is_trained_with_a_note(as_cuda,
 
 
 def test_an_actor_in_half_precision_is_calculated_with_its_own_dtype(as_cuda, monkeypatch):
-    options = config(max_new_tokens=1, prompts_per_step=1, minibatches=1)
+    options = config(max_new_tokens=1, prompts_per_step=1, minibatches=1, frozen_dtype="float32")
     half, whole = (
         memory.estimate(QWEN2, options, PROMPT, dtype=dtype).phases["update"]
         for dtype in (torch.bfloat16, torch.float32)
@@ -193,7 +194,9 @@ def test_models_that_are_given_do_not_count_as_large_as_the_actor(given, as_cuda
     options = config(max_new_tokens=1, prompts_per_step=1, minibatches=1)
     small = tiny_llama(258, hidden=8)
     argument: Any = {"critic": Critic(small.model, 8), "reference": small}[given]
-    give_memory(monkeypatch, 0.9 * memory.estimate(QWEN2, options, PROMPT).peak / 2**20)
+    without = dataclasses.replace(options, **{"critic": {"critic": "shared"}, "reference": {"kl_coef": 0.0}}[given])
+    whole, part = (memory.estimate(QWEN2, x, PROMPT).peak for x in (options, without))
+    give_memory(monkeypatch, (whole + part) / 2 / 2**20)
     actor, reward = AutoModelForCausalLM.from_config(QWEN2), lambda prompts, completions: [1.0] * len(prompts)
     made = PPOTrainer(options, actor, byte_tokenizer(), ROWS[:1], reward, **{given: argument})
     assert not [note for note in made.notes if "memory" in note]
@@ -224,13 +227,14 @@ def test_a_part_that_is_smaller_in_each_deeper_model_is_extrapolated_from_the_de
 
 
 def test_adapters_that_the_actor_brings_are_calculated_as_they_are():
-    options = config(lora_rank=4, lora_targets="q_proj,v_proj")
+    kept = dict(lora_rank=4, frozen_dtype="float32")  # its own frozen weights are as they are
+    options = config(lora_targets="q_proj,v_proj", **kept)
     adapters = dict(rank=4, alpha=8, language_model=True)
     actor = add_lora(AutoModelForCausalLM.from_config(QWEN2), targets="v_proj,q_proj", **adapters)
     assert memory.with_adapters_of(actor, config()) == options
     every = add_lora(AutoModelForCausalLM.from_config(QWEN2), targets="all-linear", **adapters)
     found, expected = (
-        memory.estimate(QWEN2, x, PROMPT) for x in (memory.with_adapters_of(every, config()), config(lora_rank=4))
+        memory.estimate(QWEN2, x, PROMPT) for x in (memory.with_adapters_of(every, config()), config(**kept))
     )
     assert found == expected
 

@@ -688,9 +688,9 @@ def test_lora_with_warm_up_checkpointing_and_bf16_has_first_ratio_one_in_each_st
 
 
 def test_options_that_keep_others_from_having_an_effect_are_named_at_the_start():
-    (note,) = trainer_of(options={"critic_warmup_steps": 2}).notes
+    (note,) = trainer_of(options={"critic_warmup_steps": 2, "dtype": "float32"}).notes
     assert note == "critic_warmup_steps = 2 and total_steps = 2: the actor does not learn in this run"
-    (note,) = trainer_of(options={"kl_coef": 0.0, "kl_controller": "adaptive"}).notes
+    (note,) = trainer_of(options={"kl_coef": 0.0, "kl_controller": "adaptive", "dtype": "float32"}).notes
     assert note.startswith("kl_controller = adaptive has no effect with kl_coef = 0")
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from ppo_fast.llm.sharding import wrap
 from ppo_fast.llm.trainer import PPOTrainer
 
 CPU = torch.device("cpu")
+BFLOAT16_COST = devices.bfloat16_cost  # a fixture of every test replaces it
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -52,8 +54,12 @@ def test_an_unknown_device_is_rejected_with_the_known_names():
 def test_bfloat16_is_rejected_where_the_gpu_has_none(monkeypatch):
     monkeypatch.setattr(devices, "compute_capability", lambda device: (7, 5))
     assert devices.pick_device("cpu") == CPU
-    with pytest.raises(UserError, match=r"needs a GPU of compute capability 8.0 or newer, and cpu has 7.5"):
+    with pytest.raises(UserError, match=r"needs a GPU of compute .* and cpu has 7.5; use --dtype float16"):
         devices.pick_device("cpu", dtype="bfloat16")
+    assert devices.pick_device("cpu", dtype="float16") == CPU
+    chosen, note = devices.choose_dtype("auto", CPU)
+    assert chosen == "float32"
+    assert "--dtype float16 is faster" in note
     monkeypatch.setattr(devices, "compute_capability", lambda device: (8, 0))
     assert devices.pick_device("cpu", dtype="bfloat16") == CPU
 
@@ -291,29 +297,60 @@ def test_the_first_step_compiles_no_kernel_after_the_warm_up(emulator):
 
 
 def test_the_cost_of_bfloat16_is_measured_once_and_short():
-    devices.bfloat16_cost.cache_clear()
+    BFLOAT16_COST.cache_clear()
     start = time.perf_counter()
-    cost = devices.bfloat16_cost()
-    assert 0.01 < cost < 10_000
-    assert devices.bfloat16_cost() == cost
+    cost = BFLOAT16_COST()
+    assert 0.001 < cost < 10_000
+    assert BFLOAT16_COST() == cost
     assert time.perf_counter() - start < 5  # also where bfloat16 is several hundred times slower
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes", "cost"),
+    [
+        (lambda n: (1e-5, 4e-3), [128], 400.0),  # no instructions: a larger product would take a second
+        (lambda n: (2e-3, 4e-3) if n == 128 else (1.5e-3, 5e-4), [128, 256, 512], 1 / 3),  # a disturbed first time
+        (lambda n: (n**3 / 4e12, n**3 / 8e12), [128, 256, 512, 1024, 2048], 0.5),  # many cores
+        (lambda n: (1e-5, 1e-5), [128, 256, 512, 1024, 2048, 4096], 1.0),
+    ],
+)
+def test_larger_products_are_measured_until_they_show_the_speed_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], tuple[float, float]], sizes: list[int], cost: float
+):
+    asked = []
+
+    def measured(size: int, dtypes: Sequence[torch.dtype], device: torch.device) -> list[float]:
+        asked.append(size)
+        return list(seconds(size))
+
+    monkeypatch.setattr(devices, "_seconds_of_products", measured)
+    assert BFLOAT16_COST.__wrapped__(CPU) == pytest.approx(cost)
+    assert asked == sizes
+
+
+def test_products_are_timed_in_each_dtype():
+    full, double = devices._seconds_of_products(64, (torch.float32, torch.float64), CPU, budget=0.001)
+    assert 0 < full < 5
+    assert 0 < double < 5
 
 
 @pytest.mark.parametrize(
     ("asked", "cost", "chosen", "note"),
     [
         ("float32", 376.0, "float32", ""),
-        ("auto", 376.0, "float32", "dtype = auto: float32 (a small product takes 376 times as long"),
-        ("auto", 0.2, "bfloat16", "dtype = auto: bfloat16 (a small product takes 0.2 times as long"),
-        ("auto", 0.9, "float32", "dtype = auto: float32"),  # autocast costs more than this gains
-        ("bfloat16", 0.2, "bfloat16", "dtype = bfloat16: a small product takes 0.2 times as long in bfloat16"),
+        ("auto", 376.0, "float32", "dtype = auto: float32 (a product takes 376 times as long"),
+        ("auto", 0.2, "bfloat16", "dtype = auto: bfloat16 (a product takes 0.2 times as long"),
+        ("auto", 0.66, "bfloat16", "dtype = auto: bfloat16"),
+        ("auto", 0.68, "float32", "dtype = auto: float32"),  # less than 1.5 times as fast
+        ("bfloat16", 0.2, "bfloat16", "dtype = bfloat16: a product takes 0.2 times as long in bfloat16"),
         ("bfloat16", 376.0, "bfloat16", "warning: dtype = bfloat16 is slow here"),
+        ("float16", 0.2, "float16", "warning: dtype = float16 is for GPUs without bfloat16"),
     ],
 )
 def test_a_cpu_takes_the_faster_dtype_and_reports_a_slow_one(
     monkeypatch: pytest.MonkeyPatch, asked: str, cost: float, chosen: str, note: str
 ):
-    monkeypatch.setattr(devices, "bfloat16_cost", lambda: cost)
+    monkeypatch.setattr(devices, "bfloat16_cost", lambda device: cost)
     found, said = devices.choose_dtype(asked, torch.device("cpu"))
     assert found == chosen
     assert said.startswith(note)
@@ -323,8 +360,9 @@ def test_a_cpu_takes_the_faster_dtype_and_reports_a_slow_one(
 def test_a_run_computes_in_the_dtype_that_auto_chose_and_reports_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(devices, "bfloat16_cost", lambda: 0.2)
-    made = trainer(dtype="auto", out=str(tmp_path), quiet=False, total_steps=1, tensorboard=False)
+    monkeypatch.setattr(devices, "bfloat16_cost", lambda device: 0.2)
+    assert PPOConfig().dtype == "auto"
+    made = trainer(out=str(tmp_path), quiet=False, total_steps=1, tensorboard=False)
     assert made.config.dtype == made.policy.config.dtype == "bfloat16"
     made.train()
     assert "dtype: bfloat16\n" in (tmp_path / "config.yaml").read_text()

@@ -238,7 +238,7 @@ def test_the_terminal_shows_markup_in_texts_as_it_is():
 
 
 def test_held_out_prompts_that_are_trained_on_are_counted_in_a_note():
-    trainer = trainer_of(None, eval_rows=[*HELD_OUT, ROWS[0], {"prompt": "x" * 300, "base": 0}])
+    trainer = trainer_of(None, eval_rows=[*HELD_OUT, ROWS[0], {"prompt": "x" * 300, "base": 0}], dtype="float32")
     assert trainer.notes == [
         "1 held-out prompts are too long and were left out",
         "1 of 4 held-out prompts are among the training prompts, too",

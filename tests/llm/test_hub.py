@@ -196,6 +196,7 @@ def test_a_gguf_file_that_does_not_exist_is_named(tmp_path: Path):
 def test_a_run_reads_model_and_data_by_name_and_records_their_commits(hub: Hub, served: str):
     (hub.folder / "r.py").write_text("def short(prompts, completions):\n    return [-len(x) for x in completions]\n")
     options = "--prompt-field question --reward r.py:short --prompts-per-step 4 --minibatches 1 --max-new-tokens 4"
+    options += " --dtype float32"
 
     def train(*names: str, **environment: str) -> subprocess.CompletedProcess[str]:
         mine = {"HF_ENDPOINT": served, "HF_HOME": str(hub.folder / "home"), "OMP_NUM_THREADS": "1"}

@@ -163,9 +163,9 @@ def test_another_reference_may_differ():
 
 
 def test_bounds_depend_on_what_multiplies_matrices():
-    assert rounding_of(PPOConfig(), "cuda") == ROUNDING["float32"]
-    assert rounding_of(PPOConfig(tf32=True), "cuda") == ROUNDING["tf32"]
-    assert rounding_of(PPOConfig(tf32=True), "cpu") == ROUNDING["float32"]
+    assert rounding_of(PPOConfig(dtype="float32"), "cuda") == ROUNDING["float32"]
+    assert rounding_of(PPOConfig(tf32=True, dtype="float32"), "cuda") == ROUNDING["tf32"]
+    assert rounding_of(PPOConfig(tf32=True, dtype="float32"), "cpu") == ROUNDING["float32"]
     assert rounding_of(PPOConfig(tf32=True, dtype="bfloat16"), "cuda") == ROUNDING["bfloat16"]
 
 

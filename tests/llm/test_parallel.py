@@ -417,7 +417,7 @@ class LargestStorage(TorchDispatchMode):
 def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
     """What a run of `ppo-fast train` leaves in this process, and the largest tensor that it had before it trained."""
     small = "--total-steps 2 --prompts-per-step 5 --max-new-tokens 6 --minibatches 2 --lr 1e-3 --critic-lr 1e-3"
-    small += " --adam-eps 1e-3 --device cpu --no-tensorboard --quiet"
+    small += " --adam-eps 1e-3 --device cpu --dtype float32 --no-tensorboard --quiet"
     given = ["train", "--model", str(folder / "model"), "--prompts", str(folder / "p.jsonl"), *small.split()]
     parser, train_parser = cli.build_parser()
     parsed = parser.parse_args([*given, "--reward", f"{folder / 'r.py'}:good", *arguments])

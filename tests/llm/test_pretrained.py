@@ -35,6 +35,7 @@ def test_a_real_model_learns_from_a_gguf_file_and_is_saved_as_a_folder(data: Pat
     out = data / "out"
     file = smollm2()
     options = "--total-steps 1 --prompts-per-step 16 --max-new-tokens 5 --minibatches 2 --epochs 1 --lr 1e-5 --quiet"
+    options += " --dtype float32"
     given = ["--model", file, "--prompts", data / "sums.jsonl", "--reward", f"{data / 'r.py'}:digits", "--out", out]
     # one process more, because the test process keeps no model of this size
     command = [sys.executable, "-m", "ppo_fast.cli", "train", *map(str, given), *options.split(), "--critic", "shared"]

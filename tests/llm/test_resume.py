@@ -354,11 +354,30 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_chose(tmp_path, monkeypatch, ca
     (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
     (tmp_path / "r.py").write_text("def f(prompts, completions): return [float(len(c)) for c in completions]\n")
     command = ["train", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "p.jsonl"), "--quiet"]
-    command += ["--reward", f"{tmp_path / 'r.py'}:f", "--dtype", "auto", "--device", "cpu", "--out"]
+    command += ["--reward", f"{tmp_path / 'r.py'}:f", "--device", "cpu", "--out"]
     command += [str(tmp_path / "run"), "--prompts-per-step", "4", "--max-new-tokens", "3", "--save-every", "1"]
-    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda: 0.6)
+    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda device: 0.6)
     assert main([*command, "--lr-schedule", "constant", "--total-steps", "1"]) == 0
-    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda: 0.8)
+    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda device: 0.8)
     assert main([*command, "--lr-schedule", "constant", "--total-steps", "2", "--resume"]) == 0, capsys.readouterr().err
     assert "dtype: bfloat16\n" in (tmp_path / "run" / "config.yaml").read_text()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    last = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert json.loads((last / "state.json").read_text())["run"]["config"]["dtype"] == "bfloat16"
+
+
+def test_a_trainer_whose_auto_chooses_another_dtype_names_that_of_the_run(tmp_path, monkeypatch):
+    options = dict(device="cpu", quiet=True, out=str(tmp_path / "run"), prompts_per_step=4, max_new_tokens=3)
+
+    def trainer(**more):
+        config = PPOConfig(**options, **more, total_steps=1, save_every=1, tensorboard=False)
+        return PPOTrainer(config, tiny_llama(258), byte_tokenizer(), ROWS, different)
+
+    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda device: 0.2)
+    trainer().train()
+    monkeypatch.setattr("ppo_fast.common.device.bfloat16_cost", lambda device: 2.0)
+    with pytest.raises(
+        UserError, match=r"dtype was bfloat16 and is float32 \(dtype = auto may choose another one here"
+    ):
+        trainer().resume()
+    assert trainer(dtype="bfloat16").resume()

@@ -170,6 +170,7 @@ def test_two_processes_train(tmp_path, device, kind):
         "--out": tmp_path / "out",
         "--parallel": kind,
         "--device": device.type,
+        "--dtype": "float32",
         "--total-steps": 2,
         "--prompts-per-step": 4,
         "--max-new-tokens": 4,

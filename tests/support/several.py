@@ -51,6 +51,7 @@ def judge(
 
 def options(**changes) -> PPOConfig:
     small = dict(
+        dtype="float32",
         total_steps=3,
         prompts_per_step=5,  # three for one process, two for the other
         max_new_tokens=9,
@@ -115,6 +116,7 @@ def assert_close(here: dict, there: dict, tolerance: float = 1e-5) -> None:
 
 
 SMALL = "--total-steps 3 --prompts-per-step 4 --max-new-tokens 4 --minibatches 2 --device cpu --no-tensorboard"
+SMALL += " --dtype float32"
 
 
 def command(folder: Path, *arguments: str, reward: str = "good", size: int = 1) -> subprocess.Popen:

@@ -306,6 +306,7 @@ def ppo(
     rewards, weights = rewards_of(out, parts, settings)
     entropy = json.loads((out / "supervised" / "result.json").read_text(encoding="utf-8"))["entropy"]
     config = PPOConfig(
+        dtype="float32",  # autocast costs more than bfloat16 gains in matrices of this width
         total_steps=settings.ppo_steps,
         prompts_per_step=settings.batch,
         max_new_tokens=ANSWER_TOKENS,

@@ -14,6 +14,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.models.adapters import check_adapters, has_trained_adapters
 from ppo_fast.llm.models.critic import Critic, hidden_size_of
+from ppo_fast.llm.models.frozen import check_widened, frozen_dtype_of, store_frozen, widen_frozen
 from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel, decoder_of, input_embedding
 from ppo_fast.llm.models.lora import with_lora
 from ppo_fast.llm.models.modes import prepare, warn_if_not_recomputed
@@ -70,6 +71,8 @@ def build_models(
     """
     _check_options(config, actor, critic, distributed)
     actor, critic = _with_adapters(config, actor, critic)
+    if distributed.strategy != "fsdp":  # whose groups have weights of one dtype
+        _store_frozen(config, actor, critic)  # before they are moved: the device may have no room for more
     models = Models(actor, critic, reference)
     distributed.run_with_weights(lambda: check_models(actor, critic, reference), of=models.given())
     # under FSDP2 the whole weights are never on one GPU
@@ -107,6 +110,10 @@ def build_models(
     _check_same_weights(distributed, {"actor": actor, "critic": critic, "reference": models.reference})
     if models.reference is not None and heads.reference is not None:
         found = _frozen_reference(models.reference, heads.reference, config, distributed)
+    if reference is None and isinstance(found, FrozenReference) and distributed.strategy != "fsdp":
+        found.rounded = store_frozen(found.model, frozen_dtype_of(config))
+        if config.dtype == "float32":
+            check_widened(found.model)
     policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, generate_info=info)
     policy.unreached = distributed.run_with_weights(
         lambda: unreached_parameters(policy, config, load_device, distributed), of=policy
@@ -120,6 +127,8 @@ def _check_options(config: PPOConfig, actor: LanguageModel, critic: Critic | Non
     """Reject options that contradict the given models."""
     if config.lora_rank and is_adapted(actor):
         raise UserError("lora_rank > 0, but the actor already has adapters: leave one of the two out")
+    if config.frozen_dtype == "bfloat16" and distributed.strategy == "fsdp":
+        raise UserError("frozen_dtype = bfloat16 has no effect under fsdp, which keeps one dtype: leave it out")
     if config.merge_adapters and distributed.strategy == "fsdp":
         raise UserError("merge_adapters needs whole weights, which no process has under fsdp: merge them afterwards")
     if is_adapted(actor):
@@ -162,6 +171,23 @@ def _frozen_reference(
     if distributed.strategy == "fsdp":
         shard(found, distributed, config.dtype)
     return found
+
+
+def _store_frozen(config: PPOConfig, actor: LanguageModel, critic: Critic) -> None:
+    """Store what the options freeze, beside the adapters that they make, as `frozen_dtype` says.
+
+    Models that come with frozen weights may be in use elsewhere: they are converted only where the option names the
+    dtype. A model that cannot compute with stored weights keeps its own under auto.
+    """
+    for model in (actor, critic.backbone):
+        if model is not None and (config.lora_rank or config.frozen_dtype != "auto"):
+            store_frozen(model, frozen_dtype_of(config))
+            try:
+                check_widened(model)
+            except UserError:
+                if config.frozen_dtype != "auto":
+                    raise
+                widen_frozen(model)
 
 
 def _check_same_weights(distributed: Distributed, models: dict[str, nn.Module | None]) -> None:

@@ -81,9 +81,15 @@ def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]
             layer.training = False
 
 
+def autocast_dtype(dtype: str) -> torch.dtype | None:
+    """The dtype of autocast for an option `dtype`; None for float32, which needs none."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+
+
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    """Autocast to bf16 or fp16, or nothing."""
+    half = autocast_dtype(dtype)
+    return torch.autocast(device.type, dtype=half or torch.bfloat16, enabled=half is not None)
 
 
 @contextmanager

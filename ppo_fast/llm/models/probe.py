@@ -39,6 +39,7 @@ from ppo_fast.llm.models.head import (
     unwrap_peft,
 )
 from ppo_fast.llm.models.head import without_cache as no_cache
+from ppo_fast.llm.models.modes import autocast_dtype
 from ppo_fast.llm.packing import flash
 from ppo_fast.llm.packing.attention import packed_attention
 from ppo_fast.llm.packing.pack import split_minibatches
@@ -113,7 +114,7 @@ def detect_heads(
         reach: the longest sequences, and the work of a step.
     """
     flash.reset()
-    autocast = torch.bfloat16 if dtype == "bfloat16" else None
+    autocast = autocast_dtype(dtype)
     models = {"actor": actor, "critic": critic, "reference": reference}
     said: set[tuple[object, ...]] = set()
     found: dict[str, HeadInfo] = {}

@@ -145,6 +145,7 @@ class FrozenReference(nn.Module):
         self.model = model
         self.head = head
         self.config = config
+        self.rounded = False  # whether `store_frozen` has changed values
 
     def forward(self, pack: Pack) -> Tensor:
         """Log-probabilities [n] of the pack's counted tokens."""

@@ -12,9 +12,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ppo_fast.common.device import to_device, upload
 from ppo_fast.common.errors import RewardError, UserError
+from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import Prompt, added_ids, chat_text, without_second_begin
+from ppo_fast.llm.models.frozen import frozen_dtype_of, store_frozen
 from ppo_fast.llm.models.head import input_embedding
 from ppo_fast.llm.models.loading import check_embedding
+from ppo_fast.llm.models.modes import autocast
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_tokenizer, load_weights
 
 
@@ -79,7 +82,20 @@ class RewardModel:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.batch_size = batch_size
         self.max_length = min((x for x in (max_length, _positions(model)) if x), default=None)
+        self.compute_dtype = "float32"  # of autocast; float32: none
         self.__name__ = "reward_model"
+
+    def follow_dtype(self, config: PPOConfig) -> None:
+        """Compute in bfloat16 as a run does, with weights stored as its `frozen_dtype` says; the score is in fp32.
+
+        In float16, whose range a model that was trained in bfloat16 may exceed, the model computes as it was loaded.
+        """
+        store_frozen(self.model, frozen_dtype_of(config))
+        if config.dtype == "bfloat16":
+            self.compute_dtype = config.dtype
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Linear) and module.out_features == 1:
+                    module.register_forward_hook(_in_fp32)
 
     @functools.cached_property
     def added_before(self) -> list[int]:
@@ -119,7 +135,7 @@ class RewardModel:
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
         device = self.model.device
-        with _pad_token(self.model, pad):
+        with _pad_token(self.model, pad), autocast(self.compute_dtype, device):
             out = self.model(input_ids=upload(tokens, device), attention_mask=upload(mask, device))
         return out.logits.squeeze(-1).float()
 
@@ -142,6 +158,14 @@ class RewardModel:
             return tokenizer(prompt + completion, truncation=True, max_length=limit)["input_ids"]
         finally:
             tokenizer.truncation_side = side
+
+
+def _in_fp32(layer: torch.nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """A forward hook for a linear layer that computes the score, which bfloat16 would round to three digits."""
+    assert isinstance(layer, torch.nn.Linear)
+    bias = None if layer.bias is None else layer.bias.float()
+    with torch.autocast(out.device.type, enabled=False):
+        return torch.nn.functional.linear(arguments[0].float(), layer.weight.float(), bias)
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -24,6 +24,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.hub import hub_name
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.critic_folder import write_critic
+from ppo_fast.llm.models.frozen import is_stored, widen_frozen
 from ppo_fast.llm.models.head import LanguageModel, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
 from ppo_fast.llm.models.reference import is_adapted
@@ -130,6 +131,8 @@ def _save_weights(
             actor.save_pretrained(str(folder), selected_adapters=[actor.active_adapter], state_dict=state)
             return
         model = merged(actor)
+        if dtype is None and is_stored(model):
+            dtype = torch.float32
         state = weights if dtype is None else cast_weights(model, weights, dtype)
         model.save_pretrained(folder, state_dict=state)
         if dtype is not None:
@@ -237,6 +240,7 @@ def merged(actor: LanguageModel) -> PreTrainedModel:
     if not is_adapted(actor):
         return actor
     whole = copy_on_cpu(actor)
+    widen_frozen(whole)  # peft adds the adapters in the dtype of the weights
     _untie_adapted(whole)
     return whole.merge_and_unload()
 
