@@ -220,7 +220,6 @@ def run_ours(task: Task, seed: int, steps: int) -> dict[str, list[float]]:
     from ppo_fast.llm.trainer import PPOTrainer
 
     config = PPOConfig(
-        dtype="float32",
         total_steps=steps,
         prompts_per_step=task.batch,
         max_new_tokens=task.answer,

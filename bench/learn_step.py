@@ -22,7 +22,6 @@ that of every benchmark here; malloc is as the checkout sets it.
 
 import argparse
 import collections
-import functools
 import inspect
 import json
 import os
@@ -229,8 +228,11 @@ class LearnStep:
             self._clock(optimizer, "step", "optimizer")
         accumulate = self.learner.accumulate_gradients
         if "backward" in inspect.signature(accumulate).parameters:
-            backward = self._timed(Tensor.backward, "backward")
-            self.learner.accumulate_gradients = functools.partial(accumulate, backward=backward)
+
+            def timed(*args: Any, backward: Callable[[Tensor], None] = Tensor.backward, **kwargs: Any) -> Any:
+                return accumulate(*args, backward=self._timed(backward, "backward"), **kwargs)
+
+            self.learner.accumulate_gradients = timed
 
     def _clock(self, owner: Any, name: str, part: str) -> None:
         setattr(owner, name, self._timed(getattr(owner, name), part))

@@ -61,8 +61,8 @@ class PPOConfig:
     )
     head_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        "operands of the LM head's products, in sampling, scoring and loss alike; its logits are fp32; auto: that of"
-        " dtype",
+        "operands of the LM head's products, in sampling, scoring and loss alike; its logits are fp32; auto: bfloat16"
+        " under dtype = bfloat16, else float32",
     )
     critic: Literal["own", "shared"] = setting("own", "own: a separate backbone; shared: a value head on the actor")
     critic_warmup_steps: NonNegativeInt = setting(0, "number of first steps in which only the critic is trained")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.common.device import choose_dtype, has_weights, total_memory
 from ppo_fast.common.errors import UserError
+from ppo_fast.common.heap import keep_freed_memory
 from ppo_fast.common.lock import absolute
 from ppo_fast.common.threads import set_threads
 from ppo_fast.llm.checks import notes_on_rewards
@@ -46,11 +47,12 @@ def check_arguments(
 
 
 def prepare_process(config: PPOConfig) -> PPOConfig:
-    """Seed all generators and set threads and precision; return the options with an absolute `out`."""
+    """Seed all generators, set threads, precision and malloc; return the options with an absolute `out`."""
     transformers.set_seed(config.seed)  # torch, and numpy and random, which rewards may use
     if config.out is not None:  # a reward that changes the working directory must not move it
         config = dataclasses.replace(config, out=str(absolute(config.out)))
     set_threads(config.threads)
+    keep_freed_memory()
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     return config

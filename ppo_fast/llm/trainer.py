@@ -16,7 +16,6 @@ from ppo_fast.common import signals as interrupt
 from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed, ordinary_modes, synchronize
 from ppo_fast.common.errors import InvariantError, UserError, print_error
-from ppo_fast.common.heap import keep_freed_memory
 from ppo_fast.common.lock import locked
 from ppo_fast.common.peak_rate import peak_rate
 from ppo_fast.common.plots import can_draw
@@ -103,8 +102,6 @@ class PPOTrainer:
         config = setup.prepare_process(config)
         self.distributed = init_distributed(config)
         self.device = self.distributed.device
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.tokenizer = tokenizer
         self.config, self.notes = setup.decide_dtype(config, self.distributed)  # the notes are shown at the start
         self.folder = RunFolder(self.config, self.distributed)

@@ -47,7 +47,9 @@ def trainer_of(actor: Any = None, *, reference: Any = None, **options: Any) -> P
 
 
 def of_learning(metrics: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if not k.startswith(("seconds", "tokens_per", "memory"))}
+    return {
+        k: v for k, v in metrics.items() if not k.startswith(("seconds", "tokens_per", "memory", "learn_tflops", "mfu"))
+    }
 
 
 def stored_weights(model: nn.Module) -> list[Tensor]:

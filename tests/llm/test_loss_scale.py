@@ -31,7 +31,9 @@ def trainer_of(**options: Any) -> PPOTrainer:
 
 
 def of_learning(metrics: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if not k.startswith(("seconds", "tokens_per", "memory"))}
+    return {
+        k: v for k, v in metrics.items() if not k.startswith(("seconds", "tokens_per", "memory", "learn_tflops", "mfu"))
+    }
 
 
 def weights(trainer: PPOTrainer) -> dict[str, Tensor]:

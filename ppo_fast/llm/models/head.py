@@ -23,8 +23,6 @@ from ppo_fast.llm.packing.pack import Pack
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 # A model of transformers with `generate`, or the PeftModel around one
 LanguageModel = Union[PreTrainedModel, "PeftModel"]
 
@@ -232,9 +230,9 @@ def padded(pack: Pack) -> PaddedRows:
 
 
 def head_dtype(config: PPOConfig) -> torch.dtype:
-    """Return the dtype to which the LM head rounds the operands of its products: config.head_dtype, or config.dtype."""
+    """Return the dtype to which the LM head rounds the operands of its products, as config.head_dtype says."""
     name = config.dtype if config.head_dtype == "auto" else config.head_dtype
-    return _DTYPES[name]
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def logprobs_of(
