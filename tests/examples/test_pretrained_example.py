@@ -107,7 +107,8 @@ def test_one_step_of_the_real_model_leaves_every_promised_file(tmp_path: Path, c
     assert (tmp_path / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert samples
-    model, tokenizer = (kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
