@@ -50,6 +50,23 @@ def test_the_reward_is_one_for_the_right_number_alone(text: str, score: float):
     assert pretrained.right_or_wrong(["Calculate: 12 + 34 ="], [text], ["46"]) == [score]
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (" 46\n", 1.0),
+        (" 46", 1.0),
+        (" 46\n\n", 2 / 3),
+        (" 46.\n", 2 / 3),
+        (" 45\n", 1 / 3),
+        (" 56\n", 0.0),
+        ("  46\n", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_reward_of_training_is_the_share_that_is_right_from_the_left(text: str, score: float):
+    assert pretrained.right_from_the_left(["Calculate: 12 + 34 ="], [text], ["46"]) == [pytest.approx(score)]
+
+
 def test_an_absent_package_is_one_sentence_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
