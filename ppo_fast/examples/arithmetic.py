@@ -14,7 +14,6 @@ AutoModelForCausalLM.from_pretrained loads. On a GPU the same command uses the T
 """
 
 import argparse
-import json
 import sys
 import time
 from typing import TypedDict
@@ -32,11 +31,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppo_fast.common.checkpoint import reported, write_file
 from ppo_fast.common.device import pick_device
 from ppo_fast.common.errors import UserError, plain_warnings, print_error
 from ppo_fast.common.folders import claim
-from ppo_fast.common.plots import can_draw, draw_learning_curves
+from ppo_fast.examples.exact import say_files, until_good, write_results
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.generate import GenerateOptions, generate
 from ppo_fast.llm.sampler import SamplingParams
@@ -230,15 +228,9 @@ def run(config: PPOConfig) -> Summary:
     before = exact_match(model, tokenizer, test, config)
     supervised_seconds = time.perf_counter() - start
 
-    shares = []
-
-    def good_enough(trainer: PPOTrainer, metrics: dict[str, float]) -> bool:
-        if trainer.steps_done % 5 == 0:
-            metrics["validation"] = exact_match(model, tokenizer, validation, config)
-            shares.append(metrics["validation"])
-            say(console, f"validation {100 * shares[-1]:.1f} %")
-        return len(shares) >= 2 and min(shares[-2:]) >= GOOD_ENOUGH
-
+    good_enough = until_good(
+        console, lambda: exact_match(model, tokenizer, validation, config), every=5, enough=GOOD_ENOUGH
+    )
     trainer = PPOTrainer(config, model, tokenizer, training, right_or_wrong)
     history = trainer.train(good_enough)
     after = exact_match(model, tokenizer, test, config)
@@ -253,13 +245,9 @@ def run(config: PPOConfig) -> Summary:
         "seed": seed,
         "device": str(model.device),
     }
-    with reported(f"cannot write to {out}", out):
-        write_file(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    if can_draw():
-        draw_learning_curves(history, out / "learning_curves.png", f"PPO on two-digit addition, seed {seed}")
+    write_results(out, summary, history, f"PPO on two-digit addition, seed {seed}")
     console.print(table(summary))
-    names = ("summary.json", "learning_curves.png", "metrics.jsonl", "samples.jsonl", "tensorboard", "model")
-    say(console, f"{', '.join(name for name in names if (out / name).exists())} are in {out}")
+    say_files(console, out)
     return summary
 
 

@@ -32,6 +32,7 @@ NEEDS = {
     r"\.parquet": {"data"},
     r"ppo-fast recipe|ppo_fast\.rewards:|ppo_fast\.examples\.rlhf": {"train", "rewards"},
     r"ppo_fast\.examples\.(arithmetic|sampling)": {"train"},
+    r"ppo_fast\.examples\.pretrained": {"train", "gguf"},
     r"ppo-fast classic|ppo_fast\.examples\.classic": {"classic"},
     r"^pytest bench|&& pytest bench|bench/report\.py": {"bench"},
     r"&& pytest -n": {"test", "train", "cpu", "peft", "classic", "rewards", "data"},
