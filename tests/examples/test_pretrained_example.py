@@ -18,10 +18,10 @@ def test_no_problem_is_in_two_sets_and_every_answer_is_the_sum():
     parts = (problems.test, problems.validation, problems.training)
     prompts = [{problem["prompt"] for problem in part} for part in parts]
     assert len(problems.test) >= 500
-    assert sum(map(len, prompts)) == 90 * 90 == len(set().union(*prompts))
+    assert sum(map(len, prompts)) == 80 * 81 / 2 == len(set().union(*prompts))
     for problem in problems.test:
         a, b = map(int, re.findall(r"\d+", problem["prompt"]))
-        assert 10 <= min(a, b) <= max(a, b) <= 99
+        assert 10 <= min(a, b) <= a + b < 100
         assert problem["answer"] == str(a + b)
 
 
@@ -48,23 +48,6 @@ def test_another_seed_has_other_test_problems():
 )
 def test_the_reward_is_one_for_the_right_number_alone(text: str, score: float):
     assert pretrained.right_or_wrong(["Calculate: 12 + 34 ="], [text], ["46"]) == [score]
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        (" 46\n", 1.0),
-        (" 46", 1.0),
-        (" 46\n\n", 2 / 3),
-        (" 46.\n", 2 / 3),
-        (" 45\n", 1 / 3),
-        (" 56\n", 0.0),
-        ("  46\n", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_the_reward_of_training_is_the_share_that_is_right_from_the_left(text: str, score: float):
-    assert pretrained.right_from_the_left(["Calculate: 12 + 34 ="], [text], ["46"]) == [pytest.approx(score)]
 
 
 def test_an_absent_package_is_one_sentence_with_the_command_that_installs_it(
@@ -116,7 +99,7 @@ def test_one_step_of_the_real_model_leaves_every_promised_file(tmp_path: Path, c
     assert summary["model"] == str(smollm2())
     assert summary["dtype"] in ("float32", "bfloat16")
     assert (summary["ppo_steps"], summary["test_problems"], summary["seed"]) == (1, 64, 0)
-    assert 0.15 < summary["exact_match_before"] < 0.55, "the model solves about a third of the problems"
+    assert 0.1 < summary["exact_match_before"] < 0.45, "the model solves about a quarter of the problems"
     assert summary["seconds"] > 0
     (step,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert step["learn/grad_norm"] > 0
