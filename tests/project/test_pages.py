@@ -13,7 +13,7 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
-import arithmetic as recorded
+import examples as recorded
 import pytest
 import yaml
 from support.pages import ROOT, Command, all_commands, anchors, blocks, commands, links, pages, sections
@@ -167,15 +167,17 @@ def test_the_extra_of_the_recipes_has_the_packages_of_their_rewards():
 
 def test_the_first_table_is_the_record_of_the_first_command():
     first = commands(README)[0].text.split(" && ")[-1]
-    header, row = (json.loads(x) for x in (recorded.OUT / "seed-0.jsonl").read_text(encoding="utf-8").splitlines())
-    assert row["command"] == first == recorded.command(row["seed"])
-    assert recorded.table(row) in TEXT
+    record = recorded.RESULTS / "pretrained" / "seed-0.jsonl"
+    header, row = (json.loads(x) for x in record.read_text(encoding="utf-8").splitlines())
+    assert row["command"] == first
+    assert recorded.table("pretrained", row) in TEXT
+    assert row["exact_match_before"] <= 0.4
+    assert row["exact_match_after"] >= 0.85
     assert header["machine_info"]["threads"] >= 1
     assert header["machine_info"]["cpu"]["brand_raw"]
     assert row["load_before"] >= 0
-    assert row["seconds"] > row["seconds_supervised"] > 0
-    assert "(bench/results/cpu-2core/arithmetic/seed-0.jsonl)" in TEXT
-    assert "(bench/results/cpu-2core/arithmetic/seed-0.png)" in TEXT
+    assert "(bench/results/cpu-2core/pretrained/seed-0.jsonl)" in TEXT
+    assert "(bench/results/cpu-2core/pretrained/seed-0.png)" in TEXT
 
 
 def test_the_picture_of_the_layers_shows_the_imports_of_today():
