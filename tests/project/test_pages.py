@@ -13,7 +13,7 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
-import examples as recorded
+import example_runs as recorded
 import pytest
 import yaml
 from support.pages import ROOT, Command, all_commands, anchors, blocks, commands, links, pages, sections
@@ -166,7 +166,7 @@ def test_the_extra_of_the_recipes_has_the_packages_of_their_rewards():
 
 
 def test_the_first_table_is_the_record_of_the_first_command():
-    first = commands(README)[0].text.split(" && ")[-1]
+    first = commands(README)[0].text.split("&&")[-1].strip()
     record = recorded.RESULTS / "pretrained" / "seed-0.jsonl"
     header, row = (json.loads(x) for x in record.read_text(encoding="utf-8").splitlines())
     assert row["command"] == first

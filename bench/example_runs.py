@@ -1,8 +1,8 @@
 """Record a run of an example that answers problems before and after PPO: the README's tables and learning curves.
 
-python bench/examples.py pretrained              # seed-0.jsonl and seed-0.png in bench/results/cpu-2core/pretrained
-python bench/examples.py pretrained --seed 1 --dtype float32    # seed-1-float32.jsonl and .png
-python bench/examples.py arithmetic
+python bench/example_runs.py pretrained              # seed-0.jsonl and seed-0.png in bench/results/cpu-2core/pretrained
+python bench/example_runs.py pretrained --seed 1 --dtype float32    # seed-1-float32.jsonl and .png
+python bench/example_runs.py arithmetic
 
 The record has the command, its seed, figures and seconds, the machine, its threads, and its load (the mean number of
 runnable processes in the minute before). Nothing else should run at the same time: the load should be about 0.
