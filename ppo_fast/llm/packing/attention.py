@@ -156,8 +156,6 @@ def packed_attention_forward(
         raise ValueError(f"packed attention met a cache: {key.shape[2]} keys for {query.shape[2]} queries")
     if getattr(module, "is_causal", True) is not True:
         raise ValueError("packed attention is causal, but this layer is not")
-    if query.device.type != "cpu":  # there it depends on the length
-        query, key, value = (x.to(_compute_dtype(query)) for x in (query, key, value))
     needs = {"window": sliding_window is not None, "softcap": softcap is not None, "sinks": s_aux is not None}
     decision = flash.decide_and_warn(_request(query, key, value, **needs))
     if decision.path == flash.BUCKETS:
@@ -172,6 +170,7 @@ def packed_attention_forward(
             sinks=s_aux,
         )
         return out.unsqueeze(0), None
+    query, key, value = (x.to(_compute_dtype(query)) for x in (query, key, value))
     if sliding_window is not None and sliding_window >= packed_layout.longest:
         sliding_window = None  # the kernels without a window are faster
     rows = flash.Rows(
@@ -190,7 +189,7 @@ def packed_attention_forward(
 def _request(query: Tensor, key: Tensor, value: Tensor, **needs: bool) -> flash.Request:
     return flash.Request(
         device=query.device,
-        dtype=query.dtype,
+        dtype=_compute_dtype(query),
         head_size=query.shape[-1],
         value_size=value.shape[-1],
         grouped=query.shape[1] != key.shape[1],
@@ -270,13 +269,13 @@ def _causal(
     sinks: Tensor | None,
 ) -> Tensor:
     L, compute = q.shape[2], _compute_dtype(q)
-    if q.device.type == "cpu":
-        dtype = torch.promote_types(compute, torch.float32) if L <= SHORT else compute
-        q, k, v = (x.to(dtype) for x in (q, k, v))
+    scored = softcap is not None or sinks is not None
+    exact = q.device.type == "cpu" and L <= SHORT and not scored
+    q, k, v = (x.to(torch.promote_types(compute, torch.float32) if exact else compute) for x in (q, k, v))
     band = None
     if sliding_window is not None and sliding_window < L:
         band = torch.ones(L, L, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-    if softcap is None and sinks is None:
+    if not scored:
         gqa = q.shape[1] != k.shape[1]
         if gqa and repeats_heads(q, v, masked=band is not None):
             k, v, gqa = _repeat(k, q.shape[1]), _repeat(v, q.shape[1]), False
