@@ -66,10 +66,11 @@ class Optimizer:
         """Clip the gradient to max_grad_norm and return the norm it had, a device scalar."""
         limit = self.config.max_grad_norm
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        whole = to_full_tensor(norm)
         # a CPU knows the norm already, and need not multiply all gradients by 1; a GPU would have to wait for it
-        if limit is not None and (norm.device.type != "cpu" or not float(to_full_tensor(norm)) <= limit - 1e-6):
+        if limit is not None and (whole.device.type != "cpu" or not float(whole) <= limit - 1e-6):
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return to_full_tensor(norm)
+        return whole
 
     def step(self) -> None:
         """Update the parameters that have a gradient, and drop all gradients."""

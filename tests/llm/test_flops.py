@@ -127,7 +127,10 @@ def test_each_step_logs_mfu_and_peak_memory(dtype, tmp_path):
         assert 0 < row["mfu"] < 1.5  # of a rate that was measured beside other work
         assert row["mfu"] == pytest.approx(1e12 * row["learn_tflops"] / trainer.peak_rate)
         assert row["memory_mib"] > 50
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason='tensorboard is not installed: pip install "ppo_fast[train]"',
+    )
     events = accumulator.EventAccumulator(str(next((tmp_path / "run").rglob("events.*")).parent))
     events.Reload()
     for name in ("mfu", "learn_tflops", "memory_mib"):

@@ -143,7 +143,7 @@ def test_widened_weights_have_the_gradient_of_a_linear_layer_and_are_not_kept(tr
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"lora_rank": 2, "critic": "shared"}], ids=str)
 def test_a_step_in_bfloat16_is_the_same_with_frozen_weights_in_bfloat16(options: dict[str, Any]):
     if options:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     wide, narrow = (trainer_of(dtype="bfloat16", frozen_dtype=x, **options) for x in ("float32", "auto"))
     frozen = narrow.actor if options else narrow.reference.model
     assert len(stored_weights(frozen)) == 14
@@ -155,7 +155,7 @@ def test_a_step_in_bfloat16_is_the_same_with_frozen_weights_in_bfloat16(options:
 
 
 def test_models_that_the_user_gives_are_unchanged():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     reference = tiny_llama(258)
     trainer = trainer_of(dtype="bfloat16", reference=reference)
     trainer.step()
@@ -178,7 +178,7 @@ def test_models_that_the_user_gives_are_unchanged():
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=str)
 def test_frozen_weights_in_bfloat16_with_fp32_compute_pass_the_first_checks(options: dict[str, Any]):
     if options:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     actor = tiny_llama(258)
     with torch.no_grad():
         for p in actor.parameters():
@@ -208,7 +208,7 @@ def test_the_bound_of_the_first_kl_is_wider_only_where_weights_were_rounded():
 
 
 def test_a_merged_model_has_fp32_weights_with_the_adapters_in_them(tmp_path: Path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     options = dict(lora_rank=2, merge_adapters=True, out=str(tmp_path), lr=0.1, warmup_ratio=0.0)
     trainer = trainer_of(dtype="bfloat16", **options)
     trainer.train()
@@ -233,7 +233,7 @@ def test_a_partly_frozen_model_is_saved_in_one_dtype(tmp_path: Path):
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=str)
 def test_a_run_with_stored_weights_is_resumed_bit_for_bit(options: dict[str, Any], tmp_path: Path):
     if options:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     options |= dict(dtype="bfloat16", total_steps=2, lr_schedule="constant", warmup_ratio=0.0)
     whole = trainer_of(**options).train()
     trainer_of(**{**options, "total_steps": 1}, out=str(tmp_path), save_every=1).train()
@@ -253,7 +253,7 @@ def step_of_lora() -> dict[str, float]:
 
 @pytest.mark.slow
 def test_two_processes_store_frozen_weights(tmp_path: Path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     first, second = several.run(tmp_path, step_of_lora)
     assert first == second
 
@@ -266,7 +266,7 @@ def test_under_fsdp_a_stored_dtype_is_rejected():
 
 
 def test_a_model_that_reads_weights_of_its_layers_keeps_them():
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8, eos_token_id=256)
     for options in ({}, {"lora_rank": 2, "lora_targets": "in_proj"}):
@@ -324,7 +324,7 @@ def test_the_command_stores_the_reward_models_that_it_loads(tmp_path: Path, monk
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 4}], ids=str)
 def test_the_calculated_memory_has_stored_weights(options: dict[str, Any]):
     if options:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
     model_config = LlamaConfig(
         vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
     )

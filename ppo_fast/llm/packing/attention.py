@@ -158,6 +158,8 @@ def packed_attention_forward(
         raise ValueError("packed attention is causal, but this layer is not")
     needs = {"window": sliding_window is not None, "softcap": softcap is not None, "sinks": s_aux is not None}
     decision = flash.decide_and_warn(_request(query, key, value, **needs))
+    if decision.path != flash.BUCKETS or query.device.type != "cpu":  # a CPU's dtype depends on the length: _causal
+        query, key, value = (x.to(_compute_dtype(query)) for x in (query, key, value))
     if decision.path == flash.BUCKETS:
         out = _by_buckets(
             query,
@@ -170,7 +172,6 @@ def packed_attention_forward(
             sinks=s_aux,
         )
         return out.unsqueeze(0), None
-    query, key, value = (x.to(_compute_dtype(query)) for x in (query, key, value))
     if sliding_window is not None and sliding_window >= packed_layout.longest:
         sliding_window = None  # the kernels without a window are faster
     rows = flash.Rows(
