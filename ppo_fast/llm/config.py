@@ -190,6 +190,11 @@ class PPOConfig:
     )
     backend: Literal["auto", "triton", "torch"] = setting("auto", "implementation of losses and advantages")
     tf32: bool = setting(False, "multiply fp32 matrices in TF32 on a GPU: faster, with 10 bits of mantissa")
+    compile_layers: bool = setting(
+        False,
+        "run the decoder layers under torch.compile in scoring and learning: faster, after a minute of compilation; not"
+        " under fsdp",
+    )
     chunk_bytes: Count | None = setting(
         None,
         "memory for the logits of one chunk and their gradients, in bytes; none: for 4096 tokens, and on a GPU at most"

@@ -16,6 +16,7 @@ from ppo_fast.llm.controllers import EntropyController, KLController
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.experience import Experience, ExperienceMaker, advantages_of, local_packs
 from ppo_fast.llm.loss_scale import LossScale
+from ppo_fast.llm.models.embedding import tied_gradient
 from ppo_fast.llm.models.modes import gradient_checkpointing
 from ppo_fast.llm.models.policy import LossInputs, Policy, packed_mode
 from ppo_fast.llm.models.reference import Reference
@@ -178,7 +179,8 @@ class Learner:
     @contextmanager
     def _training_mode(self) -> Iterator[None]:
         enabled = self.config.gradient_checkpointing
-        with packed_mode(self.policy), gradient_checkpointing(self.policy, enabled=enabled):
+        tied = tied_gradient(self.policy.actor, enabled=self.distributed.size == 1)
+        with packed_mode(self.policy), gradient_checkpointing(self.policy, enabled=enabled), tied:
             yield
 
     def _clipped_gradients(

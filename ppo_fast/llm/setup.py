@@ -1,6 +1,8 @@
 """The steps by which `PPOTrainer` begins: checks of its arguments, of the processes and of the memory."""
 
 import dataclasses
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +58,17 @@ def prepare_process(config: PPOConfig) -> PPOConfig:
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     return config
+
+
+def check_compiler(config: PPOConfig, distributed: Distributed) -> None:
+    """Reject layers that cannot be compiled here, before anything is computed."""
+    if not config.compile_layers:
+        return
+    if distributed.strategy == "fsdp":
+        raise UserError("compile_layers does not work under fsdp: leave it out, or use --parallel ddp")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as PyTorch takes it
+    if distributed.device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"compile_layers needs the C++ compiler {compiler}: install it, or name another one in CXX")
 
 
 def decide_dtype(config: PPOConfig, distributed: Distributed) -> tuple[PPOConfig, list[str]]:

@@ -103,6 +103,7 @@ class PPOTrainer:
         self.distributed = init_distributed(config)
         self.device = self.distributed.device
         self.tokenizer = tokenizer
+        setup.check_compiler(config, self.distributed)
         self.config, self.notes = setup.decide_dtype(config, self.distributed)  # the notes are shown at the start
         self.folder = RunFolder(self.config, self.distributed)
         self.rewards = named_rewards(rewards)

@@ -1,5 +1,6 @@
 """Modes of computation: gradient checkpointing without dropout, autocast, and models on their device."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -79,6 +80,31 @@ def gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]
     finally:
         for layer in layers:
             layer.training = False
+
+
+@functools.cache
+def _compiled_call() -> Callable[..., object]:
+    """The call of a module under torch.compile; one object, since another one would compile anew."""
+    call: Callable[..., object] = torch.compile(nn.Module._call_impl, dynamic=True)
+    return call
+
+
+@contextmanager
+def compiled_layers(*models: nn.Module, enabled: bool) -> Iterator[None]:
+    """The layers of models run under torch.compile inside this block. Sampling, outside it, does not.
+
+    All layers of a kind share their compiled code, and it takes packs of any length. The operations between the matrix
+    products become a few loops: SmolLM2-135M learns 22 % faster in bf16 on a CPU with AMX, and 12 % faster in fp32,
+    after 25 s of compilation.
+    """
+    layers = {m for x in models for m in x.modules() if isinstance(m, GradientCheckpointingLayer)} if enabled else set()
+    for layer in layers:
+        layer._compiled_call_impl = functools.partial(_compiled_call(), layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def autocast_dtype(dtype: str) -> torch.dtype | None:

@@ -28,7 +28,7 @@ from ppo_fast.llm.models.head import (
     logprobs_of,
     own_generate,
 )
-from ppo_fast.llm.models.modes import autocast
+from ppo_fast.llm.models.modes import autocast, compiled_layers
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference
 from ppo_fast.llm.packing.attention import cudnn_attention, packed_attention
 from ppo_fast.llm.packing.pack import Pack
@@ -243,8 +243,9 @@ def packed_mode(policy: Policy, reference: Reference = None) -> Iterator[None]:
     models = policy.packing_models()
     if isinstance(reference, FrozenReference) and reference.head.packed:
         models.append(reference)
-    cudnn = policy.config.cudnn_attention
-    with packed_attention(*models, cudnn=cudnn) if models else cudnn_attention(enabled=cudnn):
+    cudnn, compiled = policy.config.cudnn_attention, policy.config.compile_layers
+    attention = packed_attention(*models, cudnn=cudnn, compiled=compiled) if models else cudnn_attention(enabled=cudnn)
+    with attention, compiled_layers(*models, enabled=compiled):
         yield
 
 

@@ -12,7 +12,8 @@ backward pass in bf16 takes eight times as long there (32 sequences of 25 tokens
 """
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypedDict, Unpack
@@ -102,9 +103,12 @@ def cudnn_attention(*, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def packed_attention(*models: nn.Module, cudnn: bool = False) -> Iterator[None]:
-    """Models attend to packed rows inside this block; backward passes that recompute a forward belong inside, too."""
-    AttentionInterface.register(NAME, packed_attention_forward)
+def packed_attention(*models: nn.Module, cudnn: bool = False, compiled: bool = False) -> Iterator[None]:
+    """Models attend to packed rows inside this block; backward passes that recompute a forward belong inside, too.
+
+    `compiled`: layers run under torch.compile, which leaves out the attention: it depends on every pack's boundaries.
+    """
+    AttentionInterface.register(NAME, _not_compiled() if compiled else packed_attention_forward)
     configs = {id(c): c for model in models for c in _configs(model)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
@@ -115,6 +119,13 @@ def packed_attention(*models: nn.Module, cudnn: bool = False) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
+
+
+@functools.cache
+def _not_compiled() -> Callable[..., tuple[Tensor, None]]:
+    """The attention for models under torch.compile; one object, since another one would compile anew."""
+    found: Callable[..., tuple[Tensor, None]] = torch.compiler.disable(packed_attention_forward)
+    return found
 
 
 def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
