@@ -29,7 +29,7 @@ from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import SINGLE_PROCESS
 from ppo_fast.llm.invariants import ROUNDING, rounding_of
 from ppo_fast.llm.models.build import build_models
-from ppo_fast.llm.models.frozen import STORED, StoredLinear, is_stored, store_frozen, widen_frozen
+from ppo_fast.llm.models.frozen import STORED, StoredEmbedding, StoredLinear, is_stored, store_frozen, widen_frozen
 from ppo_fast.llm.models.reference import FrozenReference
 from ppo_fast.llm.models.reward_model import RewardModel
 from ppo_fast.llm.trainer import PPOTrainer
@@ -152,6 +152,47 @@ def test_a_step_in_bfloat16_is_the_same_with_frozen_weights_in_bfloat16(options:
     if options.get("critic") != "shared":
         assert is_stored(narrow.critic) == bool(options)
     assert of_learning(wide.step()) == of_learning(narrow.step())
+
+
+def saved_in_bfloat16() -> PreTrainedModel:
+    """A model whose weights are values of bfloat16, and whose LM head is its embedding."""
+    model = tiny_llama(258).bfloat16().float()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"lora_rank": 2, "head_dtype": "float32"}], ids=str)
+def test_embeddings_and_heads_are_stored_where_no_value_changes(options: dict[str, Any]):
+    if options:
+        pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
+    common = dict(dtype="bfloat16", total_steps=2, **options)
+    wide, narrow = (trainer_of(saved_in_bfloat16(), frozen_dtype=x, **common) for x in ("float32", "auto"))
+    model = narrow.actor.get_base_model() if options else narrow.reference.model
+    embedding = model.get_input_embeddings()
+    assert type(embedding) is StoredEmbedding
+    assert embedding.weight is model.lm_head.weight
+    assert embedding.weight.dtype == BF16
+    assert type(model.lm_head) is StoredLinear
+    assert [of_learning(x) for x in wide.train()] == [of_learning(x) for x in narrow.train()]
+    widen_frozen(model)
+    assert type(embedding) is nn.Embedding
+    assert embedding.weight is model.lm_head.weight
+    assert embedding.weight.dtype == torch.float32
+
+
+def test_a_weight_that_another_kind_of_layer_uses_is_kept():
+    model = saved_in_bfloat16().requires_grad_(False)
+
+    class Scaled(nn.Embedding):
+        pass
+
+    model.get_input_embeddings().__class__ = Scaled
+    store_frozen(model, BF16)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.weight.dtype == torch.float32
+    assert len(stored_weights(model)) == 14
 
 
 def test_models_that_the_user_gives_are_unchanged():

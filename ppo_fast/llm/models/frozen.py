@@ -1,12 +1,13 @@
 """Frozen weights in bfloat16: half the memory, and under autocast in it the same numbers.
 
-Only the weights of plain linear layers are stored so, which autocast would cast for each product. Norms, biases,
-embeddings, the LM head (often the embedding) and experts (whose weights are no linear layers) keep their dtype.
-Without autocast a layer widens its weight while it is used, in forward and again in backward.
+The weights of plain linear layers are stored so, which autocast would cast for each product. Embeddings and the LM
+head (often the embedding), which it would not, are stored where no value changes: those of a model that was saved in
+bfloat16. Norms, biases and experts (whose weights are no linear layers) keep their dtype. Without autocast a layer
+widens its weight while it is used, in forward and again in backward.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.common.text import first_line
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.head import head_of, input_embedding, model_name, without_cache
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 class _Context(Protocol):
@@ -63,7 +67,23 @@ class StoredConv1D(Conv1D):
         return _WideLinear.apply(x, self.weight.T, self.bias)
 
 
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: StoredLinear, Conv1D: StoredConv1D}
+class StoredEmbedding(nn.Embedding):
+    """nn.Embedding with a frozen weight in another dtype; the rows that it looks up are fp32."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
+
+
+def is_plain_linear(layer: nn.Module | None) -> "TypeIs[nn.Linear]":
+    """Check whether a layer is nn.Linear itself, whatever dtype its weight is stored in, and no subclass."""
+    return type(layer) in (nn.Linear, StoredLinear)
+
+
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: StoredLinear,
+    Conv1D: StoredConv1D,
+    nn.Embedding: StoredEmbedding,
+}
 STORED = {stored: plain for plain, stored in PLAIN.items()}
 
 
@@ -78,8 +98,8 @@ def frozen_dtype_of(config: PPOConfig) -> torch.dtype | None:
     return torch.bfloat16 if asked == "bfloat16" else None
 
 
-def _kept(model: nn.Module) -> set[Tensor]:
-    """The weights that keep their dtype: embeddings and the LM head, and linear layers with one output, the score."""
+def _exact_only(model: nn.Module) -> set[Tensor]:
+    """The weights that are not rounded: embeddings and the LM head, and linear layers with one output, the score."""
     found: set[Tensor] = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     found |= {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1}
     head = head_of(model)
@@ -87,31 +107,39 @@ def _kept(model: nn.Module) -> set[Tensor]:
     return found
 
 
-def _frozen_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The plain linear layers that are not trained, without those of adapters."""
-    adapters, kept = set(getattr(model, "peft_config", {})), _kept(model)
+def _has_values_in(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Check whether all values of a weight are values of a dtype; one on the meta device has none."""
+    return not weight.is_meta and torch.equal(weight.to(dtype).to(weight.dtype), weight)
+
+
+def _frozen_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """The plain layers that are not trained, without those of adapters, whose weights can be stored in a dtype."""
+    adapters = set(getattr(model, "peft_config", {}))
+    tied = {p for m in model.modules() if type(m) not in PLAIN for p in m.parameters(recurse=False)}
+    exact_only = {weight for weight in _exact_only(model) if not weight.requires_grad}
+    exact = {weight: weight not in tied and _has_values_in(weight, dtype) for weight in exact_only}
     for name, module in model.named_modules():
         if type(module) in PLAIN and not adapters & set(name.split(".")):
             weight = module.weight
             assert isinstance(weight, Tensor)
-            if weight not in kept and weight.dtype == torch.float32 and not weight.requires_grad:
+            if weight.dtype == torch.float32 and not weight.requires_grad and exact.get(weight, True):
                 yield module
 
 
 @torch.no_grad()
 def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Store the frozen weights of a model's linear layers in a dtype, one after the other; None: as they are.
+    """Store the frozen weights of a model's layers in a dtype, one after the other; None: as they are.
 
     Tied weights stay tied. Returns whether any value was rounded.
     """
     narrow: dict[Tensor, nn.Parameter] = {}
     rounded = False
-    for module in [] if dtype is None else list(_frozen_layers(model)):
+    for module in [] if dtype is None else list(_frozen_layers(model, dtype)):
         weight = module.weight
         assert isinstance(weight, Tensor)
         if weight not in narrow:
             narrow[weight] = nn.Parameter(weight.to(dtype), requires_grad=False)
-            rounded = rounded or not (weight.is_meta or torch.equal(narrow[weight].to(weight.dtype), weight))
+            rounded = rounded or not (weight.is_meta or _has_values_in(weight, dtype))
         module.weight = narrow[weight]
         module.__class__ = PLAIN[type(module)]
     return rounded

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_fast.common.device import has_weights
+from ppo_fast.llm.models.frozen import is_plain_linear
 from ppo_fast.llm.models.head import head_of, model_name
 from ppo_fast.llm.packing.attention import copy_configs
 from ppo_fast.ops.linear import head_logits, operand_of_head
@@ -124,19 +125,19 @@ def head_in(model: nn.Module, dtype: torch.dtype, *, keep: bool) -> Iterator[Non
     `dtype`, instead of in the dtype of autocast.
 
     Args:
-        model: one whose LM head is an nn.Linear; others stay as they are.
+        model: one whose LM head is a plain linear layer; others stay as they are.
         dtype: of the operands.
         keep: convert the weight once for the whole block, in which it must not change.
     """
     layer = head_of(model)
-    if type(layer) is not nn.Linear:
+    if not is_plain_linear(layer):
         yield
         return
     kept: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
         weight = kept[0] if kept else layer.weight
-        if keep and not kept and weight.dtype != dtype:
+        if keep and not kept:
             weight = operand_of_head(weight, dtype)
             kept.append(weight)
         return head_logits(hidden, weight, layer.bias, compute_dtype=dtype)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.text import first_line
+from ppo_fast.llm.models.frozen import is_plain_linear
 from ppo_fast.llm.models.head import (
     HeadInfo,
     accepts,
@@ -348,13 +349,14 @@ def _why_not_linear(
     model: nn.Module, rows: list[Tensor], own: Tensor, bound: float, softcap: float | None, scale: float
 ) -> str | None:
     name, head = model_name(model), head_of(model)
-    if type(head) is not nn.Linear:
+    if not is_plain_linear(head):
         return f"the LM head of this {name} is a {type(head).__name__}, not a plain linear layer"
     try:
         decoder = decoder_of(model)
         states = [decoder(input_ids=row, **no_cache(decoder)).last_hidden_state[0, -TAIL:] for row in rows]
         # not head(...): the losses read its weights, and would miss what a hook does
-        logits = nn.functional.linear(torch.cat(states), head.weight, head.bias).float() * scale
+        hidden = torch.cat(states)
+        logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float() * scale
     except UserError as error:
         return str(error)
     except CALL_ERRORS as error:
