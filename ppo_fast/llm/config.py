@@ -55,8 +55,8 @@ class PPOConfig:
     )
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        "storage of the frozen weights of linear layers (and of embeddings and LM heads that it does not round): the base"
-        " of LoRA adapters, the reference, --reward-model;"
+        "storage of the frozen weights of linear layers (and of embeddings and LM heads that it does not round): the"
+        " base of LoRA adapters, the reference, --reward-model;"
         " bfloat16 with another dtype rounds them, and widens one layer at a time; auto: bfloat16 under dtype ="
         " bfloat16, else unchanged (under fsdp unchanged)",
     )
