@@ -207,6 +207,9 @@ class PPOConfig:
         20, "write a checkpoint to OUT/checkpoints every n steps, from which --resume continues; 0: only when stopped"
     )
     keep_checkpoints: Count = setting(2, "number of newest checkpoints to keep; each holds weights and optimizer")
+    dump_rollouts: bool = setting(
+        False, "write each step's answers, with values, rewards and advantages, to OUT/rollouts, for ppo-fast critic"
+    )
     merge_adapters: bool = setting(False, "save a full model instead of its LoRA adapters")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",

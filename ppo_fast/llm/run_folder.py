@@ -18,6 +18,7 @@ from ppo_fast.llm.models.head import LanguageModel
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.report.evaluation import drop_best_after
 from ppo_fast.llm.report.export import save_critic, save_model, saved_dtype
+from ppo_fast.llm.rollout_files import drop_rollouts_after
 from ppo_fast.llm.sharding import full_state_dict
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same point, or none
@@ -65,6 +66,7 @@ class RunFolder:
                 checkpoint.recover(out / name)
             checkpoint.remove_partial(checkpoints)
             checkpoint.drop_after(checkpoints, step)
+            drop_rollouts_after(out / "rollouts", step)
         checkpoint.prune(checkpoints, self.config.keep_checkpoints)
         drop_best_after(out / "best", step)
 

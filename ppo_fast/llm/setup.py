@@ -42,6 +42,8 @@ def check_arguments(
     check_language_model(models.actor)
     check_tokenizer(tokenizer, models.actor)
     check_others(tokenizer, config, models.critic, models.reference)
+    if config.dump_rollouts and config.out is None:
+        raise UserError("dump_rollouts needs out, the folder of the run, in which rollouts are written")
     if sampler is not None:
         check_sampler(sampler)
 

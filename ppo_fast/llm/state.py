@@ -29,6 +29,7 @@ from ppo_fast.llm.sharding import copy_from_full, gather_to_main
 # What may change between a run and its continuation: none of it reaches the numbers, or a note reports it
 RESUMABLE_OPTIONS = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "threads"}
 RESUMABLE_OPTIONS |= {
+    "dump_rollouts",
     "merge_adapters",
     "save_dtype",
     "eval_every",

@@ -29,7 +29,7 @@ from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
 from ppo_fast.llm.flops import LearnFlops
 from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
-from ppo_fast.llm.hashes import rows_hash
+from ppo_fast.llm.hashes import rows_hash, vocabulary_hash
 from ppo_fast.llm.hints import Hints
 from ppo_fast.llm.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.llm.learn import Learner, as_floats, means_of
@@ -48,6 +48,7 @@ from ppo_fast.llm.report.evaluation_page import show, write
 from ppo_fast.llm.report.export import check_saving, model_card
 from ppo_fast.llm.report.progress import Progress, peak_memory
 from ppo_fast.llm.reward.scoring import RewardFunction, check_rewards, check_weights, named_rewards, score
+from ppo_fast.llm.rollout_files import RecordedRollout, write_rollout
 from ppo_fast.llm.run_folder import COMMON_ERRORS, RunFolder
 from ppo_fast.llm.sample import sample_rollout
 from ppo_fast.llm.sampler import Sampler
@@ -425,6 +426,7 @@ class PPOTrainer:
     def _logged_step(self, progress: Progress) -> dict[str, float]:
         """A step, its evaluation if it is time for one, and all that is logged of both."""
         metrics = self._step_or_save(progress)
+        self._dump_rollout()
         evaluation = self._evaluation()
         progress.log_step(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
         self._report(evaluation, progress)
@@ -433,6 +435,18 @@ class PPOTrainer:
         for hint in self.hints.after(metrics, self.last_rollout.scores if self.last_rollout else []):
             progress.info(hint)
         return metrics
+
+    def _dump_rollout(self) -> None:
+        """Write the answers of this step to OUT/rollouts, if so configured."""
+        out, experience = self.config.out, self.last_experience
+        if self.config.dump_rollouts and out is not None and experience is not None and self.distributed.is_main:
+            recorded = RecordedRollout.from_experience(
+                experience,
+                step=self.steps_done,
+                model=self.hashes.start_model,
+                tokenizer=vocabulary_hash(self.tokenizer),
+            )
+            write_rollout(Path(out) / "rollouts", recorded)
 
     def _step_or_save(self, progress: Progress) -> dict[str, float]:
         """One step. Where it fails by an error for the user, a checkpoint keeps what was learned before it.
