@@ -19,6 +19,8 @@ from ppo_fast.common.options import options, read_yaml
 from ppo_fast.llm.config import DtypeOption, PPOConfig, options_of
 
 if TYPE_CHECKING:  # they import PyTorch and transformers
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ppo_fast.llm.distributed import Distributed
     from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.reward_model import RewardModel
@@ -197,7 +199,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
         set_template_options(tokenizer, run.chat_template_kwargs)
     judges = _load_reward_models(run.reward_model, sources)
     rewards |= judges
-    critic = None if run.critic_model is None else _load_critic(run.critic_model, sources)
+    critic = None if run.critic_model is None else load_given_critic(run.critic_model, sources, actor, tokenizer)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
@@ -270,11 +272,20 @@ def _load_reward_models(names: Sequence[str], sources: Sources) -> dict[str, "Re
     return {name: RewardModel(*load_reward_model(sources.find(name, "reward model")), device=device) for name in names}
 
 
-def _load_critic(name: str, sources: Sources) -> "Critic":
+def load_given_critic(
+    name: str, sources: Sources, actor: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> "Critic":
+    """Load the critic of --critic-model; collective.
+
+    Raises:
+        UserError: it belongs to another model or tokenizer, or cannot be loaded.
+    """
     from ppo_fast.llm.models.critic_folder import load_critic
+    from ppo_fast.llm.models.critic_origin import check_origin
     from ppo_fast.llm.sharding import load_on_main
 
     path = sources.find(name, "critic")
+    sources.distributed.run_with_weights(lambda: check_origin(path, actor, tokenizer), of=actor)
     return load_on_main(sources.distributed, lambda weights: load_critic(path, weights=weights))[0]
 
 

@@ -606,7 +606,7 @@ class PPOTrainer:
         card = model_card(self.config, self.run_options, progress.rows)
         try:
             self.save("model", {"README.md": card}, progress.rows)
-            self.folder.save_critic(self.policy.critic, self.tokenizer)
+            self.folder.save_critic(self.policy.critic, self.actor, self.tokenizer, self.hashes.start_model)
         except UserError as error:
             last = self.folder.checkpoint_of(self.steps_done)
             if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`

@@ -1,5 +1,6 @@
 """OUT/critic: what a run has learned about values is saved, and another run starts from it."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.critic_folder import VALUE_HEAD, load_critic
+from ppo_fast.llm.models.critic_origin import ORIGIN, check_origin
+from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("abc", "one two", "x", "hello")]
@@ -59,7 +62,7 @@ def test_a_run_continues_with_the_critic_of_another(tmp_path: Path):
 def test_the_value_head_of_a_shared_critic_is_saved_alone(tmp_path: Path):
     trainer = trained(tmp_path / "first", tiny_llama(), critic="shared")
     folder = tmp_path / "first" / "critic"
-    assert [file.name for file in folder.iterdir()] == [VALUE_HEAD]
+    assert sorted(file.name for file in folder.iterdir()) == [ORIGIN, VALUE_HEAD]
     critic, _ = load_critic(folder)
     assert torch.equal(critic.head.weight, trainer.policy.critic.head.weight)
     second = trained(tmp_path / "second", trainer.actor, critic, critic="shared")
@@ -108,3 +111,38 @@ def test_without_weights_the_critic_has_the_same_layout(tmp_path: Path):
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     layouts = [[(n, p.shape, p.dtype) for n, p in model.named_parameters()] for model in (whole, empty)]
     assert layouts[0] == layouts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_a_critic_is_accepted_with_the_models_of_its_run_and_with_no_other(tmp_path: Path, critic: str, dtype):
+    save_tiny_model(tmp_path / "start")
+    tiny_llama(258).to(dtype).save_pretrained(tmp_path / "start")
+    actor, tokenizer = load_actor(tmp_path / "start")
+    start = copy.deepcopy(actor)
+    config = PPOConfig(**OPTIONS | {"lr": 1e-2, "out": str(tmp_path / "run"), "critic": critic})
+    PPOTrainer(config, actor, tokenizer, ROWS, lengths).train()
+    folder = tmp_path / "run" / "critic"
+    trained_, its_tokenizer = load_actor(tmp_path / "run" / "model")
+    for model in (start, trained_):
+        check_origin(folder, model, its_tokenizer)
+    if dtype == torch.bfloat16:
+        with pytest.raises(UserError, match="belongs to another model"):
+            check_origin(folder, actor, tokenizer)  # as before it was rounded: no folder has it
+    with pytest.raises(UserError, match="belongs to another model: give the model that it was trained with"):
+        check_origin(folder, tiny_llama(seed=1), tokenizer)
+    with pytest.raises(UserError, match="belongs to another tokenizer"):
+        check_origin(folder, start, byte_tokenizer(pad=False))
+    (folder / ORIGIN).write_text("{}")
+    with pytest.raises(UserError, match=r"origin\.json was not written by ppo-fast"):
+        check_origin(folder, start, tokenizer)
+    (folder / ORIGIN).unlink()
+    check_origin(folder, tiny_llama(seed=1), tokenizer)
+
+
+def test_the_critic_of_a_run_with_adapters_fits_any_model_of_its_tokenizer(tmp_path: Path):
+    pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
+    trained(tmp_path, tiny_llama(), lora_rank=2)
+    check_origin(tmp_path / "critic", tiny_llama(seed=1), byte_tokenizer())
+    with pytest.raises(UserError, match="belongs to another tokenizer"):
+        check_origin(tmp_path / "critic", tiny_llama(), byte_tokenizer(pad=False))

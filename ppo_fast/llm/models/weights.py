@@ -332,12 +332,20 @@ def _shared(role: str, owner: str, name: str) -> str:
     )
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Hash the values of all parameters; the hash is the same on every device, in any order of summation."""
+def weights_hash(model: nn.Module, *, rounded: torch.dtype | None = None) -> str:
+    """Hash the values of all parameters; the hash is the same on every device, in any order of summation.
+
+    Args:
+        model: whose parameters are hashed.
+        rounded: hash them as they are after they were saved in this dtype and loaded in their own; None: as they are.
+    """
     found = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = dict(model.named_parameters())
-    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters.values()]
+    values = [p.detach() for p in parameters.values()]
+    if rounded is not None:
+        values = [x.to(rounded).to(x.dtype) if x.is_floating_point() else x for x in values]
+    bits = [x.contiguous().view(integers[x.element_size()]) for x in values]
     device = bits[0].device  # of all sums: one copy to the host instead of one for each parameter
     sums = torch.stack([x.sum(dtype=torch.int64).to(device) for x in bits]).tolist()
     for (name, p), total in zip(parameters.items(), sums, strict=True):
