@@ -455,6 +455,8 @@ class PPOTrainer:
         updates before it made. Of several processes all must have the same error.
         """
         position, order = self.prompts.state_dict(), self.learner.generator.get_state()
+        scale = self.learner.value_scale
+        moments = None if scale is None else scale.snapshot()
         try:
             return self._step()
         except UserError as error:
@@ -462,6 +464,8 @@ class PPOTrainer:
                 raise
             self.prompts.load_state_dict(position)
             self.learner.generator.set_state(order)
+            if scale is not None and moments is not None:
+                scale.restore(moments)
             self._save_before(error, progress)
             raise
 
@@ -569,7 +573,10 @@ class PPOTrainer:
             config=self.config,
             policy=self.policy,
             optimizers=learner.optimizers,
-            stateful=[learner.kl_controller, learner.entropy_controller, learner.loss_scale, self.prompts],
+            stateful=[
+                *(learner.kl_controller, learner.entropy_controller, learner.loss_scale, self.prompts),
+                *([] if learner.value_scale is None else [learner.value_scale]),
+            ],
             generator=learner.generator,
             distributed=self.distributed,
             fingerprint=run_fingerprint(

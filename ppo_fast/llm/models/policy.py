@@ -39,7 +39,10 @@ from ppo_fast.ops.checks import Aggregation, KLEstimator
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What actor and critic compute of a pack without gradients: [n] fp32 each, and [S] after the last token."""
+    """What actor and critic compute of a pack without gradients: [n] fp32 each, and [S] after the last token.
+
+    Values are in units of the reward.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -53,7 +56,7 @@ class LossInputs:
 
     old_logprobs: Tensor
     advantages: Tensor
-    old_values: Tensor
+    old_values: Tensor  # in units of the critic's head, as the returns
     returns: Tensor
     ref_logprobs: Tensor | None  # for a KL term in the loss
     weights: Tensor | None  # truncated importance weights, sampler to trainer
@@ -153,7 +156,7 @@ class Policy(nn.Module):
             if train_actor:
                 loss, stats = self._policy_loss(pack, inputs, hidden)
             values = ppo.value_loss(
-                self.critic(self._critic_states(pack, hidden)[pack.logit_positions]),
+                self.critic.normalized(self._critic_states(pack, hidden)[pack.logit_positions]),
                 inputs.old_values,
                 inputs.returns,
                 clip=config.value_clip,
