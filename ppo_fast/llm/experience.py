@@ -234,12 +234,18 @@ def importance_weights(
     return gap.exp().clamp(max=config.importance_cap)
 
 
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the mask, a device scalar; 0 where the returns are all equal."""
+    spread = _variance(returns, mask)
+    return torch.where(spread > 0, 1 - _variance(returns - values, mask) / spread, 0)
+
+
 def _metrics(mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
-    spread, error = _variance(returns, mask), _variance(returns - values, mask)
     return {
         "entropy": _mean(entropy, mask),
-        "explained_variance": torch.where(spread > 0, 1 - error / spread, 0),
-        "advantage_std": error.sqrt(),  # before whitening: what whitening divides by, above its least divisor
+        "explained_variance": explained_variance(values, returns, mask),
+        # before whitening: what whitening divides by, above its least divisor
+        "advantage_std": _variance(returns - values, mask).sqrt(),
         "value": _mean(values, mask),
         "return": _mean(returns, mask),
     }

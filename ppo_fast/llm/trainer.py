@@ -28,7 +28,7 @@ from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, prompts_of, tokenize
 from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
 from ppo_fast.llm.flops import LearnFlops
-from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
+from ppo_fast.llm.generate import GenerateSampler
 from ppo_fast.llm.hashes import rows_hash, vocabulary_hash
 from ppo_fast.llm.hints import Hints
 from ppo_fast.llm.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
@@ -169,16 +169,7 @@ class PPOTrainer:
             self.notes += check_saving(self.actor, self.tokenizer, self.config)
 
     def _choose_sampler(self, given: Sampler | None) -> None:
-        options = GenerateOptions.from_config(self.config, head=self.policy.head)
-        options = dataclasses.replace(options, call=self.policy.generate)
-        own = GenerateSampler(
-            self.actor,
-            self.tokenizer,
-            options,
-            batch_size=self.config.sample_batch_size,
-            info=self.policy.generate_info,
-            distributed=self.distributed,
-        )
+        own = setup.own_sampler(self.policy, self.tokenizer, self.config, self.distributed)
         self.sampler: Sampler = own if given is None else given
         if given is not None and isinstance(given, GenerateSampler):
             given.follow(self.config)

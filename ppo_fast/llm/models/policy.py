@@ -173,6 +173,11 @@ class Policy(nn.Module):
             values, after = self.critic(states[pack.logit_positions]), self.critic(states[pack.last])
             return PolicyOutput(logprobs, entropy, values, bootstrap_values=after)
 
+    def value_states(self, pack: Pack) -> Tensor:
+        """[n, D]: the hidden states that the value head reads at the pack's counted tokens."""
+        with self.autocast():
+            return self._critic_states(pack, None)[pack.logit_positions]
+
     def adapter_logprobs(self, pack: Pack, reference: AdapterReference) -> Tensor:
         """Log-probabilities [n] under the actor's own weights without, or with other, adapters."""
         with self.autocast(), reference():
