@@ -28,20 +28,20 @@ SAMPLE = "sample"
 
 def fit(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> int:
     """Run `ppo-fast critic`: read the inputs, fit, and write the critic. Returns the exit status."""
-    from ppo_fast.common.console import console_of, say
+    from ppo_fast.common.console import console_of, counted, say
     from ppo_fast.common.launched import process_count
 
     if process_count() > 1:
         raise UserError("a critic is fitted in one process: start ppo-fast critic without torchrun")
     if config.out is None:
         raise UserError("--out is missing: the folder for the critic")
-    out = _claim(absolute(config.out), overwrite=arguments.overwrite)
-    config = dataclasses.replace(config, out=str(out))
     sampled = arguments.rollouts == SAMPLE
     if sampled and not run.prompts:
         raise UserError("--rollouts sample needs --prompts, to which the model samples answers")
     console = console_of(quiet=config.quiet)
     say(console, "importing PyTorch and transformers takes some seconds")
+    out = _claim(absolute(config.out), overwrite=arguments.overwrite)
+    config = dataclasses.replace(config, out=str(out))  # a reward's module may change the working directory
     rewards = load_rewards(run.reward) if sampled else {}
     reward_weights = weights_of_rewards(rewards, run) if sampled else {}
     from ppo_fast.llm.critic_fit import CriticFit
@@ -67,9 +67,13 @@ def fit(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> in
         say(console, note)
     for judge in judges.values():
         judge.follow_dtype(fitting.config)
-    if sampled:
-        say(console, f"sampling {arguments.answers} answers")
-    answers = fitting.answers(rewards | judges or None, count=arguments.answers, reward_weights=reward_weights)
+    with counted(console, "answers", max(1, arguments.answers)) as advance:
+        answers = fitting.answers(
+            rewards | judges or None,
+            count=arguments.answers,
+            reward_weights=reward_weights,
+            after=lambda done: advance(min(done, arguments.answers)),
+        )
     say(console, _described(answers))
     found = fitting.fit(answers, held_out=arguments.held_out, after=functools.partial(_show, console))
     fitting.save(out, found)

@@ -160,6 +160,7 @@ class CriticFit:
         *,
         count: int = 1024,
         reward_weights: dict[str, float] | None = None,
+        after: Callable[[int], None] | None = None,
     ) -> Answers:
         """The answers to fit to: the recorded ones, or new ones of the start model.
 
@@ -167,6 +168,7 @@ class CriticFit:
             rewards: a function, or several by name, as those of PPOTrainer; recorded answers have their rewards.
             count: number of answers to sample, which is rounded up to whole prompts.
             reward_weights: a factor for each reward by name; 1 if not given.
+            after: is called with the number of answers that are sampled so far.
         """
         pad = self.tokenizer.pad_token_id
         if self.prompts is None:
@@ -179,8 +181,13 @@ class CriticFit:
         functions = named_rewards(rewards)
         check_rewards(functions, self.prompts.rows)
         weights = check_weights(reward_weights, functions)
-        found = list(self._sampled(functions, weights, count))
-        return Answers.join([x for x, _ in found], [x for _, x in found], self.config, self.device, pad)
+        rollouts, per_token = list[Rollout](), list[Tensor]()
+        for rollout, of_tokens in self._sampled(functions, weights, count):
+            rollouts.append(rollout)
+            per_token.append(of_tokens)
+            if after is not None:
+                after(sum(map(len, rollouts)))
+        return Answers.join(rollouts, per_token, self.config, self.device, pad)
 
     def _sampled(
         self, functions: dict[str, RewardFunction], weights: dict[str, float], count: int
