@@ -18,6 +18,7 @@ from ppo_fast.llm.sharding import local_part, reshard, to_full_tensor
 
 ROUNDING = 1e-6  # a spread below this share of the mean is that of fp32: none
 FLOOR = 0.25  # the least divisor of whitening, as a share of the spread of scores
+FLOOR_OF_EQUAL = 1.0  # the same in a rollout whose scores are all equal
 FLOOR_HORIZONS = 5  # the spread falls by a factor e in so many horizons of the value scale
 # Whitening with this divisor, then multiplied by it, only centres: a power of two adds no rounding
 UNSCALED = 2.0**40
@@ -103,13 +104,14 @@ class ValueScale:
         if scores.ndim == 2:
             following = torch.where(mask, scores.to(self._dtype), 0).flip(1).cumsum(1).flip(1)
         found = moments_of(following, mask, self._dtype)
-        spread = torch.where(found.is_finite(), found.std(), 0)
-        spread = torch.maximum(spread, self.spread_decay * self._state.spread)
+        present = torch.where(found.is_finite(), found.std(), 0)
+        spread = torch.maximum(present, self.spread_decay * self._state.spread)
         self._state = self._state._replace(spread=spread)
         seen = spread > 0
+        least = torch.where(present > 0, FLOOR, FLOOR_OF_EQUAL) * spread
         return Whitening(
             eps=0.0,
-            min_std=torch.where(seen, FLOOR * spread, UNSCALED).float(),
+            min_std=torch.where(seen, least, UNSCALED).float(),
             factor=torch.where(seen, 1.0, UNSCALED).float(),
         )
 
