@@ -100,8 +100,9 @@ class ValueScale:
             scores: [B], or [B, T] for a score of each token.
             mask: [B, T].
         """
-        following = scores[:, None].expand_as(mask)
-        if scores.ndim == 2:
+        if scores.ndim == 1:
+            following = scores[:, None].expand_as(mask)
+        else:
             following = torch.where(mask, scores.to(self._dtype), 0).flip(1).cumsum(1).flip(1)
         found = moments_of(following, mask, self._dtype)
         present = torch.where(found.is_finite(), found.std(), 0)
