@@ -1,8 +1,8 @@
 """The scale of returns and scores: units of the critic's head, and the least divisor of whitening.
 
 PopArt (van Hasselt et al. 2016): the head predicts v = (V - mu) / sigma, where mu and sigma are moving moments of the
-Monte-Carlo returns. Everything stays on the device, so that a step does not wait for it. All ranks have the whole rollout
-and compute the same numbers.
+Monte-Carlo returns. Everything stays on the device, so that a step does not wait for it. All ranks have the whole
+rollout and compute the same numbers.
 """
 
 from collections.abc import Mapping
@@ -62,11 +62,11 @@ class ValueScale:
     same part of it. Without any spread sigma is 1.
 
     A rescale from sigma to sigma' leaves each V as it is. Its error in units of the head, v - (R - mu) / sigma =
-    (V - R) / sigma, becomes k = sigma / sigma' times as large. So does the gradient of the value loss with respect to w'
-    and b', which is that error times h and times 1: Adam's first moment of the head is multiplied by k and its second one
-    by k^2. The gradient with respect to h is the error times w', which is k^2 times as large; Adam's moments of the
-    backbone are not changed, since they follow within 1 / (1 - beta2) updates, and those of an actor's backbone have
-    the policy's gradient in them, too.
+    (V - R) / sigma, becomes k = sigma / sigma' times as large. So does the gradient of the value loss with respect to
+    w' and b', which is that error times h and times 1: Adam's first moment of the head is multiplied by k and its
+    second one by k^2. The gradient with respect to h is the error times w', which is k^2 times as large; Adam's moments
+    of the backbone are not changed, since they follow within 1 / (1 - beta2) updates, and those of an actor's backbone
+    have the policy's gradient in them, too.
 
     Args:
         policy: its critic is rescaled.
@@ -90,11 +90,13 @@ class ValueScale:
 
         The divisor of whitening is at least FLOOR times the spread of the scores, which is the standard deviation over
         answers of the score (of scores of tokens: of the sum of those from a token on). It rises at once and falls
-        slowly. The KL penalty has no part in it. Without it, whitening would turn the noise that is left when all scores
-        are equal into advantages of size 1. As long as no scores differed, advantages are centred and not scaled.
+        slowly. The KL penalty has no part in it. Without this floor, whitening would turn the noise that is left when
+        all scores are equal, which is errors of the critic and the KL, into advantages of size 1; a rollout without
+        any spread says nothing about which answers are better, and FLOOR_OF_EQUAL replaces FLOOR. As long as no
+        scores differed, advantages are centred and not scaled.
 
-        There is no eps: the floor is above 0, and whitening then does not depend on the unit of the reward. For the same
-        reason a division of the advantages by sigma before it would cancel.
+        Advantages in units of sigma are (A / sigma - mean / sigma) / max(std / sigma, floor / sigma): sigma cancels,
+        and nothing is left to divide. There is no eps, which would have a unit; the floor is above 0.
 
         Args:
             scores: [B], or [B, T] for a score of each token.

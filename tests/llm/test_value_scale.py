@@ -48,7 +48,9 @@ def config(**changes) -> PPOConfig:
 
 
 def letters(prompts: list[str], completions: list[str]) -> list[float]:
-    return [sum(c.isalpha() for c in text) / 4 + len(prompt) / 8 for prompt, text in zip(prompts, completions)]
+    return [
+        sum(c.isalpha() for c in text) / 4 + len(prompt) / 8 for prompt, text in zip(prompts, completions, strict=True)
+    ]
 
 
 def trainer_of(rewards: Callable = letters, critic_given: Critic | None = None, **changes) -> PPOTrainer:
@@ -78,7 +80,7 @@ def test_no_value_changes_with_the_scale(mean, std):
     critic.rescale(mean, std)
     before = critic(hidden)
     critic.rescale(1.3 * mean, 0.4 * std)
-    largest = max(before.abs().max().item(), 1.0)
+    largest = max(before.abs().max().item(), abs(mean))  # V is a sum with the mean, which fp32 rounds
     assert (critic(hidden) - before).abs().max() <= 1e-6 * largest
     torch.testing.assert_close(critic.normalized(hidden), (before - 1.3 * mean) / (0.4 * std), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(critic.normalize(before), critic.normalized(hidden), rtol=1e-4, atol=1e-4)
@@ -138,8 +140,8 @@ def test_the_moments_of_several_rollouts_are_weighted_averages_without_bias():
         scale.update(x, torch.ones_like(x, dtype=torch.bool))
     weights = torch.tensor([0.75**2, 0.75, 1.0])
     weights /= weights.sum()
-    first = sum(w * x.mean() for w, x in zip(weights, rollouts))
-    second = sum(w * x.square().mean() for w, x in zip(weights, rollouts))
+    first = sum(w * x.mean() for w, x in zip(weights, rollouts, strict=True))
+    second = sum(w * x.square().mean() for w, x in zip(weights, rollouts, strict=True))
     assert scale.critic.value_mean.item() == pytest.approx(first.item())
     assert scale.critic.value_std.item() == pytest.approx(math.sqrt(second - first**2), rel=1e-5)
 
@@ -201,9 +203,9 @@ def test_a_given_scale_is_not_used_where_values_are_not_normalized(normalize):
     given.rescale(5.0, 3.0)
     trainer = trainer_of(critic_given=given, normalize_values=normalize)
     if not normalize:
+        assert trainer.critic(torch.zeros(1, 32)).item() == pytest.approx(0.0, abs=1e-6), "V is as it was"
         assert (trainer.critic.value_mean.item(), trainer.critic.value_std.item()) == (0.0, 1.0)
         assert "value_std" not in trainer.step()
-    assert trainer.critic(torch.zeros(1, 32)).item() == pytest.approx(0.0, abs=1e-6)
 
 
 # Updates
@@ -219,14 +221,14 @@ def test_values_are_equal_across_a_rescale_and_none_is_clipped_in_the_first_mini
         with torch.no_grad(), packed_mode(trainer.policy):
             for pack in experience.minibatches[0]:
                 now = trainer.policy.evaluate(pack).values
-                gaps.append((now - pack.gather(experience.values)).abs().max().item())
+                gaps.append(((now - pack.gather(experience.values)).abs() / now.abs().clamp(min=1)).max().item())
         histories.append(update(experience, **others))
         return histories[-1]
 
     learner.update = recorded
     scales = {row["value_std"] for row in trainer.train()}
     assert len(scales) == 4, "the scale moved in each step"
-    assert max(gaps) < 1e-6 * 10
+    assert max(gaps) < 1e-6
     assert [history[0]["value_clip_fraction"] for history in histories] == [0.0] * 4
     assert all(history[1]["value_clip_fraction"] > 0 for history in histories)
 
@@ -264,8 +266,9 @@ def test_the_unit_of_the_reward_does_not_reach_the_weights(case, critic):
     for factor in (1000.0, 0.001):
         found = of_factor(factor)
         for name, x in expected.items():
+            step = 1e-2 if name.startswith("critic.") else 1e-3
             # Adam divides by gradients that may be as small as their rounding
-            assert (found[name] - x).abs().mean() < 1e-3 * 1e-3, f"{name} times {factor}"
+            assert (found[name] - x).abs().mean() < 1e-3 * step, f"{name} times {factor}"
 
 
 # Whitening
@@ -322,13 +325,14 @@ def test_equal_scores_from_the_first_step_leave_the_policy_in_place():
 @pytest.mark.parametrize("kl_coef", [0.05, 0.0])
 def test_equal_scores_after_a_run_that_had_learned_leave_the_policy_in_place(kl_coef, monkeypatch):
     """The critic's errors and the KL are all that is left of the advantages; they are not amplified."""
-    options = {"kl_coef": kl_coef, "lr": 3e-4 if kl_coef else 5e-4, "total_steps": 32}
+    options = {"kl_coef": kl_coef, "lr": 3e-4 if kl_coef else 5e-4, "total_steps": 28}
     found = approx_kl_of(20, **options)
     assert max(found[19:]) < 1e-4
     assert max(found[:19]) > 1e-4 or kl_coef, "it learned"
-    for name in ("FLOOR", "FLOOR_OF_EQUAL"):
-        monkeypatch.setattr(f"ppo_fast.llm.value_scale.{name}", 1e-12)
-    assert sum(approx_kl_of(20, **options)[-5:]) > 3 * sum(found[-5:]), "the floor has no effect"
+    if kl_coef == 0:
+        for name in ("FLOOR", "FLOOR_OF_EQUAL"):
+            monkeypatch.setattr(f"ppo_fast.llm.value_scale.{name}", 1e-12)
+        assert sum(approx_kl_of(20, **options)[-5:]) > 100 * sum(found[-5:]), "the floor has no effect"
 
 
 # Several processes, checkpoints
@@ -394,7 +398,7 @@ def test_an_older_checkpoint_resumes_without_normalized_values(tmp_path):
     assert resumed.load_state_dict(without_scale(folder)) == []
     expected, found = whole.step(), resumed.step()
     assert found["learn/loss"] == expected["learn/loss"]
-    with pytest.raises(UserError, match="ppo_fast without normalize_values: continue with normalize_values = False$"):
+    with pytest.raises(UserError, match=r"ppo_fast without normalize_values: continue with normalize_values = False$"):
         trainer_of(out=str(tmp_path / "third")).load_state_dict(without_scale(folder))
 
 
