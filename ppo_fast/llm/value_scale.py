@@ -137,13 +137,14 @@ class ValueScale:
         reshard(self.policy)
         head = self.critic.head
         is_zero = ~(to_full_tensor(head.weight.detach()).any() | to_full_tensor(head.bias.detach()).any())
+        old_mean = self.critic.value_mean.clone()
         factor = self.critic.rescale(moved.mean, self.std())
         self.optimizer.scale_moments([head.weight, head.bias], factor)
         if state.updates > 0:
             return torch.zeros_like(self.critic.value_mean)
         with torch.no_grad():
             local_part(head.bias).mul_(~is_zero)
-        return is_zero * self.critic.value_mean
+        return is_zero * (self.critic.value_mean - old_mean)
 
     def std(self) -> Tensor:
         """Sigma: the moving standard deviation of returns; 1 without any spread."""

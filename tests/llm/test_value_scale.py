@@ -197,6 +197,17 @@ def test_the_first_rollout_leaves_the_values_of_a_given_critic():
     torch.testing.assert_close(trainer.critic(hidden), before(hidden), rtol=1e-5, atol=1e-5)
 
 
+def test_a_first_step_that_is_repeated_has_the_same_values():
+    """A step that failed leaves the scale that it had set, and a head that may still be zero."""
+    first, again = trainer_of(), trainer_of()
+    again.critic.value_mean.fill_(7.0)
+    first.step()
+    again.step()
+    here, there = first.last_experience, again.last_experience
+    assert torch.equal(here.values, there.values)
+    assert torch.equal(here.advantages, there.advantages)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_given_scale_is_not_used_where_values_are_not_normalized(normalize):
     given = Critic.from_actor(tiny_llama(258))
