@@ -21,7 +21,7 @@ FLOOR = 0.25  # the least divisor of whitening, as a share of the spread of scor
 FLOOR_OF_EQUAL = 1.0  # the same in a rollout whose scores are all equal
 FLOOR_HORIZONS = 5  # the spread falls by a factor e in so many horizons of the value scale
 # Whitening with this divisor, then multiplied by it, only centres: a power of two adds no rounding
-UNSCALED = 2.0**40
+UNSCALED = 2.0**60
 
 
 class Whitening(NamedTuple):
@@ -111,10 +111,10 @@ class ValueScale:
         spread = torch.maximum(present, self.spread_decay * self._state.spread)
         self._state = self._state._replace(spread=spread)
         seen = spread > 0
-        least = torch.where(present > 0, FLOOR, FLOOR_OF_EQUAL) * spread
+        self._floor = torch.where(present > 0, FLOOR, FLOOR_OF_EQUAL) * spread
         return Whitening(
             eps=0.0,
-            min_std=torch.where(seen, least, UNSCALED).float(),
+            min_std=torch.where(seen, self._floor, UNSCALED).float(),
             factor=torch.where(seen, 1.0, UNSCALED).float(),
         )
 
@@ -135,16 +135,20 @@ class ValueScale:
         moved = Moments(*(torch.where(kept, new, old) for new, old in zip(moved, state.returns, strict=True)))
         self._state = state._replace(returns=moved, updates=state.updates + 1)
         reshard(self.policy)
-        head = self.critic.head
-        is_zero = ~(to_full_tensor(head.weight.detach()).any() | to_full_tensor(head.bias.detach()).any())
-        old_mean = self.critic.value_mean.clone()
-        factor = self.critic.rescale(moved.mean, self.std())
+        critic, head = self.critic, self.critic.head
+        old_mean, is_zero = critic.value_mean.clone(), self._is_zero() if state.updates == 0 else None
+        factor = critic.rescale(moved.mean, self.std())
         self.optimizer.scale_moments([head.weight, head.bias], factor)
-        if state.updates > 0:
-            return torch.zeros_like(self.critic.value_mean)
+        if is_zero is None:
+            return torch.zeros_like(old_mean)
         with torch.no_grad():
             local_part(head.bias).mul_(~is_zero)
-        return is_zero * (self.critic.value_mean - old_mean)
+        return is_zero * (critic.value_mean - old_mean)
+
+    def _is_zero(self) -> Tensor:
+        """Whether the whole head is zero; collective."""
+        weight, bias = (to_full_tensor(p.detach()) for p in (self.critic.head.weight, self.critic.head.bias))
+        return ~(weight.any() | bias.any())
 
     def std(self) -> Tensor:
         """Sigma: the moving standard deviation of returns; 1 without any spread."""
@@ -153,11 +157,11 @@ class ValueScale:
 
     def metrics(self) -> dict[str, Tensor]:
         """Mu, sigma and the least divisor of whitening, in units of the reward."""
-        critic, spread = self.critic, self._state.spread
+        critic = self.critic
         return {
             "value_mean": critic.value_mean.clone(),
             "value_std": critic.value_std.clone(),
-            "advantage_min_std": FLOOR * spread,
+            "advantage_min_std": self._floor,  # 0: no scores differed yet
         }
 
     def snapshot(self) -> _State:

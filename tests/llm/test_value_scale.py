@@ -409,7 +409,9 @@ def test_an_older_checkpoint_resumes_without_normalized_values(tmp_path):
     assert resumed.load_state_dict(without_scale(folder)) == []
     expected, found = whole.step(), resumed.step()
     assert found["learn/loss"] == expected["learn/loss"]
-    with pytest.raises(UserError, match=r"ppo_fast without normalize_values: continue with normalize_values = False .*--no-"):
+    with pytest.raises(
+        UserError, match=r"ppo_fast without normalize_values: continue with normalize_values = False .*--no-"
+    ):
         trainer_of(out=str(tmp_path / "third")).load_state_dict(without_scale(folder))
 
 
