@@ -134,8 +134,8 @@ class PPOConfig:
     )
     value_scale_horizon: Annotated[float, Ge(1.0)] = setting(
         20.0,
-        "PPO steps over which that mean and std are averaged (1: those of the last rollout): with 64 answers in each, the"
-        " std is known to about 2 %, and follows the policy within a fifth of 100 steps",
+        "PPO steps over which that mean and std are averaged (1: those of the last rollout): with 64 answers in each,"
+        " the std is known to about 2 %, and follows the policy within a fifth of 100 steps",
     )
 
     # Learning
@@ -169,8 +169,8 @@ class PPOConfig:
     )
     value_clip: Positive | None = setting(
         0.2,
-        "clip range of the values per rollout, in units of the std of returns (without normalize_values: of the reward);"
-        " none: not clipped",
+        "clip range of the values per rollout, in units of the std of returns (without normalize_values: of the reward)"
+        "; none: not clipped",
     )
     value_coef: NonNegative = setting(0.5, "weight of the value loss")
     entropy_coef: NonNegative = setting(0.0, "weight of the entropy bonus")

@@ -202,10 +202,11 @@ def _check_same_run(run: RunState, checkpoint: Checkpoint, allow_changes: bool) 
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
         measured = " (dtype = auto may choose another one here)" if "dtype" in changed else ""
-        newer = [name for name in changed if name not in there["config"]]
-        if newer == changed:
+        newer = [name for name in changed if name in BEFORE_OPTION and name not in there["config"]]
+        if newer:
             raise UserError(
-                f"{checkpoint.folder} is of a ppo_fast without {newer[0]}: continue with {newer[0]} = {saved[newer[0]]}"
+                f"{checkpoint.folder} is of a ppo_fast without {newer[0]}: continue with {newer[0]} ="
+                f" {saved[newer[0]]} (on the command line --no-{newer[0].replace('_', '-')})"
             )
         raise UserError(
             f"{checkpoint.folder} belongs to a run with other options: {named}{measured}; take those of its config.yaml"

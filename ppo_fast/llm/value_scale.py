@@ -1,8 +1,8 @@
 """The scale of returns and scores: units of the critic's head, and the least divisor of whitening.
 
 PopArt (van Hasselt et al. 2016): the head predicts v = (V - mu) / sigma, where mu and sigma are moving moments of the
-Monte-Carlo returns. Everything stays on the device, so that a step does not wait for it. All ranks have the whole rollout
-and compute the same numbers.
+Monte-Carlo returns. Everything stays on the device, so that a step does not wait for it. All ranks have the whole
+rollout and compute the same numbers.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,10 @@ from ppo_fast.llm.sharding import local_part, reshard, to_full_tensor
 
 ROUNDING = 1e-6  # a spread below this share of the mean is that of fp32: none
 FLOOR = 0.25  # the least divisor of whitening, as a share of the spread of scores
+FLOOR_OF_EQUAL = 1.0  # the same in a rollout whose scores are all equal
 FLOOR_HORIZONS = 5  # the spread falls by a factor e in so many horizons of the value scale
 # Whitening with this divisor, then multiplied by it, only centres: a power of two adds no rounding
-UNSCALED = 2.0**40
+UNSCALED = 2.0**60
 
 
 class Whitening(NamedTuple):
@@ -61,11 +62,11 @@ class ValueScale:
     same part of it. Without any spread sigma is 1.
 
     A rescale from sigma to sigma' leaves each V as it is. Its error in units of the head, v - (R - mu) / sigma =
-    (V - R) / sigma, becomes k = sigma / sigma' times as large. So does the gradient of the value loss with respect to w'
-    and b', which is that error times h and times 1: Adam's first moment of the head is multiplied by k and its second one
-    by k^2. The gradient with respect to h is the error times w', which is k^2 times as large; Adam's moments of the
-    backbone are not changed, since they follow within 1 / (1 - beta2) updates, and those of an actor's backbone have
-    the policy's gradient in them, too.
+    (V - R) / sigma, becomes k = sigma / sigma' times as large. So does the gradient of the value loss with respect to
+    w' and b', which is that error times h and times 1: Adam's first moment of the head is multiplied by k and its
+    second one by k^2. The gradient with respect to h is the error times w', which is k^2 times as large; Adam's moments
+    of the backbone are not changed, since they follow within 1 / (1 - beta2) updates, and those of an actor's backbone
+    have the policy's gradient in them, too.
 
     Args:
         policy: its critic is rescaled.
@@ -89,27 +90,31 @@ class ValueScale:
 
         The divisor of whitening is at least FLOOR times the spread of the scores, which is the standard deviation over
         answers of the score (of scores of tokens: of the sum of those from a token on). It rises at once and falls
-        slowly. The KL penalty has no part in it. Without it, whitening would turn the noise that is left when all scores
-        are equal into advantages of size 1. As long as no scores differed, advantages are centred and not scaled.
+        slowly. The KL penalty has no part in it. Without this floor, whitening would turn the noise that is left when
+        all scores are equal, which is errors of the critic and the KL, into advantages of size 1; a rollout without
+        any spread says nothing about which answers are better, and FLOOR_OF_EQUAL replaces FLOOR. As long as no
+        scores differed, advantages are centred and not scaled.
 
-        There is no eps: the floor is above 0, and whitening then does not depend on the unit of the reward. For the same
-        reason a division of the advantages by sigma before it would cancel.
+        Advantages in units of sigma are (A / sigma - mean / sigma) / max(std / sigma, floor / sigma): sigma cancels,
+        and nothing is left to divide. There is no eps, which would have a unit; the floor is above 0.
 
         Args:
             scores: [B], or [B, T] for a score of each token.
             mask: [B, T].
         """
-        following = scores[:, None].expand_as(mask)
-        if scores.ndim == 2:
+        if scores.ndim == 1:
+            following = scores[:, None].expand_as(mask)
+        else:
             following = torch.where(mask, scores.to(self._dtype), 0).flip(1).cumsum(1).flip(1)
         found = moments_of(following, mask, self._dtype)
-        spread = torch.where(found.is_finite(), found.std(), 0)
-        spread = torch.maximum(spread, self.spread_decay * self._state.spread)
+        present = torch.where(found.is_finite(), found.std(), 0)
+        spread = torch.maximum(present, self.spread_decay * self._state.spread)
         self._state = self._state._replace(spread=spread)
         seen = spread > 0
+        self._floor = torch.where(present > 0, FLOOR, FLOOR_OF_EQUAL) * spread
         return Whitening(
             eps=0.0,
-            min_std=torch.where(seen, FLOOR * spread, UNSCALED).float(),
+            min_std=torch.where(seen, self._floor, UNSCALED).float(),
             factor=torch.where(seen, 1.0, UNSCALED).float(),
         )
 
@@ -130,15 +135,20 @@ class ValueScale:
         moved = Moments(*(torch.where(kept, new, old) for new, old in zip(moved, state.returns, strict=True)))
         self._state = state._replace(returns=moved, updates=state.updates + 1)
         reshard(self.policy)
-        head = self.critic.head
-        is_zero = ~(to_full_tensor(head.weight.detach()).any() | to_full_tensor(head.bias.detach()).any())
-        factor = self.critic.rescale(moved.mean, self.std())
+        critic, head = self.critic, self.critic.head
+        old_mean, is_zero = critic.value_mean.clone(), self._is_zero() if state.updates == 0 else None
+        factor = critic.rescale(moved.mean, self.std())
         self.optimizer.scale_moments([head.weight, head.bias], factor)
-        if state.updates > 0:
-            return torch.zeros_like(self.critic.value_mean)
+        if is_zero is None:
+            return torch.zeros_like(old_mean)
         with torch.no_grad():
             local_part(head.bias).mul_(~is_zero)
-        return is_zero * self.critic.value_mean
+        return is_zero * (critic.value_mean - old_mean)
+
+    def _is_zero(self) -> Tensor:
+        """Whether the whole head is zero; collective."""
+        weight, bias = (to_full_tensor(p.detach()) for p in (self.critic.head.weight, self.critic.head.bias))
+        return ~(weight.any() | bias.any())
 
     def std(self) -> Tensor:
         """Sigma: the moving standard deviation of returns; 1 without any spread."""
@@ -147,11 +157,11 @@ class ValueScale:
 
     def metrics(self) -> dict[str, Tensor]:
         """Mu, sigma and the least divisor of whitening, in units of the reward."""
-        critic, spread = self.critic, self._state.spread
+        critic = self.critic
         return {
             "value_mean": critic.value_mean.clone(),
             "value_std": critic.value_std.clone(),
-            "advantage_min_std": FLOOR * spread,
+            "advantage_min_std": self._floor,  # 0: no scores differed yet
         }
 
     def snapshot(self) -> _State:

@@ -55,8 +55,9 @@ def test_a_run_continues_with_the_critic_of_another(tmp_path: Path):
     first = trained(tmp_path / "first", tiny_llama())
     critic, _ = load_critic(tmp_path / "first" / "critic")
     second = trained(tmp_path / "second", tiny_llama(), critic)
-    assert first.recorded[0]["value"] == 0, "a new value head starts at zero"
-    assert second.recorded[0]["value"] != 0
+    row = first.recorded[0]
+    assert row["value"] == pytest.approx(row["value_mean"]), "a new value head starts at zero"
+    assert second.recorded[0]["value"] != pytest.approx(second.recorded[0]["value_mean"])
 
 
 def test_the_value_head_of_a_shared_critic_is_saved_alone(tmp_path: Path):
@@ -66,7 +67,7 @@ def test_the_value_head_of_a_shared_critic_is_saved_alone(tmp_path: Path):
     critic, _ = load_critic(folder)
     assert torch.equal(critic.head.weight, trainer.policy.critic.head.weight)
     second = trained(tmp_path / "second", trainer.actor, critic, critic="shared")
-    assert second.recorded[0]["value"] != 0
+    assert second.recorded[0]["value"] != pytest.approx(second.recorded[0]["value_mean"])
     with pytest.raises(UserError, match="a value head without a backbone: it needs critic = shared"):
         trained(tmp_path / "third", tiny_llama(), load_critic(folder)[0])
     wide = Critic(None, 48)
@@ -85,6 +86,12 @@ def test_a_damaged_value_head_is_named(tmp_path: Path):
         "NaN or infinite": good | {"bias": torch.tensor([torch.nan])},
         "cannot read the value head": {"weight": good["weight"]},
         "reads 8 numbers": good | {"weight": torch.zeros(1, 8)},
+        r"mean = 0.0, std = 0.0: it needs one number each, and std > 0": good
+        | {"mean": torch.tensor(0.0), "std": torch.tensor(0.0)},
+        r"mean = 0.0, std = -1.0": good | {"mean": torch.tensor(0.0), "std": torch.tensor(-1.0)},
+        "has NaN or infinite": good | {"mean": torch.tensor(torch.inf)},
+        r"std = \[1.0, 1.0\]": good | {"std": torch.ones(2)},
+        "cannot read the value head in": {name: x for name, x in good.items() if name != "std"},
     }
     for message, head in damaged.items():
         save_file(head, folder / VALUE_HEAD)
@@ -94,6 +101,24 @@ def test_a_damaged_value_head_is_named(tmp_path: Path):
     (folder / VALUE_HEAD).write_bytes(b"no file of safetensors")
     with pytest.raises(UserError, match="cannot read the value head"):
         load_critic(folder)
+
+
+def test_the_scale_of_values_is_saved(tmp_path: Path):
+    trainer = trained(tmp_path, tiny_llama())
+    critic, _ = load_critic(tmp_path / "critic")
+    for name in ("value_mean", "value_std"):
+        assert torch.equal(getattr(critic, name), getattr(trainer.critic, name)), name
+    assert critic.value_std not in (0.0, 1.0)
+
+
+def test_a_head_without_a_scale_predicts_in_units_of_the_reward(tmp_path: Path):
+    trainer = trained(tmp_path, tiny_llama(), critic="shared")
+    file = tmp_path / "critic" / VALUE_HEAD
+    save_file({name: x for name, x in load_file(file).items() if name in ("weight", "bias")}, file)
+    critic, _ = load_critic(tmp_path / "critic")
+    assert (critic.value_mean.item(), critic.value_std.item()) == (0.0, 1.0)
+    hidden = torch.randn(3, critic.head.in_features)
+    assert torch.equal(critic(hidden), trainer.critic.normalized(hidden))
 
 
 def test_a_folder_without_a_critic_is_rejected(tmp_path: Path):

@@ -84,7 +84,7 @@ class Critic(nn.Module):
         return self.denormalize(self.normalized(hidden))
 
     def normalized(self, hidden: Tensor) -> Tensor:
-        """[n, D] hidden states -> [n] outputs v of the head, fp32 under autocast, too: returns are regressed on them."""
+        """[n, D] hidden states -> [n] outputs v of the head, fp32 under autocast, too: returns are regressed on it."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
@@ -100,8 +100,8 @@ class Critic(nn.Module):
     def rescale(self, mean: float | Tensor, std: float | Tensor) -> Tensor:
         """Change value_mean and value_std (mu', sigma'), and the head so that no value V changes; return the factor k.
 
-        w' = k w and b' = k b + (mu - mu') / sigma' with k = sigma / sigma', a device scalar. A sharded head (FSDP2) must
-        be in its shards; all processes give the same numbers.
+        w' = k w and b' = k b + (mu - mu') / sigma' with k = sigma / sigma', a device scalar. A sharded head (FSDP2)
+        must be in its shards; all processes give the same numbers.
         """
         before_mean, before_std = self.value_mean.clone(), self.value_std.clone()
         self.value_mean.copy_(torch.as_tensor(mean))
