@@ -24,6 +24,10 @@ def lengths(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+def different(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(number) for number in range(len(completions))]
+
+
 def trained(out: Path, actor: torch.nn.Module, given: Critic | None = None, **options: object) -> PPOTrainer:
     config = PPOConfig(**OPTIONS | {"critic_lr": 1e-2, "out": str(out)} | options)
     trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, lengths, critic=given)
@@ -146,7 +150,7 @@ def test_a_critic_is_accepted_with_the_models_of_its_run_and_with_no_other(tmp_p
     actor, tokenizer = load_actor(tmp_path / "start")
     start = copy.deepcopy(actor)
     config = PPOConfig(**OPTIONS | {"lr": 1e-2, "out": str(tmp_path / "run"), "critic": critic})
-    PPOTrainer(config, actor, tokenizer, ROWS, lengths).train()
+    PPOTrainer(config, actor, tokenizer, ROWS, different).train()
     folder = tmp_path / "run" / "critic"
     trained_, its_tokenizer = load_actor(tmp_path / "run" / "model")
     for model in (start, trained_):
