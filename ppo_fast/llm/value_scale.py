@@ -74,6 +74,10 @@ class ValueScale:
         config: value_scale_horizon is read.
     """
 
+    _state: _State
+    _floor: Tensor  # of whitening in the last rollout, in units of the reward
+    _dtype: torch.dtype
+
     def __init__(self, policy: Policy, optimizer: Optimizer, config: PPOConfig) -> None:
         self.policy, self.critic, self.optimizer = policy, policy.critic, optimizer
         self.decay = 1 - 1 / config.value_scale_horizon

@@ -20,8 +20,10 @@ ROWS = [{"prompt": text} for text in ("abc", "one two", "x", "hello")]
 OPTIONS = {"total_steps": 1, "prompts_per_step": 4, "minibatches": 1, "max_new_tokens": 4, "quiet": True}
 
 
-def lengths(prompts: list[str], completions: list[str]) -> list[float]:
-    return [float(len(text)) for text in completions]
+def letters(prompts: list[str], completions: list[str]) -> list[float]:
+    return [
+        float(len(prompt) + sum(c.isalpha() for c in text)) for prompt, text in zip(prompts, completions, strict=True)
+    ]
 
 
 def different(prompts: list[str], completions: list[str]) -> list[float]:
@@ -30,7 +32,7 @@ def different(prompts: list[str], completions: list[str]) -> list[float]:
 
 def trained(out: Path, actor: torch.nn.Module, given: Critic | None = None, **options: object) -> PPOTrainer:
     config = PPOConfig(**OPTIONS | {"critic_lr": 1e-2, "out": str(out)} | options)
-    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, lengths, critic=given)
+    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, letters, critic=given)
     trainer.train()
     return trainer
 

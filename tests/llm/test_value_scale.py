@@ -204,8 +204,8 @@ def test_a_first_step_that_is_repeated_has_the_same_values():
     first.step()
     again.step()
     here, there = first.last_experience, again.last_experience
-    assert torch.equal(here.values, there.values)
-    assert torch.equal(here.advantages, there.advantages)
+    torch.testing.assert_close(here.values, there.values)
+    torch.testing.assert_close(here.advantages, there.advantages)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
