@@ -222,12 +222,19 @@ class CriticFit:
             after: is called with each row.
 
         Raises:
-            UserError: all answers are to one prompt; or held_out is not between 0 and 1.
+            UserError: all answers are to one prompt, or have the same return; or held_out is not between 0 and 1.
             NonFiniteError: a loss or gradient is not finite.
         """
         prompts = answers.prompts()
         kept, held = split_by_prompt(prompts, held_out, seed=self.config.seed)
         critic, config, rows = self.policy.critic, self.config, list[FitRow]()
+        moments = moments_of(answers.returns[kept], answers.mask[kept], _precise(self.device))
+        std = moments.std()
+        if std.item() == 0:
+            raise UserError(
+                f"all {len(kept)} answers to train on have the return {moments.mean.item():.4g}, so there is nothing to"
+                " fit: check that the reward reads the answers right, or take more answers or other prompts"
+            )
 
         def report(phase: str, value_loss: float | None = None) -> None:
             rows.append(FitRow(phase, self._explained(answers, held), value_loss))
@@ -236,9 +243,7 @@ class CriticFit:
 
         report("start")
         if config.normalize_values:
-            moments = moments_of(answers.returns[kept], answers.mask[kept], _precise(self.device))
-            std = moments.std()
-            critic.rescale(moments.mean, torch.where(std > 0, std, 1))
+            critic.rescale(moments.mean, std)
         if self.is_new or critic.backbone is None:
             self._fit_head(answers, kept, prompts)
             report("value head")

@@ -198,6 +198,9 @@ def test_recorded_answers_that_cannot_be_used_are_rejected(run: Path, tmp_path: 
     one.prompt_lengths = [3] * len(one)
     with pytest.raises(UserError, match="all 16 answers are to one prompt"):
         fitted(fitting(recorded=[dataclasses.replace(recorded, rollout=one)]))
+    equal = dataclasses.replace(recorded, rewards=torch.zeros_like(recorded.rewards))
+    with pytest.raises(UserError, match="have the return 0, so there is nothing to fit: check that the reward"):
+        fitted(fitting(recorded=[equal]))
     with pytest.raises(UserError, match="recorded answers, or to those to prompts: give one of the two"):
         CriticFit(PPOConfig(**SMALL), tiny_llama(), byte_tokenizer())
     with pytest.raises(UserError, match="answers that are sampled need a reward"):
