@@ -377,11 +377,17 @@ def shape_rewards(
 
 
 def masked_whiten(
-    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    min_std: float | Tensor = 0.0,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over the counted elements, 0 elsewhere; the mean stays unless `shift_mean`.
+    """(x - mean) / max(sqrt(var + eps), min_std) over the counted elements, 0 elsewhere.
 
-    One counted element or none: centred, not scaled.
+    The mean stays unless `shift_mean`. One counted element or none: centred, not scaled.
     """
     mask = _as_mask(mask, x)
     kept = torch.where(mask, x, 0)
@@ -389,7 +395,8 @@ def masked_whiten(
     mean = kept.sum() / count.clamp(min=1)
     squares = torch.where(mask, kept - mean, 0).square().sum()
     variance = squares / (count - int(unbiased)).clamp(min=1)
-    scale = torch.where(count > 1, torch.rsqrt(variance + eps), 1)
+    largest = 1 / torch.as_tensor(min_std, dtype=variance.dtype, device=variance.device)  # without a floor: infinity
+    scale = torch.where(count > 1, torch.minimum(torch.rsqrt(variance + eps), largest), 1)
     whitened = (kept - mean) * scale + (0 if shift_mean else mean)
     return torch.where(mask, whitened, 0)
 
@@ -412,6 +419,7 @@ def rlhf_advantages(
     shift_mean: bool = True,
     unbiased: bool = True,
     eps: float = 1e-8,
+    min_std: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """shape_rewards, gae and masked_whiten in a row: advantages, returns, rewards, KL, and statistics.
 
@@ -434,7 +442,9 @@ def rlhf_advantages(
     steps = longer[0] if longer else mask
     raw, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
     raw = torch.where(mask, raw, 0)
-    advantages = masked_whiten(raw, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps) if whiten else raw
+    advantages = raw
+    if whiten:
+        advantages = masked_whiten(raw, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, min_std=min_std)
     count, rows = mask.sum().clamp(min=1), mask.any(-1)
     mean = raw.sum() / count
     squares = torch.where(mask, raw - mean, 0).square().sum()

@@ -44,7 +44,8 @@ def masked_whiten(x: Tensor, mask: Tensor | None, options: WhiteningOptions, *, 
         return eager.masked_whiten(x, mask, options)
     if torch.compiler.is_compiling():
         _refuse_group(options.group)
-        return _whiten_operator(x.detach(), mask, options.shift_mean, options.unbiased, as_tensor(options.eps))
+        numbers = as_tensor(options.eps), as_tensor(options.min_std)
+        return _whiten_operator(x.detach(), mask, options.shift_mean, options.unbiased, *numbers)
     from ppo_fast.kernels.advantages import launch
 
     return launch.masked_whiten(x, mask, options)
@@ -64,7 +65,8 @@ def rlhf_advantages(
         return eager.rlhf_advantages(tensors, shaping, gae_options, whitening, whiten=whiten)
     if torch.compiler.is_compiling():
         _refuse_group(whitening.group)
-        numbers = *_numbers(shaping), *(as_tensor(x) for x in (gae_options.gamma, gae_options.lam, whitening.eps))
+        further = gae_options.gamma, gae_options.lam, whitening.eps, whitening.min_std
+        numbers = *_numbers(shaping), *(as_tensor(x) for x in further)
         flags = whiten, whitening.shift_mean, whitening.unbiased
         advantages, returns, rewards, kl, stats = _advantages_operator(
             *(x.detach() for x in tensors),
@@ -136,17 +138,19 @@ _shape_operator = torch.library.custom_op(
 _shape_operator.register_fake(_shapes_of_shape)
 
 
-def _run_whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: Tensor) -> Tensor:
+def _run_whiten(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: Tensor, min_std: Tensor
+) -> Tensor:
     from ppo_fast.kernels.advantages import launch
 
-    return launch.masked_whiten(x, mask, WhiteningOptions(shift_mean, unbiased, eps.item()))
+    return launch.masked_whiten(x, mask, WhiteningOptions(shift_mean, unbiased, eps.item(), as_number(min_std)))
 
 
 _whiten_operator = torch.library.custom_op(
     "ppo_fast::masked_whiten_triton",
     _run_whiten,
     mutates_args=(),
-    schema="(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, Tensor eps) -> Tensor",
+    schema="(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, Tensor eps, Tensor min_std) -> Tensor",
 )
 _whiten_operator.register_fake(lambda x, *_: x.new_empty(x.shape, dtype=torch.float32))
 
@@ -162,6 +166,7 @@ def _run_advantages(
     gamma: Tensor,
     lam: Tensor,
     eps: Tensor,
+    min_std: Tensor,
     bootstrap: Tensor | None,
     kl_estimator: str,
     reward_at: str,
@@ -174,7 +179,7 @@ def _run_advantages(
     tensors = AdvantageTensors(scores, logprobs, ref_logprobs, values, mask)
     shaping = ShapingOptions(kl_coef.item(), kl_estimator, score_clip.item(), reward_at)
     gae_options = GAEOptions(as_number(gamma), as_number(lam), bootstrap=bootstrap)
-    whitening = WhiteningOptions(shift_mean, unbiased, eps.item())
+    whitening = WhiteningOptions(shift_mean, unbiased, eps.item(), as_number(min_std))
     return launch.rlhf_advantages(tensors, shaping, gae_options, whitening, whiten=whiten)
 
 
@@ -190,7 +195,7 @@ _advantages_operator = torch.library.custom_op(
     _run_advantages,
     mutates_args=(),
     schema="(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor kl_coef,"
-    " Tensor score_clip, Tensor gamma, Tensor lam, Tensor eps, Tensor? bootstrap, str kl_estimator, str reward_at,"
-    " bool whiten, bool shift_mean, bool unbiased) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor score_clip, Tensor gamma, Tensor lam, Tensor eps, Tensor min_std, Tensor? bootstrap, str kl_estimator,"
+    " str reward_at, bool whiten, bool shift_mean, bool unbiased) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _advantages_operator.register_fake(_shapes_of_advantages)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppo_fast.kernels.advantages.options import STATISTICS, AdvantageTensors, ShapingOptions, WhiteningOptions
 from ppo_fast.kernels.common.numba_loops import numba_works
+from ppo_fast.kernels.common.scalars import as_tensor
 from ppo_fast.kernels.gae.custom_op import gae
 from ppo_fast.kernels.gae.eager import float_dtype
 from ppo_fast.kernels.gae.options import GAEOptions
@@ -115,11 +116,19 @@ def _moments(x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None) ->
     return total, merged.to(x.dtype), m2, centred
 
 
+def _scale(variance: Tensor, options: WhiteningOptions) -> Tensor:
+    """1 / max(sqrt(variance + eps), min_std)"""
+    scale = torch.rsqrt(variance + float(options.eps))
+    if not isinstance(options.min_std, Tensor) and options.min_std == 0:
+        return scale
+    return torch.minimum(scale, as_tensor(options.min_std).to(scale.dtype).reciprocal())
+
+
 def _whiten(x: Tensor, mask: Tensor | None, options: WhiteningOptions) -> tuple[Tensor, Tensor, Tensor]:
     """The whitened x, and mean and standard deviation (unbiased or not) of x itself."""
     count, mean, m2, centred = _moments(x, mask, options.group)
     variance = m2 / (count - int(options.unbiased)).clamp(min=1)
-    scale = torch.where(count > 1, torch.rsqrt(variance + float(options.eps)), 1).to(x.dtype)
+    scale = torch.where(count > 1, _scale(variance, options), 1).to(x.dtype)
     whitened = centred * scale
     if not options.shift_mean:
         whitened = whitened + mean if mask is None else torch.where(mask, whitened + mean, 0)
@@ -138,6 +147,8 @@ def _whiten_with_numba(
         count, mean, m2 = (y.item() for y in merge_over_group(own[0], own[1], own[2], options.group))
     variance = m2 / max(count - int(options.unbiased), 1.0)
     spread = math.sqrt(variance + float(options.eps))
+    floor = float(options.min_std)
+    spread = floor if spread < floor else spread  # not max, which would lose a NaN
     scale = 1.0 if count <= 1 else math.inf if spread == 0 else 1 / spread
     shift = 0.0 if options.shift_mean else mean
     whitened = cpu.scaled(x, mask, mean=mean, scale=scale, shift=shift, in_place=in_place)
@@ -146,7 +157,7 @@ def _whiten_with_numba(
 
 def masked_whiten(x: Tensor, mask: Tensor | None, options: WhiteningOptions) -> Tensor:
     """reference.masked_whiten without a graph; with `group`, count, mean and variance are those of all its ranks."""
-    if _numba_supports(x, mask):
+    if _numba_supports(x, mask) and not isinstance(options.min_std, Tensor):
         return _whiten_with_numba(x, mask, options)[0]
     with torch.no_grad():
         return _whiten(_real(x, float_dtype(x)), mask, options)[0]
@@ -167,7 +178,7 @@ def rlhf_advantages(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Advantages, returns, rewards, KL and statistics: shape_rewards, gae and masked_whiten in a row."""
     scores, logprobs, ref_logprobs, values, mask = tensors
-    by_numba = _numba_supports(*tensors)
+    by_numba = _numba_supports(*tensors) and not isinstance(whitening.min_std, Tensor)
     if by_numba:
         from ppo_fast.kernels.advantages import cpu
 

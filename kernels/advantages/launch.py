@@ -159,14 +159,22 @@ def _apply_whitening(
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
         dist.all_gather(gathered, mine, group=whitening.group)
         moments = torch.stack(gathered, dim=1)
+    by_tensor, floor, number = False, partial, 0.0
+    if isinstance(whitening.min_std, Tensor):
+        by_tensor, floor = True, whitening.min_std.to(torch.float32)
+    else:
+        number = float(whitening.min_std)
+    switches = flat.has_mask | (stats is not None) << 1 | whitening.unbiased << 2 | whitening.shift_mean << 3
     whiten_kernel.run(
         *flat.tensors,
         out,
         moments,
         partial,
+        floor,
         partial if stats is None else stats,
-        flat.has_mask | (stats is not None) << 1 | whitening.unbiased << 2 | whitening.shift_mean << 3 | ranks << 4,
+        switches | by_tensor << 4 | ranks << 5,
         float(whitening.eps),
+        number,
         rows,
         flat.T,
         parts,

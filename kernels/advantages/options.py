@@ -33,4 +33,5 @@ class WhiteningOptions(NamedTuple):
     shift_mean: bool = True
     unbiased: bool = True
     eps: float = 1e-8
+    min_std: float | Tensor = 0.0  # a tensor: 0-dim on the device, or on any device while a graph is recorded
     group: dist.ProcessGroup | None = None

@@ -128,16 +128,18 @@ def _store_statistics(stats_ptr, sums_ptr, parts, mean, std):
     tl.store(stats_ptr + 5, std)
 
 
-@triton.jit(do_not_specialize=list(range(13)))
+@triton.jit(do_not_specialize=list(range(15)))
 def whiten_kernel(
     x_ptr,  # (rows, T); may be out
     mask_ptr,  # (rows, T); any address if not given
     out_ptr,  # (rows, T) without gaps
     moments_ptr,  # (3, parts), or (3, ranks) of a group
     sums_ptr,  # (9, parts) from advantages_kernel; any address without statistics
-    stats_ptr,  # (6,); likewise
-    switches: tl.int32,  # bits 0 to 3: a mask is given, statistics are wanted, unbiased, shift_mean; from 4 on: ranks
+    min_std_ptr,  # []; any address if it is a number
+    stats_ptr,  # (6,); any address without statistics
+    switches: tl.int32,  # bits 0 to 4: has mask, statistics, unbiased, shift_mean, has min_std_ptr; from 5 on: ranks
     eps: tl.float32,
+    min_std: tl.float32,
     rows: tl.int32,  # 0 if only the statistics are wanted
     T: tl.int64,
     parts: tl.int32,  # programs before this launch
@@ -148,10 +150,13 @@ def whiten_kernel(
 ):
     if ALIGNED:
         T = T // 4 * 4
-    ranks = switches >> 4
+    ranks = switches >> 5
     count, mean, m2 = _merged(moments_ptr, tl.where(ranks > 0, ranks, parts))
     variance = m2 / tl.maximum(count - tl.where(is_given(switches, 2), 1.0, 0.0), 1.0)
-    scale = tl.where(count > 1, 1.0 / tl.sqrt(variance + eps), 1.0)
+    floor = tl.where(is_given(switches, 4), tl.load(min_std_ptr, mask=is_given(switches, 4), other=0.0), min_std)
+    spread = tl.sqrt(variance + eps)
+    spread = tl.where(spread < floor, floor, spread)  # a NaN stays
+    scale = tl.where(count > 1, 1.0 / spread, 1.0)
     kept = tl.where(is_given(switches, 3), 0.0, mean)
     program = tl.program_id(0)
     if (program == 0) & is_given(switches, 1):

@@ -1,4 +1,4 @@
-"""The command line: ppo-fast train, classic, doctor, memory, recipe, label, compile."""
+"""The command line: ppo-fast train, critic, classic, doctor, memory, recipe, label, compile."""
 
 import argparse
 import shlex
@@ -10,7 +10,7 @@ from ppo_fast.common.launched import process_count, this_rank
 from ppo_fast.common.text import nearest
 from ppo_fast.common.threads import wait_passively
 
-CONFIGURED = ("train", "memory")  # commands with every option of PPOConfig, which needs pydantic
+CONFIGURED = ("train", "critic", "memory")  # commands with every option of PPOConfig, which needs pydantic
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +40,19 @@ def build_parser(commands: Sequence[str] = CONFIGURED) -> tuple[_Parser, _Parser
         argument_default=argparse.SUPPRESS,  # what is not given comes from the configuration file, or by default
     )
     _add_run_options(train)
+    _add_options_of_earlier_runs(train)
+    critic = subparsers.add_parser(
+        "critic",
+        help="fit the critic of a model to recorded or sampled answers, before PPO",
+        description="Fit the critic of a model to the Monte-Carlo returns of recorded or sampled answers, and report"
+        " the variance of held-out returns that it explains. The folder that it writes is for --critic-model of"
+        " ppo-fast train. It has the options of ppo-fast train; --prompts and --reward are for --rollouts sample.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    critic.set_defaults(command_parser=critic)
+    _add_run_options(critic)
+    _add_critic_options(critic)
     subparsers.add_parser(
         "compile", help="compile the loops of numba ahead of time, before many processes start together"
     )
@@ -67,7 +80,7 @@ def build_parser(commands: Sequence[str] = CONFIGURED) -> tuple[_Parser, _Parser
         from ppo_fast.llm.config import PPOConfig
 
         for name in commands:
-            add_options({"train": train, "memory": memory}[name], PPOConfig)
+            add_options({"train": train, "critic": critic, "memory": memory}[name], PPOConfig)
     return parser, train
 
 
@@ -147,6 +160,9 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="run the Python files in the folder of --model (default: no)",
     )
+
+
+def _add_options_of_earlier_runs(train: argparse.ArgumentParser) -> None:
     earlier = train.add_mutually_exclusive_group()
     earlier.add_argument("--overwrite", action="store_true", default=False, help="replace an earlier run in OUT")
     earlier.add_argument(
@@ -161,6 +177,27 @@ def _add_run_options(train: argparse.ArgumentParser) -> None:
         default=False,
         help="with --resume: continue although prompts, rewards or tokenizer have changed since the checkpoint",
     )
+
+
+def _add_critic_options(critic: argparse.ArgumentParser) -> None:
+    critic.add_argument(
+        "--rollouts",
+        default="sample",
+        metavar="FILE",
+        help="a file, or a folder of files, that a run of this model with --dump-rollouts wrote (OUT/rollouts); sample:"
+        " answers are sampled (default: sample)",
+    )
+    critic.add_argument(
+        "--answers", type=int, default=1024, metavar="INT", help="number of answers to sample (default: 1024)"
+    )
+    critic.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="FLOAT",
+        help="share of the prompts whose answers are held out for the report (default: 0.1)",
+    )
+    critic.add_argument("--overwrite", action="store_true", default=False, help="replace an earlier critic in OUT")
 
 
 def _add_memory_options(memory: argparse.ArgumentParser) -> None:
@@ -196,10 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
-        (train_parser if arguments.command == "train" else parser).reject_unknown(unknown)
+        own = {"train": train_parser, "critic": vars(arguments).get("command_parser")}.get(arguments.command)
+        (own or parser).reject_unknown(unknown)
     if arguments.command == "train":
         return _train(arguments, train_parser)
     commands = {"doctor": _doctor, "label": _label, "recipe": _recipe, "memory": _memory, "compile": _compile}
+    commands["critic"] = _critic
     try:
         return commands[arguments.command](arguments)
     except UserError as error:
@@ -233,6 +272,17 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     shutdown(status)
     return status
+
+
+def _critic(arguments: argparse.Namespace) -> int:
+    from ppo_fast.cli.critic import fit
+    from ppo_fast.cli.train import resolve
+
+    try:
+        return fit(arguments, *resolve(arguments, arguments.command_parser, required=["model"]))
+    except KeyboardInterrupt:
+        print_error("ppo-fast: stopped")
+        return 130
 
 
 def _classic(given: list[str]) -> int:

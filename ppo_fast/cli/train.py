@@ -19,6 +19,8 @@ from ppo_fast.common.options import options, read_yaml
 from ppo_fast.llm.config import DtypeOption, PPOConfig, options_of
 
 if TYPE_CHECKING:  # they import PyTorch and transformers
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ppo_fast.llm.distributed import Distributed
     from ppo_fast.llm.models.critic import Critic
     from ppo_fast.llm.models.reward_model import RewardModel
@@ -31,7 +33,7 @@ class RunOptions:
     """What a run needs besides PPOConfig; a configuration file may contain it, too."""
 
     model: str
-    prompts: str
+    prompts: str = ""
     prompt_field: str = "prompt"
     chat: bool = False
     chat_template_kwargs: str | None = None
@@ -47,8 +49,13 @@ class RunOptions:
 RUN_OPTIONS = [option.name for option in dataclasses.fields(RunOptions)]
 
 
-def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[PPOConfig, RunOptions]:
-    """Return PPOConfig and the run options: from the command line, else the configuration file, else the defaults."""
+def resolve(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, *, required: Sequence[str] = ("model", "prompts")
+) -> tuple[PPOConfig, RunOptions]:
+    """Return PPOConfig and the run options: from the command line, else the configuration file, else the defaults.
+
+    `required` names the run options without which the parser ends with an error.
+    """
     fields = options(PPOConfig)
     given, file = vars(arguments), {}
     if "config" in given:
@@ -58,7 +65,7 @@ def resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> t
                 file[action.dest] = _from_file(action, file[action.dest], f"{arguments.config}: {action.dest}")
     values = vars(argparse.Namespace(**{**file, **given}))  # argparse and `_from_file` have checked the types
     run = {name: values[name] for name in RUN_OPTIONS if values.get(name) is not None}
-    for name in ("model", "prompts"):
+    for name in required:
         if name not in run:
             parser.error(f"--{name} is missing (on the command line, or as `{name}:` in the file of --config)")
     return options_of({name: value for name, value in values.items() if name in fields}), RunOptions(**run)
@@ -178,7 +185,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     rows, prompts = read(run.prompts)
     held_out, eval_prompts = read(run.eval_prompts) if run.eval_prompts is not None else (None, None)
     rewards = load_rewards(run.reward)
-    reward_weights = _weights(rewards, run)
+    reward_weights = weights_of_rewards(rewards, run)
     if sys.flags.optimize > 1:
         raise UserError("transformers needs docstrings, which python -OO and PYTHONOPTIMIZE=2 remove: run without them")
     # transformers takes seconds to import: bad input is reported before
@@ -195,9 +202,9 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     actor, tokenizer = load_on_main(distributed, lambda weights: load(weights=weights))
     if run.chat_template_kwargs is not None:
         set_template_options(tokenizer, run.chat_template_kwargs)
-    judges = _load_reward_models(run.reward_model, sources)
+    judges = load_reward_models(run.reward_model, sources)
     rewards |= judges
-    critic = None if run.critic_model is None else _load_critic(run.critic_model, sources)
+    critic = None if run.critic_model is None else load_given_critic(run.critic_model, sources, actor, tokenizer)
     say(console, f"{len(rows)} prompts; checking how the models are computed and sampled")
     trainer = PPOTrainer(
         config, actor, tokenizer, rows, rewards, reward_weights=reward_weights, critic=critic, eval_rows=held_out
@@ -219,7 +226,7 @@ def _train(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) ->
     return 0
 
 
-def _weights(rewards: "dict[str, RewardFunction]", run: RunOptions) -> dict[str, float]:
+def weights_of_rewards(rewards: "dict[str, RewardFunction]", run: RunOptions) -> dict[str, float]:
     """Return the weight of each reward function and reward model, by name."""
     names = [*rewards, *run.reward_model]
     weights = run.reward_weight or [1.0] * len(names)
@@ -263,18 +270,28 @@ class Sources:
         )
 
 
-def _load_reward_models(names: Sequence[str], sources: Sources) -> dict[str, "RewardModel"]:
+def load_reward_models(names: Sequence[str], sources: Sources) -> dict[str, "RewardModel"]:
+    """Load the sequence classifiers of --reward-model, by the names that are given."""
     from ppo_fast.llm.models.reward_model import RewardModel, load_reward_model
 
     device = sources.distributed.device
     return {name: RewardModel(*load_reward_model(sources.find(name, "reward model")), device=device) for name in names}
 
 
-def _load_critic(name: str, sources: Sources) -> "Critic":
+def load_given_critic(
+    name: str, sources: Sources, actor: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> "Critic":
+    """Load the critic of --critic-model; collective.
+
+    Raises:
+        UserError: it belongs to another model or tokenizer, or cannot be loaded.
+    """
     from ppo_fast.llm.models.critic_folder import load_critic
+    from ppo_fast.llm.models.critic_origin import check_origin
     from ppo_fast.llm.sharding import load_on_main
 
     path = sources.find(name, "critic")
+    sources.distributed.run_with_weights(lambda: check_origin(path, actor, tokenizer), of=actor)
     return load_on_main(sources.distributed, lambda weights: load_critic(path, weights=weights))[0]
 
 

@@ -310,7 +310,7 @@ def check_folders(out: Path) -> None:
             f"{str(out).encode(errors='backslashreplace').decode()} is not ASCII, which is the encoding of this"
             " process: set PYTHONUTF8=1, or choose another --out"
         ) from None
-    for name in ("model", "critic", "best", "checkpoints", "eval"):
+    for name in ("model", "critic", "best", "checkpoints", "eval", "rollouts"):
         path = out / name
         replaced = name in ("model", "critic", "best")  # as a whole, by renaming: a link would not lead to the new one
         if path.is_symlink() and (replaced or not path.exists()):

@@ -14,11 +14,15 @@ from ppo_fast.llm.models.policy import Policy, packed_mode, reference_logprobs
 from ppo_fast.llm.models.reference import Reference
 from ppo_fast.llm.packing.pack import Pack, make_pack, split_minibatches
 from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.value_scale import ValueScale, Whitening
 
 
 @dataclass
 class Experience:
-    """A rollout with all that learning needs, each [B, T] fp32 and 0 where the mask is False."""
+    """A rollout with all that learning needs, each [B, T] fp32 and 0 where the mask is False.
+
+    Values, rewards and returns are in units of the reward.
+    """
 
     rollout: Rollout
     minibatches: list[list[Pack]]  # those of which the old log-probabilities were computed
@@ -69,6 +73,7 @@ class ExperienceMaker:
         *,
         order: Sequence[int] | None = None,
         kl_coef: float | None = None,
+        scale: ValueScale | None = None,
     ) -> Experience:
         """Log-probabilities of actor and reference, values, rewards, advantages and returns.
 
@@ -77,6 +82,8 @@ class ExperienceMaker:
             scores: one number for each completion, or for each of its tokens.
             order: of the rows in the minibatches; as they are if not given.
             kl_coef: the weight of the KL penalty; that of the configuration if not given.
+            scale: takes in the scores, and the returns after the advantages are computed; the first rollout's before.
+                None: the scale is as it is, and whitening has no least divisor.
         """
         config, mask = self.config, upload(rollout.mask, rollout.device)
         kl_coef = config.kl_coef if kl_coef is None else kl_coef
@@ -84,9 +91,26 @@ class ExperienceMaker:
         (old, ref, values, entropy), after = self._forward_passes(rollout, mask, minibatches)
         if self.reference is None:
             ref = old
-        bootstrap = after * ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None
-        out = advantages_of(scores, old, ref, values, mask, config, kl_coef=kl_coef, bootstrap=bootstrap)
+        cut = ~upload(torch.tensor(rollout.ended), mask.device) if config.bootstrap_truncated else None
+        bootstrap = None if cut is None else after * cut
+        whitening = Whitening() if scale is None else scale.observe_scores(scores, mask)
+
+        def advantages() -> ppo.AdvantageOutput:
+            return advantages_of(
+                scores, old, ref, values, mask, config, kl_coef=kl_coef, bootstrap=bootstrap, whitening=whitening
+            )
+
+        out = advantages()
+        if scale is not None:
+            is_first = scale.is_new
+            change = scale.update(monte_carlo_returns(out.rewards, mask, config, bootstrap=bootstrap), mask)
+            if is_first:
+                values = torch.where(mask, values + change, 0)
+                bootstrap = None if cut is None else (after + change) * cut
+                out = advantages()
         metrics = _metrics(mask, values, entropy, out.returns)
+        if scale is not None:
+            metrics |= scale.metrics()
         if self.reference is not None:
             metrics |= {"kl": out.kl.sum() / mask.sum(), "kl_per_answer": out.kl.sum() / len(rollout)}
         weights = None
@@ -159,9 +183,10 @@ def advantages_of(
     *,
     kl_coef: float,
     bootstrap: Tensor | None,  # [B], V after the completions
+    whitening: Whitening = Whitening(),  # noqa: B008
 ) -> ppo.AdvantageOutput:
     """Rewards, KL, advantages and returns as the options say."""
-    return ppo.rlhf_advantages(
+    out = ppo.rlhf_advantages(
         scores,
         old,
         ref,
@@ -173,8 +198,27 @@ def advantages_of(
         lam=config.lam,
         bootstrap=bootstrap,
         whiten=config.whiten_advantages,
+        eps=whitening.eps,
+        min_std=whitening.min_std,
         backend=config.backend,
     )
+    if whitening.factor is None or not config.whiten_advantages:
+        return out
+    return out._replace(advantages=out.advantages * whitening.factor)
+
+
+def monte_carlo_returns(rewards: Tensor, mask: Tensor, config: PPOConfig, *, bootstrap: Tensor | None) -> Tensor:
+    """The discounted sum [B, T] of the rewards from each token on, and of the bootstrap value after the last."""
+    _, returns = ppo.gae(
+        rewards,
+        torch.zeros_like(rewards),
+        gamma=config.gamma,
+        lam=1.0,
+        mask=mask,
+        bootstrap=bootstrap,
+        backend=config.backend,
+    )
+    return returns
 
 
 def importance_weights(
@@ -190,12 +234,18 @@ def importance_weights(
     return gap.exp().clamp(max=config.importance_cap)
 
 
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over the mask, a device scalar; 0 where the returns are all equal."""
+    spread = _variance(returns, mask)
+    return torch.where(spread > 0, 1 - _variance(returns - values, mask) / spread, 0)
+
+
 def _metrics(mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
-    spread, error = _variance(returns, mask), _variance(returns - values, mask)
     return {
         "entropy": _mean(entropy, mask),
-        "explained_variance": torch.where(spread > 0, 1 - error / spread, 0),
-        "advantage_std": error.sqrt(),  # before whitening: what whitening divides by
+        "explained_variance": explained_variance(values, returns, mask),
+        # before whitening: what whitening divides by, above its least divisor
+        "advantage_std": _variance(returns - values, mask).sqrt(),
         "value": _mean(values, mask),
         "return": _mean(returns, mask),
     }

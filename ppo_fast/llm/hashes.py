@@ -29,3 +29,9 @@ def rows_hash(rows: list[dict[str, object]]) -> str:
 
     text = json.dumps(rows, sort_keys=True, default=described)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what the ids of a tokenizer stand for. How texts become tokens, and chat templates, have no effect."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

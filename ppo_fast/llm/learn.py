@@ -14,7 +14,7 @@ from ppo_fast.common.errors import NonFiniteError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
-from ppo_fast.llm.experience import Experience, ExperienceMaker, advantages_of, local_packs
+from ppo_fast.llm.experience import Experience, ExperienceMaker, advantages_of, local_packs, monte_carlo_returns
 from ppo_fast.llm.loss_scale import LossScale
 from ppo_fast.llm.models.embedding import tied_gradient
 from ppo_fast.llm.models.modes import gradient_checkpointing
@@ -23,6 +23,7 @@ from ppo_fast.llm.models.reference import Reference
 from ppo_fast.llm.optimizer import Optimizers
 from ppo_fast.llm.packing.pack import Pack
 from ppo_fast.llm.packing.rollout import Rollout
+from ppo_fast.llm.value_scale import UNSCALED, ValueScale, Whitening
 
 
 class Learner:
@@ -53,16 +54,21 @@ class Learner:
         self.kl_controller = KLController(config)
         self.entropy_controller = EntropyController(config)
         self.loss_scale = LossScale(config.dtype)
+        self.value_scale = ValueScale(policy, optimizers.critic, config) if config.normalize_values else None
+        if self.value_scale is None:
+            policy.critic.rescale(0.0, 1.0)  # one that is given may have a scale
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> Experience:
-        """Log-probabilities, values, rewards and advantages of all processes' completions.
+        """Log-probabilities, values, rewards and advantages of all processes' completions; moves the value scale.
 
         Args:
             rollout: the same in all processes.
             scores: [B], or [B, T] for a score of each token.
         """
         order = self._draw_order(rollout)
-        return self.experience_maker.make(rollout, scores, order=order, kl_coef=self.kl_controller.coef)
+        return self.experience_maker.make(
+            rollout, scores, order=order, kl_coef=self.kl_controller.coef, scale=self.value_scale
+        )
 
     def update(
         self,
@@ -171,7 +177,15 @@ class Learner:
         for width in {config.max_new_tokens, max(1, config.max_new_tokens - 1)}:  # rows that are aligned, and not
             rows = torch.zeros(config.prompts_per_step * config.samples_per_prompt, width, device=rollout.device)
             bootstrap = rows[:, 0].contiguous() if config.bootstrap_truncated else None
-            advantages_of(rows[:, 0], rows, rows, rows, rows == 0, config, kl_coef=config.kl_coef, bootstrap=bootstrap)
+            whitening = Whitening() if self.value_scale is None else Whitening(0.0, rows.new_tensor(UNSCALED))
+            mask = rows == 0
+            advantages_of(
+                *(rows[:, 0], rows, rows, rows, mask, config),
+                kl_coef=config.kl_coef,
+                bootstrap=bootstrap,
+                whitening=whitening,
+            )
+            monte_carlo_returns(rows, mask, config, bootstrap=bootstrap)
 
     def _draw_order(self, rollout: Rollout) -> list[int]:
         return torch.randperm(len(rollout), generator=self.generator).tolist()
@@ -197,11 +211,12 @@ class Learner:
 
     def _loss_inputs(self, pack: Pack, experience: Experience, denominator: float) -> LossInputs:
         kl_in_loss = self.config.kl_in == "loss" and experience.kl_coef > 0
+        critic = self.policy.critic
         return LossInputs(
             old_logprobs=pack.gather(experience.logprobs),
             advantages=pack.gather(experience.advantages),
-            old_values=pack.gather(experience.values),
-            returns=pack.gather(experience.returns),
+            old_values=critic.normalize(pack.gather(experience.values)),
+            returns=critic.normalize(pack.gather(experience.returns)),
             ref_logprobs=pack.gather(experience.ref_logprobs) if kl_in_loss else None,
             weights=None if experience.weights is None else pack.gather(experience.weights),
             denominator=denominator,

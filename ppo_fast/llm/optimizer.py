@@ -4,14 +4,14 @@ The learning rate is a function of the PPO step, so there is no scheduler whose 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.llm.config import PPOConfig
-from ppo_fast.llm.sharding import gather_to_main, shard_like, to_full_tensor
+from ppo_fast.llm.sharding import gather_to_main, local_part, shard_like, to_full_tensor
 
 
 def rate_of_step(config: PPOConfig, step: int, *, first: int = 0) -> float:
@@ -88,6 +88,16 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.adamw.zero_grad()
+
+    @torch.no_grad()
+    def scale_moments(self, parameters: Iterable[Tensor], factor: Tensor) -> None:
+        """Multiply the first moments of parameters by a factor and the second ones by its square, as if all their
+        gradients had been multiplied by it."""
+        for p in parameters:
+            moments = self.adamw.state.get(p, {})
+            for slot, power in (("exp_avg", factor), ("exp_avg_sq", factor.square())):
+                if slot in moments:
+                    local_part(moments[slot]).mul_(power)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole moments and step counts by "parameter/slot", on the CPU of the main process; collective."""

@@ -14,10 +14,12 @@ from ppo_fast.common.folders import claim
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.distributed import Distributed, peer_failure
 from ppo_fast.llm.models.critic import Critic
+from ppo_fast.llm.models.critic_origin import ORIGIN, origin_text
 from ppo_fast.llm.models.head import LanguageModel
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.report.evaluation import drop_best_after
-from ppo_fast.llm.report.export import save_critic, save_model, saved_dtype
+from ppo_fast.llm.report.export import save_critic, save_model, saved_dtype, saved_hash
+from ppo_fast.llm.rollout_files import drop_rollouts_after
 from ppo_fast.llm.sharding import full_state_dict
 
 COMMON_ERRORS = (InvariantError, NonFiniteError)  # which all processes raise at the same point, or none
@@ -65,6 +67,7 @@ class RunFolder:
                 checkpoint.recover(out / name)
             checkpoint.remove_partial(checkpoints)
             checkpoint.drop_after(checkpoints, step)
+            drop_rollouts_after(out / "rollouts", step)
         checkpoint.prune(checkpoints, self.config.keep_checkpoints)
         drop_best_after(out / "best", step)
 
@@ -121,8 +124,17 @@ class RunFolder:
         self.distributed.barrier()
         return folder
 
-    def save_critic(self, critic: Critic, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the critic to OUT/critic; collective. Not under FSDP2 with adapters, which merging needs whole."""
+    def save_critic(
+        self, critic: Critic, actor: LanguageModel, tokenizer: PreTrainedTokenizerBase, start_model: str
+    ) -> None:
+        """Write the critic to OUT/critic; collective. Not under FSDP2 with adapters, which merging needs whole.
+
+        Args:
+            critic: the critic.
+            actor: the trained model, as OUT/model has it.
+            tokenizer: its tokenizer.
+            start_model: hash of the weights with which the run started.
+        """
         if self.path is None:
             return
         sharded = self.distributed.strategy == "fsdp"
@@ -132,7 +144,10 @@ class RunFolder:
             return
         weights = full_state_dict(critic) if sharded else None
         if self.distributed.is_main:
-            save_critic(critic, tokenizer, self.path / "critic", weights=weights)
+            saved = None if sharded else saved_hash(actor, self.config)
+            models = [] if saved is None else [start_model, saved]  # none: it may be used with any
+            texts = {ORIGIN: origin_text(tokenizer, models)}
+            save_critic(critic, tokenizer, self.path / "critic", weights=weights, texts=texts)
         self.distributed.barrier()
 
     @contextmanager

@@ -20,12 +20,13 @@ from ppo_fast.llm.checks import notes_on_rewards
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.data import prompt_ids, prompts_of, with_all_fields
 from ppo_fast.llm.distributed import Distributed
+from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
 from ppo_fast.llm.hashes import rows_hash, tokenizer_hash
 from ppo_fast.llm.memory import CannotEstimate, check_fits, why_unknown, with_adapters_of
 from ppo_fast.llm.models.build import Models
 from ppo_fast.llm.models.head import LanguageModel, input_embedding, unwrap_peft
 from ppo_fast.llm.models.loading import check_language_model, check_others, check_tokenizer, end_tokens
-from ppo_fast.llm.models.policy import with_chunk_bytes
+from ppo_fast.llm.models.policy import Policy, with_chunk_bytes
 from ppo_fast.llm.models.probe import Reach, named_lengths
 from ppo_fast.llm.models.reference import is_adapted
 from ppo_fast.llm.models.weights import weights_hash
@@ -44,6 +45,8 @@ def check_arguments(
     check_language_model(models.actor)
     check_tokenizer(tokenizer, models.actor)
     check_others(tokenizer, config, models.critic, models.reference)
+    if config.dump_rollouts and config.out is None:
+        raise UserError("dump_rollouts needs out, the folder of the run, in which rollouts are written")
     if sampler is not None:
         check_sampler(sampler)
 
@@ -195,3 +198,18 @@ def reach_of(
     sequences = config.prompts_per_step * config.samples_per_prompt
     # sampling and old log-probabilities are one pass each, an update is three
     return Reach(longest, sequences * longest * (2.0 + 3 * config.epochs))
+
+
+def own_sampler(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, distributed: Distributed
+) -> GenerateSampler:
+    """The sampler that calls the actor's own `generate`."""
+    options = GenerateOptions.from_config(config, head=policy.head)
+    return GenerateSampler(
+        policy.actor,
+        tokenizer,
+        dataclasses.replace(options, call=policy.generate),
+        batch_size=config.sample_batch_size,
+        info=policy.generate_info,
+        distributed=distributed,
+    )

@@ -178,6 +178,18 @@ def to_full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local_part(x: Tensor) -> Tensor:
+    """This process's shard of a tensor, which shares its memory; a whole tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights of a module under FSDP2, so that its parameters are their shards: a pass without a backward
+    leaves those of the whole module gathered. Nothing in one process."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def gather_to_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors on the CPU in the first process, and nothing in the others; collective.
 

@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ppo_fast.common.checkpoint import Checkpoint
 from ppo_fast.common.device import derived_seed
@@ -24,11 +23,12 @@ from ppo_fast.llm.config import PPOConfig, options_of
 from ppo_fast.llm.distributed import Distributed
 from ppo_fast.llm.optimizer import Optimizers, rate_of_step
 from ppo_fast.llm.random_state import RandomState
-from ppo_fast.llm.sharding import copy_from_full, gather_to_main
+from ppo_fast.llm.sharding import copy_from_full, gather_to_main, reshard
 
 # What may change between a run and its continuation: none of it reaches the numbers, or a note reports it
 RESUMABLE_OPTIONS = {"out", "quiet", "tensorboard", "show_samples_every", "save_every", "keep_checkpoints", "threads"}
 RESUMABLE_OPTIONS |= {
+    "dump_rollouts",
     "merge_adapters",
     "save_dtype",
     "eval_every",
@@ -40,6 +40,9 @@ RESUMABLE_OPTIONS |= {"check_memory", "max_sampler_gap", "process_timeout", "gat
 # What each checkpoint has: in state.json, and as files
 PARTS = {"step", "run", "made_with", "kl_coef", "dealt", "random"}
 FILES = {"weights", "optimizers", "random"}
+# What runs had before there was such an option, where that is not its default; and before there were such buffers
+BEFORE_OPTION: dict[str, object] = {"normalize_values": False}
+BEFORE_BUFFER = {"critic.value_mean": 0.0, "critic.value_std": 1.0}
 SCHEDULED = ("total_steps", "lr_schedule", "warmup_ratio")  # what the learning rate of a step depends on
 # What an error of a run may advise to change: a note names it
 ADVISED = {"lr", "critic_lr", "max_grad_norm"}
@@ -128,7 +131,8 @@ def restore(run: RunState, checkpoint: Checkpoint, *, allow_changes: bool = Fals
             " from another checkpoint"
         )
     _check_same_run(run, checkpoint, allow_changes)
-    _load(dict(trainable_state(run.policy)), checkpoint.tensors["weights"], checkpoint)
+    older = {name: torch.tensor(x) for name, x in BEFORE_BUFFER.items()}
+    _load(dict(trainable_state(run.policy)), {**older, **checkpoint.tensors["weights"]}, checkpoint)
     for name, optimizer in {"actor": run.optimizers.actor, "critic": run.optimizers.critic}.items():
         prefix, saved = f"{name}/{name}.", checkpoint.tensors["optimizers"]
         optimizer.load_state_dict({k.removeprefix(prefix): x for k, x in saved.items() if k.startswith(prefix)})
@@ -141,8 +145,7 @@ def restore(run: RunState, checkpoint: Checkpoint, *, allow_changes: bool = Fals
 
 def trainable_state(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that training changes. Frozen weights come from the start model, again."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()  # a pass without a backward leaves its weights gathered
+    reshard(policy)
     kept = policy.state_dict(keep_vars=True).keys()
     yield from ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in policy.named_buffers() if name in kept)
@@ -193,12 +196,18 @@ def _differ(here: Mapping[str, object], there: Mapping[str, object], name: str) 
 def _check_same_run(run: RunState, checkpoint: Checkpoint, allow_changes: bool) -> None:
     here, there = run.fingerprint, checkpoint.state["run"]
     # an option that is newer than the checkpoint had its default
-    options, saved = options_as_json(run.config), {**options_as_json(PPOConfig()), **there["config"]}
+    options, saved = options_as_json(run.config), {**options_as_json(PPOConfig()), **BEFORE_OPTION, **there["config"]}
     free = RESUMABLE_OPTIONS | ({"total_steps"} if _same_rates(run.config, saved) else set())
     changed = [name for name in options if name not in free | ADVISED and options[name] != saved[name]]
     if changed:
         named = ", ".join(f"{name} was {saved[name]} and is {options[name]}" for name in changed)
         measured = " (dtype = auto may choose another one here)" if "dtype" in changed else ""
+        newer = [name for name in changed if name in BEFORE_OPTION and name not in there["config"]]
+        if newer:
+            raise UserError(
+                f"{checkpoint.folder} is of a ppo_fast without {newer[0]}: continue with {newer[0]} ="
+                f" {saved[newer[0]]} (on the command line --no-{newer[0].replace('_', '-')})"
+            )
         raise UserError(
             f"{checkpoint.folder} belongs to a run with other options: {named}{measured}; take those of its config.yaml"
         )

@@ -28,8 +28,8 @@ from ppo_fast.llm.data import Prompts, as_rows, prompt_ids, prompts_of, tokenize
 from ppo_fast.llm.distributed import init_distributed
 from ppo_fast.llm.experience import Experience
 from ppo_fast.llm.flops import LearnFlops
-from ppo_fast.llm.generate import GenerateOptions, GenerateSampler
-from ppo_fast.llm.hashes import rows_hash
+from ppo_fast.llm.generate import GenerateSampler
+from ppo_fast.llm.hashes import rows_hash, vocabulary_hash
 from ppo_fast.llm.hints import Hints
 from ppo_fast.llm.invariants import ROUNDING, check_first_kl, check_ratio, gap_problem, rounding_of
 from ppo_fast.llm.learn import Learner, as_floats, means_of
@@ -48,6 +48,7 @@ from ppo_fast.llm.report.evaluation_page import show, write
 from ppo_fast.llm.report.export import check_saving, model_card
 from ppo_fast.llm.report.progress import Progress, peak_memory
 from ppo_fast.llm.reward.scoring import RewardFunction, check_rewards, check_weights, named_rewards, score
+from ppo_fast.llm.rollout_files import RecordedRollout, write_rollout
 from ppo_fast.llm.run_folder import COMMON_ERRORS, RunFolder
 from ppo_fast.llm.sample import sample_rollout
 from ppo_fast.llm.sampler import Sampler
@@ -169,16 +170,7 @@ class PPOTrainer:
             self.notes += check_saving(self.actor, self.tokenizer, self.config)
 
     def _choose_sampler(self, given: Sampler | None) -> None:
-        options = GenerateOptions.from_config(self.config, head=self.policy.head)
-        options = dataclasses.replace(options, call=self.policy.generate)
-        own = GenerateSampler(
-            self.actor,
-            self.tokenizer,
-            options,
-            batch_size=self.config.sample_batch_size,
-            info=self.policy.generate_info,
-            distributed=self.distributed,
-        )
+        own = setup.own_sampler(self.policy, self.tokenizer, self.config, self.distributed)
         self.sampler: Sampler = own if given is None else given
         if given is not None and isinstance(given, GenerateSampler):
             given.follow(self.config)
@@ -426,6 +418,7 @@ class PPOTrainer:
     def _logged_step(self, progress: Progress) -> dict[str, float]:
         """A step, its evaluation if it is time for one, and all that is logged of both."""
         metrics = self._step_or_save(progress)
+        self._dump_rollout()
         evaluation = self._evaluation()
         progress.log_step(metrics | (evaluation.metrics if evaluation is not None else {}), self.last_rollout)
         self._report(evaluation, progress)
@@ -435,6 +428,18 @@ class PPOTrainer:
             progress.info(hint)
         return metrics
 
+    def _dump_rollout(self) -> None:
+        """Write the answers of this step to OUT/rollouts, if so configured."""
+        out, experience = self.config.out, self.last_experience
+        if self.config.dump_rollouts and out is not None and experience is not None and self.distributed.is_main:
+            recorded = RecordedRollout.from_experience(
+                experience,
+                step=self.steps_done,
+                model=self.hashes.start_model,
+                tokenizer=vocabulary_hash(self.tokenizer),
+            )
+            write_rollout(Path(out) / "rollouts", recorded)
+
     def _step_or_save(self, progress: Progress) -> dict[str, float]:
         """One step. Where it fails by an error for the user, a checkpoint keeps what was learned before it.
 
@@ -442,6 +447,8 @@ class PPOTrainer:
         updates before it made. Of several processes all must have the same error.
         """
         position, order = self.prompts.state_dict(), self.learner.generator.get_state()
+        scale = self.learner.value_scale
+        moments = None if scale is None else scale.snapshot()
         try:
             return self._step()
         except UserError as error:
@@ -449,6 +456,8 @@ class PPOTrainer:
                 raise
             self.prompts.load_state_dict(position)
             self.learner.generator.set_state(order)
+            if scale is not None and moments is not None:
+                scale.restore(moments)
             self._save_before(error, progress)
             raise
 
@@ -556,7 +565,10 @@ class PPOTrainer:
             config=self.config,
             policy=self.policy,
             optimizers=learner.optimizers,
-            stateful=[learner.kl_controller, learner.entropy_controller, learner.loss_scale, self.prompts],
+            stateful=[
+                *(learner.kl_controller, learner.entropy_controller, learner.loss_scale, self.prompts),
+                *([] if learner.value_scale is None else [learner.value_scale]),
+            ],
             generator=learner.generator,
             distributed=self.distributed,
             fingerprint=run_fingerprint(
@@ -593,7 +605,7 @@ class PPOTrainer:
         card = model_card(self.config, self.run_options, progress.rows)
         try:
             self.save("model", {"README.md": card}, progress.rows)
-            self.folder.save_critic(self.policy.critic, self.tokenizer)
+            self.folder.save_critic(self.policy.critic, self.actor, self.tokenizer, self.hashes.start_model)
         except UserError as error:
             last = self.folder.checkpoint_of(self.steps_done)
             if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`

@@ -1,5 +1,6 @@
 """gae, shape_rewards, masked_whiten and rlhf_advantages: their signatures, documentation and checks."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -184,10 +185,11 @@ def masked_whiten(
     shift_mean: bool = True,
     unbiased: bool = True,
     eps: float = 1e-8,
+    min_std: float | Tensor = 0.0,
     group: torch.distributed.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over the counted elements, 0 elsewhere.
+    """(x - mean) / max(sqrt(var + eps), min_std) over the counted elements, 0 elsewhere.
 
     One counted element, or none: centred, not scaled. With `group`, mean and variance are those of all ranks'
     elements, merged in rank order (Chan et al. 1979), so that the result is that of the whole batch.
@@ -197,6 +199,8 @@ def masked_whiten(
         shift_mean: False keeps the mean and only scales the spread.
         unbiased: Bessel's correction, n - 1.
         eps: added to the variance.
+        min_std: the divisor is never below this: a finite number, or a 0-dim tensor on the device of x. New values of
+            either compile nothing, and nothing waits for the device to read the tensor.
         group: a torch.distributed process group; None for this process alone.
 
     >>> masked_whiten(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False])).tolist()
@@ -206,7 +210,9 @@ def masked_whiten(
     mask = checks.flag("mask", mask, x.shape, x.device, "x")
     if not eps >= 0:
         checks.not_negative("eps", eps)
-    options = WhiteningOptions(shift_mean, unbiased, eps, group)
+    if isinstance(min_std, Tensor) or not 0 <= min_std < math.inf:
+        min_std = checks.min_std(min_std, x.device, "x")
+    options = WhiteningOptions(shift_mean, unbiased, eps, min_std, group)
     return advantages_op.masked_whiten(x, mask, options, use_triton=uses_triton(backend, x))
 
 
@@ -229,6 +235,7 @@ def rlhf_advantages(
     shift_mean: bool = True,
     unbiased: bool = True,
     eps: float = 1e-8,
+    min_std: float | Tensor = 0.0,
     group: torch.distributed.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> AdvantageOutput:
@@ -240,7 +247,8 @@ def rlhf_advantages(
     Args:
         scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator, score_clip, reward_at: as in `shape_rewards`.
         values: [B, T]. gamma, lam, bootstrap: as in `gae`.
-        whiten: False leaves the advantages as they are. shift_mean, unbiased, eps, group: as in `masked_whiten`.
+        whiten: False leaves the advantages as they are. shift_mean, unbiased, eps, min_std, group: as in
+            `masked_whiten`.
 
     Returns:
         advantages, returns, rewards, kl, and stats: score_mean and reward_mean per sequence, kl_mean per token,
@@ -265,12 +273,14 @@ def rlhf_advantages(
         checks.device("bootstrap", bootstrap, device, "logprobs")
     if not eps >= 0:
         checks.not_negative("eps", eps)
+    if isinstance(min_std, Tensor) or not 0 <= min_std < math.inf:
+        min_std = checks.min_std(min_std, device, "scores")
     use_triton = uses_triton(backend, scores, logprobs, ref_logprobs, values, bootstrap)
     output = advantages_op.rlhf_advantages(
         AdvantageTensors(scores, logprobs, ref_logprobs, values, mask),
         shaping,
         GAEOptions(gamma, lam, bootstrap=bootstrap),
-        WhiteningOptions(shift_mean, unbiased, eps, group),
+        WhiteningOptions(shift_mean, unbiased, eps, min_std, group),
         whiten=whiten,
         use_triton=use_triton,
     )

@@ -8,6 +8,7 @@ is composed after it has failed.
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Literal, ParamSpec, TypeVar
@@ -36,6 +37,7 @@ OPTIONS = frozenset(
         "lam",
         "log_ratio_clamp",
         "logit_scale",
+        "min_std",
         "norm_length",
         "score_clip",
         "softcap",
@@ -266,6 +268,22 @@ def denominator(x: float | Tensor | None, aggregation: str, like: Tensor) -> Non
             return
     if not x >= 1:
         raise ValueError(f"denominator must be at least 1, got {x}")
+
+
+def min_std(x: float | Tensor, place: torch.device, like: str) -> float | Tensor:
+    """Check a lower bound of a standard deviation; return it as a number where it can be read without waiting."""
+    if isinstance(x, Tensor):
+        floating("min_std", x)
+        if x.ndim:
+            raise ValueError(f"min_std must be a number or a 0-dim tensor, got shape {tuple(x.shape)}")
+        if x.device.type != "cpu":
+            device("min_std", x, place, like)
+        if not readable(x):
+            return x
+        x = x.item()
+    if not 0 <= x < math.inf:
+        raise ValueError(f"min_std must be a finite number and not negative, got {x}")
+    return x
 
 
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

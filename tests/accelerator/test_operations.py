@@ -160,6 +160,12 @@ OPERATIONS: dict[str, Callable[[Inputs], list[Tensor]]] = {
     "shape_rewards": shape_rewards,
     "shape_rewards, each token": lambda x: shape_rewards(x, "rewards", kl_estimator="k3", score_clip=1.0),
     "masked_whiten": lambda x: [ppo.masked_whiten(x["advantages"], x["mask"], **PLAIN)],
+    "masked_whiten, min_std": lambda x: [
+        ppo.masked_whiten(x["advantages"], x["mask"], min_std=x["mask"].sum().float(), **PLAIN)
+    ],
+    "masked_whiten, min_std on the cpu": lambda x: [
+        ppo.masked_whiten(x["advantages"], x["mask"], min_std=torch.tensor(5.0), **PLAIN)
+    ],
     "rlhf_advantages": rlhf_advantages,
 }
 HALF = [name for name in OPERATIONS if "logprobs" in name or name.startswith("linear")]  # that take fp16 or bf16

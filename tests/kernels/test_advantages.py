@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.backends import TORCH
+from support.backends import values_unread as values_unread_fixture
 from torch import Tensor
 
 from ppo_fast.kernels import reference
+from ppo_fast.kernels.advantages import eager
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
+values_unread = values_unread_fixture
 ROOT = Path(__file__).parents[2]
 
 
@@ -78,6 +81,53 @@ def test_whitening_matches_the_reference(shift_mean, unbiased):
     assert not actual[~x["mask"]].any()
 
 
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("floor", [0.5, 30.0])
+def test_the_divisor_of_whitening_is_never_below_min_std(monkeypatch, numba, floor):
+    """The spread is about 1; a number, and a tensor on the device."""
+    if not numba:
+        monkeypatch.setattr(eager, "numba_works", lambda: False)
+    x = make()
+    for given in (floor, torch.tensor(floor), torch.tensor(floor, dtype=torch.float64)):
+        for options in ({}, {"shift_mean": False}, {"unbiased": False, "eps": 0.1}):
+            actual = TORCH.masked_whiten(x["values"], x["mask"], min_std=given, **options)
+            truth = reference.masked_whiten(x["values"].double(), x["mask"], min_std=floor, **options)
+            close((actual,), (truth,))
+        close(
+            TORCH.rlhf_advantages(**x, kl_coef=0.2, min_std=given),
+            reference.rlhf_advantages(**double(x), kl_coef=0.2, min_std=floor),
+        )
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_min_std_below_the_spread_changes_no_bit(monkeypatch, numba):
+    if not numba:
+        monkeypatch.setattr(eager, "numba_works", lambda: False)
+    x = make()
+    plain = TORCH.masked_whiten(x["values"], x["mask"])
+    for floor in (0.0, 1e-40, 1e-3, torch.tensor(0.0), torch.tensor(1e-3)):
+        assert torch.equal(TORCH.masked_whiten(x["values"], x["mask"], min_std=floor), plain)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_equal_elements_with_min_std_are_zero_without_eps(monkeypatch, numba):
+    if not numba:
+        monkeypatch.setattr(eager, "numba_works", lambda: False)
+    for floor in (0.1, torch.tensor(0.1)):
+        assert not TORCH.masked_whiten(torch.full((5,), 3.0), eps=0.0, min_std=floor).any()
+
+
+@pytest.mark.usefixtures("values_unread")
+@pytest.mark.parametrize("floor", [0.5, 30.0])
+def test_a_min_std_that_stays_on_the_device_gives_the_same(floor):
+    x = make()
+    for given in (torch.tensor(floor), torch.tensor(floor, dtype=torch.float64)):
+        actual = TORCH.masked_whiten(x["values"], x["mask"], min_std=given)
+        close((actual,), (reference.masked_whiten(x["values"].double(), x["mask"], min_std=floor),))
+        actual = TORCH.rlhf_advantages(**x, min_std=given)
+        close(actual, reference.rlhf_advantages(**double(x), min_std=floor))
+
+
 @pytest.mark.parametrize("counted", [0, 1])
 def test_whitening_does_not_scale_one_element_or_none(counted):
     x, mask = torch.tensor([3.0, 5.0]), torch.tensor([counted == 1, False])
@@ -114,6 +164,9 @@ mine = slice(0, 2) if rank == 0 else slice(2, 7)
 whole = ppo.masked_whiten(x, mask)
 part = ppo.masked_whiten(x[mine], mask[mine], group=dist.group.WORLD)
 assert (part - whole[mine]).abs().max() < 1e-5, (part - whole[mine]).abs().max()
+for floor in (20.0, torch.tensor(20.0)):
+    part = ppo.masked_whiten(x[mine], mask[mine], group=dist.group.WORLD, min_std=floor)
+    assert (part - ppo.masked_whiten(x, mask, min_std=20.0)[mine]).abs().max() < 1e-6
 alone = ppo.masked_whiten(x[mine], mask[mine])
 assert (alone - whole[mine]).abs().max() > 1e-3, "the split makes no difference, so nothing is shown"
 dist.barrier()

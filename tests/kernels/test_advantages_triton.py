@@ -11,6 +11,7 @@ import torch
 from support import variants
 from support.accuracy import assert_error_at_most_twice_eager as assert_close
 from support.backends import TORCH, TRITON
+from support.backends import values_unread as values_unread_fixture
 from torch import Tensor
 
 import ppo_fast as ppo
@@ -19,6 +20,7 @@ from ppo_fast.kernels.advantages import eager, launch
 from ppo_fast.kernels.advantages.options import WhiteningOptions
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
+values_unread = values_unread_fixture
 ROOT = Path(__file__).parents[2]
 KERNELS = ("advantages_kernel", "whiten_kernel", "moments_kernel", "merge_kernel", "shape_kernel")
 DTYPES = [torch.float16, torch.float32, torch.bfloat16]
@@ -117,12 +119,34 @@ def test_token_scores_match_the_reference(device):
     check(device, "shape_rewards", **x, score_clip=0.5)
 
 
-@pytest.mark.parametrize("option", [{"whiten": False}, {"shift_mean": False}, {"unbiased": False}, {"eps": 0.5}])
+@pytest.mark.parametrize(
+    "option", [{"whiten": False}, {"shift_mean": False}, {"unbiased": False}, {"eps": 0.5}, {"min_std": 3.0}]
+)
 def test_options_of_whitening_match_the_reference(device, option):
     check(device, "rlhf_advantages", **make(5, 9), **option)
     if "whiten" not in option:
         x = make(5, 9)
         check(device, "masked_whiten", x=x["values"], mask=x["mask"], **option)
+
+
+@pytest.mark.usefixtures("values_unread")
+@pytest.mark.parametrize("floor", [0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_min_std_is_read_on_the_device(device, floor, dtype):
+    """The spread is about 1: a floor below it changes no bit."""
+    x, given = make(5, 9), torch.tensor(floor, dtype=dtype)
+    check(device, "masked_whiten", x=x["values"], mask=x["mask"], min_std=given)
+    check(device, "rlhf_advantages", **x, min_std=given)
+    x = on(device, x)
+    plain = TRITON.masked_whiten(x["values"], x["mask"])
+    floored = TRITON.masked_whiten(x["values"], x["mask"], min_std=given.to(device))
+    assert torch.equal(floored, plain) == (floor < 1)
+
+
+def test_equal_elements_with_min_std_are_zero_without_eps(device):
+    x = torch.full((5,), 3.0, device=device)
+    assert TRITON.masked_whiten(x, eps=0.0).isnan().all()
+    assert not TRITON.masked_whiten(x, eps=0.0, min_std=0.1).any()
 
 
 def test_whitening_takes_any_shape_with_and_without_a_mask(device):
@@ -305,6 +329,29 @@ def test_compiled_code_is_reused_for_other_lengths_and_coefficients():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_compiled_code_is_reused_for_other_values_of_min_std(backend, as_tensor):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(x: Inputs, floor: float | Tensor) -> tuple[Tensor, ...]:
+        out = ppo.rlhf_advantages(**x, min_std=floor, backend=backend)
+        return out.advantages, ppo.masked_whiten(out.rewards, x["mask"], min_std=floor, backend=backend)
+
+    x = make(4, 9)
+    for i in range(12):
+        floor = 0.1 + 0.3 * i
+        out = TORCH.rlhf_advantages(**x, min_std=floor)
+        expected = out.advantages, TORCH.masked_whiten(out.rewards, x["mask"], min_std=floor)
+        for a, e in zip(compiled(x, torch.tensor(floor) if as_tensor else floor), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= (1 if as_tensor else 2)
+
+
 WORKER = """
 import sys, torch, torch.distributed as dist
 import ppo_fast as ppo
@@ -323,6 +370,8 @@ group = dist.group.WORLD
 whole = ppo.masked_whiten(x, mask, backend="triton")
 part = ppo.masked_whiten(x[mine], mask[mine], group=group, backend="triton")
 assert (part - whole[mine]).abs().max() < 1e-5, (part - whole[mine]).abs().max()
+part = ppo.masked_whiten(x[mine], mask[mine], group=group, min_std=20.0, backend="triton")
+assert (part - ppo.masked_whiten(x, mask, min_std=20.0, backend="triton")[mine]).abs().max() < 1e-6
 alone = ppo.masked_whiten(x[mine], mask[mine], backend="triton")
 assert (alone - whole[mine]).abs().max() > 1e-3, "the split makes no difference, so nothing is shown"
 whole = ppo.rlhf_advantages(scores, logprobs, refs, x, mask, backend="triton")

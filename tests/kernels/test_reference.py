@@ -177,6 +177,9 @@ def test_whitening_by_hand():
     torch.testing.assert_close(reference.masked_whiten(x, mask, unbiased=False, eps=0.0), tensor(-1.0, 1.0, 0.0))
     kept = reference.masked_whiten(x, mask, unbiased=False, eps=0.0, shift_mean=False)
     torch.testing.assert_close(kept, tensor(1.0, 3.0, 0.0))
+    for floor in (4.0, tensor(4.0)[0]):  # the standard deviation is 1
+        torch.testing.assert_close(reference.masked_whiten(x, mask, min_std=floor), tensor(-0.25, 0.25, 0.0))
+    assert torch.equal(reference.masked_whiten(x, mask, min_std=0.5), reference.masked_whiten(x, mask))
     one = torch.tensor([False, True, False])
     assert reference.masked_whiten(x, one).tolist() == [0, 0, 0]
     assert not reference.masked_whiten(x, torch.zeros(3, dtype=torch.bool)).any()

@@ -1,5 +1,6 @@
 """OUT/critic: what a run has learned about values is saved, and another run starts from it."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,27 @@ from ppo_fast.common.errors import UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.critic import Critic
 from ppo_fast.llm.models.critic_folder import VALUE_HEAD, load_critic
+from ppo_fast.llm.models.critic_origin import ORIGIN, check_origin
+from ppo_fast.llm.models.loading import load_actor
 from ppo_fast.llm.trainer import PPOTrainer
 
 ROWS = [{"prompt": text} for text in ("abc", "one two", "x", "hello")]
 OPTIONS = {"total_steps": 1, "prompts_per_step": 4, "minibatches": 1, "max_new_tokens": 4, "quiet": True}
 
 
-def lengths(prompts: list[str], completions: list[str]) -> list[float]:
-    return [float(len(text)) for text in completions]
+def letters(prompts: list[str], completions: list[str]) -> list[float]:
+    return [
+        float(len(prompt) + sum(c.isalpha() for c in text)) for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
+def different(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(number) for number in range(len(completions))]
 
 
 def trained(out: Path, actor: torch.nn.Module, given: Critic | None = None, **options: object) -> PPOTrainer:
     config = PPOConfig(**OPTIONS | {"critic_lr": 1e-2, "out": str(out)} | options)
-    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, lengths, critic=given)
+    trainer = PPOTrainer(config, actor, byte_tokenizer(), ROWS, letters, critic=given)
     trainer.train()
     return trainer
 
@@ -52,18 +61,19 @@ def test_a_run_continues_with_the_critic_of_another(tmp_path: Path):
     first = trained(tmp_path / "first", tiny_llama())
     critic, _ = load_critic(tmp_path / "first" / "critic")
     second = trained(tmp_path / "second", tiny_llama(), critic)
-    assert first.recorded[0]["value"] == 0, "a new value head starts at zero"
-    assert second.recorded[0]["value"] != 0
+    row = first.recorded[0]
+    assert row["value"] == pytest.approx(row["value_mean"]), "a new value head starts at zero"
+    assert second.recorded[0]["value"] != pytest.approx(second.recorded[0]["value_mean"])
 
 
 def test_the_value_head_of_a_shared_critic_is_saved_alone(tmp_path: Path):
     trainer = trained(tmp_path / "first", tiny_llama(), critic="shared")
     folder = tmp_path / "first" / "critic"
-    assert [file.name for file in folder.iterdir()] == [VALUE_HEAD]
+    assert sorted(file.name for file in folder.iterdir()) == [ORIGIN, VALUE_HEAD]
     critic, _ = load_critic(folder)
     assert torch.equal(critic.head.weight, trainer.policy.critic.head.weight)
     second = trained(tmp_path / "second", trainer.actor, critic, critic="shared")
-    assert second.recorded[0]["value"] != 0
+    assert second.recorded[0]["value"] != pytest.approx(second.recorded[0]["value_mean"])
     with pytest.raises(UserError, match="a value head without a backbone: it needs critic = shared"):
         trained(tmp_path / "third", tiny_llama(), load_critic(folder)[0])
     wide = Critic(None, 48)
@@ -82,6 +92,12 @@ def test_a_damaged_value_head_is_named(tmp_path: Path):
         "NaN or infinite": good | {"bias": torch.tensor([torch.nan])},
         "cannot read the value head": {"weight": good["weight"]},
         "reads 8 numbers": good | {"weight": torch.zeros(1, 8)},
+        r"mean = 0.0, std = 0.0: it needs one number each, and std > 0": good
+        | {"mean": torch.tensor(0.0), "std": torch.tensor(0.0)},
+        r"mean = 0.0, std = -1.0": good | {"mean": torch.tensor(0.0), "std": torch.tensor(-1.0)},
+        "has NaN or infinite": good | {"mean": torch.tensor(torch.inf)},
+        r"std = \[1.0, 1.0\]": good | {"std": torch.ones(2)},
+        "cannot read the value head in": {name: x for name, x in good.items() if name != "std"},
     }
     for message, head in damaged.items():
         save_file(head, folder / VALUE_HEAD)
@@ -91,6 +107,24 @@ def test_a_damaged_value_head_is_named(tmp_path: Path):
     (folder / VALUE_HEAD).write_bytes(b"no file of safetensors")
     with pytest.raises(UserError, match="cannot read the value head"):
         load_critic(folder)
+
+
+def test_the_scale_of_values_is_saved(tmp_path: Path):
+    trainer = trained(tmp_path, tiny_llama())
+    critic, _ = load_critic(tmp_path / "critic")
+    for name in ("value_mean", "value_std"):
+        assert torch.equal(getattr(critic, name), getattr(trainer.critic, name)), name
+    assert critic.value_std not in (0.0, 1.0)
+
+
+def test_a_head_without_a_scale_predicts_in_units_of_the_reward(tmp_path: Path):
+    trainer = trained(tmp_path, tiny_llama(), critic="shared")
+    file = tmp_path / "critic" / VALUE_HEAD
+    save_file({name: x for name, x in load_file(file).items() if name in ("weight", "bias")}, file)
+    critic, _ = load_critic(tmp_path / "critic")
+    assert (critic.value_mean.item(), critic.value_std.item()) == (0.0, 1.0)
+    hidden = torch.randn(3, critic.head.in_features)
+    assert torch.equal(critic(hidden), trainer.critic.normalized(hidden))
 
 
 def test_a_folder_without_a_critic_is_rejected(tmp_path: Path):
@@ -108,3 +142,38 @@ def test_without_weights_the_critic_has_the_same_layout(tmp_path: Path):
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     layouts = [[(n, p.shape, p.dtype) for n, p in model.named_parameters()] for model in (whole, empty)]
     assert layouts[0] == layouts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_a_critic_is_accepted_with_the_models_of_its_run_and_with_no_other(tmp_path: Path, critic: str, dtype):
+    save_tiny_model(tmp_path / "start")
+    tiny_llama(258).to(dtype).save_pretrained(tmp_path / "start")
+    actor, tokenizer = load_actor(tmp_path / "start")
+    start = copy.deepcopy(actor)
+    config = PPOConfig(**OPTIONS | {"lr": 1e-2, "out": str(tmp_path / "run"), "critic": critic})
+    PPOTrainer(config, actor, tokenizer, ROWS, different).train()
+    folder = tmp_path / "run" / "critic"
+    trained_, its_tokenizer = load_actor(tmp_path / "run" / "model")
+    for model in (start, trained_):
+        check_origin(folder, model, its_tokenizer)
+    if dtype == torch.bfloat16:
+        with pytest.raises(UserError, match="belongs to another model"):
+            check_origin(folder, actor, tokenizer)  # as before it was rounded: no folder has it
+    with pytest.raises(UserError, match="belongs to another model: give the model that it was trained with"):
+        check_origin(folder, tiny_llama(seed=1), tokenizer)
+    with pytest.raises(UserError, match="belongs to another tokenizer"):
+        check_origin(folder, start, byte_tokenizer(pad=False))
+    (folder / ORIGIN).write_text("{}")
+    with pytest.raises(UserError, match=r"origin\.json was not written by ppo-fast"):
+        check_origin(folder, start, tokenizer)
+    (folder / ORIGIN).unlink()
+    check_origin(folder, tiny_llama(seed=1), tokenizer)
+
+
+def test_the_critic_of_a_run_with_adapters_fits_any_model_of_its_tokenizer(tmp_path: Path):
+    pytest.importorskip("peft", reason='peft is not installed: pip install "ppo_fast[peft]"')
+    trained(tmp_path, tiny_llama(), lora_rank=2)
+    check_origin(tmp_path / "critic", tiny_llama(seed=1), byte_tokenizer())
+    with pytest.raises(UserError, match="belongs to another tokenizer"):
+        check_origin(tmp_path / "critic", tiny_llama(), byte_tokenizer(pad=False))

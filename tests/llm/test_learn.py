@@ -422,6 +422,7 @@ def test_the_loss_in_packs_is_that_of_the_whole_batch():
     scores = torch.tensor(rollout.scores)
     rewards, _ = ppo.shape_rewards(scores, logprobs, logprobs, mask, kl_coef=0.0)
     advantages, returns = ppo.gae(rewards, values, mask=mask)
+    values, returns = trainer.critic.normalize(values), trainer.critic.normalize(returns)
     out = ppo.ppo_loss(
         logprobs, values, logprobs, values, advantages, returns, mask, entropy=entropy, entropy_coef=0.02
     )

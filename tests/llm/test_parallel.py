@@ -434,7 +434,7 @@ def commanded(folder: Path, arguments: list[str]) -> dict[str, Any]:
         return history
 
     run_training = PPOTrainer.train
-    fixed = mock.patch("ppo_fast.llm.trainer.GenerateSampler", return_value=Fixed())
+    fixed = mock.patch("ppo_fast.llm.setup.GenerateSampler", return_value=Fixed())
     with fixed, mock.patch.object(PPOTrainer, "train", run_to_the_end):
         largest.__enter__()
         assert train.train(parsed, *train.resolve(parsed, train_parser)) == 0

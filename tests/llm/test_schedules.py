@@ -1,5 +1,7 @@
 """Learning rates, target_kl and controllers: they follow PPO steps, however many updates a step makes."""
 
+import itertools
+
 import pytest
 import torch
 from support.tiny import byte_tokenizer, tiny_llama
@@ -89,18 +91,23 @@ def test_target_kl_stops_the_actor_alone(critic):
     assert all(p.grad is None for p in trainer.policy.parameters())
 
 
-def test_after_the_stop_the_actor_stays_as_it_is(monkeypatch):
-    trainer = trainer_of(target_kl=1e-9, lr=3e-2, epochs=4, minibatches=1)
-    weights = []
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_after_the_stop_the_actor_stays_as_it_is_and_the_critic_learns(monkeypatch, critic):
+    trainer = trainer_of(target_kl=1e-9, lr=3e-2, epochs=4, minibatches=1, critic=critic)
+    start, actors, critics = snapshot(trainer.actor), [], []
     step = trainer.learner.optimizers.critic.step
 
     def watched():
         step()
-        weights.append(snapshot(trainer.actor))
+        actors.append(snapshot(trainer.actor))
+        critics.append(snapshot(trainer.critic))
 
     monkeypatch.setattr(trainer.learner.optimizers.critic, "step", watched)
-    trainer.step()
-    assert all(torch.equal(weights[0][name], weights[-1][name]) for name in weights[0])
+    assert trainer.step()["updates"] == 1
+    assert changed(trainer.actor, start)
+    assert all(torch.equal(actors[0][name], actors[-1][name]) for name in actors[0])
+    for before, after in itertools.pairwise(critics):
+        assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_critic_warm_up_computes_no_hidden_states_of_the_actor():

@@ -107,6 +107,15 @@ BAD = {
     "no mask for rewards": (lambda: reward(mask=None), TypeError, "mask must be a bool tensor"),
     "token scores after the end": (lambda: reward(scores=F, reward_at="after_last"), ValueError, "one score for each"),
     "negative eps": (lambda: ppo.masked_whiten(F, MASK, eps=-1.0), ValueError, "eps must not be negative"),
+    "negative min_std": (lambda: ppo.masked_whiten(F, MASK, min_std=-1.0), ValueError, "min_std must be a finite"),
+    "infinite min_std": (lambda: ppo.masked_whiten(F, min_std=torch.inf), ValueError, "not negative, got inf"),
+    "min_std NaN in a tensor": (
+        lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F, MASK, min_std=torch.tensor(torch.nan)),
+        ValueError,
+        "min_std must be a finite number and not negative, got nan",
+    ),
+    "min_std for each row": (lambda: ppo.masked_whiten(F, min_std=torch.ones(2)), ValueError, r"0-dim.*\(2,\)"),
+    "min_std an integer": (lambda: ppo.masked_whiten(F, min_std=torch.tensor(1)), TypeError, "min_std must be float"),
     "values per sequence": (
         lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F[:, 0], MASK),
         ValueError,

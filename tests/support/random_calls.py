@@ -228,7 +228,7 @@ def advantages(r: Inputs) -> Call:
     if not whole:
         return lambda backend: list(ppo.shape_rewards(scores, logprobs, refs, mask, **options, backend=backend))
     options |= {"gamma": r.choose(1.0, 0.9), "lam": r.choose(0.95, 1)} | {"whiten": r.chance(0.7)}
-    options |= {"shift_mean": r.chance(0.7), "unbiased": r.chance(0.7)}
+    options |= {"shift_mean": r.chance(0.7), "unbiased": r.chance(0.7), "min_std": r.choose(0.0, 0.0, 1.5)}
     for name in ("gamma", "lam"):
         if r.chance(0.2):
             options[name] = r.normal((B,)).abs().clamp(max=1.0)
@@ -255,7 +255,7 @@ def single_process_group() -> Iterator[dist.ProcessGroup | None]:
 def masked_whiten(r: Inputs) -> Call:
     shape = r.choose((1,), (7,), (5, 20), (3, 1024), (2, 1500), (3, 4, 5), (2, 256))
     x, mask = r.normal(shape, r.choose(*FLOATS)), r.maybe_mask(shape)
-    options = {"shift_mean": r.chance(0.7), "unbiased": r.chance(0.7)}
+    options = {"shift_mean": r.chance(0.7), "unbiased": r.chance(0.7), "min_std": r.choose(0.0, 0.0, 1.5)}
     grouped = r.chance(0.1)
 
     def call(backend: str) -> list[Tensor]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ppo_fast.common.device import has_weights
 from ppo_fast.common.errors import UserError
 from ppo_fast.llm.models.head import decoder_of, input_embedding, without_cache
+from ppo_fast.llm.sharding import local_part
 
 
 def hidden_size_of(decoder: nn.Module) -> int:
@@ -25,8 +26,15 @@ def hidden_size_of(decoder: nn.Module) -> int:
 class Critic(nn.Module):
     """V(s) of each prefix: a linear value head on hidden states, of its own backbone or, without one, of the actor's.
 
-    The head starts at zero (openai/lm-human-preferences): the first values are 0 instead of noise.
+    V = value_mean + value_std v in units of the reward, where the head predicts v = w h + b (van Hasselt et al. 2016,
+    "Learning values across many orders of magnitude", PopArt). The two numbers are buffers; a run moves them with
+    `rescale`, and a critic without a scale of its own has 0 and 1: its head predicts V.
+
+    The head starts at zero (openai/lm-human-preferences): the first values are equal instead of noise.
     """
+
+    value_mean: Tensor  # 0-dim fp32
+    value_std: Tensor  # 0-dim fp32, > 0
 
     def __init__(self, backbone: nn.Module | None, width: int) -> None:
         super().__init__()
@@ -34,6 +42,8 @@ class Critic(nn.Module):
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.register_buffer("value_mean", torch.tensor(0.0))
+        self.register_buffer("value_std", torch.tensor(1.0))
 
     @classmethod
     def from_actor(cls, actor: nn.Module) -> "Critic":
@@ -70,6 +80,33 @@ class Critic(nn.Module):
         return critic.requires_grad_(True)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[n, D] hidden states -> [n] values. In fp32 under autocast, too: returns are regressed on them."""
+        """[n, D] hidden states -> [n] values V in units of the reward, fp32 under autocast, too."""
+        return self.denormalize(self.normalized(hidden))
+
+    def normalized(self, hidden: Tensor) -> Tensor:
+        """[n, D] hidden states -> [n] outputs v of the head, fp32 under autocast, too: returns are regressed on it."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def normalize(self, values: Tensor) -> Tensor:
+        """Convert values or returns from units of the reward to those of the head: (V - value_mean) / value_std."""
+        return (values - self.value_mean) / self.value_std
+
+    def denormalize(self, outputs: Tensor) -> Tensor:
+        """Convert outputs of the head to units of the reward: value_mean + value_std v."""
+        return self.value_mean + self.value_std * outputs
+
+    @torch.no_grad()
+    def rescale(self, mean: float | Tensor, std: float | Tensor) -> Tensor:
+        """Change value_mean and value_std (mu', sigma'), and the head so that no value V changes; return the factor k.
+
+        w' = k w and b' = k b + (mu - mu') / sigma' with k = sigma / sigma', a device scalar. A sharded head (FSDP2)
+        must be in its shards; all processes give the same numbers.
+        """
+        before_mean, before_std = self.value_mean.clone(), self.value_std.clone()
+        self.value_mean.copy_(torch.as_tensor(mean))
+        self.value_std.copy_(torch.as_tensor(std))
+        factor = before_std / self.value_std
+        local_part(self.head.weight).mul_(factor)
+        local_part(self.head.bias).mul_(factor).add_((before_mean - self.value_mean) / self.value_std)
+        return factor

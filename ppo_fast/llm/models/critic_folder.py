@@ -16,12 +16,14 @@ from ppo_fast.llm.models.reward_model import load_reward_model
 from ppo_fast.llm.models.weights import check_folder, load_structure, load_weights
 
 VALUE_HEAD = "value_head.safetensors"
+# tensors of this file, and their names in a critic's state dict
+HEAD = {"weight": "head.weight", "bias": "head.bias", "mean": "value_mean", "std": "value_std"}
 
 
 def write_critic(
     critic: Critic, backbone: nn.Module | None, folder: Path, weights: Mapping[str, Tensor] | None
 ) -> None:
-    """Write the value head and, of a critic with a backbone of its own, the backbone, to a folder.
+    """Write the value head with its scale and, of a critic with a backbone of its own, the backbone, to a folder.
 
     Args:
         critic: the critic.
@@ -30,8 +32,8 @@ def write_critic(
         weights: the critic's state dict, where it has only a shard of each (FSDP2).
     """
     state = critic.state_dict() if weights is None else weights
-    head = {name: state[f"head.{name}"].detach().float().cpu().contiguous() for name in ("weight", "bias")}
-    save_file(head, folder / VALUE_HEAD)
+    saved = {name: state[key].detach().float().cpu().contiguous() for name, key in HEAD.items()}
+    save_file(saved, folder / VALUE_HEAD)
     if isinstance(backbone, PreTrainedModel):
         prefix = "backbone."
         whole = (
@@ -65,20 +67,28 @@ def load_critic(folder: Path, *, weights: bool = True) -> tuple[Critic, None]:
     if backbone is not None and weights and width != hidden_size_of(backbone):
         raise UserError(f"{folder / VALUE_HEAD} reads {width} numbers, but the critic in {folder} gives another number")
     critic = Critic(backbone, width)
-    critic.head.load_state_dict(head)
+    critic.load_state_dict({HEAD[name]: x for name, x in head.items()}, strict=False)  # the backbone is loaded already
     if backbone is not None and not weights:
         critic.head.to("meta")
     return critic.eval().requires_grad_(True), None
 
 
 def _read_head(file: Path) -> dict[str, Tensor]:
+    """The tensors of HEAD; without a scale, as in older files, the head predicts in units of the reward."""
     try:
         with safe_open(file, framework="pt") as opened:
-            head = {name: opened.get_tensor(name) for name in ("weight", "bias")}
+            scaled = not {"mean", "std"}.isdisjoint(opened.keys())
+            head = {name: opened.get_tensor(name) for name in (HEAD if scaled else ("weight", "bias"))}
     except Exception as error:  # safetensors raises errors of its own class for a damaged file
         raise UserError(f"cannot read the value head in {file}: {first_line(error)}") from error
     if head["weight"].ndim != 2 or head["weight"].shape[0] != 1 or head["bias"].shape != (1,):
         raise UserError(f"cannot read the value head in {file}: its weight is {list(head['weight'].shape)}, not [1, D]")
     if not all(x.isfinite().all() for x in head.values()):
         raise UserError(f"the value head in {file} has NaN or infinite values")
-    return head
+    scale = [head.setdefault(name, torch.tensor(x)) for name, x in (("mean", 0.0), ("std", 1.0))]
+    if any(x.numel() != 1 for x in scale) or not head["std"].item() > 0:
+        raise UserError(
+            f"the value head in {file} has the scale mean = {head['mean'].tolist()}, std = {head['std'].tolist()}: it"
+            " needs one number each, and std > 0"
+        )
+    return {name: x.reshape(()) if name in ("mean", "std") else x for name, x in head.items()}

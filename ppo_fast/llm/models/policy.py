@@ -39,7 +39,10 @@ from ppo_fast.ops.checks import Aggregation, KLEstimator
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What actor and critic compute of a pack without gradients: [n] fp32 each, and [S] after the last token."""
+    """What actor and critic compute of a pack without gradients: [n] fp32 each, and [S] after the last token.
+
+    Values are in units of the reward.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -53,7 +56,7 @@ class LossInputs:
 
     old_logprobs: Tensor
     advantages: Tensor
-    old_values: Tensor
+    old_values: Tensor  # in units of the critic's head, as the returns
     returns: Tensor
     ref_logprobs: Tensor | None  # for a KL term in the loss
     weights: Tensor | None  # truncated importance weights, sampler to trainer
@@ -153,7 +156,7 @@ class Policy(nn.Module):
             if train_actor:
                 loss, stats = self._policy_loss(pack, inputs, hidden)
             values = ppo.value_loss(
-                self.critic(self._critic_states(pack, hidden)[pack.logit_positions]),
+                self.critic.normalized(self._critic_states(pack, hidden)[pack.logit_positions]),
                 inputs.old_values,
                 inputs.returns,
                 clip=config.value_clip,
@@ -169,6 +172,11 @@ class Policy(nn.Module):
             states = self._critic_states(pack, hidden)
             values, after = self.critic(states[pack.logit_positions]), self.critic(states[pack.last])
             return PolicyOutput(logprobs, entropy, values, bootstrap_values=after)
+
+    def value_states(self, pack: Pack) -> Tensor:
+        """[n, D]: the hidden states that the value head reads at the pack's counted tokens."""
+        with self.autocast():
+            return self._critic_states(pack, None)[pack.logit_positions]
 
     def adapter_logprobs(self, pack: Pack, reference: AdapterReference) -> Tensor:
         """Log-probabilities [n] under the actor's own weights without, or with other, adapters."""

@@ -332,14 +332,25 @@ def _shared(role: str, owner: str, name: str) -> str:
     )
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Hash the values of all parameters; the hash is the same on every device, in any order of summation."""
+def weights_hash(model: nn.Module, *, rounded: torch.dtype | None = None) -> str:
+    """Hash the values of all parameters; the hash is the same on every device, in any order of summation.
+
+    Args:
+        model: whose parameters are hashed.
+        rounded: hash them as they are after they were saved in this dtype and loaded in their own; None: as they are.
+    """
     found = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = dict(model.named_parameters())
-    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters.values()]
-    device = bits[0].device  # of all sums: one copy to the host instead of one for each parameter
-    sums = torch.stack([x.sum(dtype=torch.int64).to(device) for x in bits]).tolist()
+    device = next(iter(parameters.values())).device  # of all sums: one copy to the host instead of one for each
+
+    def sum_of_bits(p: Tensor) -> Tensor:
+        x = p.detach()
+        if rounded is not None and x.is_floating_point():
+            x = x.to(rounded).to(x.dtype)  # of one parameter at a time: a GPU may have no memory for all
+        return x.contiguous().view(integers[x.element_size()]).sum(dtype=torch.int64).to(device)
+
+    sums = torch.stack([sum_of_bits(p) for p in parameters.values()]).tolist()
     for (name, p), total in zip(parameters.items(), sums, strict=True):
         found.update(f"{name} {tuple(p.shape)} {p.dtype} {total}\n".encode())
     return found.hexdigest()[:16]

@@ -28,7 +28,7 @@ from ppo_fast.llm.models.frozen import is_stored, widen_frozen
 from ppo_fast.llm.models.head import LanguageModel, text_config, unwrap_peft
 from ppo_fast.llm.models.loading import source_dtype
 from ppo_fast.llm.models.reference import is_adapted
-from ppo_fast.llm.models.weights import no_loading_bars
+from ppo_fast.llm.models.weights import no_loading_bars, weights_hash
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,7 +80,12 @@ def save_model(
 
 
 def save_critic(
-    critic: Critic, tokenizer: PreTrainedTokenizerBase, folder: Path, *, weights: dict[str, Tensor] | None = None
+    critic: Critic,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a folder that `load_critic` loads: the value head and, of a critic of its own, the backbone in fp32.
 
@@ -89,6 +94,7 @@ def save_critic(
         tokenizer: of the actor.
         folder: an earlier one is replaced.
         weights: the critic's state dict, where it has only a shard of each (FSDP2).
+        texts: files to add by name, such as origin.json.
 
     Raises:
         UserError: it cannot be written; an earlier folder is unchanged.
@@ -99,6 +105,8 @@ def save_critic(
             backbone = merged(cast(LanguageModel, backbone)) if is_adapted(backbone) else backbone
             tokenizer.save_pretrained(new)
         write_critic(critic, backbone, new, weights)
+        for name, text in (texts or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -173,6 +181,11 @@ def saved_dtype(actor: nn.Module, config: PPOConfig) -> torch.dtype | None:
     if config.save_dtype != "auto":
         return getattr(torch, config.save_dtype)
     return None if _saves_adapters(actor, config) else source_dtype(actor)
+
+
+def saved_hash(actor: LanguageModel, config: PPOConfig) -> str | None:
+    """`weights_hash` of the actor that `load_actor` loads from OUT/model; None: not known, because of adapters."""
+    return None if is_adapted(actor) else weights_hash(actor, rounded=saved_dtype(actor, config))
 
 
 def _saves_adapters(actor: nn.Module, config: PPOConfig) -> bool:
