@@ -232,6 +232,8 @@ def advantages(r: Inputs) -> Call:
     for name in ("gamma", "lam"):
         if r.chance(0.2):
             options[name] = r.normal((B,)).abs().clamp(max=1.0)
+    if r.chance(0.5):
+        options["critic_lam"] = r.choose(1, 0.9, r.normal((B,)).abs().clamp(max=1.0))
     if r.chance(0.3):
         options["bootstrap"] = r.normal((B,), r.choose(dtype, torch.float32))
 
