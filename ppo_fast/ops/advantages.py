@@ -255,7 +255,7 @@ def rlhf_advantages(
     Args:
         scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator, score_clip, reward_at: as in `shape_rewards`.
         values: [B, T]. gamma, lam, bootstrap: as in `gae`.
-        critic_lam: lambda of the returns, a float in [0, 1] or a tensor with one for each row [B]; None: the same as lam.
+        critic_lam: lambda of the returns, a float in [0, 1] or a tensor [B] with one for each row; None: that of lam.
         whiten: False leaves the advantages as they are. shift_mean, unbiased, eps, min_std, group: as in
             `masked_whiten`.
 

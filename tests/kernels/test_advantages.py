@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def make(B: int = 5, T: int = 9, seed: int = 0) -> dict[str, Tensor]:
     return spoiled | {"scores": scores, "mask": mask}
 
 
-def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
+def double(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in options.items()}
 
 
 def close(actual: tuple, truth: tuple) -> None:
@@ -155,13 +156,19 @@ def test_rlhf_advantages_match_the_reference(whiten, reward_at):
     close(TORCH.rlhf_advantages(**x, **options), reference.rlhf_advantages(**double(x), **truth_options))
 
 
-CRITIC_LAMS = [1.0, 0.0, torch.tensor(0.7), torch.linspace(0, 1, 5), torch.linspace(0, 1, 5).double()]
+CRITIC_LAMS = {
+    "1": 1.0,
+    "0": 0.0,
+    "in a tensor": torch.tensor(0.7),
+    "of rows": torch.linspace(0, 1, 5),
+    "of rows in fp64": torch.linspace(0, 1, 5).double(),
+}
 
 
 @pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
-@pytest.mark.parametrize("critic_lam", CRITIC_LAMS, ids=str)
-def test_returns_have_a_lambda_of_their_own(monkeypatch, numba, reward_at, critic_lam):
+@pytest.mark.parametrize("kind", CRITIC_LAMS)
+def test_returns_have_a_lambda_of_their_own(monkeypatch, numba, reward_at, kind):
     if not numba:
         monkeypatch.setattr(eager, "numba_works", lambda: False)
         monkeypatch.setattr(gae_eager, "numba_works", lambda: False)
@@ -169,7 +176,7 @@ def test_returns_have_a_lambda_of_their_own(monkeypatch, numba, reward_at, criti
     if reward_at == "after_last":
         x["values"] = torch.where(x["mask"], x["values"], 0.25)
     for lam, gamma in ((0.8, 0.9), (torch.rand(5), torch.rand(5)), (1.0, 1)):
-        options = dict(gamma=gamma, lam=lam, kl_coef=0.2, critic_lam=critic_lam, reward_at=reward_at)
+        options = dict(gamma=gamma, lam=lam, kl_coef=0.2, critic_lam=CRITIC_LAMS[kind], reward_at=reward_at)
         actual = TORCH.rlhf_advantages(**x, **options, bootstrap=torch.ones(5))
         close(actual, reference.rlhf_advantages(**double(x), **double(options), bootstrap=torch.ones(5).double()))
         del options["critic_lam"]
