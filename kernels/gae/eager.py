@@ -224,10 +224,10 @@ def _gae_of_two_lambdas(
         from ppo_fast.kernels.gae import cpu
 
         dtype, rows = float_dtype(rewards, values), len(values)
-        floats = [x.detach().to(dtype).contiguous() for x in (rewards, values)]
+        rewards, values = (x.detach().to(dtype).contiguous() for x in (rewards, values))
         gamma, lam, critic_lam = (_per_row(x, rows, dtype) if isinstance(x, Tensor) else float(x) for x in numbers)
         bootstrap = None if options.bootstrap is None else _per_row(options.bootstrap, rows, dtype)
-        return cpu.gae_of_two_lambdas(*floats, mask.contiguous(), gamma, lam, critic_lam, bootstrap)
+        return cpu.gae_of_two_lambdas(rewards, values, mask.contiguous(), gamma, lam, critic_lam, bootstrap)
     advantages, _ = gae(rewards, values, options._replace(critic_lam=None))
     _, returns = gae(rewards, values, options._replace(lam=critic_lam, critic_lam=None))
     return advantages, returns

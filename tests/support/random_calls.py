@@ -215,7 +215,7 @@ def gae(r: Inputs) -> Call:
 
 def advantages(r: Inputs) -> Call:
     """shape_rewards and rlhf_advantages."""
-    B, T = r.choose((1, 1), (5, 20), (3, 32), (3, 64), (2, 600), (1, 2500), (2, 3000), (3, 1024))
+    B, T = r.choose((1, 1), (5, 20), (3, 32), (3, 64), (2, 600), (1, 2101), (1, 2500), (2, 3000), (3, 1024))
     dtype = r.choose(*FLOATS)
     other = r.choose(dtype, dtype, *FLOATS)
     logprobs, refs, values = (r.normal((B, T), d) for d in (dtype, r.choose(dtype, other), other))
