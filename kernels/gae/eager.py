@@ -152,6 +152,8 @@ def _gae_vectorised(
 
 def _per_row(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """A contiguous [rows] tensor from one number, or from one for each row."""
+    if x.dtype is dtype and x.ndim == 1 and x.is_contiguous():
+        return x.detach()
     x = x.detach().to(dtype)
     return (x.expand(rows) if x.ndim == 0 else x.reshape(rows)).contiguous()
 

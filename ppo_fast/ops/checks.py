@@ -228,8 +228,8 @@ def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.d
         device(name, x, place, "rewards")
         inside = not readable(x) or x.numel() == 0
         if not inside:
-            lowest, highest = x.aminmax()  # NaN if there is one; a quarter of the time of two comparisons and `all`
-            inside = bool(lowest >= 0) and bool(highest <= 1)
+            lowest, highest = x.aminmax()  # NaN if there is one
+            inside = lowest.item() >= 0 and highest.item() <= 1
     else:
         inside = 0 <= x <= 1
     if not inside:
