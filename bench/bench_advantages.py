@@ -3,7 +3,8 @@
 rlhf_advantages is everything between scores and whitened advantages: KL penalty, score at the last token, GAE,
 whitening. "ppo_fast in three calls" is our own shape_rewards, gae and masked_whiten one after the other, which shows
 the gain of their fusion. verl whitens inside its GAE. OpenRLHF whitens a replay buffer, elsewhere; its function for one
-row at a time is included, so only its returns are compared.
+row at a time is included, so only its returns are compared. The same with critic_lam has returns of another lambda; it
+is to take the time of one lambda, and its baseline is two calls of eager.
 
 Bytes by design, per token: rewards read two log-probabilities and a mask and write rewards and KL (17); whitening reads
 x and a mask, then both again, and writes (14: its mean has to be known first); all of it reads three tensors and a
@@ -27,11 +28,18 @@ SHAPES = {
 }
 SHAPES["all"] = [*SHAPES["default"], (1024, 1024), (8, 32768)]
 PROVIDERS = ("ppo_fast", "eager", "torch.compile", "verl", "openrlhf")
-BYTES = {"shape_rewards": 17, "masked_whiten": 14, "rlhf_advantages": 41}
-KL_COEF, GAMMA, LAM = 0.05, 0.99, 0.95
+TWO_LAMBDAS = "rlhf_advantages, critic_lam"
+BYTES = {"shape_rewards": 17, "masked_whiten": 14, "rlhf_advantages": 41, TWO_LAMBDAS: 41}
+KL_COEF, GAMMA, LAM, CRITIC_LAM = 0.05, 0.99, 0.95, 1.0
 
 Step = Callable[[], list[Tensor]]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # scores [B], logprobs, ref_logprobs, values, mask [B, T]
+
+
+def providers_of(operation: str) -> tuple[str, ...]:
+    if operation == TWO_LAMBDAS:
+        return "ppo_fast", "eager"
+    return (*PROVIDERS, "ppo_fast in three calls") if operation == "rlhf_advantages" else PROVIDERS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(operation, provider, b, t, id=f"{operation}-B{b}-T{t}-{provider}")
         for operation in BYTES
         for b, t in shapes
-        for provider in (*PROVIDERS, *(["ppo_fast in three calls"] if operation == "rlhf_advantages" else []))
+        for provider in providers_of(operation)
     ]
     metafunc.parametrize(("operation", "provider", "B", "T"), cases)
 
@@ -58,12 +66,13 @@ def make(B: int, T: int, device: torch.device) -> Inputs:
 def of(module: object, operation: str, x: Inputs, **options: str) -> Step:
     """Our public operations, and the reference, which has the same signatures."""
     scores, logprobs, ref, values, mask = x
-    function = getattr(module, operation)
+    function = getattr(module, operation.partition(",")[0])
     if operation == "shape_rewards":
         return lambda: list(function(scores, logprobs, ref, mask, kl_coef=KL_COEF, **options))
     if operation == "masked_whiten":
         return lambda: [function(values, mask, **options)]
-    settings = dict(kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, **options)
+    critic_lam = CRITIC_LAM if operation == TWO_LAMBDAS else None
+    settings = dict(kl_coef=KL_COEF, gamma=GAMMA, lam=LAM, critic_lam=critic_lam, **options)
     return lambda: list(function(scores, logprobs, ref, values, mask, **settings))[:2]
 
 

@@ -414,6 +414,7 @@ def rlhf_advantages(
     reward_at: str = "last",
     gamma: float | Tensor = 1.0,
     lam: float | Tensor = 0.95,
+    critic_lam: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     whiten: bool = True,
     shift_mean: bool = True,
@@ -427,6 +428,9 @@ def rlhf_advantages(
     no part of the whitening, and its advantage is 0. score_mean and reward_mean: per sequence that has a counted step,
     scores before the clip, rewards summed over its steps. kl_mean: per counted token. return_mean: per step of gae.
     advantage_mean and advantage_std (unbiased or not, as asked): per counted token, before whitening.
+
+    With critic_lam the returns are R_t = A_t^(critic_lam) + V_t, and the advantages stay those of lam: decoupled GAE
+    (VC-PPO, Yuan et al. 2025, arXiv 2503.01491; VAPO, arXiv 2504.05118).
     """
     rewards, kl, *longer = shape_rewards(
         scores,
@@ -441,6 +445,8 @@ def rlhf_advantages(
     mask = mask.bool()
     steps = longer[0] if longer else mask
     raw, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=steps, bootstrap=bootstrap)
+    if critic_lam is not None:
+        _, returns = gae(rewards, values, gamma=gamma, lam=critic_lam, mask=steps, bootstrap=bootstrap)
     raw = torch.where(mask, raw, 0)
     advantages = raw
     if whiten:

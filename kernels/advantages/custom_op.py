@@ -54,7 +54,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None, options: WhiteningOptions, *, 
 def rlhf_advantages(
     tensors: AdvantageTensors,
     shaping: ShapingOptions,
-    gae_options: GAEOptions,  # of which it uses gamma, lam and bootstrap
+    gae_options: GAEOptions,  # of which it uses gamma, lam, critic_lam and bootstrap
     whitening: WhiteningOptions,
     *,
     whiten: bool,
@@ -67,10 +67,12 @@ def rlhf_advantages(
         _refuse_group(whitening.group)
         further = gae_options.gamma, gae_options.lam, whitening.eps, whitening.min_std
         numbers = *_numbers(shaping), *(as_tensor(x) for x in further)
+        critic_lam = None if gae_options.critic_lam is None else as_tensor(gae_options.critic_lam)
         flags = whiten, whitening.shift_mean, whitening.unbiased
         advantages, returns, rewards, kl, stats = _advantages_operator(
             *(x.detach() for x in tensors),
             *numbers,
+            critic_lam,
             gae_options.bootstrap,
             shaping.kl_estimator,
             shaping.reward_at,
@@ -167,6 +169,7 @@ def _run_advantages(
     lam: Tensor,
     eps: Tensor,
     min_std: Tensor,
+    critic_lam: Tensor | None,
     bootstrap: Tensor | None,
     kl_estimator: str,
     reward_at: str,
@@ -178,7 +181,12 @@ def _run_advantages(
 
     tensors = AdvantageTensors(scores, logprobs, ref_logprobs, values, mask)
     shaping = ShapingOptions(kl_coef.item(), kl_estimator, score_clip.item(), reward_at)
-    gae_options = GAEOptions(as_number(gamma), as_number(lam), bootstrap=bootstrap)
+    gae_options = GAEOptions(
+        as_number(gamma),
+        as_number(lam),
+        bootstrap=bootstrap,
+        critic_lam=None if critic_lam is None else as_number(critic_lam),
+    )
     whitening = WhiteningOptions(shift_mean, unbiased, eps.item(), as_number(min_std))
     return launch.rlhf_advantages(tensors, shaping, gae_options, whitening, whiten=whiten)
 
@@ -195,7 +203,8 @@ _advantages_operator = torch.library.custom_op(
     _run_advantages,
     mutates_args=(),
     schema="(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor kl_coef,"
-    " Tensor score_clip, Tensor gamma, Tensor lam, Tensor eps, Tensor min_std, Tensor? bootstrap, str kl_estimator,"
-    " str reward_at, bool whiten, bool shift_mean, bool unbiased) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor score_clip, Tensor gamma, Tensor lam, Tensor eps, Tensor min_std, Tensor? critic_lam, Tensor? bootstrap,"
+    " str kl_estimator, str reward_at, bool whiten, bool shift_mean, bool unbiased)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _advantages_operator.register_fake(_shapes_of_advantages)

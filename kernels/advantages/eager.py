@@ -171,7 +171,7 @@ def _mean(x: Tensor, counted: Tensor) -> Tensor:
 def rlhf_advantages(
     tensors: AdvantageTensors,
     shaping: ShapingOptions,
-    gae_options: GAEOptions,  # of which it uses gamma, lam and bootstrap
+    gae_options: GAEOptions,  # of which it uses gamma, lam, critic_lam and bootstrap
     whitening: WhiteningOptions,
     *,
     whiten: bool,

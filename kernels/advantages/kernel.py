@@ -3,6 +3,10 @@
 The scan is that of gae/kernel.py; each tile computes its rewards from log-probabilities, scores and mask. Whitening
 needs the moments of all rows, hence another launch (whiten_kernel.py): the scan stores the moments and sums of the
 values that each of its programs wrote.
+
+With TWO_LAMBDAS the returns have a lambda of their own. The same pass carries a second number per row,
+z_t = gamma V_t + gamma critic_lam A_t^(critic_lam), whose maps are composed like those of s_t: R_t = r_t + z_{t+1},
+while A_t = r_t - V_t + s_{t+1}. Nothing more is read or written per step.
 """
 
 import triton
@@ -152,17 +156,21 @@ def _shaped_span(
     inside,
     tiles,
     gamma,
-    decay,
-    s,
+    decays,  # gamma lam, and gamma critic_lam
+    after,  # s and z after the span
     sums,  # the moments of the advantages, (R, W), and sums of rewards, KL, returns, scores per token, (R, W // 4)
     WRITE: tl.constexpr,
+    TWO_LAMBDAS: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """gae/kernel.scan_span for shaped rewards. Returns the span's map and, with WRITE, the sums with this span's."""
+    """gae/kernel.scan_span for shaped rewards. Returns the span's maps and, with WRITE, the sums with this span's."""
+    s, z = after
+    decay, critic_decay = decays
     n, mean, m2, rewards, kls, returns, scores = sums
     span_a = tl.full([R], 1.0, tl.float32)
     span_b = tl.zeros([R], tl.float32)
+    critic_a, critic_b = span_a, span_b
     for j in range(tiles):
         t = tl.arange(0, W)[None, :] + (first + (tiles - 1 - j) * W)
         here = inside[:, None] & (t < T)
@@ -172,9 +180,15 @@ def _shaped_span(
         td_error = r - v
         a, b = step_maps(td_error, v, step, gamma[:, None], decay[:, None])
         following, tile_a, tile_b = row_tile(a, b, apply_map(span_a, span_b, s), R, W)
+        critic_following = following
+        if TWO_LAMBDAS:
+            a, b = step_maps(td_error, v, step, gamma[:, None], critic_decay[:, None])
+            entering = apply_map(critic_a, critic_b, z)
+            critic_following, critic_tile_a, critic_tile_b = row_tile(a, b, entering, R, W)
+            critic_a, critic_b = compose(critic_a, critic_b, critic_tile_a, critic_tile_b)
         if WRITE:
             advantage = tl.where(mask, td_error + following, 0.0)
-            value_target = tl.where(step, r + following, 0.0)
+            value_target = tl.where(step, r + critic_following, 0.0)
             tl.store(outputs[0] + t, advantage, mask=here)
             tl.store(outputs[1] + t, value_target, mask=here)
             tl.store(outputs[2] + t, r, mask=here)
@@ -185,7 +199,16 @@ def _shaped_span(
             returns += _lane_sums(value_target, R, W)
             scores += _lane_sums(token_scores, R, W)
         span_a, span_b = compose(span_a, span_b, tile_a, tile_b)
-    return span_a, span_b, n, mean, m2, rewards, kls, returns, scores
+    return (span_a, span_b), (critic_a, critic_b), (n, mean, m2, rewards, kls, returns, scores)
+
+
+@triton.jit
+def _critic_decay(numbers_ptr, present, gamma, critic_lam, rows, row, inside):
+    """gamma critic_lam of each row. The lambdas of the critic are the last of the numbers that are given."""
+    has_lams = is_given(present, 3)
+    before = (present & 1) + ((present >> 1) & 1) + ((present >> 2) & 1)
+    lams = tl.load(numbers_ptr + before.to(tl.int64) * rows + row, mask=inside & has_lams, other=0.0)
+    return gamma * tl.where(has_lams, lams, critic_lam)
 
 
 @triton.jit
@@ -211,23 +234,24 @@ def _store_sums(sums_ptr, sums, row_scores, rows, slots_beyond):
     tl.store(at + 8 * plane, n_all + slots_beyond)  # steps: counted ones, and slots after the last of them
 
 
-@triton.jit(do_not_specialize=list(range(26)))
+@triton.jit(do_not_specialize=list(range(27)))
 def advantages_kernel(
     logprobs_ptr,  # (rows, T), steps contiguous
     refs_ptr,
     values_ptr,
     mask_ptr,
     scores_ptr,  # (rows,), or (rows, T) per token
-    numbers_ptr,  # (1 to 3, rows): those of bootstrap, gammas, lams that are given
+    numbers_ptr,  # (1 to 4, rows): those of bootstrap, gammas, lams, critic_lams that are given
     advantages_ptr,  # (rows, T) without gaps, as the next three
     returns_ptr,
     rewards_ptr,
     kl_ptr,
-    maps_ptr,  # (2, spans, rows): the map of each span, if there is more than one launch of this kernel
+    maps_ptr,  # (2 or 4, spans, rows): the maps of each span, if there is more than one launch of this kernel
     sums_ptr,  # (9, programs)
-    present: tl.int32,  # bits 0 to 3: bootstrap, gammas, lams are given, and scores are per token
+    present: tl.int32,  # bits 0 to 4: bootstrap, gammas, lams, critic_lams are given, and scores are per token
     gamma: tl.float32,
     lam: tl.float32,
+    critic_lam: tl.float32,
     kl_coef: tl.float32,
     clip: tl.float32,
     kind: tl.int32,  # which estimator
@@ -239,6 +263,7 @@ def advantages_kernel(
     v_stride: tl.int64,
     m_stride: tl.int64,
     score_stride: tl.int64,
+    TWO_LAMBDAS: tl.constexpr,  # returns by critic_lam; else critic_lam is not used
     WRITE: tl.constexpr,  # False: only compose the maps of all spans but the first, one span in a program
     ALIGNED: tl.constexpr,  # T is a multiple of 4, and each row starts at a multiple of 4 elements
     R: tl.constexpr,
@@ -249,7 +274,7 @@ def advantages_kernel(
         T = T // 4 * 4
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside = row < rows
-    per_token = is_given(present, 3)
+    per_token = is_given(present, 4)
     masks = row_start(mask_ptr, row * m_stride, ALIGNED)
     inputs = (
         row_start(logprobs_ptr, row * l_stride, ALIGNED),
@@ -265,11 +290,15 @@ def advantages_kernel(
         row_start(kl_ptr, row * T, ALIGNED),
     )
     g, decay, s = row_numbers(numbers_ptr, present, gamma, lam, rows, row, inside, 0)
+    critic_decay, z = decay, s
+    if TWO_LAMBDAS:
+        critic_decay = _critic_decay(numbers_ptr, present, g, critic_lam, rows, row, inside)
+    decays = decay, critic_decay
     numbers = clip, kl_coef, kind
     spans = tl.cdiv(T, TILES * W)
     plane = spans.to(tl.int64) * rows
     zeros, none = tl.zeros([R, W], tl.float32), tl.zeros([R, W // 4], tl.float32)
-    n, mean, m2, rewards, kls, returns, scores = zeros, zeros, zeros, none, none, none, none
+    sums = zeros, zeros, zeros, none, none, none, none
     one_pass = tl.num_programs(1) == 1
     if WRITE:
         first_span = tl.where(one_pass, 0, tl.program_id(1))
@@ -288,26 +317,31 @@ def advantages_kernel(
         row_count = tl.sum(counts.to(tl.float32))
         slots_beyond = tl.sum((beyond & counts).to(tl.float32))
         later = spans - 1 - last_span
-        s = chain(maps_ptr + row + last_span.to(tl.int64) * rows, rows, plane, later, later, inside, s, False)
+        own_map = maps_ptr + row + last_span.to(tl.int64) * rows
+        s = chain(own_map, rows, plane, later, later, inside, s, False)
+        if TWO_LAMBDAS:
+            z = chain(own_map + 2 * plane, rows, plane, later, later, inside, z, False)
         for back in range(last_span - first_span + 1):
             first = (last_span - back) * TILES * W
             here = tl.minimum(tl.cdiv(T - first, W), TILES)
-            sums = n, mean, m2, rewards, kls, returns, scores
-            a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
-                inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decay, s, sums,
-                True, R, W,
+            of_policy, of_critic, sums = _shaped_span(
+                inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decays, (s, z),
+                sums, True, TWO_LAMBDAS, R, W,
             )  # fmt: skip
-            s = apply_map(a, b, s)
-        sums = n, mean, m2, rewards, kls, returns, scores
+            s = apply_map(of_policy[0], of_policy[1], s)
+            if TWO_LAMBDAS:
+                z = apply_map(of_critic[0], of_critic[1], z)
         _store_sums(sums_ptr, sums, row_score, row_count, slots_beyond)
     else:
         first = first_span * TILES * W
         here = tl.minimum(tl.cdiv(T - first, W), TILES)
-        sums = n, mean, m2, rewards, kls, returns, scores
-        a, b, n, mean, m2, rewards, kls, returns, scores = _shaped_span(
-            inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decay, s, sums,
-            False, R, W,
+        of_policy, of_critic, sums = _shaped_span(
+            inputs, values, outputs, numbers, per_token, slot, clipped, first, T, inside, here, g, decays, (s, z),
+            sums, False, TWO_LAMBDAS, R, W,
         )  # fmt: skip
         own_map = maps_ptr + row + first_span.to(tl.int64) * rows
-        tl.store(own_map, a, mask=inside)
-        tl.store(own_map + plane, b, mask=inside)
+        tl.store(own_map, of_policy[0], mask=inside)
+        tl.store(own_map + plane, of_policy[1], mask=inside)
+        if TWO_LAMBDAS:
+            tl.store(own_map + 2 * plane, of_critic[0], mask=inside)
+            tl.store(own_map + 3 * plane, of_critic[1], mask=inside)

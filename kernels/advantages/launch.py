@@ -5,7 +5,8 @@ rewards, KL, raw advantages and returns, with their moments and sums per program
 place and writes the statistics. Over a process group the moments are merged to three numbers and gathered in between.
 
 Bytes for N tokens in fp32 with whitening: 13 N read and 16 N written, then 5 N read and 4 N written. For few long rows
-another 13 N read, from the second level cache if they fit.
+another 13 N read, from the second level cache if they fit. With critic_lam the same kernel carries two numbers per row
+through the same tiles: the launches and these bytes stay the same.
 """
 
 import functools
@@ -67,6 +68,11 @@ def _inputs(floats: tuple[Tensor, ...], mask: Tensor, scores: Tensor) -> tuple[l
         tensors.append(scores.resolve_neg())
         strides.append(scores.stride(0))
     return tensors, strides, is_aligned, per_token
+
+
+@functools.cache
+def _scan_keywords(layout: str, is_aligned: bool, write: bool, two_lambdas: bool) -> dict[str, int]:
+    return {"TWO_LAMBDAS": two_lambdas} | keywords(layout, is_aligned, write)
 
 
 @functools.cache
@@ -224,16 +230,18 @@ def _scan(
     spans, programs = -(-T // (W * tiles)), -(-B // R)
     one_pass = spans <= _ONE_PASS_SPANS or B >= MANY_ROWS or spans > LARGEST_GRID_Y
     partial = outputs[0].new_empty(_PLANES, programs if one_pass else programs * spans)
-    present, numbers, gamma, lam = row_numbers(gae_options.bootstrap, gae_options.gamma, gae_options.lam, B)
+    two_lambdas, critic_lam = gae_options.critic_lam is not None, gae_options.critic_lam
+    present, numbers, *discounts = row_numbers(
+        B, gae_options.bootstrap, gae_options.gamma, gae_options.lam, 0.0 if critic_lam is None else critic_lam
+    )
     arguments = (
         *inputs,
         partial if numbers is None else numbers,
         *outputs,
-        partial if one_pass else outputs[0].new_empty(2 * spans * B),
+        partial if one_pass else outputs[0].new_empty((4 if two_lambdas else 2) * spans * B),
         partial,
-        present | per_token << 3,
-        gamma,
-        lam,
+        present | per_token << 4,
+        *discounts,
         *_scalars(shaping),
         B,
         T,
@@ -241,15 +249,20 @@ def _scan(
     )
     kernel, grid = advantages_kernel, (programs, 1 if one_pass else spans)
     if not one_pass:
-        kernel.run(*arguments, grid=(programs, spans - 1), warmup=False, **keywords(layout, is_aligned, False))
-    kernel.run(*arguments, grid=grid, warmup=False, **keywords(layout, is_aligned, True))
+        kernel.run(
+            *arguments,
+            grid=(programs, spans - 1),
+            warmup=False,
+            **_scan_keywords(layout, is_aligned, False, two_lambdas),
+        )
+    kernel.run(*arguments, grid=grid, warmup=False, **_scan_keywords(layout, is_aligned, True, two_lambdas))
     return partial
 
 
 def rlhf_advantages(
     tensors: AdvantageTensors,
     shaping: ShapingOptions,
-    gae_options: GAEOptions,  # of which it uses gamma, lam and bootstrap
+    gae_options: GAEOptions,  # of which it uses gamma, lam, critic_lam and bootstrap
     whitening: WhiteningOptions,
     *,
     whiten: bool,
@@ -274,9 +287,10 @@ def variants() -> list[Variant]:
         name = str(dtype)[6:] + (" aligned" if dtype == torch.float32 else " vector") * is_aligned
         pointers = dict.fromkeys(("logprobs_ptr", "refs_ptr", "values_ptr", "x_ptr"), pointer) | flags
         found.append(variant(f"shape_rewards {name}", shape_kernel, _shape_keywords(is_aligned), pointers))
-        for layout, write in (("short rows", True), ("long rows", False), ("long rows", True)):
-            title = f"rlhf_advantages {layout}{'' if write else ' compose'} {name}"
-            found.append(variant(title, advantages_kernel, keywords(layout, is_aligned, write), pointers))
+        layouts = ("short rows", True), ("long rows", False), ("long rows", True)
+        for (layout, write), two in itertools.product(layouts, (False, True)):
+            title = f"rlhf_advantages {layout}{' two lambdas' * two}{'' if write else ' compose'} {name}"
+            found.append(variant(title, advantages_kernel, _scan_keywords(layout, is_aligned, write, two), pointers))
         for title, kernel in (("moments", moments_kernel), ("whiten", whiten_kernel)):
             found.append(variant(f"{title} {name}", kernel, _tile_keywords(is_aligned, BLOCK), pointers))
     return found

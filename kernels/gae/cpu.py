@@ -21,6 +21,7 @@ from ppo_fast.kernels.common.numba_threads import in_threads, split_rows
 
 # Bits of `options`: which of the optional tensors are there.
 _MASK, _TERMINATED, _TRUNCATED, _BOOTSTRAP, _GAMMAS, _LAMS, _PACKED = (1 << bit for bit in range(7))
+_CRITIC_LAMS = _PACKED << 1
 _BLOCK = 1024  # columns at a time, so that the scratch stays in the first-level cache
 _FEW_ROWS = 8  # below this the loop over rows is too short to be vectorised
 
@@ -334,6 +335,75 @@ def _scan_columns(
                     state[n] = incoming[n]
 
 
+@numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+def _step_of_two_lambdas(
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    advantages: Array,
+    returns: Array,
+    at: int,
+    g: float,
+    decay: float,
+    critic_decay: float,
+    s: float,  # of the next counted step, with lam and with critic_lam
+    z: float,
+) -> tuple[float, float]:
+    """Write one step of one row and return its s and z."""
+    zero = g - g
+    r, v, counted = rewards[at], values[at], mask[at] != 0
+    advantages[at] = (r - v) + s if counted else zero
+    returns[at] = r + z if counted else zero
+    s_here = (g * v + decay * (r - v)) + decay * s
+    z_here = (g * v + critic_decay * (r - v)) + critic_decay * z
+    return (s_here, z_here) if counted else (s, z)
+
+
+def _scan_two_lambdas(
+    rewards: Array,  # (rows, T) without gaps
+    values: Array,
+    mask: Array,
+    advantages: Array,
+    returns: Array,
+    bootstrap: Array,  # (rows,)
+    gammas: Array,
+    lams: Array,
+    critic_lams: Array,
+    gamma: float,
+    lam: float,
+    critic_lam: float,
+    T: int,
+    first_row: int,
+    last_row: int,
+    options: int,
+) -> None:
+    """_scan_rows with a mask, for advantages with lam and returns with critic_lam: two rows at once, as there."""
+    zero = gamma - gamma
+    for row in range(first_row, last_row, 2):
+        other = min(row + 1, last_row - 1)
+        g0, g1 = gamma, gamma
+        if options & _GAMMAS:
+            g0, g1 = gammas[row], gammas[other]
+        d0, d1 = g0 * lam, g1 * lam
+        if options & _LAMS:
+            d0, d1 = g0 * lams[row], g1 * lams[other]
+        c0, c1 = g0 * critic_lam, g1 * critic_lam
+        if options & _CRITIC_LAMS:
+            c0, c1 = g0 * critic_lams[row], g1 * critic_lams[other]
+        s0, s1 = zero, zero
+        if options & _BOOTSTRAP:
+            s0, s1 = g0 * bootstrap[row], g1 * bootstrap[other]
+        z0, z1 = s0, s1
+        a, b = row * T, other * T
+        if row == other:
+            for t in range(T - 1, -1, -1):
+                s0, z0 = _step_of_two_lambdas(rewards, values, mask, advantages, returns, a + t, g0, d0, c0, s0, z0)
+        else:
+            for t in range(T - 1, -1, -1):
+                s0, z0 = _step_of_two_lambdas(rewards, values, mask, advantages, returns, a + t, g0, d0, c0, s0, z0)
+                s1, z1 = _step_of_two_lambdas(rewards, values, mask, advantages, returns, b + t, g1, d1, c1, s1, z1)
+
+
 @lru_cache(maxsize=4)
 def _compiled(columns: bool, double: bool) -> Compiled:
     """The C function, and the numba object that keeps its machine code alive."""
@@ -346,8 +416,19 @@ def _compiled(columns: bool, double: bool) -> Compiled:
     )
 
 
+@lru_cache(maxsize=2)
+def _compiled_two_lambdas(double: bool) -> Compiled:
+    real = types.float64 if double else types.float32
+    floats, flags = types.CPointer(real), types.CPointer(types.uint8)
+    pointers = (floats, floats, flags, *[floats] * 6)
+    return c_function(_scan_two_lambdas, [*pointers, *[real] * 3, *[types.int64] * 4], {"contract"})
+
+
 # What `ppo-fast compile` compiles
-ALL = [functools.partial(_compiled, columns, double) for columns in (False, True) for double in (False, True)]
+ALL = [
+    *(functools.partial(_compiled, columns, double) for columns in (False, True) for double in (False, True)),
+    *(functools.partial(_compiled_two_lambdas, double) for double in (False, True)),
+]
 
 
 def gae(
@@ -415,3 +496,33 @@ def gae(
         scan(*pointers, state, state + block_bytes, *scalars, parts[share], parts[share + 1], options, *strides)
 
     in_threads(work, workers, workers)
+
+
+def gae_of_two_lambdas(
+    rewards: Tensor,  # [rows, T] without gaps, fp32 or fp64
+    values: Tensor,  # of the same dtype, as are all floating tensors here
+    mask: Tensor,  # bool
+    gamma: float | Tensor,  # or [rows], contiguous, as the next two
+    lam: float | Tensor,
+    critic_lam: float | Tensor,
+    bootstrap: Tensor | None,  # [rows], contiguous
+) -> tuple[Tensor, Tensor]:
+    """Return the advantages of lam and the returns of critic_lam. Every input is read once."""
+    rows, T = rewards.shape
+    advantages, returns = torch.empty_like(values), torch.empty_like(values)
+    options, pointers = 0, [x.data_ptr() for x in (rewards, values, mask, advantages, returns)]
+    scalars = []
+    by_row = ((_BOOTSTRAP, bootstrap), (_GAMMAS, gamma), (_LAMS, lam), (_CRITIC_LAMS, critic_lam))
+    for bit, x in by_row:
+        options |= bit if isinstance(x, Tensor) else 0
+        pointers.append(x.data_ptr() if isinstance(x, Tensor) else 0)
+        scalars.append(0.0 if x is None or isinstance(x, Tensor) else x)
+    scan, _ = _compiled_two_lambdas(values.dtype is torch.float64)
+    parts = split_rows(rows, rewards.numel())
+    workers = len(parts) - 1
+
+    def work(share: int, _kept: object = (rewards, values, mask, by_row)) -> None:  # as in gae
+        scan(*pointers, *scalars[1:], T, parts[share], parts[share + 1], options)
+
+    in_threads(work, workers, workers)
+    return advantages, returns

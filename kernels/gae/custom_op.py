@@ -11,9 +11,10 @@ from ppo_fast.kernels.gae.options import GAEOptions
 def gae(rewards: Tensor, values: Tensor, options: GAEOptions, *, use_triton: bool) -> tuple[Tensor, Tensor]:
     """Advantages and returns, the shape of rewards: reference.gae."""
     if torch.compiler.is_compiling():
-        numbers = as_tensor(options.gamma), as_tensor(options.lam)
+        critic_lam = None if options.critic_lam is None else as_tensor(options.critic_lam)
+        numbers = as_tensor(options.gamma), as_tensor(options.lam), critic_lam
         operator = _triton_operator if use_triton else _torch_operator
-        return operator(rewards.detach(), values.detach(), *numbers, *options[2:])
+        return operator(rewards.detach(), values.detach(), *numbers, *options[2:-1])
     if use_triton:
         from ppo_fast.kernels.gae import launch
 
@@ -28,9 +29,15 @@ def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
     """
 
     def run(
-        rewards: Tensor, values: Tensor, gamma: Tensor, lam: Tensor, *rest: Tensor | bool | None
+        rewards: Tensor,
+        values: Tensor,
+        gamma: Tensor,
+        lam: Tensor,
+        critic_lam: Tensor | None,
+        *rest: Tensor | bool | None,
     ) -> tuple[Tensor, Tensor]:
-        options = GAEOptions._make((as_number(gamma), as_number(lam), *rest))
+        critic = None if critic_lam is None else as_number(critic_lam)
+        options = GAEOptions._make((as_number(gamma), as_number(lam), *rest, critic))
         advantages, returns = gae(rewards, values, options, use_triton=use_triton)
         return advantages.contiguous(), returns.contiguous()
 
@@ -43,9 +50,9 @@ def _make_operator(name: str, *, use_triton: bool) -> torch.library.CustomOpDef:
         f"ppo_fast::{name}",
         run,
         mutates_args=(),
-        schema="(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? mask, Tensor? terminated,"
-        " Tensor? truncated, Tensor? bootstrap, Tensor? final_values, Tensor? cu_seqlens, bool time_major)"
-        " -> (Tensor, Tensor)",
+        schema="(Tensor rewards, Tensor values, Tensor gamma, Tensor lam, Tensor? critic_lam, Tensor? mask,"
+        " Tensor? terminated, Tensor? truncated, Tensor? bootstrap, Tensor? final_values, Tensor? cu_seqlens,"
+        " bool time_major) -> (Tensor, Tensor)",
     )
     operator.register_fake(shapes)
     return operator

@@ -152,6 +152,8 @@ def _gae_vectorised(
 
 def _per_row(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """A contiguous [rows] tensor from one number, or from one for each row."""
+    if x.dtype is dtype and x.ndim == 1 and x.is_contiguous():
+        return x.detach()
     x = x.detach().to(dtype)
     return (x.expand(rows) if x.ndim == 0 else x.reshape(rows)).contiguous()
 
@@ -214,9 +216,30 @@ def _gae_torch(
         _gae_vectorised(r, v, g, decay, m, e, c, s, f, *ends, advantages=a, returns=q, time=time)
 
 
+def _gae_of_two_lambdas(
+    rewards: Tensor, values: Tensor, options: GAEOptions, critic_lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantages with lam, and returns with critic_lam: in one pass where numba compiles loops, else in two."""
+    mask, numbers = required(options.mask), (options.gamma, options.lam, critic_lam)
+    by_row = [x for x in (*numbers, options.bootstrap) if isinstance(x, Tensor)]
+    if values.numel() and numba_works() and addressable(rewards, values, mask, *by_row):
+        from ppo_fast.kernels.gae import cpu
+
+        dtype, rows = float_dtype(rewards, values), len(values)
+        rewards, values = (x.detach().to(dtype).contiguous() for x in (rewards, values))
+        gamma, lam, critic_lam = (_per_row(x, rows, dtype) if isinstance(x, Tensor) else float(x) for x in numbers)
+        bootstrap = None if options.bootstrap is None else _per_row(options.bootstrap, rows, dtype)
+        return cpu.gae_of_two_lambdas(rewards, values, mask.contiguous(), gamma, lam, critic_lam, bootstrap)
+    advantages, _ = gae(rewards, values, options._replace(critic_lam=None))
+    _, returns = gae(rewards, values, options._replace(lam=critic_lam, critic_lam=None))
+    return advantages, returns
+
+
 def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, Tensor]:
     """Advantages and returns of reference.gae, in fp32, or in fp64 if an input is."""
-    gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major = options
+    if options.critic_lam is not None:
+        return _gae_of_two_lambdas(rewards, values, options, options.critic_lam)
+    gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major, _ = options
     shape, steps = values.shape, values.numel()
     dtype = values.dtype if values.dtype is rewards.dtype is torch.float32 else float_dtype(rewards, values)
     if steps == 0:

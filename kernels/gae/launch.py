@@ -85,19 +85,20 @@ def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def row_numbers(
-    bootstrap: Tensor | None, gamma: float | Tensor, lam: float | Tensor, rows: int
-) -> tuple[int, Tensor | None, float, float]:
-    """What a kernel needs of them: which are tensors (bits 0 to 2), those as one of fp32, and gamma and lam if not."""
-    if bootstrap is None and type(gamma) is float and type(lam) is float:
-        return 0, None, gamma, lam
+    rows: int, bootstrap: Tensor | None, gamma: float | Tensor, lam: float | Tensor, critic_lam: float | Tensor = 0.0
+) -> tuple[int, Tensor | None, float, float, float]:
+    """What a kernel needs of them: which are tensors (bits 0 to 3), those as one of fp32, and the others."""
+    if bootstrap is None and type(gamma) is float and type(lam) is float and type(critic_lam) is float:
+        return 0, None, gamma, lam, critic_lam
     present, given = 0, []
-    for bit, x in enumerate((bootstrap, gamma, lam)):
+    for bit, x in enumerate((bootstrap, gamma, lam, critic_lam)):
         if isinstance(x, Tensor):
             present |= 1 << bit
             x = x.expand(rows) if x.ndim == 0 else x.reshape(rows)
             given.append(x.to(torch.float32).resolve_neg().contiguous())
     numbers = None if not given else given[0] if len(given) == 1 else torch.stack(given)
-    return present, numbers, 0.0 if present & 2 else float(gamma), 0.0 if present & 4 else float(lam)
+    gamma, lam, critic_lam = (0.0 if isinstance(x, Tensor) else float(x) for x in (gamma, lam, critic_lam))
+    return present, numbers, gamma, lam, critic_lam
 
 
 def as_rows(tensors: list[Tensor], rows: int, T: int) -> tuple[list[Tensor], list[int], bool]:
@@ -134,7 +135,9 @@ def _flags(flags: list[Tensor | None], rows: int, T: int, *, device: torch.devic
 
 def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, Tensor]:
     """Advantages and returns of reference.gae, contiguous, in fp32."""
-    gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major = options
+    gamma, lam, mask, terminated, truncated, bootstrap, final_values, cu_seqlens, time_major, critic_lam = options
+    if critic_lam is not None:
+        raise NotImplementedError("the kernels of gae have one lambda; those of rlhf_advantages have critic_lam")
     advantages = torch.empty_like(rewards, dtype=torch.float32, memory_format=torch.contiguous_format)
     returns = torch.empty_like(advantages)
     total = rewards.numel()
@@ -150,7 +153,7 @@ def gae(rewards: Tensor, values: Tensor, options: GAEOptions) -> tuple[Tensor, T
     else:
         floats = [*same_dtype(rewards, values, required(final_values))]
 
-    present, numbers, gamma, lam = row_numbers(bootstrap, gamma, lam, rows)
+    present, numbers, gamma, lam, _ = row_numbers(rows, bootstrap, gamma, lam)
     present = present << 3 | (mask is not None) | (terminated is not None) << 1 | (truncated is not None) << 2
     scalars = present, gamma, lam
     shape = (1, T) if cu_seqlens is not None else (T, rows) if time_major else (rows, T)

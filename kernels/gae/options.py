@@ -17,3 +17,6 @@ class GAEOptions(NamedTuple):
     final_values: Tensor | None = None
     cu_seqlens: Tensor | None = None  # [S + 1]
     time_major: bool = False
+    critic_lam: float | Tensor | None = (
+        None  # lambda of the returns, if not lam: for rows with a mask, without other flags
+    )

@@ -25,6 +25,7 @@ from ppo_fast.common.options import (
     setting,
 )
 
+DEFAULT_LAM = 0.95  # of `lam`, without lam_length_alpha
 DtypeOption = Literal["float32", "bfloat16", "float16", "auto"]
 
 
@@ -118,7 +119,17 @@ class PPOConfig:
 
     # Advantages
     gamma: Fraction = setting(1.0, "discount per token")
-    lam: Fraction = setting(0.95, "lambda of GAE (Schulman et al. 2016)")
+    lam: Fraction | None = setting(
+        None, "lambda of GAE (Schulman et al. 2016); none: 0.95, or that of each answer with lam_length_alpha"
+    )
+    critic_lam: Fraction | None = setting(
+        None, "lambda of the critic's targets (decoupled GAE, Yuan et al. 2025, arXiv 2503.01491); none: as lam"
+    )
+    lam_length_alpha: Positive | None = setting(
+        None,
+        "lambda of an answer is max(0, 1 - 1 / (this * its sampled tokens)) (VAPO, arXiv 2504.05118, with 0.05); none:"
+        " lam for all answers",
+    )
     bootstrap_truncated: bool = setting(
         False, "bootstrap a response that max_new_tokens cut with the critic's value of its end (else: with 0)"
     )
@@ -254,6 +265,13 @@ class PPOConfig:
             )
         if self.eval_greedy and self.eval_samples > 1:
             raise UserError(f"eval_greedy gives each prompt one answer, but eval_samples is {self.eval_samples}")
+        if self.lam is None and self.lam_length_alpha is None:
+            self.__dict__["lam"] = DEFAULT_LAM  # not an assignment, which would check everything again
+        if self.lam is not None and self.lam_length_alpha is not None:
+            raise UserError(
+                f"lam is {self.lam} for all answers, but lam_length_alpha = {self.lam_length_alpha} computes a lambda"
+                " for each: set one of them to none"
+            )
 
 
 def options_of(values: Mapping[str, object]) -> PPOConfig:

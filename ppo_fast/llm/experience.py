@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ppo_fast as ppo
 from ppo_fast.common.device import upload
-from ppo_fast.llm.config import PPOConfig
+from ppo_fast.llm.config import DEFAULT_LAM, PPOConfig
 from ppo_fast.llm.distributed import SINGLE_PROCESS, Distributed
 from ppo_fast.llm.models.policy import Policy, packed_mode, reference_logprobs
 from ppo_fast.llm.models.reference import Reference
@@ -185,7 +185,15 @@ def advantages_of(
     bootstrap: Tensor | None,  # [B], V after the completions
     whitening: Whitening = Whitening(),  # noqa: B008
 ) -> ppo.AdvantageOutput:
-    """Rewards, KL, advantages and returns as the options say."""
+    """Rewards, KL, advantages and returns as the options say.
+
+    With lam_length_alpha the lambda of an answer is max(0, 1 - 1 / (lam_length_alpha * length)), with its length in
+    sampled tokens (VAPO, arXiv 2504.05118).
+    """
+    lam: float | Tensor = DEFAULT_LAM if config.lam is None else config.lam
+    if config.lam_length_alpha is not None:
+        lengths = mask.sum(-1, dtype=torch.float32).clamp_(min=1.0)  # an answer without tokens has no advantages
+        lam = (1 - 1 / (config.lam_length_alpha * lengths)).clamp_(min=0.0)
     out = ppo.rlhf_advantages(
         scores,
         old,
@@ -195,7 +203,8 @@ def advantages_of(
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
         gamma=config.gamma,
-        lam=config.lam,
+        lam=lam,
+        critic_lam=config.critic_lam,
         bootstrap=bootstrap,
         whiten=config.whiten_advantages,
         eps=whitening.eps,

@@ -230,6 +230,7 @@ def rlhf_advantages(
     reward_at: Literal["last", "after_last"] = "last",
     gamma: float | Tensor = 1.0,
     lam: float | Tensor = 0.95,
+    critic_lam: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     whiten: bool = True,
     shift_mean: bool = True,
@@ -241,12 +242,20 @@ def rlhf_advantages(
 ) -> AdvantageOutput:
     """From scores to whitened advantages: `shape_rewards`, `gae` and `masked_whiten` in a row.
 
+    Advantages and returns may have lambdas of their own (decoupled GAE of VC-PPO, Yuan et al. 2025, arXiv 2503.01491,
+    and of VAPO, arXiv 2504.05118): advantages A_t^(lam), returns R_t = A_t^(critic_lam) + V_t, where
+
+        A_t^(x) = delta_t + gamma x A_{t+1}^(x),    delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Both come from one pass over the data: the same launches and bytes as with one lambda.
+
     With "after_last" the score's slot is a step of gae and has a return, but no token was chosen there: its advantage
     is 0 and it takes no part in the whitening.
 
     Args:
         scores, logprobs, ref_logprobs, mask, kl_coef, kl_estimator, score_clip, reward_at: as in `shape_rewards`.
         values: [B, T]. gamma, lam, bootstrap: as in `gae`.
+        critic_lam: lambda of the returns, a float in [0, 1] or a tensor [B] with one for each row; None: that of lam.
         whiten: False leaves the advantages as they are. shift_mean, unbiased, eps, min_std, group: as in
             `masked_whiten`.
 
@@ -267,6 +276,8 @@ def rlhf_advantages(
         checks.discount("gamma", gamma, rows, device)
     if isinstance(lam, Tensor) or not 0 <= lam <= 1:
         checks.discount("lam", lam, rows, device)
+    if critic_lam is not None and (isinstance(critic_lam, Tensor) or not 0 <= critic_lam <= 1):
+        checks.discount("critic_lam", critic_lam, rows, device)
     if bootstrap is not None:
         checks.floating("bootstrap", bootstrap)
         checks.shape("bootstrap", bootstrap, rows, "the rows")
@@ -279,7 +290,7 @@ def rlhf_advantages(
     output = advantages_op.rlhf_advantages(
         AdvantageTensors(scores, logprobs, ref_logprobs, values, mask),
         shaping,
-        GAEOptions(gamma, lam, bootstrap=bootstrap),
+        GAEOptions(gamma, lam, bootstrap=bootstrap, critic_lam=critic_lam),
         WhiteningOptions(shift_mean, unbiased, eps, min_std, group),
         whiten=whiten,
         use_triton=use_triton,

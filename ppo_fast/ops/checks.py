@@ -28,6 +28,7 @@ OPTIONS = frozenset(
         "clip",
         "clip_high",
         "clip_low",
+        "critic_lam",
         "denominator",
         "dual_clip",
         "entropy_coef",
@@ -225,7 +226,10 @@ def discount(name: str, x: float | Tensor, rows: tuple[int, ...], place: torch.d
         if x.ndim:
             shape(name, x, rows, "the rows")
         device(name, x, place, "rewards")
-        inside = not readable(x) or bool(((x >= 0) & (x <= 1)).all())
+        inside = not readable(x) or x.numel() == 0
+        if not inside:
+            lowest, highest = x.aminmax()  # NaN if there is one
+            inside = lowest.item() >= 0 and highest.item() <= 1
     else:
         inside = 0 <= x <= 1
     if not inside:

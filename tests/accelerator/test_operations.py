@@ -132,9 +132,9 @@ def shape_rewards(x: Inputs, scores: str = "scores", **options: Any) -> list[Ten
     return list(found) if isinstance(found, tuple) else [found]
 
 
-def rlhf_advantages(x: Inputs) -> list[Tensor]:
+def rlhf_advantages(x: Inputs, **options: Any) -> list[Tensor]:
     arguments = (x["scores"], x["old_logprobs"], x["ref_logprobs"], x["values"], x["mask"])
-    out = ppo.rlhf_advantages(*arguments, kl_coef=0.05, bootstrap=x["bootstrap"], **PLAIN)
+    out = ppo.rlhf_advantages(*arguments, kl_coef=0.05, bootstrap=x["bootstrap"], **options, **PLAIN)
     return [*out[:4], *out.stats.values()]
 
 
@@ -167,6 +167,10 @@ OPERATIONS: dict[str, Callable[[Inputs], list[Tensor]]] = {
         ppo.masked_whiten(x["advantages"], x["mask"], min_std=torch.tensor(5.0), **PLAIN)
     ],
     "rlhf_advantages": rlhf_advantages,
+    "rlhf_advantages, two lambdas": lambda x: rlhf_advantages(x, critic_lam=1.0),
+    "rlhf_advantages, lambdas of each row": lambda x: rlhf_advantages(
+        x, lam=x["bootstrap"].sigmoid(), critic_lam=x["scores"].sigmoid()
+    ),
 }
 HALF = [name for name in OPERATIONS if "logprobs" in name or name.startswith("linear")]  # that take fp16 or bf16
 

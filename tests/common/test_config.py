@@ -129,6 +129,32 @@ def test_the_resolved_configuration_can_be_read_again(tmp_path):
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == {*RUN_OPTIONS, *FIELDS}
 
 
+@pytest.mark.parametrize(
+    ("given", "lam"),
+    [({}, 0.95), ({"lam": None}, 0.95), ({"lam": 0.5}, 0.5), ({"lam_length_alpha": 0.05}, None)],
+    ids=str,
+)
+def test_lam_is_0_95_unless_it_is_set_or_depends_on_the_length(tmp_path, given, lam):
+    config = PPOConfig(**given)
+    assert config.lam == lam
+    (tmp_path / "config.yaml").write_text(yaml_text(config, {"model": "m", "prompts": "p"}), encoding="utf-8")
+    assert resolved(tmp_path, (tmp_path / "config.yaml").read_text())[0] == config
+    assert dataclasses.replace(config, lam=None, lam_length_alpha=0.1).lam is None
+    assert dataclasses.replace(config, lam=0.3, lam_length_alpha=None).lam == 0.3
+
+
+def test_lam_and_lam_length_alpha_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match=r"^lam is 0.95 for all answers, but lam_length_alpha = 0.05 computes a lambda"):
+        PPOConfig(lam=0.95, lam_length_alpha=0.05)
+    with pytest.raises(UserError, match="set one of them to none"):
+        resolved(tmp_path, NEEDED + "lam: 0.9\n", "--lam-length-alpha", "0.05")
+    config, _ = resolved(tmp_path, NEEDED + "lam: 0.9\ncritic-lam: 1\n", "--lam-length-alpha", "0.05", "--lam", "none")
+    assert (config.lam, config.lam_length_alpha, config.critic_lam) == (None, 0.05, 1.0)
+    with pytest.raises(UserError, match="set one of them to none"):
+        config.lam = 0.9
+    assert config.lam is None
+
+
 def test_help_has_every_option_with_default_and_range():
     _, train = build_parser()
     actions = {action.dest: action for action in train._actions}

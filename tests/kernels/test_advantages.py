@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ppo_fast.kernels import reference
 from ppo_fast.kernels.advantages import eager
+from ppo_fast.kernels.gae import cpu as gae_cpu
+from ppo_fast.kernels.gae import eager as gae_eager
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 values_unread = values_unread_fixture
@@ -31,8 +34,8 @@ def make(B: int = 5, T: int = 9, seed: int = 0) -> dict[str, Tensor]:
     return spoiled | {"scores": scores, "mask": mask}
 
 
-def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
+def double(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in options.items()}
 
 
 def close(actual: tuple, truth: tuple) -> None:
@@ -151,6 +154,69 @@ def test_rlhf_advantages_match_the_reference(whiten, reward_at):
     options = dict(gamma=0.9, lam=0.8, kl_coef=0.2, whiten=whiten, reward_at=reward_at, bootstrap=torch.ones(5))
     truth_options = options | {"bootstrap": torch.ones(5).double()}
     close(TORCH.rlhf_advantages(**x, **options), reference.rlhf_advantages(**double(x), **truth_options))
+
+
+CRITIC_LAMS = {
+    "1": 1.0,
+    "0": 0.0,
+    "in a tensor": torch.tensor(0.7),
+    "of rows": torch.linspace(0, 1, 5),
+    "of rows in fp64": torch.linspace(0, 1, 5).double(),
+}
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
+@pytest.mark.parametrize("kind", CRITIC_LAMS)
+def test_returns_have_a_lambda_of_their_own(monkeypatch, numba, reward_at, kind):
+    if not numba:
+        monkeypatch.setattr(eager, "numba_works", lambda: False)
+        monkeypatch.setattr(gae_eager, "numba_works", lambda: False)
+    x = make()
+    if reward_at == "after_last":
+        x["values"] = torch.where(x["mask"], x["values"], 0.25)
+    for lam, gamma in ((0.8, 0.9), (torch.rand(5), torch.rand(5)), (1.0, 1)):
+        options = dict(gamma=gamma, lam=lam, kl_coef=0.2, critic_lam=CRITIC_LAMS[kind], reward_at=reward_at)
+        actual = TORCH.rlhf_advantages(**x, **options, bootstrap=torch.ones(5))
+        close(actual, reference.rlhf_advantages(**double(x), **double(options), bootstrap=torch.ones(5).double()))
+        del options["critic_lam"]
+        one = TORCH.rlhf_advantages(**x, **options, bootstrap=torch.ones(5))
+        torch.testing.assert_close(actual.advantages, one.advantages, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 63), (9, 1000), (0, 5), (5, 0), (600, 1000)])
+def test_two_equal_lambdas_are_one(monkeypatch, numba, shape):
+    """The last shape is worth a second thread."""
+    if not numba:
+        monkeypatch.setattr(eager, "numba_works", lambda: False)
+        monkeypatch.setattr(gae_eager, "numba_works", lambda: False)
+    values, mask, scores = torch.randn(shape), torch.rand(shape) < 0.7, torch.randn(shape[0])
+    arguments = scores, 0 * values, 0 * values, values, mask
+    two = TORCH.rlhf_advantages(*arguments, gamma=0.9, lam=0.8, critic_lam=0.8)
+    one = TORCH.rlhf_advantages(*arguments, gamma=0.9, lam=0.8)
+    for a, b in zip(two[:4], one[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_two_lambdas_take_other_dtypes_and_views(dtype):
+    x = make()
+    x = {k: t.to(dtype) if t.is_floating_point() else t for k, t in x.items()}
+    views = {k: t.T.contiguous().T if t.ndim == 2 else t for k, t in x.items()}
+    actual = TORCH.rlhf_advantages(**views, lam=0.9, critic_lam=0.5)
+    assert actual.returns.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close(actual, reference.rlhf_advantages(**double(x), lam=0.9, critic_lam=0.5))
+
+
+def test_two_lambdas_take_one_call_of_a_compiled_loop(monkeypatch):
+    calls = []
+    loop = gae_cpu._compiled_two_lambdas(False)
+    counted = (lambda *arguments: calls.append(1) or loop[0](*arguments)), loop[1]
+    monkeypatch.setattr(gae_cpu, "_compiled_two_lambdas", lambda double: counted)
+    monkeypatch.setattr(gae_cpu, "gae", lambda *arguments: pytest.fail("a pass of one lambda"))
+    TORCH.rlhf_advantages(**make(), lam=0.9, critic_lam=1.0)
+    assert len(calls) == 1
 
 
 WORKER = """

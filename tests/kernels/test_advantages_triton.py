@@ -129,6 +129,46 @@ def test_options_of_whitening_match_the_reference(device, option):
         check(device, "masked_whiten", x=x["values"], mask=x["mask"], **option)
 
 
+@pytest.mark.parametrize("T", [1, 9, 63, 300])
+@pytest.mark.parametrize("critic_lam", [1.0, torch.linspace(0, 1, 5)], ids=["float", "tensor"])
+@pytest.mark.parametrize("reward_at", reference.REWARD_POSITIONS)
+def test_returns_have_a_lambda_of_their_own(device, T, critic_lam, reward_at):
+    """Every subset of the numbers per row is given once."""
+    x = make(5, T, slack=reward_at == "after_last")
+    options = {"kl_coef": 0.2, "reward_at": reward_at, "critic_lam": critic_lam}
+    lams, gammas, bootstrap = torch.rand(5), torch.rand(5), torch.randn(5)
+    for given in range(8):
+        options |= {"lam": lams if given & 1 else 0.8, "gamma": gammas if given & 2 else 0.9}
+        check(device, "rlhf_advantages", **x, **options, bootstrap=bootstrap if given & 4 else None)
+
+
+@pytest.mark.parametrize("walked", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_two_lambdas_pass_from_span_to_span(device, monkeypatch, walked, per_token):
+    monkeypatch.setattr(launch, "_ONE_PASS_SPANS", 3 if walked else 1)
+    x = make(4, 1100, per_token=per_token)
+    for critic_lam in (1.0, torch.rand(4)):
+        check(device, "rlhf_advantages", **x, gamma=0.99, lam=0.9, critic_lam=critic_lam)
+
+
+def test_a_second_lambda_changes_no_bit_of_the_advantages(device, monkeypatch):
+    x = on(device, make(2, 600))
+    for spans in (4, 1):
+        monkeypatch.setattr(launch, "_ONE_PASS_SPANS", spans)
+        one = TRITON.rlhf_advantages(**x, lam=0.9)
+        for critic_lam in (0.9, 0.3):
+            two = TRITON.rlhf_advantages(**x, lam=0.9, critic_lam=critic_lam)
+            same = [torch.equal(a, b) for a, b in zip(two[:4], one[:4], strict=True)]
+            assert same == [True, critic_lam == 0.9, True, True]
+
+
+def test_two_lambdas_in_one_program_and_in_several_give_the_same_bits(device, monkeypatch):
+    x = on(device, make(2, 600))
+    walked = TRITON.rlhf_advantages(**x, critic_lam=0.7, whiten=False)[:4]
+    monkeypatch.setattr(launch, "_ONE_PASS_SPANS", 1)
+    assert all(map(torch.equal, walked, TRITON.rlhf_advantages(**x, critic_lam=0.7, whiten=False)[:4]))
+
+
 @pytest.mark.usefixtures("values_unread")
 @pytest.mark.parametrize("floor", [0.1, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -262,6 +302,9 @@ def test_each_operation_takes_the_documented_number_of_launches(device, launches
         launches.clear()
         TRITON.rlhf_advantages(**on(device, make(B, T)))
         assert len(launches) == most, (B, T)
+        launches.clear()
+        TRITON.rlhf_advantages(**on(device, make(B, T)), critic_lam=1.0)
+        assert len(launches) == most, (B, T)
     launches.clear()
     x = on(device, make(3, 20))
     TRITON.masked_whiten(x["values"], x["mask"])
@@ -327,6 +370,27 @@ def test_compiled_code_is_reused_for_other_lengths_and_coefficients():
         for a, e in zip(actual, (out[0], out[4]["kl_mean"], rewards, whitened), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_compiled_code_is_reused_for_other_values_of_critic_lam(backend, per_row):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(x: Inputs, critic_lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        return ppo.rlhf_advantages(**x, critic_lam=critic_lam, backend=backend)[:2]
+
+    x = make(4, 9)
+    for i in range(12):
+        critic_lam = torch.rand(4) if per_row else 0.3 + 0.05 * i
+        expected = TORCH.rlhf_advantages(**x, critic_lam=critic_lam)
+        for a, e in zip(compiled(x, critic_lam), expected[:2], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= (1 if per_row else 2)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -170,6 +170,16 @@ def test_rewards_by_hand():
     assert longer.tolist() == [[True, True, True, False], [True] * 4, [False] * 4]
 
 
+def test_returns_of_another_lambda_by_hand():
+    """critic_lam 1 gives Monte-Carlo returns; lam 0 gives TD errors: -0.5, and 2 - 0.5 at the end."""
+    zero, half = torch.zeros(1, 3, dtype=D), torch.full((1, 3), 0.5, dtype=D)
+    mask = torch.tensor([[True, True, False]])
+    options = {"gamma": 0.5, "lam": 0.0, "critic_lam": 1.0, "whiten": False}
+    advantages, returns, *_ = reference.rlhf_advantages(tensor(2.0), zero, zero, half, mask, **options)
+    torch.testing.assert_close(advantages, tensor([0.5 * 0.5 - 0.5, 2 - 0.5, 0]))
+    torch.testing.assert_close(returns, tensor([0.5 * 2, 2.0, 0]))
+
+
 def test_whitening_by_hand():
     x = tensor(1.0, 3.0, 99.0)
     mask = torch.tensor([True, True, False])

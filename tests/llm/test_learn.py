@@ -14,6 +14,7 @@ import ppo_fast as ppo
 from ppo_fast.common.errors import RewardError, UserError
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.controllers import EntropyController, KLController
+from ppo_fast.llm.experience import advantages_of
 from ppo_fast.llm.generate import GenerateSampler, generate
 from ppo_fast.llm.learn import Learner
 from ppo_fast.llm.models.build import build_models
@@ -158,6 +159,42 @@ def test_bootstrap_truncated_adds_the_value_after_a_cut_completion():
         last = [experience.advantages[row, n - 1].item() for row, n in enumerate(rollout.completion_lengths)]
         expected = 0.5 * 2.0 - 2.0 if bootstrap else -2.0
         assert last == pytest.approx([expected, -2.0, expected, -2.0])
+
+
+def test_critic_lam_1_gives_the_critic_monte_carlo_returns_and_leaves_the_advantages():
+    one, two = (trainer_of(lam=0.5, kl_coef=0.0, **options) for options in ({}, {"critic_lam": 1.0}))
+    one.step()
+    two.step()
+    mask, experience = two.last_rollout.mask, two.last_experience
+    assert torch.equal(experience.advantages, one.last_experience.advantages)
+    assert not torch.allclose(experience.returns, one.last_experience.returns)
+    total = experience.rewards.sum(-1, keepdim=True).expand_as(experience.returns)  # the score is the only reward
+    torch.testing.assert_close(experience.returns[mask], total[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_the_lambda_of_an_answer_follows_its_length_in_sampled_tokens():
+    """1 - 1 / (alpha length): alpha 0.4 and lengths 1 to 4 give 0, 0, 1/6 and 3/8."""
+    torch.manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([[1], [2], [3], [4], [0]])
+    mask[3] = torch.tensor([True, False, True, False, True, True])  # tokens of a tool between sampled ones
+    scores, (old, ref, values) = torch.randn(5), torch.randn(3, 5, 6)
+    lams = torch.tensor([0, 0, 1 / 6, 3 / 8, 0])
+    for critic_lam in (None, 0.9):
+        options = config(lam_length_alpha=0.4, critic_lam=critic_lam)
+        actual = advantages_of(scores, old, ref, values, mask, options, kl_coef=0.1, bootstrap=None)
+        expected = ppo.rlhf_advantages(
+            scores,
+            old,
+            ref,
+            values,
+            mask,
+            kl_coef=0.1,
+            lam=lams,
+            critic_lam=critic_lam,
+            kl_estimator=options.kl_estimator,
+        )
+        for a, e in zip(actual[:4], expected[:4], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
 def test_the_spread_of_advantages_before_whitening_is_recorded():

@@ -73,6 +73,7 @@ def saved(tmp_path) -> Path:
         {"lr_schedule": "cosine", "warmup_ratio": 0.5},
         {"lora_rank": 2, "gradient_checkpointing": True},
         {"dtype": "bfloat16", "samples_per_prompt": 2},
+        {"lam_length_alpha": 0.3, "critic_lam": 1.0},
     ],
     ids=lambda changes: "+".join(changes) or "default",
 )
@@ -100,6 +101,19 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_p
     assert trainer_of(tmp_path / "other").load_state_dict(older) == []
     with pytest.raises(UserError, match="chunk_bytes was None and is 1000"):
         trainer_of(tmp_path / "third", chunk_bytes=1000).load_state_dict(older)
+
+
+def test_a_checkpoint_from_before_critic_lam_and_lam_length_alpha_is_continued(tmp_path, saved):
+    older = checkpoint.read(saved)
+    config = older.state["run"]["config"]
+    assert config["lam"] == 0.95, "the default of lam is saved as a number, as it always was"
+    del config["critic_lam"], config["lam_length_alpha"]
+    for number, changes in enumerate(({}, {"lam": 0.95})):
+        assert trainer_of(tmp_path / str(number), **changes).load_state_dict(older) == []
+    with pytest.raises(UserError, match=r"lam was 0.95 and is None, lam_length_alpha was None and is 0.05"):
+        trainer_of(tmp_path / "alpha", lam_length_alpha=0.05).load_state_dict(older)
+    with pytest.raises(UserError, match=r"critic_lam was None and is 1.0"):
+        trainer_of(tmp_path / "critic", critic_lam=1.0).load_state_dict(older)
 
 
 def test_a_run_without_a_checkpoint_starts_at_step_0(tmp_path):

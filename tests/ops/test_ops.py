@@ -116,6 +116,21 @@ BAD = {
     ),
     "min_std for each row": (lambda: ppo.masked_whiten(F, min_std=torch.ones(2)), ValueError, r"0-dim.*\(2,\)"),
     "min_std an integer": (lambda: ppo.masked_whiten(F, min_std=torch.tensor(1)), TypeError, "min_std must be float"),
+    "critic_lam above 1": (
+        lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F, MASK, critic_lam=1.5),
+        ValueError,
+        r"critic_lam must be in \[0, 1\], got 1.5",
+    ),
+    "critic_lam NaN": (
+        lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F, MASK, critic_lam=torch.tensor([0.5, torch.nan])),
+        ValueError,
+        r"critic_lam must be in \[0, 1\]",
+    ),
+    "critic_lam for each step": (
+        lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F, MASK, critic_lam=torch.ones(3)),
+        ValueError,
+        "critic_lam must have the shape of the rows",
+    ),
     "values per sequence": (
         lambda: ppo.rlhf_advantages(torch.zeros(2), F, F, F[:, 0], MASK),
         ValueError,

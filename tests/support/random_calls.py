@@ -215,7 +215,7 @@ def gae(r: Inputs) -> Call:
 
 def advantages(r: Inputs) -> Call:
     """shape_rewards and rlhf_advantages."""
-    B, T = r.choose((1, 1), (5, 20), (3, 32), (3, 64), (2, 600), (1, 2500), (2, 3000), (3, 1024))
+    B, T = r.choose((1, 1), (5, 20), (3, 32), (3, 64), (2, 600), (1, 2101), (1, 2500), (2, 3000), (3, 1024))
     dtype = r.choose(*FLOATS)
     other = r.choose(dtype, dtype, *FLOATS)
     logprobs, refs, values = (r.normal((B, T), d) for d in (dtype, r.choose(dtype, other), other))
@@ -232,6 +232,8 @@ def advantages(r: Inputs) -> Call:
     for name in ("gamma", "lam"):
         if r.chance(0.2):
             options[name] = r.normal((B,)).abs().clamp(max=1.0)
+    if r.chance(0.5):
+        options["critic_lam"] = r.choose(1, 0.9, r.normal((B,)).abs().clamp(max=1.0))
     if r.chance(0.3):
         options["bootstrap"] = r.normal((B,), r.choose(dtype, torch.float32))
 

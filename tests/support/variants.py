@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from ppo_fast.kernels.common.launch import Variant
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-CALLS = 4000  # random calls that are captured
+CALLS = 5000  # random calls that are captured
 
 
 class Found(NamedTuple):
