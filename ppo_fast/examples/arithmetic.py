@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ppo_fast.examples.arithmetic", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of everything random (default: {SEED})")
     parser.add_argument("--out", default="runs/arithmetic", help="folder of the results (default: runs/arithmetic)")
-    parser.add_argument("--ppo-steps", type=int, default=100, help="most PPO steps (default: 100)")
+    parser.add_argument("--ppo-steps", type=int, default=60, help="most PPO steps (default: 60)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default: auto)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     arguments = parser.parse_args(argv)

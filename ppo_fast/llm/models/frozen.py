@@ -132,9 +132,11 @@ def store_frozen(model: nn.Module, dtype: torch.dtype | None) -> bool:
 
     Tied weights stay tied. Returns whether any value was rounded.
     """
+    if dtype is None:
+        return False
     narrow: dict[Tensor, nn.Parameter] = {}
     rounded = False
-    for module in [] if dtype is None else list(_frozen_layers(model, dtype)):
+    for module in list(_frozen_layers(model, dtype)):
         weight = module.weight
         assert isinstance(weight, Tensor)
         if weight not in narrow:
