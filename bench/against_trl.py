@@ -214,7 +214,7 @@ def run_trl(task: Task, seed: int, steps: int) -> dict[str, list[float]]:
     return seen
 
 
-def run_ours(task: Task, seed: int, steps: int) -> dict[str, list[float]]:
+def run_ours(task: Task, seed: int, steps: int, *, compiled: bool = False) -> dict[str, list[float]]:
     from ppo_fast.llm.config import PPOConfig
     from ppo_fast.llm.models.reference import frozen_copy
     from ppo_fast.llm.trainer import PPOTrainer
@@ -233,6 +233,7 @@ def run_ours(task: Task, seed: int, steps: int) -> dict[str, list[float]]:
         seed=seed,
         quiet=True,
         dtype=task.dtype,
+        compile_layers=compiled,
         **({} if task.clips else {"max_grad_norm": None}),
     )
     trainer = PPOTrainer(
@@ -268,6 +269,7 @@ def alone(who: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     command += ["--workload", options.workload, "--dtype", options.dtype]
     command += ["--batch", str(options.batch), "--answer", str(options.answer)]
     command += ["--model", options.model] if options.model else []
+    command += ["--compile"] if options.compile and who == "ours" else []
     environment = dict(os.environ)
     if options.dtype == "bfloat16":
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
@@ -296,6 +298,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or .gguf file for the workloads of a real model (default: SmolLM2)")
     parser.add_argument("--batch", type=int, default=64, help="answers of a step of a real model")
     parser.add_argument("--answer", type=int, default=40, help="tokens of its answers at most")
+    parser.add_argument("--compile", action="store_true", help="ours with the option compile_layers")
     parser.add_argument("--only", choices=("trl", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--first-seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -310,7 +313,10 @@ def main() -> None:
         task = (
             tiny_task(seed) if tiny else pretrained_task(options.model, options.workload, options.dtype, seed, **sizes)
         )
-        seen = (run_trl if options.only == "trl" else run_ours)(task, seed, options.steps)
+        if options.only == "trl":
+            seen = run_trl(task, seed, options.steps)
+        else:
+            seen = run_ours(task, seed, options.steps, compiled=options.compile)
         print(json.dumps({**seen, "peak_extra_mib": peak_mib() - before}))
         return
     runs: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
@@ -344,6 +350,7 @@ def main() -> None:
             "versions": {name: version(name) for name in packages},
             "workload": options.workload,
             "dtype": options.dtype,
+            "compile_layers": options.compile,
             "steps": options.steps,
             "runs": runs,
         }
