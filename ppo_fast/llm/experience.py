@@ -253,8 +253,7 @@ def _metrics(mask: Tensor, values: Tensor, entropy: Tensor, out: ppo.AdvantageOu
     return {
         "entropy": _mean(entropy, mask),
         "explained_variance": explained_variance(values, out.returns, mask),
-        # before whitening: what whitening divides by, above its least divisor. Not the spread of returns - values, which
-        # has the lambda of the critic
+        # before whitening: what whitening divides by, above its least divisor; returns have the lambda of the critic
         "advantage_std": out.stats["advantage_std"],
         "value": _mean(values, mask),
         "return": _mean(out.returns, mask),
