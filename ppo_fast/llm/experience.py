@@ -108,7 +108,7 @@ class ExperienceMaker:
                 values = torch.where(mask, values + change, 0)
                 bootstrap = None if cut is None else (after + change) * cut
                 out = advantages()
-        metrics = _metrics(mask, values, entropy, out.returns)
+        metrics = _metrics(mask, values, entropy, out)
         if scale is not None:
             metrics |= scale.metrics()
         if self.reference is not None:
@@ -249,14 +249,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - _variance(returns - values, mask) / spread, 0)
 
 
-def _metrics(mask: Tensor, values: Tensor, entropy: Tensor, returns: Tensor) -> dict[str, Tensor]:
+def _metrics(mask: Tensor, values: Tensor, entropy: Tensor, out: ppo.AdvantageOutput) -> dict[str, Tensor]:
     return {
         "entropy": _mean(entropy, mask),
-        "explained_variance": explained_variance(values, returns, mask),
-        # before whitening: what whitening divides by, above its least divisor
-        "advantage_std": _variance(returns - values, mask).sqrt(),
+        "explained_variance": explained_variance(values, out.returns, mask),
+        # before whitening: what whitening divides by, above its least divisor; returns have the lambda of the critic
+        "advantage_std": out.stats["advantage_std"],
         "value": _mean(values, mask),
-        "return": _mean(returns, mask),
+        "return": _mean(out.returns, mask),
     }
 
 

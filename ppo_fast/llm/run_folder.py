@@ -63,7 +63,7 @@ class RunFolder:
         out, checkpoints = self.path, self.path / "checkpoints"
         checkpoint.check_folders(out)
         with checkpoint.reported(f"cannot remove what an earlier run left in {out}", out):
-            for name in ("best", "model", "critic"):
+            for name in ("best", "best/critic", "model", "critic"):
                 checkpoint.recover(out / name)
             checkpoint.remove_partial(checkpoints)
             checkpoint.drop_after(checkpoints, step)
@@ -125,13 +125,14 @@ class RunFolder:
         return folder
 
     def save_critic(
-        self, critic: Critic, actor: LanguageModel, tokenizer: PreTrainedTokenizerBase, start_model: str
+        self, name: str, critic: Critic, actor: LanguageModel, tokenizer: PreTrainedTokenizerBase, start_model: str
     ) -> None:
-        """Write the critic to OUT/critic; collective. Not under FSDP2 with adapters, which merging needs whole.
+        """Write the critic to OUT/name; collective. Not under FSDP2 with adapters, which merging needs whole.
 
         Args:
+            name: of the folder; a critic there is replaced.
             critic: the critic.
-            actor: the trained model, as OUT/model has it.
+            actor: the trained model, as the folder that the critic belongs to has it.
             tokenizer: its tokenizer.
             start_model: hash of the weights with which the run started.
         """
@@ -140,14 +141,14 @@ class RunFolder:
         sharded = self.distributed.strategy == "fsdp"
         if sharded and critic.backbone is not None and is_adapted(critic.backbone):
             if self.distributed.is_main:
-                shutil.rmtree(self.path / "critic", ignore_errors=True)  # of an earlier run
+                shutil.rmtree(self.path / name, ignore_errors=True)  # of an earlier run
             return
         weights = full_state_dict(critic) if sharded else None
         if self.distributed.is_main:
             saved = None if sharded else saved_hash(actor, self.config)
             models = [] if saved is None else [start_model, saved]  # none: it may be used with any
             texts = {ORIGIN: origin_text(tokenizer, models)}
-            save_critic(critic, tokenizer, self.path / "critic", weights=weights, texts=texts)
+            save_critic(critic, tokenizer, self.path / name, weights=weights, texts=texts)
         self.distributed.barrier()
 
     @contextmanager

@@ -484,7 +484,7 @@ class PPOTrainer:
         if self.config.out is not None:
             if self.distributed.is_main:
                 write(evaluation, Path(self.config.out) / "eval", self.config)
-            self.evaluator.keep_best(evaluation, self.save)
+            self.evaluator.keep_best(evaluation, self._save_best)
 
     def _start_progress(self) -> Progress:
         config = self.config
@@ -591,6 +591,14 @@ class PPOTrainer:
         """
         return self.folder.save_model(name, self.actor, self.tokenizer, texts, history)
 
+    def _save_best(self, name: str, texts: dict[str, str]) -> None:
+        """Write the model to OUT/name and the critic to OUT/name/critic."""
+        self.save(name, texts)
+        self._save_critic(f"{name}/critic")
+
+    def _save_critic(self, name: str) -> None:
+        self.folder.save_critic(name, self.policy.critic, self.actor, self.tokenizer, self.hashes.start_model)
+
     def _checkpoint(self, progress: Progress) -> Path:
         """Write OUT/checkpoints/step-N, if there is none yet, and return its path."""
 
@@ -605,7 +613,7 @@ class PPOTrainer:
         card = model_card(self.config, self.run_options, progress.rows)
         try:
             self.save("model", {"README.md": card}, progress.rows)
-            self.folder.save_critic(self.policy.critic, self.actor, self.tokenizer, self.hashes.start_model)
+            self._save_critic("critic")
         except UserError as error:
             last = self.folder.checkpoint_of(self.steps_done)
             if self.distributed.size == 1 and not last.exists():  # of several processes, the others wait in `save`

@@ -117,6 +117,30 @@ def test_the_scale_of_values_is_saved(tmp_path: Path):
     assert critic.value_std not in (0.0, 1.0)
 
 
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_the_critic_of_the_best_model_is_saved_beside_it(tmp_path: Path, critic: str):
+    """The best model is not the last one: the score of the held-out prompt falls after step 1."""
+    save_tiny_model(tmp_path / "start")
+    actor, tokenizer = load_actor(tmp_path / "start")
+    scores, values = iter([1.0, 3.0, 2.0, 1.0]), {}
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        return [next(scores)] if prompts == ["held out"] else different(prompts, completions)
+
+    def note(trainer: PPOTrainer, metrics: dict[str, float]) -> None:
+        values[trainer.steps_done] = values_of(trainer.policy.critic, trainer.actor)
+
+    changes = {"lr": 1e-3, "critic_lr": 1e-2, "total_steps": 3, "eval_every": 1, "save_dtype": "float32"}
+    config = PPOConfig(**OPTIONS | changes | {"out": str(tmp_path / "run"), "critic": critic})
+    PPOTrainer(config, actor, tokenizer, ROWS, reward, eval_rows=[{"prompt": "held out"}]).train(note)
+    best, its_tokenizer = load_actor(tmp_path / "run" / "best")
+    saved, _ = load_critic(tmp_path / "run" / "best" / "critic")
+    check_origin(tmp_path / "run" / "best" / "critic", best, its_tokenizer)
+    torch.testing.assert_close(values_of(saved, best), values[1], rtol=1e-5, atol=1e-6)
+    assert (values[1] - values[3]).abs().max() > 1e-3
+    assert saved.value_std.item() != 1.0
+
+
 def test_a_head_without_a_scale_predicts_in_units_of_the_reward(tmp_path: Path):
     trainer = trained(tmp_path, tiny_llama(), critic="shared")
     file = tmp_path / "critic" / VALUE_HEAD

@@ -197,13 +197,25 @@ def test_the_lambda_of_an_answer_follows_its_length_in_sampled_tokens():
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
-def test_the_spread_of_advantages_before_whitening_is_recorded():
-    trainer = trainer_of(lam=0.9)
-    metrics = trainer.step()
-    mask, experience = trainer.last_rollout.mask, trainer.last_experience
-    raw = (experience.returns - experience.values)[mask]
-    assert metrics["advantage_std"] == pytest.approx(raw.std(correction=0).item(), rel=1e-5)
-    assert experience.advantages[mask].std().item() == pytest.approx(1, rel=1e-3)
+@pytest.mark.parametrize(
+    "options",
+    [{"lam": 0.9}, {"lam": 0.9, "critic_lam": 1.0}, {"lam_length_alpha": 0.4, "critic_lam": 1.0}],
+    ids=["one lambda", "critic_lam", "lam_length_alpha"],
+)
+def test_the_spread_of_advantages_before_whitening_is_recorded(options):
+    """In units of the reward, in the first rollout (whose values change when the scale is set) and in the second."""
+    plain = trainer_of(**options, whiten_advantages=False)
+    trainer = trainer_of(**options)
+    for step in range(2):
+        recorded = [t.step()["advantage_std"] for t in (plain, trainer)]
+        mask, raw = plain.last_rollout.mask, plain.last_experience.advantages
+        assert recorded[0] == pytest.approx(raw[mask].std().item(), rel=1e-5)
+        whitened = trainer.last_experience.advantages[trainer.last_rollout.mask]
+        assert whitened.std().item() == pytest.approx(1, rel=1e-3)
+        if step == 0:  # the same weights and rollout
+            assert recorded[1] == pytest.approx(recorded[0], rel=1e-5)
+            spread = (plain.last_experience.returns - plain.last_experience.values)[mask].std().item()
+            assert (recorded[0] == pytest.approx(spread, rel=1e-3)) == ("critic_lam" not in options)
 
 
 @pytest.mark.parametrize("head_dtype", ["auto", "float32"])
