@@ -133,7 +133,7 @@ class CriticFit:
         self.device, self.tokenizer = self.distributed.device, tokenizer
         self.config, self.notes = setup.decide_dtype(config, self.distributed)
         self.start_model = weights_hash(actor)
-        _check_recorded(recorded, self.start_model, tokenizer)
+        _check_recorded(recorded, self.start_model, tokenizer, vocabulary=vocabulary_of(actor))
         self.recorded = recorded
         if rows is not None:
             kept, left_out = setup.usable_rows(as_rows(rows), tokenizer, models, self.config)
@@ -367,15 +367,23 @@ def split_by_prompt(prompts: Sequence[tuple[int, ...]], share: float, *, seed: i
     return [i for i, x in enumerate(prompts) if x not in held], [i for i, x in enumerate(prompts) if x in held]
 
 
-def _check_recorded(recorded: Sequence[RecordedRollout], start_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_recorded(
+    recorded: Sequence[RecordedRollout], start_model: str, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int
+) -> None:
     """Reject recorded answers of another model or tokenizer, and those without a score."""
-    vocabulary = vocabulary_hash(tokenizer) if recorded else ""
+    own_tokenizer = vocabulary_hash(tokenizer) if recorded else ""
     for some in recorded:
         where = f"the recorded answers of step {some.step}"
-        if some.tokenizer != vocabulary:
+        if some.tokenizer != own_tokenizer:
             raise UserError(f"{where} have tokens of another tokenizer: give the model with which their run started")
         if some.model != start_model:
             raise UserError(f"{where} are of a run that started with another model: give that one as --model")
+        highest = int(some.rollout.tokens.max())
+        if highest >= vocabulary:
+            raise UserError(
+                f"{where} are damaged: they have the token {highest}, but the model has the tokens 0 to"
+                f" {vocabulary - 1}; record them again"
+            )
         scores = some.rollout.scores
         missing = next((row for row, x in enumerate(scores) if not math.isfinite(x)), None if scores else 0)
         if missing is not None:

@@ -187,6 +187,9 @@ def test_recorded_answers_that_cannot_be_used_are_rejected(run: Path, tmp_path: 
         fitting(recorded=[dataclasses.replace(recorded, model="0123456789abcdef")])
     with pytest.raises(UserError, match="step 2 have tokens of another tokenizer: give the model with which"):
         fitting(recorded=[dataclasses.replace(recorded, tokenizer="0123456789abcdef")])
+    damaged = dataclasses.replace(recorded.rollout, tokens=recorded.rollout.tokens + 258)
+    with pytest.raises(UserError, match="step 2 are damaged: they have the token .*, but the model has the tokens 0 to"):
+        fitting(recorded=[dataclasses.replace(recorded, rollout=damaged)])
     scores = recorded.rollout.scores
     for some, first in (([], 0), ([*scores[:3], float("nan"), *scores[4:]], 3)):
         without = dataclasses.replace(recorded, rollout=dataclasses.replace(recorded.rollout, scores=some))
