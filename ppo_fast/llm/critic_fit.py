@@ -176,8 +176,7 @@ class CriticFit:
             return Answers.join(rollouts, per_token, self.config, self.device, pad)
         if rewards is None:
             raise UserError("answers that are sampled need a reward: give --reward or --reward-model")
-        if count < 1:
-            raise UserError(f"the number of answers must be at least 1, got {count}")
+        check_count(count)
         functions = named_rewards(rewards)
         check_rewards(functions, self.prompts.rows)
         weights = check_weights(reward_weights, functions)
@@ -339,6 +338,18 @@ class CriticFit:
             yield means_of(learner.update(experience, train_actor=False))["value_loss"]
 
 
+def check_held_out(share: float) -> None:
+    """Reject a share of held-out prompts that is not between 0 and 1."""
+    if not 0 < share < 1:
+        raise UserError(f"the share of held-out prompts must be between 0 and 1, got {share}")
+
+
+def check_count(answers: int) -> None:
+    """Reject a number of answers to sample below 1."""
+    if answers < 1:
+        raise UserError(f"the number of answers must be at least 1, got {answers}")
+
+
 def split_by_prompt(prompts: Sequence[tuple[int, ...]], share: float, *, seed: int) -> tuple[list[int], list[int]]:
     """The rows to train on, and those to hold out: all answers to a prompt are on one side.
 
@@ -353,8 +364,7 @@ def split_by_prompt(prompts: Sequence[tuple[int, ...]], share: float, *, seed: i
     Raises:
         UserError: there is one prompt only, or the share is not between 0 and 1.
     """
-    if not 0 < share < 1:
-        raise UserError(f"the share of held-out prompts must be between 0 and 1, got {share}")
+    check_held_out(share)
     known = list(dict.fromkeys(prompts))
     if len(known) < 2:
         raise UserError(

@@ -274,6 +274,9 @@ def test_bad_input_of_the_command_is_one_sentence(folder: Path, capsys):
     assert "holds files that ppo_fast did not write" in message(out=str(folder / "model"))
     assert "share of held-out prompts must be between 0 and 1, got 0.0" in message("--held-out", "0", "--answers", "4")
     assert "answers must be at least 1, got 0" in message("--answers", "0")
+    absent = {"model": str(folder / "absent")}  # nothing is loaded or sampled before
+    assert "share of held-out prompts must be between 0 and 1, got nan" in message("--held-out", "nan", **absent)
+    assert "answers must be at least 1, got -1" in message("--answers", "-1", **absent)
     assert "--reward, --reward-model, or both" in message(sampled=False, prompts=str(folder / "prompts.jsonl"))
     assert main(command("critic", folder)) == 1
     assert "--out is missing" in capsys.readouterr().err
