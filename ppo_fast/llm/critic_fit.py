@@ -122,7 +122,9 @@ class CriticFit:
         recorded: Sequence[RecordedRollout] = (),
     ) -> None:
         if (rows is None) == (not recorded):
-            raise UserError("a critic is fitted to recorded answers, or to those to prompts: give one of the two")
+            raise UserError(
+                "a critic is fitted to recorded answers or to answers that are sampled to prompts: give recorded or rows"
+            )
         config = dataclasses.replace(config, kl_coef=0.0, value_clip=None, dump_rollouts=False)
         models = Models(actor, critic)
         setup.check_arguments(models, tokenizer, config, None)
@@ -130,6 +132,7 @@ class CriticFit:
         self.distributed = init_distributed(config)
         if self.distributed.size > 1:
             raise UserError("a critic is fitted in one process: start ppo-fast critic without torchrun")
+        setup.check_compiler(config, self.distributed)
         self.device, self.tokenizer = self.distributed.device, tokenizer
         self.config, self.notes = setup.decide_dtype(config, self.distributed)
         self.start_model = weights_hash(actor)
