@@ -123,7 +123,7 @@ class CriticFit:
     ) -> None:
         if (rows is None) == (not recorded):
             raise UserError(
-                "a critic is fitted to recorded answers or to answers that are sampled to prompts: give recorded or rows"
+                "a critic is fitted to recorded answers, or to answers sampled to prompts: give recorded or rows"
             )
         config = dataclasses.replace(config, kl_coef=0.0, value_clip=None, dump_rollouts=False)
         models = Models(actor, critic)

@@ -210,7 +210,7 @@ def test_recorded_answers_that_cannot_be_used_are_rejected(run: Path, tmp_path: 
     equal = dataclasses.replace(recorded, rewards=torch.zeros_like(recorded.rewards))
     with pytest.raises(UserError, match="have the return 0, so there is nothing to fit: check that the reward"):
         fitted(fitting(recorded=[equal]))
-    with pytest.raises(UserError, match="or to answers that are sampled to prompts: give recorded or rows"):
+    with pytest.raises(UserError, match="or to answers sampled to prompts: give recorded or rows"):
         CriticFit(PPOConfig(**SMALL), tiny_llama(), byte_tokenizer())
     with pytest.raises(UserError, match="answers that are sampled need a reward"):
         fitting().answers()
