@@ -44,14 +44,16 @@ def fit(arguments: argparse.Namespace, config: PPOConfig, run: RunOptions) -> in
     config = dataclasses.replace(config, out=str(out))  # a reward's module may change the working directory
     rewards = load_rewards(run.reward) if sampled else {}
     reward_weights = weights_of_rewards(rewards, run) if sampled else {}
-    from ppo_fast.llm.critic_fit import CriticFit
+    from ppo_fast.llm.critic_fit import CriticFit, check_count, check_held_out
     from ppo_fast.llm.data import read_named_prompts, set_template_options
     from ppo_fast.llm.distributed import init_distributed
     from ppo_fast.llm.models.loading import load_actor
     from ppo_fast.llm.rollout_files import read_rollouts
 
+    check_held_out(arguments.held_out)  # before the answers are sampled
     rows = None
     if sampled:
+        check_count(arguments.answers)
         rows, _ = read_named_prompts(run.prompts, prompt_field=run.prompt_field, chat=run.chat)
     recorded = [] if sampled else read_rollouts(arguments.rollouts)
     sources = Sources(init_distributed(config), code=run.trust_remote_code)

@@ -122,7 +122,9 @@ class CriticFit:
         recorded: Sequence[RecordedRollout] = (),
     ) -> None:
         if (rows is None) == (not recorded):
-            raise UserError("a critic is fitted to recorded answers, or to those to prompts: give one of the two")
+            raise UserError(
+                "a critic is fitted to recorded answers, or to answers sampled to prompts: give recorded or rows"
+            )
         config = dataclasses.replace(config, kl_coef=0.0, value_clip=None, dump_rollouts=False)
         models = Models(actor, critic)
         setup.check_arguments(models, tokenizer, config, None)
@@ -130,10 +132,11 @@ class CriticFit:
         self.distributed = init_distributed(config)
         if self.distributed.size > 1:
             raise UserError("a critic is fitted in one process: start ppo-fast critic without torchrun")
+        setup.check_compiler(config, self.distributed)
         self.device, self.tokenizer = self.distributed.device, tokenizer
         self.config, self.notes = setup.decide_dtype(config, self.distributed)
         self.start_model = weights_hash(actor)
-        _check_recorded(recorded, self.start_model, tokenizer)
+        _check_recorded(recorded, self.start_model, tokenizer, vocabulary=vocabulary_of(actor))
         self.recorded = recorded
         if rows is not None:
             kept, left_out = setup.usable_rows(as_rows(rows), tokenizer, models, self.config)
@@ -176,8 +179,7 @@ class CriticFit:
             return Answers.join(rollouts, per_token, self.config, self.device, pad)
         if rewards is None:
             raise UserError("answers that are sampled need a reward: give --reward or --reward-model")
-        if count < 1:
-            raise UserError(f"the number of answers must be at least 1, got {count}")
+        check_count(count)
         functions = named_rewards(rewards)
         check_rewards(functions, self.prompts.rows)
         weights = check_weights(reward_weights, functions)
@@ -339,6 +341,18 @@ class CriticFit:
             yield means_of(learner.update(experience, train_actor=False))["value_loss"]
 
 
+def check_held_out(share: float) -> None:
+    """Reject a share of held-out prompts that is not between 0 and 1."""
+    if not 0 < share < 1:
+        raise UserError(f"the share of held-out prompts must be between 0 and 1, got {share}")
+
+
+def check_count(answers: int) -> None:
+    """Reject a number of answers to sample below 1."""
+    if answers < 1:
+        raise UserError(f"the number of answers must be at least 1, got {answers}")
+
+
 def split_by_prompt(prompts: Sequence[tuple[int, ...]], share: float, *, seed: int) -> tuple[list[int], list[int]]:
     """The rows to train on, and those to hold out: all answers to a prompt are on one side.
 
@@ -353,8 +367,7 @@ def split_by_prompt(prompts: Sequence[tuple[int, ...]], share: float, *, seed: i
     Raises:
         UserError: there is one prompt only, or the share is not between 0 and 1.
     """
-    if not 0 < share < 1:
-        raise UserError(f"the share of held-out prompts must be between 0 and 1, got {share}")
+    check_held_out(share)
     known = list(dict.fromkeys(prompts))
     if len(known) < 2:
         raise UserError(
@@ -367,15 +380,23 @@ def split_by_prompt(prompts: Sequence[tuple[int, ...]], share: float, *, seed: i
     return [i for i, x in enumerate(prompts) if x not in held], [i for i, x in enumerate(prompts) if x in held]
 
 
-def _check_recorded(recorded: Sequence[RecordedRollout], start_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_recorded(
+    recorded: Sequence[RecordedRollout], start_model: str, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int
+) -> None:
     """Reject recorded answers of another model or tokenizer, and those without a score."""
-    vocabulary = vocabulary_hash(tokenizer) if recorded else ""
+    own_tokenizer = vocabulary_hash(tokenizer) if recorded else ""
     for some in recorded:
         where = f"the recorded answers of step {some.step}"
-        if some.tokenizer != vocabulary:
+        if some.tokenizer != own_tokenizer:
             raise UserError(f"{where} have tokens of another tokenizer: give the model with which their run started")
         if some.model != start_model:
             raise UserError(f"{where} are of a run that started with another model: give that one as --model")
+        highest = int(some.rollout.tokens.max())
+        if highest >= vocabulary:
+            raise UserError(
+                f"{where} are damaged: they have the token {highest}, but the model has the tokens 0 to"
+                f" {vocabulary - 1}; record them again"
+            )
         scores = some.rollout.scores
         missing = next((row for row, x in enumerate(scores) if not math.isfinite(x)), None if scores else 0)
         if missing is not None:

@@ -191,6 +191,10 @@ def _problem(tensors: Mapping[str, Tensor]) -> str:
     index = tensors["prompt_index"]
     if index.min() < 0 or index.max() >= len(prompts):
         return f"prompt_index has numbers outside 0 to {len(prompts) - 1}"
+    if min(tensors["prompt_ids"].min(), tensors["answer_ids"].min()) < 0:
+        return "a token has a negative number"
+    if not tensors["mask"].any():
+        return "no token counts: mask is False everywhere"
     for name in ("logprobs", "values", "rewards", "advantages"):
         if not tensors[name].isfinite().all():
             return f"{name} has NaN or infinite values"

@@ -181,12 +181,21 @@ def test_a_shared_value_head_is_the_minimum_of_the_penalised_loss(run: Path):
     torch.testing.assert_close(penalties, torch.full_like(penalties, chosen), rtol=1e-2, atol=0)  # the head is fp32
 
 
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"compile_layers needs the C\+\+ compiler no-such-compiler: install it"):
+        fitting(compile_layers=True)
+
+
 def test_recorded_answers_that_cannot_be_used_are_rejected(run: Path, tmp_path: Path):
     (recorded,) = read_rollouts(run / "rollouts" / "step-2.safetensors")
     with pytest.raises(UserError, match="step 2 are of a run that started with another model: give that one as"):
         fitting(recorded=[dataclasses.replace(recorded, model="0123456789abcdef")])
     with pytest.raises(UserError, match="step 2 have tokens of another tokenizer: give the model with which"):
         fitting(recorded=[dataclasses.replace(recorded, tokenizer="0123456789abcdef")])
+    damaged = dataclasses.replace(recorded.rollout, tokens=recorded.rollout.tokens + 258)
+    with pytest.raises(UserError, match=r"step 2 are damaged: they have the token \d+, but the model has the"):
+        fitting(recorded=[dataclasses.replace(recorded, rollout=damaged)])
     scores = recorded.rollout.scores
     for some, first in (([], 0), ([*scores[:3], float("nan"), *scores[4:]], 3)):
         without = dataclasses.replace(recorded, rollout=dataclasses.replace(recorded.rollout, scores=some))
@@ -201,7 +210,7 @@ def test_recorded_answers_that_cannot_be_used_are_rejected(run: Path, tmp_path: 
     equal = dataclasses.replace(recorded, rewards=torch.zeros_like(recorded.rewards))
     with pytest.raises(UserError, match="have the return 0, so there is nothing to fit: check that the reward"):
         fitted(fitting(recorded=[equal]))
-    with pytest.raises(UserError, match="recorded answers, or to those to prompts: give one of the two"):
+    with pytest.raises(UserError, match="or to answers sampled to prompts: give recorded or rows"):
         CriticFit(PPOConfig(**SMALL), tiny_llama(), byte_tokenizer())
     with pytest.raises(UserError, match="answers that are sampled need a reward"):
         fitting().answers()
@@ -271,6 +280,9 @@ def test_bad_input_of_the_command_is_one_sentence(folder: Path, capsys):
     assert "holds files that ppo_fast did not write" in message(out=str(folder / "model"))
     assert "share of held-out prompts must be between 0 and 1, got 0.0" in message("--held-out", "0", "--answers", "4")
     assert "answers must be at least 1, got 0" in message("--answers", "0")
+    absent = {"model": str(folder / "absent")}  # nothing is loaded or sampled before
+    assert "share of held-out prompts must be between 0 and 1, got nan" in message("--held-out", "nan", **absent)
+    assert "answers must be at least 1, got -1" in message("--answers", "-1", **absent)
     assert "--reward, --reward-model, or both" in message(sampled=False, prompts=str(folder / "prompts.jsonl"))
     assert main(command("critic", folder)) == 1
     assert "--out is missing" in capsys.readouterr().err

@@ -357,6 +357,16 @@ def test_gradient_checkpointing_without_layers_that_support_it_is_announced():
         trainer_of(model, "ab", gradient_checkpointing=True)
 
 
+def test_compiled_layers_of_a_model_without_packed_rows_are_announced(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "true")  # nothing is compiled
+    with pytest.warns(UserWarning, match="compile_layers does nothing for CTRLLMHeadModel and CTRLModel"):
+        trainer_of(build("ctrl"), "ab", compile_layers=True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer_of(build("llama"), "ab", compile_layers=True)
+    assert not [x for x in found if "compile_layers" in str(x.message)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_in_half_precision_are_sampled_with_padding_and_a_cache(dtype):
     """Frozen weights, that is: trained ones are fp32."""

@@ -168,6 +168,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: Path):
         "prompt_index has numbers outside 0 to 3": good | {"prompt_index": good["prompt_index"] + 1},
         "advantages has NaN": good | {"advantages": good["advantages"] * torch.nan},
         "has no tokens": good | {"answer_lengths": torch.zeros(answers, dtype=torch.int32)},
+        "a token has a negative number": good | {"answer_ids": good["answer_ids"] - 300},
+        "no token counts": good | {"mask": torch.zeros_like(good["mask"])},
         "ended is torch.float32": good | {"ended": good["ended"].float()},
     }
     for message, tensors in damaged.items():

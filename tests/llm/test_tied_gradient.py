@@ -13,6 +13,7 @@ from torch import nn
 
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.learn import Learner
+from ppo_fast.llm.models import embedding
 from ppo_fast.llm.models.embedding import tied_gradient
 from ppo_fast.llm.optimizer import _norm_of
 from ppo_fast.llm.trainer import PPOTrainer
@@ -62,6 +63,28 @@ def test_a_padding_token_gets_no_gradient_of_the_lookup():
 def test_families_learn_with_the_same_gradients(name: str, tmp_path):
     model = families.load(name, tmp_path)
     assert_equal(gradients_of(model, enabled=True, times=1), gradients_of(model, enabled=False, times=1))
+
+
+def test_gradients_are_the_same_bits_each_time_with_several_threads():
+    """A run that is resumed has the bits of an undisturbed one."""
+    layer = nn.Embedding(8, 576)
+    ids = torch.randint(0, 8, (400,), generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(400, 576, generator=torch.Generator().manual_seed(1))
+
+    def gradient() -> torch.Tensor:
+        layer.weight.grad = None
+        embedding._Lookup.apply(torch.zeros((), requires_grad=True), ids, layer).backward(rows)
+        return layer.weight.grad
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(first, gradient()) for _ in range(50))
+    finally:
+        torch.set_num_threads(before)
+    exact = torch.zeros(8, 576, dtype=torch.float64).index_add_(0, ids, rows.double())
+    torch.testing.assert_close(first.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_the_largest_tensor_is_made_once(monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from ppo_fast.llm.models.critic import Critic, hidden_size_of
 from ppo_fast.llm.models.frozen import check_widened, frozen_dtype_of, store_frozen, widen_frozen
 from ppo_fast.llm.models.head import GenerateInfo, HeadInfo, LanguageModel, decoder_of, input_embedding
 from ppo_fast.llm.models.lora import with_lora
-from ppo_fast.llm.models.modes import prepare, warn_if_not_recomputed
+from ppo_fast.llm.models.modes import prepare, warn_if_not_compiled, warn_if_not_recomputed
 from ppo_fast.llm.models.policy import Policy, with_chunk_bytes
 from ppo_fast.llm.models.probe import Reach, detect_heads
 from ppo_fast.llm.models.reference import AdapterReference, FrozenReference, Reference, frozen_copy, is_adapted
@@ -115,6 +115,8 @@ def build_models(
         if config.dtype == "float32":
             check_widened(found.model)
     policy = Policy(actor, critic, heads.actor, config, critic_head=heads.critic, generate_info=info)
+    if config.compile_layers:
+        warn_if_not_compiled(actor, critic.backbone, packed=policy.packing_models())
     policy.unreached = distributed.run_with_weights(
         lambda: unreached_parameters(policy, config, load_device, distributed), of=policy
     )

@@ -36,8 +36,17 @@ class _Lookup(torch.autograd.Function):
             weight.grad = torch.zeros_like(weight)
         if ctx.layer.padding_idx is not None:
             rows = rows.masked_fill((ids == ctx.layer.padding_idx).unsqueeze(1), 0)
-        weight.grad.index_put_((ids,), rows.to(weight.dtype), accumulate=True)
+        _add_rows(weight.grad, ids, rows.to(weight.dtype))
         return None, None, None
+
+
+def _add_rows(x: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """x[ids] += rows, in an order that does not change: on a CPU index_put_ adds with several threads in the order of
+    their times, and on a GPU so does index_add_."""
+    if x.device.type == "cpu":
+        x.index_add_(0, ids, rows)
+    else:
+        x.index_put_((ids,), rows, accumulate=True)
 
 
 def _is_plain(layer: nn.Module | None, head: nn.Module | None) -> bool:
