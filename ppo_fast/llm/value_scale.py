@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.policy import Policy
@@ -151,8 +151,8 @@ class ValueScale:
 
     def _is_zero(self) -> Tensor:
         """Whether the whole head is zero; collective."""
-        weight, bias = (to_full_tensor(p.detach()) for p in (self.critic.head.weight, self.critic.head.bias))
-        return ~(weight.any() | bias.any())
+        norm = nn.utils.get_total_norm([p.detach() for p in self.critic.head.parameters()])
+        return to_full_tensor(norm) == 0
 
     def std(self) -> Tensor:
         """Sigma: the moving standard deviation of returns; 1 without any spread."""
