@@ -30,6 +30,7 @@ import datetime
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -346,6 +347,7 @@ def main() -> None:
         record = {
             "date": datetime.date.today().isoformat(),
             "commit": commit,
+            "command": f"python bench/against_trl.py {shlex.join(sys.argv[1:])}",
             "machine": {"processor": json_lines.processor(), "threads": torch.get_num_threads()},
             "versions": {name: version(name) for name in packages},
             "workload": options.workload,

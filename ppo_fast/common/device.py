@@ -179,6 +179,11 @@ def total_memory(device: torch.device) -> int | None:
     return device_module(device).get_device_properties(device).total_memory
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the floating dtype with the most digits that a device computes: fp64, but fp32 on mps."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work that was launched."""
     if device.type != "cpu":

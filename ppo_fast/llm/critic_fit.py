@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import ppo_fast as ppo
-from ppo_fast.common.device import derived_seed, ordinary_modes
+from ppo_fast.common.device import derived_seed, ordinary_modes, widest_float
 from ppo_fast.common.errors import UserError
 from ppo_fast.common.folders import MARK
 from ppo_fast.common.jsonl import as_lines
@@ -230,7 +230,7 @@ class CriticFit:
         prompts = answers.prompts()
         kept, held = split_by_prompt(prompts, held_out, seed=self.config.seed)
         critic, config, rows = self.policy.critic, self.config, list[FitRow]()
-        moments = moments_of(answers.returns[kept], answers.mask[kept], _precise(self.device))
+        moments = moments_of(answers.returns[kept], answers.mask[kept], widest_float(self.device))
         std = moments.std()
         if std.item() == 0:
             raise UserError(
@@ -413,8 +413,3 @@ def _reach_of_recorded(recorded: Sequence[RecordedRollout], epochs: int) -> Reac
         for prompt, answer in zip(some.rollout.prompt_lengths, some.rollout.completion_lengths, strict=True)
     ]
     return Reach(max(lengths), 3.0 * epochs * sum(lengths))
-
-
-def _precise(device: torch.device) -> torch.dtype:
-    """fp64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

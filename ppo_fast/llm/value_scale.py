@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.common.device import widest_float
 from ppo_fast.llm.config import PPOConfig
 from ppo_fast.llm.models.policy import Policy
 from ppo_fast.llm.optimizer import Optimizer
@@ -189,7 +190,7 @@ class ValueScale:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take over the moments of a checkpoint; none: the next rollout sets them."""
         device = self.critic.value_mean.device
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._dtype = widest_float(device)
         names = ("return_mean", "return_variance", "score_spread")
         mean, variance, spread = (
             torch.tensor(state.get(name, 0.0), dtype=self._dtype, device=device) for name in names

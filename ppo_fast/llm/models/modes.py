@@ -111,8 +111,7 @@ def compiled_layers(*models: nn.Module, enabled: bool) -> Iterator[None]:
     """The layers of models run under torch.compile inside this block. Sampling, outside it, does not.
 
     All layers of a kind share their compiled code, and it takes packs of any length. The operations between the matrix
-    products become a few loops: SmolLM2-135M learns 22 % faster in bf16 on a CPU with AMX, and 12 % faster in fp32,
-    after 25 s of compilation.
+    products become a few loops (bench/NOTES.md: SmolLM2-135M on a CPU with AMX, in bf16 and fp32).
     """
     layers = _layers_of(*models) if enabled else set()
     for layer in layers:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ppo_fast.common.device import widest_float
+
 PENALTIES = tuple(10.0**power for power in range(-6, 4))  # of ridge regression, in units of the variance of an input
 
 
@@ -39,11 +41,12 @@ def _products(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum of z z^T over z = (x, 1, y), [D + 2, D + 2] fp64: all that least squares needs of the data."""
     found: Tensor | None = None
     for x, y in batches:
-        z = torch.cat([x.double(), torch.ones_like(y, dtype=torch.float64)[:, None], y.double()[:, None]], dim=1)
+        dtype = widest_float(x.device)
+        z = torch.cat([x.to(dtype), torch.ones_like(y, dtype=dtype)[:, None], y.to(dtype)[:, None]], dim=1)
         found = z.T @ z if found is None else found.addmm_(z.T, z)
     if found is None:
         raise ValueError("a fold has no data")
-    return found.cpu()
+    return found.cpu().double()
 
 
 def _solve(products: Tensor, penalty: float) -> Tensor:
